@@ -1,0 +1,1 @@
+"""The pipeline around lora_core: data, base model, training, evaluation, forgetting check, registry, workflow."""

@@ -1,0 +1,261 @@
+"""The recipe: one typed, strict description of a run, read from YAML. Loading it imports no torch.
+
+An unknown key is an error with a suggestion, a value out of range names its rule, and what can be derived is not asked for.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipelines.errors import RecipeError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, lt=1)]
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """Settings that cannot be changed after loading and refuse what they do not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class BaseModelSection(Section):
+    """The frozen model under the adapters."""
+
+    id: str
+    """A hub id, a local folder, a .gguf file, or `embedded:SmolLM2-135M-Instruct`."""
+    revision: str | None = None
+    """Commit or tag of a hub model; pin it, so that a second run means the same."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How the adapters see the base: NF4 with double quantisation (QLoRA), or in full precision (LoRA)."""
+
+
+class DataSection(Section):
+    """What is learnt."""
+
+    source: str
+    """`docstrings` (the interpreter's standard library), a .jsonl, .json, .csv or .parquet file, or a hub data set id."""
+    revision: str | None = None
+    """Commit or tag of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    group_column: str | None = None
+    """Rows that share this value stay on one side of the split; without it, each row is its own group."""
+    validation_examples: Count = 64
+    """Held-out examples that are scored, from groups that are not trained on."""
+    max_tokens: Annotated[int, Field(ge=8)] = 512
+    """Longer examples are cut on the right; one whose completion is cut off whole is left out and counted."""
+    max_source_characters: Count = 700
+    """Longest function that `docstrings` harvests; no other source uses it."""
+
+
+class LoraSection(Section):
+    """The adapters: one is trained for each rank."""
+
+    ranks: Annotated[tuple[Count, ...], Field(min_length=1)]
+    """Ranks to compare."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the rank."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the head), a regular expression, or a list of names."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Chance of dropping an input of A while training."""
+    use_rslora: bool = False
+    """Scale by alpha/√r."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts; B starts at zero."""
+    learning_rate: Rate = 1e-3
+    """Peak rate; about ten times the control's."""
+
+    @field_validator("ranks")
+    @classmethod
+    def _distinct(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(ranks)) != len(ranks):
+            raise ValueError(f"names a rank twice in {list(ranks)}; name each once")
+        return ranks
+
+
+class ControlSection(Section):
+    """Full fine-tuning on the same data, in the same order, with the same number of tokens."""
+
+    learning_rate: Rate = 1e-4
+    """Peak rate of the full fine-tuning."""
+
+
+class TrainingSection(Section):
+    """What every run of the comparison shares."""
+
+    steps: Count
+    """Optimiser steps."""
+    batch_size: Count = 8
+    """Examples in one step, over all processes."""
+    accumulation: Count = 1
+    """Parts in which each process takes its share of a step; more parts need less memory."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 2
+    """Steps in which the rate rises linearly; after them it falls along a cosine to a tenth."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients longer than this are shortened to it."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: slower, smaller."""
+    checkpoint_every: Count = 10
+    """Steps between checkpoints, from which a stopped run goes on."""
+
+
+class LaunchSection(Section):
+    """How training is started."""
+
+    config: str = "cpu_zero2"
+    """A file of infra/accelerate, by name, or the path of another accelerate config."""
+    processes: Count = 1
+    """Ranks on this machine: one per GPU, or a few on a CPU."""
+    evaluations_at_once: Count = 1
+    """Models that are scored side by side: one per GPU, or one per core or two on a CPU."""
+
+
+class EvaluationSection(Section):
+    """What is scored for the base, the control and each adapter."""
+
+    general: tuple[Literal["hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande", "lambada"], ...] = (
+        "hellaswag",
+        "piqa",
+        "arc_easy",
+        "openbookqa",
+        "winogrande",
+        "lambada",
+    )
+    """General abilities that training should leave alone."""
+    items_per_benchmark: Count = 40
+    """Sampled by seed; the same items for every model."""
+    generations: Count = 24
+    """Held-out prompts that are answered greedily, for chrF and ROUGE-L."""
+    max_new_tokens: Count = 40
+    """Longest answer."""
+
+
+class GateSection(Section):
+    """When an adapter passes; every bound is held against an end of a 95 % interval, not against a mean."""
+
+    min_gain_share: Share = 0.5
+    """Least share of the control's task gain, over the base in full precision."""
+    max_general_drop: Share = 0.03
+    """Largest loss of choice probability on general abilities that training may cause."""
+    max_drop_beyond_control: Share = 0.03
+    """How much more than the control an adapter may lose there."""
+
+
+def _registry_name(name: str) -> str:
+    if "/" in name or ":" in name or not name.strip():
+        raise ValueError(f"is {name!r}: a registered name has no '/' and no ':'; use letters, digits, '-' and '_'")
+    return name
+
+
+class RegistrySection(Section):
+    """Where MLflow keeps it."""
+
+    model: Annotated[str, AfterValidator(_registry_name)]
+    """Registered model whose versions are this recipe's adapters."""
+    experiment: str | None = None
+    """Experiment of the runs; the recipe's name when left out."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """Names the run's folder; task_model_hardware reads well."""
+    seed: int = 7
+    """Draws the split, the order, A, dropout and the samples."""
+    base_model: BaseModelSection
+    data: DataSection
+    lora: LoraSection
+    control: ControlSection = ControlSection()
+    training: TrainingSection
+    launch: LaunchSection = LaunchSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    gate: GateSection = GateSection()
+    registry: RegistrySection
+
+    @model_validator(mode="after")
+    def _batch_fits(self) -> "Recipe":
+        parts = self.launch.processes * self.training.accumulation
+        if self.training.batch_size < parts:
+            raise ValueError(
+                f"training.batch_size {self.training.batch_size} gives {self.launch.processes} processes × "
+                f"{self.training.accumulation} parts less than one example each; use at least {parts}"
+            )
+        return self
+
+
+def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
+    """Read a recipe, from a file or by the name of one in pipelines/recipes.
+
+    Args:
+        path: a YAML file, or a bare recipe name.
+        ranks: replaces the recipe's ranks when given and not empty.
+
+    Raises:
+        RecipeError: the file is missing or malformed, or a setting breaks its rule; every problem is named.
+    """
+    file = _find(Path(path))
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file} holds {type(values).__name__} where settings by name belong; start from {RECIPES}")
+    if ranks:
+        values = {**values, "lora": {**values.get("lora", {}), "ranks": ranks}}
+    return parse_recipe(values, source=str(file))
+
+
+def parse_recipe(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
+    """Check plain values; raises RecipeError with a sentence for each problem."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_sentence(problem) for problem in error.errors())
+        raise RecipeError(f"{source}: {problems}") from error
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    named = RECIPES / f"{path.name}.yaml"
+    if path.parent == Path() and named.is_file():
+        return named
+    known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"recipes here: {', '.join(known)}"
+    raise RecipeError(f"recipe {str(path)!r} is not there; {hint}")
+
+
+def _sentence(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        known = _fields_beside(problem["loc"])
+        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"unknown key {place!r}; " + (f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"{place} is missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message if place == "recipe" else f"{place} {message}"
+    return f"{place} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_beside(location: tuple[str | int, ...]) -> list[str]:
+    """Return the keys that may stand where an unknown one stood."""
+    section: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        section = annotation
+    return sorted(section.model_fields)
