@@ -19,10 +19,10 @@ _HOMES = {
     "adapter_io": ("Identity", "load_adapter", "save_adapter"),
     "config": ("LoraConfig",),
     "errors": ("AdapterError", "BaseMismatchError", "ConfigError", "LoraError", "MergeError", "TargetError"),
-    "fingerprint": ("fingerprint",),
-    "inject": ("Target", "inject", "lora_layers", "plan_targets", "trained_weights"),
+    "identity": ("fingerprint",),
+    "injection": ("Target", "inject", "lora_layers", "plan_targets", "trained_weights"),
     "layers": ("LoraLinear",),
-    "merge": ("merge", "unmerge"),
+    "merging": ("merge", "unmerge"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
