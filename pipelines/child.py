@@ -1,0 +1,64 @@
+"""The frame of a stage that runs in a process of its own: read the inputs, do the work, leave a result or an error.
+
+A child dies with its parent: no process of a run outlives the run.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_core.errors import LoraError
+from pipelines.errors import PipelineError, record_error
+from pipelines.stage import read_inputs, write_result
+
+PR_SET_PDEATHSIG = 1
+USER_ERROR = 2
+"""Exit status of a stage that was refused for a reason the user can mend."""
+
+Work = Callable[[Path, dict[str, Any], dict[str, str]], tuple[dict[str, Any], list[str]]]
+
+
+def run_stage(work: Work) -> None:
+    """Run `work` on the stage folder named on the command line; its figures and files become the result.
+
+    Exits with 2 and one sentence when the inputs cannot be honoured.
+    """
+    die_with_parent()
+    folder = Path(sys.argv[1])
+    started = time.perf_counter()
+    with errors_recorded(folder):
+        figures, files = work(folder, *read_inputs(folder))
+        write_result(folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files)
+
+
+class errors_recorded:  # noqa: N801 - read as a verb: with errors_recorded(folder)
+    """Turn an error the user can mend into error.json, one sentence on stderr and exit status 2."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
+            error = PipelineError(f"no space left on the disk of {self.folder}; free some and run again, what is finished is kept")
+        if isinstance(error, (PipelineError, LoraError)):
+            record_error(self.folder, error)
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(USER_ERROR)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) to end this process when its parent ends, however the parent ends."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)

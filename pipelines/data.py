@@ -1,0 +1,167 @@
+"""Prepare the data: template, tokenise, mark what is learnt, split by group, save with a digest.
+
+    python -m pipelines.data STAGE_FOLDER
+
+Each example becomes `input_ids` and, for every token, whether it is `supervised`: all of a text, the completion of a
+prompt, the assistant's turns of a conversation. The two splits are Arrow folders beside result.json.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, disable_progress_bars
+from transformers import PreTrainedTokenizerBase
+
+from pipelines.child import run_stage
+from pipelines.errors import DataError
+from pipelines.sources import load_rows, shape_of
+from pipelines.stage import digest
+from pipelines.tokenizer import load_tokenizer
+
+HELD_OUT_SHARE = 0.1
+"""Share of the rows, in whole groups, from which the validation examples are drawn."""
+Piece = tuple[str, bool]
+"""A stretch of text and whether it is supervised."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, tokenised."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+    """True where the token is learnt; aligned with input_ids."""
+    prompt_tokens: int
+    """Tokens before the last supervised stretch: what generation starts from."""
+    reference: str
+    """The text of the last supervised stretch."""
+    group: str
+    was_cut: bool
+
+
+def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Write the train and validation splits."""
+    disable_progress_bars()
+    settings = inputs["data"]
+    rows = load_rows(settings)
+    tokenizer = load_tokenizer(Path(paths["base"]))
+    examples = list(tokenise(rows, tokenizer, settings))
+    usable = [example for example in examples if any(example.supervised)]
+    if not usable:
+        raise DataError(
+            f"all {len(examples)} completions of {settings['source']!r} are cut off by max_tokens={settings['max_tokens']}; raise it or shorten the prompts"
+        )
+    train, validation = split_by_group(usable, settings["validation_examples"], inputs["seed"])
+    files = [name for split, part in (("train", train), ("validation", validation)) for name in _save(part, folder, split)]
+    figures = {
+        "rows": len(rows),
+        "left_out": len(examples) - len(usable),
+        "cut": sum(example.was_cut for example in usable),
+        "train_examples": len(train),
+        "validation_examples": len(validation),
+        "train_tokens": sum(len(example.input_ids) for example in train),
+        "supervised_tokens": sum(sum(example.supervised) for example in train),
+        "digest": digest([[example.input_ids, example.supervised] for example in [*train, *validation]]),
+    }
+    return figures, files
+
+
+def tokenise(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> Iterator[Example]:
+    """Yield an Example for each row, cut on the right to `max_tokens`."""
+    shape = shape_of(rows.column_names, settings["source"])
+    group_column = settings["group_column"] or ("group" if "group" in rows.column_names else None)
+    if group_column and group_column not in rows.column_names:
+        raise DataError(f"group_column {group_column!r} is none of {', '.join(rows.column_names)}; name a column or leave it out")
+    for number, row in enumerate(rows, start=1):
+        pieces = _pieces(row, shape, tokenizer, number)
+        group = str(row[group_column]) if group_column else str(number)
+        yield _example(pieces, tokenizer, group, settings["max_tokens"])
+
+
+def split_by_group(examples: list[Example], validation_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """Hold out `validation_examples` from groups drawn by seed; no group is on both sides.
+
+    Raises:
+        DataError: too few rows or groups to hold that many out and still train on most.
+    """
+    groups = sorted({example.group for example in examples})
+    random.Random(seed).shuffle(groups)
+    held_out: set[str] = set()
+    members = {group: 0 for group in groups}
+    for example in examples:
+        members[example.group] += 1
+    enough = max(validation_examples, HELD_OUT_SHARE * len(examples))  # several groups, not the one that happens to be large
+    while groups and sum(members[group] for group in held_out) < enough:
+        held_out.add(groups.pop())
+    candidates = [example for example in examples if example.group in held_out]
+    train = [example for example in examples if example.group not in held_out]
+    if len(train) < validation_examples or len(candidates) < validation_examples:
+        raise DataError(
+            f"{len(examples)} usable rows in {len(members)} groups are too few to hold out validation_examples={validation_examples} "
+            f"and train on at least as many; lower validation_examples or bring more rows"
+        )
+    return train, random.Random(seed).sample(candidates, validation_examples)
+
+
+def _pieces(row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:
+    """Cut a row into stretches that are learnt or not."""
+    values = [row[name] for name in shape]
+    if any(not value for value in values):
+        raise DataError(f"row {number} has an empty {shape[next(i for i, value in enumerate(values) if not value)]}; fill or remove it")
+    end = str(tokenizer.eos_token or "")
+    if shape == ("text",):
+        return [(values[0] + end, True)]
+    if shape == ("messages",):
+        return _turns(values[0], tokenizer, number)
+    if tokenizer.chat_template:
+        return _turns([{"role": "user", "content": values[0]}, {"role": "assistant", "content": values[1]}], tokenizer, number)
+    return [(values[0], False), (values[1] + end, True)]
+
+
+def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:
+    """Render a conversation so that only what the assistant says, up to its end mark, is supervised."""
+    if not tokenizer.chat_template:
+        raise DataError("the rows are conversations but the base's tokenizer has no chat template; use prompt and completion instead")
+    pieces: list[Piece] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message.get("role") != "assistant":
+            continue
+        before = str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True))
+        after = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
+        if not (before.startswith(done) and after.startswith(before)):
+            raise DataError(
+                f"row {number}: the chat template rewrites earlier turns, so its answers cannot be told apart; use prompt and completion"
+            )
+        answer, mark, _ = after[len(before) :].rpartition(str(tokenizer.eos_token))
+        pieces += [(before[len(done) :], False), (answer + mark if mark else after[len(before) :], True)]
+        done = before + pieces[-1][0]
+    if not pieces:
+        raise DataError(f"row {number} has no message of role 'assistant'; there is nothing to learn from it")
+    return pieces
+
+
+def _example(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, group: str, max_tokens: int) -> Example:
+    opening = [] if tokenizer.chat_template else tokenizer("").input_ids  # a template writes its own beginning mark
+    input_ids, supervised, prompt_tokens = list(opening), [False] * len(opening), 0
+    for text, is_supervised in pieces:
+        prompt_tokens = len(input_ids) if is_supervised else prompt_tokens
+        tokens = tokenizer(text, add_special_tokens=False).input_ids
+        input_ids += tokens
+        supervised += [is_supervised] * len(tokens)
+    supervised[0] = False  # nothing comes before the first token that could predict it
+    reference = pieces[-1][0].removesuffix(str(tokenizer.eos_token or "")).strip()
+    was_cut = len(input_ids) > max_tokens
+    return Example(input_ids[:max_tokens], supervised[:max_tokens], prompt_tokens, reference, group, was_cut)
+
+
+def _save(examples: list[Example], folder: Path, split: str) -> list[str]:
+    Dataset.from_list([vars(example) for example in examples]).save_to_disk(str(folder / split))
+    return [f"{split}/{path.name}" for path in sorted((folder / split).glob("*.arrow"))]
+
+
+if __name__ == "__main__":
+    run_stage(prepare)

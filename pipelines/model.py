@@ -1,0 +1,57 @@
+"""Load a prepared base: dense or NF4, with attention for packs or for generation."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from lora_core.attention import Segment, packed_attention
+from pipelines.hardware import Hardware
+from pipelines.tokenizer import quiet
+
+PACKED = "packed"
+AttentionInterface.register(PACKED, packed_attention)
+
+
+def load_model(folder: Path, quantization: str, hardware: Hardware) -> PreTrainedModel:
+    """Load the causal language model in `folder`, in evaluation mode, on this process's device.
+
+    Args:
+        folder: Hugging Face format.
+        quantization: nf4 (with double quantisation) or none.
+        hardware: device and dtype.
+    """
+    quiet()
+    options: dict[str, Any] = {"dtype": hardware.dtype, "device_map": {"": hardware.device}, "attn_implementation": PACKED}
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=hardware.dtype,
+            bnb_4bit_quant_storage=torch.uint8,
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    return model.eval()
+
+
+def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+    """Return the last hidden states (T, D) of a pack, before the output head.
+
+    Args:
+        model: loaded by `load_model`.
+        input_ids: (T,)
+        position_ids: (T,), starting anew in each segment.
+        segments: who attends to whom; their lengths add up to T.
+    """
+    body = model.get_decoder()
+    output = body(input_ids=input_ids[None], position_ids=position_ids[None], segments=segments, use_cache=False)
+    states: torch.Tensor = output.last_hidden_state[0]
+    return states
+
+
+def head_weight(model: PreTrainedModel) -> torch.Tensor:
+    """Return the output head's weight (V, D), tied or not."""
+    weight: torch.Tensor = model.get_output_embeddings().weight
+    return weight

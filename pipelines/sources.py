@@ -1,0 +1,87 @@
+"""Rows from where the user keeps them: a local file, a hub data set, or the interpreter's own library.
+
+A row has one of the three usual shapes: `text`; `prompt` and `completion`; `messages` (a list of role and content).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from pipelines.errors import DataError
+from pipelines.harvest import harvest
+
+BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+SHAPES = (("messages",), ("prompt", "completion"), ("text",))
+DOCSTRINGS = "docstrings"
+
+
+def load_rows(settings: dict[str, Any]) -> Dataset:
+    """Load the rows that a recipe's data section names.
+
+    Raises:
+        DataError: the source is missing, empty or malformed (with the line), or has none of the three shapes.
+    """
+    source = str(settings["source"])
+    if source == DOCSTRINGS:
+        rows = Dataset.from_list(list(harvest(settings["max_source_characters"])))
+    elif Path(source).suffix in BUILDERS:
+        rows = _from_file(Path(source).expanduser())
+    else:
+        rows = _from_hub(source, settings["revision"], settings["split"])
+    if len(rows) == 0:
+        raise DataError(f"data source {source!r} holds no rows; give at least a few hundred")
+    shape_of(rows.column_names, source)
+    return rows
+
+
+def shape_of(columns: list[str], source: str) -> tuple[str, ...]:
+    """Return which of the three shapes the columns have."""
+    for shape in SHAPES:
+        if set(shape) <= set(columns):
+            return shape
+    raise DataError(
+        f"data source {source!r} has columns {', '.join(columns)}; rename them to text, to prompt and completion, or to messages"
+    )
+
+
+def _from_file(path: Path) -> Dataset:
+    if not path.is_file():
+        raise DataError(f"data file {str(path)!r} is not there; give a path relative to where the command runs, or an absolute one")
+    if path.stat().st_size == 0:
+        raise DataError(f"data file {str(path)!r} is empty; give at least a few hundred rows")
+    if path.suffix == ".jsonl":
+        _check_lines(path)
+    try:
+        return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = error.__cause__ or error
+        raise DataError(f"data file {str(path)!r} cannot be read as {BUILDERS[path.suffix]}: {_first_line(reason)}; mend it") from error
+
+
+def _from_hub(source: str, revision: str | None, split: str) -> Dataset:
+    try:
+        return load_dataset(source, revision=revision, split=split)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise DataError(
+            f"data source {source!r} is no file ending in {', '.join(BUILDERS)} and cannot be loaded from the hub{offline}: {_first_line(error)}"
+        ) from error
+
+
+def _check_lines(path: Path) -> None:
+    """Refuse the first line that is no JSON object, by number."""
+    with path.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise DataError(f'line {number} of {str(path)!r} is no JSON object; each line is one, such as {{"text": …}}')
+            except json.JSONDecodeError as error:
+                raise DataError(f"line {number} of {str(path)!r} is no JSON ({error}); mend or remove it") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

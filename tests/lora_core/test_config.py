@@ -1,0 +1,73 @@
+"""A LoraConfig that breaks a rule cannot exist, and its error shows the value; the scale is the published one."""
+
+import math
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_core import ConfigError, LoraConfig, LoraError
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    ("r", 0),
+    ("r", -3),
+    ("r", 8.0),
+    ("r", "8"),
+    ("r", True),
+    ("r", None),
+    ("lora_alpha", 0),
+    ("lora_alpha", -16.5),
+    ("lora_alpha", math.inf),
+    ("lora_alpha", math.nan),
+    ("lora_alpha", "16"),
+    ("lora_alpha", None),
+    ("lora_dropout", 1.0),
+    ("lora_dropout", -0.1),
+    ("lora_dropout", math.nan),
+    ("lora_dropout", "0.1"),
+    ("use_rslora", "no"),
+    ("init_lora_weights", "orthogonal"),
+    ("init_lora_weights", True),
+    ("target_modules", ""),
+    ("target_modules", ()),
+    ("target_modules", ("q_proj", "")),
+    ("target_modules", ("q_proj", 3)),
+    ("target_modules", 7),
+    ("target_modules", "q_proj("),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_VALUES, ids=lambda part: repr(part))
+def test_bad_value_is_refused_and_shown(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**{"r": 8, "lora_alpha": 16, field: value})
+    assert field in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_errors_are_value_errors_and_of_one_family() -> None:
+    with pytest.raises(ValueError, match="rank r=0") as caught:
+        LoraConfig(r=0, lora_alpha=1)
+    assert isinstance(caught.value, LoraError)
+
+
+@given(r=st.integers(1, 4096), alpha=st.floats(1e-3, 1e6))
+def test_scale_follows_the_papers(r: int, alpha: float) -> None:
+    plain = LoraConfig(r=r, lora_alpha=alpha)
+    stabilised = LoraConfig(r=r, lora_alpha=alpha, use_rslora=True)
+    # One or two roundings of float64 apart.
+    assert math.isclose(plain.scale * r, alpha, rel_tol=1e-15)
+    assert math.isclose(stabilised.scale**2 * r, alpha**2, rel_tol=1e-14)
+
+
+def test_config_cannot_be_changed() -> None:
+    config = LoraConfig(r=8, lora_alpha=16)
+    with pytest.raises(FrozenInstanceError):
+        config.r = 4  # type: ignore[misc]
+
+
+def test_defaults_adapt_every_linear_layer_without_dropout() -> None:
+    config = LoraConfig(r=8, lora_alpha=16)
+    assert (config.target_modules, config.lora_dropout, config.use_rslora) == ("all-linear", 0.0, False)

@@ -1,0 +1,144 @@
+"""A plan finds what its pattern says, in model order, or refuses by name; an injection happens whole or not at all."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from lora_core import LoraConfig, LoraLinear, TargetError, inject, lora_layers, plan_targets
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+EVERY = [f"model.layers.{i}.{part}" for i in (0, 1) for part in [f"self_attn.{p}" for p in PROJECTIONS] + [f"mlp.{p}" for p in MLP]]
+Build = Callable[..., LlamaForCausalLM]
+
+
+def config(targets: str | tuple[str, ...] = "all-linear", r: int = 4) -> LoraConfig:
+    return LoraConfig(r=r, lora_alpha=8, target_modules=targets)
+
+
+def names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
+    return [target.name for target in plan_targets(model, config(targets))]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_leaves_out_the_output_head(build_llama: Build, tied: bool) -> None:
+    assert names(build_llama(tied=tied), "all-linear") == EVERY
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("q_proj",), [n for n in EVERY if n.endswith("q_proj")]),
+        (("down_proj", "q_proj"), [n for n in EVERY if n.endswith(("q_proj", "down_proj"))]),
+        (("model.layers.1.mlp.up_proj",), ["model.layers.1.mlp.up_proj"]),
+        (("0.mlp.up_proj",), ["model.layers.0.mlp.up_proj"]),
+        (r".*layers\.1\.(self_attn\.[qv]|mlp\.up)_proj", [EVERY[7], EVERY[9], EVERY[12]]),
+        (("lm_head",), ["lm_head"]),
+    ],
+    ids=str,
+)
+def test_patterns_find_what_they_say(build_llama: Build, targets: str | tuple[str, ...], expected: list[str]) -> None:
+    assert names(build_llama(), targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("q_proj", "quue_proj"), "'quue_proj' matches no module.*q_proj"),
+        (("proj",), "'proj' matches no module"),
+        (("_proj",), "'_proj' matches no module"),
+        (("embed_tokens",), "'embed_tokens' matches model.embed_tokens, which is no linear layer"),
+        (("mlp",), r"'mlp' matches model.layers.0.mlp, which is no linear layer"),
+        (r".*\.layers\.7\..*", "matches no module"),
+        ("q_proj", "'q_proj' matches no module"),
+    ],
+    ids=str,
+)
+def test_patterns_that_miss_are_refused(build_llama: Build, refuses: Callable[..., None], targets: str | tuple[str, ...], message: str) -> None:
+    model = build_llama()
+    refuses(model, lambda: inject(model, config(targets), seed=0), TargetError, message)
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    with pytest.raises(TargetError, match="the model has none"):
+        plan_targets(nn.Sequential(nn.Embedding(4, 4)), config())
+
+
+def test_a_bare_layer_has_no_place_to_put_an_adapter(refuses: Callable[..., None]) -> None:
+    layer = nn.Linear(8, 8)
+    refuses(layer, lambda: inject(layer, config(), seed=0), TargetError, "")
+
+
+def test_the_rank_may_reach_the_smaller_side_but_not_exceed_it(build_llama: Build, refuses: Callable[..., None]) -> None:
+    model = build_llama()
+    message = "rank 33 exceeds model.layers.0.self_attn.k_proj of shape 32×64.* at most 32"
+    refuses(model, lambda: inject(model, config(r=33), seed=0), TargetError, message)
+    assert len(inject(model, config(r=32), seed=0)) == len(EVERY)
+
+
+def test_a_late_refusal_leaves_the_first_targets_alone(refuses: Callable[..., None]) -> None:
+    """The first layer could be adapted, the second cannot: neither is."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
+    refuses(model, lambda: inject(model, config(r=4), seed=0), TargetError, "rank 4 exceeds 1 .*at most 3")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("o_proj",)], ids=str)
+def test_a_second_injection_is_refused(adapted: LlamaForCausalLM, refuses: Callable[..., None], targets: str | tuple[str, ...]) -> None:
+    refuses(adapted, lambda: inject(adapted, config(targets), seed=0), TargetError, "already carries an adapter")
+
+
+def test_a_plan_on_the_meta_device_is_the_plan(build_llama: Build) -> None:
+    real = build_llama()
+    with torch.device("meta"):
+        meta = LlamaForCausalLM(real.config)
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    assert plan_targets(meta, config()) == plan_targets(real, config())
+
+
+def test_planning_changes_nothing(build_llama: Build, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None]) -> None:
+    model = build_llama()
+    before, modules = state_of(model), list(model.modules())
+    plan_targets(model, config())
+    assert_same_state(state_of(model), before)
+    assert list(model.modules()) == modules and all(p.requires_grad for p in model.parameters())
+
+
+def test_targets_carry_shape_rank_and_scale(build_llama: Build) -> None:
+    target = plan_targets(build_llama(), config(("1.mlp.down_proj",), r=8))[0]
+    found = (target.in_features, target.out_features, target.rank, target.scale, target.kind, target.trained_weights)
+    assert found == (128, 64, 8, 1.0, "dense", 8 * (128 + 64))
+
+
+def test_injection_wraps_the_plan_and_freezes_the_rest(build_llama: Build, state_of: Callable[..., dict[str, Tensor]]) -> None:
+    model = build_llama()
+    before = state_of(model)
+    plan = plan_targets(model, config())
+    assert inject(model, config(), seed=0) == plan
+    assert [name for name, _ in lora_layers(model)] == EVERY
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"{name}.lora_{letter}" for name in EVERY for letter in "AB"}
+    after = state_of(model)
+    assert all(torch.equal(value, after[name if name in after else name.replace("_proj.", "_proj.base.")]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wrapped_layer_keeps_its_mode(build_llama: Build, training: bool) -> None:
+    model = build_llama().train(training)
+    inject(model, config(), seed=0)
+    assert all(module.training is training for module in model.modules())
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "parallel"])
+def test_wrappers_leave_no_trace_in_the_names(adapted: LlamaForCausalLM, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    assert [name for name, _ in lora_layers(wrap(adapted))] == [name for name, _ in lora_layers(adapted)]
+
+
+def test_a_module_that_is_called_module_keeps_its_name() -> None:
+    """Only what a wrapper adds is stripped, never a part of the model's own path."""
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"module": nn.Linear(8, 8)})})
+    inject(model, config(("encoder.module",)), seed=0)
+    assert [name for name, _ in lora_layers(model)] == ["encoder.module"]
+    assert isinstance(model.get_submodule("encoder.module"), LoraLinear)
