@@ -17,6 +17,8 @@ from pipelines.errors import PipelineError, record_error
 from pipelines.stage import read_inputs, write_result
 
 PR_SET_PDEATHSIG = 1
+PARENT = "LORA_RUN_PID"
+"""Environment variable with the process id of the run that started a stage."""
 USER_ERROR = 2
 """Exit status of a stage that was refused for a reason the user can mend."""
 
@@ -36,7 +38,7 @@ def run_stage(work: Work) -> None:
         write_result(folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files)
 
 
-class errors_recorded:  # noqa: N801 - read as a verb: with errors_recorded(folder)
+class errors_recorded:
     """Turn an error the user can mend into error.json, one sentence on stderr and exit status 2."""
 
     def __init__(self, folder: Path) -> None:
@@ -55,10 +57,13 @@ class errors_recorded:  # noqa: N801 - read as a verb: with errors_recorded(fold
 
 
 def die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process when its parent ends, however the parent ends."""
+    """Ask the kernel (Linux) to end this process when its parent ends, however the parent ends.
+
+    The run that started the stage is looked for by its process id as well: it may have ended before the kernel was asked.
+    """
     if sys.platform != "linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    run = os.environ.get(PARENT)
+    if run is not None and not Path(f"/proc/{run}").exists():
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,7 @@
 """What the tests of lora_core share: tiny models made on the spot, dense or 4-bit, and ways to compare them bit by bit."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,12 @@ def adapter_folder(adapted: LlamaForCausalLM, small_config: LoraConfig, tmp_path
     folder = tmp_path / "adapter"
     save_adapter(adapted, folder, small_config, Identity(base="tiny llama"))
     return folder
+
+
+@pytest.fixture(params=[partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compiled", "parallel"])
+def wrapper(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
+    """What puts a part of its own before every module path; neither computes anything by being put on."""
+    return request.param
 
 
 @pytest.fixture

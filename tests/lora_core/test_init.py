@@ -33,6 +33,10 @@ def test_a_does_not_depend_on_the_global_generator(build_llama: Callable[..., Ll
     assert torch.equal(drawn(model, seed=3)[NAME], first[NAME])
 
 
+def test_a_does_not_depend_on_a_wrapper(build_llama: Callable[..., LlamaForCausalLM], wrapper: Callable[[nn.Module], nn.Module]) -> None:
+    assert torch.equal(drawn(wrapper(build_llama()), seed=3)[NAME], drawn(build_llama(), seed=3)[NAME])
+
+
 def test_injection_leaves_the_global_generator_alone(build_llama: Callable[..., LlamaForCausalLM]) -> None:
     model = build_llama()
     before = torch.get_rng_state()

@@ -57,7 +57,9 @@ def test_patterns_find_what_they_say(build_llama: Build, targets: str | tuple[st
     ],
     ids=str,
 )
-def test_patterns_that_miss_are_refused(build_llama: Build, refuses: Callable[..., None], targets: str | tuple[str, ...], message: str) -> None:
+def test_patterns_that_miss_are_refused(
+    build_llama: Build, refuses: Callable[..., None], targets: str | tuple[str, ...], message: str
+) -> None:
     model = build_llama()
     refuses(model, lambda: inject(model, config(targets), seed=0), TargetError, message)
 
@@ -69,7 +71,7 @@ def test_a_model_without_linear_layers_is_refused() -> None:
 
 def test_a_bare_layer_has_no_place_to_put_an_adapter(refuses: Callable[..., None]) -> None:
     layer = nn.Linear(8, 8)
-    refuses(layer, lambda: inject(layer, config(), seed=0), TargetError, "")
+    refuses(layer, lambda: inject(layer, config(), seed=0), TargetError, "model")
 
 
 def test_the_rank_may_reach_the_smaller_side_but_not_exceed_it(build_llama: Build, refuses: Callable[..., None]) -> None:
@@ -98,7 +100,9 @@ def test_a_plan_on_the_meta_device_is_the_plan(build_llama: Build) -> None:
     assert plan_targets(meta, config()) == plan_targets(real, config())
 
 
-def test_planning_changes_nothing(build_llama: Build, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None]) -> None:
+def test_planning_changes_nothing(
+    build_llama: Build, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None]
+) -> None:
     model = build_llama()
     before, modules = state_of(model), list(model.modules())
     plan_targets(model, config())
@@ -121,7 +125,9 @@ def test_injection_wraps_the_plan_and_freezes_the_rest(build_llama: Build, state
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{name}.lora_{letter}" for name in EVERY for letter in "AB"}
     after = state_of(model)
-    assert all(torch.equal(value, after[name if name in after else name.replace("_proj.", "_proj.base.")]) for name, value in before.items())
+    assert all(
+        torch.equal(value, after[name if name in after else name.replace("_proj.", "_proj.base.")]) for name, value in before.items()
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -131,9 +137,8 @@ def test_a_wrapped_layer_keeps_its_mode(build_llama: Build, training: bool) -> N
     assert all(module.training is training for module in model.modules())
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compiled", "parallel"])
-def test_wrappers_leave_no_trace_in_the_names(adapted: LlamaForCausalLM, wrap: Callable[[nn.Module], nn.Module]) -> None:
-    assert [name for name, _ in lora_layers(wrap(adapted))] == [name for name, _ in lora_layers(adapted)]
+def test_wrappers_leave_no_trace_in_the_names(adapted: LlamaForCausalLM, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+    assert [name for name, _ in lora_layers(wrapper(adapted))] == [name for name, _ in lora_layers(adapted)]
 
 
 def test_a_module_that_is_called_module_keeps_its_name() -> None:

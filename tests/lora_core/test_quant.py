@@ -98,7 +98,9 @@ def test_no_dense_copy_of_the_weight_is_kept(randomise: Callable[[nn.Module], No
     assert {t.data_ptr() for t in saved} - parameters == {x.data_ptr()}
 
 
-def test_a_base_in_evaluation_keeps_its_codes(build_nf4_llama: Callable[..., LlamaForCausalLM], logits: Callable[[nn.Module], Tensor]) -> None:
+def test_a_base_in_evaluation_keeps_its_codes(
+    build_nf4_llama: Callable[..., LlamaForCausalLM], logits: Callable[[nn.Module], Tensor]
+) -> None:
     """On processors with AVX512-BF16 bitsandbytes stores a layer anew when it is first evaluated; layers without an
     adapter would change their fingerprint, and the adapter would be saved for a base that nobody can load."""
     model = build_nf4_llama()
@@ -127,7 +129,14 @@ def test_what_lora_cannot_adapt_has_no_base_weight() -> None:
     class OwnLinear(nn.Linear):
         """Its forward may do anything."""
 
-    foreign = [nn.Embedding(4, 4), nn.Conv1d(4, 4, 1), nn.LayerNorm(4), nn.Bilinear(2, 2, 2), OwnLinear(4, 4), linear_4bit(quant_type="fp4")]
+    foreign = [
+        nn.Embedding(4, 4),
+        nn.Conv1d(4, 4, 1),
+        nn.LayerNorm(4),
+        nn.Bilinear(2, 2, 2),
+        OwnLinear(4, 4),
+        linear_4bit(quant_type="fp4"),
+    ]
     assert [base_weight(module) for module in foreign] == [None] * len(foreign)
 
 

@@ -1,0 +1,182 @@
+"""Start a stage as a child process, follow it, and leave no process behind. Imports no torch.
+
+What passes between parent and child are files in the stage's folder; the child's own output goes to log.txt there.
+A stage's folder is locked while its child runs, so a second run of the same recipe is told so instead of doing harm.
+"""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipelines.child import PARENT, die_with_parent
+from pipelines.errors import RecipeError, StageError, recorded_error
+from pipelines.stage import LOG, Stage, read_result
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "infra" / "accelerate"
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 35
+"""torchrun gives its ranks 30 seconds to end."""
+Watch = Callable[[dict[str, Any]], None]
+
+
+def python_argv(module: str, folder: Path) -> list[str]:
+    """Return the command of a stage that is one process."""
+    return [sys.executable, "-m", module, str(folder)]
+
+
+def accelerate_argv(config: str, processes: int, folder: Path) -> list[str]:
+    """Return the command that trains on `processes` ranks under a named accelerate config."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config))]
+    return [*launcher, "--num_processes", str(processes), "--main_process_port", "0", "-m", "pipelines.train", str(folder)]
+
+
+def config_file(name: str) -> Path:
+    """Find an accelerate config by name in infra/accelerate, or by path.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    for path in (CONFIGS / f"{name}.yaml", Path(name).expanduser()):
+        if path.is_file():
+            return path
+    known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+    raise RecipeError(f"launch.config {name!r} is no file and none of infra/accelerate: {known}")
+
+
+def run_child(stage: Stage, argv: list[str], *, threads: int, watch: Watch | None = None) -> dict[str, Any]:
+    """Run a stage to its end; return its figures.
+
+    Args:
+        stage: its folder has been begun.
+        argv: the command.
+        threads: for each process of the child.
+        watch: called with each new row of the stage's metrics.jsonl.
+
+    Raises:
+        StageError: the child ended without a result; the message is the child's own where it left one.
+    """
+    with _locked(stage.folder):
+        _reap(stage.folder)
+        with (stage.folder / LOG).open("ab") as log:
+            child = subprocess.Popen(
+                argv,
+                cwd=REPOSITORY,
+                env=_environment(threads),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock is taken
+            )
+        try:
+            _follow(child, stage.folder, watch)
+        finally:
+            _end(child)
+    return _outcome(stage, child.returncode)
+
+
+def _outcome(stage: Stage, status: int) -> dict[str, Any]:
+    figures = read_result(stage.folder) if status == 0 else None
+    if figures is not None:
+        return figures
+    message = recorded_error(stage.folder)
+    if message is None:
+        lines = (stage.folder / LOG).read_text(errors="replace").splitlines()
+        message = f"stage {stage.kind} {stage.label} ended with status {status}; {stage.folder / LOG} ends: {' | '.join(lines[-3:])}"
+    raise StageError(message)
+
+
+def _follow(child: "subprocess.Popen[bytes]", folder: Path, watch: Watch | None) -> None:
+    """Wait for the child while passing on what it writes to metrics.jsonl."""
+    rows = _rows_as_they_come(folder / "metrics.jsonl")
+    while True:
+        ended = child.poll() is not None
+        for row in rows:
+            if row is None:
+                break
+            if watch is not None:
+                watch(row)
+        if ended:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _rows_as_they_come(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield each complete row once, and None whenever there is no new one."""
+    step = 0
+    while True:
+        rows = _complete_rows(path)
+        for row in rows:
+            if row["step"] > step:
+                step = row["step"]
+                yield row
+        yield None
+
+
+def _complete_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Return the child's environment: its parent, its threads, and the interpreter's tools (ninja) on the path."""
+    tools = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        PARENT: str(os.getpid()),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
+    }
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the stage's lock; the kernel lets go of it when this process ends."""
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StageError(f"another run is at work in {folder}; wait for it, then run again: what it finished is found") from error
+        yield
+
+
+def _reap(folder: Path) -> None:
+    """End what a former run left at work in this folder, such as ranks whose launcher was killed."""
+    left = [process for process in psutil.process_iter(["cmdline"]) if str(folder) in (process.info["cmdline"] or [])]
+    _kill([process for process in left if process.pid != os.getpid()])
+
+
+def _end(child: "subprocess.Popen[bytes]") -> None:
+    """End the child and all it started: first in order, then by force. Ranks live in sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        descendants = psutil.Process(child.pid).children(recursive=True)
+        if child.poll() is None:
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE_SECONDS)
+        _kill(descendants)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=5)
