@@ -115,7 +115,7 @@ def _dequantise(file: Path, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     with folder_written_aside(folder) as aside:

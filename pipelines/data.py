@@ -7,6 +7,7 @@ prompt, the assistant's turns of a conversation. The two splits are Arrow folder
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
     usable = [example for example in examples if any(example.supervised)]
     if not usable:
         raise DataError(
-            f"all {len(examples)} completions of {settings['source']!r} are cut off by max_tokens={settings['max_tokens']}; raise it or shorten the prompts"
+            f"all {len(examples)} completions of {settings['source']!r} are cut off by max_tokens={settings['max_tokens']}; "
+            "raise it or shorten the prompts"
         )
     train, validation = split_by_group(usable, settings["validation_examples"], inputs["seed"])
     files = [name for split, part in (("train", train), ("validation", validation)) for name in _save(part, folder, split)]
@@ -90,9 +92,7 @@ def split_by_group(examples: list[Example], validation_examples: int, seed: int)
     groups = sorted({example.group for example in examples})
     random.Random(seed).shuffle(groups)
     held_out: set[str] = set()
-    members = {group: 0 for group in groups}
-    for example in examples:
-        members[example.group] += 1
+    members = Counter(example.group for example in examples)
     enough = max(validation_examples, HELD_OUT_SHARE * len(examples))  # several groups, not the one that happens to be large
     while groups and sum(members[group] for group in held_out) < enough:
         held_out.add(groups.pop())

@@ -16,6 +16,7 @@ from datasets import load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core import load_adapter
+from lora_core.dequantise import dequantise
 from lora_core.files import write_text
 from pipelines.benchmarks import sample
 from pipelines.child import run_stage
@@ -37,6 +38,8 @@ def evaluate(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tup
     model = load_model(Path(paths.get("model", paths["base"])), inputs["quantization"], hardware)
     if "adapter" in paths:
         load_adapter(model, Path(paths["adapter"]))
+    if hardware.device == "cpu":
+        dequantise(model, hardware.dtype)
     records = [*score_examples(model, examples), *score_items(model, tokenizer, items)]
     records += generate_and_score(model, tokenizer, examples[: settings["generations"]], settings["max_new_tokens"])
     write_text(folder / ITEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -77,7 +80,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     packed = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
-        output = model.generate(
+        output = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,

@@ -156,7 +156,13 @@ def decide(share: Interval, general: Interval, beyond_control: Interval, gate: M
     rules = (
         _rule("learnt enough", share, gate["min_gain_share"], "{value:.0%} of the control's gain", "at least {bound:.0%}"),
         _rule("forgot little", general, -gate["max_general_drop"], "general change {value:+.3f}", "no less than {bound:+.3f}"),
-        _rule("forgot no more than the control", beyond_control, -gate["max_drop_beyond_control"], "{value:+.3f} against the control", "no less than {bound:+.3f}"),
+        _rule(
+            "forgot no more than the control",
+            beyond_control,
+            -gate["max_drop_beyond_control"],
+            "{value:+.3f} against the control",
+            "no less than {bound:+.3f}",
+        ),
     )
     status: Status = "pass"
     if any(rule.status == "reject" for rule in rules):
@@ -242,7 +248,8 @@ def _mean(records: Records, name: str) -> float | None:
 
 
 def _per_byte(record: Mapping[str, Any]) -> Array:
-    return np.array(record["log_likelihoods"]) / np.array(record["bytes"])
+    per_byte: Array = np.array(record["log_likelihoods"]) / np.array(record["bytes"])
+    return per_byte
 
 
 def _check_paired(before: Records, after: Records) -> None:
@@ -253,7 +260,14 @@ def _check_paired(before: Records, after: Records) -> None:
 def _interval(samples: list[Array], statistic: Callable[..., Any], *, paired: bool = False) -> Interval:
     value = float(statistic(*samples, axis=-1))
     ends = bootstrap(
-        tuple(samples), statistic, paired=paired, vectorized=True, n_resamples=RESAMPLES, method="percentile", batch=500, rng=np.random.default_rng(0)
+        tuple(samples),
+        statistic,
+        paired=paired,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        batch=500,
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(round(value, 6), round(float(ends.low), 6), round(float(ends.high), 6))
 

@@ -76,7 +76,7 @@ def run_child(stage: Stage, argv: list[str], *, threads: int, watch: Watch | Non
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no lock is taken
+                preexec_fn=die_with_parent,  # one system call, no lock is taken
             )
         try:
             _follow(child, stage.folder, watch)

@@ -33,7 +33,8 @@ def load_model(folder: Path, quantization: str, hardware: Hardware) -> PreTraine
             bnb_4bit_quant_storage=torch.uint8,
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[Segment]) -> torch.Tensor:

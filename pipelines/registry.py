@@ -6,6 +6,7 @@ versions are looked up by digest before they are made, and aliases move last.
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,8 @@ def _answering(runs: Path) -> Iterator[MlflowClient]:
     """Yield a client, and turn MLflow's errors into one sentence that says nothing is lost."""
     for name, value in PATIENCE.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri(runs)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -153,7 +156,10 @@ def _figures(model: dict[str, Any]) -> dict[str, float | None]:
     for effect in ("change", "total"):
         for figure in ("task_gain", "choice_probability"):
             if effect in model:
-                flat |= {f"{effect}/{figure}" + end: model[effect][figure][key] for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))}
+                flat |= {
+                    f"{effect}/{figure}" + end: model[effect][figure][key]
+                    for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
+                }
     training = model.get("figures", {})
     flat |= {f"cost/{name}": training.get(name) for name in ("trained_weights", "adapter_bytes", "tokens_per_second", "peak_memory_bytes")}
     return flat

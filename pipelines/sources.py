@@ -68,7 +68,8 @@ def _from_hub(source: str, revision: str | None, split: str) -> Dataset:
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise DataError(
-            f"data source {source!r} is no file ending in {', '.join(BUILDERS)} and cannot be loaded from the hub{offline}: {_first_line(error)}"
+            f"data source {source!r} is no file ending in {', '.join(BUILDERS)} and cannot be loaded from the hub{offline}: "
+            f"{_first_line(error)}"
         ) from error
 
 

@@ -37,6 +37,7 @@ from pipelines.child import die_with_parent, errors_recorded
 from pipelines.errors import PipelineError
 from pipelines.hardware import Hardware, detect, peak_memory_bytes
 from pipelines.model import head_weight, hidden_states, load_model
+from pipelines.plan import lora_config
 from pipelines.stage import read_inputs, write_result
 
 METRICS = "metrics.jsonl"
@@ -103,7 +104,7 @@ def start(inputs: dict[str, Any], hardware: Hardware) -> Accelerator:
     accelerator = Accelerator(
         gradient_accumulation_steps=inputs["training"]["accumulation"],
         mixed_precision="bf16" if hardware.dtype is torch.bfloat16 else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(backend=hardware.backend)],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=hardware.backend)] if "WORLD_SIZE" in os.environ else None,
     )
     if accelerator.num_processes != inputs["processes"]:
         raise PipelineError(
@@ -117,8 +118,7 @@ def adapt(model: PreTrainedModel, inputs: dict[str, Any]) -> LoraConfig | None:
     """Inject the adapter, or leave every weight to train for the control; return the adapter's config."""
     config = None
     if inputs["method"] == "lora":
-        values = {**inputs["lora"], "target_modules": _targets(inputs["lora"]["target_modules"])}
-        config = LoraConfig(**values)
+        config = lora_config(inputs["lora"], inputs["rank"])
         inject(model, config, seed=inputs["seed"])
     if inputs["training"]["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -273,10 +273,6 @@ def _lineage(inputs: dict[str, Any]) -> dict[str, str]:
         "template_sha256": base["template_sha256"],
         "quantization": inputs["quantization"],
     }
-
-
-def _targets(targets: str | list[str]) -> str | tuple[str, ...]:
-    return targets if isinstance(targets, str) else tuple(targets)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,36 @@
+"""Replace 4-bit layers by dense layers that compute the same, for scoring where memory is not what is short.
+
+Scoring passes over a 4-bit weight many times and makes it dense each time. On a CPU, doing so once is about twice as
+fast; the values are the 4-bit ones, so what is measured is still the quantised model.
+"""
+
+import torch
+from torch import nn
+
+from lora_core.injection import lora_layers, replace_module
+from lora_core.quant import DenseWeight, Nf4Weight, is_nf4
+
+
+@torch.no_grad()
+def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
+    """Make every NF4 layer of `model` dense in place, also under adapters; return how many there were.
+
+    Raises nothing and keeps the model's outputs up to the rounding of `dtype`.
+    """
+    names = [name for name, module in model.named_modules() if is_nf4(module)]
+    for name in names:
+        replace_module(model, name, _dense_linear(model.get_submodule(name), dtype))
+    for _, layer in lora_layers(model):
+        if isinstance(layer.base, nn.Linear):
+            layer.frozen = DenseWeight(layer.base)
+    return len(names)
+
+
+def _dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    frozen = Nf4Weight(module)
+    out_features, in_features = frozen.shape
+    linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(frozen.dense(dtype), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = module.bias  # type: ignore[assignment]
+    return linear

@@ -1,0 +1,131 @@
+"""The `lora` command. Heavy libraries are imported by the command that needs them, so `lora --help` is quick."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.errors import PipelineError
+from pipelines.recipe import load_recipe
+from pipelines.stages import runs_root
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Fine-tune with LoRA, and know what was forgotten."
+)
+RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.", show_default=False)]
+RanksOption = Annotated[list[int], typer.Option("--rank", help="Train this rank instead of the recipe's; may be given more than once.")]
+
+
+@app.command()
+def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 - typer reads the list as a default
+    """Run a recipe: data, adapters, control, forgetting check, registration, report. Goes on where it was stopped."""
+    load_recipe(recipe, ranks=rank)  # a bad recipe is refused before anything is started
+    prepare_prefect()
+    from pipelines.flows import finetune
+
+    finetune(recipe, rank)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006
+    """Print the matched modules, trained weights, expected memory and file size, without training."""
+    settings = load_recipe(recipe, ranks=rank)
+    from pipelines.planning import print_plan
+
+    print_plan(settings, runs_root())
+
+
+@app.command()
+def compare(name: Annotated[str, typer.Argument(help="A recipe's name, its file, or a summary.json.", show_default=False)]) -> None:
+    """Print the table of an earlier run."""
+    path = _summary(name)
+    from rich.console import Console
+
+    from pipelines.report import terminal_table
+
+    summary = json.loads(path.read_text())
+    Console().print(terminal_table(summary))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer.", show_default=False)],
+    adapter: Annotated[str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or an adapter's folder.", show_default=False)],
+    base: Annotated[str, typer.Option(help="Base model, where the adapter's own is elsewhere on this machine.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+) -> None:
+    """Answer a prompt with an adapter, on the base that it was trained on."""
+    from pipelines.generate import answer
+
+    typer.echo(answer(prompt, adapter, base or None, max_new_tokens, runs_root()))
+
+
+@app.command()
+def deploy(
+    recipe: RecipeArgument,
+    cron: Annotated[str, typer.Option(help='When to run, such as "0 2 * * *".')] = "",
+    interval: Annotated[int, typer.Option(help="Seconds between runs.", min=0)] = 0,
+    on_event: Annotated[str, typer.Option(help="Name of a Prefect event that starts a run.")] = "",
+    pool: Annotated[str, typer.Option(help="Work pool that a worker on the GPU host serves.")] = "lora",
+) -> None:
+    """Make a recipe a Prefect deployment on the server of PREFECT_API_URL."""
+    load_recipe(recipe)
+    if not os.environ.get("PREFECT_API_URL"):
+        raise PipelineError("PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` or name your server")
+    prepare_prefect()
+    from pipelines.deploy import Schedule, deploy_recipe
+
+    typer.echo(deploy_recipe(recipe, Schedule(cron or None, interval or None, on_event or None), pool))
+
+
+@app.command()
+def ui() -> None:
+    """Start the MLflow and Prefect pages on what the runs produced, and print their addresses; Ctrl-C ends both."""
+    prepare_prefect()
+    from pipelines.pages import serve
+
+    serve(runs_root())
+
+
+def main() -> None:
+    """Run the command line; an error the user can mend is one sentence and exit status 2."""
+    from lora_core.errors import LoraError
+
+    os.environ.setdefault("LORA_RUNS", str(runs_root()))
+    try:
+        app()
+    except (PipelineError, LoraError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != 28:  # ENOSPC
+            raise
+        typer.secho(
+            f"error: no space left for {error.filename or 'a file'}; free some and run again, what is finished is kept", fg="red", err=True
+        )
+        sys.exit(2)
+
+
+def prepare_prefect() -> None:
+    """Keep Prefect's state beside the runs unless a server or a home is named; it must be set before the import."""
+    os.environ.setdefault("PREFECT_HOME", str(runs_root() / "prefect"))
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+
+
+def _summary(name: str) -> Path:
+    path = Path(name)
+    for candidate in (path, runs_root() / path.stem / "summary.json"):
+        if candidate.name == "summary.json" and candidate.is_file():
+            return candidate
+    known = sorted(p.parent.name for p in runs_root().glob("*/summary.json"))
+    raise PipelineError(f"no summary of {name!r} under {runs_root()}; runs here: {', '.join(known) or 'none yet'}")
+
+
+if __name__ == "__main__":
+    main()

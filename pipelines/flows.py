@@ -1,0 +1,156 @@
+"""The workflow, from a recipe to a compared, checked and registered adapter. Start reading here.
+
+data ─► base ─► train each rank and the control ─► evaluate all ─► compare ─► report ─► register ─► alias
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+
+from lora_core.files import write_json
+from pipelines import tasks
+from pipelines.errors import RegistryError
+from pipelines.progress import say, show
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.stage import Stage, digest, library_versions
+from pipelines.stages import Stages, runs_root
+
+
+@flow(name="finetune", description=__doc__)
+def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect's form wants a plain list
+    """Run a recipe from data to registered adapter; return the path of its summary.json.
+
+    Args:
+        recipe: a YAML file, or the name of one in pipelines/recipes.
+        ranks: replaces the recipe's ranks where not empty.
+    """
+    settings = load_recipe(recipe, ranks=ranks)
+    run = Run(settings, Stages(settings, runs_root()))
+    base = run.step(tasks.prepare_base, run.stages.base())
+    data_stage = run.stages.data(base)
+    data = (data_stage, run.step(tasks.prepare_data, data_stage))
+    run.step(tasks.plan, run.stages.plan(base, data[1]))
+    trained = train_all(run, base, data)
+    evaluated = evaluate_all(run, base, data, trained)
+    summary = summarise(run, base, data[1], trained, evaluated)
+    return str(publish(run, summary))
+
+
+@dataclass
+class Run:
+    """One execution of a recipe: its stages, and how long each took."""
+
+    recipe: Recipe
+    stages: Stages
+    started: float = field(default_factory=time.monotonic)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's summary and report go."""
+        return self.stages.root / self.recipe.name
+
+    def step(self, task: Any, stage: Stage, *arguments: Any) -> dict[str, Any]:
+        """Run or reuse a stage, say so, and note the time."""
+        name, begun = f"{stage.kind} {stage.label}", time.monotonic()
+        figures, reused = tasks.run_or_reuse(task, stage, *arguments)
+        seconds = round(time.monotonic() - begun, 2)
+        self.timings.append({"name": name, "seconds": seconds, "cached": reused, "folder": str(stage.folder)})
+        say(f"[green]✓[/green] {name} [dim]{'found again' if reused else f'{seconds:.0f} s'}[/dim]")
+        return figures
+
+
+def train_all(run: Run, base: dict[str, Any], data: tuple[Stage, dict[str, Any]]) -> dict[str, tuple[Stage, dict[str, Any]]]:
+    """Train the control and each rank, one after the other: each takes all processes."""
+    done = {}
+    for rank in (None, *run.recipe.lora.ranks):
+        stage = run.stages.train(base, data, rank)
+        done[stage.label] = (stage, run.step(tasks.train, stage, run.recipe.launch))
+    return done
+
+
+def evaluate_all(
+    run: Run, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], trained: dict[str, tuple[Stage, dict[str, Any]]]
+) -> dict[str, Stage]:
+    """Score the base, the base in 4 bits and all that was trained, a few side by side."""
+    bases = ["base"] if run.recipe.base_model.quantization == "none" else ["base", "base-nf4"]
+    stages = {label: run.stages.evaluate(label, base, data, None) for label in bases}
+    stages |= {label: run.stages.evaluate(label, base, data, stage) for label, (stage, _) in trained.items()}
+    at_once = run.recipe.launch.evaluations_at_once
+    with ThreadPoolExecutor(at_once) as pool:
+        waiting = [pool.submit(copy_context().run, run.step, tasks.evaluate, stage, at_once) for stage in stages.values()]
+        for one in waiting:
+            one.result()
+    return stages
+
+
+def summarise(
+    run: Run, base: dict[str, Any], data: dict[str, Any], trained: dict[str, tuple[Stage, dict[str, Any]]], evaluated: dict[str, Stage]
+) -> dict[str, Any]:
+    """Compare everything with everything and return the summary."""
+    from pipelines.comparison import Trained, compare
+
+    ranks = dict(zip((f"rank-{rank}" for rank in run.recipe.lora.ranks), run.recipe.lora.ranks, strict=True))
+    models = [Trained(label, ranks.get(label), stage.key, str(stage.folder), figures) for label, (stage, figures) in trained.items()]
+    paths = {label: str(stage.folder / "items.jsonl") for label, stage in evaluated.items()}
+    items = {label: [json.loads(line) for line in Path(path).read_text().splitlines()] for label, path in paths.items()}
+    return {
+        "name": run.recipe.name,
+        "key": digest([run.recipe.model_dump(mode="json"), sorted(stage.key for stage in evaluated.values())]),
+        "seed": run.recipe.seed,
+        "recipe": run.recipe.model_dump(mode="json"),
+        "commit": _commit(),
+        "versions": library_versions(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "base": base,
+        "data": data,
+        "items": paths,
+        **compare(run.recipe, models, items),
+    }
+
+
+def publish(run: Run, summary: dict[str, Any]) -> Path:
+    """Write the report, register the adapters, show the table; a registry that fails loses nothing but itself."""
+    from pipelines.report import markdown_table, terminal_table, write_html
+
+    path, page = run.folder / "summary.json", run.folder / "report.html"
+    summary |= {"stages": run.timings, "seconds": round(time.monotonic() - run.started, 2)}
+    write_json(path, summary)
+    write_html(summary, page)
+    failure = None
+    begun = time.monotonic()
+    try:
+        from pipelines.registry import register
+
+        summary["registered"] = register(summary, run.stages.root, [path, page])
+    except RegistryError as error:
+        failure = error
+    run.timings.append({"name": "register", "seconds": round(time.monotonic() - begun, 2), "cached": False, "folder": ""})
+    summary["seconds"] = round(time.monotonic() - run.started, 2)
+    write_json(path, summary)
+    create_markdown_artifact(markdown_table(summary), key="comparison", description=summary["decision"])
+    say("")
+    show(terminal_table(summary))
+    say(f"report   {page}\nsummary  {path}")
+    if failure is not None:
+        raise failure
+    return path
+
+
+def _commit() -> str:
+    """Return the commit of the code, with a mark where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,68 @@
+"""Answer a prompt with an adapter from a folder or from the registry, on the base that its sidecar names."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lora_core import load_adapter
+from lora_core.adapter_io import read_identity
+from pipelines import launch
+from pipelines.base_model import identify
+from pipelines.errors import PipelineError
+from pipelines.evaluate import generate
+from pipelines.hardware import detect
+from pipelines.model import load_model
+from pipelines.stage import Stage
+from pipelines.tokenizer import load_tokenizer
+
+REGISTERED = "models:/"
+
+
+def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, runs: Path) -> str:
+    """Return the greedy answer to `prompt`.
+
+    Args:
+        prompt: put into the base's chat template where it has one.
+        adapter: a folder, or `models:/NAME@ALIAS`.
+        base: replaces the base that the sidecar names; its weights must still be those of training.
+        max_new_tokens: longest answer.
+        runs: folder of all runs.
+
+    Raises:
+        BaseMismatchError: the base is not the one the adapter was trained on.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _fetch(adapter, runs, Path(scratch))
+        identity = read_identity(folder)
+        prepared = _prepared_base(base or (identity or {}).get("base", ""), (identity or {}).get("revision"), runs)
+        hardware = detect()
+        model = load_model(prepared, str((identity or {}).get("lineage", {}).get("quantization", "none")), hardware)
+        load_adapter(model, folder)
+    tokenizer = load_tokenizer(prepared)
+    return generate(model, tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens)[0]
+
+
+def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
+    if adapter.startswith(REGISTERED):
+        from pipelines.registry import download
+
+        return download(adapter, runs, scratch)
+    if not Path(adapter).is_dir():
+        raise PipelineError(f"adapter {adapter!r} is no folder; give one, or models:/NAME@champion")
+    return Path(adapter)
+
+
+def _prepared_base(base: str, revision: str | None, runs: Path) -> Path:
+    if not base:
+        raise PipelineError("the adapter does not say which base it was trained on; name it with --base")
+    identity = identify(base, revision)
+    stage = Stage("base", base.rpartition("/")[2].replace(":", "-"), {"base": identity}, runs)
+    figures = stage.result() or launch.run_child(stage, launch.python_argv("pipelines.base_model", stage.begin()), threads=1)
+    return Path(figures["folder"])
+
+
+def _prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt).input_ids)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,52 @@
+"""`lora ui`: the MLflow and Prefect pages over the folder of runs."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from pipelines.progress import say
+
+HOST = "127.0.0.1"
+
+
+def serve(runs: Path, *, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+    """Serve both pages until a signal; a port that is taken is replaced by a free one."""
+    mlflow, prefect = _free(mlflow_port), _free(prefect_port)
+    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
+    python = [sys.executable, "-m"]
+    commands = [[*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect)]]
+    say(f"Prefect  http://{HOST}:{prefect}   (export PREFECT_API_URL=http://{HOST}:{prefect}/api to deploy to it)")
+    if store.startswith("http"):
+        say(f"MLflow   {store}")
+    else:
+        commands.append([*python, "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(mlflow)])
+        say(f"MLflow   http://{HOST}:{mlflow}")
+    _until_signalled([subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands])
+
+
+def _until_signalled(servers: "list[subprocess.Popen[bytes]]") -> None:
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        for server in servers:
+            server.wait()
+    except KeyboardInterrupt:
+        say("stopping")
+    finally:
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.wait(30)
+
+
+def _free(port: int) -> int:
+    """Return `port` when nothing listens there, else any free port."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((HOST, port))
+        except OSError:
+            listener.bind((HOST, 0))
+        return int(listener.getsockname()[1])

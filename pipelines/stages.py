@@ -1,0 +1,104 @@
+"""From a recipe to its stages: what each one's outcome depends on, and nothing else. Imports no torch."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_core.files import sha256_of_file
+from pipelines.base_model import identify
+from pipelines.recipe import Recipe
+from pipelines.stage import Stage, digest
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Makes the stages of one recipe under one folder of runs."""
+
+    recipe: Recipe
+    root: Path
+
+    def base(self) -> Stage:
+        """The base model, in Hugging Face format and fingerprinted."""
+        section = self.recipe.base_model
+        return Stage("base", section.id.rpartition("/")[2].replace(":", "-"), {"base": identify(section.id, section.revision)}, self.root)
+
+    def data(self, base: dict[str, Any]) -> Stage:
+        """The two splits, tokenised for this base."""
+        section = self.recipe.data
+        inputs = {
+            "data": section.model_dump(mode="json"),
+            "source": _source_identity(section.source),
+            "tokenizer": base["tokenizer_sha256"],
+            "template": base["template_sha256"],
+            "seed": self.recipe.seed,
+        }
+        return Stage("data", Path(section.source).stem, inputs, self.root, {"base": base["folder"]})
+
+    def plan(self, base: dict[str, Any], data: dict[str, Any]) -> Stage:
+        """Targets and budgets."""
+        recipe = self.recipe
+        tokens = data["train_tokens"] * recipe.training.batch_size / data["train_examples"]
+        inputs = {
+            "base": base["digests"],
+            "ranks": list(recipe.lora.ranks),
+            "lora": recipe.lora.model_dump(mode="json"),
+            "quantization": recipe.base_model.quantization,
+            "processes": recipe.launch.processes,
+            "tokens": int(tokens / recipe.launch.processes / recipe.training.accumulation),
+        }
+        return Stage("plan", recipe.name, inputs, self.root, {"base": base["folder"]})
+
+    def train(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], rank: int | None) -> Stage:
+        """An adapter of `rank`, or the control for None."""
+        recipe, (data_stage, data_figures) = self.recipe, data
+        section = recipe.control if rank is None else recipe.lora
+        known = ("id", "revision", "digests", "tokenizer_sha256", "template_sha256")
+        inputs: dict[str, Any] = {
+            "method": "full" if rank is None else "lora",
+            "base": {name: base[name] for name in known},
+            "data_digest": data_figures["digest"],
+            "quantization": "none" if rank is None else recipe.base_model.quantization,
+            "learning_rate": section.learning_rate,
+            "training": recipe.training.model_dump(mode="json"),
+            "processes": recipe.launch.processes,
+            "launch": recipe.launch.config,
+            "seed": recipe.seed,
+        }
+        if rank is not None:
+            inputs |= {"rank": rank, "lora": recipe.lora.model_dump(mode="json", exclude={"ranks", "learning_rate"})}
+        paths = {"base": base["folder"], "data": str(data_stage.folder)}
+        return Stage("train", "control" if rank is None else f"rank-{rank}", inputs, self.root, paths)
+
+    def evaluate(self, label: str, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], trained: Stage | None) -> Stage:
+        """The scores of one model: a base when nothing was trained, else what `trained` left."""
+        recipe, (data_stage, data_figures) = self.recipe, data
+        full_precision = label in ("base", "control")
+        inputs = {
+            "base": base["digests"],
+            "tokenizer": base["tokenizer_sha256"],
+            "trained": trained.key if trained is not None else None,
+            "quantization": "none" if full_precision else recipe.base_model.quantization,
+            "data_digest": data_figures["digest"],
+            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "seed": recipe.seed,
+        }
+        paths = {"base": base["folder"], "data": str(data_stage.folder)}
+        if trained is not None:
+            output = "model" if label == "control" else "adapter"
+            paths[output] = str(trained.folder / output)
+        return Stage("evaluate", label, inputs, self.root, paths)
+
+
+def runs_root() -> Path:
+    """Return the folder of all runs: LORA_RUNS, or `runs` where the command was started."""
+    return Path(os.environ.get("LORA_RUNS", "runs")).resolve()
+
+
+def _source_identity(source: str) -> str:
+    """Return a digest that changes when a local data file does; a hub id or `docstrings` stands for itself."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return sha256_of_file(path)
+    return digest([source, sys.version]) if source == "docstrings" else source

@@ -1,0 +1,78 @@
+"""The stages as Prefect tasks: cached by their key, run as child processes, called directly so that they can be ended."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from prefect import task
+from prefect.context import TaskRunContext
+
+from pipelines import launch
+from pipelines.progress import training_progress
+from pipelines.recipe import LaunchSection
+from pipelines.stage import Stage
+
+Figures = dict[str, Any]
+
+
+def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    """Name the cached result after the stage's inputs; the default key would hold for one flow run only."""
+    return str(parameters["stage"].key)
+
+
+CACHED: dict[str, Any] = {"cache_key_fn": stage_key, "persist_result": True, "task_run_name": "{stage.kind} {stage.label}"}
+
+
+@task(name="prepare base model", **CACHED)
+def prepare_base(stage: Stage) -> Figures:
+    """Bring the base into Hugging Face format and fingerprint it."""
+    return _perform(stage, "pipelines.base_model")
+
+
+@task(name="prepare data", **CACHED)
+def prepare_data(stage: Stage) -> Figures:
+    """Load, template, tokenise, mask and split."""
+    return _perform(stage, "pipelines.data")
+
+
+@task(name="plan", **CACHED)
+def plan(stage: Stage) -> Figures:
+    """Match targets, check ranks, and count weights and memory."""
+    return _perform(stage, "pipelines.plan")
+
+
+@task(name="train", **CACHED)
+def train(stage: Stage, settings: LaunchSection) -> Figures:
+    """Train an adapter or the control on all ranks; goes on from the last checkpoint."""
+    argv = launch.accelerate_argv(settings.config, settings.processes, stage.begin())
+    with training_progress(stage.label) as watch:
+        return launch.run_child(stage, argv, threads=_threads(settings.processes), watch=watch)
+
+
+@task(name="evaluate", **CACHED)
+def evaluate(stage: Stage, at_once: int) -> Figures:
+    """Score one model on the task and on general abilities."""
+    return _perform(stage, "pipelines.evaluate", at_once)
+
+
+def run_or_reuse(step: Callable[..., Any], stage: Stage, *arguments: Any) -> tuple[Figures, bool]:
+    """Return a stage's figures and whether they were there already.
+
+    A cached result is a value and says nothing of files; so the stage's files are verified first, and where one is
+    missing or changed the stage is run again whatever the cache holds.
+    """
+    whole = stage.result() is not None
+    configured = step.with_options(refresh_cache=not whole)  # type: ignore[attr-defined]
+    return configured(stage, *arguments), whole
+
+
+def _perform(stage: Stage, module: str, at_once: int = 1) -> Figures:
+    figures = stage.result()
+    if figures is not None:
+        return figures
+    return launch.run_child(stage, launch.python_argv(module, stage.begin()), threads=_threads(at_once))
+
+
+def _threads(processes: int) -> int:
+    """Share the cores among processes that work side by side."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)

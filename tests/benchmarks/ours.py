@@ -1,0 +1,115 @@
+"""One contestant of the benchmark: the steps of pipelines.train, in a process of its own.
+
+    python tests/benchmarks/ours.py adapter|ours TASK.json RESULT.json
+
+`adapter` trains nothing: it writes the adapter that every contestant starts from. What all of them share is here too:
+the task, the record of a run, and the entry point.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedModel
+
+from lora_core import Identity, save_adapter
+from lora_core.files import write_json
+from pipelines.batches import order
+from pipelines.hardware import detect, peak_memory_bytes
+from pipelines.model import load_model
+from pipelines.train import Run, adapt, prepare_engine, train_step
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contestant is given."""
+
+    inputs: dict[str, Any]
+    """Inputs of a training stage."""
+    paths: dict[str, str]
+    """The base, the data and the adapter to start from."""
+    steps: int
+
+    def model(self) -> PreTrainedModel:
+        """Load the frozen base in NF4."""
+        return load_model(Path(self.paths["base"]), self.inputs["quantization"], detect())
+
+    def dataset(self) -> Dataset:
+        """Return the training examples."""
+        return load_from_disk(str(Path(self.paths["data"]) / "train"))
+
+    def order(self, dataset: Dataset) -> list[list[int]]:
+        """Return the examples of each step."""
+        return order(len(dataset), self.steps, self.inputs["training"]["batch_size"], self.inputs["seed"])
+
+    def batches(self) -> list[list[dict[str, Any]]]:
+        """Return the examples themselves, step by step."""
+        dataset = self.dataset()
+        return [[dataset[i] for i in indices] for indices in self.order(dataset)]
+
+
+@dataclass
+class Record:
+    """What a contestant notes while it trains."""
+
+    losses: list[float] = field(default_factory=list)
+    """Mean over the supervised tokens of each step, in nats."""
+    ends: list[float] = field(default_factory=list)
+    """The clock at the end of each step, in seconds."""
+
+    def step_ended(self) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+
+Contestant = Callable[[Task], Record]
+
+
+def ours(task: Task) -> Record:
+    """Take the steps that pipelines.train takes; the seed draws the adapter that `write_adapter` saved."""
+    hardware, record = detect(), Record()
+    model, dataset = task.model(), task.dataset()
+    adapt(model, task.inputs)
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    run = Run(Accelerator(cpu=True), task.inputs["training"], dataset, lengths, task.order(dataset), hardware.device)
+    engine, optimizer, schedule = prepare_engine(run, model, task.inputs["learning_rate"], hardware)
+    for step in range(task.steps):
+        record.losses.append(train_step(run, engine, optimizer, schedule, step)["loss"])
+        record.step_ended()
+    return record
+
+
+def write_adapter(task: Task) -> Record:
+    """Write the untrained adapter."""
+    model = task.model()
+    config = adapt(model, task.inputs)
+    assert config is not None
+    save_adapter(model, Path(task.paths["adapter"]), config, Identity(base=task.paths["base"]))
+    return Record()
+
+
+def run_contestant(contestants: Mapping[str, Contestant]) -> None:
+    """Run the contestant that the command line names, and write its losses, speed and peak of memory."""
+    name, task_file, result_file = sys.argv[1:]
+    task = Task(**json.loads(Path(task_file).read_text()))
+    record = contestants[name](task)
+    peak = peak_memory_bytes()  # before the examples are counted
+    timed = task.batches()[1:]  # the first step warms up
+    seconds = record.ends[-1] - record.ends[0] if record.ends else 0.0
+    figures = {
+        "losses": record.losses,
+        "tokens": sum(len(example["input_ids"]) for batch in timed for example in batch),
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+    }
+    write_json(Path(result_file), figures)
+
+
+if __name__ == "__main__":
+    run_contestant({"ours": ours, "adapter": write_adapter})

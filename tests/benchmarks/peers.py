@@ -1,0 +1,139 @@
+"""The other contestants of the benchmark: PEFT in the usual short loop, and TRL's SFTTrainer over PEFT.
+
+    python tests/benchmarks/peers.py peft|trl|trl-float32 TASK.json RESULT.json
+
+They get the same frozen NF4 base in float32, with PyTorch's own attention, and the same adapter, steps and AdamW.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from ours import Record, Task, run_contestant
+from peft import PeftModel
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from pipelines.tokenizer import load_tokenizer
+
+IGNORED = -100
+"""Label of a token that is not supervised."""
+
+
+def peft_loop(task: Task) -> Record:
+    """Take the usual steps: a padded batch, logits for every position, the model's own loss, AdamW."""
+    model, record = adapted(task), Record()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=task.inputs["learning_rate"], weight_decay=task.inputs["training"]["weight_decay"])
+    for examples in task.batches():
+        loss = model(**padded(examples)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        record.losses.append(float(loss))
+        record.step_ended()
+    return record
+
+
+def trl_as_it_is(task: Task) -> Record:
+    """Let SFTTrainer train as it is: over a 4-bit base it turns the adapter into bfloat16."""
+    return sft(task, keeps_float32=False)
+
+
+def trl_float32(task: Task) -> Record:
+    """Let SFTTrainer train with the adapter put back into float32, as the other contestants have it."""
+    return sft(task, keeps_float32=True)
+
+
+def adapted(task: Task) -> PeftModel:
+    """Return the base with the common adapter in PEFT, ready to train; nothing leaves float32."""
+    base = task.model()
+    base.set_attn_implementation("sdpa")
+    base.config.use_cache = False
+    model = PeftModel.from_pretrained(base, task.paths["adapter"], is_trainable=True)
+    model.train()
+    return model
+
+
+def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Return the examples as a batch, padded on the right to the longest."""
+    longest = max(len(example["input_ids"]) for example in examples)
+
+    def table(rows: list[list[int]], filler: int) -> torch.Tensor:
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+    return {
+        "input_ids": table([example["input_ids"] for example in examples], 0),
+        "attention_mask": table([[1] * len(example["input_ids"]) for example in examples], 0),
+        "labels": table([labels(example) for example in examples], IGNORED),
+    }
+
+
+def labels(example: dict[str, Any]) -> list[int]:
+    """Return the supervised tokens in their places, and the mark of being ignored elsewhere."""
+    return [token if supervised else IGNORED for token, supervised in zip(example["input_ids"], example["supervised"], strict=True)]
+
+
+def sft(task: Task, *, keeps_float32: bool) -> Record:
+    """Train with SFTTrainer, which is told to do nothing beside the steps."""
+    model, record = adapted(task), Record()
+    initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer = SFTTrainer(
+        model=model,
+        args=sft_config(task),
+        train_dataset=sft_dataset(task),
+        processing_class=load_tokenizer(Path(task.paths["base"])),
+        callbacks=[Timer(record)],
+    )
+    if keeps_float32:
+        for name, values in initial.items():
+            model.get_parameter(name).data = values
+    trainer.train()
+    record.losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return record
+
+
+def sft_config(task: Task) -> SFTConfig:
+    """Return the common task in TRL's words, without checkpoints, evaluation, reports or workers."""
+    return SFTConfig(
+        output_dir=str(Path(task.paths["adapter"]).parent / "trl"),
+        max_steps=task.steps,
+        per_device_train_batch_size=task.inputs["training"]["batch_size"],
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        learning_rate=task.inputs["learning_rate"],
+        lr_scheduler_type="constant",
+        weight_decay=task.inputs["training"]["weight_decay"],
+        max_grad_norm=0.0,  # no clipping
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=True,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        eval_strategy="no",
+        disable_tqdm=True,
+    )
+
+
+def sft_dataset(task: Task) -> Dataset:
+    """Return the examples in the order of the steps, tokenised and labelled, so that TRL supervises the same tokens."""
+    examples = [example for batch in task.batches() for example in batch]
+    return Dataset.from_list([{"input_ids": example["input_ids"], "labels": labels(example)} for example in examples])
+
+
+class Timer(TrainerCallback):
+    """Notes the end of each step."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.record.step_ended()
+
+
+if __name__ == "__main__":
+    run_contestant({"peft": peft_loop, "trl": trl_as_it_is, "trl-float32": trl_float32})
