@@ -9,6 +9,7 @@ Only safetensors and JSON are read; a pickle is refused.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import AdapterError, BaseMismatchError, ConfigError
 from lora_core.files import folder_written_aside, sha256_of_file, write_json
 from lora_core.identity import fingerprint
-from lora_core.injection import Target, inject, lora_layers, plan_targets
+from lora_core.injection import Target, inject, lora_layers, matched_names, plain_name, plan_targets, unwrapped
 
 WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "adapter_identity.json"
 PREFIX = "base_model.model."
@@ -31,6 +32,7 @@ HONOURED = frozenset(
     | {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"}
 )
 NO_EFFECT: tuple[Any, ...] = (None, False, "none", [], {}, "lora")  # what PEFT writes for a feature that is off
+INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base weight as it is
 WITHOUT_MEANING_HERE = frozenset({"auto_mapping", "megatron_core", "qalora_group_size", "runtime_config"})
 
 
@@ -62,6 +64,7 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
         AdapterError: a tensor is misshapen or not finite; nothing is written.
     """
     tensors = adapter_tensors(model)
+    _check_injected(model, config, tensors)
     _check_values(tensors, "the model")
     kind, digest = fingerprint(model)
     with folder_written_aside(folder) as aside:
@@ -135,14 +138,18 @@ def read_config(folder: Path) -> LoraConfig:
     if values.get("peft_type") != "LORA":
         raise AdapterError(f"{folder / CONFIG} has peft_type {values.get('peft_type')!r}; only LORA adapters can be loaded")
     for key, value in values.items():
-        if key not in HONOURED | WITHOUT_MEANING_HERE and value not in NO_EFFECT:
+        if key not in HONOURED | WITHOUT_MEANING_HERE and not _is_off(value):
             raise AdapterError(f"{folder / CONFIG} sets {key}={value!r}, a feature that would be ignored here, so it is refused")
     targets = values.get("target_modules")
+    if values.get("init_lora_weights", True) not in INITS:
+        raise AdapterError(
+            f"{folder / CONFIG} sets init_lora_weights={values['init_lora_weights']!r}, which changes the base; save it as plain LoRA"
+        )
     try:
         return LoraConfig(
             r=values["r"],
             lora_alpha=values["lora_alpha"],
-            target_modules=targets if isinstance(targets, str) else tuple(targets or ()),
+            target_modules=tuple(targets) if isinstance(targets, list) else str(targets or ""),
             lora_dropout=values.get("lora_dropout", 0.0),
             use_rslora=values.get("use_rslora", False),
             init_lora_weights="gaussian" if values.get("init_lora_weights") == "gaussian" else "kaiming",
@@ -185,9 +192,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _peft_config(model: nn.Module, config: LoraConfig, identity: Identity) -> dict[str, Any]:
     """Spell `config` in PEFT's words; `all-linear` becomes the names it matched, so that PEFT adapts the same."""
+    names = [name for name, _ in lora_layers(model)]
     targets = config.target_modules
-    if targets == ALL_LINEAR:
-        targets = tuple({name.rpartition(".")[2] for name, _ in lora_layers(model)})
+    if isinstance(targets, str) and not _matches_alone(model, targets, names):
+        targets = _spelt_out(model, names)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -205,6 +213,44 @@ def _peft_config(model: nn.Module, config: LoraConfig, identity: Identity) -> di
         "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
         "inference_mode": True,
     }
+
+
+def _matches_alone(model: nn.Module, pattern: str, names: list[str]) -> bool:
+    """Tell whether the regular expression matches the adapted layers and nothing else, as PEFT demands."""
+    return pattern != ALL_LINEAR and [n for n, _ in _plain_modules(model) if re.fullmatch(pattern, n)] == names
+
+
+def _spelt_out(model: nn.Module, names: list[str]) -> tuple[str, ...]:
+    """Return the last parts of the names, or, where another module shares one, the whole names."""
+    endings = {name.rpartition(".")[2] for name in names}
+    matched = [name for name, _ in _plain_modules(model) if name.rpartition(".")[2] in endings]
+    return tuple(endings) if matched == names else tuple(names)
+
+
+def _plain_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules that the model has without its adapter."""
+    inside = {id(layer.base) for _, layer in lora_layers(model)}
+    return [(plain_name(name), module) for name, module in unwrapped(model).named_modules() if id(module) not in inside]
+
+
+def _is_off(value: Any) -> bool:
+    return any(type(value) is type(off) and value == off for off in NO_EFFECT)
+
+
+def _check_injected(model: nn.Module, config: LoraConfig, tensors: dict[str, Tensor]) -> None:
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise AdapterError("the model carries no adapter; inject one before saving")
+    for name, layer in layers.items():
+        out_features, in_features = layer.frozen.shape
+        for letter, shape in (("A", (config.r, in_features)), ("B", (out_features, config.r))):
+            found = tuple(tensors[f"{PREFIX}{name}.lora_{letter}.weight"].shape)
+            if found != shape:
+                raise AdapterError(f"{name}.lora_{letter} is {found} where the config says {shape}; gather it, or pass the config injected")
+        if layer.scale != config.scale:
+            raise AdapterError(f"{name} has the scale {layer.scale} and the config {config.scale}; pass the config that was injected")
+    if set(matched_names(model, config)) != set(layers):
+        raise AdapterError(f"the config's target_modules={config.target_modules!r} are not what is adapted; pass the config injected")
 
 
 def _expected_shapes(targets: list[Target]) -> dict[str, tuple[int, int]]:
@@ -231,7 +277,7 @@ def _check_values(tensors: dict[str, Tensor], where: str) -> None:
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dim() != 2:
             raise AdapterError(f"{key} of {where} is {tensor.dtype} of shape {tuple(tensor.shape)}; a matrix of floats belongs there")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise AdapterError(f"{key} of {where} holds values that are not finite; train again with a lower learning rate")
 
 
@@ -245,7 +291,9 @@ def _check_digest(folder: Path, identity: dict[str, Any]) -> None:
 
 def _check_base(model: nn.Module, folder: Path, identity: dict[str, Any]) -> None:
     kind, digest = fingerprint(model)
-    recorded = identity.get("base_digests", {})
+    recorded = identity.get("base_digests")
+    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
+        raise AdapterError(f"{folder / IDENTITY} has base_digests={recorded!r}; fetch or train the adapter again")
     if recorded.get(kind) != digest:
         known = ", ".join(f"{k} {v[:12]}…" for k, v in sorted(recorded.items())) or "none"
         raise BaseMismatchError(

@@ -38,10 +38,12 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ConfigError(f"rank r={self.r!r} must be a whole number of at least 1; common choices are 4 to 64")
-        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+        if not (_is_number(self.lora_alpha) and self.lora_alpha > 0):
             raise ConfigError(f"lora_alpha={self.lora_alpha!r} must be above 0; 2·r is a common choice")
-        if not 0 <= self.lora_dropout < 1:
+        if not (_is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1):
             raise ConfigError(f"lora_dropout={self.lora_dropout!r} must lie in [0, 1); use 0 to switch it off")
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora={self.use_rslora!r} must be true or false")
         if self.init_lora_weights not in ("kaiming", "gaussian"):
             raise ConfigError(f"init_lora_weights={self.init_lora_weights!r} is unknown; use 'kaiming' or 'gaussian'")
         _check_targets(self.target_modules)
@@ -53,10 +55,15 @@ class LoraConfig:
 
 
 def _check_targets(targets: str | tuple[str, ...]) -> None:
-    if not targets or (not isinstance(targets, str) and not all(isinstance(name, str) and name for name in targets)):
+    listed = isinstance(targets, tuple) and all(isinstance(name, str) and name for name in targets)
+    if not targets or not (isinstance(targets, str) or listed):
         raise ConfigError(f"target_modules={targets!r} names nothing; use 'all-linear', a regular expression or a list of module names")
     if isinstance(targets, str):
         try:
             re.compile(targets)
         except re.error as error:
             raise ConfigError(f"target_modules={targets!r} is no regular expression ({error}); escape it or list names") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -72,7 +72,16 @@ def _flush(path: Path) -> None:
 def _replace_folder(aside: Path, folder: Path) -> None:
     """Rename `aside` to `folder`; a former `folder` steps out of the way first and is then removed."""
     former = aside.with_name(f"{aside.name}.former")
-    if folder.exists():
+    stood = folder.exists()
+    if stood:
         folder.rename(former)
-    aside.rename(folder)
-    shutil.rmtree(former, ignore_errors=True)
+    try:
+        aside.rename(folder)
+    except BaseException:
+        if stood:
+            former.rename(folder)
+        raise
+    if former.is_dir() and not former.is_symlink():
+        shutil.rmtree(former, ignore_errors=True)
+    else:
+        former.unlink(missing_ok=True)

@@ -30,7 +30,8 @@ def lora_linear(x: Tensor, base: BaseWeight, bias: Tensor | None, update: tuple[
         dropout: chance of dropping an input of A; 0 outside training.
     """
     a, b, scale = update
-    keep = torch.rand_like(x) >= dropout if dropout > 0 else None
+    # drawn as booleans: in x's dtype the chance itself would be rounded
+    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
     result: Tensor = _LoraLinear.apply(x, a, b, (base, bias, scale, keep, dropout))  # type: ignore[no-untyped-call]
     return result
 
@@ -42,7 +43,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.save_for_backward(x, a, b, keep)
         ctx.base, ctx.scale, ctx.dropout = base, scale, dropout
         y = F.linear(x, base.dense(x.dtype), bias)
-        down_NR = _dropped(x, keep, dropout).flatten(0, -2) @ a.to(x.dtype).T
+        down_NR = _rows(_dropped(x, keep, dropout)) @ a.to(x.dtype).T
         y.view(-1, y.shape[-1]).addmm_(down_NR, b.to(x.dtype).T, alpha=scale)
         return y
 
@@ -50,9 +51,9 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, keep = ctx.saved_tensors
-        x_NI = _dropped(x, keep, ctx.dropout).flatten(0, -2)
+        x_NI = _rows(_dropped(x, keep, ctx.dropout))
         a, b = a.to(x.dtype), b.to(x.dtype)
-        grad_NO = grad_y.flatten(0, -2)
+        grad_NO = _rows(grad_y)
         grad_down_NR = (grad_NO @ b) * ctx.scale
         grad_a = grad_down_NR.T @ x_NI
         grad_b = grad_NO.T @ ((x_NI @ a.T) * ctx.scale)
@@ -62,10 +63,14 @@ class _LoraLinear(torch.autograd.Function):
             if keep is None:
                 grad_x_NI.addmm_(grad_down_NR, a)
             else:
-                grad_x_NI += _dropped(grad_down_NR @ a, keep.flatten(0, -2), ctx.dropout)
+                grad_x_NI += _dropped(grad_down_NR @ a, _rows(keep), ctx.dropout)
             grad_x = grad_x_NI.view_as(x)
         return grad_x, grad_a, grad_b, None
 
 
 def _dropped(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
     return x if keep is None else x * keep / (1 - dropout)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

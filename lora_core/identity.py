@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lora_core.injection import plain_name, unwrapped
 from lora_core.layers import LoraLinear
 from lora_core.quant import Kind, is_nf4
 
@@ -23,6 +24,7 @@ def fingerprint(model: nn.Module) -> tuple[Kind, str]:
 
     An injected adapter does not count: the model under it is what is identified.
     """
+    model = unwrapped(model)
     tensors = dict(_base_tensors(model))
     kind: Kind = "nf4" if any(is_nf4(module) for module in model.modules()) else "dense"
     return kind, digest_of(tensors)
@@ -40,12 +42,14 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 def _base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     """Yield the base's own parameters under the names they have without an adapter; tied ones once."""
-    seen: set[int] = set()
-    adapters = {id(p) for m in model.modules() if isinstance(m, LoraLinear) for p in (m.lora_A, m.lora_B)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    wrapped = {f"{name}.base" for name in layers}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in adapters and id(parameter) not in seen:
-            seen.add(id(parameter))
-            yield name.replace(".base.", "."), parameter.detach()
+        if id(parameter) not in adapters:
+            owner, _, last = name.rpartition(".")
+            plain = f"{owner.removesuffix('.base')}.{last}" if owner in wrapped else name
+            yield plain_name(plain), parameter.detach()
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -9,7 +9,7 @@ from torch import nn
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import TargetError
 from lora_core.layers import LoraLinear
-from lora_core.quant import BaseWeight, base_weight
+from lora_core.quant import BaseWeight, base_weight, keep_layout
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     Raises:
         TargetError: a pattern matches no module, a match is no linear layer, or the rank exceeds a layer.
     """
+    model = unwrapped(model)
     _refuse_second_injection(model)
     candidates = _adaptable(model)
     names = _matches(model, candidates, config.target_modules)
@@ -66,10 +67,12 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
     Raises:
         TargetError: see `plan_targets`; the model is unchanged.
     """
+    model = unwrapped(model)
     targets = plan_targets(model, config)
     layers = {target.name: _wrapped(model.get_submodule(target.name), target.name, config, seed) for target in targets}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    keep_layout(model)
     for name, layer in layers.items():
         replace_module(model, name, layer)
     return targets
@@ -77,7 +80,7 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """Yield each adapter with the path of the module it wraps, in model order."""
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         if isinstance(module, LoraLinear):
             yield plain_name(name), module
 
@@ -89,14 +92,22 @@ def trained_weights(model: nn.Module) -> int:
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the path `name`, keeping its mode of training or evaluation."""
+    model = unwrapped(model)
     parent, _, child = name.rpartition(".")
     module.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), child, module)
 
 
 def plain_name(name: str) -> str:
-    """Strip what compilation and data parallelism put before or into a module's path."""
-    return re.sub(r"(^|\.)(_orig_mod|module)(?=\.|$)", "", name).lstrip(".")
+    """Strip what the compilation of a block puts into the paths of its modules."""
+    return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).lstrip(".")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model under what compilation and data parallelism put around it: a module of one child of their name."""
+    while list(dict(model.named_children())) in (["_orig_mod"], ["module"]):
+        model = next(model.children())
+    return model
 
 
 def _wrapped(module: nn.Module, name: str, config: LoraConfig, seed: int) -> LoraLinear:
@@ -109,7 +120,7 @@ def _wrapped(module: nn.Module, name: str, config: LoraConfig, seed: int) -> Lor
 
 def _adaptable(model: nn.Module) -> dict[str, BaseWeight]:
     found = ((name, base_weight(module)) for name, module in model.named_modules())
-    return {name: weight for name, weight in found if weight is not None}
+    return {name: weight for name, weight in found if weight is not None and name}  # the root has no place to be replaced in
 
 
 def _matches(model: nn.Module, candidates: dict[str, BaseWeight], patterns: str | tuple[str, ...]) -> list[str]:
@@ -161,3 +172,11 @@ def _target(name: str, weight: BaseWeight, config: LoraConfig) -> Target:
 def _refuse_second_injection(model: nn.Module) -> None:
     if any(isinstance(module, LoraLinear) for module in model.modules()):
         raise TargetError("the model already carries an adapter; load a fresh base, or merge the first adapter before adding another")
+
+
+def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
+    """List what `config` matches in a model, whether adapted or not."""
+    model = unwrapped(model)
+    inside = {f"{name}.base" for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    candidates = {name.removesuffix(".base") if name in inside else name: weight for name, weight in _adaptable(model).items()}
+    return _matches(model, candidates, config.target_modules)

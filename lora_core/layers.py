@@ -43,7 +43,9 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
         dropout = self.dropout if self.training else 0.0
-        return lora_linear(x, self.frozen, self.bias, (self.lora_A, self.lora_B, self.scale), dropout)
+        dtype = self.frozen.compute_dtype(x)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return lora_linear(x.to(dtype), self.frozen, bias, (self.lora_A, self.lora_B, self.scale), dropout).to(x.dtype)
 
     @property
     def bias(self) -> Tensor | None:

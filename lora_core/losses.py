@@ -65,5 +65,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scaled = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in (grad_hidden, grad_weight)]
+        scaled = [None if g is None else g.mul(grad_total.to(g.dtype)) for g in (grad_hidden, grad_weight)]
         return scaled[0], scaled[1], None, None

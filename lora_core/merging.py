@@ -4,6 +4,7 @@ The sum W0 + s·B·A is formed in float32 and rounded once. Subtracting it again
 10 weights differ after one round), so the original bits are kept until the merge is undone or accepted.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,7 @@ def merge(model: nn.Module) -> Merged:
     layers = dict(lora_layers(model))
     if not layers:
         raise MergeError("the model carries no adapter; inject or load one before merging")
+    _refuse_shared_weights(model, layers)
     sums = {name: _sum(name, layer) for name, layer in layers.items()}
     originals = {name: layer.frozen.stored.data for name, layer in layers.items()}
     for name, layer in layers.items():
@@ -65,3 +67,11 @@ def _sum(name: str, layer: LoraLinear) -> Tensor:
     if not torch.isfinite(total).all():
         raise MergeError(f"{name}: the merged weight is not finite in {weight.dtype}; merge in float32")
     return total
+
+
+def _refuse_shared_weights(model: nn.Module, layers: dict[str, LoraLinear]) -> None:
+    """A tied head merged into would change the embedding as well."""
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for name, layer in layers.items():
+        if users[id(layer.frozen.stored)] > 1:
+            raise MergeError(f"{name} shares its weight with another module; untie the two, or leave it out of target_modules")

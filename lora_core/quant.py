@@ -4,11 +4,14 @@ A `Linear` holds its weight dense; bitsandbytes' `Linear4bit` holds it in NF4 co
 block (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). An adapter asks either for the dense matrix and nothing else.
 """
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lora_core.errors import TargetError
 
 Kind = Literal["dense", "nf4"]
 
@@ -25,6 +28,9 @@ class BaseWeight(Protocol):
     @property
     def stored(self) -> Tensor:
         """The tensor that holds the weight: W0 itself, or its packed codes."""
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the base itself would compute on `x`."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W0 as a dense (out, in) tensor of `dtype`."""
@@ -44,6 +50,9 @@ class DenseWeight:
     @property
     def stored(self) -> Tensor:
         return self.module.weight
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.module.weight.to(dtype)
@@ -65,18 +74,25 @@ class Nf4Weight:
         weight: Tensor = self.module.weight
         return weight
 
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.module.compute_dtype or x.dtype
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = self.module.weight
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        weight: Any = self.module.weight
+        state = copy(weight.quant_state)
+        state.dtype = dtype  # dequantise straight to `dtype`, as the base does: a detour over bfloat16 would lose bits
+        return dequantize_4bit(weight.data, state)
 
 
 def base_weight(module: nn.Module) -> BaseWeight | None:
     """Return the seam over `module`'s weight, or None where LoRA cannot adapt such a module."""
     if is_nf4(module):
+        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            raise TargetError("a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that")
         return Nf4Weight(module)
-    if isinstance(module, nn.Linear) and type(module).__module__.startswith("torch."):
+    if type(module) is nn.Linear:
         return DenseWeight(module)
     return None
 
@@ -86,3 +102,13 @@ def is_nf4(module: nn.Module) -> bool:
     if type(module).__name__ != "Linear4bit" or not type(module).__module__.startswith("bitsandbytes"):
         return False
     return getattr(module.weight, "quant_type", None) == "nf4"
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from storing a 4-bit layer anew, rounded and in another order, when it is first evaluated.
+
+    It does so on processors with AVX512-BF16; the codes would no longer be those that the fingerprint names.
+    """
+    for module in model.modules():
+        if is_nf4(module):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]

@@ -76,9 +76,9 @@ def deploy(
     if not os.environ.get("PREFECT_API_URL"):
         raise PipelineError("PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` or name your server")
     prepare_prefect()
-    from pipelines.deploy import Schedule, deploy_recipe
+    from pipelines.deploy import When, deploy_recipe
 
-    typer.echo(deploy_recipe(recipe, Schedule(cron or None, interval or None, on_event or None), pool))
+    typer.echo(deploy_recipe(recipe, When(cron or None, interval or None, on_event or None), pool))
 
 
 @app.command()

@@ -63,6 +63,7 @@ def generate_and_score(
             yield {
                 "kind": "generation",
                 "id": place,
+                "prompt": str(tokenizer.decode(example["input_ids"][: example["prompt_tokens"]], skip_special_tokens=True)).strip(),
                 "answer": answer,
                 "reference": reference,
                 "chrf": round(chrf.sentence_score(answer, [reference]).score, 3),

@@ -3,7 +3,6 @@
 data ─► base ─► train each rank and the control ─► evaluate all ─► compare ─► report ─► register ─► alias
 """
 
-import json
 import os
 import platform
 import subprocess
@@ -18,11 +17,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from lora_core.files import write_json
-from pipelines import tasks
+from pipelines import launch, tasks
 from pipelines.errors import RegistryError
 from pipelines.progress import say, show
 from pipelines.recipe import Recipe, load_recipe
-from pipelines.stage import Stage, digest, library_versions
+from pipelines.stage import Stage, digest, library_versions, read_records
 from pipelines.stages import Stages, runs_root
 
 
@@ -89,8 +88,13 @@ def evaluate_all(
     at_once = run.recipe.launch.evaluations_at_once
     with ThreadPoolExecutor(at_once) as pool:
         waiting = [pool.submit(copy_context().run, run.step, tasks.evaluate, stage, at_once) for stage in stages.values()]
-        for one in waiting:
-            one.result()
+        try:
+            for one in waiting:
+                one.result()
+        except BaseException:  # Ctrl-C, a cancellation, or one that failed: the others need not end first
+            pool.shutdown(wait=False, cancel_futures=True)
+            launch.end_all()
+            raise
     return stages
 
 
@@ -103,7 +107,7 @@ def summarise(
     ranks = dict(zip((f"rank-{rank}" for rank in run.recipe.lora.ranks), run.recipe.lora.ranks, strict=True))
     models = [Trained(label, ranks.get(label), stage.key, str(stage.folder), figures) for label, (stage, figures) in trained.items()]
     paths = {label: str(stage.folder / "items.jsonl") for label, stage in evaluated.items()}
-    items = {label: [json.loads(line) for line in Path(path).read_text().splitlines()] for label, path in paths.items()}
+    items = {label: read_records(Path(path)) for label, path in paths.items()}
     return {
         "name": run.recipe.name,
         "key": digest([run.recipe.model_dump(mode="json"), sorted(stage.key for stage in evaluated.values())]),

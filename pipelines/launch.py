@@ -27,6 +27,8 @@ POLL_SECONDS = 0.5
 GRACE_SECONDS = 35
 """torchrun gives its ranks 30 seconds to end."""
 Watch = Callable[[dict[str, Any]], None]
+_running: "set[subprocess.Popen[bytes]]" = set()
+"""Children at work, over all threads: an interrupted run ends those that other threads wait for."""
 
 
 def python_argv(module: str, folder: Path) -> list[str]:
@@ -78,11 +80,19 @@ def run_child(stage: Stage, argv: list[str], *, threads: int, watch: Watch | Non
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
                 preexec_fn=die_with_parent,  # one system call, no lock is taken
             )
+        _running.add(child)
         try:
             _follow(child, stage.folder, watch)
         finally:
             _end(child)
+            _running.discard(child)
     return _outcome(stage, child.returncode)
+
+
+def end_all() -> None:
+    """End every child that any thread of this process waits for."""
+    for child in list(_running):
+        _end(child)
 
 
 def _outcome(stage: Stage, status: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ is a version of one registered model; its bytes are the adapter's alone. Everyth
 versions are looked up by digest before they are made, and aliases move last.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipelines.errors import RegistryError
+from pipelines.stage import read_records
 
 MAX_ADAPTER_SHARE = 0.5
 """An artefact larger than this share of the base's weights in 2 bytes is no adapter."""
@@ -161,13 +161,12 @@ def _figures(model: dict[str, Any]) -> dict[str, float | None]:
                     for end, key in (("", "mean"), ("_low", "low"), ("_high", "high"))
                 }
     training = model.get("figures", {})
-    flat |= {f"cost/{name}": training.get(name) for name in ("trained_weights", "adapter_bytes", "tokens_per_second", "peak_memory_bytes")}
+    flat |= {f"cost/{name}": training.get(name) for name in ("trained_weights", "file_bytes", "tokens_per_second", "peak_memory_bytes")}
     return flat
 
 
 def _curve(path: Path) -> Iterator[Metric]:
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    for row in read_records(path):
         for name in ("loss", "learning_rate", "grad_norm"):
             if row[name] is not None:
                 yield Metric(f"train/{name}", float(row[name]), int(1000 * row["time"]), row["step"])

@@ -82,7 +82,7 @@ short_count = partial(scaled, units=("", "k", "M", "G", "T"))
 short_size = partial(scaled, units=("B", "kB", "MB", "GB", "TB"))
 COLUMNS = (
     Column("trained_weights", "Trained weights", _trained("trained_weights"), short_count),
-    Column("adapter_bytes", "File", _trained("adapter_bytes"), short_size),
+    Column("file_bytes", "File", _trained("file_bytes"), short_size),
     Column("task_loss", "Task loss", lambda model: model["scores"]["task_loss"], "{:.3f}".format),
     Column("task_gain", "Task gain", lambda model: _against_base(model).get("task_gain"), lambda gain: signed(gain["mean"])),
     Column("general_change", "General change", lambda model: model.get("change", {}).get("choice_probability"), interval_text),

@@ -99,6 +99,12 @@ def write_result(folder: Path, figures: Mapping[str, Any], files: list[str]) -> 
     write_json(folder / RESULT, {"figures": dict(figures), "files": digests})
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object a line."""
+    with path.open(encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
 def digest(value: Any) -> str:
     """Return the SHA-256 of a plain value in canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

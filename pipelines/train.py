@@ -255,10 +255,11 @@ def finish(folder: Path, run: Run, engine: Any, config: LoraConfig | None, figur
         if config is not None:
             identity = Identity(inputs["base"]["id"], inputs["base"]["revision"], inputs["base"]["digests"], _lineage(inputs))
             figures["adapter_sha256"] = save_adapter(model, folder / "adapter", config, identity)
-            figures["adapter_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").iterdir())
+            figures["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").iterdir())
         else:
             shutil.rmtree(folder / "model", ignore_errors=True)
             model.save_pretrained(folder / "model")
+            figures["file_bytes"] = sum(p.stat().st_size for p in (folder / "model").iterdir())
         output = "adapter" if config is not None else "model"
         write_result(folder, figures, [f"{output}/{p.name}" for p in sorted((folder / output).iterdir())])
         checkpoint.discard(folder)

@@ -31,7 +31,7 @@ def peft_loop(task: Task) -> Record:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        record.losses.append(float(loss))
+        record.losses.append(loss.item())
         record.step_ended()
     return record
 

@@ -1,0 +1,53 @@
+# `make run` and `make test` are all a newcomer needs; each sets up .venv when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: run test check format bench ui clean setup
+
+run: $(READY) ## the whole pipeline on a real model
+	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
+
+test: $(READY) ## every test that fits a CPU
+	$(BIN)/python -m pytest
+
+check: $(READY) ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: $(READY) ## the MLflow and Prefect pages
+	$(BIN)/lora ui
+
+bench: $(VENV)/.peers ## speed and memory beside TRL and a bare PEFT loop
+	$(BIN)/python tests/benchmarks/bench.py
+
+setup: $(READY)
+
+# torch goes first and alone: asked for together with the rest, pip may settle on a build for another machine.
+$(READY): pyproject.toml constraints.txt infra/embedded.txt
+	@start=$$(date +%s); set -e; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	echo "installing into $(VENV) (about 2.3 GB)"; \
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0; \
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement infra/embedded.txt; \
+	echo "compiling DeepSpeed's shared-memory operator, once"; \
+	$(BIN)/python -m pipelines.warm_up; \
+	touch $(READY); echo "set up in $$(( $$(date +%s) - start )) s"
+
+$(VENV)/.peers: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peers]'
+	touch $(VENV)/.peers
+
+clean: ## everything made here but the runs
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,24 @@
+"""Do once, at set-up, what would otherwise stop the first run: compile the operator that DeepSpeed uses on CPUs.
+
+    python -m pipelines.warm_up
+
+Two ranks that compile at a time would wait for each other; and a run should not spend a minute on a compiler.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Compile where DeepSpeed runs on CPUs; elsewhere there is nothing to do."""
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        accelerator.create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
+if __name__ == "__main__":
+    main()
