@@ -140,7 +140,7 @@ def read_config(folder: Path) -> LoraConfig:
     for key, value in values.items():
         if key not in HONOURED | WITHOUT_MEANING_HERE and not _is_off(value):
             raise AdapterError(f"{folder / CONFIG} sets {key}={value!r}, a feature that would be ignored here, so it is refused")
-    targets = values.get("target_modules")
+    targets: Any = values.get("target_modules")
     if values.get("init_lora_weights", True) not in INITS:
         raise AdapterError(
             f"{folder / CONFIG} sets init_lora_weights={values['init_lora_weights']!r}, which changes the base; save it as plain LoRA"
@@ -149,7 +149,7 @@ def read_config(folder: Path) -> LoraConfig:
         return LoraConfig(
             r=values["r"],
             lora_alpha=values["lora_alpha"],
-            target_modules=tuple(targets) if isinstance(targets, list) else str(targets or ""),
+            target_modules=tuple(targets) if isinstance(targets, list) else targets,
             lora_dropout=values.get("lora_dropout", 0.0),
             use_rslora=values.get("use_rslora", False),
             init_lora_weights="gaussian" if values.get("init_lora_weights") == "gaussian" else "kaiming",

@@ -44,14 +44,14 @@ def lora_budget(model: nn.Module, targets: list[Target], *, quantized: bool, tok
     Args:
         model: on the meta device or any other.
         targets: from `plan_targets`.
-        quantized: linear layers under the adapter are held in NF4.
+        quantized: linear layers but the head, adapted or not, are held in NF4.
         tokens: in one process's part of a step.
         shards: processes that share the optimiser's states and the gradients (ZeRO-2).
     """
     trained = sum(target.trained_weights for target in targets)
     total = sum(parameter.numel() for parameter in model.parameters())
-    adapted = sum(target.in_features * target.out_features for target in targets)
-    base = FLOAT32 * (total - adapted) + adapted * (NF4_BYTES_PER_WEIGHT if quantized else FLOAT32)
+    linear = sum(out * wide for out, wide in _linear_shapes(model))
+    base = FLOAT32 * (total - linear) + linear * (NF4_BYTES_PER_WEIGHT if quantized else FLOAT32)
     return Budget(
         trained_weights=trained,
         file_bytes=FLOAT32 * trained + 2 * TENSOR_HEADER * len(targets),
@@ -76,10 +76,12 @@ def full_budget(model: nn.Module, *, tokens: int, shards: int) -> Budget:
 
 
 def _activations(model: nn.Module, tokens: int) -> int:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    widths = 0
-    for module in model.modules():
-        weight = base_weight(module) if module is not head else None
-        if weight is not None:
-            widths += sum(weight.shape)
+    widths = sum(sum(shape) for shape in _linear_shapes(model))
     return int(SAVED_PER_OUTPUT * FLOAT32 * tokens * widths / 2)
+
+
+def _linear_shapes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return the shapes of the linear layers, the output head aside."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    weights = (base_weight(module) for module in model.modules() if module is not head)
+    return [weight.shape for weight in weights if weight is not None]

@@ -7,30 +7,34 @@ fast; the values are the 4-bit ones, so what is measured is still the quantised 
 import torch
 from torch import nn
 
-from lora_core.injection import lora_layers, replace_module
-from lora_core.quant import DenseWeight, Nf4Weight, is_nf4
+from lora_core.injection import lora_layers, replace_module, unwrapped
+from lora_core.quant import BaseWeight, DenseWeight, base_weight, is_nf4
 
 
 @torch.no_grad()
 def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
     """Make every NF4 layer of `model` dense in place, also under adapters; return how many there were.
 
-    Raises nothing and keeps the model's outputs up to the rounding of `dtype`.
+    Keeps the model's outputs up to the rounding of `dtype`.
+
+    Raises:
+        TargetError: bitsandbytes has stored a layer anew; the model is unchanged.
     """
-    names = [name for name, module in model.named_modules() if is_nf4(module)]
-    for name in names:
-        replace_module(model, name, _dense_linear(model.get_submodule(name), dtype))
+    model = unwrapped(model)
+    found = {name: base_weight(module) for name, module in model.named_modules() if is_nf4(module)}
+    for name, frozen in found.items():
+        assert frozen is not None, name
+        replace_module(model, name, _dense_linear(model.get_submodule(name), frozen, dtype))
     for _, layer in lora_layers(model):
         if isinstance(layer.base, nn.Linear):
             layer.frozen = DenseWeight(layer.base)
-    return len(names)
+    return len(found)
 
 
-def _dense_linear(module: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    frozen = Nf4Weight(module)
+def _dense_linear(module: nn.Module, frozen: BaseWeight, dtype: torch.dtype) -> nn.Linear:
     out_features, in_features = frozen.shape
     linear = nn.Linear(in_features, out_features, bias=module.bias is not None, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(frozen.dense(dtype), requires_grad=False)
     if module.bias is not None:
-        linear.bias = module.bias  # type: ignore[assignment]
+        linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)  # type: ignore[operator]
     return linear

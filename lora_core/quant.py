@@ -89,7 +89,7 @@ class Nf4Weight:
 def base_weight(module: nn.Module) -> BaseWeight | None:
     """Return the seam over `module`'s weight, or None where LoRA cannot adapt such a module."""
     if is_nf4(module):
-        if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise TargetError("a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that")
         return Nf4Weight(module)
     if type(module) is nn.Linear:

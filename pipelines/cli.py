@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -95,6 +96,7 @@ def main() -> None:
     from lora_core.errors import LoraError
 
     os.environ.setdefault("LORA_RUNS", str(runs_root()))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
     try:
         app()
     except (PipelineError, LoraError) as error:

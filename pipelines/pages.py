@@ -1,7 +1,6 @@
 """`lora ui`: the MLflow and Prefect pages over the folder of runs."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -28,7 +27,6 @@ def serve(runs: Path, *, mlflow_port: int = 5000, prefect_port: int = 4200) -> N
 
 
 def _until_signalled(servers: "list[subprocess.Popen[bytes]]") -> None:
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         for server in servers:
             server.wait()

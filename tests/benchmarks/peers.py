@@ -2,7 +2,8 @@
 
     python tests/benchmarks/peers.py peft|trl|trl-float32 TASK.json RESULT.json
 
-They get the same frozen NF4 base in float32, with PyTorch's own attention, and the same adapter, steps and AdamW.
+They get the same frozen NF4 base, computed in float32 with PyTorch's own attention and loaded the usual way, and the
+same adapter, steps and AdamW.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from ours import Record, Task, run_contestant
 from peft import PeftModel
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipelines.tokenizer import load_tokenizer
@@ -48,8 +49,10 @@ def trl_float32(task: Task) -> Record:
 
 def adapted(task: Task) -> PeftModel:
     """Return the base with the common adapter in PEFT, ready to train; nothing leaves float32."""
-    base = task.model()
-    base.set_attn_implementation("sdpa")
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(task.paths["base"], dtype=torch.float32, quantization_config=quantization)
     base.config.use_cache = False
     model = PeftModel.from_pretrained(base, task.paths["adapter"], is_trainable=True)
     model.train()

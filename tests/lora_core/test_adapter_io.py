@@ -89,11 +89,13 @@ def test_a_config_comes_back(build_llama: Build, tmp_path: Path, config: LoraCon
 
 
 def test_equal_adapters_give_equal_bytes(build_llama: Build, randomise: Callable[[nn.Module], None], tmp_path: Path) -> None:
-    for name, targets in (("one", ("q_proj", "up_proj", "k_proj")), ("two", ("up_proj", "k_proj", "q_proj"))):
+    """Two runs that list their targets and their lineage in another order."""
+    one, two = ("q_proj", "up_proj", "k_proj"), ("up_proj", "k_proj", "q_proj")
+    for name, targets, lineage in (("one", one, {"data": "d", "recipe": "r"}), ("two", two, {"recipe": "r", "data": "d"})):
         model, config = build_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=targets)
         inject(model, config, seed=0)
         randomise(model)
-        save_adapter(model, tmp_path / name, config, Identity(base="b", lineage={"data": name[:0], "recipe": "1"}))
+        save_adapter(model, tmp_path / name, config, Identity(base="b", lineage=lineage))
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
     assert set(digests(tmp_path / "one")) == {WEIGHTS, CONFIG, SIDECAR}
 

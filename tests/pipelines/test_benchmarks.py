@@ -1,0 +1,119 @@
+"""Every benchmark gives whole questions with one right answer, the same ones for the same seed."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from pipelines import benchmarks
+from pipelines.benchmarks import READERS, Item, sample
+from pipelines.errors import DataError
+
+COUNT = 25
+CHOICES = {"hellaswag": {4}, "piqa": {2}, "arc_easy": {3, 4, 5}, "openbookqa": {4}, "winogrande": {2}, "lambada": {2, 3, 4}}
+needs_wheel = pytest.mark.skipif(find_spec(benchmarks.PACKAGE) is None, reason="the wheel with the benchmarks is not installed")
+
+
+@pytest.fixture(scope="module", params=READERS)
+def items(request: pytest.FixtureRequest) -> list[Item]:
+    """A sample of one benchmark."""
+    return sample(request.param, COUNT, 7)
+
+
+@needs_wheel
+def test_as_many_items_come_as_are_asked_for(items: list[Item]) -> None:
+    assert len(items) == COUNT
+    assert len({item.id for item in items}) == COUNT
+    assert {item.benchmark for item in items} == {items[0].id.partition("/")[0]}
+
+
+@needs_wheel
+def test_the_right_answer_is_among_the_choices(items: list[Item]) -> None:
+    for item in items:
+        assert 0 <= item.gold < len(item.choices)
+        assert len(item.choices) in CHOICES[item.benchmark]
+
+
+@needs_wheel
+def test_no_context_and_no_answer_is_empty(items: list[Item]) -> None:
+    for item in items:
+        assert item.context.strip()
+        assert all(choice.scored.strip() for choice in item.choices)
+
+
+@needs_wheel
+def test_the_choices_of_an_item_differ(items: list[Item]) -> None:
+    for item in items:
+        assert len({choice.lead + choice.scored for choice in item.choices}) == len(item.choices)
+
+
+@needs_wheel
+def test_context_and_choice_join_with_one_blank(items: list[Item]) -> None:
+    for item in items:
+        assert not item.context.endswith(" ")
+        for choice in item.choices:
+            joined = choice.lead + choice.scored
+            assert not joined.startswith("  ")
+            assert joined.startswith(" ") or item.benchmark == "winogrande"
+
+
+@needs_wheel
+def test_the_same_seed_draws_the_same_items(items: list[Item]) -> None:
+    assert sample(items[0].benchmark, COUNT, 7) == items
+
+
+@needs_wheel
+def test_another_seed_draws_other_items(items: list[Item]) -> None:
+    assert [item.id for item in sample(items[0].benchmark, COUNT, 8)] != [item.id for item in items]
+
+
+@needs_wheel
+def test_more_items_than_there_are_are_refused_with_both_numbers() -> None:
+    with pytest.raises(DataError, match="items_per_benchmark=501 exceeds the 500 items of openbookqa; lower it"):
+        sample("openbookqa", 501, 7)
+
+
+@needs_wheel
+def test_all_items_of_a_benchmark_may_be_asked_for() -> None:
+    assert len({item.id for item in sample("openbookqa", 500, 7)}) == 500
+
+
+@needs_wheel
+def test_the_right_answers_of_a_benchmark_stand_in_several_places(items: list[Item]) -> None:
+    places = {item.gold for item in items}
+    assert places == {0} if items[0].benchmark == "lambada" else len(places) > 1
+
+
+@needs_wheel
+def test_winogrande_scores_the_same_words_after_either_name() -> None:
+    for item in sample("winogrande", 200, 7):
+        first, second = item.choices
+        assert first.scored == second.scored
+        assert first.lead.strip() != second.lead.strip()
+
+
+@needs_wheel
+def test_lambada_sets_the_right_word_against_others() -> None:
+    for item in sample("lambada", 200, 7):
+        words = [choice.scored.strip().lower() for choice in item.choices]
+        assert words[0] not in words[1:]
+        assert len(words) > 1
+
+
+@needs_wheel
+def test_lambada_takes_its_wrong_words_from_the_passage() -> None:
+    for item in sample("lambada", 200, 7):
+        assert all(choice.scored.strip() in item.context for choice in item.choices[1:])
+
+
+@needs_wheel
+def test_hellaswag_shows_no_markup_of_its_source() -> None:
+    for item in sample("hellaswag", 200, 7):
+        text = item.context + "".join(choice.scored for choice in item.choices)
+        assert "[" not in text
+        assert "  " not in text
+
+
+def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "PACKAGE", "no_package_of_this_name")
+    with pytest.raises(DataError, match="is not installed; run: pip install"):
+        sample("piqa", 1, 7)

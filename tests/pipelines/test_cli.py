@@ -1,0 +1,115 @@
+"""Bad input at the command line: one clear sentence, a non-zero exit, and before any model is loaded."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tiny import save_pairs, tiny_recipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Share what these tests prepare: one folder of runs for all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_RUNS", str(tmp_path_factory.mktemp("runs")))
+        yield
+
+
+def lora(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command line in `folder`."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    env.pop("PREFECT_API_URL", None)
+    command = [str(Path(sys.executable).parent / "lora"), *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+def refused(ended: "subprocess.CompletedProcess[str]", *words: str) -> None:
+    """Assert one sentence on stderr with these words, exit status 2 and no traceback."""
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    sentences = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1, ended.stderr
+    for word in words:
+        assert word in sentences[0]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_folder: Path) -> dict[str, Any]:
+    """Return the tiny recipe's plain values."""
+    return tiny_recipe(tiny_folder, save_pairs(tmp_path / "pairs.jsonl"))
+
+
+def write(folder: Path, recipe: dict[str, Any]) -> str:
+    """Save a recipe; return its file name."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return "recipe.yaml"
+
+
+def test_a_misspelt_key(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["trainning"] = recipe.pop("training")
+    refused(lora(tmp_path, "run", write(tmp_path, recipe)), "'trainning'", "did you mean 'training'?")
+
+
+def test_rank_zero(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["lora"]["ranks"] = [0]
+    refused(lora(tmp_path, "run", write(tmp_path, recipe)), "lora.ranks.0 = 0", "greater than or equal to 1")
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("lora", {"ranks": [2, 512]}, ("rank 512 exceeds", "at most")),
+        ("lora", {"target_modules": ["q_prjo"]}, ("'q_prjo'", "matches no module", "q_proj")),
+        ("data", {"source": "absent.jsonl"}, ("absent.jsonl", "is not there")),
+        ("data", {"max_tokens": 8}, ("cut off by max_tokens=8",)),
+        ("base_model", {"id": "nobody/no-such-model"}, ("nobody/no-such-model", "HF_HUB_OFFLINE")),
+    ],
+)
+def test_what_a_plan_refuses(tmp_path: Path, recipe: dict[str, Any], section: str, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    recipe[section] |= changes
+    refused(lora(tmp_path, "plan", write(tmp_path, recipe)), *words)
+
+
+def test_a_malformed_line_is_named(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    with (tmp_path / "pairs.jsonl").open("a") as stream:
+        stream.write('{"prompt": "cut sho\n')
+    refused(lora(tmp_path, "plan", write(tmp_path, recipe)), "line 61", "pairs.jsonl")
+
+
+def test_plan_prints_targets_weights_and_sizes(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    ended = lora(tmp_path, "plan", write(tmp_path, recipe))
+    assert ended.returncode == 0, ended.stderr
+    for word in ("q_proj", "down_proj", "rank-2", "rank-4", "control", "MB"):
+        assert word in ended.stdout
+
+
+def test_deploying_without_a_server_says_what_to_set(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    refused(lora(tmp_path, "deploy", write(tmp_path, recipe), "--cron", "0 2 * * *"), "PREFECT_API_URL")
+
+
+def test_comparing_an_unknown_run_names_those_there(tmp_path: Path) -> None:
+    refused(lora(tmp_path, "compare", "nothing"), "'nothing'", "none yet")
+
+
+def test_an_adapter_that_is_no_folder(tmp_path: Path) -> None:
+    refused(lora(tmp_path, "generate", "--adapter", "nowhere", "hello"), "'nowhere'", "no folder")
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """A real file system of one megabyte; where it cannot be mounted there is nothing to test."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "LORA_RUNS": str(small)}
+        command = [str(Path(sys.executable).parent / "lora"), "plan", write(tmp_path, recipe)]
+        refused(subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False), "no space left")
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)

@@ -1,0 +1,128 @@
+"""A deployment on a real Prefect server with a real worker: a schedule fires, an event fires, and the flow runs."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from tiny import save_pairs, save_tiny_model, tiny_recipe
+
+pytestmark = pytest.mark.server
+PORT = 42071
+API = f"http://127.0.0.1:{PORT}/api"
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the smallest recipe there is: one rank, one step."""
+    folder = tmp_path_factory.mktemp("deploy")
+    recipe = tiny_recipe(
+        save_tiny_model(folder / "model"),
+        save_pairs(folder / "pairs.jsonl"),
+        lora={"ranks": [2]},
+        training={"steps": 1, "warmup_steps": 0},
+        evaluation={"general": ["piqa"], "items_per_benchmark": 2, "generations": 1},
+    )
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(place: Path) -> dict[str, str]:
+    """Return the environment of a team's host: a server by address, state in a folder of its own."""
+    return {
+        **os.environ,
+        "PREFECT_API_URL": API,
+        "PREFECT_HOME": str(place / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "LORA_RUNS": str(place / "runs"),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def server(place: Path, environment: dict[str, str]) -> Iterator[None]:
+    """Run a Prefect server, and a worker on the pool that `lora deploy` makes."""
+    (place / "prefect").mkdir()
+    without_url = {name: value for name, value in environment.items() if name != "PREFECT_API_URL"}
+    started = [_start(["server", "start", "--host", "127.0.0.1", "--port", str(PORT)], place / "server.txt", without_url)]
+    try:
+        _until(lambda: httpx.get(f"{API}/health").status_code == 200, seconds=120)
+        started.append(_start(["worker", "start", "--pool", "lora", "--type", "process"], place / "worker.txt", environment))
+        yield
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            process.wait(60)
+
+
+def test_a_schedule_and_an_event_each_start_a_run_that_completes(place: Path, server: None, environment: dict[str, str]) -> None:
+    deployed = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "0 2 * * *", "--interval", "3600", "--on-event", "data.arrived")
+    assert deployed.returncode == 0, deployed.stderr
+    assert "prefect worker start --pool lora" in deployed.stdout
+    deployment = httpx.get(f"{API}/deployments/name/finetune/pairs_tiny_cpu").json()
+    assert {tuple(sorted(schedule["schedule"]))[0] for schedule in deployment["schedules"]} == {"cron", "interval"} or len(
+        deployment["schedules"]
+    ) == 2
+
+    soon = _lora(place, environment, "deploy", "tiny.yaml", "--interval", "20", "--on-event", "data.arrived")
+    assert soon.returncode == 0, soon.stderr
+    scheduled = _wait_for_run(lambda run: run["auto_scheduled"] and run["state"]["type"] == "COMPLETED", place)
+    assert scheduled["parameters"]["recipe"].endswith("tiny.yaml")
+    assert (place / "runs" / "pairs_tiny_cpu" / "summary.json").is_file()
+
+    quiet = _lora(place, environment, "deploy", "tiny.yaml", "--on-event", "data.arrived")  # no schedule from here on
+    assert quiet.returncode == 0, quiet.stderr
+    emit = "from prefect.events import emit_event; emit_event('data.arrived', resource={'prefect.resource.id': 'domain-data'})"
+    subprocess.run([sys.executable, "-c", emit], env=environment, check=True, timeout=60)
+    by_event = _wait_for_run(lambda run: not run["auto_scheduled"] and run["state"]["type"] == "COMPLETED", place)
+    assert by_event["created_by"]["type"] == "AUTOMATION"
+
+
+def test_a_malformed_cron_is_refused(place: Path, server: None, environment: dict[str, str]) -> None:
+    refused = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "every night")
+    assert refused.returncode == 2
+    assert "'every night' is malformed" in refused.stderr
+
+
+def _lora(place: Path, environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([str(BIN / "lora"), *arguments], cwd=place, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as stream:
+        return subprocess.Popen([sys.executable, "-m", "prefect", *arguments], env=environment, stdout=stream, stderr=stream)
+
+
+def _wait_for_run(wanted: Callable[[dict[str, Any]], bool], place: Path) -> dict[str, Any]:
+    """Return the first flow run of the deployment that is as wanted."""
+    found: list[dict[str, Any]] = []
+
+    def look() -> bool:
+        found[:] = [run for run in httpx.post(f"{API}/flow_runs/filter", json={"limit": 50}).json() if wanted(run)]
+        return bool(found)
+
+    try:
+        _until(look, seconds=240)
+    except TimeoutError:
+        pytest.fail((place / "worker.txt").read_text()[-3000:])
+    return found[0]
+
+
+def _until(condition: Callable[[], bool], *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise TimeoutError

@@ -1,0 +1,99 @@
+"""The whole run on a tiny model: every stage real, a second run trains nothing, a stopped run goes on."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tiny import save_pairs, save_tiny_model, tiny_recipe
+
+LORA = [str(Path(os.sys.executable).parent / "lora")]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a recipe whose run has ended."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = tiny_recipe(save_tiny_model(folder / "model"), save_pairs(folder / "pairs.jsonl"))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    ended = lora(folder, "run", "tiny.yaml")
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run the command line as a user does, in a folder of its own."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "LORA_RUNS": str(folder / "runs"), **environment}
+    for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
+        if name not in environment:
+            env.pop(name, None)
+    return subprocess.run([*LORA, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Return the summary of the tiny run."""
+    values: dict[str, Any] = json.loads((folder / "runs" / "pairs_tiny_cpu" / "summary.json").read_text())
+    return values
+
+
+@pytest.mark.server
+class TestRun:
+    """One run, looked at from several sides."""
+
+    def test_it_compares_registers_and_reports(self, place: Path) -> None:
+        values = summary(place)
+        assert list(values["models"]) == ["base", "base-nf4", "control", "rank-2", "rank-4"]
+        assert values["models"]["control"]["change"]["task_gain"]["low"] > 0
+        assert all(values["models"][label]["verdict"]["reason"] for label in ("rank-2", "rank-4"))
+        assert sorted(values["registered"]["versions"].values()) == [1, 2]
+        assert {entry["name"].split()[0] for entry in values["stages"]} == {"base", "data", "plan", "train", "evaluate", "register"}
+        assert "rank-4" in (place / "runs" / "pairs_tiny_cpu" / "report.html").read_text()
+
+    def test_the_control_and_the_adapters_saw_the_same_tokens(self, place: Path) -> None:
+        models = summary(place)["models"]
+        tokens = {label: (models[label]["figures"]["tokens"], models[label]["figures"]["supervised_tokens"]) for label in ("control", "rank-2", "rank-4")}
+        assert len(set(tokens.values())) == 1
+
+    def test_a_second_run_trains_nothing_and_is_quick(self, place: Path) -> None:
+        before, started = summary(place), time.monotonic()
+        ended = lora(place, "run", "tiny.yaml")
+        assert ended.returncode == 0, ended.stderr
+        assert time.monotonic() - started < 60
+        after = summary(place)
+        assert all(entry["cached"] for entry in after["stages"] if entry["name"] != "register")
+        assert after["models"] == before["models"]
+        assert after["registered"] == before["registered"]
+
+    def test_compare_prints_the_table_again(self, place: Path) -> None:
+        ended = lora(place, "compare", "pairs_tiny_cpu")
+        assert ended.returncode == 0, ended.stderr
+        assert "rank-4" in ended.stdout and "control" in ended.stdout
+
+    def test_a_registered_adapter_answers(self, place: Path) -> None:
+        ended = lora(place, "generate", "--adapter", "models:/pairs-tiny/1", "--max-new-tokens", "4", "Say red 1.")
+        assert ended.returncode == 0, ended.stderr
+
+    def test_an_adapter_meets_another_base(self, place: Path) -> None:
+        other = save_tiny_model(place / "other", seed=1)
+        folder = Path(summary(place)["models"]["rank-2"]["folder"]) / "adapter"
+        ended = lora(place, "generate", "--adapter", str(folder), "--base", str(other), "Say red 1.")
+        assert ended.returncode == 2
+        assert "was trained on" in ended.stderr and "Traceback" not in ended.stderr
+
+    def test_a_changed_file_is_made_again_and_a_dead_tracking_server_loses_nothing(self, place: Path) -> None:
+        weights = Path(summary(place)["models"]["rank-2"]["folder"]) / "adapter" / "adapter_model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        ended = lora(place, "run", "tiny.yaml", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+        assert ended.returncode == 2
+        assert "the adapters are kept" in ended.stderr and "Traceback" not in ended.stderr
+        assert "rank-4" in ended.stdout
+        assert [entry["name"] for entry in summary(place)["stages"] if not entry["cached"]] == ["train rank-2", "register"]
+        assert weights.read_bytes() == whole
+        assert lora(place, "run", "tiny.yaml").returncode == 0
+        assert summary(place)["registered"]["versions"] == {"rank-2": 1, "rank-4": 2}

@@ -1,0 +1,200 @@
+"""A branching, packed, chunked score equals the plain one: each choice read alone and whole by an untouched model.
+
+The reference shares no code with the scorer: it loads the weights again with PyTorch's own attention, joins the tokens
+of context and answer itself, and sums a log-softmax. 1e-4 nats is a hundred times what float32 loses on such sums.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import pipelines.scoring
+from pipelines.benchmarks import Choice, Item
+from pipelines.errors import DataError
+from pipelines.hardware import Hardware
+from pipelines.model import load_model
+from pipelines.scoring import branch, score_examples, score_items
+from pipelines.tokenizer import load_tokenizer
+
+NATS = 1e-4
+SHARPER = 4.0
+"""The weights' factor: a freshly drawn model hardly looks at its context, and any mask would do."""
+
+
+def item(context: str, *choices: str | tuple[str, str], gold: int = 0, benchmark: str = "piqa") -> Item:
+    made = tuple(Choice("", one) if isinstance(one, str) else Choice(*one) for one in choices)
+    return Item(benchmark, f"{benchmark}/{context}", context, made, gold)
+
+
+ITEMS = {
+    "four answers": item("The quick brown fox", " jumps over the dog.", " sleeps.", " looks on.", " returns the number of items."),
+    "two answers": item("Question: what?\nAnswer:", " a list", " the lazy dog"),
+    "one token": item("Say", " a", " b", " c"),
+    "one token and several": item("Say", " a", " abc def"),
+    "shared first tokens": item("def area(width, height):", " return width * height", " return width", " return height"),
+    "one begins the other": item("Look", " on", " on the fox", " on the fox jumps"),
+    "equal answers": item("Look", " on", " on"),
+    "the gap is a name": item("Then", (" Anna", " was late."), (" Ben", " was late."), benchmark="winogrande"),
+    "names that begin alike": item("Then", (" Anna", " was late."), (" Annabel", " was late."), benchmark="winogrande"),
+    "the gap comes first": item("The", (" fox", "."), (" dog", "."), benchmark="winogrande"),
+    "one name begins the other": item("Then", (" the fox", " was late."), (" the fox that jumps", " was late."), benchmark="winogrande"),
+    "beyond ASCII": item("Größe:", " 0 µm", " ∞"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with weights large enough that what is attended to moves every score."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(SHARPER)
+    sharper = tmp_path_factory.mktemp("models") / "sharper"
+    model.save_pretrained(sharper)
+    load_tokenizer(tiny_folder).save_pretrained(sharper)
+    return sharper
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> PreTrainedModel:
+    return load_model(folder, "none", Hardware("cpu", torch.float32, "gloo", fused_optimizer=False))
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def plain_score(reference: PreTrainedModel, read: list[int], scored: list[int]) -> tuple[float, bool]:
+    """Return the log-likelihood of `scored` after `read`, and whether each token is the likeliest."""
+    logits: Tensor = reference(input_ids=torch.tensor([read + scored]), use_cache=False).logits[0, len(read) - 1 : -1]
+    chosen = logits.double().log_softmax(dim=-1).gather(1, torch.tensor(scored)[:, None])
+    return float(chosen.sum()), logits.argmax(dim=-1).tolist() == scored
+
+
+def plain_scores(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item) -> Iterator[tuple[float, bool]]:
+    for choice in one.choices:
+        read, scored = (tokenizer(text).input_ids for text in (one.context + choice.lead, choice.scored))
+        yield plain_score(reference, read, scored)
+
+
+def scored_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item) -> dict[str, Any]:
+    [record] = score_items(model, tokenizer, [one])
+    return record
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_each_choice_scores_as_if_read_alone(
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    record = scored_alone(model, tokenizer, ITEMS[name])
+    expected = list(plain_scores(reference, tokenizer, ITEMS[name]))
+    assert record["log_likelihoods"] == pytest.approx([score for score, _ in expected], abs=NATS)
+    assert record["greedy"] == [greedy for _, greedy in expected]
+
+
+def test_the_model_of_these_tests_heeds_its_context(
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    contexts = ("The quick brown fox", "The quick brown dog", "A quick brown fox")
+    scores = [next(plain_scores(reference, tokenizer, item(context, " jumps over.")))[0] for context in contexts]
+    assert min(abs(a - b) for a in scores for b in scores if a is not b) > 1000 * NATS
+
+
+@pytest.mark.parametrize("pack_tokens", [1, 60, 10_000], ids=["each alone", "a few together", "all together"])
+def test_packing_changes_no_score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, pack_tokens: int
+) -> None:
+    items = list(ITEMS.values()) * 3
+    alone = [scored_alone(model, tokenizer, one) for one in items]
+    monkeypatch.setattr(pipelines.scoring, "PACK_TOKENS", pack_tokens)
+    together = list(score_items(model, tokenizer, items))
+    assert [record["id"] for record in together] == [one.id for one in items]
+    for one, other in zip(together, alone, strict=True):
+        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=NATS)
+        assert one["greedy"] == other["greedy"]
+
+
+def test_the_order_of_the_choices_changes_no_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    one = ITEMS["four answers"]
+    turned = Item(one.benchmark, one.id, one.context, tuple(reversed(one.choices)), 3)
+    scores = scored_alone(model, tokenizer, one)["log_likelihoods"]
+    assert scored_alone(model, tokenizer, turned)["log_likelihoods"] == pytest.approx(scores[::-1], abs=NATS)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_likeliest_answer_is_greedy(
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int
+) -> None:
+    context, answer = greedy_answer(reference, tokenizer, count)
+    assert scored_alone(model, tokenizer, item(context, answer, answer + "#"))["greedy"][0] is True
+
+
+def greedy_answer(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, str]:
+    """Return a context and the text of its `count` likeliest next tokens, taken where that text is read as those tokens."""
+    for start in range(32, 127):
+        context = f"The fox {chr(start)}"
+        ids = tokenizer(context).input_ids
+        with torch.inference_mode():
+            for _ in range(count):
+                ids = [*ids, int(reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+        text = tokenizer.decode(ids)
+        if tokenizer(text).input_ids == ids and text.startswith(context):
+            return context, text.removeprefix(context)
+    raise AssertionError("no context of these has an answer that is read as it was written; use another seed")
+
+
+def test_a_record_says_what_was_asked_and_how_long_the_answers_are(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    record = scored_alone(model, tokenizer, item("Größe:", " 0 µm", " ∞", gold=1))
+    assert record["bytes"] == [6, 4]
+    assert (record["kind"], record["benchmark"], record["id"], record["gold"]) == ("general", "piqa", "piqa/Größe:", 1)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [item("Say", " a", ""), item("Say", (" a", ""), (" b", " c")), item("", " a", " b")],
+    ids=["no answer", "only a lead", "no context"],
+)
+def test_an_empty_side_is_refused_by_name(tokenizer: PreTrainedTokenizerBase, one: Item) -> None:
+    with pytest.raises(DataError, match=f"{one.id} has an empty context or answer; leave it out"):
+        branch(one, tokenizer)
+
+
+def test_no_items_give_no_records(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert list(score_items(model, tokenizer, [])) == []
+    assert list(score_examples(model, [])) == []
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer: PreTrainedTokenizerBase) -> Sequence[dict[str, Any]]:
+    """Nineteen examples, more than two packs, with one and with several supervised stretches."""
+    made = []
+    for number in range(19):
+        ids = tokenizer(f"Say red {number * 37}. " + "red " * (number % 5) + "green blue.").input_ids
+        learnt = [place > 4 and (place + number) % (2 + number % 3) != 0 for place in range(len(ids))]
+        made.append({"input_ids": ids, "supervised": learnt})
+    return made
+
+
+def test_an_example_scores_its_plain_loss(model: PreTrainedModel, reference: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> None:
+    records = list(score_examples(model, examples))
+    assert [(record["kind"], record["id"]) for record in records] == [("task", number) for number in range(len(examples))]
+    for record, example in zip(records, examples, strict=True):
+        with torch.inference_mode():
+            logits = reference(input_ids=torch.tensor([example["input_ids"]]), use_cache=False).logits[0]
+        labels = [token if learnt else -100 for token, learnt in zip(example["input_ids"], example["supervised"], strict=True)]
+        loss = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(labels[1:]), reduction="sum")
+        assert record["nll"] == pytest.approx(float(loss), abs=NATS)
+        assert record["tokens"] == sum(example["supervised"])

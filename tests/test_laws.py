@@ -1,0 +1,123 @@
+"""The laws of the house, read from the source instead of remembered.
+
+Imports point one way and in no circle, heavy or outside libraries stay in their rooms, what a newcomer starts with
+loads no torch, and no file, function or argument list grows long.
+"""
+
+import ast
+import os
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("lora_core", "pipelines")
+FILES = {path.relative_to(ROOT).as_posix(): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+FORBIDDEN_IN_LIBRARY = {"pipelines", "prefect", "mlflow", "accelerate", "datasets", "transformers"}
+PREFECT_ROOMS = {f"pipelines/{name}.py" for name in ("tasks", "flows", "deploy")}
+MLFLOW_ROOMS = {"pipelines/registry.py"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 400, 80, 6
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+each_file = pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Return what a file imports anywhere, in functions too; `from a import b` counts as a and as a.b."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} line {node.lineno} imports relatively; name the package"
+            names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imported_libraries(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_names(path)}
+
+
+def files_importing(library: str) -> set[str]:
+    return {name for name, path in FILES.items() if library in imported_libraries(path)}
+
+
+def functions_in(path: Path) -> list[Function]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, Function)]
+
+
+def run_python(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+@pytest.mark.parametrize("path", [path for name, path in FILES.items() if name.startswith("lora_core/")], ids=lambda path: path.name)
+def test_the_library_knows_nothing_above_it(path: Path) -> None:
+    assert not imported_libraries(path) & FORBIDDEN_IN_LIBRARY
+
+
+@pytest.mark.parametrize("library", ["peft", "trl"])
+def test_the_outside_references_are_not_used(library: str) -> None:
+    assert files_importing(library) == set()
+
+
+def test_prefect_stays_in_its_rooms() -> None:
+    assert files_importing("prefect") == PREFECT_ROOMS
+
+
+def test_mlflow_stays_in_its_room() -> None:
+    assert files_importing("mlflow") == MLFLOW_ROOMS
+
+
+def test_no_circle_of_imports() -> None:
+    modules = {module_name(path) for path in FILES.values()}
+    graph = {module_name(path): (imported_names(path) & modules) - {module_name(path)} for path in FILES.values()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import in a circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", ["pipelines.recipe", "pipelines.launch", "pipelines.stages", "pipelines.deploy"])
+def test_loading_imports_no_torch(module: str, tmp_path: Path) -> None:
+    output = run_python("-c", f"import sys, {module}; print('torch' in sys.modules)", home=tmp_path).stdout
+    assert output.strip() == "False"
+
+
+def test_help_imports_no_torch(tmp_path: Path) -> None:
+    result = run_python("-X", "importtime", "-m", "pipelines.cli", "--help", home=tmp_path)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert "Usage" in result.stdout
+    assert "typer" in imported
+    assert not imported & {"torch", "transformers", "prefect", "mlflow"}
+
+
+@each_file
+def test_no_file_is_long(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+
+
+@each_file
+def test_no_function_is_long(path: Path) -> None:
+    lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions_in(path)}
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+@each_file
+def test_no_argument_list_is_wide(path: Path) -> None:
+    widths: dict[str, int] = {}
+    for function in functions_in(path):
+        given = function.args
+        extra = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
+        named = [argument for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs] if argument.arg not in ("self", "cls")]
+        widths[function.name] = len(named) + len(extra)
+    assert {name: width for name, width in widths.items() if width > MAX_ARGUMENTS} == {}
