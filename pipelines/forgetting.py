@@ -118,7 +118,7 @@ def change(before: Records, after: Records) -> Change:
     probability, accuracy = _differences(before, after, choice_probability), _differences(before, after, is_right)
     generated = [b["chrf"] - a["chrf"] for a, b in zip(before, after, strict=True) if a["kind"] == "generation"]
     return Change(
-        task_gain=_interval([task_differences(before, after), _task(before, "tokens")], _ratio, paired=True),
+        task_gain=task_gain(before, after),
         choice_probability=_interval(list(probability.values()), _mean_of_means),
         accuracy=_interval(list(accuracy.values()), _mean_of_means),
         chrf=_interval([np.array(generated)], _mean_of_means) if len(generated) > 1 else None,
@@ -126,8 +126,13 @@ def change(before: Records, after: Records) -> Change:
     )
 
 
-def gain_share(base: Records, control: Records, adapter: Records) -> Interval:
-    """Return the adapter's task gain over the full-precision base as a share of the control's."""
+def gain_share(base: Records, control: Records, adapter: Records) -> Interval | None:
+    """Return the adapter's task gain over the full-precision base as a share of the control's.
+
+    None where the control itself did not surely learn: a share of nothing, or of a loss, says nothing.
+    """
+    if task_gain(base, control).low <= 0:
+        return None
     return _interval([task_differences(base, adapter), task_differences(base, control)], _ratio, paired=True)
 
 
@@ -144,17 +149,17 @@ def drop_beyond_control(bases: tuple[Records, Records], control: Records, adapte
     return _interval([of_adapter[name] - of_control[name] for name in of_adapter], _mean_of_means)
 
 
-def decide(share: Interval, general: Interval, beyond_control: Interval, gate: Mapping[str, float]) -> Verdict:
+def decide(share: Interval | None, general: Interval, beyond_control: Interval, gate: Mapping[str, float]) -> Verdict:
     """Hold an adapter against the gate's rules; one failure rejects, and what cannot be told does not pass.
 
     Args:
-        share: task gain as a share of the control's.
+        share: task gain as a share of the control's; None where the control did not learn.
         general: change of choice probability by training.
         beyond_control: that change less the control's.
         gate: the recipe's gate section.
     """
     rules = (
-        _rule("learnt enough", share, gate["min_gain_share"], "{value:.0%} of the control's gain", "at least {bound:.0%}"),
+        _learnt(share, gate["min_gain_share"]),
         _rule("forgot little", general, -gate["max_general_drop"], "general change {value:+.3f}", "no less than {bound:+.3f}"),
         _rule(
             "forgot no more than the control",
@@ -194,6 +199,11 @@ def margin(record: Mapping[str, Any]) -> float:
     return float(values[record["gold"]] - np.delete(values, record["gold"]).max())
 
 
+def task_gain(before: Records, after: Records) -> Interval:
+    """Return the fall of the task loss, in nats per supervised token."""
+    return _interval([task_differences(before, after), _task(before, "tokens")], _ratio, paired=True)
+
+
 def task_differences(before: Records, after: Records) -> Array:
     """Return, for each held-out example, how much its summed negative log-likelihood fell."""
     return _task(before, "nll") - _task(after, "nll")
@@ -202,6 +212,13 @@ def task_differences(before: Records, after: Records) -> Array:
 def plain(value: Any) -> dict[str, Any]:
     """Return a figure as plain values for JSON."""
     return asdict(value)
+
+
+def _learnt(share: Interval | None, bound: float) -> Rule:
+    name = "learnt enough"
+    if share is None:
+        return Rule(name, "can't tell", "the control did not surely learn, so no share of it can be asked: give it more steps")
+    return _rule(name, share, bound, "{value:.0%} of the control's gain", "at least {bound:.0%}")
 
 
 def _rule(name: str, interval: Interval, bound: float, found: str, wanted: str) -> Rule:

@@ -7,6 +7,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_core.attention import Segment, packed_attention
+from lora_core.quant import keep_layout
 from pipelines.hardware import Hardware
 from pipelines.tokenizer import quiet
 
@@ -33,6 +34,7 @@ def load_model(folder: Path, quantization: str, hardware: Hardware) -> PreTraine
             bnb_4bit_quant_storage=torch.uint8,
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    keep_layout(model)
     model.eval()
     return model
 

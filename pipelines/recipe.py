@@ -4,25 +4,34 @@ An unknown key is an error with a suggestion, a value out of range names its rul
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import RecipeError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Sample = Annotated[int, Field(ge=2)]
+"""Things that are scored; an interval over them needs two."""
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) != len(values):
+        raise ValueError(f"repeats itself in {list(values)}; name each once")
+    return values
+
+
 class Section(BaseModel):
     """Settings that cannot be changed after loading and refuse what they do not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class BaseModelSection(Section):
@@ -47,7 +56,7 @@ class DataSection(Section):
     """Split of a hub data set."""
     group_column: str | None = None
     """Rows that share this value stay on one side of the split; without it, each row is its own group."""
-    validation_examples: Count = 64
+    validation_examples: Sample = 64
     """Held-out examples that are scored, from groups that are not trained on."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
     """Longer examples are cut on the right; one whose completion is cut off whole is left out and counted."""
@@ -58,7 +67,7 @@ class DataSection(Section):
 class LoraSection(Section):
     """The adapters: one is trained for each rank."""
 
-    ranks: Annotated[tuple[Count, ...], Field(min_length=1)]
+    ranks: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
     """Ranks to compare."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the rank."""
@@ -72,13 +81,6 @@ class LoraSection(Section):
     """How A starts; B starts at zero."""
     learning_rate: Rate = 1e-3
     """Peak rate; about ten times the control's."""
-
-    @field_validator("ranks")
-    @classmethod
-    def _distinct(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(ranks)) != len(ranks):
-            raise ValueError(f"names a rank twice in {list(ranks)}; name each once")
-        return ranks
 
 
 class ControlSection(Section):
@@ -120,10 +122,13 @@ class LaunchSection(Section):
     """Models that are scored side by side: one per GPU, or one per core or two on a CPU."""
 
 
+Benchmark = Literal["hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande", "lambada"]
+
+
 class EvaluationSection(Section):
     """What is scored for the base, the control and each adapter."""
 
-    general: tuple[Literal["hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande", "lambada"], ...] = (
+    general: Annotated[tuple[Benchmark, ...], Field(min_length=1), AfterValidator(_distinct)] = (
         "hellaswag",
         "piqa",
         "arc_easy",
@@ -132,10 +137,10 @@ class EvaluationSection(Section):
         "lambada",
     )
     """General abilities that training should leave alone."""
-    items_per_benchmark: Count = 40
+    items_per_benchmark: Sample = 40
     """Sampled by seed; the same items for every model."""
     generations: Count = 24
-    """Held-out prompts that are answered greedily, for chrF and ROUGE-L."""
+    """Held-out prompts that are answered greedily, for chrF and ROUGE-L; left out, no more than are held out."""
     max_new_tokens: Count = 40
     """Longest answer."""
 
@@ -193,6 +198,36 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "Recipe":
+        warmup, steps = self.training.warmup_steps, self.training.steps
+        if warmup >= steps:
+            raise ValueError(
+                f"training.warmup_steps {warmup} fills all of training.steps {steps}, so that the peak rate is never reached; "
+                f"use at most {steps - 1}, or more steps"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_are_held_out(self) -> "Recipe":
+        asked, held_out = self.evaluation.generations, self.data.validation_examples
+        if asked <= held_out:
+            return self
+        if "generations" in self.evaluation.model_fields_set:
+            raise ValueError(
+                f"evaluation.generations {asked} is more than data.validation_examples {held_out}, whose prompts it answers; "
+                f"use at most {held_out}, or hold out more"
+            )
+        return self.model_copy(update={"evaluation": self.evaluation.model_copy(update={"generations": held_out})})
+
+
+def local_path(name: str) -> Path:
+    """Return the path that a setting names; where nobody has the home it starts in, as written, where no file is."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
 
 def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
     """Read a recipe, from a file or by the name of one in pipelines/recipes.
@@ -209,10 +244,13 @@ def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file} is no UTF-8 text ({error}); save it as UTF-8") from error
     if not isinstance(values, dict):
         raise RecipeError(f"{file} holds {type(values).__name__} where settings by name belong; start from {RECIPES}")
-    if ranks:
-        values = {**values, "lora": {**values.get("lora", {}), "ranks": ranks}}
+    lora = values.get("lora", {})
+    if ranks and isinstance(lora, dict):  # any other section is refused with the rest
+        values = {**values, "lora": {**lora, "ranks": ranks}}
     return parse_recipe(values, source=str(file))
 
 
@@ -221,7 +259,7 @@ def parse_recipe(values: dict[str, Any], *, source: str = "the recipe") -> Recip
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_sentence(problem) for problem in error.errors())
+        problems = "; ".join(_sentence(problem) for problem in _causes(error.errors()))
         raise RecipeError(f"{source}: {problems}") from error
 
 
@@ -235,6 +273,13 @@ def _find(path: Path) -> Path:
     close = difflib.get_close_matches(path.stem, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"recipes here: {', '.join(known)}"
     raise RecipeError(f"recipe {str(path)!r} is not there; {hint}")
+
+
+def _causes(problems: Sequence[Any]) -> list[Any]:
+    """Leave out that a list is too short where it is so only because an item in it was refused."""
+    places = [problem["loc"] for problem in problems]
+    refused_inside = {place[:end] for place in places for end in range(len(place))}
+    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in refused_inside]
 
 
 def _sentence(problem: Any) -> str:

@@ -6,13 +6,15 @@ A row has one of the three usual shapes: `text`; `prompt` and `completion`; `mes
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 
 from pipelines.errors import DataError
 from pipelines.harvest import harvest
+from pipelines.recipe import local_path
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SHAPES = (("messages",), ("prompt", "completion"), ("text",))
@@ -29,7 +31,7 @@ def load_rows(settings: dict[str, Any]) -> Dataset:
     if source == DOCSTRINGS:
         rows = Dataset.from_list(list(harvest(settings["max_source_characters"])))
     elif Path(source).suffix in BUILDERS:
-        rows = _from_file(Path(source).expanduser())
+        rows = _from_file(local_path(source))
     else:
         rows = _from_hub(source, settings["revision"], settings["split"])
     if len(rows) == 0:
@@ -56,8 +58,10 @@ def _from_file(path: Path) -> Dataset:
     if path.suffix == ".jsonl":
         _check_lines(path)
     try:
-        return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
+        with TemporaryDirectory() as cache:  # the usual cache knows a file by path and time, not by what is in it
+            splits = load_dataset(BUILDERS[path.suffix], data_files=str(path), cache_dir=cache, keep_in_memory=True)
+            return splits.get("train", Dataset.from_list([]))
+    except (DatasetsError, ValueError, OSError) as error:
         reason = error.__cause__ or error
         raise DataError(f"data file {str(path)!r} cannot be read as {BUILDERS[path.suffix]}: {_first_line(reason)}; mend it") from error
 
@@ -65,21 +69,24 @@ def _from_file(path: Path) -> Dataset:
 def _from_hub(source: str, revision: str | None, split: str) -> Dataset:
     try:
         return load_dataset(source, revision=revision, split=split)
-    except (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, OSError) as error:
+    except (DatasetsError, ValueError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise DataError(
             f"data source {source!r} is no file ending in {', '.join(BUILDERS)} and cannot be loaded from the hub{offline}: "
-            f"{_first_line(error)}"
+            f"{_first_line(error.__cause__ or error)}; give such a file, or fetch the data set once while online"
         ) from error
 
 
 def _check_lines(path: Path) -> None:
-    """Refuse the first line that is no JSON object, by number."""
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
+    """Refuse the first line that is no JSON object in UTF-8, by number."""
+    with path.open("rb") as stream:
+        for number, content in enumerate(stream, start=1):
             try:
+                line = content.decode("utf-8")
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise DataError(f'line {number} of {str(path)!r} is no JSON object; each line is one, such as {{"text": …}}')
+            except UnicodeDecodeError as error:
+                raise DataError(f"line {number} of {str(path)!r} is no UTF-8 ({error}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"line {number} of {str(path)!r} is no JSON ({error}); mend or remove it") from error
 

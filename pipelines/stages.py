@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_core.files import sha256_of_file
 from pipelines.base_model import identify
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, local_path
 from pipelines.stage import Stage, digest
 
 
@@ -98,7 +98,7 @@ def runs_root() -> Path:
 
 def _source_identity(source: str) -> str:
     """Return a digest that changes when a local data file does; a hub id or `docstrings` stands for itself."""
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_file():
         return sha256_of_file(path)
     return digest([source, sys.version]) if source == "docstrings" else source

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from tiny import save_pairs, tiny_recipe
 
 

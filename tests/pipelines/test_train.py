@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 from pipelines import launch
 from pipelines.errors import StageError
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_records
 from pipelines.stages import Stages
-from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 ZERO2 = {"config": "cpu_zero2", "processes": 2}
 Prepared = Callable[..., Stage]
