@@ -54,9 +54,7 @@ def locate(identity: dict[str, Any]) -> Path:
     """
     model_id = str(identity["id"])
     if identity["kind"] != "hub":
-        return (
-            embedded_file(model_id.removeprefix(EMBEDDED_PREFIX)) if model_id.startswith(EMBEDDED_PREFIX) else local_path(model_id)
-        )
+        return embedded_file(model_id.removeprefix(EMBEDDED_PREFIX)) if model_id.startswith(EMBEDDED_PREFIX) else local_path(model_id)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -84,7 +82,7 @@ def embedded_file(name: str) -> Path:
 def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Bring the base into Hugging Face format and fingerprint it in full precision."""
     from lora_core import fingerprint
-    from pipelines.tokenizer import quiet
+    from pipelines.tokenizer import load_tokenizer, quiet
 
     quiet()
     source = locate(inputs["base"])
@@ -92,10 +90,10 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
     if source.suffix == ".gguf":
         model = _dequantise(source, folder / "model")
         source = folder / "model"
+        tokenizer = load_tokenizer(source)
         files = [f"model/{p.name}" for p in sorted(source.iterdir())]
     else:
-        model = _load(source)
-    tokenizer = _load_tokenizer(source)
+        model, tokenizer = _load(source)
     kind, base_digest = fingerprint(model)
     figures = {
         "folder": str(source.resolve()),
@@ -108,6 +106,25 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         "context_tokens": getattr(model.config, "max_position_embeddings", None),
     }
     return figures, files
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Load the model and the tokenizer that a folder holds; both have to be there and whole."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    from pipelines.tokenizer import load_tokenizer
+
+    part = "tokenizer"
+    try:
+        tokenizer = load_tokenizer(folder)
+        part = "weights"
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto"), tokenizer
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BaseModelError(
+            f"the {part} of base model folder {str(folder)!r} cannot be loaded ({str(error).partition(chr(10))[0]}); "
+            "give a folder to which both the model and its tokenizer were saved with save_pretrained"
+        ) from error
 
 
 def _dequantise(file: Path, folder: Path) -> Any:

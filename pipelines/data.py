@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.child import run_stage
@@ -109,8 +111,8 @@ def split_by_group(examples: list[Example], validation_examples: int, seed: int)
 def _pieces(row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:
     """Cut a row into stretches that are learnt or not."""
     values = [row[name] for name in shape]
-    if any(not value for value in values):
-        raise DataError(f"row {number} has an empty {shape[next(i for i, value in enumerate(values) if not value)]}; fill or remove it")
+    for name, value in zip(shape, values, strict=True):
+        _check_cell(name, value, number)
     end = str(tokenizer.eos_token or "")
     if shape == ("text",):
         return [(values[0] + end, True)]
@@ -121,17 +123,50 @@ def _pieces(row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTo
     return [(values[0], False), (values[1] + end, True)]
 
 
+def _check_cell(name: str, value: Any, number: int) -> None:
+    """Refuse what is empty, or of another kind than its column holds."""
+    if value in (None, "", []):
+        raise DataError(f"row {number} has an empty {name}; fill or remove it")
+    kind, words = (list, "a list of role and content") if name == "messages" else (str, "text")
+    if not isinstance(value, kind):
+        raise DataError(f"row {number} has {shortened(value)} as its {name}, where {words} belongs; write it so or remove the row")
+
+
+def _check_messages(messages: list[Any], number: int) -> None:
+    """Refuse a conversation that opens with an answer, or has an answer without text."""
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(f"row {number} has {shortened(message)} among its messages; each is a role and a content, so write it as both")
+        if message.get("role") != "assistant":
+            continue
+        if index == 0:
+            raise DataError(f"row {number} opens with the assistant, which then answers nothing; put a message of role 'user' before it")
+        if not isinstance(message.get("content"), str) or not message["content"]:
+            content = shortened(message.get("content"))
+            raise DataError(
+                f"row {number} has {content} as the content of an assistant's turn, where text belongs; fill it or remove the row"
+            )
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], number: int, *, opens_answer: bool = False) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer))
+    except (TypeError, ValueError, TemplateError) as error:
+        raise DataError(f"row {number} does not fit the base's chat template ({error}); mend or remove it") from error
+
+
 def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:
     """Render a conversation so that only what the assistant says, up to its end mark, is supervised."""
     if not tokenizer.chat_template:
         raise DataError("the rows are conversations but the base's tokenizer has no chat template; use prompt and completion instead")
+    _check_messages(messages, number)
     pieces: list[Piece] = []
     done = ""
     for index, message in enumerate(messages):
         if message.get("role") != "assistant":
             continue
-        before = str(tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True))
-        after = str(tokenizer.apply_chat_template(messages[: index + 1], tokenize=False))
+        before = _rendered(tokenizer, messages[:index], number, opens_answer=True)
+        after = _rendered(tokenizer, messages[: index + 1], number)
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(
                 f"row {number}: the chat template rewrites earlier turns, so its answers cannot be told apart; use prompt and completion"

@@ -9,6 +9,7 @@ import httpx
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.schedules import Cron, Interval, Schedule
@@ -19,6 +20,8 @@ from pipelines.recipe import load_recipe
 from pipelines.stages import runs_root
 
 ENTRYPOINT = "pipelines/flows.py:finetune"
+ONE_AT_A_TIME = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
+"""A run that is due while one is at work waits; what the first finished, it finds again."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,12 @@ def deploy_recipe(recipe: str, when: When, pool: str) -> str:
             parameters={"recipe": path, "ranks": []},
             schedules=_schedules(when),
             triggers=_triggers(name, when),
+            concurrency_limit=ONE_AT_A_TIME,
             job_variables={"env": {"LORA_RUNS": str(runs_root())}},
             build=False,
             push=False,
             print_next_steps=False,
+            ignore_warnings=True,
         )
     except httpx.HTTPError as error:
         raise PipelineError(f"the Prefect server does not answer ({error}); check PREFECT_API_URL") from error

@@ -6,7 +6,6 @@ Nothing is copied into the project: the pairs are made anew from the interpreter
 import ast
 import re
 import sysconfig
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,8 @@ def harvest(max_characters: int) -> Iterator[dict[str, str]]:
     """Yield prompt, completion and group (the top-level module) for each usable function, in a fixed order.
 
     Kept: 3 to 40 lines and at most `max_characters` of source, a capitalised summary of 15 to 140 characters that ends
-    in a full stop, one function per summary.
+    in a full stop, one function per summary. Left out: what is no Python any more without its docstring, and a docstring
+    that shares a line with code.
     """
     seen: set[str] = set()
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -30,7 +30,7 @@ def harvest(max_characters: int) -> Iterator[dict[str, str]]:
             continue
         for source, summary in _functions(path):
             usable = MIN_LINES <= source.count("\n") + 1 <= MAX_LINES and len(source) <= max_characters
-            if usable and summary not in seen:
+            if usable and summary not in seen and _is_python(source):
                 seen.add(summary)
                 yield {"prompt": INSTRUCTION + source, "completion": summary, "group": parts[0].removesuffix(".py")}
 
@@ -41,11 +41,11 @@ def _functions(path: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError):
         return
-    lines = text.splitlines()
+    lines = text.split("\n")  # as the parser counts them; splitlines also ends a line at a form feed
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             summary = _summary(ast.get_docstring(node))
-            if summary and len(node.body) > 1:
+            if summary and len(node.body) > 1 and _has_own_lines(node, lines):
                 yield _without_docstring(node, lines), summary
 
 
@@ -58,8 +58,28 @@ def _summary(docstring: str | None) -> str | None:
     return sentence[0]
 
 
+def _is_python(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except SyntaxError:
+        return False
+    return True
+
+
+def _has_own_lines(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> bool:
+    """Return whether no code stands on the lines of the docstring."""
+    docstring, following = node.body[:2]
+    before = lines[docstring.lineno - 1].encode()[: docstring.col_offset]  # offsets count bytes
+    return not before.strip() and docstring.end_lineno != following.lineno
+
+
 def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
     docstring, end = node.body[0], node.end_lineno
     assert docstring.end_lineno is not None and end is not None
     kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : end]
-    return textwrap.dedent("\n".join(line.rstrip() for line in kept))
+    return "\n".join(_dedented(line.rstrip(), node.col_offset) for line in kept)
+
+
+def _dedented(line: str, margin: int) -> str:
+    """Move a line left by the function's margin; a line that starts inside it, as text may, stays."""
+    return line if line[:margin].strip() else line[margin:]

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from pipelines.errors import DataError
@@ -59,8 +59,10 @@ def _from_file(path: Path) -> Dataset:
         _check_lines(path)
     try:
         with TemporaryDirectory() as cache:  # the usual cache knows a file by path and time, not by what is in it
-            splits = load_dataset(BUILDERS[path.suffix], data_files=str(path), cache_dir=cache, keep_in_memory=True)
-            return splits.get("train", Dataset.from_list([]))
+            builder = load_dataset_builder(BUILDERS[path.suffix], data_files=str(path), cache_dir=cache)
+            builder.download_and_prepare()
+            has_rows = builder.info.splits["train"].num_examples > 0
+            return builder.as_dataset("train", in_memory=True) if has_rows else Dataset.from_list([])
     except (DatasetsError, ValueError, OSError) as error:
         reason = error.__cause__ or error
         raise DataError(f"data file {str(path)!r} cannot be read as {BUILDERS[path.suffix]}: {_first_line(reason)}; mend it") from error

@@ -70,7 +70,7 @@ def test_a_schedule_and_an_event_each_start_a_run_that_completes(place: Path, se
     deployment = httpx.get(f"{API}/deployments/name/finetune/pairs_tiny_cpu").json()
     assert sorted("cron" if "cron" in schedule["schedule"] else "interval" for schedule in deployment["schedules"]) == ["cron", "interval"]
 
-    soon = _lora(place, environment, "deploy", "tiny.yaml", "--interval", "20", "--on-event", "data.arrived")
+    soon = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "* * * * *", "--on-event", "data.arrived")
     assert soon.returncode == 0, soon.stderr
     scheduled = _wait_for_run(lambda run: run["auto_scheduled"] and run["state"]["type"] == "COMPLETED", place)
     assert scheduled["parameters"]["recipe"].endswith("tiny.yaml")

@@ -146,6 +146,30 @@ def test_a_batch_smaller_than_its_parts_is_refused_with_the_least_size(recipe_wi
     assert "at least 6" in message
 
 
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"training": {"steps": 6, "warmup_steps": 6}}, ["training.warmup_steps 6", "training.steps 6", "at most 5"]),
+        ({"evaluation": {"generations": 9}}, ["evaluation.generations 9", "data.validation_examples 8", "at most 8"]),
+    ],
+    ids=["a warm-up without end", "more answers than prompts"],
+)
+def test_what_could_not_be_done_as_asked_is_refused(recipe_with: Maker, changes: Values, fragments: list[str]) -> None:
+    message = refusal(recipe_with(**changes))
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_no_more_answers_than_prompts_are_asked_for_by_default(recipe_with: Maker) -> None:
+    recipe = parse_recipe({name: section for name, section in recipe_with().items() if name != "evaluation"})
+    assert recipe.evaluation.generations == recipe.data.validation_examples == 8
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+def test_a_refused_item_is_all_that_is_said_of_its_list(recipe_with: Maker) -> None:
+    assert "at least 1 item" not in refusal(recipe_with(lora={"ranks": [0]}))
+
+
 def test_a_batch_of_one_example_for_each_part_is_enough(recipe_with: Maker) -> None:
     values = recipe_with(training={"batch_size": 6, "accumulation": 3}, launch={"processes": 2})
     assert parse_recipe(values).training.batch_size == 6

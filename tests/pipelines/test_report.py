@@ -45,11 +45,12 @@ def scores(loss: float) -> Summary:
 
 
 def trained(rank: int | None, gain: float, general: float) -> Summary:
-    figures = {"trained_weights": 4_884_480 if rank else 134_515_008, "tokens_per_second": 207.5, "peak_memory_bytes": 2_594_799_616}
+    weights, size = (4_884_480, 19_651_476) if rank else (134_515_008, 269_060_552)
+    figures = {"trained_weights": weights, "file_bytes": size, "tokens_per_second": 207.5, "peak_memory_bytes": 2_594_799_616}
     return {
         "label": f"rank-{rank}" if rank else "control",
         "rank": rank,
-        "figures": figures | ({"file_bytes": 19_651_476} if rank else {}),
+        "figures": figures,
         "scores": scores(3.6 - gain),
         "change": change(gain + 0.4 if rank else gain, general),
         "total": change(gain, general - 0.01),
@@ -199,6 +200,11 @@ def test_terminal_units_and_marks(summary: Summary) -> None:
         assert expected in row
 
 
+def test_the_control_has_a_file_as_the_adapters_have(summary: Summary) -> None:
+    (row,) = [line for line in markdown_table(summary).splitlines() if line.startswith("| control")]
+    assert "269\u00a0MB" in row
+
+
 def test_markdown_rows_match_the_heading(summary: Summary) -> None:
     rows = [line for line in markdown_table(summary).splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(summary["models"])
@@ -225,6 +231,16 @@ def test_page_is_self_contained_and_its_identifiers_are_unique(page: tuple[str, 
     assert all(target in figures.identifiers for target in re.findall(r"url\(#([^)]*)\)", text))
     assert len(figures.identifiers) == len(set(figures.identifiers))
     assert text.count("<svg") == 2
+
+
+def test_a_prompt_is_shown_where_the_records_keep_it(summary: Summary, page: tuple[str, Figures], tmp_path: Path) -> None:
+    assert "<summary>Prompt" not in page[0]
+    for path in map(Path, summary["items"].values()):
+        records = [json.loads(line) | {"prompt": f"ask {HOSTILE}"} for line in path.read_text(encoding="utf-8").split("\n") if line]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    text, figures = page_of(summary, tmp_path / "report.html")
+    assert text.count("<summary>Prompt</summary><pre>ask &lt;script") == 4
+    assert "script" not in figures.tags
 
 
 def test_what_a_model_wrote_is_escaped(page: tuple[str, Figures]) -> None:

@@ -31,9 +31,9 @@ FILES = [
 ]
 UNUSABLE: dict[str, tuple[bytes, list[str]]] = {
     "empty.jsonl": (b"", ["is empty"]),
-    "blank.jsonl": (b"\n\n", []),
-    "header.csv": (b"prompt,completion\n", []),
-    "none.json": (b"[]", []),
+    "blank.jsonl": (b"\n\n", ["holds no rows"]),
+    "header.csv": (b"prompt,completion\n", ["holds no rows"]),
+    "none.json": (b"[]", ["holds no rows"]),
     "line.jsonl": (b'{"text": "x"}\n{"text": \n', ["line 2", "no JSON", "mend or remove"]),
     "list.jsonl": (b'{"text": "x"}\n\n["text"]\n', ["line 3", "no JSON object"]),
     "latin.jsonl": (b'{"text": "x"}\n{"text": "\xe9"}\n', ["line 2", "UTF-8"]),
