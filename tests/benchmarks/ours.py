@@ -60,12 +60,12 @@ class Record:
 
     losses: list[float] = field(default_factory=list)
     """Mean over the supervised tokens of each step, in nats."""
-    ends: list[float] = field(default_factory=list)
-    """The clock at the end of each step, in seconds."""
+    ends: list[dict[str, float]] = field(default_factory=list)
+    """The end of each step: the clock and the cores' time in seconds, the peak of memory so far in bytes."""
 
     def step_ended(self) -> None:
-        """Note the time."""
-        self.ends.append(time.perf_counter())
+        """Note the end of a step."""
+        self.ends.append({"clock": time.perf_counter(), "cores": time.process_time(), "peak": peak_memory_bytes()})
 
 
 Contestant = Callable[[Task], Record]
@@ -95,20 +95,12 @@ def write_adapter(task: Task) -> Record:
 
 
 def run_contestant(contestants: Mapping[str, Contestant]) -> None:
-    """Run the contestant that the command line names, and write its losses, speed and peak of memory."""
+    """Run the contestant that the command line names, and write what it noted and the tokens of each step."""
     name, task_file, result_file = sys.argv[1:]
     task = Task(**json.loads(Path(task_file).read_text()))
     record = contestants[name](task)
-    peak = peak_memory_bytes()  # before the examples are counted
-    timed = task.batches()[1:]  # the first step warms up
-    seconds = record.ends[-1] - record.ends[0] if record.ends else 0.0
-    figures = {
-        "losses": record.losses,
-        "tokens": sum(len(example["input_ids"]) for batch in timed for example in batch),
-        "seconds": seconds,
-        "peak_memory_bytes": peak,
-    }
-    write_json(Path(result_file), figures)
+    tokens = [sum(len(example["input_ids"]) for example in batch) for batch in task.batches()]
+    write_json(Path(result_file), {"losses": record.losses, "ends": record.ends, "tokens": tokens})
 
 
 if __name__ == "__main__":
