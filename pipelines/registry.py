@@ -95,7 +95,8 @@ def _experiment(client: MlflowClient, name: str, runs: Path) -> str:
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    local = None if os.environ.get("MLFLOW_TRACKING_URI") else (runs / "mlartifacts" / name).resolve().as_uri()
+    # a server says itself where artefacts go; MLflow's own default for a file is relative to where a command runs
+    local = (runs / "mlartifacts" / name).resolve().as_uri() if tracking_uri(runs).startswith("sqlite:") else None
     return str(client.create_experiment(name, artifact_location=local))
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ from lora_core.files import write_json
 from pipelines.batches import order
 from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.model import load_model
-from pipelines.train import Run, adapt, prepare_engine, train_step
+from pipelines.train import Run, adapt, prepare_engine, start, train_step
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def ours(task: Task) -> Record:
     model, dataset = task.model(), task.dataset()
     adapt(model, task.inputs)
     lengths = [len(ids) for ids in dataset["input_ids"]]
-    run = Run(Accelerator(cpu=True), task.inputs["training"], dataset, lengths, task.order(dataset), hardware.device)
+    run = Run(start(task.inputs, hardware), task.inputs["training"], dataset, lengths, task.order(dataset), hardware.device)
     engine, optimizer, schedule = prepare_engine(run, model, task.inputs["learning_rate"], hardware)
     for step in range(task.steps):
         record.losses.append(train_step(run, engine, optimizer, schedule, step)["loss"])

@@ -52,6 +52,8 @@ class TestRun:
         assert sorted(values["registered"]["versions"].values()) == [1, 2]
         assert {entry["name"].split()[0] for entry in values["stages"]} == {"base", "data", "plan", "train", "evaluate", "register"}
         assert "rank-4" in (place / "runs" / "pairs_tiny_cpu" / "report.html").read_text()
+        assert {path.name for path in place.iterdir()} == {"model", "pairs.jsonl", "runs", "tiny.yaml"}
+        assert list((place / "runs" / "mlartifacts").rglob("adapter_model.safetensors"))
 
     def test_the_control_and_the_adapters_saw_the_same_tokens(self, place: Path) -> None:
         figures = [summary(place)["models"][label]["figures"] for label in ("control", "rank-2", "rank-4")]
