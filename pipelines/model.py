@@ -34,9 +34,18 @@ def load_model(folder: Path, quantization: str, hardware: Hardware) -> PreTraine
             bnb_4bit_quant_storage=torch.uint8,
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    if quantization == "nf4":
+        _let_go_of_the_file(model)
     keep_layout(model)
     model.eval()
     return model
+
+
+def _let_go_of_the_file(model: PreTrainedModel) -> None:
+    """Copy what was not quantised: as views into the checkpoint, they would hold all of its dense weights in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def hidden_states(model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
