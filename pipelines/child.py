@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class errors_recorded:
         if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
             error = PipelineError(f"no space left on the disk of {self.folder}; free some and run again, what is finished is kept")
         if isinstance(error, (PipelineError, LoraError)):
-            record_error(self.folder, error)
+            with suppress(OSError):  # a full disk has no room for it; the parent sees that by itself
+                record_error(self.folder, error)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(USER_ERROR)
 

@@ -7,6 +7,7 @@ A stage's folder is locked while its child runs, so a second run of the same rec
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +25,8 @@ from pipelines.stage import LOG, Stage, read_result
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "infra" / "accelerate"
 POLL_SECONDS = 0.5
+ROOM_BYTES = 1 << 20
+"""With less than this, a child that ended without a word had nowhere to leave one."""
 GRACE_SECONDS = 35
 """torchrun gives its ranks 30 seconds to end."""
 Watch = Callable[[dict[str, Any]], None]
@@ -100,6 +103,8 @@ def _outcome(stage: Stage, status: int) -> dict[str, Any]:
     if figures is not None:
         return figures
     message = recorded_error(stage.folder)
+    if message is None and shutil.disk_usage(stage.folder).free < ROOM_BYTES:
+        message = f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept"
     if message is None:
         lines = (stage.folder / LOG).read_text(errors="replace").splitlines()
         message = f"stage {stage.kind} {stage.label} ended with status {status}; {stage.folder / LOG} ends: {' | '.join(lines[-3:])}"

@@ -101,10 +101,10 @@ def test_an_adapter_that_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    """A real file system of one megabyte; where it cannot be mounted there is nothing to test."""
+    """A real file system that holds the base's stage and not the data's; where it cannot be mounted there is nothing to test."""
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=False).returncode:
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(small)], check=False).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "LORA_RUNS": str(small)}
