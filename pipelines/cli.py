@@ -43,12 +43,10 @@ def plan(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006
 def compare(name: Annotated[str, typer.Argument(help="A recipe's name, its file, or a summary.json.", show_default=False)]) -> None:
     """Print the table of an earlier run."""
     path = _summary(name)
-    from rich.console import Console
-
+    from pipelines.progress import show
     from pipelines.report import terminal_table
 
-    summary = json.loads(path.read_text())
-    Console().print(terminal_table(summary))
+    show(terminal_table(json.loads(path.read_text())))
 
 
 @app.command()

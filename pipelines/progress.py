@@ -1,5 +1,6 @@
 """Show a training run while it goes on: a bar on a terminal, a line now and then elsewhere."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 SECONDS_BETWEEN_LINES = 15
+LOG_WIDTH = 120
 console = Console(file=sys.stderr)
 
 
@@ -30,8 +32,9 @@ def say(text: str) -> None:
 
 
 def show(table: Table) -> None:
-    """Print a table to stdout."""
-    Console().print(table)
+    """Print a table to stdout; where nobody gave a width, as in a log, it gets one in which no column is cut."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+    Console(width=width).print(table)
 
 
 def _bar() -> Progress:
