@@ -3,6 +3,7 @@
 data ─► base ─► train each rank and the control ─► evaluate all ─► compare ─► report ─► register ─► alias
 """
 
+import json
 import os
 import platform
 import subprocess
@@ -16,7 +17,7 @@ from typing import Any
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from lora_core.files import write_json
+from lora_core.files import write_text
 from pipelines import launch, tasks
 from pipelines.errors import RegistryError
 from pipelines.progress import say, show
@@ -129,7 +130,7 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
 
     path, page = run.folder / "summary.json", run.folder / "report.html"
     summary |= {"stages": run.timings, "seconds": round(time.monotonic() - run.started, 2)}
-    write_json(path, summary)
+    write_summary(path, summary)
     write_html(summary, page)
     failure = None
     begun = time.monotonic()
@@ -141,7 +142,7 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
         failure = error
     run.timings.append({"name": "register", "seconds": round(time.monotonic() - begun, 2), "cached": False, "folder": ""})
     summary["seconds"] = round(time.monotonic() - run.started, 2)
-    write_json(path, summary)
+    write_summary(path, summary)
     create_markdown_artifact(markdown_table(summary), key="comparison", description=summary["decision"])
     say("")
     show(terminal_table(summary))
@@ -149,6 +150,11 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
     if failure is not None:
         raise failure
     return path
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write the summary with its models in the order of the report."""
+    write_text(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def _commit() -> str:
