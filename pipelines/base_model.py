@@ -37,13 +37,18 @@ def identify(model_id: str, revision: str | None) -> dict[str, Any]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BaseModelError(f"base model {model_id!r} is a folder without config.json; give the folder that save_pretrained wrote")
-        files = {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(path.iterdir()) if p.is_file()}
-        return {"kind": "folder", "id": str(path.resolve()), "files": digest(files)}
+        return {"kind": "folder", "id": str(path.resolve()), "files": files_digest(path)}
     if path.suffix == ".gguf":
         raise BaseModelError(f"base model {model_id!r} ends in .gguf but no such file is there; check the path")
     if model_id.count("/") != 1 or model_id.startswith(("/", ".", "~")):
         raise BaseModelError(f"base model {model_id!r} is no folder, no .gguf file and no hub id (owner/name); check the spelling")
     return {"kind": "hub", "id": model_id, "revision": revision or "main"}
+
+
+def files_digest(folder: Path) -> str:
+    """Return a digest of the folder's file names, sizes and times: cheap, and another one when a file is written anew."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return digest({str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files})
 
 
 def locate(identity: dict[str, Any]) -> Path:
@@ -87,7 +92,7 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
     quiet()
     source = locate(inputs["base"])
     files: list[str] = []
-    if source.suffix == ".gguf":
+    if inputs["base"]["kind"] == "gguf":
         model = _dequantise(source, folder / "model")
         source = folder / "model"
         tokenizer = load_tokenizer(source)

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from pipelines.errors import PipelineError
+from pipelines.places import runs_root
 from pipelines.recipe import load_recipe
-from pipelines.stages import runs_root
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Fine-tune with LoRA, and know what was forgotten."

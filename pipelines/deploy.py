@@ -16,8 +16,8 @@ from prefect.schedules import Cron, Interval, Schedule
 
 from pipelines.errors import PipelineError
 from pipelines.launch import REPOSITORY
+from pipelines.places import runs_root
 from pipelines.recipe import load_recipe
-from pipelines.stages import runs_root
 
 ENTRYPOINT = "pipelines/flows.py:finetune"
 ONE_AT_A_TIME = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)

@@ -20,10 +20,11 @@ from prefect.artifacts import create_markdown_artifact
 from lora_core.files import write_text
 from pipelines import launch, tasks
 from pipelines.errors import RegistryError
+from pipelines.places import runs_root
 from pipelines.progress import say, show
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.stage import Stage, digest, library_versions, read_records
-from pipelines.stages import Stages, runs_root
+from pipelines.stages import Stages
 
 
 @flow(name="finetune", description=__doc__)
@@ -64,10 +65,19 @@ class Run:
         """Run or reuse a stage, say so, and note the time."""
         name, begun = f"{stage.kind} {stage.label}", time.monotonic()
         figures, reused = tasks.run_or_reuse(task, stage, *arguments)
-        seconds = round(time.monotonic() - begun, 2)
-        self.timings.append({"name": name, "seconds": seconds, "cached": reused, "folder": str(stage.folder)})
+        seconds = self.note(name, begun, cached=reused, folder=str(stage.folder))
         say(f"[green]✓[/green] {name} [dim]{'found again' if reused else f'{seconds:.0f} s'}[/dim]")
         return figures
+
+    def note(self, name: str, begun: float, *, cached: bool = False, folder: str = "") -> float:
+        """Keep how long a stage took since the clock stood at `begun`; return the seconds."""
+        seconds = round(time.monotonic() - begun, 2)
+        self.timings.append({"name": name, "seconds": seconds, "cached": cached, "folder": folder})
+        return seconds
+
+    def times(self) -> dict[str, Any]:
+        """Return the stages so far and the time of the whole run, as the summary holds them."""
+        return {"stages": self.timings, "seconds": round(time.monotonic() - self.started, 2)}
 
 
 def train_all(run: Run, base: dict[str, Any], data: tuple[Stage, dict[str, Any]]) -> dict[str, tuple[Stage, dict[str, Any]]]:
@@ -129,19 +139,11 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
     from pipelines.report import markdown_table, terminal_table, write_html
 
     path, page = run.folder / "summary.json", run.folder / "report.html"
-    summary |= {"stages": run.timings, "seconds": round(time.monotonic() - run.started, 2)}
+    summary |= run.times()
     write_summary(path, summary)
     write_html(summary, page)
-    failure = None
-    begun = time.monotonic()
-    try:
-        from pipelines.registry import register
-
-        summary["registered"] = register(summary, run.stages.root, [path, page])
-    except RegistryError as error:
-        failure = error
-    run.timings.append({"name": "register", "seconds": round(time.monotonic() - begun, 2), "cached": False, "folder": ""})
-    summary["seconds"] = round(time.monotonic() - run.started, 2)
+    failure = register(run, summary, [path, page])
+    summary |= run.times()
     write_summary(path, summary)
     create_markdown_artifact(markdown_table(summary), key="comparison", description=summary["decision"])
     say("")
@@ -150,6 +152,20 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
     if failure is not None:
         raise failure
     return path
+
+
+def register(run: Run, summary: dict[str, Any], files: list[Path]) -> RegistryError | None:
+    """Register the adapters and put into the summary what they are registered as; return what the registry refused."""
+    begun = time.monotonic()
+    try:
+        from pipelines import registry
+
+        summary["registered"] = registry.register(summary, run.stages.root, files)
+    except RegistryError as error:
+        return error
+    finally:
+        run.note("register", begun)
+    return None
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

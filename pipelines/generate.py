@@ -7,12 +7,11 @@ from typing import Any
 from lora_core import load_adapter
 from lora_core.adapter_io import read_identity
 from pipelines import launch
-from pipelines.base_model import identify
 from pipelines.errors import PipelineError
 from pipelines.evaluate import generate
 from pipelines.hardware import detect
 from pipelines.model import load_model
-from pipelines.stage import Stage
+from pipelines.stages import base_stage
 from pipelines.tokenizer import load_tokenizer
 
 REGISTERED = "models:/"
@@ -55,10 +54,7 @@ def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
 def _prepared_base(base: str, revision: str | None, runs: Path) -> Path:
     if not base:
         raise PipelineError("the adapter does not say which base it was trained on; name it with --base")
-    identity = identify(base, revision)
-    stage = Stage("base", base.rpartition("/")[2].replace(":", "-"), {"base": identity}, runs)
-    figures = stage.result() or launch.run_child(stage, launch.python_argv("pipelines.base_model", stage.begin()), threads=1)
-    return Path(figures["folder"])
+    return Path(launch.result_of(base_stage(base, revision, runs), "pipelines.base_model", threads=1)["folder"])
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:

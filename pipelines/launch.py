@@ -92,6 +92,11 @@ def run_child(stage: Stage, argv: list[str], *, threads: int, watch: Watch | Non
     return _outcome(stage, child.returncode)
 
 
+def result_of(stage: Stage, module: str, *, threads: int) -> dict[str, Any]:
+    """Return the figures of a stage that is one process; run it first where it is not done."""
+    return stage.result() or run_child(stage, python_argv(module, stage.begin()), threads=threads)
+
+
 def end_all() -> None:
     """End every child that any thread of this process waits for."""
     for child in list(_running):

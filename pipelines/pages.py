@@ -1,11 +1,11 @@
 """`lora ui`: the MLflow and Prefect pages over the folder of runs."""
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from pipelines.places import tracking_uri
 from pipelines.progress import say
 
 HOST = "127.0.0.1"
@@ -14,7 +14,7 @@ HOST = "127.0.0.1"
 def serve(runs: Path, *, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
     """Serve both pages until a signal; a port that is taken is replaced by a free one."""
     mlflow, prefect = _free(mlflow_port), _free(prefect_port)
-    store = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
+    store = tracking_uri(runs)
     python = [sys.executable, "-m"]
     commands = [[*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect)]]
     say(f"Prefect  http://{HOST}:{prefect}   (export PREFECT_API_URL=http://{HOST}:{prefect}/api to deploy to it)")

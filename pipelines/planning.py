@@ -8,7 +8,6 @@ from rich.table import Table
 
 from pipelines import launch
 from pipelines.recipe import Recipe
-from pipelines.stage import Stage
 from pipelines.stages import Stages
 
 console = Console()
@@ -17,15 +16,11 @@ console = Console()
 def print_plan(recipe: Recipe, root: Path) -> None:
     """Prepare base and data, which are kept for the run, and print the plan."""
     stages = Stages(recipe, root)
-    base = _figures(stages.base(), "pipelines.base_model")
-    data = _figures(stages.data(base), "pipelines.data")
-    plan = _figures(stages.plan(base, data), "pipelines.plan")
+    base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
+    data = launch.result_of(stages.data(base), "pipelines.data", threads=1)
+    plan = launch.result_of(stages.plan(base, data), "pipelines.plan", threads=1)
     console.print(_targets_table(plan["targets"]))
     console.print(_runs_table(recipe, plan["runs"], base["weights"]))
-
-
-def _figures(stage: Stage, module: str) -> dict[str, Any]:
-    return stage.result() or launch.run_child(stage, launch.python_argv(module, stage.begin()), threads=1)
 
 
 def _targets_table(targets: list[dict[str, Any]]) -> Table:

@@ -1,13 +1,12 @@
 """From a recipe to its stages: what each one's outcome depends on, and nothing else. Imports no torch."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_core.files import sha256_of_file
-from pipelines.base_model import identify
+from pipelines.base_model import files_digest, identify
 from pipelines.recipe import Recipe, local_path
 from pipelines.stage import Stage, digest
 
@@ -21,8 +20,7 @@ class Stages:
 
     def base(self) -> Stage:
         """The base model, in Hugging Face format and fingerprinted."""
-        section = self.recipe.base_model
-        return Stage("base", section.id.rpartition("/")[2].replace(":", "-"), {"base": identify(section.id, section.revision)}, self.root)
+        return base_stage(self.recipe.base_model.id, self.recipe.base_model.revision, self.root)
 
     def data(self, base: dict[str, Any]) -> Stage:
         """The two splits, tokenised for this base."""
@@ -91,14 +89,16 @@ class Stages:
         return Stage("evaluate", label, inputs, self.root, paths)
 
 
-def runs_root() -> Path:
-    """Return the folder of all runs: LORA_RUNS, or `runs` where the command was started."""
-    return Path(os.environ.get("LORA_RUNS", "runs")).resolve()
+def base_stage(model_id: str, revision: str | None, root: Path) -> Stage:
+    """Return the stage of a base model, whoever asks for it: a recipe, or an adapter that was trained on it."""
+    return Stage("base", model_id.rpartition("/")[2].replace(":", "-"), {"base": identify(model_id, revision)}, root)
 
 
 def _source_identity(source: str) -> str:
-    """Return a digest that changes when a local data file does; a hub id or `docstrings` stands for itself."""
+    """Return a digest that changes when local data does; a hub id or `docstrings` stands for itself."""
     path = local_path(source)
     if path.is_file():
         return sha256_of_file(path)
+    if path.is_dir():
+        return files_digest(path)
     return digest([source, sys.version]) if source == "docstrings" else source

@@ -67,10 +67,7 @@ def run_or_reuse(step: Callable[..., Any], stage: Stage, *arguments: Any) -> tup
 
 
 def _perform(stage: Stage, module: str, at_once: int = 1) -> Figures:
-    figures = stage.result()
-    if figures is not None:
-        return figures
-    return launch.run_child(stage, launch.python_argv(module, stage.begin()), threads=_threads(at_once))
+    return launch.result_of(stage, module, threads=_threads(at_once))
 
 
 def _threads(processes: int) -> int:

@@ -31,15 +31,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
     def make(rank: int | None, runs: str = "runs", **changes: dict[str, Any]) -> Stage:
         stages = Stages(parse_recipe(tiny_recipe(model, pairs, **changes)), root / runs)
-        base = _figures(stages.base(), "pipelines.base_model")
+        base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
         data_stage = stages.data(base)
-        return stages.train(base, (data_stage, _figures(data_stage, "pipelines.data")), rank)
+        return stages.train(base, (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1)), rank)
 
     return make
-
-
-def _figures(stage: Stage, module: str) -> dict[str, Any]:
-    return stage.result() or launch.run_child(stage, launch.python_argv(module, stage.begin()), threads=1)
 
 
 def _train(stage: Stage, config: str = "cpu_single", processes: int = 1) -> dict[str, Any]:
