@@ -142,10 +142,11 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
     summary |= run.times()
     write_summary(path, summary)
     write_html(summary, page)
-    failure = register(run, summary, [path, page])
+    note = markdown_table(summary)
+    failure = register(run, summary, [path, page], note)
     summary |= run.times()
     write_summary(path, summary)
-    create_markdown_artifact(markdown_table(summary), key="comparison", description=summary["decision"])
+    create_markdown_artifact(note, key="comparison", description=summary["decision"])
     say("")
     show(terminal_table(summary))
     say(f"report   {page}\nsummary  {path}")
@@ -154,13 +155,13 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
     return path
 
 
-def register(run: Run, summary: dict[str, Any], files: list[Path]) -> RegistryError | None:
+def register(run: Run, summary: dict[str, Any], files: list[Path], note: str) -> RegistryError | None:
     """Register the adapters and put into the summary what they are registered as; return what the registry refused."""
     begun = time.monotonic()
     try:
         from pipelines import registry
 
-        summary["registered"] = registry.register(summary, run.stages.root, files)
+        summary["registered"] = registry.register(summary, run.stages.root, files, note)
     except RegistryError as error:
         return error
     finally:
