@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench ui clean setup
+.PHONY: run test check format bench parity ui clean setup
 
 run: $(READY) ## the whole pipeline on a real model
 	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
@@ -30,6 +30,9 @@ ui: $(READY) ## the MLflow and Prefect pages
 
 bench: $(VENV)/.peers ## speed and memory beside TRL and a bare PEFT loop
 	$(BIN)/python tests/benchmarks/bench.py
+
+parity: $(READY) ## the adapters of `make run` in PEFT and here
+	$(BIN)/python tests/parity/parity.py
 
 setup: $(READY)
 

@@ -84,7 +84,7 @@ def _check_lines(path: Path) -> None:
     with path.open("rb") as stream:
         for number, content in enumerate(stream, start=1):
             try:
-                line = content.decode("utf-8")
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors mark a file's start
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise DataError(f'line {number} of {str(path)!r} is no JSON object; each line is one, such as {{"text": …}}')
             except UnicodeDecodeError as error:

@@ -62,6 +62,12 @@ def save(rows: list[Values], path: Path) -> Path:
     return path
 
 
+def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(tmp_path: Path, data_settings: Maker) -> None:
+    path = tmp_path / "marked.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    assert list(load_rows(data_settings(path))) == TEXTS
+
+
 @pytest.mark.parametrize(("shape", "suffix"), FILES)
 def test_rows_come_in_as_they_were_written(tmp_path: Path, data_settings: Maker, shape: str, suffix: str) -> None:
     loaded = load_rows(data_settings(save(SHAPES[shape], tmp_path / f"rows{suffix}")))
