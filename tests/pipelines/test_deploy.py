@@ -21,11 +21,12 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the smallest recipe there is: one rank, one step."""
+    """Return a folder with the smallest recipe there is: one rank, one step, no second base."""
     folder = tmp_path_factory.mktemp("deploy")
     recipe = tiny_recipe(
         save_tiny_model(folder / "model"),
         save_pairs(folder / "pairs.jsonl"),
+        base_model={"quantization": "none"},
         lora={"ranks": [2]},
         training={"steps": 1, "warmup_steps": 0},
         evaluation={"general": ["piqa"], "items_per_benchmark": 2, "generations": 1},
