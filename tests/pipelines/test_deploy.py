@@ -1,20 +1,32 @@
 """A deployment on a real Prefect server with a real worker: a schedule fires, an event fires, and the flow runs."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 pytestmark = pytest.mark.server
-PORT = 42071
+
+
+def _free_port() -> int:
+    """Return a port that nobody listens on; another run of these tests may be going on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+PORT = _free_port()
 API = f"http://127.0.0.1:{PORT}/api"
 BIN = Path(sys.executable).parent
 
@@ -60,28 +72,26 @@ def server(place: Path, environment: dict[str, str]) -> Iterator[None]:
         yield
     finally:
         for process in reversed(started):
-            process.terminate()
-            process.wait(60)
+            _end(process)
 
 
 def test_a_schedule_and_an_event_each_start_a_run_that_completes(place: Path, server: None, environment: dict[str, str]) -> None:
-    deployed = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "0 2 * * *", "--interval", "3600", "--on-event", "data.arrived")
+    deployed = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "* * * * *", "--interval", "3600", "--on-event", "data.arrived")
     assert deployed.returncode == 0, deployed.stderr
     assert "prefect worker start --pool lora" in deployed.stdout
     deployment = httpx.get(f"{API}/deployments/name/finetune/pairs_tiny_cpu").json()
     assert sorted("cron" if "cron" in schedule["schedule"] else "interval" for schedule in deployment["schedules"]) == ["cron", "interval"]
 
-    soon = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "* * * * *", "--on-event", "data.arrived")
-    assert soon.returncode == 0, soon.stderr
-    scheduled = _wait_for_run(lambda run: run["auto_scheduled"], place)
+    _wait_for_run("RUNNING", place, auto_scheduled=True)
+    quiet = _lora(place, environment, "deploy", "tiny.yaml", "--on-event", "data.arrived")  # no schedule from here on
+    assert quiet.returncode == 0, quiet.stderr
+    scheduled = _wait_for_run("COMPLETED", place, auto_scheduled=True)
     assert scheduled["parameters"]["recipe"].endswith("tiny.yaml")
     assert (place / "runs" / "pairs_tiny_cpu" / "summary.json").is_file()
 
-    quiet = _lora(place, environment, "deploy", "tiny.yaml", "--on-event", "data.arrived")  # no schedule from here on
-    assert quiet.returncode == 0, quiet.stderr
     emit = "from prefect.events import emit_event; emit_event('data.arrived', resource={'prefect.resource.id': 'domain-data'})"
     subprocess.run([sys.executable, "-c", emit], env=environment, check=True, timeout=60)
-    by_event = _wait_for_run(lambda run: not run["auto_scheduled"], place)
+    by_event = _wait_for_run("COMPLETED", place, auto_scheduled=False)
     assert by_event["created_by"]["type"] == "AUTOMATION"
 
 
@@ -101,13 +111,25 @@ def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> "sub
         return subprocess.Popen([sys.executable, "-m", "prefect", *arguments], env=environment, stdout=stream, stderr=stream)
 
 
-def _wait_for_run(wanted: Callable[[dict[str, Any]], bool], place: Path) -> dict[str, Any]:
-    """Return the first completed flow run that is as wanted."""
-    completed = {"flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End a server with all it started: a worker would wait for the runs it is at."""
+    everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    process.terminate()
+    psutil.wait_procs(everything, timeout=5)
+    for one in everything:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait(10)
+
+
+def _wait_for_run(state: str, place: Path, *, auto_scheduled: bool) -> dict[str, Any]:
+    """Return the first flow run in a state that a schedule, or something else, has started."""
+    in_state = {"flow_runs": {"state": {"type": {"any_": [state]}}}}  # asked for by state: runs to come would fill the page
     found: list[dict[str, Any]] = []
 
     def look() -> bool:
-        found[:] = [run for run in httpx.post(f"{API}/flow_runs/filter", json=completed).json() if wanted(run)]
+        runs = httpx.post(f"{API}/flow_runs/filter", json=in_state).json()
+        found[:] = [run for run in runs if run["auto_scheduled"] == auto_scheduled]
         return bool(found)
 
     try:
