@@ -31,12 +31,16 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
 
 
 @app.command()
-def plan(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006
+def plan(
+    recipe: RecipeArgument,
+    rank: RanksOption = [],  # noqa: B006
+    gpu_gb: Annotated[float | None, typer.Option(help="Also print which ways of training fit GPUs of this size.", min=1)] = None,
+) -> None:
     """Print the matched modules, trained weights, expected memory and file size, without training."""
     settings = load_recipe(recipe, ranks=rank)
     from pipelines.planning import print_plan
 
-    print_plan(settings, runs_root())
+    print_plan(settings, runs_root(), gpu_gb)
 
 
 @app.command()
@@ -57,6 +61,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
     """Answer a prompt with an adapter, on the base that it was trained on."""
+    if not adapter.startswith("models:/") and not Path(adapter).is_dir():
+        raise PipelineError(f"adapter {adapter!r} is no folder; give one, or models:/NAME@champion")
     from pipelines.generate import answer
 
     typer.echo(answer(prompt, adapter, base or None, max_new_tokens, runs_root()))

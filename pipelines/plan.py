@@ -1,60 +1,170 @@
-"""What a recipe will train and what it will cost, from the base's config alone: no weight is loaded.
+"""What a recipe will train and what it will cost, from the base's config and the data's lengths: no weight is loaded.
 
     python -m pipelines.plan STAGE_FOLDER
 
 Refuses a target that matches nothing and a rank larger than a layer, before any training.
 """
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import load_from_disk
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core import LoraConfig, Target, plan_targets
-from lora_core.budget import Budget, full_budget, lora_budget
+from lora_core.budget import Budget, alternatives, budget
+from lora_core.losses import CHUNK_ROWS
+from lora_core.setup import Setup
+from pipelines.batches import order, shares
 from pipelines.child import run_stage
+
+PROCESSES = (1, 2, 4, 8)
+"""For which other ways of training are weighed."""
+CPU_PROCESS_BYTES = 610_000_000
+"""Measured: what a rank under DeepSpeed holds resident before its first step, less the tensors then held: 612 MB over an
+NF4 base, 589 MB over a dense one. Interpreter and libraries, and what loading leaves behind."""
+CPU_HEAP_SLACK = 1.36
+"""Measured: glibc's heap keeps freed tensors and refills their gaps in part. Resident growth over bytes kept, for one
+process of SmolLM2-135M with adapters at 570 to 700 tokens a pass: 1.38 over NF4, 1.33 dense; with
+MALLOC_MMAP_THRESHOLD_=1000000, which gives every large tensor back, 1.0."""
+GPU_PROCESS_BYTES = 1 << 30
+"""An allowance, not measured here: the CUDA context and the buffers of NCCL."""
 
 
 def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Return, for each rank and for the control, trained weights, file size and memory; and the targets by kind."""
-    config = AutoConfig.from_pretrained(paths["base"])
+    """Return targets by kind and rank, each run's cost by term, and the memory of every other way on GPUs."""
+    model = meta_model(paths["base"])
+    setup = run_setup(inputs, largest_share(Path(paths["data"]), inputs))
+    targets = {rank: plan_targets(model, lora_config(inputs["lora"], rank)) for rank in inputs["ranks"]}
+    runs = {f"rank-{rank}": {"rank": rank, "scale": found[0].scale, **_cost(model, setup, found)} for rank, found in targets.items()}
+    runs["control"] = _cost(model, replace(setup, method="full"), [])
+    return {
+        "targets": [kind for found in targets.values() for kind in _by_kind(found)],
+        "runs": runs,
+        "setup": asdict(setup),
+        "alternatives": _alternatives(model, setup, targets[max(targets)]),
+    }, []
+
+
+def meta_model(base: str) -> nn.Module:
+    """Return the model that a folder's config describes, without weights."""
+    config = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    runs: dict[str, Any] = {}
-    targets: list[Target] = []
-    for rank in inputs["ranks"]:
-        targets = plan_targets(model, lora_config(inputs["lora"], rank))
-        budget = lora_budget(model, targets, quantized=inputs["quantization"] == "nf4", tokens=inputs["tokens"], shards=inputs["processes"])
-        runs[f"rank-{rank}"] = {"scale": targets[0].scale, **_plain(budget)}
-    runs["control"] = _plain(full_budget(model, tokens=inputs["tokens"], shards=inputs["processes"]))
-    return {"targets": _by_kind(targets), "runs": runs}, []
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def largest_share(data: Path, inputs: dict[str, Any]) -> dict[str, int]:
+    """Return the most tokens, and the most supervised ones, that any process gets at once in the whole training."""
+    dataset, training = load_from_disk(str(data / "train")), inputs["training"]
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    supervised = [sum(marks) for marks in dataset["supervised"]]
+    steps = order(len(dataset), training["steps"], training["batch_size"], inputs["seed"])
+    packs = [pack for step in steps for pack in shares(step, lengths, inputs["processes"] * training["accumulation"])]
+    return {
+        "tokens": max(sum(lengths[i] for i in pack) for pack in packs),
+        "supervised": max(sum(supervised[i] for i in pack) for pack in packs),
+    }
+
+
+def run_setup(inputs: dict[str, Any], share: dict[str, int]) -> Setup:
+    """Return how the adapters are trained, as the library's budget wants it."""
+    setup = Setup(
+        method="qlora" if inputs["quantization"] == "nf4" else "lora",
+        tokens=share["tokens"],
+        sharding=inputs["sharding"],
+        processes=inputs["processes"],
+        checkpointing=inputs["training"]["gradient_checkpointing"],
+        dropout=inputs["lora"]["dropout"] > 0,
+        logit_rows=min(CHUNK_ROWS, max(1, share["supervised"])),
+        bucket_weights=inputs["bucket_weights"],
+    )
+    return cpu_setup(setup) if inputs["device"] == "cpu" else gpu_setup(setup)
+
+
+def cpu_setup(setup: Setup) -> Setup:
+    """Return the same training in float32 on a CPU, whose memory is what lies resident."""
+    return replace(
+        setup,
+        compute_bytes=4,
+        fused_optimizer=False,
+        heap_slack=CPU_HEAP_SLACK,
+        mapped_checkpoint=True,
+        process_bytes=CPU_PROCESS_BYTES,
+    )
+
+
+def gpu_setup(setup: Setup) -> Setup:
+    """Return the same training in bfloat16 on a GPU."""
+    return replace(setup, compute_bytes=2, fused_optimizer=True, heap_slack=1.0, mapped_checkpoint=False, process_bytes=GPU_PROCESS_BYTES)
 
 
 def lora_config(settings: dict[str, Any], rank: int) -> LoraConfig:
     """Return the library's config of one rank, from a recipe's lora section."""
-    targets = settings["target_modules"]
     return LoraConfig(
         r=rank,
         lora_alpha=settings["alpha"],
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        target_modules=_names(settings["target_modules"]),
+        exclude_modules=_names(settings["exclude_modules"]),
+        layers_to_transform=tuple(settings["layers_to_transform"]),
         lora_dropout=settings["dropout"],
         use_rslora=settings["use_rslora"],
+        use_dora=settings["use_dora"],
         init_lora_weights=settings["init"],
     )
 
 
-def _plain(budget: Budget) -> dict[str, int]:
-    return {**vars(budget), "memory_bytes": budget.memory_bytes}
+def _names(value: str | list[str]) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else tuple(value)
+
+
+def _cost(model: nn.Module, setup: Setup, targets: list[Target]) -> dict[str, int]:
+    """Return a run's budget, and its memory were gradient checkpointing the other way."""
+    other = replace(setup, checkpointing=not setup.checkpointing)
+    return {**_plain(budget(model, setup, targets)), "other_checkpointing_bytes": budget(model, other, targets).memory_bytes}
+
+
+def _alternatives(model: nn.Module, setup: Setup, targets: list[Target]) -> list[dict[str, Any]]:
+    """Return the memory of each way on GPUs, in bfloat16, with the same tokens on each, without and with checkpointing."""
+    on_gpu = gpu_setup(replace(setup, checkpointing=False))
+    plain = alternatives(model, on_gpu, targets, PROCESSES)
+    smaller = alternatives(model, replace(on_gpu, checkpointing=True), targets, PROCESSES)
+    return [
+        {
+            "method": way.method,
+            "sharding": way.sharding,
+            "processes": way.processes,
+            "memory_bytes": cost.memory_bytes,
+            "checkpointed_bytes": less.memory_bytes,
+        }
+        for (way, cost), (_, less) in zip(plain, smaller, strict=True)
+    ]
+
+
+def _plain(cost: Budget) -> dict[str, int]:
+    return {**vars(cost), "memory_bytes": cost.memory_bytes}
 
 
 def _by_kind(targets: list[Target]) -> list[dict[str, Any]]:
-    """Group targets by the last part of their name and their shape."""
-    groups: dict[tuple[str, int, int], int] = {}
+    """Group targets by the last part of their name and their shape; weights are those of the whole group."""
+    groups: dict[tuple[str, int, int], list[Target]] = {}
     for target in targets:
-        key = (target.name.rpartition(".")[2], target.out_features, target.in_features)
-        groups[key] = groups.get(key, 0) + 1
-    return [{"name": n, "out_features": o, "in_features": i, "count": count} for (n, o, i), count in groups.items()]
+        groups.setdefault((target.name.rpartition(".")[2], target.out_features, target.in_features), []).append(target)
+    return [
+        {
+            "name": name,
+            "out_features": out,
+            "in_features": wide,
+            "count": len(group),
+            "rank": group[0].rank,
+            "scale": group[0].scale,
+            "trained_weights": sum(target.trained_weights for target in group),
+        }
+        for (name, out, wide), group in groups.items()
+    ]
 
 
 if __name__ == "__main__":

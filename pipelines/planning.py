@@ -12,40 +12,90 @@ from pipelines.stages import Stages
 
 console = Console()
 
+TERMS = {
+    "weight_bytes": "weights",
+    "quantization_bytes": "scales of 4-bit weights",
+    "gradient_bytes": "gradients",
+    "optimizer_bytes": "optimiser",
+    "activation_bytes": "activations",
+    "buffer_bytes": "buffers",
+    "process_bytes": "process itself",
+}
+"""Parts of the memory, as `lora_core.budget` names them and as they are printed."""
 
-def print_plan(recipe: Recipe, root: Path) -> None:
-    """Prepare base and data, which are kept for the run, and print the plan."""
+
+def print_plan(recipe: Recipe, root: Path, gpu_gb: float | None = None) -> None:
+    """Prepare base and data, which are kept for the run, and print the plan; with `gpu_gb`, what fits such a GPU."""
     stages = Stages(recipe, root)
     base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
-    data = launch.result_of(stages.data(base), "pipelines.data", threads=1)
+    data_stage = stages.data(base)
+    data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
     plan = launch.result_of(stages.plan(base, data), "pipelines.plan", threads=1)
     console.print(_targets_table(plan["targets"]))
-    console.print(_runs_table(recipe, plan["runs"], base["weights"]))
+    console.print(_runs_table(recipe, plan, base["weights"]))
+    if gpu_gb is not None:
+        console.print(_fits_table(plan, max(recipe.lora.ranks), gpu_gb))
 
 
 def _targets_table(targets: list[dict[str, Any]]) -> Table:
-    table = Table("module", "layers", "shape (out × in)", title="Modules that get an adapter", title_justify="left")
+    table = Table("module", "layers", "out × in", "rank", "scale", "trained weights", title="Modules with an adapter", title_justify="left")
     for target in targets:
-        table.add_row(target["name"], str(target["count"]), f"{target['out_features']} × {target['in_features']}")
-    return table
-
-
-def _runs_table(recipe: Recipe, runs: dict[str, Any], base_weights: int) -> Table:
-    title = f"{recipe.name}: {recipe.training.steps} steps of {recipe.training.batch_size} examples on {recipe.launch.processes} processes"
-    table = Table(
-        "run", "scale", "trained weights", "share", "file", "memory a process", "of it activations", title=title, title_justify="left"
-    )
-    for label, run in runs.items():
         table.add_row(
-            label,
-            f"{run['scale']:g}" if "scale" in run else "",
-            f"{run['trained_weights']:,}",
-            f"{run['trained_weights'] / base_weights:.2%}",
-            _megabytes(run["file_bytes"]),
-            _megabytes(run["memory_bytes"]),
-            _megabytes(run["activation_bytes"]),
+            target["name"],
+            str(target["count"]),
+            f"{target['out_features']} × {target['in_features']}",
+            str(target["rank"]),
+            f"{target['scale']:g}",
+            f"{target['trained_weights']:,}",
         )
     return table
+
+
+def _runs_table(recipe: Recipe, plan: dict[str, Any], base_weights: int) -> Table:
+    """Print a column for each run and a row for each term of its memory."""
+    training, setup, runs = recipe.training, plan["setup"], list(plan["runs"].values())
+    title = (
+        f"{recipe.name}: {training.steps} steps of {training.batch_size} examples on {recipe.launch.processes} processes "
+        f"({setup['sharding']}), at most {setup['tokens']} tokens at once on each"
+    )
+    table = Table("memory of a process", *plan["runs"], title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("trained weights", *(f"{run['trained_weights']:,}" for run in runs))
+    table.add_row("share of all", *(f"{run['trained_weights'] / base_weights:.2%}" for run in runs))
+    table.add_row("file", *(_megabytes(run["file_bytes"]) for run in runs), end_section=True)
+    for term, name in TERMS.items():
+        table.add_row(name, *(_megabytes(run[term]) for run in runs))
+    table.add_section()
+    table.add_row("while loading", *(_megabytes(run["loading_bytes"]) for run in runs))
+    table.add_row("memory at its peak", *(_megabytes(run["memory_bytes"]) for run in runs))
+    other = "without" if setup["checkpointing"] else "with"
+    table.add_row(f"{other} checkpointing", *(_megabytes(run["other_checkpointing_bytes"]) for run in runs))
+    return table
+
+
+def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
+    """Print each way of training on GPUs of one size: its memory, and whether it fits as it is or with checkpointing."""
+    ways: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for way in plan["alternatives"]:
+        ways.setdefault((way["method"], way["sharding"]), {})[way["processes"]] = way
+    counts = sorted(next(iter(ways.values())))
+    title = (
+        f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan['setup']['tokens']} tokens at once on each: GiB of a process; "
+        "✓ fits, c fits with gradient checkpointing, × does not"
+    )
+    table = Table("method", "sharing", *(f"{count} GPU{'s' * (count > 1)}" for count in counts), title=title, title_justify="left")
+    for (method, sharding), by_count in ways.items():
+        table.add_row(method, sharding, *(_verdict(by_count[count], gpu_gb) for count in counts))
+    return table
+
+
+def _verdict(way: dict[str, Any], gpu_gb: float) -> str:
+    """Say whether a way fits; a card sold as 24 GB holds 24 GiB."""
+    plain, smaller = way["memory_bytes"] / 1024**3, way["checkpointed_bytes"] / 1024**3
+    if plain <= gpu_gb:
+        return f"✓ {plain:.1f}"
+    return f"{'c' if smaller <= gpu_gb else '×'} {smaller:.1f}"
 
 
 def _megabytes(size: int) -> str:

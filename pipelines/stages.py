@@ -8,6 +8,7 @@ from typing import Any
 from lora_core.files import sha256_of_file
 from pipelines.base_model import files_digest, identify
 from pipelines.recipe import Recipe, local_path
+from pipelines.sharding import sharding
 from pipelines.stage import Stage, digest
 
 
@@ -34,19 +35,21 @@ class Stages:
         }
         return Stage("data", Path(section.source).stem, inputs, self.root, {"base": base["folder"]})
 
-    def plan(self, base: dict[str, Any], data: dict[str, Any]) -> Stage:
+    def plan(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]]) -> Stage:
         """Targets and budgets."""
-        recipe = self.recipe
-        tokens = data["train_tokens"] * recipe.training.batch_size / data["train_examples"]
+        recipe, (data_stage, data_figures) = self.recipe, data
         inputs = {
             "base": base["digests"],
+            "data_digest": data_figures["digest"],
             "ranks": list(recipe.lora.ranks),
             "lora": recipe.lora.model_dump(mode="json"),
             "quantization": recipe.base_model.quantization,
             "processes": recipe.launch.processes,
-            "tokens": int(tokens / recipe.launch.processes / recipe.training.accumulation),
+            "training": recipe.training.model_dump(mode="json"),
+            "seed": recipe.seed,
+            **sharding(recipe.launch.config),
         }
-        return Stage("plan", recipe.name, inputs, self.root, {"base": base["folder"]})
+        return Stage("plan", recipe.name, inputs, self.root, {"base": base["folder"], "data": str(data_stage.folder)})
 
     def train(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], rank: int | None) -> Stage:
         """An adapter of `rank`, or the control for None."""

@@ -84,7 +84,15 @@ def test_a_malformed_line_is_named(tmp_path: Path, recipe: dict[str, Any]) -> No
 def test_plan_prints_targets_weights_and_sizes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     ended = lora(tmp_path, "plan", write(tmp_path, recipe))
     assert ended.returncode == 0, ended.stderr
-    for word in ("q_proj", "down_proj", "rank-2", "rank-4", "control", "MB"):
+    for word in ("q_proj", "down_proj", "rank-2", "rank-4", "control", "optimiser", "activations", "MB"):
+        assert word in ended.stdout
+    assert "GPUs" not in ended.stdout
+
+
+def test_plan_says_what_fits_a_gpu(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    ended = lora(tmp_path, "plan", write(tmp_path, recipe), "--gpu-gb", "24")
+    assert ended.returncode == 0, ended.stderr
+    for word in ("24 GB", "qlora", "zero3", "8 GPUs", "✓"):
         assert word in ended.stdout
 
 

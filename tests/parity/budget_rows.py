@@ -1,0 +1,117 @@
+"""The budget's figures beside published ones, on models of the meta device: nothing is loaded.
+
+Each row says what is compared, what comes out here, and the published figure with the distance that is allowed.
+A memory of GPUs that others measured holds their code, their CUDA context and their allocator's reserve as well.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from lora_core import LoraConfig, Target, plan_targets
+from lora_core.budget import Budget, budget
+from lora_core.setup import Setup
+
+GIB = 1024**3
+
+
+@cache
+def gpt3() -> nn.Module:
+    """GPT-3's shapes (Brown et al. 2020, table 2.1) in the architecture that is open: 96 layers of 12,288."""
+    return _on_meta(
+        OPTForCausalLM,
+        OPTConfig(
+            vocab_size=50257, hidden_size=12288, num_hidden_layers=96, ffn_dim=49152, num_attention_heads=96, word_embed_proj_dim=12288
+        ),
+    )
+
+
+@cache
+def llama_65b() -> nn.Module:
+    """LLaMA 65B (Touvron et al. 2023, table 2)."""
+    return _llama(intermediate_size=22016)
+
+
+@cache
+def llama_2_70b() -> nn.Module:
+    """Llama 2 70B, with 8 heads of keys and values."""
+    return _llama(intermediate_size=28672, num_key_value_heads=8)
+
+
+def published_rows() -> list[dict[str, Any]]:
+    """Return a row for each published figure: what, value, unit, goal, holds."""
+    return [*_gpt3_rows(), *_qlora_rows(), *_zero3_rows()]
+
+
+def _gpt3_rows() -> list[dict[str, Any]]:
+    """LoRA (arXiv 2106.09685): section 4.2, and 37.7M weights in table 4."""
+    half = {"tokens": 1, "compute_bytes": 2}
+    full, rank4 = budget(gpt3(), Setup("full", **half)), _adapted(gpt3(), Setup("lora", **half), 4, ("q_proj", "v_proj"))
+    rank8 = _adapted(gpt3(), Setup("lora", **half), 8, ("q_proj", "v_proj"))
+    kept = [cost.weight_bytes + cost.optimizer_bytes for cost in (full, rank4)]
+    return [
+        _near(
+            "GPT-3 175B, q and v at rank 4: trained weights, full over LoRA", full.trained_weights / rank4.trained_weights, "×", 10_000, 0.1
+        ),
+        _near("GPT-3 175B, q and v at rank 8: trained weights", rank8.trained_weights / 1e6, "M", 37.7, 0.005),
+        _near("GPT-3 175B at rank 4: checkpoint in 16 bits", rank4.trained_weights * 2 / 1e6, "MB", 35, 0.1),
+        _near("GPT-3 175B: checkpoint of full fine-tuning in 16 bits", full.file_bytes / 1e9, "GB", 350, 0.01),
+        _near("GPT-3 175B: weights and Adam's moments, LoRA over full", kept[1] / kept[0], "", 1 / 3, 0.01),
+        _near("GPT-3 175B at rank 4: memory of weights, gradients and Adam", _without_passes(rank4) / 1e9, "GB", 350, 0.01),
+        _near("GPT-3 175B full: memory of weights, gradients and Adam", _without_passes(full) / 1e9, "GB", 1200, 0.2),
+    ]
+
+
+def _qlora_rows() -> list[dict[str, Any]]:
+    """QLoRA (arXiv 2305.14314): abstract; rank 64 on every linear layer, batch of 1, 512 tokens."""
+    setup = Setup("qlora", tokens=512, compute_bytes=2, checkpointing=True, logit_rows=512)
+    cost = _adapted(llama_65b(), setup, 64)
+    full = budget(llama_65b(), Setup("full", tokens=512, sharding="zero1", checkpointing=True))
+    return [
+        _at_most("LLaMA 65B, QLoRA at rank 64, all on one GPU", cost.memory_bytes / GIB, "GiB", 48),
+        _at_most("the same, Adam's states paged out", (cost.memory_bytes - cost.optimizer_bytes) / GIB, "GiB", 48),
+        _at_least("LLaMA 65B, full fine-tuning in 16 bits with float32 masters", full.memory_bytes / 1e9, "GB", 780),
+    ]
+
+
+def _zero3_rows() -> list[dict[str, Any]]:
+    """PEFT's guide to QLoRA under DeepSpeed ZeRO-3: 2 GPUs, rank 8 on every linear layer, 2 × 2048 tokens, all logits."""
+    setup = Setup("qlora", tokens=4096, sharding="zero3", processes=2, checkpointing=True, dropout=True, logit_rows=4096, process_bytes=GIB)
+    cost = _adapted(llama_2_70b(), setup, 8)
+    return [_near("Llama 2 70B, QLoRA under ZeRO-3, a GPU of two", cost.memory_bytes / 1e9, "GB", 36.6, 0.15)]
+
+
+def _adapted(model: nn.Module, setup: Setup, rank: int, modules: str | tuple[str, ...] = "all-linear") -> Budget:
+    targets: list[Target] = plan_targets(model, LoraConfig(r=rank, lora_alpha=16, target_modules=modules))
+    return budget(model, setup, targets)
+
+
+def _without_passes(cost: Budget) -> float:
+    return cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
+
+
+def _near(what: str, value: float, unit: str, goal: float, tolerance: float) -> dict[str, Any]:
+    holds = abs(value - goal) <= tolerance * goal
+    return {"what": what, "value": value, "unit": unit, "goal": f"{goal:g} within {tolerance:.1%}", "holds": holds}
+
+
+def _at_most(what: str, value: float, unit: str, goal: float) -> dict[str, Any]:
+    return {"what": what, "value": value, "unit": unit, "goal": f"at most {goal:g}", "holds": value <= goal}
+
+
+def _at_least(what: str, value: float, unit: str, goal: float) -> dict[str, Any]:
+    return {"what": what, "value": value, "unit": unit, "goal": f"at least {goal:g}", "holds": value >= goal}
+
+
+def _llama(**changes: int) -> nn.Module:
+    shape = {"vocab_size": 32000, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
+    return _on_meta(LlamaForCausalLM, LlamaConfig(**{**shape, **changes}))
+
+
+def _on_meta(kind: Any, config: Any) -> nn.Module:
+    with torch.device("meta"):
+        model: nn.Module = kind(config)
+    return model
