@@ -55,6 +55,32 @@ def folder_written_aside(folder: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def file_written_aside(path: Path) -> Iterator[Path]:
+    """Yield the path of a sibling that takes the place of `path` when the block, which writes it, succeeds.
+
+    On an exception the sibling is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        yield aside
+        _flush(aside)
+        aside.chmod(0o644)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def overlap(one: Path, other: Path) -> bool:
+    """Tell whether the two are one place, or one lies inside the other."""
+    one, other = one.resolve(), other.resolve()
+    return one == other or one in other.parents or other in one.parents
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of the file's bytes in hexadecimal."""
     with path.open("rb") as stream:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lora_core import LoraConfig, LoraLinear, MergeError, inject, lora_layers, merge, unmerge
+from lora_core import LoraConfig, LoraLinear, MergeError, fingerprint, inject, lora_layers, merge, unmerge
 
 Build = Callable[..., LlamaForCausalLM]
 Logits = Callable[[nn.Module], Tensor]
@@ -68,7 +69,7 @@ def test_unmerge_restores_every_bit(
     model = adapt(dtype=dtype)
     before, state, layers = logits(model), state_of(model), dict(lora_layers(model))
     merged = merge(model)
-    assert not torch.equal(merged.layers[next(iter(layers))].base.weight, merged.originals[next(iter(layers))])
+    assert not torch.equal(merged.parts[next(iter(layers))].base.weight, merged.originals[f"{next(iter(layers))}.weight"])
     unmerge(model, merged)
     assert_same_state(state_of(model), state)
     assert dict(lora_layers(model)) == layers
@@ -113,6 +114,60 @@ def test_nf4_is_refused(build_nf4_llama: Build, refuses: Callable[..., None]) ->
     model = build_nf4_llama()
     inject(model, CONFIG, seed=0)
     refuses(model, lambda: merge(model), MergeError, "model.layers.0.self_attn.q_proj is stored in nf4")
+
+
+def test_a_forced_merge_into_nf4_is_the_sum_rounded_with_the_same_settings(build_nf4_llama: Build, randomise: Callable[..., None]) -> None:
+    """The reference is bitsandbytes' own rounding of W0 + s·B·A; dtype and block size of the codes stay."""
+    model = build_nf4_llama(torch.bfloat16)
+    inject(model, CONFIG, seed=0)
+    randomise(model)
+    sums = {name: layer.frozen.dense(torch.float32) + layer.delta() for name, layer in lora_layers(model)}
+    before = {name: layer.base.weight.quant_state for name, layer in lora_layers(model)}
+    merged = merge(model, force=True)
+    for name, total in sums.items():
+        weight = model.get_submodule(name).weight
+        codes, state = quantize_4bit(total, blocksize=64, compress_statistics=True, quant_type="nf4")
+        assert torch.equal(weight.data, codes)
+        assert torch.equal(dequantize_4bit(weight.data, weight.quant_state).float(), dequantize_4bit(codes, state).bfloat16().float())
+        found = weight.quant_state
+        assert (found.blocksize, found.nested, found.dtype, found.shape) == (64, True, before[name].dtype, before[name].shape)
+        assert found is not before[name] and model.get_submodule(name).quant_state is found
+    assert merged.kept.keys() == sums.keys()
+    assert all(0.5 < each.fraction < 1.5 for each in merged.kept.values())  # the noise is as large as the weight
+
+
+def test_unmerge_restores_every_bit_of_an_nf4_base(
+    build_nf4_llama: Build,
+    randomise: Callable[..., None],
+    logits: Logits,
+    state_of: Callable[..., dict[str, Tensor]],
+    assert_same_state: Callable[..., None],
+) -> None:
+    model = build_nf4_llama()
+    inject(model, CONFIG, seed=0)
+    randomise(model)
+    before, state, digest = logits(model), state_of(model), fingerprint(model)
+    merged = merge(model, force=True)
+    assert fingerprint(model) != digest
+    assert not torch.equal(logits(model), before)
+    unmerge(model, merged)
+    assert_same_state(state_of(model), state)
+    assert fingerprint(model) == digest
+    assert torch.equal(logits(model), before)
+
+
+def test_a_forced_merge_into_a_dense_base_is_a_merge(adapt: Build, state_of: Callable[..., dict[str, Tensor]]) -> None:
+    one, other = adapt(), adapt()
+    assert merge(one, force=True).kept == merge(other).kept == {}
+    assert all(torch.equal(value, state_of(other)[name]) for name, value in state_of(one).items())
+
+
+def test_a_forced_sum_that_is_not_finite_is_refused(build_nf4_llama: Build, refuses: Callable[..., None]) -> None:
+    model = build_nf4_llama()
+    inject(model, CONFIG, seed=0)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.lora_B.fill_(torch.inf)
+    refuses(model, lambda: merge(model, force=True), MergeError, "layers.1.mlp.up_proj: the merged weight is not finite")
 
 
 def test_a_model_without_an_adapter_is_refused(build_llama: Build, refuses: Callable[..., None]) -> None:
