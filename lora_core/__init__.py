@@ -8,40 +8,81 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_core.adapter_io import Identity, load_adapter, save_adapter
+    from lora_core.bank import Bank
     from lora_core.config import LoraConfig
-    from lora_core.errors import AdapterError, BaseMismatchError, ConfigError, LoraError, MergeError, TargetError
-    from lora_core.identity import fingerprint
-    from lora_core.injection import Target, inject, lora_layers, plan_targets, trained_weights
+    from lora_core.errors import (
+        AdapterError,
+        BaseMismatchError,
+        CheckpointError,
+        ConfigError,
+        ExportError,
+        LoraError,
+        MergeError,
+        RoutingError,
+        TargetError,
+    )
+    from lora_core.export import export_gguf, export_peft, export_vllm
+    from lora_core.fidelity import logit_divergence, merge_fidelity
+    from lora_core.identity import fingerprint, fingerprint_of_folder
+    from lora_core.injection import inject, lora_layers, trained_weights
     from lora_core.layers import LoraLinear
     from lora_core.merging import merge, unmerge
+    from lora_core.streaming import merge_checkpoint
+    from lora_core.targets import Target, plan_targets
 
 _HOMES = {
     "adapter_io": ("Identity", "load_adapter", "save_adapter"),
+    "bank": ("Bank",),
     "config": ("LoraConfig",),
-    "errors": ("AdapterError", "BaseMismatchError", "ConfigError", "LoraError", "MergeError", "TargetError"),
-    "identity": ("fingerprint",),
-    "injection": ("Target", "inject", "lora_layers", "plan_targets", "trained_weights"),
+    "errors": (
+        "AdapterError",
+        "BaseMismatchError",
+        "CheckpointError",
+        "ConfigError",
+        "ExportError",
+        "LoraError",
+        "MergeError",
+        "RoutingError",
+        "TargetError",
+    ),
+    "export": ("export_gguf", "export_peft", "export_vllm"),
+    "fidelity": ("logit_divergence", "merge_fidelity"),
+    "identity": ("fingerprint", "fingerprint_of_folder"),
+    "injection": ("inject", "lora_layers", "trained_weights"),
     "layers": ("LoraLinear",),
     "merging": ("merge", "unmerge"),
+    "streaming": ("merge_checkpoint",),
+    "targets": ("Target", "plan_targets"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterError",
+    "Bank",
     "BaseMismatchError",
+    "CheckpointError",
     "ConfigError",
+    "ExportError",
     "Identity",
     "LoraConfig",
     "LoraError",
     "LoraLinear",
     "MergeError",
+    "RoutingError",
     "Target",
     "TargetError",
+    "export_gguf",
+    "export_peft",
+    "export_vllm",
     "fingerprint",
+    "fingerprint_of_folder",
     "inject",
     "load_adapter",
+    "logit_divergence",
     "lora_layers",
     "merge",
+    "merge_checkpoint",
+    "merge_fidelity",
     "plan_targets",
     "save_adapter",
     "trained_weights",

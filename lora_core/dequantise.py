@@ -7,26 +7,28 @@ fast; the values are the 4-bit ones, so what is measured is still the quantised 
 import torch
 from torch import nn
 
-from lora_core.injection import lora_layers, replace_module, unwrapped
-from lora_core.quant import BaseWeight, DenseWeight, base_weight, is_nf4
+from lora_core.injection import lora_layers
+from lora_core.layers import LoraLinear
+from lora_core.modules import module_at, plain_name, replace_module, unwrapped
+from lora_core.quant import BaseWeight, DenseWeight, base_weight, quantised_kind
 
 
 @torch.no_grad()
 def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
-    """Make every NF4 layer of `model` dense in place, also under adapters; return how many there were.
+    """Make every 4-bit layer of `model` dense in place, also under adapters; return how many there were.
 
     Keeps the model's outputs up to the rounding of `dtype`.
 
     Raises:
         TargetError: bitsandbytes has stored a layer anew; the model is unchanged.
     """
-    model = unwrapped(model)
-    found = {name: base_weight(module) for name, module in model.named_modules() if is_nf4(module)}
+    four_bit = [(plain_name(n), m) for n, m in unwrapped(model).named_modules() if quantised_kind(m) in ("nf4", "fp4")]
+    found = {name: base_weight(module) for name, module in four_bit}
     for name, frozen in found.items():
         assert frozen is not None, name
-        replace_module(model, name, _dense_linear(model.get_submodule(name), frozen, dtype))
+        replace_module(model, name, _dense_linear(module_at(model, name), frozen, dtype))
     for _, layer in lora_layers(model):
-        if isinstance(layer.base, nn.Linear):
+        if isinstance(layer, LoraLinear) and isinstance(layer.base, nn.Linear):
             layer.frozen = DenseWeight(layer.base)
     return len(found)
 

@@ -21,5 +21,17 @@ class BaseMismatchError(AdapterError):
     """An adapter meets a base model other than the one it was trained on."""
 
 
+class RoutingError(LoraError, ValueError):
+    """A batch is not laid out as the routing of its rows to adapters says."""
+
+
+class CheckpointError(LoraError, ValueError):
+    """A base model's files are incomplete, malformed or stored in a way that cannot be used here."""
+
+
 class MergeError(LoraError, RuntimeError):
     """A merge or its reversal cannot be done without losing weights."""
+
+
+class ExportError(LoraError, ValueError):
+    """An adapter cannot be said in another program's format without changing what it computes."""

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from lora_core.quant import BaseWeight
 
@@ -42,7 +41,7 @@ class _LoraLinear(torch.autograd.Function):
         base, bias, scale, keep, dropout = frozen
         ctx.save_for_backward(x, a, b, keep)
         ctx.base, ctx.scale, ctx.dropout = base, scale, dropout
-        y = F.linear(x, base.dense(x.dtype), bias)
+        y: Tensor = base.linear(x, bias)
         down_NR = _rows(_dropped(x, keep, dropout)) @ a.to(x.dtype).T
         y.view(-1, y.shape[-1]).addmm_(down_NR, b.to(x.dtype).T, alpha=scale)
         return y

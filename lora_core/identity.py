@@ -7,14 +7,15 @@ one digest for each kind of storage, and a comparison only within a kind.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.injection import plain_name, unwrapped
-from lora_core.layers import LoraLinear
-from lora_core.quant import Kind, is_nf4
+from lora_core.checkpoint import mapped_tensors, open_checkpoint
+from lora_core.modules import plain_parameters
+from lora_core.quant import Kind, kind_of
 
 SAMPLES_PER_TENSOR = 256
 
@@ -24,10 +25,21 @@ def fingerprint(model: nn.Module) -> tuple[Kind, str]:
 
     An injected adapter does not count: the model under it is what is identified.
     """
-    model = unwrapped(model)
-    tensors = dict(_base_tensors(model))
-    kind: Kind = "nf4" if any(is_nf4(module) for module in model.modules()) else "dense"
-    return kind, digest_of(tensors)
+    return kind_of(model), digest_of({name: parameter.detach() for name, parameter in plain_parameters(model).items()})
+
+
+def fingerprint_of_folder(folder: Path) -> tuple[Kind, str]:
+    """Return what `fingerprint` gives for the dense model that is saved in `folder`, reading only what is sampled.
+
+    A tied output head counts once, whether its file holds it twice or not.
+
+    Raises:
+        CheckpointError: the folder holds no whole checkpoint.
+    """
+    checkpoint = open_checkpoint(folder)
+    entries = {name: entry for name, entry in checkpoint.entries.items() if not checkpoint.is_tied_copy(name)}
+    with mapped_tensors(folder, entries) as tensors:
+        return "dense", digest_of(tensors)
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -38,18 +50,6 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name}:{tuple(tensor.shape)}:".encode())
         total.update(_sample(tensor))
     return total.hexdigest()
-
-
-def _base_tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Yield the base's own parameters under the names they have without an adapter; tied ones once."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    adapters = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
-    wrapped = {f"{name}.base" for name in layers}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in adapters:
-            owner, _, last = name.rpartition(".")
-            plain = f"{owner.removesuffix('.base')}.{last}" if owner in wrapped else name
-            yield plain_name(plain), parameter.detach()
 
 
 def _sample(tensor: Tensor) -> bytes:

@@ -1,88 +1,76 @@
-"""Plan which modules get an adapter, then put them in: a pure step that can refuse, and an act that cannot half-fail."""
+"""Put an adapter into a model: a plan that can refuse, parts that are built aside, and an act that cannot half-fail."""
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import cast
 
 from torch import nn
 
-from lora_core.config import ALL_LINEAR, LoraConfig
+from lora_core.config import LoraConfig
+from lora_core.conv import LoraConv2d
+from lora_core.embedding import LoraEmbedding
 from lora_core.errors import TargetError
-from lora_core.layers import LoraLinear
-from lora_core.quant import BaseWeight, base_weight, keep_layout
+from lora_core.experts import LoraExperts, expert_targets
+from lora_core.layers import LoraLayer, LoraLinear
+from lora_core.modules import adapter_parts, module_at, output_head, plain_modules, replace_module, unwrapped
+from lora_core.quant import keep_layout
+from lora_core.spectral_init import is_spectral
+from lora_core.targets import Target, named_modules, plan_targets
+from lora_core.trained import TiedHead, TrainedBias, TrainedModule, TrainedRows
 
-
-@dataclass(frozen=True)
-class Target:
-    """One module that gets an adapter."""
-
-    name: str
-    """Module path in the model, such as `model.layers.0.mlp.up_proj`."""
-    in_features: int
-    out_features: int
-    rank: int
-    scale: float
-    """Factor of B·A."""
-    kind: str
-    """How the base weight is stored: dense or nf4."""
-
-    @property
-    def trained_weights(self) -> int:
-        return self.rank * (self.in_features + self.out_features)
-
-
-def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
-    """List the modules of `model` that `config` adapts, in model order; nothing is changed.
-
-    Works on a model of the meta device, so it costs no memory.
-
-    Raises:
-        TargetError: a pattern matches no module, a match is no linear layer, or the rank exceeds a layer.
-    """
-    model = unwrapped(model)
-    _refuse_second_injection(model)
-    candidates = _adaptable(model)
-    names = _matches(model, candidates, config.target_modules)
-    targets = [_target(name, candidates[name], config) for name in names]
-    for target in targets:
-        limit = min(target.in_features, target.out_features)
-        if target.rank > limit:
-            raise TargetError(
-                f"rank {target.rank} exceeds {target.name} of shape {target.out_features}×{target.in_features}; "
-                f"use a rank of at most {limit}, or leave that module out of target_modules"
-            )
-    return targets
+LAYERS = (LoraLinear, LoraEmbedding, LoraConv2d)
+Parts = dict[str, nn.Module]
+"""Module path → the part that stands in the module's place."""
 
 
 def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
-    """Wrap every target of `config` in a LoraLinear and freeze the rest; return the plan.
+    """Put the adapter that `config` describes into `model` and freeze the rest; return the plan of its updates.
 
-    The model computes what it computed before, bit for bit, until a B is trained.
+    The model computes what it computed before until something is trained: bit for bit, and up to a rounding under DoRA
+    and with starts in which B is not zero.
 
     Args:
-        model: changed in place, all targets or none.
+        model: changed in place, wholly or not at all.
         config: the adapter.
-        seed: draws every A.
+        seed: draws every start.
 
     Raises:
         TargetError: see `plan_targets`; the model is unchanged.
     """
-    model = unwrapped(model)
     targets = plan_targets(model, config)
-    layers = {target.name: _wrapped(model.get_submodule(target.name), target.name, config, seed) for target in targets}
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    keep_layout(model)
-    for name, layer in layers.items():
-        replace_module(model, name, layer)
+    place_parts(model, build_parts(model, config, targets, seed))
     return targets
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """Yield each adapter with the path of the module it wraps, in model order."""
-    for name, module in unwrapped(model).named_modules():
-        if isinstance(module, LoraLinear):
-            yield plain_name(name), module
+def build_parts(model: nn.Module, config: LoraConfig, targets: list[Target], seed: int) -> Parts:
+    """Build everything an adapter consists of, over the modules of `model`, which is not changed.
+
+    Raises:
+        TargetError: a setting has no effect, or two settings want the same module.
+    """
+    layers = {one.name: _layer(module_at(model, one.name), one, config, seed) for one in targets if one.layer != "experts"}
+    saved = named_modules(model, config.modules_to_save, "modules_to_save")
+    wholes: Parts = {name: TrainedModule(module, name) for name, module in saved.items()}
+    rows = _rows(model, config.trainable_token_indices)
+    experts = _experts(model, config, seed)
+    _refuse_twice(layers, wholes, rows, experts)
+    parts = {**layers, **wholes, **rows, **experts}
+    return {**parts, **_biases(model, config, parts)}
+
+
+def place_parts(model: nn.Module, parts: Parts) -> None:
+    """Freeze `model` and put the parts into it."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    keep_layout(model)
+    for name, part in parts.items():
+        replace_module(model, name, part)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """Yield each low-rank update with the path of the module it wraps, in model order."""
+    for name, part in adapter_parts(model):
+        if isinstance(part, LAYERS):
+            yield name, cast(LoraLayer, part)
 
 
 def trained_weights(model: nn.Module) -> int:
@@ -90,93 +78,62 @@ def trained_weights(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the path `name`, keeping its mode of training or evaluation."""
-    model = unwrapped(model)
-    parent, _, child = name.rpartition(".")
-    module.train(model.get_submodule(name).training)
-    setattr(model.get_submodule(parent), child, module)
-
-
-def plain_name(name: str) -> str:
-    """Strip what the compilation of a block puts into the paths of its modules."""
-    return re.sub(r"(^|\.)_orig_mod(?=\.|$)", "", name).lstrip(".")
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model under what compilation and data parallelism put around it: a module of one child of their name."""
-    while list(dict(model.named_children())) in (["_orig_mod"], ["module"]):
-        model = next(model.children())
-    return model
-
-
-def _wrapped(module: nn.Module, name: str, config: LoraConfig, seed: int) -> LoraLinear:
-    weight = base_weight(module)
-    assert weight is not None, name
-    layer = LoraLinear(module, weight, config)
-    layer.reset(name, config, seed)
+def _layer(module: nn.Module, target: Target, config: LoraConfig, seed: int) -> nn.Module:
+    layer: LoraLinear | LoraEmbedding | LoraConv2d
+    if isinstance(module, nn.Embedding):
+        layer = LoraEmbedding(module, target, config)
+    elif isinstance(module, nn.Conv2d):
+        layer = LoraConv2d(module, target, config)
+    else:
+        layer = LoraLinear(module, target, config)
+    layer.reset(target.name, config, seed)
     return layer
 
 
-def _adaptable(model: nn.Module) -> dict[str, BaseWeight]:
-    found = ((name, base_weight(module)) for name, module in model.named_modules())
-    return {name: weight for name, weight in found if weight is not None and name}  # the root has no place to be replaced in
+def _experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
+    """Build the updates of stacked experts; like PEFT's, they know plain starts alone."""
+    if config.target_parameters and (config.use_dora or config.lora_bias or is_spectral(config.init_lora_weights)):
+        raise TargetError("target_parameters take neither use_dora nor lora_bias nor a start from the weight; switch these off")
+    parts: Parts = {}
+    for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
+        sizes = {stack: (config.rank_of(f"{path}.{stack}"), config.scale_of(f"{path}.{stack}")) for stack in stacks}
+        parts[path] = part = LoraExperts(module_at(model, path), sizes)
+        part.reset(path, config.init_lora_weights, seed)
+    return parts
 
 
-def _matches(model: nn.Module, candidates: dict[str, BaseWeight], patterns: str | tuple[str, ...]) -> list[str]:
-    if patterns == ALL_LINEAR:
-        head = _output_head(model)
-        names = [name for name in candidates if model.get_submodule(name) is not head]
-    elif isinstance(patterns, str):
-        every = [name for name, _ in model.named_modules() if re.fullmatch(patterns, name)]
-        names = _only_adaptable(patterns, every, candidates)
-    else:
-        names = _named(model, candidates, patterns)
-    if not names:
-        raise TargetError(f"target_modules={patterns!r} matches no linear layer; linear layers here end in {_endings(candidates)}")
-    return names
+def _rows(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> Parts:
+    """Build the trained rows of embeddings; a head that is tied to one, by its very storage, follows."""
+    parts: Parts = {}
+    plain = plain_modules(model)
+    for name, rows in wanted.items():
+        for path, module in named_modules(model, [name], "trainable_token_indices").items():
+            trained = parts[path] = TrainedRows(module, path, rows)
+            head = output_head(unwrapped(model))
+            if head is not None and head is not module and head.weight is module.weight:
+                parts[next(other for other, one in plain.items() if one is head)] = TiedHead(head, trained)
+    return parts
 
 
-def _named(model: nn.Module, candidates: dict[str, BaseWeight], patterns: tuple[str, ...]) -> list[str]:
-    chosen: set[str] = set()
-    for pattern in patterns:
-        every = [name for name, _ in model.named_modules() if name == pattern or name.endswith(f".{pattern}")]
-        chosen.update(_only_adaptable(pattern, every, candidates))
-    return [name for name in candidates if name in chosen]
+def _biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
+    """Build the trained biases of modules that have no part of their own; the layers train theirs themselves."""
+    if config.bias == "none":
+        return {}
+    biased = {name: m for name, m in plain_modules(model).items() if isinstance(m._parameters.get("bias"), nn.Parameter)}
+    free = {name: module for name, module in biased.items() if not _lies_in(name, parts)}
+    if not (biased if config.bias == "all" else set(biased) & set(parts)):
+        raise TargetError(f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'")
+    return {name: TrainedBias(module) for name, module in free.items()} if config.bias == "all" else {}
 
 
-def _only_adaptable(pattern: str, names: list[str], candidates: dict[str, BaseWeight]) -> list[str]:
-    """Return the linear layers among `names`; a pattern that finds none is an error of its own."""
-    linear = [name for name in names if name in candidates]
-    if not linear:
-        what = f"matches {names[0]}, which is no linear layer" if names else "matches no module"
-        raise TargetError(f"target {pattern!r} {what}; linear layers here end in {_endings(candidates)}")
-    return linear
+def _lies_in(name: str, parts: Parts) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in parts)
 
 
-def _endings(candidates: dict[str, BaseWeight]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in candidates})) or "nothing: the model has none"
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head: Hugging Face models name theirs, and a tied head must never be adapted by accident."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
-
-
-def _target(name: str, weight: BaseWeight, config: LoraConfig) -> Target:
-    out_features, in_features = weight.shape
-    return Target(name, in_features, out_features, config.r, config.scale, weight.kind)
-
-
-def _refuse_second_injection(model: nn.Module) -> None:
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
-        raise TargetError("the model already carries an adapter; load a fresh base, or merge the first adapter before adding another")
-
-
-def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """List what `config` matches in a model, whether adapted or not."""
-    model = unwrapped(model)
-    inside = {f"{name}.base" for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    candidates = {name.removesuffix(".base") if name in inside else name: weight for name, weight in _adaptable(model).items()}
-    return _matches(model, candidates, config.target_modules)
+def _refuse_twice(*groups: Parts) -> None:
+    """Refuse a module that two settings name, or that lies inside another that is trained."""
+    names = [name for group in groups for name in group]
+    for name in names:
+        outer = [other for other in names if other != name and name.startswith(f"{other}.")]
+        if names.count(name) > 1 or outer:
+            raise TargetError(f"{name} is named by two settings, or lies in {(outer or [name])[0]}, which is trained whole; name it once")

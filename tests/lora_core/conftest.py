@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_core import Identity, LoraConfig, LoraLinear, inject, lora_layers, save_adapter
+from lora_core.updates import Update
 
 VOCABULARY = 101
 State = dict[str, Tensor]
@@ -96,6 +97,12 @@ def assert_same_state() -> Callable[[State, State], None]:
 
 
 @pytest.fixture(scope="session")
+def random_update() -> Callable[..., Update]:
+    """Return a maker of updates of full rank: equal arguments give equal bits."""
+    return make_update
+
+
+@pytest.fixture(scope="session")
 def small_config() -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))
 
@@ -127,7 +134,7 @@ def wrapper(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
 def refuses(state_of: Callable[[nn.Module], State]) -> Callable[..., None]:
     """Return a check that an action on a model raises, and that the model is then what it was."""
 
-    def check(model: nn.Module, action: Callable[[], object], error: type[Exception], message: str) -> None:
+    def check(model: nn.Module, action: Callable[[], object], error: type[Exception], message: str | None) -> None:
         before, trainable, adapters = state_of(model), _trainable(model), _adapters(model)
         with pytest.raises(error, match=message):
             action()
@@ -153,6 +160,12 @@ def make_llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: 
     torch.manual_seed(seed)
     # Through bfloat16, so that a copy in either dtype holds the same values.
     return LlamaForCausalLM(config).to(torch.bfloat16).to(dtype).eval()
+
+
+def make_update(out_features: int, in_features: int, rank: int, *, scale: float = 1.0, seed: int = 0) -> Update:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randn(shape, generator=generator) for shape in ((rank, in_features), (out_features, rank)))
+    return Update(a, b, scale)
 
 
 @torch.no_grad()

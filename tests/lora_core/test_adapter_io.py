@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, BaseMismatchError, Identity, LoraConfig, LoraError, fingerprint, inject, load_adapter, save_adapter
-from lora_core.adapter_io import read_config, read_identity
+from lora_core.adapter_config import read_config
+from lora_core.adapter_files import read_identity
 
 Build = Callable[..., LlamaForCausalLM]
 Logits = Callable[[nn.Module], Tensor]
@@ -293,19 +294,7 @@ FILE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 CONFIG_DAMAGE: list[dict[str, Any]] = [
     {"peft_type": "IA3"},
     {"peft_type": None},
-    {"use_dora": True},
-    {"rank_pattern": {"q_proj": 8}},
-    {"alpha_pattern": {"q_proj": 8}},
-    {"bias": "all"},
-    {"lora_bias": True},
-    {"fan_in_fan_out": True},
-    {"modules_to_save": ["lm_head"]},
-    {"layers_to_transform": [0]},
-    {"layers_to_transform": 0},
     {"layer_replication": [[0, 1]]},
-    {"exclude_modules": "down_proj"},
-    {"trainable_token_indices": [3]},
-    {"target_parameters": ["weight"]},
     {"a_feature_of_tomorrow": 1},
     {"init_lora_weights": "pissa"},
     {"init_lora_weights": "pissa_niter_4"},
@@ -349,6 +338,36 @@ def test_wrong_configs_are_refused(build_llama: Build, adapter_folder: Path, ref
     edit_json(adapter_folder / CONFIG, **change)
     model = build_llama()
     refuses(model, lambda: load_adapter(model, adapter_folder), AdapterError, f"{CONFIG} .*{next(iter(change))}")
+
+
+ANOTHER_ADAPTER: list[dict[str, Any]] = [
+    {"target_parameters": ["weight"]},
+    {"use_dora": True},
+    {"rank_pattern": {"q_proj": 8}},
+    {"alpha_pattern": {"q_proj": 8}},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"modules_to_save": ["lm_head"]},
+    {"layers_to_transform": [0]},
+    {"layers_to_transform": 0},
+    {"exclude_modules": "down_proj"},
+    {"trainable_token_indices": [3]},
+]
+
+
+@pytest.mark.parametrize("with_sidecar", [True, False], ids=["sidecar", "bare"])
+@pytest.mark.parametrize("change", ANOTHER_ADAPTER, ids=str)
+def test_a_config_that_says_another_adapter_is_refused(
+    build_llama: Build, adapter_folder: Path, refuses: Callable[..., None], change: dict[str, Any], with_sidecar: bool
+) -> None:
+    """Settings that are understood and are not those of the file; only another scale could pass, and not beside a sidecar."""
+    edit_json(adapter_folder / CONFIG, **change)
+    if not with_sidecar:
+        (adapter_folder / "adapter_identity.json").unlink()
+        if "alpha_pattern" in change:
+            return
+    model = build_llama()
+    refuses(model, lambda: load_adapter(model, adapter_folder), LoraError, None)
 
 
 @pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules", "peft_type"])

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from lora_core import LoraConfig, TargetError, inject, merge
 from lora_core.dequantise import dequantise
-from lora_core.quant import is_nf4
+from lora_core.quant import quantised_kind
 
 Build = Callable[..., LlamaForCausalLM]
 Logits = Callable[[nn.Module], Tensor]
@@ -32,7 +32,7 @@ def test_the_logits_stay_bit_for_bit(
         randomise(model)
     before = logits(model)
     assert dequantise(model, dtype) == 14
-    assert not any(is_nf4(module) for module in model.modules())
+    assert not any(quantised_kind(module) == "nf4" for module in model.modules())
     assert torch.equal(logits(model), before)
 
 
@@ -59,7 +59,7 @@ def test_a_bias_follows_the_dtype(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_modes_stay_and_nothing_is_trained(build_nf4_llama: Build, training: bool) -> None:
     model = build_nf4_llama().train(training)
-    linear = [name for name, module in model.named_modules() if is_nf4(module)]
+    linear = [name for name, module in model.named_modules() if quantised_kind(module) == "nf4"]
     dequantise(model, torch.float32)
     assert all(module.training is training for module in model.modules())
     assert not any(model.get_parameter(f"{name}.weight").requires_grad for name in linear)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.files import folder_written_aside, sha256_of_file, write_json, write_text
+from lora_core.files import file_written_aside, folder_written_aside, overlap, sha256_of_file, write_json, write_text
 
 
 class DiskFullError(OSError):
@@ -142,6 +142,41 @@ def test_a_link_to_a_folder_is_replaced_without_litter(tmp_path: Path, former: P
         (aside / "new.txt").write_text("new", encoding="utf-8")
     assert (link / "new.txt").read_text(encoding="utf-8") == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "result"]
+
+
+def test_a_file_takes_the_place_of_the_former_one(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "adapter.bin"
+    for content in ("old", "new"):
+        with file_written_aside(path) as aside:
+            aside.write_text(content, encoding="utf-8")
+        assert tree(tmp_path) == {"new/adapter.bin": content.encode()}
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failing_block_keeps_the_former_file(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "adapter.bin"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(error), file_written_aside(path) as aside:
+        aside.write_text("new", encoding="utf-8")
+        raise error
+    assert tree(tmp_path) == {"adapter.bin": b"old"}
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_disk_that_refuses_keeps_the_former_file(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.bin"
+    path.write_text("old", encoding="utf-8")
+    with pytest.raises(DiskFullError), file_written_aside(path) as aside:
+        aside.write_text("new", encoding="utf-8")
+    assert tree(tmp_path) == {"adapter.bin": b"old"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"), [("a", "a", True), ("a", "a/b", True), ("a/b", "a", True), ("a", "ab", False), ("a/../b", "b", True)]
+)
+def test_places_overlap_where_one_is_or_holds_the_other(tmp_path: Path, one: str, other: str, expected: bool) -> None:
+    assert overlap(tmp_path / one, tmp_path / other) is expected
 
 
 @given(content=st.binary(max_size=200))

@@ -1,14 +1,16 @@
 """A fingerprint names a base: the same for every copy of a checkpoint, another when a weight differs, blind to adapters."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import LoraConfig, fingerprint, inject
-from lora_core.identity import SAMPLES_PER_TENSOR, digest_of
+from lora_core.identity import SAMPLES_PER_TENSOR, digest_of, fingerprint_of_folder
 
 Build = Callable[..., LlamaForCausalLM]
 
@@ -96,3 +98,31 @@ def test_nf4_is_a_kind_of_its_own(build_llama: Build, build_nf4_llama: Build, ra
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.base.weight.view(-1)[0] ^= 0xFF
     assert fingerprint(model) != (kind, digest)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shard", ["1GB", "100KB"], ids=["single", "sharded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_folder_has_the_fingerprint_of_its_model(build_llama: Build, tmp_path: Path, dtype: torch.dtype, shard: str, tied: bool) -> None:
+    model = build_llama(tied=tied, dtype=dtype)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() is (shard != "1GB")
+    assert fingerprint_of_folder(tmp_path) == fingerprint(model)
+    assert fingerprint_of_folder(tmp_path) != fingerprint(build_llama(tied=tied, seed=1))
+
+
+def test_a_tied_head_that_is_stored_twice_counts_once(build_llama: Build, tmp_path: Path) -> None:
+    model = build_llama(tied=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    assert fingerprint_of_folder(tmp_path) == fingerprint(model)
+
+
+def test_one_changed_value_in_the_file_changes_it(build_llama: Build, tmp_path: Path) -> None:
+    build_llama().save_pretrained(tmp_path)
+    before = fingerprint_of_folder(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"].view(-1)[0] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert fingerprint_of_folder(tmp_path) != before

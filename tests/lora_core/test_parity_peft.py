@@ -166,7 +166,9 @@ def test_gradients_are_theirs(build_llama: Build, saved_by_us: Callable[..., Lla
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("features", [{"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"bias": "lora_only"}], ids=str)
+@pytest.mark.parametrize(
+    "features", [{"use_qalora": True, "qalora_group_size": 16}, {"layers_pattern": "layers", "layers_to_transform": [0]}], ids=str
+)
 def test_features_of_theirs_that_we_lack_are_refused(
     build_llama: Build, saved_by_peft: Callable[..., PeftModel], refuses: Callable[..., None], tmp_path: Path, features: dict[str, object]
 ) -> None:

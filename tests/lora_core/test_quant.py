@@ -135,7 +135,6 @@ def test_what_lora_cannot_adapt_has_no_base_weight() -> None:
         nn.LayerNorm(4),
         nn.Bilinear(2, 2, 2),
         OwnLinear(4, 4),
-        linear_4bit(quant_type="fp4"),
     ]
     assert [base_weight(module) for module in foreign] == [None] * len(foreign)
 
