@@ -40,7 +40,7 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     base = run.step(tasks.prepare_base, run.stages.base())
     data_stage = run.stages.data(base)
     data = (data_stage, run.step(tasks.prepare_data, data_stage))
-    run.step(tasks.plan, run.stages.plan(base, data[1]))
+    run.step(tasks.plan, run.stages.plan(base, data))
     trained = train_all(run, base, data)
     evaluated = evaluate_all(run, base, data, trained)
     summary = summarise(run, base, data[1], trained, evaluated)

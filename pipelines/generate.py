@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core import load_adapter
-from lora_core.adapter_io import read_identity
+from lora_core.adapter_files import read_identity
 from pipelines import launch
 from pipelines.errors import PipelineError
 from pipelines.evaluate import generate
@@ -46,8 +46,6 @@ def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
         from pipelines.registry import download
 
         return download(adapter, runs, scratch)
-    if not Path(adapter).is_dir():
-        raise PipelineError(f"adapter {adapter!r} is no folder; give one, or models:/NAME@champion")
     return Path(adapter)
 
 

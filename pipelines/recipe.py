@@ -73,12 +73,20 @@ class LoraSection(Section):
     """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear` (every linear layer but the head), a regular expression, or a list of names."""
+    exclude_modules: str | tuple[str, ...] = ()
+    """Modules that are left out: a regular expression, or a list of names."""
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Numbers of the blocks to adapt; all when empty."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Chance of dropping an input of A while training."""
     use_rslora: bool = False
     """Scale by alpha/√r."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
-    """How A starts; B starts at zero."""
+    use_dora: bool = False
+    """Train the length of each row of the adapted weight by itself (DoRA)."""
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    """How A and B start; the adapted model starts as the base."""
+    loraplus_ratio: Annotated[float, Field(gt=0)] = 1
+    """Rate of B over that of A (LoRA+); 1 is one rate for both."""
     learning_rate: Rate = 1e-3
     """Peak rate; about ten times the control's."""
 

@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 
 from lora_core import Identity, LoraConfig, inject, save_adapter, trained_weights
 from lora_core.losses import linear_cross_entropy
+from lora_core.optim import loraplus_groups
 from pipelines import checkpoint
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
@@ -83,7 +84,7 @@ def train(folder: Path) -> None:
     config = adapt(model, inputs)
     run = prepare_run(accelerator, inputs, Path(paths["data"]), hardware)
     weights = trained_weights(model)
-    engine, optimizer, schedule = prepare_engine(run, model, inputs["learning_rate"], hardware)
+    engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, inputs), hardware)
     first = checkpoint.resume(accelerator, folder)
     log = Log(folder, first, accelerator.is_main_process)
     if accelerator.is_main_process:
@@ -139,11 +140,18 @@ def prepare_run(accelerator: Accelerator, inputs: dict[str, Any], data: Path, ha
     return run
 
 
-def prepare_engine(run: Run, model: PreTrainedModel, learning_rate: float, hardware: Hardware) -> tuple[Any, Any, Any]:
+def parameter_groups(model: PreTrainedModel, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the optimiser trains, and at which rate: one for all, or a higher one for every B."""
+    rate, decay, ratio = inputs["learning_rate"], inputs["training"]["weight_decay"], inputs.get("lora", {}).get("loraplus_ratio", 1)
+    if ratio != 1:
+        return loraplus_groups(model.named_parameters(), learning_rate=rate, ratio=ratio, weight_decay=decay)
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": rate, "weight_decay": decay}]
+
+
+def prepare_engine(run: Run, model: PreTrainedModel, groups: list[dict[str, Any]], hardware: Hardware) -> tuple[Any, Any, Any]:
     """Hand model, optimiser and schedule to accelerate, which shards them as the launch config says."""
     settings, accelerator = run.settings, run.accelerator
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=settings["weight_decay"], fused=hardware.fused_optimizer)
+    optimizer = torch.optim.AdamW(groups, fused=hardware.fused_optimizer)
     schedule = LambdaLR(optimizer, lambda step: rate_share(step, settings["warmup_steps"], settings["steps"]))
     if accelerator.state.deepspeed_plugin is not None:
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = settings["max_grad_norm"]

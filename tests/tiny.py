@@ -62,7 +62,7 @@ def tiny_recipe(model: Path, data: Path, **changes: dict[str, Any]) -> dict[str,
         "lora": {"ranks": [2, 4], "alpha": 8, "learning_rate": 0.01},
         "control": {"learning_rate": 0.001},
         "training": {"steps": 6, "batch_size": 4, "checkpoint_every": 2},
-        "launch": {"config": "cpu_single", "processes": 1},
+        "launch": {"config": "cpu_single", "processes": 1, "evaluations_at_once": 2},
         "evaluation": {"items_per_benchmark": 4, "generations": 2, "max_new_tokens": 4},
         "registry": {"model": "pairs-tiny"},
     }

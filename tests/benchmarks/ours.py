@@ -22,7 +22,7 @@ from lora_core.files import write_json
 from pipelines.batches import order
 from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.model import load_model
-from pipelines.train import Run, adapt, prepare_engine, start, train_step
+from pipelines.train import Run, adapt, parameter_groups, prepare_engine, start, train_step
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def ours(task: Task) -> Record:
     adapt(model, task.inputs)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     run = Run(start(task.inputs, hardware), task.inputs["training"], dataset, lengths, task.order(dataset), hardware.device)
-    engine, optimizer, schedule = prepare_engine(run, model, task.inputs["learning_rate"], hardware)
+    engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, task.inputs), hardware)
     for step in range(task.steps):
         record.losses.append(train_step(run, engine, optimizer, schedule, step)["loss"])
         record.step_ended()

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 def _free_port() -> int:

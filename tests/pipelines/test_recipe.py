@@ -90,7 +90,7 @@ def test_an_unknown_key_is_refused_with_what_is_known(recipe_with: Maker, change
         ({"lora": {"alpha": 0}}, ["lora.alpha = 0", "greater than 0"]),
         ({"lora": {"dropout": 1.0}}, ["lora.dropout = 1.0", "less than 1"]),
         ({"lora": {"learning_rate": 2}}, ["lora.learning_rate = 2", "less than 1"]),
-        ({"lora": {"init": "zeros"}}, ["lora.init = 'zeros'", "'kaiming' or 'gaussian'"]),
+        ({"lora": {"init": "zeros"}}, ["lora.init = 'zeros'", "'kaiming', 'gaussian' or 'orthogonal'"]),
         ({"training": {"steps": 0}}, ["training.steps = 0", "greater than or equal to 1"]),
         ({"training": {"steps": "many"}}, ["training.steps = 'many'", "valid integer"]),
         ({"training": {"warmup_steps": -1}}, ["training.warmup_steps = -1"]),

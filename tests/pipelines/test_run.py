@@ -11,6 +11,7 @@ import pytest
 import yaml
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
+pytestmark = pytest.mark.slow
 LORA = [str(Path(os.sys.executable).parent / "lora")]  # type: ignore[attr-defined]
 
 

@@ -19,7 +19,9 @@ from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_records
 from pipelines.stages import Stages
 
+pytestmark = pytest.mark.slow
 ZERO2 = {"config": "cpu_zero2", "processes": 2}
+MANY_SETTINGS = {"dropout": 0.1, "use_dora": True, "loraplus_ratio": 4, "exclude_modules": ["down_proj"], "layers_to_transform": [1]}
 Prepared = Callable[..., Stage]
 
 
@@ -59,7 +61,7 @@ def test_two_ranks_under_zero2_learn_what_one_process_learns(prepared: Prepared,
 
 
 def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(prepared: Prepared) -> None:
-    uninterrupted, killed = (prepared(4, runs, launch=ZERO2, lora={"dropout": 0.1}) for runs in ("whole", "killed"))
+    uninterrupted, killed = (prepared(4, runs, launch=ZERO2, lora=MANY_SETTINGS) for runs in ("whole", "killed"))
     _train(uninterrupted, **ZERO2)
     assert _kill_after(killed, step=3) >= 3
     assert _processes_left(killed, seconds=20) == []
@@ -69,6 +71,9 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(prepared: Prepared) -> N
     assert _losses(killed) == _losses(uninterrupted)
     same = [(stage.folder / "adapter" / "adapter_model.safetensors").read_bytes() for stage in (killed, uninterrupted)]
     assert same[0] == same[1]
+    keys = load_file(str(killed.folder / "adapter" / "adapter_model.safetensors")).keys()
+    assert any(key.endswith("q_proj.lora_magnitude_vector") for key in keys)
+    assert not any("layers.0." in key or "down_proj" in key for key in keys)
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_step(prepared: Prepared) -> None:

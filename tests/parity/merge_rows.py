@@ -1,0 +1,31 @@
+"""What merging keeps of a real adapter's update, by the way the merged weight is stored; means over its layers."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lora_core import merge_fidelity
+from pipelines.hardware import detect
+from pipelines.model import load_model
+
+Row = dict[str, Any]
+GOALS = {"float32": 0.999, "bfloat16": 0.95}
+"""Least fraction of the update that a merge into the original weight keeps; what NF4 loses is what is reported."""
+
+
+def merge_rows(summary: Row) -> Iterator[Row]:
+    """Yield, for the adapter of the highest rank, the fraction of the update that is kept and the error, storage by storage."""
+    label = max((label for label, model in summary["models"].items() if model.get("rank")), key=lambda one: summary["models"][one]["rank"])
+    base, folder = Path(summary["base"]["folder"]), Path(summary["models"][label]["folder"]) / "adapter"
+    quantized, original = (load_model(base, quantization, detect()) for quantization in ("nf4", "none"))
+    found = sorted(merge_fidelity(quantized, folder, original=original), key=lambda one: (one.base, one.storage))
+    for (kind, storage), layers in groupby(found, key=lambda one: (one.base, one.storage)):
+        kept = [layer.kept for layer in layers]
+        what = f"{label} merged into the {kind} base, stored in {storage}"
+        fraction, least = fmean(one.fraction for one in kept), GOALS.get(storage)
+        goal, holds = (None, None) if least is None else (f">= {least:g}", fraction >= least)
+        yield {"what": f"{what}: fraction of the update kept", "value": fraction, "unit": "", "goal": goal, "holds": holds}
+        error = fmean(one.relative_error for one in kept)
+        yield {"what": f"{what}: relative error of the update", "value": error, "unit": "", "goal": None, "holds": None}

@@ -1,0 +1,95 @@
+"""The adapters of a run in PEFT and here: the same files on the same base give the same logits.
+
+Each adapter is loaded by both, over the base in full precision and over the base in NF4, and both answer the same held-out
+examples. Beside each difference stands how much the adapter itself moves the logits: an adapter that was not loaded at all
+would differ by as much.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import load_from_disk
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lora_core import load_adapter
+from lora_core.attention import Segment
+from lora_core.quant import keep_layout
+from pipelines.hardware import detect
+from pipelines.model import head_weight, hidden_states, load_model
+
+EXAMPLES = 8
+TOLERANCE = 1e-3
+"""Logits of float32 sums over 30 layers, formed in another order, differ by about 1e-4."""
+
+Row = dict[str, Any]
+
+
+def peft_rows(summary: Row) -> Iterator[Row]:
+    """Yield the figures of each adapter over the base in full precision and in NF4."""
+    for quantization in ("none", "nf4"):
+        yield from compare(summary, quantization)
+
+
+def compare(summary: Row, quantization: str) -> Iterator[Row]:
+    """Yield the figures of each adapter over the base stored in one way."""
+    base = Path(summary["base"]["folder"])
+    sequences = held_out(summary)
+    plain = peft_logits(base, None, quantization, sequences)
+    for label, model in summary["models"].items():
+        if model.get("rank") is None:
+            continue
+        adapter = Path(model["folder"]) / "adapter"
+        theirs = peft_logits(base, adapter, quantization, sequences)
+        ours = our_logits(base, adapter, quantization, sequences)
+        effect, difference = largest(theirs, plain), largest(ours, theirs)
+        where = f"{label} over {'NF4' if quantization == 'nf4' else 'float32'}"
+        yield {"what": f"{where}: PEFT's logits less the base's", "value": effect, "unit": "largest", "goal": "> 1", "holds": effect > 1}
+        yield {
+            "what": f"{where}: our logits less PEFT's",
+            "value": difference,
+            "unit": "largest",
+            "goal": f"<= {TOLERANCE:g}",
+            "holds": difference <= TOLERANCE,
+        }
+
+
+def held_out(summary: Row) -> list[Tensor]:
+    """Return the tokens of the first held-out examples."""
+    folder = next(Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data "))
+    rows = load_from_disk(str(folder / "validation"))
+    return [torch.tensor(rows[place]["input_ids"]) for place in range(min(EXAMPLES, len(rows)))]
+
+
+@torch.inference_mode()
+def peft_logits(base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]) -> list[Tensor]:
+    """Return the logits of the base, loaded the usual way, with PEFT's adapter where one is given."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=config if quantization == "nf4" else None)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    keep_layout(model)  # in evaluation bitsandbytes would round the codes' scales anew on some processors
+    model.eval()
+    return [model(input_ids=tokens[None]).logits[0] for tokens in sequences]
+
+
+@torch.inference_mode()
+def our_logits(base: Path, adapter: Path, quantization: str, sequences: list[Tensor]) -> list[Tensor]:
+    """Return the logits of our path: packed attention, our layers, the head on its own."""
+    model = load_model(base, quantization, detect())
+    load_adapter(model, adapter)
+    found = []
+    for tokens in sequences:
+        states = hidden_states(model, tokens, torch.arange(len(tokens)), [Segment(len(tokens))])
+        found.append(states @ head_weight(model).T)
+    return found
+
+
+def largest(first: list[Tensor], second: list[Tensor]) -> float:
+    """Return the largest difference of any logit."""
+    return max(float((one - other).abs().max()) for one, other in zip(first, second, strict=True))

@@ -1,0 +1,47 @@
+"""One adapter cut to lower ranks, beside those that were trained at them: what is kept, and the loss that is measured."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import load_from_disk
+
+from lora_core import load_adapter
+from lora_core.dequantise import dequantise
+from lora_core.truncation import truncate_adapter, truncation_table
+from pipelines.hardware import detect
+from pipelines.model import load_model
+from pipelines.scoring import score_examples
+
+Row = dict[str, Any]
+
+
+def rank_rows(summary: Row) -> Iterator[Row]:
+    """Yield, for each power of two below the highest trained rank, the energy kept and the held-out loss."""
+    trained = {model["rank"]: (label, model) for label, model in summary["models"].items() if model.get("rank")}
+    highest = max(trained)
+    label, model = trained[highest]
+    folder = Path(model["folder"]) / "adapter"
+    ranks = [rank for rank in (2**n for n in range(12)) if rank < highest]
+    for kept in truncation_table(folder, ranks):
+        what = f"{label} cut to rank {kept.rank}"
+        yield {"what": f"{what}: energy of the update kept", "value": kept.energy, "unit": "", "goal": None, "holds": None}
+        with TemporaryDirectory() as scratch:
+            truncate_adapter(folder, Path(scratch) / "cut", kept.rank)
+            loss = held_out_loss(summary, Path(scratch) / "cut")
+        yield {"what": f"{what}: task loss", "value": loss, "unit": "nats", "goal": None, "holds": None}
+    for rank, (name, one) in sorted(trained.items()):
+        loss = one["scores"]["task_loss"]
+        yield {"what": f"{name}, trained at rank {rank}: task loss", "value": loss, "unit": "nats", "goal": None, "holds": None}
+
+
+def held_out_loss(summary: Row, adapter: Path) -> float:
+    """Return the loss per supervised token of the run's held-out examples, in nats, over the base in NF4."""
+    data = next(Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data "))
+    hardware = detect()
+    model = load_model(Path(summary["base"]["folder"]), summary["recipe"]["base_model"]["quantization"], hardware)
+    load_adapter(model, adapter)
+    dequantise(model, hardware.dtype)
+    scored = list(score_examples(model, list(load_from_disk(str(data / "validation")))))
+    return sum(one["nll"] for one in scored) / sum(one["tokens"] for one in scored)
