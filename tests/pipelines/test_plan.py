@@ -30,8 +30,9 @@ MEASURED = [
     ("control, batch_size 4", 0, SMALL, 3_281_428_480),
 ]
 """Peak resident bytes of the larger of two ranks, torch 2.13, DeepSpeed 0.19.8, x86-64 Linux with glibc: `peak_memory_bytes`
-in the result.json of each training stage. The first three by `lora run pipelines/recipes/docstrings_smollm2_cpu.yaml` (15
-steps), the others by the same with the training setting that they name and 4 steps. Rank 0 is the control."""
+of each training stage. The first three by `lora run pipelines/recipes/docstrings_smollm2_cpu.yaml` (15 steps), the others by
+that recipe's training stage alone (`accelerate launch`, `pipelines.train`), 4 steps, with the setting that they name. Rank 0 is
+the control."""
 
 
 @pytest.fixture(scope="module")
