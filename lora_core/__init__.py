@@ -7,8 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_core.adapter_io import Identity, load_adapter, save_adapter
-    from lora_core.bank import Bank
+    from lora_core.adapter.export import export_gguf, export_peft, export_vllm
+    from lora_core.adapter.io import Identity, load_adapter, save_adapter
+    from lora_core.bank.bank import Bank
+    from lora_core.base.identity import fingerprint, fingerprint_of_folder
     from lora_core.config import LoraConfig
     from lora_core.errors import (
         AdapterError,
@@ -21,18 +23,16 @@ if TYPE_CHECKING:
         RoutingError,
         TargetError,
     )
-    from lora_core.export import export_gguf, export_peft, export_vllm
-    from lora_core.fidelity import logit_divergence, merge_fidelity
-    from lora_core.identity import fingerprint, fingerprint_of_folder
     from lora_core.injection import inject, lora_layers, trained_weights
-    from lora_core.layers import LoraLinear
-    from lora_core.merging import merge, unmerge
-    from lora_core.streaming import merge_checkpoint
+    from lora_core.layers.linear import LoraLinear
+    from lora_core.merging.fidelity import logit_divergence, merge_fidelity
+    from lora_core.merging.merge import merge, unmerge
+    from lora_core.merging.streaming import merge_checkpoint
     from lora_core.targets import Target, plan_targets
 
 _HOMES = {
-    "adapter_io": ("Identity", "load_adapter", "save_adapter"),
-    "bank": ("Bank",),
+    "adapter.io": ("Identity", "load_adapter", "save_adapter"),
+    "bank.bank": ("Bank",),
     "config": ("LoraConfig",),
     "errors": (
         "AdapterError",
@@ -45,13 +45,13 @@ _HOMES = {
         "RoutingError",
         "TargetError",
     ),
-    "export": ("export_gguf", "export_peft", "export_vllm"),
-    "fidelity": ("logit_divergence", "merge_fidelity"),
-    "identity": ("fingerprint", "fingerprint_of_folder"),
+    "adapter.export": ("export_gguf", "export_peft", "export_vllm"),
+    "merging.fidelity": ("logit_divergence", "merge_fidelity"),
+    "base.identity": ("fingerprint", "fingerprint_of_folder"),
     "injection": ("inject", "lora_layers", "trained_weights"),
-    "layers": ("LoraLinear",),
-    "merging": ("merge", "unmerge"),
-    "streaming": ("merge_checkpoint",),
+    "layers.linear": ("LoraLinear",),
+    "merging.merge": ("merge", "unmerge"),
+    "merging.streaming": ("merge_checkpoint",),
     "targets": ("Target", "plan_targets"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -5,17 +5,17 @@ from typing import cast
 
 from torch import nn
 
+from lora_core.base.quant import keep_layout
 from lora_core.config import LoraConfig
-from lora_core.conv import LoraConv2d
-from lora_core.embedding import LoraEmbedding
 from lora_core.errors import TargetError
-from lora_core.experts import LoraExperts, expert_targets
-from lora_core.layers import LoraLayer, LoraLinear
+from lora_core.layers.conv import LoraConv2d
+from lora_core.layers.embedding import LoraEmbedding
+from lora_core.layers.experts import LoraExperts, expert_targets
+from lora_core.layers.linear import LoraLayer, LoraLinear
+from lora_core.layers.trained import TiedHead, TrainedBias, TrainedModule, TrainedRows
 from lora_core.modules import adapter_parts, module_at, output_head, plain_modules, replace_module, unwrapped
-from lora_core.quant import keep_layout
-from lora_core.spectral_init import is_spectral
+from lora_core.starts.spectral import is_spectral
 from lora_core.targets import Target, named_modules, plan_targets
-from lora_core.trained import TiedHead, TrainedBias, TrainedModule, TrainedRows
 
 LAYERS = (LoraLinear, LoraEmbedding, LoraConv2d)
 Parts = dict[str, nn.Module]

@@ -11,11 +11,11 @@ from typing import Literal
 
 from torch import nn
 
+from lora_core.base.quant import base_weight
 from lora_core.config import ALL_LINEAR, LoraConfig, Names, matches_end
 from lora_core.errors import TargetError
-from lora_core.experts import expert_targets
+from lora_core.layers.experts import expert_targets
 from lora_core.modules import adapter_parts, module_at, output_head, plain_modules, unwrapped
-from lora_core.quant import base_weight
 
 Layer = Literal["linear", "embedding", "conv2d", "experts"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.attention import Segment
+from lora_core.training.attention import Segment
 
 
 @dataclass(frozen=True)

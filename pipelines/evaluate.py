@@ -16,7 +16,7 @@ from datasets import load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_core import load_adapter
-from lora_core.dequantise import dequantise
+from lora_core.base.dequantise import dequantise
 from lora_core.files import write_text
 from pipelines.benchmarks import sample
 from pipelines.child import run_stage

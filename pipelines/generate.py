@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core import load_adapter
-from lora_core.adapter_files import read_identity
+from lora_core.adapter.files import read_identity
 from pipelines import launch
 from pipelines.errors import PipelineError
 from pipelines.evaluate import generate

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from lora_core.attention import Segment, packed_attention
-from lora_core.quant import keep_layout
+from lora_core.base.quant import keep_layout
+from lora_core.training.attention import Segment, packed_attention
 from pipelines.hardware import Hardware
 from pipelines.tokenizer import quiet
 

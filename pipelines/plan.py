@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core import LoraConfig, Target, plan_targets
-from lora_core.budget import Budget, alternatives, budget
-from lora_core.losses import CHUNK_ROWS
-from lora_core.setup import Setup
+from lora_core.budget.budget import Budget, alternatives, budget
+from lora_core.budget.setup import Setup
+from lora_core.training.losses import CHUNK_ROWS
 from pipelines.batches import order, shares
 from pipelines.child import run_stage
 

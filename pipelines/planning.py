@@ -21,7 +21,7 @@ TERMS = {
     "buffer_bytes": "buffers",
     "process_bytes": "process itself",
 }
-"""Parts of the memory, as `lora_core.budget` names them and as they are printed."""
+"""Parts of the memory, as `lora_core.budget.budget` names them and as they are printed."""
 
 
 def print_plan(recipe: Recipe, root: Path, gpu_gb: float | None = None) -> None:

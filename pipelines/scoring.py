@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lora_core.attention import Segment, tree_mask
-from lora_core.losses import token_log_likelihoods
+from lora_core.training.attention import Segment, tree_mask
+from lora_core.training.losses import token_log_likelihoods
 from pipelines.batches import pack
 from pipelines.benchmarks import Item
 from pipelines.errors import DataError

@@ -30,8 +30,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lora_core import Identity, LoraConfig, inject, save_adapter, trained_weights
-from lora_core.losses import linear_cross_entropy
-from lora_core.optim import loraplus_groups
+from lora_core.training.losses import linear_cross_entropy
+from lora_core.training.optim import loraplus_groups
 from pipelines import checkpoint
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded

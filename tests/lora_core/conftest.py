@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_core import Identity, LoraConfig, LoraLinear, inject, lora_layers, save_adapter
-from lora_core.updates import Update
+from lora_core.spectrum.updates import Update
 
 VOCABULARY = 101
 State = dict[str, Tensor]

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from lora_core import Identity, LoraConfig, fingerprint, inject, load_adapter, merge, save_adapter, unmerge
-from lora_core.adapter_io import tensors_of
+from lora_core.adapter.io import tensors_of
 from lora_core.modules import adapter_parts
 
 pytestmark = [

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from lora_core import LoraConfig, Target, plan_targets
-from lora_core.budget import Budget, budget
-from lora_core.setup import Setup
+from lora_core.budget.budget import Budget, budget
+from lora_core.budget.setup import Setup
 
 GIB = 1024**3
 

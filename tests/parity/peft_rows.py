@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_core import load_adapter
-from lora_core.attention import Segment
-from lora_core.quant import keep_layout
+from lora_core.base.quant import keep_layout
+from lora_core.training.attention import Segment
 from pipelines.hardware import detect
 from pipelines.model import head_weight, hidden_states, load_model
 

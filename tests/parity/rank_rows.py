@@ -8,8 +8,8 @@ from typing import Any
 from datasets import load_from_disk
 
 from lora_core import load_adapter
-from lora_core.dequantise import dequantise
-from lora_core.truncation import truncate_adapter, truncation_table
+from lora_core.base.dequantise import dequantise
+from lora_core.spectrum.truncation import truncate_adapter, truncation_table
 from pipelines.hardware import detect
 from pipelines.model import load_model
 from pipelines.scoring import score_examples

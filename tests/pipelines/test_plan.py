@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_core import LoraConfig, plan_targets
-from lora_core.budget import budget
-from lora_core.setup import Setup
+from lora_core.budget.budget import budget
+from lora_core.budget.setup import Setup
 from pipelines.errors import RecipeError
 from pipelines.plan import cpu_setup, gpu_setup, largest_share
 from pipelines.sharding import sharding

@@ -1,0 +1,238 @@
+"""Save an adapter in PEFT's format, to the byte, and load one that is held against its model first.
+
+What PEFT does not know stands in a sidecar beside it: on which base the adapter was trained, and digests of everything.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_core.adapter.files import (
+    CONFIG,
+    IDENTITY,
+    PREFIX,
+    WEIGHTS,
+    check_digests,
+    check_fingerprint,
+    check_values,
+    file_digests,
+    read_identity,
+    read_tensors,
+)
+from lora_core.adapter.peft_config import peft_config, read_config
+from lora_core.base.identity import fingerprint
+from lora_core.config import LoraConfig
+from lora_core.errors import AdapterError
+from lora_core.files import folder_written_aside, write_json
+from lora_core.injection import Parts, build_parts, lora_layers, place_parts
+from lora_core.layers.experts import LoraExperts, expert_targets
+from lora_core.layers.linear import LoraLinear
+from lora_core.modules import adapter_parts, plain_modules, unwrapped
+from lora_core.starts.spectral import is_spectral
+from lora_core.targets import Target, matched_names, plan_targets
+
+CLASSIFIERS = ("classifier", "score")
+"""Names under which PEFT looks for the head of any classifier."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an adapter was trained on."""
+
+    base: str = ""
+    """Where the base came from: a hub id, a folder, or an embedded model's name."""
+    revision: str = ""
+    base_digests: dict[str, str] = field(default_factory=dict)
+    """Kind of storage (dense, nf4, …) → fingerprint of the base stored that way."""
+    lineage: dict[str, str] = field(default_factory=dict)
+    """Digests and names of whatever else went in: data, recipe, tokenizer, commit."""
+
+
+def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: Identity) -> str:
+    """Write the adapter that `model` carries; return the SHA-256 of its weights file.
+
+    The folder appears complete or not at all, and equal adapters give equal bytes.
+
+    Args:
+        model: carries the adapter; on several processes, call it on one, with whole tensors.
+        folder: created or replaced.
+        config: what was injected.
+        identity: written to the sidecar; the model's own digest is added.
+
+    Raises:
+        AdapterError: a tensor is misshapen or not finite, or the config is another; nothing is written.
+    """
+    tensors = adapter_tensors(model)
+    _check_injected(model, config)
+    config = _as_written(config)
+    check_values(tensors, "the model")
+    kind, digest = fingerprint(model)
+    names = [name for name, _ in lora_layers(model)]
+    described = {"base": identity.base, "revision": identity.revision, "lineage": identity.lineage}
+    with folder_written_aside(folder) as aside:
+        save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
+        base = {"base_model_name_or_path": identity.base, "revision": identity.revision or None}
+        write_json(aside / CONFIG, {**peft_config(model, config, names), **base})
+        digests = file_digests(aside, tensors)
+        write_json(aside / IDENTITY, {**described, "base_digests": {**identity.base_digests, kind: digest}, **digests})
+    return str(digests["adapter_sha256"])
+
+
+def load_adapter(model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True) -> list[Target]:
+    """Put the adapter in `folder` into `model`; return the plan of its updates.
+
+    Everything is checked before the model is touched. Its weights can be trained on.
+
+    Args:
+        model: the base the adapter was trained on; changed in place, wholly or not at all.
+        folder: PEFT format, with or without our sidecar (PEFT's own adapters have none).
+        check_base: refuse a base whose fingerprint differs from the sidecar's.
+        check_trained: refuse an adapter that has updates of zero beside others.
+
+    Raises:
+        AdapterError: files missing or malformed, tensors missing, extra, misshapen or not finite, an unknown feature.
+        BaseMismatchError: the adapter was trained on another base.
+        TargetError: the model has no such modules, or carries an adapter.
+    """
+    config, parts = open_adapter(model, folder, check_base=check_base, check_trained=check_trained)
+    targets = plan_targets(model, config)
+    place_parts(model, parts)
+    return targets
+
+
+def open_adapter(model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True) -> tuple[LoraConfig, Parts]:
+    """Read an adapter, hold it against `model`, and return its parts, filled; see `load_adapter`. `model` is not changed."""
+    config, tensors = _without_peft_guesses(read_config(folder), model), read_tensors(folder)
+    parts = build_parts(model, config, plan_targets(model, config), seed=0)
+    expected = tensors_of(parts)
+    tensors = _without_base_copies(tensors, parts, folder)
+    _check_keys(tensors, expected, folder)
+    check_values(tensors, str(folder))
+    if check_trained:
+        _check_trained(tensors, folder)
+    identity = read_identity(folder)
+    if identity is not None:
+        check_digests(folder, identity)
+        if check_base:
+            check_fingerprint(fingerprint(model), folder, identity)
+    _fill(expected, tensors)
+    return config, parts
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the adapter's tensors under PEFT's keys, on the CPU in float32."""
+    found: dict[str, Tensor] = dict(tensors_of(dict(adapter_parts(model))))
+    for name, layer in lora_layers(model):
+        if isinstance(layer, LoraLinear):  # with a start from the weight, what is written is the trained pair less the start
+            a, b = layer.factors()
+            found |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
+    return {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in found.items()}
+
+
+def tensors_of(parts: Parts) -> dict[str, nn.Parameter]:
+    """Return the parameters of an adapter's parts under PEFT's keys."""
+    return {f"{PREFIX}{name}.{key}": parameter for name, part in parts.items() for key, parameter in _own(part).items()}
+
+
+def _own(part: nn.Module) -> dict[str, nn.Parameter]:
+    tensors: dict[str, nn.Parameter] = part.adapter_tensors()  # type: ignore[operator]
+    return tensors
+
+
+@torch.no_grad()
+def _fill(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+    for key, parameter in parameters.items():
+        parameter.copy_(tensors[key])
+
+
+def _as_written(config: LoraConfig) -> LoraConfig:
+    """Return the config of the plain adapter that is written: a start from the weight doubles the rank and keeps the scale."""
+    if not is_spectral(config.init_lora_weights):
+        return config
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return replace(
+        config,
+        r=2 * config.r,
+        lora_alpha=factor * config.lora_alpha,
+        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
+        alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+        init_lora_weights="kaiming",
+    )
+
+
+def _without_peft_guesses(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Leave out of modules_to_save what PEFT names for every classifier on the chance that it has such a head."""
+    plain = plain_modules(model)
+    there = [name for name in CLASSIFIERS if any(path == name or path.endswith(f".{name}") for path in plain)]
+    guessed = set(CLASSIFIERS) <= set(config.modules_to_save) and there
+    return (
+        replace(config, modules_to_save=tuple(n for n in config.modules_to_save if n not in CLASSIFIERS or n in there))
+        if guessed
+        else config
+    )
+
+
+def _without_base_copies(tensors: dict[str, Tensor], parts: Parts, folder: Path) -> dict[str, Tensor]:
+    """Leave out the base's own weight, which PEFT saves beside an adapted embedding; another weight is refused."""
+    kept = dict(tensors)
+    for name, part in parts.items():
+        copy, own = kept.pop(f"{PREFIX}{name}.base_layer.weight", None), getattr(part.base, "weight", None)
+        if copy is not None and not (isinstance(own, Tensor) and torch.equal(copy.to(own.dtype), own.cpu())):
+            raise AdapterError(f"{folder} holds a base weight of {name} that is not this model's; load it on the base it was trained on")
+    return kept
+
+
+def _check_injected(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse a config that is not what the model carries: it would be written beside weights it does not describe."""
+    layers, experts = dict(lora_layers(model)), {name for name, part in adapter_parts(model) if isinstance(part, LoraExperts)}
+    if not (layers or experts):
+        raise AdapterError("the model carries no adapter; inject one before saving")
+    matched = set(matched_names(model, config)) if config.target_modules else set()
+    if matched != set(layers) or set(expert_targets(unwrapped(model), config.target_parameters)) != experts:
+        raise AdapterError(f"the config's target_modules={config.target_modules!r} are not what is adapted; pass the config injected")
+    for name, layer in layers.items():
+        rank, found = config.rank_of(name), _rank(layer.adapter_tensors())
+        if found != rank:
+            raise AdapterError(
+                f"{name} has lora_A and lora_B of rank {found} where the config says {rank}; gather them, or pass the config injected"
+            )
+        if layer.scale != config.scale_of(name):
+            raise AdapterError(
+                f"{name} has the scale {layer.scale} and the config {config.scale_of(name)}; pass the config that was injected"
+            )
+
+
+def _rank(tensors: dict[str, nn.Parameter]) -> Any:
+    """Return the rank that both factors have, or the shapes that disagree or are not whole."""
+    a, b = list(tensors.values())[:2]
+    whole = a.dim() >= 2 and b.dim() >= 2 and a.shape[0] == b.shape[1]
+    return a.shape[0] if whole else (tuple(a.shape), tuple(b.shape))
+
+
+def _check_keys(tensors: dict[str, Tensor], expected: dict[str, nn.Parameter], folder: Path) -> None:
+    """Refuse a difference between the file and the model, and name the first of each kind."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    misshapen = [key for key in expected.keys() & tensors.keys() if tensors[key].shape != expected[key].shape]
+    problems = [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in (("missing", missing), ("extra", extra)) if keys]
+    if misshapen:
+        key = min(misshapen)
+        belongs = f"{tuple(tensors[key].shape)} where {tuple(expected[key].shape)} belongs"
+        problems.append(f"{len(misshapen)} misshapen, such as {key} of {belongs}")
+    if problems:
+        raise AdapterError(f"the tensors of {folder} do not fit this model: {'; '.join(problems)}; load it on the base it was trained on")
+
+
+def _check_trained(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Refuse an adapter of which a part was trained and a part was not, as a save of scattered tensors leaves it."""
+    zero = [key for key, tensor in tensors.items() if key.endswith(".lora_B.weight") and not tensor.any()]
+    trained = sum(key.endswith(".lora_B.weight") for key in tensors) - len(zero)
+    if zero and trained:
+        raise AdapterError(
+            f"{folder} has {len(zero)} updates of zero, such as {min(zero)}, beside {trained} that were trained; save it again from "
+            "whole tensors, or pass check_trained=False if those layers were never in use"
+        )

@@ -1,0 +1,62 @@
+"""Which base is this? A digest of a model's weights that is cheap, and the same wherever the model is loaded.
+
+From every weight matrix a fixed, evenly spread sample of values is taken, so that the cost grows with the number of
+tensors and not with their size. A dense sample is rounded to bfloat16 first: float32 and bfloat16 copies of one
+checkpoint agree. A 4-bit base is sampled in its packed codes, which differ from the dense values by design; hence
+one digest for each kind of storage, and a comparison only within a kind.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.base.checkpoint import mapped_tensors, open_checkpoint
+from lora_core.base.quant import Kind, kind_of
+from lora_core.modules import plain_parameters
+
+SAMPLES_PER_TENSOR = 256
+
+
+def fingerprint(model: nn.Module) -> tuple[Kind, str]:
+    """Return how the model's linear layers are stored and the digest of its frozen weights.
+
+    An injected adapter does not count: the model under it is what is identified.
+    """
+    return kind_of(model), digest_of({name: parameter.detach() for name, parameter in plain_parameters(model).items()})
+
+
+def fingerprint_of_folder(folder: Path) -> tuple[Kind, str]:
+    """Return what `fingerprint` gives for the dense model that is saved in `folder`, reading only what is sampled.
+
+    A tied output head counts once, whether its file holds it twice or not.
+
+    Raises:
+        CheckpointError: the folder holds no whole checkpoint.
+    """
+    checkpoint = open_checkpoint(folder)
+    entries = {name: entry for name, entry in checkpoint.entries.items() if not checkpoint.is_tied_copy(name)}
+    with mapped_tensors(folder, entries) as tensors:
+        return "dense", digest_of(tensors)
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, shapes and sampled values, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name}:{tuple(tensor.shape)}:".encode())
+        total.update(_sample(tensor))
+    return total.hexdigest()
+
+
+def _sample(tensor: Tensor) -> bytes:
+    flat = tensor.reshape(-1)
+    count = min(SAMPLES_PER_TENSOR, flat.numel())
+    places = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    values = flat[places].cpu()
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16).view(torch.int16)
+    return bytes(values.contiguous().view(torch.uint8).tolist())

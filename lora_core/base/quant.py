@@ -1,0 +1,233 @@
+"""BaseWeight: the frozen matrix under an adapter, behind one seam, however it is stored.
+
+    dense   a `Linear`'s weight (out, in), or a Hugging Face `Conv1D`'s (in, out), which is seen turned
+    nf4 fp4 bitsandbytes' `Linear4bit`: codes of 4 bits with a scale per block (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)
+    int8    bitsandbytes' `Linear8bitLt`: codes of 8 bits with a scale per row (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339)
+
+An adapter asks for the base's own product, to the bit, and for the dense matrix, from which it forms gradients.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_core.base.nf4 import dequantised
+from lora_core.errors import TargetError
+
+Kind = Literal["dense", "nf4", "fp4", "int8"]
+
+
+class BaseWeight(Protocol):
+    """A frozen weight W0 of shape (out, in)."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def stored(self) -> Tensor:
+        """The tensor that holds the weight: W0 itself, or its packed codes."""
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype in which the base itself would compute on `x`."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W0ᵀ + bias as the base itself computes it, to the bit."""
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """W0 as a dense (out, in) tensor of `dtype`."""
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        """A dense (out, in) tensor turned the way `stored` lies."""
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """The weight of an `nn.Linear`."""
+
+    module: nn.Linear
+    kind: Kind = "dense"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.module.out_features, self.module.in_features)
+
+    @property
+    def stored(self) -> Tensor:
+        return self.module.weight
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.dense(x.dtype), bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.module.weight.to(dtype)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+@dataclass(frozen=True)
+class TurnedWeight:
+    """The weight of a Hugging Face `Conv1D`, a linear layer that stores (in, out)."""
+
+    module: Any
+    kind: Kind = "dense"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        wide, out = self.module.weight.shape
+        return (out, wide)
+
+    @property
+    def stored(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows, weight = x.reshape(-1, x.shape[-1]), self.module.weight.to(x.dtype)
+        y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
+        return y.view(*x.shape[:-1], weight.shape[1])
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        turned: Tensor = self.module.weight.T
+        return turned.to(dtype)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        return weight.T.contiguous()
+
+
+@dataclass(frozen=True)
+class FourBitWeight:
+    """The weight of a bitsandbytes `Linear4bit`, with or without double quantisation."""
+
+    module: Any
+
+    @property
+    def kind(self) -> Kind:
+        kind: Kind = self.module.weight.quant_type
+        return kind
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.module.out_features, self.module.in_features)
+
+    @property
+    def stored(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return self.module.compute_dtype or x.dtype
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.dense(x.dtype), bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return dequantised(self.module.weight, dtype)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        raise TypeError("codes of 4 bits are no dense tensor")
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """The weight of a bitsandbytes `Linear8bitLt`."""
+
+    module: Any
+    kind: Kind = "int8"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.module.out_features, self.module.in_features)
+
+    @property
+    def stored(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        return x.dtype
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Let bitsandbytes multiply: it rounds the inputs to 8 bits as well, which no dense product would repeat."""
+        import bitsandbytes
+
+        self._settle()
+        y: Tensor = bitsandbytes.matmul(x, self.module.weight, bias=bias, state=self.module.state)  # type: ignore[attr-defined]
+        return y
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        self._settle()
+        dense: Tensor = int8_vectorwise_dequant(self.module.state.CB, self.module.state.SCB)
+        return dense.to(dtype)
+
+    def as_stored(self, weight: Tensor) -> Tensor:
+        raise TypeError("codes of 8 bits are no dense tensor")
+
+    def _settle(self) -> None:
+        """Let the module take its codes up from the checkpoint's form, as its own first call would."""
+        self.module.state.is_training = False
+        if self.module.weight.CB is not None:
+            self.module.init_8bit_state()
+
+
+def base_weight(module: nn.Module) -> BaseWeight | None:
+    """Return the seam over `module`'s weight, or None where it is no linear layer.
+
+    Raises:
+        TargetError: a 4-bit layer whose codes bitsandbytes has stored in another layout.
+    """
+    kind = quantised_kind(module)
+    if kind == "int8":
+        return Int8Weight(module)
+    if kind is not None:
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise TargetError("a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that")
+        return FourBitWeight(module)
+    if type(module) is nn.Linear:
+        return DenseWeight(module)
+    return TurnedWeight(module) if _is_conv1d(module) else None
+
+
+def quantised_kind(module: nn.Module) -> Kind | None:
+    """Return how bitsandbytes stores the module's weight, None where it does not; it is not imported for that."""
+    if not type(module).__module__.startswith("bitsandbytes"):
+        return None
+    if type(module).__name__ == "Linear8bitLt":
+        return "int8"
+    kind = getattr(getattr(module, "weight", None), "quant_type", None)
+    return kind if kind in ("nf4", "fp4") else None
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """Return how a model's linear layers are stored: the kind of those that are quantised, or dense where none is."""
+    kinds = (quantised_kind(module) for module in model.modules())
+    return next((kind for kind in kinds if kind is not None), "dense")
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from storing a 4-bit layer anew, rounded and in another order, when it is first evaluated.
+
+    It does so on processors with AVX512-BF16; the codes would no longer be those that the fingerprint names.
+    """
+    for module in model.modules():
+        if quantised_kind(module) in ("nf4", "fp4"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2

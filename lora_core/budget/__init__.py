@@ -1,0 +1,1 @@
+"""Weights, file sizes and memory before anything is loaded."""

@@ -1,0 +1,1 @@
+"""ΔW without a model: singular values, cuts to a lower rank, combinations."""

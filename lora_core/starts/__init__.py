@@ -1,0 +1,1 @@
+"""How A and B start: drawn, from the weight, or from data."""

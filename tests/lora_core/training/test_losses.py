@@ -1,0 +1,124 @@
+"""The chunked head equals PyTorch's cross-entropy over all logits, in value and gradients, for any size of chunk."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_core.training.losses import linear_cross_entropy, token_log_likelihoods
+
+ROWS, WIDTH, VOCABULARY = 7, 16, 53
+CHUNKS = [1, 3, ROWS, 100]
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture
+def inputs() -> Inputs:
+    hidden, weight = torch.randn(ROWS, WIDTH), torch.randn(VOCABULARY, WIDTH)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, VOCABULARY, (ROWS,))
+
+
+def reference_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="sum")
+
+
+def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs[:2])
+
+
+@pytest.mark.parametrize("chunk_rows", CHUNKS)
+def test_value_and_gradients_equal_cross_entropy(inputs: Inputs, chunk_rows: int) -> None:
+    loss, expected = linear_cross_entropy(*inputs, chunk_rows=chunk_rows), reference_loss(*inputs)
+    assert loss.dtype == torch.float32
+    # Logits of about 4 and sums over 53 words, in float32.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    for found, reference in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("divisor", [1, 7.5])
+def test_the_upstream_gradient_scales_both(inputs: Inputs, divisor: float) -> None:
+    found = gradients(linear_cross_entropy(*inputs, chunk_rows=3) / divisor, inputs)
+    expected = gradients(reference_loss(*inputs) / divisor, inputs)
+    for gradient, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_is_close(inputs: Inputs) -> None:
+    hidden, weight = (t.detach().bfloat16().requires_grad_() for t in inputs[:2])
+    loss = linear_cross_entropy(hidden, weight, inputs[2], chunk_rows=3)
+    expected = reference_loss(hidden, weight, inputs[2])
+    # Each logit, of up to about 16, is rounded to 8 bits: 0.03 a row at most.
+    torch.testing.assert_close(loss.double(), expected, rtol=0, atol=0.03 * ROWS)
+    found = torch.autograd.grad(loss, (hidden, weight))
+    for gradient, reference in zip(found, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        torch.testing.assert_close(gradient.float(), reference.float(), rtol=0.02, atol=0.02 * reference.abs().max().item())
+
+
+def test_extreme_logits_stay_finite(inputs: Inputs) -> None:
+    hidden, weight, targets = inputs
+    loud = (hidden.detach() * 1000).requires_grad_()
+    loss = linear_cross_entropy(loud, weight, targets)
+    torch.testing.assert_close(loss.double(), reference_loss(loud, weight, targets), rtol=1e-5, atol=0)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (loud, weight)))
+
+
+@pytest.mark.parametrize("trained", [(True, False), (False, True), (False, False)], ids=["hidden", "weight", "neither"])
+def test_only_what_is_trained_gets_a_gradient(inputs: Inputs, trained: tuple[bool, bool]) -> None:
+    for tensor, wanted in zip(inputs[:2], trained, strict=True):
+        tensor.requires_grad_(wanted)
+    loss = linear_cross_entropy(*inputs)
+    assert loss.requires_grad is any(trained)
+    if any(trained):
+        loss.backward()
+        reference_gradients = torch.autograd.grad(reference_loss(*inputs), [t for t in inputs[:2] if t.requires_grad])
+        for found, expected in zip((t.grad for t in inputs[:2] if t.requires_grad), reference_gradients, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert [t.grad is not None for t in inputs[:2]] == list(trained)
+
+
+def test_a_second_backward_gives_the_same_gradient(inputs: Inputs) -> None:
+    loss = linear_cross_entropy(*inputs) / 4
+    first = [g.clone() for g in torch.autograd.grad(loss, inputs[:2], retain_graph=True)]
+    for gradient, before in zip(torch.autograd.grad(loss, inputs[:2]), first, strict=True):
+        assert torch.equal(gradient, before)
+
+
+def test_no_position_gives_no_loss_and_zero_gradients(inputs: Inputs) -> None:
+    hidden, weight, targets = inputs
+    nothing = hidden.detach()[:0].requires_grad_()
+    loss = linear_cross_entropy(nothing, weight, targets[:0])
+    loss.backward()
+    assert loss.item() == 0
+    assert nothing.grad is not None and nothing.grad.shape == (0, WIDTH)
+    assert weight.grad is not None and torch.count_nonzero(weight.grad) == 0
+
+
+@pytest.mark.parametrize("chunk_rows", CHUNKS)
+def test_likelihoods_and_greedy_flags_equal_log_softmax(inputs: Inputs, chunk_rows: int) -> None:
+    hidden, weight, targets = inputs
+    logits = (hidden.double() @ weight.double().T).detach()
+    targets[::2] = logits.argmax(dim=1)[::2]  # so that both flags occur
+    likelihoods, greedy = token_log_likelihoods(hidden, weight, targets, chunk_rows=chunk_rows)
+    expected = logits.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(likelihoods.double(), expected, rtol=1e-5, atol=1e-5)
+    assert greedy.tolist() == (logits.argmax(dim=1) == targets).tolist()
+    assert 0 < greedy.sum() < ROWS
+    assert not likelihoods.requires_grad
+
+
+def test_likelihoods_add_up_to_the_loss(inputs: Inputs) -> None:
+    likelihoods, _ = token_log_likelihoods(*inputs, chunk_rows=2)
+    torch.testing.assert_close(-likelihoods.sum(), linear_cross_entropy(*inputs), rtol=1e-6, atol=0)
+
+
+def test_a_tie_counts_as_greedy() -> None:
+    """Both of two equal logits are the likeliest: accuracy then does not depend on the order of the vocabulary."""
+    hidden, weight = torch.ones(2, 1), torch.tensor([[1.0], [2.0], [2.0]])
+    assert token_log_likelihoods(hidden, weight, torch.tensor([1, 2]))[1].tolist() == [True, True]
+
+
+def test_no_position_gives_no_likelihood(inputs: Inputs) -> None:
+    likelihoods, greedy = token_log_likelihoods(inputs[0][:0], inputs[1], inputs[2][:0])
+    assert (likelihoods.shape, likelihoods.dtype, greedy.shape, greedy.dtype) == ((0,), torch.float32, (0,), torch.bool)
