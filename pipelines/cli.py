@@ -48,7 +48,7 @@ def compare(name: Annotated[str, typer.Argument(help="A recipe's name, its file,
     """Print the table of an earlier run."""
     path = _summary(name)
     from pipelines.progress import show
-    from pipelines.report import terminal_table
+    from pipelines.reporting.report import terminal_table
 
     show(terminal_table(json.loads(path.read_text())))
 

@@ -113,7 +113,7 @@ def summarise(
     run: Run, base: dict[str, Any], data: dict[str, Any], trained: dict[str, tuple[Stage, dict[str, Any]]], evaluated: dict[str, Stage]
 ) -> dict[str, Any]:
     """Compare everything with everything and return the summary."""
-    from pipelines.comparison import Trained, compare
+    from pipelines.judging.comparison import Trained, compare
 
     ranks = dict(zip((f"rank-{rank}" for rank in run.recipe.lora.ranks), run.recipe.lora.ranks, strict=True))
     models = [Trained(label, ranks.get(label), stage.key, str(stage.folder), figures) for label, (stage, figures) in trained.items()]
@@ -136,7 +136,7 @@ def summarise(
 
 def publish(run: Run, summary: dict[str, Any]) -> Path:
     """Write the report, register the adapters, show the table; a registry that fails loses nothing but itself."""
-    from pipelines.report import markdown_table, terminal_table, write_html
+    from pipelines.reporting.report import markdown_table, terminal_table, write_html
 
     path, page = run.folder / "summary.json", run.folder / "report.html"
     summary |= run.times()
@@ -159,7 +159,7 @@ def register(run: Run, summary: dict[str, Any], files: list[Path], note: str) ->
     """Register the adapters and put into the summary what they are registered as; return what the registry refused."""
     begun = time.monotonic()
     try:
-        from pipelines import registry
+        from pipelines.reporting import registry
 
         summary["registered"] = registry.register(summary, run.stages.root, files, note)
     except RegistryError as error:

@@ -8,7 +8,7 @@ from lora_core import load_adapter
 from lora_core.adapter.files import read_identity
 from pipelines import launch
 from pipelines.errors import PipelineError
-from pipelines.evaluate import generate
+from pipelines.evaluation.evaluate import generate
 from pipelines.hardware import detect
 from pipelines.model import load_model
 from pipelines.stages import base_stage
@@ -43,7 +43,7 @@ def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, run
 
 def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
     if adapter.startswith(REGISTERED):
-        from pipelines.registry import download
+        from pipelines.reporting.registry import download
 
         return download(adapter, runs, scratch)
     return Path(adapter)

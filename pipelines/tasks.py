@@ -52,7 +52,7 @@ def train(stage: Stage, settings: LaunchSection) -> Figures:
 @task(name="evaluate", **CACHED)
 def evaluate(stage: Stage, at_once: int) -> Figures:
     """Score one model on the task and on general abilities."""
-    return _perform(stage, "pipelines.evaluate", at_once)
+    return _perform(stage, "pipelines.evaluation.evaluate", at_once)
 
 
 def run_or_reuse(step: Callable[..., Any], stage: Stage, *arguments: Any) -> tuple[Figures, bool]:

@@ -10,9 +10,9 @@ from datasets import load_from_disk
 from lora_core import load_adapter
 from lora_core.base.dequantise import dequantise
 from lora_core.spectrum.truncation import truncate_adapter, truncation_table
+from pipelines.evaluation.scoring import score_examples
 from pipelines.hardware import detect
 from pipelines.model import load_model
-from pipelines.scoring import score_examples
 
 Row = dict[str, Any]
 

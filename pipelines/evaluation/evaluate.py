@@ -1,6 +1,6 @@
 """Score one model: the base, the base in 4 bits, the control, or an adapter on its base.
 
-    python -m pipelines.evaluate STAGE_FOLDER
+    python -m pipelines.evaluation.evaluate STAGE_FOLDER
 
 items.jsonl keeps what was seen item by item, in the same order for every model, so that models are compared in pairs and
 anyone can compute the figures again.
@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_core import load_adapter
 from lora_core.base.dequantise import dequantise
 from lora_core.files import write_text
-from pipelines.benchmarks import sample
 from pipelines.child import run_stage
+from pipelines.evaluation.benchmarks import sample
+from pipelines.evaluation.scoring import score_examples, score_items
 from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.model import load_model
-from pipelines.scoring import score_examples, score_items
 from pipelines.tokenizer import load_tokenizer
 
 ITEMS = "items.jsonl"

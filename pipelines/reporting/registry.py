@@ -19,9 +19,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipelines import logged
 from pipelines.errors import RegistryError
 from pipelines.places import tracking_uri
+from pipelines.reporting import logged
 
 MAX_ADAPTER_SHARE = 0.5
 """An artefact larger than this share of the base's weights in 2 bytes is no adapter."""
@@ -37,7 +37,7 @@ def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) 
     """Log a comparison and register its adapters; return run ids, versions and aliases.
 
     Args:
-        summary: see `pipelines.comparison`, with `name`, `key`, `base` and `data` beside it.
+        summary: see `pipelines.judging.comparison`, with `name`, `key`, `base` and `data` beside it.
         runs: folder of all runs; holds the SQLite file unless a server is named.
         files: report and summary, logged with the parent run.
         note: Markdown, shown on the parent run's page.

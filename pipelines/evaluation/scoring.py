@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_core.training.attention import Segment, tree_mask
 from lora_core.training.losses import token_log_likelihoods
 from pipelines.batches import pack
-from pipelines.benchmarks import Item
 from pipelines.errors import DataError
+from pipelines.evaluation.benchmarks import Item
 from pipelines.model import head_weight, hidden_states
 
 PACK_TOKENS = 1024

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.forgetting import (
+from pipelines.judging.forgetting import (
     LENGTH_NORMALISED,
     Interval,
     change,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines.comparison import Trained, compare
+from pipelines.judging.comparison import Trained, compare
 from pipelines.recipe import Recipe, parse_recipe
 
 Values = dict[str, Any]

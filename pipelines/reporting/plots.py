@@ -16,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from pipelines.comparison import BASE, CONTROL
+from pipelines.judging.comparison import BASE, CONTROL
 
 ADAPTER, FULL, LIMIT, QUIET = "#0072B2", "#D55E00", "#CC79A7", "#8A8F98"
 STYLE: dict[Any, Any] = {
@@ -56,7 +56,7 @@ def plot_by_rank(summary: Mapping[str, Any]) -> str:
     """Return the SVG of task gain and general change against the rank, the control as a dashed line in its interval.
 
     Args:
-        summary: see `pipelines.comparison`, with `recipe` beside it.
+        summary: see `pipelines.judging.comparison`, with `recipe` beside it.
     """
     points = _adapters(summary)
     with mpl.rc_context({**STYLE, "svg.hashsalt": "by-rank"}):
@@ -81,7 +81,7 @@ def plot_trade_off(summary: Mapping[str, Any]) -> str:
     """Return the SVG of learning (to the right) against forgetting (downwards), a labelled point for each model.
 
     Args:
-        summary: see `pipelines.comparison`, with `recipe` beside it.
+        summary: see `pipelines.judging.comparison`, with `recipe` beside it.
     """
     adapters, control, limit = [point for _, point in _adapters(summary)], _point(summary, CONTROL), _limit(summary)
     with mpl.rc_context({**STYLE, "svg.hashsalt": "trade-off"}):

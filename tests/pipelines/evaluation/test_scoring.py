@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import pipelines.scoring
-from pipelines.benchmarks import Choice, Item
+import pipelines.evaluation.scoring
 from pipelines.errors import DataError
+from pipelines.evaluation.benchmarks import Choice, Item
+from pipelines.evaluation.scoring import branch, score_examples, score_items
 from pipelines.hardware import Hardware
 from pipelines.model import load_model
-from pipelines.scoring import branch, score_examples, score_items
 from pipelines.tokenizer import load_tokenizer
 
 NATS = 1e-4
@@ -119,7 +119,7 @@ def test_packing_changes_no_score(
 ) -> None:
     items = list(ITEMS.values()) * 3
     alone = [scored_alone(model, tokenizer, one) for one in items]
-    monkeypatch.setattr(pipelines.scoring, "PACK_TOKENS", pack_tokens)
+    monkeypatch.setattr(pipelines.evaluation.scoring, "PACK_TOKENS", pack_tokens)
     together = list(score_items(model, tokenizer, items))
     assert [record["id"] for record in together] == [one.id for one in items]
     for one, other in zip(together, alone, strict=True):

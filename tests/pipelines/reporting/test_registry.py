@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipelines import logged
 from pipelines.errors import RegistryError
+from pipelines.reporting import logged
 
 mlflow = pytest.importorskip("mlflow")
 pytestmark = pytest.mark.server
@@ -92,7 +92,7 @@ def model(root: Path, label: str, rank: int | None, kind: str = "") -> Summary:
 
 
 def test_runs_carry_what_people_compare(summary: Summary, runs: Path) -> None:
-    from pipelines.registry import register
+    from pipelines.reporting.registry import register
 
     found = register(summary, runs, [Path(summary["items"]["base"])], "a table")
     client = mlflow.MlflowClient()
@@ -109,7 +109,7 @@ def test_runs_carry_what_people_compare(summary: Summary, runs: Path) -> None:
 
 
 def test_registering_again_makes_nothing_new(summary: Summary, runs: Path) -> None:
-    from pipelines.registry import register
+    from pipelines.reporting.registry import register
 
     first = register(summary, runs, [], "")
     assert register(summary, runs, [], "") == first
@@ -117,7 +117,7 @@ def test_registering_again_makes_nothing_new(summary: Summary, runs: Path) -> No
 
 
 def test_an_adapter_near_the_size_of_a_base_is_refused(summary: Summary, runs: Path) -> None:
-    from pipelines.registry import register
+    from pipelines.reporting.registry import register
 
     summary["base"]["weights"] = 5
     with pytest.raises(RegistryError, match="near the size of a base"):

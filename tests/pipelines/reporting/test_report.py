@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipelines.report import duration, headline, markdown_table, registered_text, scaled, signed, terminal_table, write_html
+from pipelines.reporting.report import duration, headline, markdown_table, registered_text, scaled, signed, terminal_table, write_html
 
 Summary = dict[str, Any]
 BENCHMARKS = ("piqa", "lambada")

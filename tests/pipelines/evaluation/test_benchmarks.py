@@ -4,9 +4,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from pipelines import benchmarks
-from pipelines.benchmarks import READERS, Item, sample
 from pipelines.errors import DataError
+from pipelines.evaluation import benchmarks
+from pipelines.evaluation.benchmarks import READERS, Item, sample
 
 COUNT = 25
 CHOICES = {"hellaswag": {4}, "piqa": {2}, "arc_easy": {3, 4, 5}, "openbookqa": {4}, "winogrande": {2}, "lambada": {2, 3, 4}}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.forgetting import Records, change, decide, drop_beyond_control, gain_share, scores
+from pipelines.judging.forgetting import Records, change, decide, drop_beyond_control, gain_share, scores
 from pipelines.recipe import Recipe
 
 BASE, QUANTIZED_BASE, CONTROL = "base", "base-nf4", "control"

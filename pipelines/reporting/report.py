@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_core.files import write_text
-from pipelines.comparison import BASE, CONTROL, QUANTIZED_BASE
-from pipelines.plots import plot_by_rank, plot_trade_off
+from pipelines.judging.comparison import BASE, CONTROL, QUANTIZED_BASE
+from pipelines.reporting.plots import plot_by_rank, plot_trade_off
 
 SAMPLES = 4
 NOTHING = "–"

@@ -1,0 +1,1 @@
+"""From item records to figures, differences and a verdict: pure functions."""
