@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipelines.errors import RecipeError
 
@@ -26,6 +26,15 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) != len(values):
         raise ValueError(f"repeats itself in {list(values)}; name each once")
     return values
+
+
+def _alone(value: Any) -> Any:
+    """Take one value for a list of one."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+Rates = Annotated[tuple[Rate, ...], BeforeValidator(_alone), Field(min_length=1), AfterValidator(_distinct)]
+"""One rate, or several."""
 
 
 class Section(BaseModel):
@@ -92,10 +101,31 @@ class LoraSection(Section):
 
 
 class ControlSection(Section):
-    """Full fine-tuning on the same data, in the same order, with the same number of tokens."""
+    """What the adapters are held against: trained on the same data, in the same order, with the same number of tokens."""
 
-    learning_rate: Rate = 1e-4
-    """Peak rate of the full fine-tuning."""
+    method: Literal["full", "lora", "none"] = "full"
+    """Full fine-tuning; for a base too large for that an adapter of high rank, or none, and the report says so."""
+    learning_rate: Rates = (1e-4,)
+    """Peak rate, or a few of them: each is tried, and the one of the lowest loss on examples kept for that is the control."""
+    rank: Count | None = None
+    """Rank of a control by `lora`."""
+
+    @model_validator(mode="after")
+    def _rank_belongs_to_lora(self) -> "ControlSection":
+        if (self.rank is None) == (self.method == "lora"):
+            raise ValueError(f"has rank {self.rank} and method {self.method!r}: give a rank to 'lora', and to nothing else")
+        return self
+
+
+class FrontierSection(Section):
+    """What is scored besides, to draw learning against forgetting; none of it is registered."""
+
+    snapshots: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = ()
+    """Steps after which what the control and each rank have learnt so far is scored too."""
+    learning_rates: Annotated[tuple[Rate, ...], AfterValidator(_distinct)] = ()
+    """Rates at which each rank is trained besides."""
+    cuts: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = ()
+    """Ranks to which the adapter of the highest rank is cut."""
 
 
 class TrainingSection(Section):
@@ -133,6 +163,17 @@ class LaunchSection(Section):
 Benchmark = Literal["hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande", "lambada"]
 
 
+class LmEvalSection(Section):
+    """Tasks that lm-eval knows or that a folder of YAML files describes; needs `pip install lora-pipeline[lm-eval]`."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
+    """Names of tasks."""
+    include_path: str | None = None
+    """Folder of task files of one's own."""
+    limit: Sample | None = None
+    """First items of each task; all when left out."""
+
+
 class EvaluationSection(Section):
     """What is scored for the base, the control and each adapter."""
 
@@ -147,10 +188,24 @@ class EvaluationSection(Section):
     """General abilities that training should leave alone."""
     items_per_benchmark: Sample = 40
     """Sampled by seed; the same items for every model."""
+    probes: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
+    """Questions of one's own: .jsonl files of prompt, choices and gold (its place), or of prompt and answer."""
+    lm_eval: LmEvalSection | None = None
+    """Tasks of the lm-eval library."""
+    chat_prompts: Annotated[int, Field(ge=0)] = 40
+    """General questions put as chats, whose right answer's loss and whose change of distribution (KL) are measured; 0 for none."""
+    passages: Annotated[int, Field(ge=0)] = 30
+    """Passages of plain text whose loss is measured; 0 for none."""
     generations: Count = 24
-    """Held-out prompts that are answered greedily, for chrF and ROUGE-L; left out, no more than are held out."""
+    """Held-out prompts that are answered greedily, for the metrics; left out, no more than are held out."""
     max_new_tokens: Count = 40
     """Longest answer."""
+    metrics: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = ("chrf", "rouge_l", "bleu", "exact_match")
+    """Of each answer against its reference: chrf, rouge_l, bleu, exact_match, or `module:function` of one's own."""
+    execute: tuple[str, ...] = ()
+    """Command that judges an answer, such as ["python", "check.py"]: reads JSON (prompt, answer, reference); status 0 is right."""
+    execute_seconds: Annotated[float, Field(gt=0)] = 10
+    """Longest time of that command."""
 
 
 class GateSection(Section):
@@ -162,6 +217,12 @@ class GateSection(Section):
     """Largest loss of choice probability on general abilities that training may cause."""
     max_drop_beyond_control: Share = 0.03
     """How much more than the control an adapter may lose there."""
+    max_file_mb: Annotated[float, Field(gt=0)] | None = None
+    """Largest adapter file, in 10⁶ bytes."""
+    max_rank: Count | None = None
+    """Highest rank that the serving engine takes."""
+    min_gain_over_champion: float | None = 0.0
+    """Least task gain over the registered champion, in nats per token, on the same items; `null` does not compare them."""
 
 
 def _registry_name(name: str) -> str:
@@ -190,6 +251,7 @@ class Recipe(Section):
     data: DataSection
     lora: LoraSection
     control: ControlSection = ControlSection()
+    frontier: FrontierSection = FrontierSection()
     training: TrainingSection
     launch: LaunchSection = LaunchSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -214,6 +276,18 @@ class Recipe(Section):
                 f"training.warmup_steps {warmup} fills all of training.steps {steps}, so that the peak rate is never reached; "
                 f"use at most {steps - 1}, or more steps"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _frontier_has_an_effect(self) -> "Recipe":
+        late = [step for step in self.frontier.snapshots if step >= self.training.steps]
+        high = [rank for rank in self.frontier.cuts if rank >= max(self.lora.ranks)]
+        if late:
+            raise ValueError(f"frontier.snapshots names step {late[0]} of training.steps {self.training.steps}; use earlier ones")
+        if high:
+            raise ValueError(f"frontier.cuts names rank {high[0]}, and the highest rank is {max(self.lora.ranks)}; use lower ones")
+        if self.lora.learning_rate in self.frontier.learning_rates:
+            raise ValueError(f"frontier.learning_rates repeats lora.learning_rate {self.lora.learning_rate:g}; name others")
         return self
 
     @model_validator(mode="after")

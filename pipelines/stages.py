@@ -54,14 +54,14 @@ class Stages:
     def train(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], rank: int | None) -> Stage:
         """An adapter of `rank`, or the control for None."""
         recipe, (data_stage, data_figures) = self.recipe, data
-        section = recipe.control if rank is None else recipe.lora
+        rate = recipe.control.learning_rate[0] if rank is None else recipe.lora.learning_rate
         known = ("id", "revision", "digests", "tokenizer_sha256", "template_sha256")
         inputs: dict[str, Any] = {
             "method": "full" if rank is None else "lora",
             "base": {name: base[name] for name in known},
             "data_digest": data_figures["digest"],
             "quantization": "none" if rank is None else recipe.base_model.quantization,
-            "learning_rate": section.learning_rate,
+            "learning_rate": rate,
             "training": recipe.training.model_dump(mode="json"),
             "processes": recipe.launch.processes,
             "launch": recipe.launch.config,

@@ -40,7 +40,7 @@ def parameters(summary: Values, label: str) -> dict[str, str]:
     if label.startswith("base"):
         return {"method": "none", "learning_rate": "0", "lora.r": "0", "lora.alpha": "0", **common}
     if model["rank"] is None:
-        return {"method": "full", "learning_rate": f"{recipe['control']['learning_rate']:g}", **common}
+        return {"method": "full", "learning_rate": f"{recipe['control']['learning_rate'][0]:g}", **common}
     lora = recipe["lora"]
     rates = {"learning_rate": f"{lora['learning_rate']:g}", "lora.alpha": f"{lora['alpha']:g}"}
     return {"method": "lora", "lora.r": str(model["rank"]), **rates, **common}

@@ -69,8 +69,8 @@ def test_a_rate_in_scientific_notation_is_a_number(save: Callable[[Values], Path
         ({"training": {"stepz": 3}}, "'training.stepz'", "did you mean 'steps'?"),
         ({"lora": {"learningrate": 0.1}}, "'lora.learningrate'", "did you mean 'learning_rate'?"),
         ({"evaluatoin": {}}, "'evaluatoin'", "did you mean 'evaluation'?"),
-        ({"gate": {"xyzzy": 1}}, "'gate.xyzzy'", "known here: max_drop_beyond_control, max_general_drop, min_gain_share"),
-        ({"qqq": 1}, "'qqq'", "known here: base_model, control, data, evaluation, gate, launch, lora, name, registry, seed, training"),
+        ({"gate": {"xyzzy": 1}}, "'gate.xyzzy'", "known here: max_drop_beyond_control, max_file_mb, max_general_drop"),
+        ({"qqq": 1}, "'qqq'", "known here: base_model, control, data, evaluation, frontier, gate, launch, lora, name, registry, seed, training"),
     ],
 )
 def test_an_unknown_key_is_refused_with_what_is_known(recipe_with: Maker, changes: Values, place: str, suggestion: str) -> None:
