@@ -3,7 +3,8 @@
     python -m pipelines.data STAGE_FOLDER
 
 Each example becomes `input_ids` and, for every token, whether it is `supervised`: all of a text, the completion of a
-prompt, the assistant's turns of a conversation. The two splits are Arrow folders beside result.json.
+prompt, the assistant's turns of a conversation. The splits are Arrow folders beside result.json: `train`, `validation`,
+which models are compared on, and `tuning`, which a control's rate is chosen on.
 """
 
 import random
@@ -46,7 +47,7 @@ class Example:
 
 
 def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Write the train and validation splits."""
+    """Write the splits."""
     disable_progress_bars()
     settings = inputs["data"]
     rows = load_rows(settings)
@@ -58,14 +59,16 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
             f"all {len(examples)} completions of {settings['source']!r} are cut off by max_tokens={settings['max_tokens']}; "
             "raise it or shorten the prompts"
         )
-    train, validation = split_by_group(usable, settings["validation_examples"], inputs["seed"])
-    files = [name for split, part in (("train", train), ("validation", validation)) for name in _save(part, folder, split)]
+    splits = split_by_group(usable, settings["validation_examples"], inputs["seed"])
+    train, validation = splits["train"], splits["validation"]
+    files = [name for split, part in splits.items() if part for name in _save(part, folder, split)]
     figures = {
         "rows": len(rows),
         "left_out": len(examples) - len(usable),
         "cut": sum(example.was_cut for example in usable),
         "train_examples": len(train),
         "validation_examples": len(validation),
+        "tuning_examples": len(splits["tuning"]),
         "train_tokens": sum(len(example.input_ids) for example in train),
         "supervised_tokens": sum(sum(example.supervised) for example in train),
         "digest": digest([[example.input_ids, example.supervised] for example in [*train, *validation]]),
@@ -85,8 +88,10 @@ def tokenise(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[s
         yield _example(pieces, tokenizer, group, settings["max_tokens"])
 
 
-def split_by_group(examples: list[Example], validation_examples: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Hold out `validation_examples` from groups drawn by seed; no group is on both sides.
+def split_by_group(examples: list[Example], validation_examples: int, seed: int) -> dict[str, list[Example]]:
+    """Hold out `validation_examples` from groups drawn by seed, and of what is left of those groups up to as many for tuning.
+
+    No group is in `train` and in another split.
 
     Raises:
         DataError: too few rows or groups to hold that many out and still train on most.
@@ -105,7 +110,8 @@ def split_by_group(examples: list[Example], validation_examples: int, seed: int)
             f"{len(examples)} usable rows in {len(members)} groups are too few to hold out validation_examples={validation_examples} "
             f"and train on at least as many; lower validation_examples or bring more rows"
         )
-    return train, random.Random(seed).sample(candidates, validation_examples)
+    drawn = random.Random(seed).sample(candidates, min(len(candidates), 2 * validation_examples))
+    return {"train": train, "validation": drawn[:validation_examples], "tuning": drawn[validation_examples:]}
 
 
 def _pieces(row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:

@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ _running: "set[subprocess.Popen[bytes]]" = set()
 """Children at work, over all threads: an interrupted run ends those that other threads wait for."""
 
 
-def python_argv(module: str, folder: Path) -> list[str]:
-    """Return the command of a stage that is one process."""
-    return [sys.executable, "-m", module, str(folder)]
+def python_argv(module: str, *folders: Path) -> list[str]:
+    """Return the command of a stage, or of several, in one process."""
+    return [sys.executable, "-m", module, *map(str, folders)]
 
 
 def accelerate_argv(config: str, processes: int, folder: Path) -> list[str]:
@@ -70,26 +70,35 @@ def run_child(stage: Stage, argv: list[str], *, threads: int, watch: Watch | Non
     Raises:
         StageError: the child ended without a result; the message is the child's own where it left one.
     """
-    with _locked(stage.folder):
-        _reap(stage.folder)
-        with (stage.folder / LOG).open("ab") as log:
-            child = subprocess.Popen(
-                argv,
-                cwd=REPOSITORY,
-                env=_environment(threads),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
-                preexec_fn=die_with_parent,  # one system call, no lock is taken
-            )
+    return run_together([stage], argv, threads=threads, watch=watch)[0]
+
+
+def run_together(stages: Sequence[Stage], argv: list[str], *, threads: int, watch: Watch | None = None) -> list[dict[str, Any]]:
+    """Run several stages in one child process, which ends each in its own folder; return their figures.
+
+    The child's output goes to the first one's log. Raises StageError for the first that has no result; the others' are kept.
+    """
+    with ExitStack() as locks:
+        for stage in stages:
+            locks.enter_context(_locked(stage.folder))
+            _reap(stage.folder)
+        log = locks.enter_context((stages[0].folder / LOG).open("ab"))
+        child = subprocess.Popen(
+            argv,
+            env=_environment(threads),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
+            preexec_fn=die_with_parent,  # one system call, no lock is taken
+        )
         _running.add(child)
         try:
-            _follow(child, stage.folder, watch)
+            _follow(child, stages[0].folder, watch)
         finally:
             _end(child)
             _running.discard(child)
-    return _outcome(stage, child.returncode)
+    return [_outcome(stage, stages[0].folder / LOG, child.returncode) for stage in stages]
 
 
 def result_of(stage: Stage, module: str, *, threads: int) -> dict[str, Any]:
@@ -103,16 +112,16 @@ def end_all() -> None:
         _end(child)
 
 
-def _outcome(stage: Stage, status: int) -> dict[str, Any]:
-    figures = read_result(stage.folder) if status == 0 else None
+def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
+    figures = read_result(stage.folder, stage.expects)
     if figures is not None:
         return figures
     message = recorded_error(stage.folder)
     if message is None and shutil.disk_usage(stage.folder).free < ROOM_BYTES:
         message = f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept"
     if message is None:
-        lines = (stage.folder / LOG).read_text(errors="replace").splitlines()
-        message = f"stage {stage.kind} {stage.label} ended with status {status}; {stage.folder / LOG} ends: {' | '.join(lines[-3:])}"
+        lines = log.read_text(errors="replace").splitlines()
+        message = f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}"
     raise StageError(message)
 
 
@@ -159,6 +168,7 @@ def _environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # the child works where the user does, and a file there must not pass for a library
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
     }

@@ -10,7 +10,7 @@ what depends on it. A stage is run by hand with the command that `inputs.json` h
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from typing import Any
 from lora_core.files import sha256_of_file, write_json
 from pipelines.errors import ERROR_FILE
 
-INPUTS, RESULT, LOG = "inputs.json", "result.json", "log.txt"
+INPUTS, RESULT, LOG, SNAPSHOTS = "inputs.json", "result.json", "log.txt", "snapshots"
 FORMAT = 2  # raise it when a stage's outcome changes for the same inputs
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
@@ -39,6 +39,10 @@ class Stage:
     """Folder of all runs."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Where to find what the inputs name by digest; not part of the key."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What is asked for besides and leaves the outcome as it is; not part of the key."""
+    expects: tuple[str, ...] = ()
+    """Files that the options ask for: a result without them is not the whole one."""
 
     @property
     def key(self) -> str:
@@ -61,14 +65,15 @@ class Stage:
                 "key": self.key,
                 "inputs": dict(self.inputs),
                 "paths": dict(self.paths),
+                "options": dict(self.options),
                 "versions": library_versions(),
             },
         )
         return self.folder
 
     def result(self) -> dict[str, Any] | None:
-        """Return the result when the stage is done and every file it names is whole; None otherwise."""
-        return read_result(self.folder)
+        """Return the result when the stage is done and every file it names or that is expected is whole; None otherwise."""
+        return read_result(self.folder, self.expects)
 
 
 def read_inputs(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -77,12 +82,20 @@ def read_inputs(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values["inputs"], values["paths"]
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Return a stage's figures, or None where it is unfinished or a file of it was changed or lost."""
+def read_options(folder: Path) -> dict[str, Any]:
+    """Return what a stage is asked for besides."""
+    options: dict[str, Any] = json.loads((folder / INPUTS).read_text())["options"]
+    return options
+
+
+def read_result(folder: Path, expects: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Return a stage's figures, or None where it is unfinished, or a file of it was changed, lost or never made."""
     path = folder / RESULT
     if not path.is_file():
         return None
     values: dict[str, Any] = json.loads(path.read_text())
+    if not set(expects) <= values["files"].keys():
+        return None
     whole = all((folder / name).is_file() and sha256_of_file(folder / name) == sha256 for name, sha256 in values["files"].items())
     return values["figures"] if whole else None
 
@@ -97,6 +110,11 @@ def write_result(folder: Path, figures: Mapping[str, Any], files: list[str]) -> 
     """
     digests = {name: sha256_of_file(folder / name) for name in sorted(files)}
     write_json(folder / RESULT, {"figures": dict(figures), "files": digests})
+
+
+def snapshot(step: int) -> str:
+    """Return where in a training stage's folder stands what was trained after `step` steps."""
+    return f"{SNAPSHOTS}/step-{step:05d}"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.files import sha256_of_file
+from pipelines.arms import Arm, Subject
 from pipelines.base_model import files_digest, identify
 from pipelines.recipe import Recipe, local_path
 from pipelines.sharding import sharding
-from pipelines.stage import Stage, digest
+from pipelines.stage import Stage, digest, snapshot
+
+SHORT = {"generations": 0, "chat_prompts": 0, "passages": 0}
+"""What a model that only the frontier shows is not asked."""
 
 
 @dataclass(frozen=True)
@@ -51,45 +55,69 @@ class Stages:
         }
         return Stage("plan", recipe.name, inputs, self.root, {"base": base["folder"], "data": str(data_stage.folder)})
 
-    def train(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], rank: int | None) -> Stage:
-        """An adapter of `rank`, or the control for None."""
+    def train(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], arm: Arm) -> Stage:
+        """One arm's training; a control is named by its weights' digest alone, so that every recipe that needs it finds it."""
         recipe, (data_stage, data_figures) = self.recipe, data
-        rate = recipe.control.learning_rate[0] if rank is None else recipe.lora.learning_rate
-        known = ("id", "revision", "digests", "tokenizer_sha256", "template_sha256")
+        known = ("digests",) if arm.method == "full" else ("id", "revision", "digests", "tokenizer_sha256", "template_sha256")
         inputs: dict[str, Any] = {
-            "method": "full" if rank is None else "lora",
+            "method": arm.method,
             "base": {name: base[name] for name in known},
             "data_digest": data_figures["digest"],
-            "quantization": "none" if rank is None else recipe.base_model.quantization,
-            "learning_rate": rate,
-            "training": recipe.training.model_dump(mode="json"),
+            "quantization": "none" if arm.method == "full" else recipe.base_model.quantization,
+            "learning_rate": arm.learning_rate,
+            "training": recipe.training.model_dump(mode="json", exclude={"checkpoint_every"}),
             "processes": recipe.launch.processes,
             "launch": recipe.launch.config,
             "seed": recipe.seed,
         }
-        if rank is not None:
-            inputs |= {"rank": rank, "lora": recipe.lora.model_dump(mode="json", exclude={"ranks", "learning_rate"})}
-        paths = {"base": base["folder"], "data": str(data_stage.folder)}
-        return Stage("train", "control" if rank is None else f"rank-{rank}", inputs, self.root, paths)
+        if arm.rank is not None:
+            inputs |= {"rank": arm.rank, "lora": recipe.lora.model_dump(mode="json", exclude={"ranks", "learning_rate"})}
+        output = "model/config.json" if arm.method == "full" else "adapter/adapter_config.json"
+        return Stage(
+            "train",
+            plain_label(arm.label),
+            inputs,
+            self.root,
+            paths={"base": base["folder"], "data": str(data_stage.folder)},
+            options={"checkpoint_every": recipe.training.checkpoint_every, "snapshots": list(arm.snapshots)},
+            expects=tuple(f"{snapshot(step)}/{output}" for step in arm.snapshots),
+        )
 
-    def evaluate(self, label: str, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], trained: Stage | None) -> Stage:
-        """The scores of one model: a base when nothing was trained, else what `trained` left."""
+    def tune(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], trained: Stage) -> Stage:
+        """The loss by which a control's rate is chosen."""
+        inputs = {"trained": trained.key, "quantization": trained.inputs["quantization"], "data_digest": data[1]["digest"]}
+        output = "model" if trained.inputs["method"] == "full" else "adapter"
+        paths = {"base": base["folder"], "data": str(data[0].folder), output: str(trained.folder / output)}
+        return Stage("tune", trained.label, inputs, self.root, paths)
+
+    def cut(self, trained: Stage, figures: dict[str, Any], rank: int) -> Stage:
+        """A trained adapter at a lower rank."""
+        inputs = {"adapter": figures["adapter_sha256"], "rank": rank}
+        return Stage("cut", f"{trained.label}-to-{rank}", inputs, self.root, {"adapter": str(trained.folder / "adapter")})
+
+    def evaluate(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], subject: Subject) -> Stage:
+        """The scores of one model."""
         recipe, (data_stage, data_figures) = self.recipe, data
-        full_precision = label in ("base", "control")
         inputs = {
             "base": base["digests"],
             "tokenizer": base["tokenizer_sha256"],
-            "trained": trained.key if trained is not None else None,
-            "quantization": "none" if full_precision else recipe.base_model.quantization,
+            "template": base["template_sha256"],
+            "trained": subject.weights,
+            "quantization": recipe.base_model.quantization if subject.quantised else "none",
             "data_digest": data_figures["digest"],
-            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "evaluation": recipe.evaluation.model_dump(mode="json") | ({} if subject.whole else SHORT),
+            "probes": {path: sha256_of_file(Path(path)) for path in recipe.evaluation.probes},
             "seed": recipe.seed,
         }
         paths = {"base": base["folder"], "data": str(data_stage.folder)}
-        if trained is not None:
-            output = "model" if label == "control" else "adapter"
-            paths[output] = str(trained.folder / output)
-        return Stage("evaluate", label, inputs, self.root, paths)
+        if subject.output is not None:
+            paths[subject.output] = subject.folder
+        return Stage("evaluate", plain_label(subject.label), inputs, self.root, paths)
+
+
+def plain_label(label: str) -> str:
+    """Return a label as part of a folder's name."""
+    return label.replace(" ", "-").replace("@", "-step-").replace("→", "-to-")
 
 
 def base_stage(model_id: str, revision: str | None, root: Path) -> Stage:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from prefect import task
+from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
 from pipelines import launch
@@ -49,10 +50,29 @@ def train(stage: Stage, settings: LaunchSection) -> Figures:
         return launch.run_child(stage, argv, threads=_threads(settings.processes), watch=watch)
 
 
-@task(name="evaluate", **CACHED)
-def evaluate(stage: Stage, at_once: int) -> Figures:
-    """Score one model on the task and on general abilities."""
-    return _perform(stage, "pipelines.evaluation.evaluate", at_once)
+@task(name="tune", **CACHED)
+def tune(stage: Stage) -> Figures:
+    """Find the loss of a control at one rate."""
+    return _perform(stage, "pipelines.evaluation.tuning")
+
+
+@task(name="cut", **CACHED)
+def cut(stage: Stage) -> Figures:
+    """Cut an adapter to a lower rank."""
+    return _perform(stage, "pipelines.cut")
+
+
+@task(name="evaluate", task_run_name="evaluate {stages[0].label} …")
+def evaluate(stages: list[Stage], at_once: int) -> list[Figures]:
+    """Score models that share a base in one process; each has a result of its own, so those that are done are not asked for."""
+    folders = [stage.begin() for stage in stages]
+    argv = launch.python_argv("pipelines.evaluation.evaluate", *folders)
+    return launch.run_together(stages, argv, threads=_threads(at_once))
+
+
+def show_comparison(table: str, decision: str) -> None:
+    """Put the comparison's table on the flow run's page."""
+    create_markdown_artifact(table, key="comparison", description=decision)
 
 
 def run_or_reuse(step: Callable[..., Any], stage: Stage, *arguments: Any) -> tuple[Figures, bool]:
@@ -66,8 +86,8 @@ def run_or_reuse(step: Callable[..., Any], stage: Stage, *arguments: Any) -> tup
     return configured(stage, *arguments), whole
 
 
-def _perform(stage: Stage, module: str, at_once: int = 1) -> Figures:
-    return launch.result_of(stage, module, threads=_threads(at_once))
+def _perform(stage: Stage, module: str) -> Figures:
+    return launch.result_of(stage, module, threads=_threads(1))
 
 
 def _threads(processes: int) -> int:

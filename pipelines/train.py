@@ -7,6 +7,7 @@ negative log-likelihood over all ranks, divided by the step's supervised tokens 
 
     metrics.jsonl    one line a step, from rank 0
     checkpoints/     where a stopped run goes on; gone when it ends
+    snapshots/       adapter or model after the steps that the stage's options name
     adapter/         PEFT format and sidecar, or
     model/           the control's weights, which are scored and never registered
 """
@@ -30,6 +31,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lora_core import Identity, LoraConfig, inject, save_adapter, trained_weights
+from lora_core.errors import AdapterError
+from lora_core.spectrum.spectrum import effective_rank, singular_values
+from lora_core.spectrum.updates import read_updates
 from lora_core.training.losses import linear_cross_entropy
 from lora_core.training.optim import loraplus_groups
 from pipelines import checkpoint
@@ -39,7 +43,7 @@ from pipelines.errors import PipelineError
 from pipelines.hardware import Hardware, detect, peak_memory_bytes
 from pipelines.model import head_weight, hidden_states, load_model
 from pipelines.plan import lora_config
-from pipelines.stage import read_inputs, write_result
+from pipelines.stage import SNAPSHOTS, read_inputs, read_options, snapshot, write_result
 
 METRICS = "metrics.jsonl"
 FINAL_RATE = 0.1
@@ -86,12 +90,14 @@ def train(folder: Path) -> None:
     weights = trained_weights(model)
     engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, inputs), hardware)
     first = checkpoint.resume(accelerator, folder)
-    log = Log(folder, first, accelerator.is_main_process)
+    log, options = Log(folder, first, accelerator.is_main_process), read_options(folder)
     if accelerator.is_main_process:
         print(f"{weights} trained weights; {hardware.describe()}; {accelerator.num_processes} ranks; from step {first}", flush=True)
     for step in range(first, len(run.steps)):
         log.write(train_step(run, engine, optimizer, schedule, step))
-        if (step + 1) % run.settings["checkpoint_every"] == 0 and step + 1 < len(run.steps):
+        if step + 1 in options["snapshots"]:
+            save_trained(run, engine, config, inputs, folder / snapshot(step + 1))
+        if (step + 1) % options["checkpoint_every"] == 0 and step + 1 < len(run.steps):
             checkpoint.save(accelerator, folder, step + 1)
     finish(folder, run, engine, config, {"trained_weights": weights, **log.summary()})
 
@@ -256,22 +262,54 @@ def finish(folder: Path, run: Run, engine: Any, config: LoraConfig | None, figur
     """Save what was trained and declare the stage done. Rank 0 writes; all ranks give their peak of memory."""
     accelerator = run.accelerator
     figures["peak_memory_bytes"] = max(gather_object([peak_memory_bytes()]))
+    inputs, _ = read_inputs(folder)
+    figures |= save_trained(run, engine, config, inputs, folder)
+    if accelerator.is_main_process:
+        written = [*(folder / output_of(config)).iterdir(), *(folder / SNAPSHOTS).glob("*/*/*")]
+        write_result(folder, figures, [str(path.relative_to(folder)) for path in sorted(written)])
+        checkpoint.discard(folder)
+    accelerator.wait_for_everyone()
+
+
+def save_trained(run: Run, engine: Any, config: LoraConfig | None, inputs: dict[str, Any], place: Path) -> dict[str, Any]:
+    """Write the adapter, or the control's weights, into `place`; return their size and digest. Rank 0 writes."""
+    figures: dict[str, Any] = {}
+    accelerator, folder = run.accelerator, place / output_of(config)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        inputs, _ = read_inputs(folder)
         model = accelerator.unwrap_model(engine)
         if config is not None:
             identity = Identity(inputs["base"]["id"], inputs["base"]["revision"], inputs["base"]["digests"], _lineage(inputs))
-            figures["adapter_sha256"] = save_adapter(model, folder / "adapter", config, identity)
-            figures["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").iterdir())
+            figures["adapter_sha256"] = save_adapter(model, folder, config, identity)
+            figures["spectrum"] = spectrum(folder)
         else:
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            model.save_pretrained(folder / "model")
-            figures["file_bytes"] = sum(p.stat().st_size for p in (folder / "model").iterdir())
-        output = "adapter" if config is not None else "model"
-        write_result(folder, figures, [f"{output}/{p.name}" for p in sorted((folder / output).iterdir())])
-        checkpoint.discard(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            model.save_pretrained(folder)
+        figures["file_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
     accelerator.wait_for_everyone()
+    return figures
+
+
+def spectrum(adapter: Path) -> list[dict[str, Any]]:
+    """Return the singular values of each module's ΔW and how many of them count; nothing where ΔW is not all that was trained."""
+    try:
+        values = {name: singular_values(update) for name, update in read_updates(adapter).items()}
+    except AdapterError:  # DoRA, biases, modules trained whole: no product of two factors says what they changed
+        return []
+    return [
+        {
+            "module": name,
+            "rank": len(one),
+            "effective_rank": round(effective_rank(one), 3),
+            "values": [float(f"{v:.4g}") for v in one.tolist()],
+        }
+        for name, one in values.items()
+    ]
+
+
+def output_of(config: LoraConfig | None) -> str:
+    """Name the folder of what is trained."""
+    return "adapter" if config is not None else "model"
 
 
 def _lineage(inputs: dict[str, Any]) -> dict[str, str]:

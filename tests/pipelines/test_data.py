@@ -181,12 +181,13 @@ def test_the_group_is(chat: PreTrainedTokenizerBase, data_settings: Maker, row: 
 def test_no_group_is_on_both_sides(groups: list[str], held_out: int, seed: int) -> None:
     examples = examples_of(*groups)
     try:
-        train, validation = split_by_group(examples, held_out, seed)
+        train, validation, tuning = split_by_group(examples, held_out, seed).values()
     except DataError:
         return
-    assert not {example.group for example in train} & {example.group for example in validation}
-    assert len(validation) == held_out <= len(train)
-    assert {id(example) for example in [*train, *validation]} <= {id(example) for example in examples}
+    assert not {example.group for example in train} & {example.group for example in [*validation, *tuning]}
+    assert len(validation) == held_out <= len(train) and len(tuning) <= held_out
+    drawn = [id(example) for example in [*train, *validation, *tuning]]
+    assert len(set(drawn)) == len(drawn) and set(drawn) <= {id(example) for example in examples}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ LORA = [str(Path(os.sys.executable).parent / "lora")]  # type: ignore[attr-defin
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a recipe whose run has ended."""
     folder = tmp_path_factory.mktemp("run")
-    recipe = tiny_recipe(save_tiny_model(folder / "model"), save_pairs(folder / "pairs.jsonl"))
+    save_pairs(folder / "pairs.jsonl")
+    recipe = tiny_recipe(save_tiny_model(folder / "model"), Path("pairs.jsonl"))  # relative: to where the command runs
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     ended = lora(folder, "run", "tiny.yaml")
     assert ended.returncode == 0, ended.stderr

@@ -1,0 +1,33 @@
+"""The loss of a trained control on the examples that are kept for choosing its learning rate.
+
+python -m pipelines.evaluation.tuning STAGE_FOLDER
+"""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import load_from_disk
+
+from lora_core import load_adapter
+from pipelines.child import run_stage
+from pipelines.errors import DataError
+from pipelines.evaluation.scoring import score_examples
+from pipelines.hardware import detect
+from pipelines.model import load_model
+
+
+def tuning_loss(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the loss in nats per supervised token."""
+    split = Path(paths["data"]) / "tuning"
+    if not split.is_dir():
+        raise DataError("the held-out groups leave no examples to choose a learning rate on; hold out fewer examples, or name one rate")
+    model = load_model(Path(paths.get("model", paths["base"])), inputs["quantization"], detect())
+    if "adapter" in paths:
+        load_adapter(model, Path(paths["adapter"]))
+    scored = list(score_examples(model, list(load_from_disk(str(split)))))
+    loss = sum(record["nll"] for record in scored) / sum(record["tokens"] for record in scored)
+    return {"tuning_loss": loss, "examples": len(scored)}, []
+
+
+if __name__ == "__main__":
+    run_stage(tuning_loss)
