@@ -3,7 +3,6 @@
 data ─► base ─► train the control and each rank ─► evaluate all ─► compare ─► report ─► register ─► alias
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -19,7 +18,7 @@ from pipelines.publishing import publish
 from pipelines.recipe import load_recipe
 from pipelines.run import Data, Figures, Run, Trained
 from pipelines.stage import Stage
-from pipelines.stages import Stages
+from pipelines.stages import Stages, shared_out
 from pipelines.summary import Tuning, summarise
 
 
@@ -99,15 +98,3 @@ def evaluate_all(run: Run, base: Figures, data: Data, subjects: Sequence[Subject
             launch.end_all()
             raise
     return stages
-
-
-def shared_out(stages: Sequence[Stage], at_once: int) -> list[list[Stage]]:
-    """Deal evaluations to processes: each loads one base once, and all end at about the same time; the longest come first."""
-    groups: dict[tuple[str, str], list[Stage]] = defaultdict(list)
-    for stage in stages:
-        groups[stage.paths.get("model", stage.paths["base"]), stage.inputs["quantization"]].append(stage)
-    parts = []
-    for group in groups.values():
-        count = max(1, round(at_once * len(group) / len(stages)))
-        parts += [group[place::count] for place in range(count)]
-    return sorted(parts, key=len, reverse=True)

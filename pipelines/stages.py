@@ -1,6 +1,8 @@
 """From a recipe to its stages: what each one's outcome depends on, and nothing else. Imports no torch."""
 
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,18 @@ class Stages:
         if subject.output is not None:
             paths[subject.output] = subject.folder
         return Stage("evaluate", plain_label(subject.label), inputs, self.root, paths)
+
+
+def shared_out(stages: Sequence[Stage], at_once: int) -> list[list[Stage]]:
+    """Deal evaluations to processes: each loads one base once, and all end at about the same time; the longest come first."""
+    groups: dict[tuple[str, str], list[Stage]] = defaultdict(list)
+    for stage in stages:
+        groups[stage.paths.get("model", stage.paths["base"]), stage.inputs["quantization"]].append(stage)
+    parts = []
+    for group in groups.values():
+        count = max(1, round(at_once * len(group) / len(stages)))
+        parts += [group[place::count] for place in range(count)]
+    return sorted(parts, key=len, reverse=True)
 
 
 def plain_label(label: str) -> str:

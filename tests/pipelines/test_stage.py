@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,14 @@ def test_the_key_changes_with_what_decides_the_outcome(key_of: Callable[..., str
     [
         {"paths": {"base": "elsewhere"}},
         {"paths": {}},
+        {"options": {"checkpoint_every": 5}},
+        {"expects": ("adapter/weights",)},
         {"root": Path("elsewhere")},
         {"label": "other"},
         {"inputs": dict(reversed(INPUTS.items()))},
         {"inputs": {**INPUTS, "names": ("a", "b")}},
     ],
-    ids=["a path", "no paths", "the root", "the label", "the order of the names", "a tuple for a list"],
+    ids=["a path", "no paths", "an option", "a file expected", "the root", "the label", "the order of the names", "a tuple for a list"],
 )
 def test_the_key_stays_whatever_else_changes(key_of: Callable[..., str], changes: Values) -> None:
     assert key_of(**changes) == key_of()
@@ -163,3 +166,8 @@ def test_a_digest_is_that_of_the_value() -> None:
     assert digest({"a": 1, "b": [2, None]}) == digest({"b": [2, None], "a": 1})
     assert digest([1, 2]) != digest([2, 1])
     assert len(digest("")) == 64
+
+
+def test_a_result_without_a_file_that_is_expected_is_not_the_whole_one(finished: Stage) -> None:
+    assert replace(finished, expects=("adapter/weights",)).result() == {"loss": 1.5}
+    assert replace(finished, expects=("snapshots/step-00002/adapter/weights",)).result() is None

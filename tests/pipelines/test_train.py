@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 from pipelines import launch
+from pipelines.arms import control_arms, rank_arms
 from pipelines.errors import StageError
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_records
@@ -35,7 +36,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         stages = Stages(parse_recipe(tiny_recipe(model, pairs, **changes)), root / runs)
         base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
         data_stage = stages.data(base)
-        return stages.train(base, (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1)), rank)
+        data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
+        arms = {arm.rank: arm for arm in (*control_arms(stages.recipe), *rank_arms(stages.recipe))}
+        return stages.train(base, data, arms[rank])
 
     return make
 

@@ -1,0 +1,92 @@
+"""What a recipe trains and scores, read from the recipe alone; and how evaluations are dealt to processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.arms import Arm, control_arms, rank_arms, rate_arms
+from pipelines.recipe import parse_recipe
+from pipelines.stage import Stage
+from pipelines.stages import Stages, plain_label, shared_out
+
+Values = dict[str, Any]
+Maker = Callable[..., Values]
+BASE = {"folder": "base", "id": "tiny", "revision": "1", "digests": {"dense": "d"}, "tokenizer_sha256": "t", "template_sha256": "c"}
+
+
+def labels(arms: list[Arm]) -> list[str]:
+    return [arm.label for arm in arms]
+
+
+def test_one_rate_is_the_control_and_several_are_tried(recipe_with: Maker) -> None:
+    one, several = (parse_recipe(recipe_with(control={"learning_rate": rate})) for rate in (1e-4, [1e-4, 3e-4]))
+    assert labels(control_arms(one)) == ["control"]
+    assert labels(control_arms(several)) == ["control lr 0.0001", "control lr 0.0003"]
+    assert [arm.method for arm in control_arms(several)] == ["full", "full"]
+
+
+def test_a_control_may_be_an_adapter_or_missing(recipe_with: Maker) -> None:
+    adapter = parse_recipe(recipe_with(control={"method": "lora", "rank": 64}))
+    assert [(arm.method, arm.rank) for arm in control_arms(adapter)] == [("lora", 64)]
+    assert control_arms(parse_recipe(recipe_with(control={"method": "none"}))) == []
+
+
+def test_the_frontier_asks_for_snapshots_of_the_main_arms_and_for_other_rates(recipe_with: Maker) -> None:
+    recipe = parse_recipe(recipe_with(frontier={"snapshots": [2, 4], "learning_rates": [0.02]}))
+    assert [arm.snapshots for arm in [*control_arms(recipe), *rank_arms(recipe)]] == [(2, 4)] * 3
+    assert [(arm.label, arm.learning_rate, arm.snapshots) for arm in rate_arms(recipe)] == [
+        ("rank-2 lr 0.02", 0.02, ()),
+        ("rank-4 lr 0.02", 0.02, ()),
+    ]
+
+
+def test_a_control_is_the_same_for_every_recipe_that_needs_it(recipe_with: Maker) -> None:
+    """Its key depends on weights, data and budget: not on what the base is called, nor on adapters, snapshots or checkpoints."""
+    other = recipe_with(
+        name="other", lora={"ranks": [8], "alpha": 16}, frontier={"snapshots": [2]}, training={"checkpoint_every": 3}, gate={"max_rank": 8}
+    )
+    keys = {train_stage(recipe_with()).key, train_stage(other).key, train_stage(recipe_with(), {**BASE, "id": "copy", "revision": "2"}).key}
+    assert len(keys) == 1
+    assert train_stage(recipe_with(training={"steps": 7})).key not in keys
+    assert train_stage(recipe_with(), {**BASE, "digests": {"dense": "e"}}).key not in keys
+
+
+def test_snapshots_are_expected_files(recipe_with: Maker) -> None:
+    stage = train_stage(recipe_with(frontier={"snapshots": [2, 4]}))
+    assert stage.expects == ("snapshots/step-00002/model/config.json", "snapshots/step-00004/model/config.json")
+    assert stage.options["snapshots"] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("at_once", "expected"),
+    [(1, [["base-nf4", "rank-2", "rank-4"], ["base"], ["control"]]), (4, [["base-nf4", "rank-4"], ["base"], ["rank-2"], ["control"]])],
+)
+def test_evaluations_over_one_base_share_a_process(at_once: int, expected: list[list[str]]) -> None:
+    stages = [
+        scored("base"),
+        scored("base-nf4", "nf4"),
+        scored("control", model="control"),
+        scored("rank-2", "nf4"),
+        scored("rank-4", "nf4"),
+    ]
+    assert [[stage.label for stage in part] for part in shared_out(stages, at_once)] == expected
+
+
+def test_a_label_is_part_of_a_folder_name() -> None:
+    assert [plain_label(label) for label in ("rank-4@10", "rank-16→4", "control lr 0.0001")] == [
+        "rank-4-step-10",
+        "rank-16-to-4",
+        "control-lr-0.0001",
+    ]
+
+
+def train_stage(values: Values, base: Values = BASE) -> Stage:
+    recipe = parse_recipe(values)
+    data = (Stage("data", "rows", {}, Path("runs")), {"digest": "rows"})
+    return Stages(recipe, Path("runs")).train(base, data, control_arms(recipe)[0])
+
+
+def scored(label: str, quantization: str = "none", **paths: str) -> Stage:
+    return Stage("evaluate", label, {"quantization": quantization}, Path("runs"), {"base": "base", **paths})
