@@ -43,7 +43,7 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     subjects = [*bases(run), *(one.subject() for one in (*control, *adapters)), *incumbent.subjects()]
     subjects += frontier(run, [*control, *adapters], others)
     evaluated = evaluate_all(run, base, data, subjects)
-    summary = summarise(run, base, data[1], [*control, *adapters], tuning, evaluated, incumbent)
+    summary = summarise(run, base, data[1], [*control, *adapters], (tuning, incumbent), evaluated)
     return str(publish(run, summary))
 
 

@@ -1,0 +1,89 @@
+"""The summary of a run: what was compared with what, on which base and data, by which code; the values of summary.json."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.arms import Subject
+from pipelines.incumbent import Incumbent
+from pipelines.run import Figures, Run, Trained
+from pipelines.stage import Stage, digest, library_versions, read_records
+
+Tuning = dict[float, float]
+"""Learning rate of a control → its loss on the examples kept for choosing one."""
+DISTRIBUTIONS = "distributions.safetensors"
+
+
+def summarise(
+    run: Run,
+    base: Figures,
+    data: Figures,
+    trained: Sequence[Trained],
+    control: tuple[Tuning, Incumbent],
+    evaluated: Mapping[Subject, Stage],
+) -> dict[str, Any]:
+    """Compare everything with everything and return the summary.
+
+    Args:
+        run: the run.
+        base: what the base's stage reported.
+        data: what the data's stage reported.
+        trained: the control and the adapters.
+        control: the losses by which the control's rate was chosen, and the registered champion.
+        evaluated: every model that was scored.
+    """
+    from pipelines.judging import comparison
+
+    tuning, incumbent = control
+    folders = {subject.label: stage.folder for subject, stage in evaluated.items()}
+    distributions = {label: folder / DISTRIBUTIONS for label, folder in folders.items() if (folder / DISTRIBUTIONS).is_file()}
+    variants = [_variant(run, subject) for subject in evaluated if subject.arm is not None and not subject.whole]
+    known = None if incumbent.version is None else comparison.Incumbent(incumbent.version, str(incumbent.adapter_sha256))
+    beside = comparison.Beside(distributions, tuning, known, variants)
+    paths = {label: str(folder / "items.jsonl") for label, folder in folders.items()}
+    items = {label: read_records(Path(path)) for label, path in paths.items()}
+    compared = comparison.compare(run.recipe, [_trained(one) for one in trained], items, beside)
+    return {
+        "name": run.recipe.name,
+        "key": digest([run.recipe.model_dump(mode="json"), sorted(stage.key for stage in evaluated.values())]),
+        "seed": run.recipe.seed,
+        "recipe": run.recipe.model_dump(mode="json"),
+        "commit": _commit(),
+        "versions": library_versions(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "base": base,
+        "data": data,
+        "items": paths,
+        "spectrum": {one.arm.label: one.figures["spectrum"] for one in trained if "spectrum" in one.figures},
+        **compared,
+    }
+
+
+def _trained(one: Trained) -> Any:
+    """Return a judged model as the comparison takes it; its spectrum stands by itself in the summary."""
+    from pipelines.judging.comparison import Trained as Judged
+
+    figures = {name: value for name, value in one.figures.items() if name != "spectrum"}
+    return Judged(one.arm.label, one.arm.rank, one.stage.key, str(one.stage.folder), figures)
+
+
+def _variant(run: Run, subject: Subject) -> Any:
+    """Return a model that only the frontier shows as the comparison takes it."""
+    from pipelines.judging.comparison import Variant
+
+    arm = subject.arm
+    assert arm is not None, "a registered champion is no variant"
+    rank, cut_from = (arm.rank, None) if subject.cut is None else (subject.cut, arm.rank)
+    return Variant(subject.label, arm.method, rank, subject.step or run.recipe.training.steps, arm.learning_rate, cut_from)
+
+
+def _commit() -> str:
+    """Return the commit of the code, with a mark where files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
