@@ -1,0 +1,22 @@
+"""A picture of the report's page, taken by a headless Chromium where there is one."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def page_rows(page: Path, picture: Path) -> Iterator[dict[str, Any]]:
+    """Take the picture and yield its size."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        yield {"what": "the page's picture: no Chromium here", "value": 0, "unit": "bytes", "goal": None, "holds": None}
+        return
+    picture.parent.mkdir(exist_ok=True)
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1200,5200"]
+    subprocess.run([browser, *options, f"--screenshot={picture}", page.resolve().as_uri()], check=True, capture_output=True)
+    size = picture.stat().st_size
+    yield {"what": f"the page's picture, build/{picture.name}", "value": size, "unit": "bytes", "goal": "> 20000", "holds": size > 20_000}

@@ -1,0 +1,69 @@
+"""What the figures of forgetting see, and whether LoRA learns less and forgets less here: measured, not remembered.
+
+    python tests/truth/truth.py
+
+Runs two recipes, or finds their runs again: `frontier_smollm2_cpu`, adapters beside a control whose rate was chosen from a
+grid, and `pushed_smollm2_cpu`, a full fine-tuning pushed at ten times a good rate, which is known to have forgotten. Scores
+the same items with lm-eval, and takes a picture of the page. The figures go to build/truth.json; a goal missed is an error.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from frontier_rows import finding_rows, frontier_rows
+from harness_rows import harness_rows
+from page_rows import page_rows
+from rich.console import Console
+from rich.table import Table
+from sight_rows import sight_rows
+
+from lora_core.files import write_json
+from pipelines.places import runs_root
+
+RESULT = Path(__file__).resolve().parents[2] / "build" / "truth.json"
+FRONTIER, PUSHED = "frontier_smollm2_cpu", "pushed_smollm2_cpu"
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Run, collect, write and print every figure; return 1 where a goal is missed."""
+    tuned, pushed = (finished(name) for name in (FRONTIER, PUSHED))
+    sections: dict[str, Iterator[Row]] = {
+        "Which figure sees that a model forgot": sight_rows(tuned, pushed),
+        "Learning against forgetting": frontier_rows(tuned),
+        "LoRA learns less and forgets less (arXiv 2405.09673)": finding_rows(tuned),
+        "The same items by lm-eval": harness_rows(tuned),
+        "The page": page_rows(runs_root() / FRONTIER / "report.html", RESULT.with_name("report.png")),
+    }
+    rows = []
+    for title, section in sections.items():
+        found = list(section)
+        show(title, found)
+        rows += found
+    write_json(RESULT, rows)
+    return 0 if all(row["holds"] is not False for row in rows) else 1
+
+
+def finished(name: str) -> dict[str, Any]:
+    """Return the summary of a recipe's run, which is finished first where it is not."""
+    subprocess.run([str(Path(sys.executable).parent / "lora"), "run", name], check=True)
+    summary: dict[str, Any] = json.loads((runs_root() / name / "summary.json").read_text())
+    return summary
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """Print one section."""
+    table = Table("what", "value", "unit", "goal", "holds", title=title, title_justify="left")
+    for row in rows:
+        holds = {None: "", True: "yes", False: "NO"}[row["holds"]]
+        value = f"{row['value']:.4g}" if isinstance(row["value"], int | float) else str(row["value"])
+        table.add_row(row["what"], value, row["unit"], row["goal"] or "", holds)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
