@@ -4,74 +4,180 @@ A pure function from stage results and item records to the plain values of summa
 read nothing else.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from pipelines.judging.forgetting import Records, change, decide, drop_beyond_control, gain_share, scores
+from pipelines.judging.case import BASE, CONTROL, QUANTIZED_BASE, Beside, Case, Incumbent, Trained
+from pipelines.judging.differences import (
+    change,
+    drop_beyond_control,
+    gain_share,
+    general_change,
+    general_figure,
+    general_samples,
+    task_gain,
+)
+from pipelines.judging.figures import metric_errors, scores
+from pipelines.judging.frontier import Point, Variant, place, recommend
+from pipelines.judging.gate import Evidence, decide
+from pipelines.judging.power import power_of
+from pipelines.judging.records import Records, align, scored
+from pipelines.judging.resampling import Interval
 from pipelines.recipe import Recipe
 
-BASE, QUANTIZED_BASE, CONTROL = "base", "base-nf4", "control"
+__all__ = ["BASE", "CONTROL", "QUANTIZED_BASE", "Beside", "Incumbent", "Trained", "Variant", "compare"]
+Values = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """One trained model."""
-
-    label: str
-    """control, or rank-R."""
-    rank: int | None
-    """None for the control."""
-    key: str
-    """Its training stage's key."""
-    folder: str
-    """Its training stage's folder."""
-    figures: Mapping[str, Any]
-    """What training reported."""
-
-
-def compare(recipe: Recipe, trained: list[Trained], items: Mapping[str, Records]) -> dict[str, Any]:
+def compare(recipe: Recipe, trained: Sequence[Trained], items: Mapping[str, Records], beside: Beside | None = None) -> Values:
     """Return the figures of the base, the control and each adapter, and the decision.
 
     Args:
-        recipe: its gate and quantisation are read.
-        trained: the control and the adapters, in the order of the report.
-        items: label → item records, for the base, the base in 4 bits (where adapters train over it) and each trained model.
+        recipe: its gate, control and training are read.
+        trained: the control, unless there is none, and the adapters, in the order of the report.
+        items: label → item records, for the base, the base in 4 bits (where adapters train over it), each trained model,
+            each variant and the registered champion.
+        beside: what else is known.
+
+    Raises:
+        ValueError: two models were not scored on the same items.
     """
-    own_base = QUANTIZED_BASE if QUANTIZED_BASE in items else BASE
-    models: dict[str, Any] = {label: {"scores": asdict(scores(items[label]))} for label in (BASE, QUANTIZED_BASE) if label in items}
-    if own_base == QUANTIZED_BASE:
-        models[QUANTIZED_BASE]["change"] = asdict(change(items[BASE], items[QUANTIZED_BASE]))
-    for model in trained:
-        before = items[BASE] if model.rank is None else items[own_base]
-        models[model.label] = {
-            **asdict(model),
-            "scores": asdict(scores(items[model.label])),
-            "change": asdict(change(before, items[model.label])),
-            "total": asdict(change(items[BASE], items[model.label])),
-        }
-        if model.rank is not None:
-            models[model.label].update(_judge(recipe, items, own_base, model.label))
-    return {"models": models, **_decision(models)}
+    case = Case(recipe, tuple(trained), align(items), beside or Beside())
+    models = {label: _base(case, label) for label in (BASE, QUANTIZED_BASE) if label in items}
+    models |= {model.label: _trained(case, model) for model in trained}
+    for model in case.adapters:
+        models[model.label] |= _judged(case, model)
+    adapters = {model.label: models[model.label] for model in case.adapters}
+    points = _points(case)
+    recommended = recommend(points, _with_status(adapters, "pass"), case.items)
+    return {
+        "models": models,
+        **_decision(adapters),
+        "recommended": asdict(recommended) if recommended is not None else None,
+        "control": case.control,
+        "incumbent": _incumbent(case),
+        "general_figure": general_figure(case.items[BASE]),
+        "frontier": [asdict(one) for one in points],
+    }
 
 
-def _judge(recipe: Recipe, items: Mapping[str, Records], own_base: str, label: str) -> dict[str, Any]:
-    share = gain_share(items[BASE], items[CONTROL], items[label])
-    beyond = drop_beyond_control((items[BASE], items[own_base]), items[CONTROL], items[label])
-    general = change(items[own_base], items[label]).choice_probability
-    verdict = decide(share, general, beyond, recipe.gate.model_dump())
-    return {"gain_share": asdict(share) if share is not None else None, "beyond_control": asdict(beyond), "verdict": asdict(verdict)}
+def _base(case: Case, label: str) -> Values:
+    """Return a base's figures; the change of the one in 4 bits is what quantisation costs."""
+    own = {"scores": _scores(case, label)}
+    return own if label == BASE else {**own, "change": _effect(case, BASE, label), "power": _power(case, BASE, label)}
 
 
-def _decision(models: Mapping[str, Any]) -> dict[str, Any]:
+def _trained(case: Case, model: Trained) -> Values:
+    """Return a trained model's figures, what its training changed and what has changed in all."""
+    before = case.base_of(case.variant(model))
+    by_training = _effect(case, before, model.label)
+    return {
+        **asdict(model),
+        "scores": _scores(case, model.label),
+        "change": by_training,
+        "total": by_training if before == BASE else _effect(case, BASE, model.label),
+        "power": _power(case, before, model.label),
+    }
+
+
+def _judged(case: Case, model: Trained) -> Values:
+    """Return an adapter's figures beside the control's, and its verdict."""
+    evidence = _evidence(case, model)
+    return {
+        "gain_share": asdict(evidence.gain_share) if evidence.gain_share is not None else None,
+        "beyond_control": asdict(evidence.beyond_control) if evidence.beyond_control is not None else None,
+        "verdict": asdict(decide(evidence, case.recipe.gate.model_dump())),
+    }
+
+
+def _scores(case: Case, label: str) -> Values:
+    section = case.recipe.evaluation
+    return asdict(scores(case.items[label], (*section.metrics, *(["execution"] if section.execute else []))))
+
+
+def _effect(case: Case, before: str, after: str) -> Values:
+    """Return how one model differs from another; the KL divergence only where both have distributions."""
+    return {**asdict(change(case.items[before], case.items[after])), "kl": case.divergences.get((before, after))}
+
+
+def _power(case: Case, before: str, after: str) -> Values | None:
+    """Return what the general items can tell; None where no benchmark has two left."""
+    samples = general_samples(case.items[before], case.items[after])
+    return asdict(power_of(list(samples.values()), case.recipe.gate.max_general_drop)) if samples else None
+
+
+def _evidence(case: Case, model: Trained) -> Evidence:
+    assert model.rank is not None, "an adapter has a rank"
+    own, base, before = (case.items[label] for label in (model.label, BASE, case.base_of(case.variant(model))))
+    share, beyond = _beside_control(case, before, own)
+    return Evidence(
+        control=case.recipe.control.method,
+        task_gain=task_gain(base, own),
+        gain_share=share,
+        general=general_change(before, own),
+        general_figure=general_figure(base),
+        beyond_control=beyond,
+        file_bytes=model.figures["file_bytes"],
+        rank=model.rank,
+        over_champion=_over_champion(case, model),
+        errors=metric_errors(own),
+        examples=len(scored(own, "task")),
+        items=sum(len(values) for values in general_samples(before, own).values()),
+        answers=len(scored(own, "generation")),
+    )
+
+
+def _beside_control(case: Case, before: Records, own: Records) -> tuple[Interval | None, Interval | None]:
+    """Return an adapter's share of the control's gain and its change beyond the control's; None and None without one."""
+    control = next((model for model in case.trained if model.label == CONTROL), None)
+    if control is None:
+        return None, None
+    records, control_base = case.items[CONTROL], case.items[case.base_of(case.variant(control))]
+    return gain_share(case.items[BASE], records, own), drop_beyond_control((control_base, before), records, own)
+
+
+def _over_champion(case: Case, model: Trained) -> Interval | None:
+    """Return the task gain over the registered champion; None where there is none, or the adapter is it."""
+    known, twin = case.beside.incumbent, case.twin
+    if known is None or model == twin:
+        return None
+    return task_gain(case.items[twin.label if twin else known.label], case.items[model.label])
+
+
+def _incumbent(case: Case) -> Values | None:
+    """Return the registered champion, with a sentence on what it was held against."""
+    known = case.beside.incumbent
+    if known is None:
+        return None
+    if case.twin is not None:
+        words = f"The registered champion, version {known.version}, is {case.twin.label} of this run, byte for byte."
+    else:
+        gain = task_gain(case.items[BASE], case.items[known.label])
+        words = f"The registered champion, version {known.version}, gains {gain.mean:+.3f} nats a token over the base on the same items."
+    return {**asdict(known), "label": known.label, "words": words}
+
+
+def _points(case: Case) -> list[Point]:
+    """Place every model that was scored between learning and forgetting, those that are judged first."""
+    every = [*((case.variant(model), True) for model in case.trained), *((variant, False) for variant in case.beside.variants)]
+    items = case.items
+    return [
+        place(variant, (items[BASE], items[case.base_of(variant)]), items[variant.label], trained=trained) for variant, trained in every
+    ]
+
+
+def _decision(adapters: Mapping[str, Any]) -> Values:
     """Put forward the newest adapter that was not rejected and, of those that pass, the one that learnt most."""
-    adapters = {label: model for label, model in models.items() if model.get("rank") is not None}
-    kept = [label for label, model in adapters.items() if model["verdict"]["status"] != "reject"]
-    passed = [label for label in kept if adapters[label]["verdict"]["status"] == "pass"]
-    champion = max(passed, key=lambda label: adapters[label]["total"]["task_gain"]["mean"], default=None)
+    kept = _with_status(adapters, "pass", "can't tell")
+    champion = max(_with_status(adapters, "pass"), key=lambda label: adapters[label]["total"]["task_gain"]["mean"], default=None)
     if champion is not None:
         gain = adapters[champion]["total"]["task_gain"]["mean"]
         reason = f"{champion} passes and gains most on the task ({gain:+.3f} nats a token over the base)"
     else:
         reason = "no adapter passes: " + "; ".join(f"{label}: {adapters[label]['verdict']['reason']}" for label in adapters)
     return {"candidate": kept[-1] if kept else None, "champion": champion, "decision": reason}
+
+
+def _with_status(adapters: Mapping[str, Any], *statuses: str) -> list[str]:
+    return [label for label, model in adapters.items() if model["verdict"]["status"] in statuses]

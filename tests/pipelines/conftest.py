@@ -114,6 +114,7 @@ def general_records() -> Callable[..., list[Values]]:
                     "kind": "general",
                     "id": f"{benchmark}/{number}",
                     "benchmark": benchmark,
+                    "prompt_sha256": f"digest of {benchmark}/{number}",
                     "gold": gold,
                     "log_likelihoods": answers[::-1] if gold else answers,
                     "bytes": [4, 4],

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from pipelines.judging.comparison import Trained, compare
+from pipelines.judging.comparison import Beside, Incumbent, Trained, Variant, compare
 from pipelines.recipe import Recipe, parse_recipe
 
 Values = dict[str, Any]
@@ -30,7 +32,7 @@ BASE, NF4, CONTROL = Figures(4.0, 0.60), Figures(4.3, 0.57), Figures(3.0, 0.60)
 GOOD, BETTER = Figures(3.3, 0.57), Figures(3.2, 0.57)
 IDLE = Figures(4.0, 0.57)
 FORGETFUL = Figures(3.0, 0.45)
-UNCLEAR = Figures(3.2, 0.55, noise=0.25)
+UNCLEAR = Figures(3.2, 0.56, noise=0.25)
 
 
 @pytest.fixture
@@ -38,25 +40,48 @@ def recipe(recipe_with: Callable[..., Values]) -> Recipe:
     return parse_recipe(recipe_with())
 
 
-@pytest.fixture
-def summarise(recipe: Recipe, task_records: Maker, general_records: Maker) -> Summary:
-    """Return a function from each model's figures, ranks as rank_2 and rank_4, to the summary."""
+def trained_as(label: str, rank: int | None) -> Trained:
+    figures = {"loss": 1.0, "file_bytes": 1_000_000, "adapter_sha256": f"digest of {label}"}
+    return Trained(label, rank, f"key of {label}", f"runs/{label}", figures)
 
-    def records(figures: Figures, seed: int) -> list[Values]:
+
+@pytest.fixture
+def model(task_records: Maker, general_records: Maker, generation_records: Maker) -> Callable[[Figures, int], list[Values]]:
+    """Return a maker of one model's records; its seed draws what is its own."""
+
+    def make(figures: Figures, seed: int) -> list[Values]:
         easy, rng = np.random.default_rng(0), np.random.default_rng(seed)
         losses = figures.loss + easy.uniform(-1, 1, ITEMS) + rng.normal(0, 0.02, ITEMS)
         scored = task_records(list(losses))
         for benchmark in ("piqa", "winogrande"):
             levels = figures.probability + easy.uniform(-0.1, 0.1, ITEMS) + rng.normal(0, figures.noise, ITEMS)
             scored += general_records(benchmark, list(levels.clip(0.01, 0.99)))
-        return scored
+        return scored + generation_records([{"chrf": 10 * figures.loss}] * 2)
 
-    def run(*, base: Figures = BASE, nf4: Figures | None = NF4, control: Figures = CONTROL, **adapters: Figures) -> Values:
-        models = {"base": base, "base-nf4": nf4, "control": control, **{name.replace("_", "-"): one for name, one in adapters.items()}}
-        items = {label: records(one, seed) for seed, (label, one) in enumerate(models.items()) if one is not None}
-        ranks = {label: int(label.removeprefix("rank-")) for label in items if label.startswith("rank-")}
-        trained = [Trained(label, ranks.get(label), f"key of {label}", f"runs/{label}", {"loss": 1.0}) for label in ("control", *ranks)]
-        return compare(recipe, trained, items)
+    return make
+
+
+@pytest.fixture
+def summarise(recipe: Recipe, model: Callable[[Figures, int], list[Values]]) -> Summary:
+    """Return a function from each model's figures, ranks as rank_2 and rank_4, to the summary.
+
+    `also` are models under labels of their own, `under` another recipe, and `control` None for none.
+    """
+
+    def run(
+        *,
+        nf4: Figures | None = NF4,
+        control: Figures | None = CONTROL,
+        also: dict[str, Figures] | None = None,
+        under: Recipe = recipe,
+        beside: Beside | None = None,
+        **adapters: Figures,
+    ) -> Values:
+        models = {"base": BASE, "base-nf4": nf4, "control": control, **{name.replace("_", "-"): one for name, one in adapters.items()}}
+        items = {label: model(one, seed) for seed, (label, one) in enumerate((models | (also or {})).items()) if one is not None}
+        ranks = {label: int(label.removeprefix("rank-")) for label in models if label.startswith("rank-")}
+        trained = [trained_as(label, ranks.get(label)) for label in (*(["control"] if control else []), *ranks)]
+        return compare(under, trained, items, beside)
 
     return run
 
@@ -91,7 +116,7 @@ def test_what_cannot_be_told_is_a_candidate_and_no_champion(summarise: Summary) 
     summary = summarise(rank_2=UNCLEAR)
     assert summary["models"]["rank-2"]["verdict"]["status"] == "can't tell"
     assert (summary["champion"], summary["candidate"]) == (None, "rank-2")
-    assert "score more items to tell" in summary["decision"]
+    assert "items (now 80) it could be told" in summary["decision"]
 
 
 def test_the_cost_of_quantisation_is_told_apart_from_what_was_learnt(summarise: Summary) -> None:
@@ -123,7 +148,7 @@ def test_models_come_in_the_order_of_the_report(summarise: Summary) -> None:
     models = summarise(rank_2=GOOD, rank_4=BETTER)["models"]
     assert list(models) == ["base", "base-nf4", "control", "rank-2", "rank-4"]
     assert models["rank-4"]["key"] == "key of rank-4"
-    assert models["rank-4"]["figures"] == {"loss": 1.0}
+    assert models["rank-4"]["figures"]["loss"] == 1.0
 
 
 def test_the_summary_is_plain_json(summarise: Summary) -> None:
@@ -152,7 +177,161 @@ def test_an_adapter_that_learnt_is_not_rejected_because_the_control_did_not(summ
 def test_a_control_that_is_the_base_gives_no_share_that_passes(recipe: Recipe, task_records: Maker, general_records: Maker) -> None:
     base = task_records([4.0] * ITEMS) + general_records("piqa", [0.6] * ITEMS)
     items = {"base": base, "control": base, "rank-2": base}
-    trained = [Trained("control", None, "a", "a", {}), Trained("rank-2", 2, "b", "b", {})]
-    summary = compare(recipe, trained, items)
+    summary = compare(recipe, [trained_as("control", None), trained_as("rank-2", 2)], items)
     assert summary["models"]["rank-2"]["verdict"]["status"] != "pass"
     json.dumps(summary, allow_nan=False)
+
+
+def test_a_control_by_lora_is_held_against_the_base_in_4_bits(summarise: Summary, recipe_with: Callable[..., Values]) -> None:
+    """It lost nothing that its own base had, and an adapter that lost 0.05 more is told apart from it."""
+    under = parse_recipe(recipe_with(control={"method": "lora", "rank": 64}))
+    summary = summarise(under=under, control=Figures(3.0, 0.57), rank_2=Figures(3.2, 0.52))
+    control, adapter = summary["models"]["control"], summary["models"]["rank-2"]
+    assert control["change"]["choice_probability"]["mean"] == pytest.approx(0, abs=0.01)
+    assert control["total"]["choice_probability"]["mean"] == pytest.approx(-0.03, abs=0.01)
+    assert adapter["beyond_control"]["mean"] == pytest.approx(-0.05, abs=0.01)
+    assert adapter["gain_share"]["mean"] == pytest.approx(0.8, abs=0.02)
+    assert "verdict" not in control
+    assert (summary["control"]["method"], summary["frontier"][0]["method"]) == ("lora", "lora")
+    assert "rank 64" in summary["control"]["words"]
+
+
+def test_without_a_control_what_surely_learnt_and_forgot_little_passes(summarise: Summary, recipe_with: Callable[..., Values]) -> None:
+    under = parse_recipe(recipe_with(control={"method": "none"}))
+    summary = summarise(under=under, control=None, rank_2=GOOD, rank_4=IDLE)
+    assert list(summary["models"]) == ["base", "base-nf4", "rank-2", "rank-4"]
+    first, second = summary["models"]["rank-2"], summary["models"]["rank-4"]
+    assert [rule["name"] for rule in first["verdict"]["rules"]] == ["surely learnt", "forgot little", "all metrics could be computed"]
+    assert (first["gain_share"], first["beyond_control"]) == (None, None)
+    assert (first["verdict"]["status"], second["verdict"]["status"] == "pass", summary["champion"]) == ("pass", False, "rank-2")
+    assert summary["control"]["words"].startswith("There is no control")
+    json.dumps(summary, allow_nan=False)
+
+
+def test_an_adapter_that_does_not_beat_the_registered_champion_is_not_promoted(summarise: Summary) -> None:
+    beside = Beside(incumbent=Incumbent("3", "digest of another"))
+    summary = summarise(also={"champion-3": Figures(3.25, 0.57)}, beside=beside, rank_2=GOOD, rank_4=BETTER)
+    reasons = {label: summary["models"][label]["verdict"]["reason"] for label in ("rank-2", "rank-4")}
+    assert "-0.05" in reasons["rank-2"]
+    assert "over the registered champion" in reasons["rank-2"]
+    assert summary["models"]["rank-2"]["verdict"]["status"] == "reject"
+    assert (summary["champion"], summary["recommended"]["label"]) == ("rank-4", "rank-4")
+    assert summary["incumbent"].items() >= {"version": "3", "adapter_sha256": "digest of another", "label": "champion-3"}.items()
+    assert summary["incumbent"]["words"].startswith("The registered champion, version 3, gains +0.75")
+    assert "champion-3" not in summary["models"]
+    assert [point["label"] for point in summary["frontier"]] == ["control", "rank-2", "rank-4"]
+
+
+def test_the_registered_champion_need_not_beat_itself_and_others_must(summarise: Summary) -> None:
+    """Its bytes are those of rank-2, whose items stand for it."""
+    summary = summarise(beside=Beside(incumbent=Incumbent("3", "digest of rank-2")), rank_2=BETTER, rank_4=GOOD)
+    rules = {label: [rule["name"] for rule in summary["models"][label]["verdict"]["rules"]] for label in ("rank-2", "rank-4")}
+    assert ("beats the champion" in rules["rank-2"], "beats the champion" in rules["rank-4"]) == (False, True)
+    assert summary["models"]["rank-4"]["verdict"]["status"] == "reject"
+    assert summary["champion"] == "rank-2"
+    assert summary["incumbent"]["words"] == "The registered champion, version 3, is rank-2 of this run, byte for byte."
+
+
+def test_a_gate_that_does_not_ask_for_the_champion_lists_no_such_rule(summarise: Summary, recipe_with: Callable[..., Values]) -> None:
+    under = parse_recipe(recipe_with(gate={"min_gain_over_champion": None}))
+    beside = Beside(incumbent=Incumbent("3", "digest of another"))
+    summary = summarise(under=under, also={"champion-3": Figures(2.0, 0.57)}, beside=beside, rank_2=GOOD)
+    assert summary["models"]["rank-2"]["verdict"]["status"] == "pass"
+
+
+def test_the_frontier_holds_what_is_judged_and_then_what_is_only_shown(summarise: Summary, recipe: Recipe) -> None:
+    variants = [
+        Variant("rank-4@1", "lora", 4, 1, 1e-3),
+        Variant("control@1", "full", None, 1, 1e-4),
+        Variant("rank-4→1", "lora", 1, 2, 1e-3, 4),
+    ]
+    also = {"rank-4@1": Figures(3.8, 0.57), "control@1": Figures(3.5, 0.60), "rank-4→1": Figures(3.2, 0.55)}
+    summary = summarise(also=also, beside=Beside(variants=variants), rank_4=BETTER)
+    points = {point["label"]: point for point in summary["frontier"]}
+    assert list(points) == ["control", "rank-4", "rank-4@1", "control@1", "rank-4→1"]
+    assert [point["trained"] for point in points.values()] == [True, True, False, False, False]
+    assert points["rank-4"]["gain"] == summary["models"]["rank-4"]["total"]["task_gain"]
+    assert points["rank-4"]["general"] == summary["models"]["rank-4"]["change"]["choice_probability"]
+    own = ("method", "rank", "step", "learning_rate", "cut_from")
+    assert [points["control"][name] for name in own] == ["full", None, recipe.training.steps, recipe.control.learning_rate[0], None]
+    assert [points["rank-4→1"][name] for name in own] == ["lora", 1, 2, 1e-3, 4]
+    assert points["rank-4@1"]["general"]["mean"] == pytest.approx(0, abs=0.01)
+    assert points["control@1"]["general"]["mean"] == pytest.approx(0, abs=0.01)
+    assert points["rank-4→1"]["general"]["mean"] == pytest.approx(-0.02, abs=0.01)
+    assert "rank 4 cut to 1 is not surely behind it either" in summary["recommended"]["reason"]
+
+
+def test_what_gains_most_is_champion_and_the_lowest_rank_that_gains_as_much_is_recommended(summarise: Summary) -> None:
+    summary = summarise(rank_2=Figures(3.2, 0.57), rank_4=Figures(3.199, 0.57), rank_8=Figures(3.19, 0.57))
+    assert (summary["champion"], summary["recommended"]["label"]) == ("rank-8", "rank-8")
+    summary = summarise(rank_2=Figures(3.2, 0.57), rank_4=Figures(3.199, 0.57))
+    assert summary["recommended"]["label"] == "rank-2"
+
+
+def test_where_none_passes_none_is_recommended(summarise: Summary) -> None:
+    assert summarise(rank_2=IDLE)["recommended"] is None
+
+
+def test_each_change_has_the_divergence_from_what_it_is_held_against(summarise: Summary, recipe: Recipe, tmp_path: Path) -> None:
+    labels = ("base", "base-nf4", "control", "rank-2")
+    assert all(one["change"]["kl"] is None for one in list(summarise(rank_2=GOOD)["models"].values())[1:])
+    odds = {"base": 0.5, "base-nf4": 0.6, "control": 0.7, "rank-2": 0.8}
+    for label in labels:
+        chances = np.log([[odds[label], 1 - odds[label]]] * 4).astype(np.float16)
+        save_file({"log_probabilities": chances}, tmp_path / label)
+    chat = [{"kind": "chat", "id": "chat/0", "benchmark": "chat", "prompt_sha256": "a", "nll": 3.0, "tokens": 4, "rows": [0, 4]}]
+    task = [{"kind": "task", "id": number, "nll": 9.0, "tokens": 3} for number in range(2)]
+    trained = [trained_as("control", None), trained_as("rank-2", 2)]
+    beside = Beside(distributions={label: tmp_path / label for label in labels})
+    models = compare(recipe, trained, dict.fromkeys(labels, task + chat), beside)["models"]
+
+    def expected(before: str, after: str) -> Any:
+        p, q = odds[before], odds[after]
+        return pytest.approx(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)), abs=1e-3)
+
+    assert models["base-nf4"]["change"]["kl"] == expected("base", "base-nf4")
+    assert models["control"]["change"]["kl"] == models["control"]["total"]["kl"] == expected("base", "control")
+    assert models["rank-2"]["change"]["kl"] == expected("base-nf4", "rank-2")
+    assert models["rank-2"]["total"]["kl"] == expected("base", "rank-2")
+
+
+def test_power_says_what_the_items_can_tell(summarise: Summary, recipe: Recipe) -> None:
+    models = summarise(rank_2=UNCLEAR, rank_4=GOOD)["models"]
+    power = models["rank-2"]["power"]
+    assert power["items"] == 2 * ITEMS
+    assert power["needed"] > power["items"]
+    assert power["smallest_drop"] > recipe.gate.max_general_drop > models["rank-4"]["power"]["smallest_drop"]
+    assert models["control"]["power"]["items"] == models["base-nf4"]["power"]["items"] == 2 * ITEMS
+
+
+def test_a_metric_that_failed_cannot_be_told(recipe: Recipe, model: Callable[[Figures, int], list[Values]]) -> None:
+    items = {"base": model(BASE, 0), "base-nf4": model(NF4, 1), "control": model(CONTROL, 2), "rank-2": model(GOOD, 3)}
+    items["rank-2"][-1]["errors"] = {"execution": "no such program"}
+    summary = compare(recipe, [trained_as("control", None), trained_as("rank-2", 2)], items)
+    assert summary["models"]["rank-2"]["verdict"]["status"] == "can't tell"
+    assert "execution of answer 1: no such program" in summary["decision"]
+    assert summary["models"]["rank-2"]["scores"]["errors"] == {"execution": 1}
+    assert (summary["champion"], summary["candidate"]) == (None, "rank-2")
+
+
+def test_what_one_model_could_not_read_is_left_out_for_all(
+    recipe: Recipe, model: Callable[[Figures, int], list[Values]], without: Callable[[list[Values], str], list[Values]]
+) -> None:
+    items = {"base": model(BASE, 0), "base-nf4": model(NF4, 1), "control": model(CONTROL, 2), "rank-2": without(model(GOOD, 3), "piqa/7")}
+    models = compare(recipe, [trained_as("control", None), trained_as("rank-2", 2)], items)["models"]
+    assert {one["scores"]["benchmarks"]["piqa"]["left_out"] for one in models.values()} == {1}
+    assert {one["scores"]["benchmarks"]["piqa"]["items"] for one in models.values()} == {ITEMS - 1}
+
+
+def test_metrics_that_the_recipe_asks_for_are_named_where_nothing_was_answered(
+    recipe: Recipe, task_records: Maker, general_records: Maker
+) -> None:
+    records = task_records([4.0, 3.0]) + general_records("piqa", [0.5, 0.6])
+    models = compare(recipe, [trained_as("control", None), trained_as("rank-2", 2)], dict.fromkeys(("base", "control", "rank-2"), records))[
+        "models"
+    ]
+    assert models["base"]["scores"]["generation"] == dict.fromkeys(recipe.evaluation.metrics)
+
+
+def test_the_summary_says_which_figure_stands_for_general_abilities(summarise: Summary) -> None:
+    assert summarise(rank_2=GOOD)["general_figure"] == "choice_probability"
