@@ -77,7 +77,7 @@ def plot_frontier(summary: Mapping[str, Any]) -> str:
     """
     found = ways(summary)
     with drawing("frontier", INCHES) as figure:
-        axes = figure.add_axes((0.115, 0.1, 0.875, 0.885))
+        axes = figure.add_axes((0.135, 0.1, 0.855, 0.885))
         _frame(axes, found, summary)
         _shade(axes, summary)
         for way in found:
