@@ -1,19 +1,28 @@
-"""What MLflow's pages show of each model, as plain names and values: parameters, metrics, curve and tags.
+"""What MLflow's pages show of each model, as plain names and values: parameters, metrics, curve, tags, tables.
 
 Metrics are grouped by prefix, and what people compare comes first:
 
-    benchmark/…    choice probability on each benchmark
+    benchmark/…    choice probability on each benchmark, or its accuracy where it has no choices
     cost/…         trained weights, bytes, speed, memory
     general/…      general abilities, and their change
     interval/…     the ends of 95 % intervals
+    kl/…           how far the distributions moved, nats per token
+    power/…        what the items can tell
     task/…         the task, and what was gained on it
     train/…        curves over the steps
+
+What is only scored for the frontier is a row of a table, not a run: it would crowd the page where models are compared.
 """
 
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.judging.comparison import BASE, CONTROL
+from pipelines.reporting.figures import figures
+from pipelines.reporting.words import learning_rate
 from pipelines.stage import read_records
 
 Values = dict[str, Any]
@@ -22,39 +31,47 @@ CHANGES = {
     "task/gain_by_training": ("change", "task_gain"),
     "general/change": ("change", "choice_probability"),
     "general/change_in_all": ("total", "choice_probability"),
+    "general/change_of_text_loss": ("change", "text_loss"),
+    "general/change_of_chat_loss": ("change", "chat_loss"),
 }
 """Metric → effect and figure: the total is held against the base in full precision, a change against a model's own base."""
+EFFECTS = {"by_training": "change", "in_all": "total"}
 COSTS = ("trained_weights", "file_bytes", "tokens_per_second", "peak_memory_bytes")
+GENERAL = ("choice_probability", "accuracy", "margin", "text_loss", "chat_loss")
+POWER = ("items", "needed", "smallest_drop")
 CURVES = ("loss", "learning_rate", "grad_norm")
+INTERVAL = ("mean", "low", "high")
+FRONTIER = ("label", "method", "rank", "step", "learning_rate", "cut_from", "trained")
 
 
 def parameters(summary: Values, label: str) -> dict[str, str]:
     """Return the few parameters that vary between the models of a comparison.
 
-    Ranks stay numbers, so that a plot puts them in order: the base has rank 0, and the control none, which MLflow's
-    pages draw above all others.
+    Ranks stay numbers, so that a plot puts them in order: the base has rank 0, and a control of all weights none, which
+    MLflow's pages draw above all others.
     """
-    recipe, model = summary["recipe"], summary["models"][label]
-    quantized = label not in ("base", "control")
-    common = {"quantization": recipe["base_model"]["quantization"] if quantized else "none"}
-    if label.startswith("base"):
-        return {"method": "none", "learning_rate": "0", "lora.r": "0", "lora.alpha": "0", **common}
-    if model["rank"] is None:
-        return {"method": "full", "learning_rate": f"{recipe['control']['learning_rate'][0]:g}", **common}
-    lora = recipe["lora"]
-    rates = {"learning_rate": f"{lora['learning_rate']:g}", "lora.alpha": f"{lora['alpha']:g}"}
-    return {"method": "lora", "lora.r": str(model["rank"]), **rates, **common}
+    recipe, rank = summary["recipe"], summary["models"][label].get("rank")
+    if label.startswith(BASE):
+        known = {"method": "none", "learning_rate": "0", "lora.r": "0", "lora.alpha": "0"}
+    else:
+        rank = recipe["control"]["rank"] if label == CONTROL else rank
+        known = {"method": "full" if rank is None else "lora", "learning_rate": f"{learning_rate(summary, label):g}"}
+        known |= {"lora.r": str(rank), "lora.alpha": f"{recipe['lora']['alpha']:g}"} if rank is not None else {}
+    in_full_precision = label == BASE or known["method"] == "full"
+    return {**known, "quantization": "none" if in_full_precision else recipe["base_model"]["quantization"]}
 
 
 def metrics(model: Values) -> dict[str, float]:
     """Return a model's figures by name; what it does not have is left out."""
-    found: dict[str, float | None] = {**_scores(model["scores"])}
+    found: dict[str, float | None] = _scores(model["scores"])
     for name, (effect, figure) in CHANGES.items():
-        interval = model.get(effect, {}).get(figure, {})
+        interval = model.get(effect, {}).get(figure) or {}
         found |= {name: interval.get("mean")}
         found |= {f"interval/{name.replace('/', '_')}_{end}": interval.get(end) for end in ("low", "high")}
+    found |= {f"kl/{name}": model.get(effect, {}).get("kl") for name, effect in EFFECTS.items()}
+    found |= {f"power/{name}": model.get("power", {}).get(name) for name in POWER}
     found |= {f"cost/{name}": model.get("figures", {}).get(name) for name in COSTS}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {_allowed(name): float(value) for name, value in found.items() if value is not None}
 
 
 def curve(model: Values) -> Iterator[tuple[str, float, int, int]]:
@@ -74,6 +91,15 @@ def training_time(model: Values) -> tuple[int, int] | None:
 def training_rows(model: Values) -> list[Values]:
     """Return the rows of a model's metrics.jsonl; none for what was not trained."""
     return read_records(Path(model["folder"]) / "metrics.jsonl") if "folder" in model else []
+
+
+def run_tags(summary: Values, label: str) -> dict[str, str]:
+    """Return what a model's own run says beside its figures: an adapter's verdict, and how the control's rate was found."""
+    verdict = summary["models"][label].get("verdict")
+    judged = {"verdict": verdict["status"], "reason": verdict["reason"]} if verdict else {}
+    control = summary["control"]
+    found = {"lora.control.rates": json.dumps(control["rates"]), "lora.control.words": control["words"]} if label == CONTROL else {}
+    return {**judged, **found}
 
 
 def version_tags(summary: Values, label: str) -> dict[str, str]:
@@ -100,7 +126,71 @@ def version_tags(summary: Values, label: str) -> dict[str, str]:
     return {key: str(value)[:5000] for key, value in values.items()}
 
 
+def tables(summary: Values) -> dict[str, Values]:
+    """Return the tables of a comparison by file name, in the form that MLflow's pages show: columns, and rows of data."""
+    return {
+        "comparison.json": _table(_comparison(summary["models"])),
+        "benchmarks.json": _table(_benchmarks(summary["models"])),
+        "frontier.json": _table([_frontier(row) for row in summary["frontier"]]),
+    }
+
+
+def _table(rows: list[Values]) -> Values:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+
+
+def _comparison(models: Values) -> list[Values]:
+    """Return a row for each model and figure."""
+    return [
+        {
+            "model": label,
+            "figure": figure.name,
+            "unit": figure.unit,
+            "value": figure.level(model),
+            **{f"{name}_{end}": (figure.change(model, effect) or {}).get(end) for name, effect in EFFECTS.items() for end in INTERVAL},
+            "verdict": model.get("verdict", {}).get("status"),
+        }
+        for label, model in models.items()
+        for figure in figures(models)
+    ]
+
+
+def _benchmarks(models: Values) -> list[Values]:
+    """Return a row for each model, benchmark and effect; of base-nf4 the change is that by quantisation."""
+    return [
+        {
+            "model": label,
+            "benchmark": name,
+            "effect": shown,
+            **{key: change.get(key) for key in (*INTERVAL, "p_value", "adjusted_p")},
+            **own,
+        }
+        for label, model in models.items()
+        for name, own in model["scores"]["benchmarks"].items()
+        for shown, effect in EFFECTS.items()
+        if (change := model.get(effect, {}).get("benchmarks", {}).get(name))
+    ]
+
+
+def _frontier(row: Values) -> Values:
+    ends = {f"{name}_{end}": row[name][end] for name in ("gain", "general") for end in INTERVAL}
+    return {**{name: row[name] for name in FRONTIER}, **ends}
+
+
 def _scores(scores: Values) -> dict[str, float | None]:
-    task = {"task/loss": scores["task_loss"], "task/chrf": scores["chrf"], "task/rouge_l": scores["rouge_l"]}
-    general = {f"general/{name}": scores[name] for name in ("choice_probability", "accuracy", "margin")}
-    return {**task, **general, **{f"benchmark/{name}": one["choice_probability"] for name, one in scores["benchmarks"].items()}}
+    task = {"task/loss": scores["task_loss"], "task/perplexity": scores["perplexity"]}
+    task |= {f"task/{name}": value for name, value in scores["generation"].items()}
+    task |= {f"task/corpus_{name}": value for name, value in scores["corpus"].items()}
+    general = {f"general/{name}": scores[name] for name in GENERAL}
+    return {**task, "task/unfinished_answers": scores["unfinished_answers"], **general, **_by_benchmark(scores["benchmarks"])}
+
+
+def _by_benchmark(benchmarks: Values) -> dict[str, float | None]:
+    found = {name: (one["choice_probability"], one["accuracy"]) for name, one in benchmarks.items()}
+    return {f"benchmark/{name}": accuracy if p is None else p for name, (p, accuracy) in found.items()}
+
+
+def _allowed(name: str) -> str:
+    """Return a name of letters that every MLflow takes: a metric of one's own has a colon, a task may have anything."""
+    return re.sub(r"[^\w./ -]", "_", name)

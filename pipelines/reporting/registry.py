@@ -1,8 +1,9 @@
 """MLflow: the runs that everyone compares, and the registered model whose aliases everyone pulls.
 
-One parent run for a comparison, with a child for the base, the base in 4 bits, the control and each rank. Each adapter
-is a version of one registered model; its bytes are the adapter's alone. Everything here can be repeated: runs and
-versions are looked up by digest before they are made, and aliases move last.
+One parent run for a comparison, with its tables, and a child for the base, the base in 4 bits, the control and each
+rank. Each adapter is a version of one registered model; its bytes are the adapter's and its card's alone, and a control is
+never one. Everything here can be repeated: runs and versions are looked up by digest before they are made, and aliases
+move last: `champion` only to what passed, and only from the version that it was compared with.
 """
 
 import json
@@ -11,17 +12,21 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from lora_core.files import sha256_of_file
 from pipelines.errors import RegistryError
+from pipelines.judging.comparison import CONTROL
 from pipelines.places import tracking_uri
-from pipelines.reporting import logged
+from pipelines.reporting import card, logged
 
 MAX_ADAPTER_SHARE = 0.5
 """An artefact larger than this share of the base's weights in 2 bytes is no adapter."""
@@ -29,45 +34,89 @@ MAX_METRICS = 1000
 """What a tracking server takes in one request."""
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow shows runs and their metrics, not chats."""
-PARENT_TAG, STAGE_TAG, ADAPTER_TAG = "lora.comparison", "lora.stage", "adapter_sha256"
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
+PARENT_TAG, STAGE_TAG, ADAPTER_TAG, TABLES_TAG = "lora.comparison", "lora.stage", "adapter_sha256", "mlflow.loggedArtifacts"
+CANDIDATE, CHAMPION = "candidate", "champion"
+WEIGHTS = "adapter_model.safetensors"
+MANNERS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""How long MLflow waits for a server, and that it draws nothing into our progress."""
+
+
+@dataclass(frozen=True)
+class Incumbent:
+    """The registered champion, fetched."""
+
+    version: str
+    adapter_sha256: str
+    folder: Path
+    """In PEFT's format."""
+    tags: dict[str, str]
 
 
 def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) -> dict[str, Any]:
     """Log a comparison and register its adapters; return run ids, versions and aliases.
 
     Args:
-        summary: see `pipelines.judging.comparison`, with `name`, `key`, `base` and `data` beside it.
+        summary: see `pipelines.judging.comparison`, with `name`, `key`, `base`, `data` and `incumbent` beside it.
         runs: folder of all runs; holds the SQLite file unless a server is named.
         files: report and summary, logged with the parent run.
         note: Markdown, shown on the parent run's page.
 
     Raises:
-        RegistryError: the server does not answer or refuses; calling again goes on where it stopped.
+        RegistryError: the server does not answer or refuses, and calling again goes on where it stopped; or another
+            champion was registered since the comparison, and all but that alias is done.
     """
+    _refuse_a_doubtful_champion(summary)
     with _answering(runs) as client:
         experiment = _experiment(client, summary["recipe"]["registry"]["experiment"] or summary["name"], runs)
         parent = _parent(client, experiment, summary, note)
         for file in files:
             client.log_artifact(parent.info.run_id, str(file))
         children = {label: _child(client, experiment, parent, summary, label) for label in summary["models"]}
-        versions = {
-            label: _version(client, summary, label, children[label]) for label, model in summary["models"].items() if "verdict" in model
-        }
+        versions = {label: _version(client, summary, label, children[label]) for label in _adapters(summary)}
         client.set_terminated(parent.info.run_id)
-        name = summary["recipe"]["registry"]["model"]
-        aliases = {alias: versions[summary[alias]] for alias in ("candidate", "champion") if summary[alias] is not None}
-        for alias, version in aliases.items():  # last: consumers read nothing but these
-            client.set_registered_model_alias(name, alias, str(version))
+        aliases = _move_aliases(client, summary, versions)  # last: consumers read nothing but these
     return {
         "tracking_uri": tracking_uri(runs),
         "experiment_id": experiment,
         "parent_run": parent.info.run_id,
         "runs": children,
-        "model": name,
+        "model": summary["recipe"]["registry"]["model"],
         "versions": versions,
         "aliases": aliases,
     }
+
+
+def incumbent(name: str, runs: Path, destination: Path) -> Incumbent | None:
+    """Fetch the champion that is registered under `name`; None where there is none.
+
+    Args:
+        name: the registered model.
+        runs: folder of all runs.
+        destination: gets a folder named by the adapter's digest; one that is there and whole is not fetched again.
+
+    Raises:
+        RegistryError: the server does not answer, or what it holds is not what was registered.
+    """
+    with _answering(runs) as client:
+        found = _registered(client, name, CHAMPION)
+        if found is None:
+            return None
+        version, sha256 = str(found.version), found.tags.get(ADAPTER_TAG, "")
+        folder = destination / sha256[:12]
+        if not _is_whole(folder, sha256):
+            folder.mkdir(parents=True, exist_ok=True)
+            mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(folder))
+        if not _is_whole(folder, sha256):
+            raise RegistryError(
+                f"version {version} of {name} does not hold the adapter of its tag {ADAPTER_TAG} ({sha256[:12] or 'not set'}); take the "
+                f"alias {CHAMPION} from it, or set gate.min_gain_over_champion to null, and run again"
+            )
+        return Incumbent(version, sha256, folder, dict(found.tags))
 
 
 def download(uri: str, runs: Path, destination: Path) -> Path:
@@ -79,7 +128,7 @@ def download(uri: str, runs: Path, destination: Path) -> Path:
 @contextmanager
 def _answering(runs: Path) -> Iterator[MlflowClient]:
     """Yield a client, and turn MLflow's errors into one sentence that says nothing is lost."""
-    for name, value in PATIENCE.items():
+    for name, value in MANNERS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -113,8 +162,12 @@ def _parent(client: MlflowClient, experiment: str, summary: dict[str, Any], note
     """Make the comparison's own run, or find it."""
     run = _run(client, experiment, summary["name"], {PARENT_TAG: summary["key"]}, int(1000 * (time.time() - summary["seconds"])))
     run_id = run.info.run_id
-    tags = {"lora.decision": summary["decision"], "mlflow.note.content": note}
-    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in {**tags, **_source(summary)}.items()])
+    tables = logged.tables(summary)
+    for name, table in tables.items():
+        client.log_dict(run_id, table, name)  # not log_table, which adds the rows again when it is called again
+    shown = json.dumps([{"path": name, "type": "table"} for name in tables])
+    tags = {"lora.decision": summary["decision"], "mlflow.note.content": note, TABLES_TAG: shown, **_source(summary)}
+    client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     return run
 
 
@@ -127,11 +180,10 @@ def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str
     run_id = str(run.info.run_id)
     if run.info.status == "FINISHED":
         return run_id
-    verdict = {key: model["verdict"][value] for key, value in (("verdict", "status"), ("reason", "reason")) if "verdict" in model}
     client.log_batch(
         run_id,
         params=[] if run.data.params else [Param(name, value) for name, value in logged.parameters(summary, label).items()],
-        tags=[RunTag(key, value) for key, value in {**verdict, **_source(summary)}.items()],
+        tags=[RunTag(key, value) for key, value in {**logged.run_tags(summary, label), **_source(summary)}.items()],
     )
     metrics = [Metric(name, value, ended or 0, 0) for name, value in logged.metrics(model).items()]
     metrics += [Metric(*point) for point in logged.curve(model)]
@@ -140,8 +192,9 @@ def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str
     if "folder" in model:
         client.log_inputs(run_id, [DatasetInput(_dataset(summary))])
     client.log_artifact(run_id, summary["items"][label])
-    if "verdict" in model:
+    if label in _adapters(summary):
         client.log_artifacts(run_id, str(Path(model["folder"]) / "adapter"), "adapter")
+        client.log_text(run_id, card.card(summary, label), f"adapter/{card.FILE}")
     client.set_terminated(run_id, end_time=ended)
     return run_id
 
@@ -158,18 +211,75 @@ def _dataset(summary: dict[str, Any]) -> Dataset:
     return Dataset(Path(source).name, summary["data"]["digest"][:36], "local", json.dumps({"source": source}), profile=json.dumps(profile))
 
 
+def _adapters(summary: dict[str, Any]) -> list[str]:
+    """Return the labels of what is registered: what the gate judged, and never a control."""
+    return [label for label, model in summary["models"].items() if "verdict" in model and label != CONTROL]
+
+
 def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: str) -> int:
-    """Register an adapter unless its very bytes are registered already; return the version."""
+    """Register an adapter, or say on the version of its very bytes what is known of it now; return the version."""
     model, name = summary["models"][label], summary["recipe"]["registry"]["model"]
-    sha256 = model["figures"]["adapter_sha256"]
+    tags = logged.version_tags(summary, label)
     _refuse_a_base(Path(model["folder"]) / "adapter", summary["base"]["weights"])
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name, description=f"LoRA adapters of the recipe {summary['name']}")
     for known in client.search_model_versions(f"name = '{name}'"):
-        if known.tags.get(ADAPTER_TAG) == sha256:
+        if known.tags.get(ADAPTER_TAG) == tags[ADAPTER_TAG]:
+            for key in sorted(tag for tag, value in tags.items() if known.tags.get(tag) != value):
+                client.set_model_version_tag(name, known.version, key, tags[key])
             return int(known.version)
     source = f"{client.get_run(run_id).info.artifact_uri}/adapter"
-    return int(client.create_model_version(name, source, run_id, tags=logged.version_tags(summary, label)).version)
+    return int(client.create_model_version(name, source, run_id, tags=tags).version)
+
+
+def _move_aliases(client: MlflowClient, summary: dict[str, Any], versions: dict[str, int]) -> dict[str, int]:
+    """Point the aliases at what was put forward; MLflow moves one at a time, and the champion's is the last."""
+    name = summary["recipe"]["registry"]["model"]
+    aliases = {alias: versions[summary[alias]] for alias in (CANDIDATE, CHAMPION) if summary[alias] is not None}
+    for alias, version in aliases.items():
+        if alias == CHAMPION:
+            _refuse_another_champion(summary, _registered(client, name, CHAMPION))
+        client.set_registered_model_alias(name, alias, str(version))
+    return aliases
+
+
+def _registered(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """Return the version that an alias of a registered model names; None where there is no such model or alias."""
+    found = client.search_registered_models(f"name = '{name}'")
+    version = found[0].aliases.get(alias) if found else None
+    return None if version is None else client.get_model_version(name, str(version))
+
+
+def _refuse_a_doubtful_champion(summary: dict[str, Any]) -> None:
+    """Refuse to put forward for use what the gate did not pass."""
+    label = summary[CHAMPION]
+    status = None if label is None else summary["models"][label].get("verdict", {}).get("status")
+    if label is not None and status != "pass":
+        raise RegistryError(
+            f"{label} is named champion, but its verdict is {status!r}; only an adapter that passes can be one: judge again"
+        )
+
+
+def _refuse_another_champion(summary: dict[str, Any], registered: ModelVersion | None) -> None:
+    """Refuse to replace a champion that was registered, or taken away, after the comparison had begun."""
+    name, held = summary["recipe"]["registry"]["model"], summary["incumbent"]
+    if summary["recipe"]["gate"]["min_gain_over_champion"] is None:
+        return
+    sha256 = None if registered is None else registered.tags.get(ADAPTER_TAG)
+    compared = {held["adapter_sha256"] if held else None}
+    compared |= {summary["models"][label]["figures"]["adapter_sha256"] for label in _adapters(summary)}
+    if sha256 not in compared:
+        now = "has no champion" if registered is None else f"has version {registered.version} as its champion"
+        then = f"version {held['version']}" if held else "none"
+        raise RegistryError(
+            f"{name} {now}, but {summary[CHAMPION]} was compared with {then}; run the recipe again, which compares it with what is "
+            f"registered now. All is registered, and the alias {CHAMPION} has not moved"
+        )
+
+
+def _is_whole(folder: Path, sha256: str) -> bool:
+    weights = folder / WEIGHTS
+    return weights.is_file() and sha256_of_file(weights) == sha256
 
 
 def _refuse_a_base(adapter: Path, base_weights: int) -> None:

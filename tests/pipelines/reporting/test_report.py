@@ -8,115 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
+from summaries import BENCHMARKS, KINDS, LAYERS, METRICS, Summary, build
 
-from pipelines.reporting.report import duration, headline, markdown_table, registered_text, scaled, signed, terminal_table, write_html
+from pipelines.recipe import Recipe
+from pipelines.reporting.figures import figures
+from pipelines.reporting.formats import duration, p_value, scaled, signed
+from pipelines.reporting.report import markdown_table, terminal_table, write_html
+from pipelines.reporting.words import headline, recommended_text, registered_text
 
-Summary = dict[str, Any]
-BENCHMARKS = ("piqa", "lambada")
-HOSTILE = "<script>alert('x')</script>\u2028& <b>bold</b>"
-
-
-def interval(mean: float, reach: float = 0.02) -> dict[str, float]:
-    return {"mean": mean, "low": round(mean - reach, 6), "high": round(mean + reach, 6)}
-
-
-def change(gain: float, general: float) -> Summary:
-    return {
-        "task_gain": interval(gain, 0.1),
-        "choice_probability": interval(general),
-        "accuracy": interval(0.0),
-        "chrf": None,
-        "benchmarks": {name: interval(general) for name in BENCHMARKS},
-    }
-
-
-def scores(loss: float) -> Summary:
-    figures = {"choice_probability": 0.512345, "accuracy": 0.425, "items": 40.0}
-    return {
-        "task_loss": loss,
-        "chrf": None,
-        "rouge_l": None,
-        "choice_probability": 0.512345,
-        "accuracy": 0.425,
-        "margin": 0.04,
-        "benchmarks": dict.fromkeys(BENCHMARKS, figures),
-    }
-
-
-def trained(rank: int | None, gain: float, general: float) -> Summary:
-    weights, size = (4_884_480, 19_651_476) if rank else (134_515_008, 269_060_552)
-    figures = {"trained_weights": weights, "file_bytes": size, "tokens_per_second": 207.5, "peak_memory_bytes": 2_594_799_616}
-    return {
-        "label": f"rank-{rank}" if rank else "control",
-        "rank": rank,
-        "figures": figures,
-        "scores": scores(3.6 - gain),
-        "change": change(gain + 0.4 if rank else gain, general),
-        "total": change(gain, general - 0.01),
-    }
-
-
-def adapter(rank: int, gain: float, general: float, status: str) -> Summary:
-    rules = [{"name": name, "status": status, "reason": f"{name} at {rank}"} for name in ("learnt enough", "forgot little")]
-    verdict = {"status": status, "reason": "as it is", "rules": rules}
-    return {**trained(rank, gain, general), "gain_share": interval(gain), "beyond_control": interval(0.0), "verdict": verdict}
-
-
-def recipe(ranks: list[int]) -> Summary:
-    return {
-        "name": "tiny_run",
-        "base_model": {"id": "tiny", "quantization": "nf4"},
-        "data": {"source": "rows.jsonl", "revision": None},
-        "lora": {"ranks": ranks},
-        "gate": {"min_gain_share": 0.5, "max_general_drop": 0.03, "max_drop_beyond_control": 0.03},
-    }
-
-
-def build(folder: Path) -> Summary:
-    """Return a comparison over a 4-bit base whose ranks stand out of order, with its item files in the folder."""
-    adapters = [adapter(64, 0.7, -0.06, "reject"), adapter(4, 0.6, -0.004, "can't tell"), adapter(16, 0.723456, -0.0031, "pass")]
-    models: Summary = {
-        "base": {"scores": scores(3.6)},
-        "base-nf4": {"scores": scores(4.0), "change": change(-0.4, -0.01)},
-        "control": trained(None, 0.86, -0.001),
-        **{model["label"]: model for model in adapters},
-    }
-    counts = {
-        "train_examples": 2201,
-        "validation_examples": 64,
-        "train_tokens": 263276,
-        "supervised_tokens": 28168,
-        "cut": 0,
-        "left_out": 3,
-    }
-    return {
-        "name": "tiny_run",
-        "key": "ab" * 32,
-        "seed": 7,
-        "recipe": recipe([64, 4, 16]),
-        "commit": None,
-        "versions": {"torch": "2.13.0"},
-        "machine": "2 cores",
-        "base": {"id": "tiny", "revision": None, "digests": {"dense": "12" * 32}, "weights": 134_515_008},
-        "data": {**counts, "digest": "cd" * 32},
-        "items": {label: str(write_items(folder / f"{label}.jsonl", label)) for label in models},
-        "stages": [{"name": "data", "seconds": 16.0, "cached": True, "folder": "x"}],
-        "seconds": 760.2,
-        "models": models,
-        "candidate": "rank-16",
-        "champion": "rank-16",
-        "decision": "rank-16 passes and gains most",
-    }
-
-
-def write_items(path: Path, label: str) -> Path:
-    answers = [
-        {"kind": "generation", "id": place, "answer": f"{label} {HOSTILE}", "reference": f"r{place}", "chrf": 40.0} for place in range(6)
-    ]
-    records = [{"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}, *answers]
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
+Cell = dict[str, str | None]
 
 
 class Figures(HTMLParser):
@@ -124,18 +26,24 @@ class Figures(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cells: dict[tuple[str, str], dict[str, str | None]] = {}
+        self.cells: dict[tuple[str, str], Cell] = {}
+        self.points: dict[tuple[str, str], Cell] = {}
+        self.rules: dict[tuple[str, str], str] = {}
         self.tags: set[str] = set()
         self.identifiers: list[str] = []
         self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
+        named = {name: values.get(f"data-{name}") or "" for name in ("model", "point", "figure", "rule")}
         self.tags.add(tag)
         self.identifiers += [values["id"] or ""] if "id" in values else []
         self.links += [values[name] or "" for name in ("src", "href", "xlink:href", "data", "action") if name in values]
+        if "data-rule" in values:
+            self.rules[named["model"], named["rule"]] = values["data-value"] or ""
         if "data-figure" in values:
-            self.cells[values["data-model"] or "", values["data-figure"] or ""] = values
+            kept = self.points if named["point"] else self.cells
+            kept[named["point"] or named["model"], named["figure"]] = values
 
 
 def page_of(summary: Summary, path: Path) -> tuple[str, Figures]:
@@ -165,7 +73,9 @@ def printed(summary: Summary, width: int = 100) -> str:
 
 
 def one_rank(summary: Summary) -> None:
-    del summary["models"]["rank-4"], summary["models"]["rank-64"]
+    for label in ("rank-4", "rank-64"):
+        del summary["models"][label], summary["spectrum"][label]
+    summary["frontier"] = [row for row in summary["frontier"] if row["rank"] in (None, 16)]
 
 
 def dense(summary: Summary) -> None:
@@ -173,16 +83,76 @@ def dense(summary: Summary) -> None:
 
 
 def no_champion(summary: Summary) -> None:
-    summary["champion"] = None
+    summary["champion"] = summary["recommended"] = None
 
 
 def nothing_kept(summary: Summary) -> None:
-    summary["champion"] = summary["candidate"] = None
+    summary["champion"] = summary["candidate"] = summary["recommended"] = None
 
 
 def no_answers(summary: Summary) -> None:
     path = Path(summary["items"]["rank-4"])
     path.write_text(json.dumps({"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}) + "\n", encoding="utf-8")
+
+
+def no_prompts(summary: Summary) -> None:
+    no_answers(summary)
+    for model in summary["models"].values():
+        model["scores"] |= {"generation": {}, "corpus": {}, "unfinished_answers": 0}
+        for effect in ("change", "total"):
+            model.get(effect, {})["generation"] = {}
+
+
+def no_chat(summary: Summary) -> None:
+    for model in summary["models"].values():
+        model["scores"] |= {"chat_loss": None, "text_loss": None}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"chat_loss": None, "text_loss": None, "kl": None}
+
+
+def no_control(summary: Summary) -> None:
+    summary["control"] = {"method": "none", "rates": {}, "chosen": None, "words": "There is no control."}
+    summary["recipe"]["control"]["method"] = "none"
+    del summary["models"]["control"], summary["items"]["control"]
+    summary["frontier"] = [row for row in summary["frontier"] if not row["label"].startswith("control")]
+    for label in ("rank-64", "rank-4", "rank-16"):
+        summary["models"][label] |= {"gain_share": None, "beyond_control": None}
+
+
+def control_by_lora(summary: Summary) -> None:
+    summary["control"]["method"] = "lora"
+    summary["recipe"]["control"] |= {"method": "lora", "rank": 128}
+
+
+def no_frontier(summary: Summary) -> None:
+    summary["frontier"] = [row for row in summary["frontier"] if row["trained"]]
+
+
+def questions_without_choices(summary: Summary) -> None:
+    for model in summary["models"].values():
+        model["scores"]["benchmarks"]["mine"] = {"choice_probability": None, "accuracy": None, "items": 12, "left_out": 0}
+        for effect in {"change", "total"} & model.keys():
+            model[effect]["benchmarks"]["mine"] = {"mean": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.0004, "adjusted_p": 0.0004}
+
+
+def too_few_items(summary: Summary) -> None:
+    for label in ("rank-64", "rank-4", "rank-16"):
+        summary["models"][label]["power"] |= {"needed": None, "smallest_drop": None}
+
+
+UNUSUAL = (
+    one_rank,
+    dense,
+    no_champion,
+    no_answers,
+    no_prompts,
+    no_chat,
+    no_control,
+    control_by_lora,
+    no_frontier,
+    questions_without_choices,
+    too_few_items,
+)
 
 
 def test_every_model_has_a_row_with_its_verdict_at_100_columns(summary: Summary) -> None:
@@ -222,6 +192,15 @@ def test_what_was_registered_is_named(summary: Summary, tmp_path: Path) -> None:
     assert registered_text(summary).endswith("version 3; no alias was moved.")
 
 
+def test_the_rank_to_use_and_the_control_are_named(summary: Summary) -> None:
+    for text in (printed(summary, 120), markdown_table(summary)):
+        assert "Recommended: rank-16 – no lower rank passes." in text
+        assert summary["control"]["words"] in text
+    no_champion(summary)
+    assert recommended_text(summary) == ""
+    assert "Recommended" not in printed(summary) + markdown_table(summary)
+
+
 def test_page_is_self_contained_and_its_identifiers_are_unique(page: tuple[str, Figures]) -> None:
     text, figures = page
     assert not figures.tags & {"script", "link", "img", "iframe", "object", "embed", "base", "image"}
@@ -230,24 +209,52 @@ def test_page_is_self_contained_and_its_identifiers_are_unique(page: tuple[str, 
     assert all(link.startswith("#") and link[1:] in figures.identifiers for link in figures.links)
     assert all(target in figures.identifiers for target in re.findall(r"url\(#([^)]*)\)", text))
     assert len(figures.identifiers) == len(set(figures.identifiers))
-    assert text.count("<svg") == 2
+    assert text.count('<svg role="img" aria-label="General change') == text.count('<svg role="img" aria-label="Task gain') == 1
 
 
-def test_a_prompt_is_shown_where_the_records_keep_it(summary: Summary, page: tuple[str, Figures], tmp_path: Path) -> None:
-    assert "<summary>Prompt" not in page[0]
-    for path in map(Path, summary["items"].values()):
-        records = [json.loads(line) | {"prompt": f"ask {HOSTILE}"} for line in path.read_text(encoding="utf-8").split("\n") if line]
-        path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    text, figures = page_of(summary, tmp_path / "report.html")
-    assert text.count("<summary>Prompt</summary><pre>ask &lt;script") == 4
-    assert "script" not in figures.tags
+def test_every_colour_of_a_plot_follows_the_page(page: tuple[str, Figures]) -> None:
+    plots = "".join(re.findall(r'<svg role="img" aria-label="(?:General change|Task gain).*?</svg>', page[0], flags=re.DOTALL))
+    assert len(re.findall(r"var\(--[\w-]+, #\w{6}\)", plots)) == len(re.findall(r"#\w{6}\b", plots)) > 50
+    used, declared = set(re.findall(r"var\((--[\w-]+)", page[0])), set(re.findall(r"(--[\w-]+):", page[0]))
+    assert used <= declared
 
 
 def test_what_a_model_wrote_is_escaped(page: tuple[str, Figures]) -> None:
     text, figures = page
     assert "script" not in figures.tags
-    assert text.count("&lt;script&gt;") == 4 * 5  # four samples; the base, the control and three adapters
+    assert text.count("&lt;script&gt;") == 4 * (5 + 1)  # four samples; the base, the control and three adapters, and the prompt
     assert "base-nf4 &lt;script" not in text
+
+
+def test_an_answer_that_did_not_end_is_marked(page: tuple[str, Figures]) -> None:
+    assert page[0].count("unfinished after 40 tokens") == 5  # one prompt of four, asked of five models
+
+
+def test_what_was_left_out_is_counted(page: tuple[str, Figures]) -> None:
+    assert "40 items, 2 left out" in page[0]
+    assert "2 items were left out for every model" in page[0]
+
+
+def test_the_recipe_on_the_page_is_the_recipe(summary: Summary, page: tuple[str, Figures]) -> None:
+    class Code(HTMLParser):
+        text = ""
+        depth = 0
+
+        def handle_starttag(self, tag: str, attrs: Any) -> None:
+            self.depth += tag == "code"
+
+        def handle_endtag(self, tag: str) -> None:
+            self.depth -= tag == "code"
+
+        def handle_data(self, data: str) -> None:
+            self.text += data if self.depth else ""
+
+    code = Code()
+    code.feed(page[0])
+    shown = code.text[code.text.rindex("name: tiny_run") :]
+    assert Recipe.model_validate(yaml.safe_load(shown)) == Recipe.model_validate(summary["recipe"])
+    assert "git checkout 0123456789ab" in code.text
+    assert "lora run tiny_run --rank 64 --rank 4 --rank 16" in code.text
 
 
 def test_figures_on_the_page_equal_the_summarys(summary: Summary, page: tuple[str, Figures]) -> None:
@@ -262,12 +269,61 @@ def test_figures_on_the_page_equal_the_summarys(summary: Summary, page: tuple[st
             continue
         assert read(cell["task_gain"]) == model.get("total", model["change"])["task_gain"]
         assert read(cell["general_change"]) == read(cell["all"]) == model["change"]["choice_probability"]
-        assert read(cell["piqa"]) == model["change"]["benchmarks"]["piqa"]
+        for benchmark in BENCHMARKS:
+            found = figures.cells[label, benchmark]
+            expected = model["change"]["benchmarks"][benchmark]
+            assert read(found) == {end: expected[end] for end in ("mean", "low", "high")}
+            assert float(found["data-p"] or "") == expected["adjusted_p"]
+            assert (found.get("class") == "clear") == (expected["adjusted_p"] < 0.05)
         assert float(cell["piqa"]["data-accuracy"] or "") == model["scores"]["benchmarks"]["piqa"]["accuracy"]
 
 
-def read(cell: dict[str, str | None]) -> dict[str, float]:
+def read(cell: Cell) -> dict[str, float]:
     return {name: float(cell[f"data-{key}"] or "") for name, key in (("mean", "value"), ("low", "low"), ("high", "high"))}
+
+
+def test_every_figure_has_a_row_that_says_what_it_detects(summary: Summary, page: tuple[str, Figures]) -> None:
+    text, (models, cells) = page[0], (summary["models"], page[1].cells)
+    names = ["task_loss", "choice_probability", "accuracy", "margin", "text_loss", "chat_loss", *(f"generation.{name}" for name in METRICS)]
+    assert {*names, "kl", "corpus.bleu", "corpus.chrf", "unfinished_answers"} == {figure.name for figure in figures(models)}
+    for name in names:
+        section, _, key = name.rpartition(".")
+        scores, change = models["rank-16"]["scores"], models["rank-16"]["change"]
+        cell = cells["rank-16", f"change.{name}"]
+        assert float(cell["data-level"] or "") == (scores[section] if section else scores)[key]
+        assert read(cell) == (change[section] if section else change)[{"task_loss": "task_gain"}.get(key, key)]
+    assert float(cells["rank-16", "change.kl"]["data-level"] or "") == models["rank-16"]["change"]["kl"]
+    assert all(figure.detects and figure.detects.replace("'", "&#39;") in text for figure in figures(models))
+    assert cells["", "moved.choice_probability"]["data-value"] == "1"  # of the four trained models, rank-64 alone
+    assert cells["", "moved.task_loss"]["data-value"] == "4"
+
+
+def test_every_point_of_the_frontier_is_listed(summary: Summary, page: tuple[str, Figures]) -> None:
+    points = page[1].points
+    assert len(points) == 2 * len(summary["frontier"])
+    for row in summary["frontier"]:
+        assert read(points[row["label"], "gain"]) == row["gain"]
+        assert read(points[row["label"], "general"]) == row["general"]
+
+
+def test_every_rule_stands_beside_its_adapter(summary: Summary, page: tuple[str, Figures]) -> None:
+    expected = {
+        (label, rule["name"]): rule["status"]
+        for label, model in summary["models"].items()
+        if "verdict" in model
+        for rule in model["verdict"]["rules"]
+    }
+    assert page[1].rules == expected
+
+
+def test_spectra_and_power_are_shown(summary: Summary, page: tuple[str, Figures]) -> None:
+    cells = page[1].cells
+    for label, modules in summary["spectrum"].items():
+        for kind in KINDS:
+            ranks = [module["effective_rank"] for module in modules if module["module"].endswith(kind)]
+            shown = float(cells[label, f"effective_rank.{kind.rpartition('.')[2]}"]["data-value"] or "")
+            assert len(ranks) == LAYERS and shown == pytest.approx(sum(ranks) / LAYERS)
+        assert float(cells[label, "power.needed"]["data-value"] or "") == summary["models"][label]["power"]["needed"]
 
 
 def test_three_effects_are_told_apart(summary: Summary, page: tuple[str, Figures]) -> None:
@@ -275,18 +331,29 @@ def test_three_effects_are_told_apart(summary: Summary, page: tuple[str, Figures
     assert read(cells["rank-16", "quantisation.task_gain"]) == models["base-nf4"]["change"]["task_gain"]
     assert read(cells["rank-16", "training.task_gain"]) == models["rank-16"]["change"]["task_gain"]
     assert read(cells["rank-16", "total.choice_probability"]) == models["rank-16"]["total"]["choice_probability"]
+    total = models["rank-16"]["total"]["benchmarks"]["piqa"]
+    assert read(cells["rank-16", "total.piqa"]) == {end: total[end] for end in ("mean", "low", "high")}
     assert "data-value" not in cells["control", "quantisation.task_gain"]
     assert "data-value" not in cells["base-nf4", "training.task_gain"]
 
 
-@pytest.mark.parametrize("alter", [one_rank, dense, no_champion, no_answers])
+@pytest.mark.parametrize("alter", UNUSUAL)
 def test_unusual_comparisons_are_reported(summary: Summary, tmp_path: Path, alter: Any) -> None:
     alter(summary)
-    text, figures = page_of(summary, tmp_path / "report.html")
-    assert {model for model, figure in figures.cells if figure == "task_loss"} == set(summary["models"])
-    assert ('id="samples"' in text) == (alter is not no_answers)
+    text, found = page_of(summary, tmp_path / "report.html")
+    assert {model for model, figure in found.cells if figure == "task_loss"} == set(summary["models"])
+    assert ('id="samples"' in text) == (alter not in (no_answers, no_prompts))
     assert ("base-nf4" in text) == ("base-nf4" in printed(summary)) == ("base-nf4" in markdown_table(summary)) == (alter is not dense)
     assert ("champion</span>" in text) == (summary["champion"] is not None)
+    assert ('id="unmeasured">Not measured: Passages’ loss, Chat loss, KL divergence;' in text) == (alter is no_chat)
+    assert ("control: full fine-tuning" in text) == (alter not in (no_control, control_by_lora))
+    assert ("cut to a lower rank" in text) == (alter not in (no_frontier, one_rank))
+    assert not re.search(r"\bNone\b|\bnan\b", text)
+
+
+def test_an_incumbent_has_its_say(summary: Summary, tmp_path: Path) -> None:
+    summary["incumbent"] = {"version": "3", "adapter_sha256": "00", "label": "champion-3", "words": "Version 3 was the champion."}
+    assert '<p class="quiet" id="incumbent">Version 3 was the champion.</p>' in page_of(summary, tmp_path / "report.html")[0]
 
 
 def test_two_writes_give_equal_bytes(summary: Summary, tmp_path: Path, page: tuple[str, Figures]) -> None:
@@ -294,7 +361,11 @@ def test_two_writes_give_equal_bytes(summary: Summary, tmp_path: Path, page: tup
 
 
 def test_headline_says_what_to_do(summary: Summary) -> None:
-    assert headline(summary).startswith("Use rank-16: by training 3.6\u00a0% as many weights it learnt 72\u00a0% of")
+    assert headline(summary).startswith("Use rank-16: by training 3.6\u00a0% as many weights it learnt 84\u00a0% of what full fine-tuning")
+    control_by_lora(summary)
+    assert "of what the control, an adapter of rank 128, learnt" in headline(summary)
+    no_control(summary)
+    assert "it gained 0.723 nats per token on the task" in headline(summary)
     no_champion(summary)
     assert headline(summary) == "No adapter is put forward; rank-16 was not rejected, and scoring more items would tell."
     nothing_kept(summary)
@@ -316,3 +387,8 @@ def test_differences_bear_a_sign_unless_they_round_to_zero(value: float, text: s
 @pytest.mark.parametrize(("seconds", "text"), [(16.04, "16.0 s"), (760.2, "12 min 40 s"), (119.6, "2 min 00 s")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0321, "p\u00a00.032"), (0.5, "p\u00a00.5"), (0.0002, "p\u00a0<\u00a00.001")])
+def test_p_values(value: float, text: str) -> None:
+    assert p_value(value) == text

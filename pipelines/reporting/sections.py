@@ -1,0 +1,88 @@
+"""What the sections of the page show, as plain values taken from the summary; the templates only write them down."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.judging.comparison import BASE, CONTROL, QUANTIZED_BASE
+from pipelines.reporting.figures import Figure
+from pipelines.reporting.formats import is_clear
+
+SAMPLES = 4
+Model = Mapping[str, Any]
+Summary = Mapping[str, Any]
+
+
+def against_base(model: Model) -> Any:
+    """Return the comparison with the full-precision base; the base in 4 bits has no other."""
+    return model.get("total", model.get("change", {}))
+
+
+def effects(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
+    """Return, for each model but the base, the comparisons that tell quantisation, training and both apart."""
+    by_quantisation = models.get(QUANTIZED_BASE, {}).get("change")
+    return {
+        label: {
+            "quantisation": None if label == CONTROL else by_quantisation,
+            "training": None if label == QUANTIZED_BASE else model["change"],
+            "total": against_base(model),
+        }
+        for label, model in models.items()
+        if label != BASE
+    }
+
+
+def surely_moved(figure: Figure, models: Mapping[str, Model]) -> tuple[int, int]:
+    """Return how many of the trained models' intervals leave zero out, and of how many that have one."""
+    found = [change for model in models.values() if "figures" in model and (change := figure.change(model)) is not None]
+    return sum(map(is_clear, found)), len(found)
+
+
+def adapters(models: Mapping[str, Model]) -> dict[str, Model]:
+    """Return the models that the gate judged."""
+    return {label: model for label, model in models.items() if "verdict" in model}
+
+
+def left_out(summary: Summary) -> int:
+    """Return how many general questions were left out, for all models alike."""
+    return sum(one["left_out"] for one in summary["models"][BASE]["scores"]["benchmarks"].values())
+
+
+def samples(summary: Summary) -> list[dict[str, Any]]:
+    """Return, for the first prompts that every model answered, each model's record."""
+    labels = [label for label in summary["models"] if label != QUANTIZED_BASE and label in summary["items"]]
+    generated = {label: _generations(Path(summary["items"][label])) for label in labels}
+    shared = sorted(set.intersection(*(set(records) for records in generated.values()))) if generated else []
+    return [{label: records[place] for label, records in generated.items()} for place in shared[:SAMPLES]]
+
+
+def training_method(summary: Summary, label: str) -> str:
+    """Return how a model was trained, over what."""
+    recipe, rank = summary["recipe"], summary["models"][label]["rank"]
+    if label == CONTROL:
+        rank = recipe["control"]["rank"]
+    if rank is None:
+        return "all weights, in full precision"
+    over = "NF4" if recipe["base_model"]["quantization"] == "nf4" else "full precision"
+    return f"{'DoRA' if recipe['lora']['use_dora'] else 'LoRA'} of rank {rank} over {over}"
+
+
+def commands(summary: Summary) -> list[str]:
+    """Return what repeats the comparison from a checkout of the code."""
+    commit, recipe = summary["commit"], summary["recipe"]
+    there = [] if commit in (None, "unknown") else [f"git checkout {commit.removesuffix('-dirty')}"]
+    ranks = " ".join(f"--rank {rank}" for rank in recipe["lora"]["ranks"])
+    return [*there, "make setup", f".venv/bin/lora run {recipe['name']} {ranks}", f".venv/bin/lora compare {recipe['name']}"]
+
+
+def recipe_text(summary: Summary) -> str:
+    """Return the recipe with every setting spelt out, as a file that can be run."""
+    return yaml.safe_dump(summary["recipe"], sort_keys=False, allow_unicode=True, width=100)
+
+
+def _generations(path: Path) -> dict[int, dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:  # not splitlines, which also breaks at separators inside an answer
+        return {record["id"]: record for record in map(json.loads, lines) if record["kind"] == "generation"}

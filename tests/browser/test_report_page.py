@@ -1,0 +1,145 @@
+"""The report in a real browser: its figures are the summary's, it asks for no other file, and no text leaves its place."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from summaries import Summary, build
+
+from pipelines.reporting.formats import ends, signed
+from pipelines.reporting.report import write_html
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome is installed")
+WIDTHS = (400, 1200)
+MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
+
+
+class Rendered(HTMLParser):
+    """Collects each element that names a figure, with the text that stands in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.figures: dict[tuple[str, str], dict[str, str]] = {}
+        self.loads: list[str] = []
+        self.open: list[tuple[str, dict[str, str]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {name: value or "" for name, value in attrs}
+        self.loads += [values[name] for name in ("src", "href", "xlink:href", "srcset", "action", "poster") if name in values]
+        if "data-figure" in values:
+            owner = values.get("data-model") or values.get("data-point") or ""
+            self.figures[owner, values["data-figure"]] = values
+            values["text"] = ""
+            self.open.append((tag, values))
+
+    def handle_data(self, data: str) -> None:
+        for _, values in self.open:
+            values["text"] += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and self.open[-1][0] == tag:
+            self.open.pop()
+
+
+def dump(page: Path, folder: Path) -> str:
+    """Open a page and return the document as it stands once it is loaded."""
+    assert BROWSER is not None
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000", "--no-first-run"]
+    profile = f"--user-data-dir={folder / 'profile'}"
+    ended = subprocess.run(
+        [BROWSER, *options, profile, "--window-size=1300,2000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=True,
+    )
+    return ended.stdout
+
+
+def measured(page: str, folder: Path) -> list[dict[str, Any]]:
+    """Show a page in frames of several widths (a window of less than 500 is not to be had) and return what was found there."""
+    frames = "".join(f'<iframe style="border:0;width:{width}px;height:2000px" srcdoc="{html.escape(page)}"></iframe>' for width in WIDTHS)
+    host = folder / "host.html"
+    host.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frames}<pre id="found"></pre><script>{MEASURE}</script>', encoding="utf-8")
+    found = re.search(r'<pre id="found">(.+?)</pre>', dump(host, folder), flags=re.DOTALL)
+    assert found is not None, "the measuring script did not end"
+    frames_found: list[dict[str, Any]] = json.loads(html.unescape(found.group(1)))
+    return frames_found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the report of a comparison."""
+    path = tmp_path_factory.mktemp("page")
+    write_html(build(path), path / "report.html")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rendered(folder: Path) -> Rendered:
+    """The report as the browser holds it."""
+    parser = Rendered()
+    parser.feed(dump(folder / "report.html", folder))
+    return parser
+
+
+@pytest.fixture(scope="module")
+def summary(folder: Path) -> Summary:
+    return build(folder)
+
+
+def test_the_browser_shows_the_summarys_figures(summary: Summary, rendered: Rendered) -> None:
+    for label, model in summary["models"].items():
+        assert float(rendered.figures[label, "task_loss"]["data-value"]) == model["scores"]["task_loss"]
+        for figure, change in (("change.choice_probability", "choice_probability"), ("change.task_loss", "task_gain")):
+            if "change" not in model:
+                continue
+            shown, expected = rendered.figures[label, figure], model["change"][change]
+            assert {end: float(shown[f"data-{key}"]) for end, key in (("mean", "value"), ("low", "low"), ("high", "high"))} == expected
+            assert shown["text"].startswith(signed(expected["mean"]) + ends(expected))
+        if "verdict" in model:
+            assert rendered.figures[label, "verdict"]["text"] == model["verdict"]["status"]
+
+
+def test_the_browser_shows_every_point_of_the_frontier(summary: Summary, rendered: Rendered) -> None:
+    for row in summary["frontier"]:
+        for figure in ("gain", "general"):
+            shown = rendered.figures[row["label"], figure]
+            assert float(shown["data-value"]) == row[figure]["mean"]
+            assert shown["text"].strip() == signed(row[figure]["mean"]) + ends(row[figure])
+
+
+def test_nothing_is_asked_of_anybody(folder: Path, rendered: Rendered) -> None:
+    assert rendered.loads and all(link.startswith("#") for link in rendered.loads)
+    assert all(frame["requested"] == [] for frame in measured((folder / "report.html").read_text(encoding="utf-8"), folder))
+
+
+def test_no_text_leaves_its_place_on_a_phone_or_a_desk(folder: Path) -> None:
+    frames = measured((folder / "report.html").read_text(encoding="utf-8"), folder)
+    assert [frame["width"] for frame in frames] == list(WIDTHS)
+    for frame in frames:
+        assert frame["texts"] > 500
+        assert frame["page_width"] == frame["width"]
+        assert frame["overflowing"] == []
+        assert frame["colliding"] == []
+
+
+def test_the_measure_finds_what_it_looks_for(folder: Path) -> None:
+    wide = '<p style="white-space: nowrap">' + "word " * 60 + "</p>"
+    cell = '<div class="scroll"><table style="table-layout: fixed; width: 60px"><tr><td style="white-space: nowrap">' + "cell " * 9
+    labels = (
+        '<svg width="90" height="40"><text x="5" y="20">one</text><text x="9" y="20">two</text><text x="80" y="20">far out</text></svg>'
+    )
+    asked = '<img src="http://127.0.0.1:9/missing.png">'
+    narrow, _ = measured(f"<!DOCTYPE html><body>{wide}{labels}{asked}{cell}</td></tr></table></div>", folder)
+    assert [text[:7] for text in narrow["overflowing"]] == ["word wo", "far out", "cell ce"]
+    assert narrow["colliding"] == ["one / two"]
+    assert narrow["page_width"] > narrow["width"]
+    assert [name.rpartition("/")[2] for name in narrow["requested"]] == ["missing.png"]
