@@ -12,7 +12,7 @@ from prefect import flow
 
 from pipelines import launch, tasks
 from pipelines.arms import CONTROL, Arm, Subject, control_arms, rank_arms, rate_arms
-from pipelines.incumbent import find_incumbent
+from pipelines.incumbent import find_champion
 from pipelines.places import runs_root
 from pipelines.publishing import publish
 from pipelines.recipe import load_recipe
@@ -39,11 +39,12 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     control, tuning = train_control(run, base, data)
     adapters = [train_one(run, base, data, arm) for arm in rank_arms(settings)]
     others = [train_one(run, base, data, arm) for arm in rate_arms(settings)]
-    incumbent = find_incumbent(run, base, adapters)
-    subjects = [*bases(run), *(one.subject() for one in (*control, *adapters)), *incumbent.subjects()]
-    subjects += frontier(run, [*control, *adapters], others)
+    champion = find_champion(run, base, adapters)
+    subjects = [*bases(run), *(one.subject() for one in (*control, *adapters)), *frontier(run, [*control, *adapters], others)]
+    if champion is not None and champion.subject is not None:
+        subjects.append(champion.subject)
     evaluated = evaluate_all(run, base, data, subjects)
-    summary = summarise(run, base, data[1], [*control, *adapters], (tuning, incumbent), evaluated)
+    summary = summarise(run, base, data[1], [*control, *adapters], (tuning, champion), evaluated)
     return str(publish(run, summary))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.arms import Subject
-from pipelines.incumbent import Incumbent
+from pipelines.incumbent import Champion
 from pipelines.run import Figures, Run, Trained
 from pipelines.stage import Stage, digest, library_versions, read_records
 
@@ -22,7 +22,7 @@ def summarise(
     base: Figures,
     data: Figures,
     trained: Sequence[Trained],
-    control: tuple[Tuning, Incumbent],
+    beside: tuple[Tuning, Champion | None],
     evaluated: Mapping[Subject, Stage],
 ) -> dict[str, Any]:
     """Compare everything with everything and return the summary.
@@ -32,20 +32,21 @@ def summarise(
         base: what the base's stage reported.
         data: what the data's stage reported.
         trained: the control and the adapters.
-        control: the losses by which the control's rate was chosen, and the registered champion.
+        beside: the losses by which the control's rate was chosen, and the registered champion.
         evaluated: every model that was scored.
     """
     from pipelines.judging import comparison
 
-    tuning, incumbent = control
+    tuning, champion = beside
     folders = {subject.label: stage.folder for subject, stage in evaluated.items()}
     distributions = {label: folder / DISTRIBUTIONS for label, folder in folders.items() if (folder / DISTRIBUTIONS).is_file()}
     variants = [_variant(run, subject) for subject in evaluated if subject.arm is not None and not subject.whole]
-    known = None if incumbent.version is None else comparison.Incumbent(incumbent.version, str(incumbent.adapter_sha256))
-    beside = comparison.Beside(distributions, tuning, known, variants)
+    known = None if champion is None else comparison.Incumbent(champion.version, champion.adapter_sha256, champion.objection)
     paths = {label: str(folder / "items.jsonl") for label, folder in folders.items()}
     items = {label: read_records(Path(path)) for label, path in paths.items()}
-    compared = comparison.compare(run.recipe, [_trained(one) for one in trained], items, beside)
+    compared = comparison.compare(
+        run.recipe, [_trained(one) for one in trained], items, comparison.Beside(distributions, tuning, known, variants)
+    )
     return {
         "name": run.recipe.name,
         "key": digest([run.recipe.model_dump(mode="json"), sorted(stage.key for stage in evaluated.values())]),

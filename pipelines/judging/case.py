@@ -45,6 +45,8 @@ class Incumbent:
 
     version: str
     adapter_sha256: str
+    objection: str | None = None
+    """Why its answers on the same items are not to be had; None where they are."""
 
     @property
     def label(self) -> str:

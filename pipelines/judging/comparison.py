@@ -121,6 +121,7 @@ def _evidence(case: Case, model: Trained) -> Evidence:
         file_bytes=model.figures["file_bytes"],
         rank=model.rank,
         over_champion=_over_champion(case, model),
+        champion_objection=_objection(case, model),
         errors=metric_errors(own),
         examples=len(scored(own, "task")),
         items=sum(len(values) for values in general_samples(before, own).values()),
@@ -140,9 +141,15 @@ def _beside_control(case: Case, before: Records, own: Records) -> tuple[Interval
 def _over_champion(case: Case, model: Trained) -> Interval | None:
     """Return the task gain over the registered champion; None where there is none, or the adapter is it."""
     known, twin = case.beside.incumbent, case.twin
-    if known is None or model == twin:
+    if known is None or known.objection is not None or model == twin:
         return None
     return task_gain(case.items[twin.label if twin else known.label], case.items[model.label])
+
+
+def _objection(case: Case, model: Trained) -> str | None:
+    """Return why an adapter cannot be compared with the registered champion; None where it can, or is it."""
+    known = case.beside.incumbent
+    return None if known is None or model == case.twin else known.objection
 
 
 def _incumbent(case: Case) -> Values | None:
@@ -152,6 +159,8 @@ def _incumbent(case: Case) -> Values | None:
         return None
     if case.twin is not None:
         words = f"The registered champion, version {known.version}, is {case.twin.label} of this run, byte for byte."
+    elif known.objection is not None:
+        words = f"The registered champion, version {known.version}, could not be compared: {known.objection}."
     else:
         gain = task_gain(case.items[BASE], case.items[known.label])
         words = f"The registered champion, version {known.version}, gains {gain.mean:+.3f} nats a token over the base on the same items."

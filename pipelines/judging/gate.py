@@ -47,6 +47,8 @@ class Evidence:
     rank: int
     over_champion: Interval | None
     """Task gain over the registered champion; None where there is none, or the adapter is it."""
+    champion_objection: str | None
+    """Why the registered champion cannot be compared; None where it can, or there is none."""
     errors: tuple[str, ...]
     """Metrics that could not be computed, each with its answer."""
     examples: int
@@ -145,7 +147,11 @@ def _serving(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
 
 def _beside(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
     margin = gate["min_gain_over_champion"]
-    if evidence.over_champion is not None and margin is not None:
+    if evidence.champion_objection is not None and margin is not None:
+        way_out = "set gate.min_gain_over_champion to null to do without"
+        reason = f"the registered champion cannot be compared: {evidence.champion_objection}; {way_out}"
+        yield Rule("beats the champion", "can't tell", reason)
+    elif evidence.over_champion is not None and margin is not None:
         sample = (evidence.examples, "held-out examples")
         question = Question("beats the champion", "{value:+.3f} over the registered champion", "at least {bound:+.3f}", sample)
         yield question.hold(evidence.over_champion, margin)

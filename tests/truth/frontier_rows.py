@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.judging.differences import drop_beyond_control, task_gain
-
 from pipelines.stage import read_records
 
 Row = dict[str, Any]
