@@ -120,6 +120,7 @@ def no_control(summary: Summary) -> None:
 
 
 def control_by_lora(summary: Summary) -> None:
+    summary["models"]["control"]["rank"] = 128
     summary["control"]["method"] = "lora"
     summary["recipe"]["control"] |= {"method": "lora", "rank": 128}
 
@@ -135,9 +136,31 @@ def questions_without_choices(summary: Summary) -> None:
             model[effect]["benchmarks"]["mine"] = {"mean": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.0004, "adjusted_p": 0.0004}
 
 
-def too_few_items(summary: Summary) -> None:
+def a_gate_that_allows_no_drop(summary: Summary) -> None:
     for label in ("rank-64", "rank-4", "rank-16"):
-        summary["models"][label]["power"] |= {"needed": None, "smallest_drop": None}
+        summary["models"][label]["power"]["needed"] = None
+
+
+def no_choices(summary: Summary) -> None:
+    """Leave only questions of one answer: right or wrong stands for general abilities."""
+    summary["general_figure"] = "accuracy"
+    for model in summary["models"].values():
+        model["scores"] |= {"choice_probability": None, "margin": None}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"choice_probability": None, "margin": None}
+
+
+def no_general_ability(summary: Summary) -> None:
+    """Leave every question out."""
+    no_choices(summary)
+    nothing_kept(summary)
+    for model in summary["models"].values():
+        model["scores"] |= {"accuracy": None, "benchmarks": {}}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"accuracy": None, "benchmarks": {}}
+        model["power"] = model["beyond_control"] = None
+    for row in summary["frontier"]:
+        row["general"] = None
 
 
 UNUSUAL = (
@@ -151,7 +174,9 @@ UNUSUAL = (
     control_by_lora,
     no_frontier,
     questions_without_choices,
-    too_few_items,
+    a_gate_that_allows_no_drop,
+    no_choices,
+    no_general_ability,
 )
 
 
@@ -194,9 +219,9 @@ def test_what_was_registered_is_named(summary: Summary, tmp_path: Path) -> None:
 
 def test_the_rank_to_use_and_the_control_are_named(summary: Summary) -> None:
     for text in (printed(summary, 120), markdown_table(summary)):
-        assert "Recommended: rank-16 – no lower rank passes." in text
+        assert "Recommended: rank-16 is the only one that passes." in text
         assert summary["control"]["words"] in text
-    no_champion(summary)
+    summary["recommended"] = None
     assert recommended_text(summary) == ""
     assert "Recommended" not in printed(summary) + markdown_table(summary)
 
@@ -347,7 +372,8 @@ def test_unusual_comparisons_are_reported(summary: Summary, tmp_path: Path, alte
     assert ("champion</span>" in text) == (summary["champion"] is not None)
     assert ('id="unmeasured">Not measured: Passages’ loss, Chat loss, KL divergence;' in text) == (alter is no_chat)
     assert ("control: full fine-tuning" in text) == (alter not in (no_control, control_by_lora))
-    assert ("cut to a lower rank" in text) == (alter not in (no_frontier, one_rank))
+    assert ("cut to a lower rank" in text) == (alter not in (no_frontier, one_rank, no_general_ability))
+    assert ('id="plot-frontier"' in text) == (alter is not no_general_ability)
     assert not re.search(r"\bNone\b|\bnan\b", text)
 
 
@@ -362,6 +388,9 @@ def test_two_writes_give_equal_bytes(summary: Summary, tmp_path: Path, page: tup
 
 def test_headline_says_what_to_do(summary: Summary) -> None:
     assert headline(summary).startswith("Use rank-16: by training 3.6\u00a0% as many weights it learnt 84\u00a0% of what full fine-tuning")
+    assert headline(summary).endswith("it forgot no more than the gate allows.")
+    smaller = summary | {"recommended": {"label": "rank-4", "reason": "it does"}}
+    assert headline(smaller).endswith("than the gate allows; rank-4 is smaller and not surely worse.")
     control_by_lora(summary)
     assert "of what the control, an adapter of rank 128, learnt" in headline(summary)
     no_control(summary)
