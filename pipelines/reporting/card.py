@@ -89,9 +89,9 @@ def _what_it_is(summary: Summary, label: str) -> str:
 
 def _verdict(summary: Summary, label: str) -> str:
     verdict = summary["models"][label]["verdict"]
-    role = " It was put forward as champion." if label == summary["champion"] else ""
-    rules = [f"- {rule['name']}: **{rule['status']}** – {rule['reason']}" for rule in verdict["rules"]]
-    return "\n".join([f"## Verdict: {verdict['status']}\n", f"{verdict['reason']}.{role} {summary['control']['words']}\n", *rules]).rstrip()
+    role = "It was put forward as champion. " if label == summary["champion"] else ""
+    rules = [f"- {rule['name']}: **{rule['status']}** – {rule['reason']}" for rule in verdict["rules"]] or [verdict["reason"]]
+    return "\n".join([f"## Verdict: {verdict['status']}\n", f"{role}{summary['control']['words']}\n", *rules])
 
 
 def _figures(summary: Summary, label: str) -> str:
@@ -131,6 +131,7 @@ def _use(summary: Summary, label: str) -> str:
     quantized = recipe["base_model"]["quantization"] == "nf4"
     alias = next((alias for alias in ("champion", "candidate") if summary[alias] == label), None)
     named = f"models:/{recipe['registry']['model']}@{alias}" if alias else "FOLDER"
+    there = HUB_ID.fullmatch(base["id"]) or (base["id"].startswith("/") and not base["id"].endswith(".gguf"))
     options = [f', revision="{base["revision"]}"'] if base["revision"] else []
     options += [", quantization_config=in_4_bits"] if quantized else []
     config = 'in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
@@ -139,7 +140,8 @@ def _use(summary: Summary, label: str) -> str:
         f"from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if quantized else ''}",
         "",
         *([config] if quantized else []),
-        f'base = AutoModelForCausalLM.from_pretrained("{base["id"]}"{"".join(options)})',
+        f'base = AutoModelForCausalLM.from_pretrained("{base["id"] if there else "BASE"}"{"".join(options)})'
+        + ("" if there else f"  # a folder with {base['id']}"),
         'model = PeftModel.from_pretrained(base, "FOLDER")  # the folder of this file',
     ]
     shell = f'```sh\nlora generate --adapter {named} "…"\n```'
@@ -172,13 +174,11 @@ def _limits(summary: Summary, label: str) -> str:
     limits = [
         "It belongs to the very base that is named above; over other weights its answers mean nothing.",
         "The intervals cover the choice of items. They do not cover the training seed: one run was made.",
-        f"Forgetting was asked of {power['items']:,} questions, among them public benchmarks that the base may have seen: "
-        "read differences, not scores.",
+        "Public benchmarks may be among what the base was trained on: read differences, not scores.",
     ]
-    if power["smallest_drop"] is not None:
-        limits.append(
-            f"So many questions show a drop of choice probability of {power['smallest_drop']:.3f} or more with 80 % power, no smaller one."
-        )
+    if power is not None:
+        seen = f"show a drop of {power['smallest_drop']:.3f} or more with 80 % power, and no smaller one"
+        limits.append(f"Forgetting was asked of {power['items']:,} questions, which {seen}.")
     if scores["unfinished_answers"]:
         limits.append(
             f"{scores['unfinished_answers']} of its answers had not ended after {summary['recipe']['evaluation']['max_new_tokens']} tokens."

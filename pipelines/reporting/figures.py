@@ -62,6 +62,19 @@ class Divergence(Figure):
         return None
 
 
+def general_change(model: Model, effect: str = "change") -> Interval | None:
+    """Return the change of general abilities: of choice probability, or of accuracy where no question has choices."""
+    change = model.get(effect) or {}
+    found: Interval | None = change.get("choice_probability") or change.get("accuracy")
+    return found
+
+
+def benchmark_figure(scores: Mapping[str, Any]) -> float | None:
+    """Return the figure that a benchmark is compared by, from its scores or those of all: the same choice."""
+    found: float | None = scores["accuracy"] if scores["choice_probability"] is None else scores["choice_probability"]
+    return found
+
+
 LEARNING = Figure(
     "task_loss", "Task loss", "nats per token", "Learning, most sharply: every supervised token counts", change_key="task_gain"
 )

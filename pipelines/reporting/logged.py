@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.judging.comparison import BASE, CONTROL
-from pipelines.reporting.figures import figures
+from pipelines.reporting.figures import benchmark_figure, figures, general_change
 from pipelines.reporting.words import learning_rate
 from pipelines.stage import read_records
 
@@ -29,8 +29,6 @@ Values = dict[str, Any]
 CHANGES = {
     "task/gain": ("total", "task_gain"),
     "task/gain_by_training": ("change", "task_gain"),
-    "general/change": ("change", "choice_probability"),
-    "general/change_in_all": ("total", "choice_probability"),
     "general/change_of_text_loss": ("change", "text_loss"),
     "general/change_of_chat_loss": ("change", "chat_loss"),
 }
@@ -64,12 +62,14 @@ def parameters(summary: Values, label: str) -> dict[str, str]:
 def metrics(model: Values) -> dict[str, float]:
     """Return a model's figures by name; what it does not have is left out."""
     found: dict[str, float | None] = _scores(model["scores"])
-    for name, (effect, figure) in CHANGES.items():
-        interval = model.get(effect, {}).get(figure) or {}
+    changes = {name: model.get(effect, {}).get(figure) for name, (effect, figure) in CHANGES.items()}
+    changes |= {"general/change": general_change(model), "general/change_in_all": general_change(model, "total")}
+    for name, change in changes.items():
+        interval = change or {}
         found |= {name: interval.get("mean")}
         found |= {f"interval/{name.replace('/', '_')}_{end}": interval.get(end) for end in ("low", "high")}
     found |= {f"kl/{name}": model.get(effect, {}).get("kl") for name, effect in EFFECTS.items()}
-    found |= {f"power/{name}": model.get("power", {}).get(name) for name in POWER}
+    found |= {f"power/{name}": (model.get("power") or {}).get(name) for name in POWER}
     found |= {f"cost/{name}": model.get("figures", {}).get(name) for name in COSTS}
     return {_allowed(name): float(value) for name, value in found.items() if value is not None}
 
@@ -105,13 +105,14 @@ def run_tags(summary: Values, label: str) -> dict[str, str]:
 def version_tags(summary: Values, label: str) -> dict[str, str]:
     """Return what a consumer wants to know of an adapter without fetching it."""
     model, base = summary["models"][label], summary["base"]
+    general = general_change(model)
     values = {
         "adapter_sha256": model["figures"]["adapter_sha256"],
         "rank": model["rank"],
         "verdict": model["verdict"]["status"],
         "reason": model["verdict"]["reason"],
         "task_gain": model["total"]["task_gain"]["mean"],
-        "general_change": model["change"]["choice_probability"]["mean"],
+        "general_change": general["mean"] if general else None,
         "base": base["id"],
         "base_revision": base["revision"],
         "quantization": summary["recipe"]["base_model"]["quantization"],
@@ -187,8 +188,7 @@ def _scores(scores: Values) -> dict[str, float | None]:
 
 
 def _by_benchmark(benchmarks: Values) -> dict[str, float | None]:
-    found = {name: (one["choice_probability"], one["accuracy"]) for name, one in benchmarks.items()}
-    return {f"benchmark/{name}": accuracy if p is None else p for name, (p, accuracy) in found.items()}
+    return {f"benchmark/{name}": benchmark_figure(one) for name, one in benchmarks.items()}
 
 
 def _allowed(name: str) -> str:

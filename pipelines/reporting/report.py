@@ -18,7 +18,7 @@ from rich.text import Text
 from lora_core.files import write_text
 from pipelines.judging.comparison import BASE, QUANTIZED_BASE
 from pipelines.reporting import formats, sections, words
-from pipelines.reporting.figures import figures, unmeasured
+from pipelines.reporting.figures import benchmark_figure, figures, general_change, unmeasured
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
 from pipelines.reporting.plots.frontier import plot_frontier, ways
 from pipelines.reporting.plots.ranks import plot_ranks
@@ -51,7 +51,7 @@ COLUMNS = (
     Column("file_bytes", "File", _trained("file_bytes"), short_size),
     Column("task_loss", "Task loss", lambda model: model["scores"]["task_loss"], "{:.3f}".format),
     Column("task_gain", "Task gain", lambda model: sections.against_base(model).get("task_gain"), lambda gain: signed(gain["mean"])),
-    Column("general_change", "General change", lambda model: model.get("change", {}).get("choice_probability"), interval_text),
+    Column("general_change", "General change", general_change, interval_text),
     Column("verdict", "Verdict", lambda model: model.get("verdict", {}).get("status"), str),
     Column("tokens_per_second", "Tokens/s", _trained("tokens_per_second"), short_count),
     Column("peak_memory_bytes", "Peak memory", _trained("peak_memory_bytes"), short_size),
@@ -108,11 +108,13 @@ def write_html(summary: dict[str, Any], path: Path) -> None:
             sections=sections,
             figures=figures(summary["models"]),
             unmeasured=unmeasured(summary["models"]),
+            benchmark_figure=benchmark_figure,
+            general_change=general_change,
             ways=ways(summary),
             spectra={label: strips(modules) for label, modules in summary["spectrum"].items()},
             shades=SHADES,
             samples=sections.samples(summary),
-            plot_frontier=plot_frontier(summary),
+            plot_frontier=plot_frontier(summary) if ways(summary) else "",
             plot_ranks=plot_ranks(summary),
         )
     )

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from pipelines.judging.comparison import BASE, CONTROL, QUANTIZED_BASE
-from pipelines.reporting.figures import Figure
+from pipelines.reporting.figures import Figure, general_change
 from pipelines.reporting.formats import is_clear
 
 SAMPLES = 4
@@ -22,17 +22,21 @@ def against_base(model: Model) -> Any:
 
 
 def effects(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
-    """Return, for each model but the base, the comparisons that tell quantisation, training and both apart."""
+    """Return, for each model but the base, what quantisation, training and both changed of the task and of general abilities."""
     by_quantisation = models.get(QUANTIZED_BASE, {}).get("change")
     return {
         label: {
-            "quantisation": None if label == CONTROL else by_quantisation,
-            "training": None if label == QUANTIZED_BASE else model["change"],
-            "total": against_base(model),
+            "quantisation": None if label == CONTROL and model["rank"] is None else _two(by_quantisation),
+            "training": None if label == QUANTIZED_BASE else _two(model["change"]),
+            "total": _two(against_base(model)),
         }
         for label, model in models.items()
         if label != BASE
     }
+
+
+def _two(change: Model | None) -> dict[str, Any] | None:
+    return None if change is None else {"task_gain": change["task_gain"], "choice_probability": general_change({"change": change})}
 
 
 def surely_moved(figure: Figure, models: Mapping[str, Model]) -> tuple[int, int]:
@@ -44,6 +48,13 @@ def surely_moved(figure: Figure, models: Mapping[str, Model]) -> tuple[int, int]
 def adapters(models: Mapping[str, Model]) -> dict[str, Model]:
     """Return the models that the gate judged."""
     return {label: model for label, model in models.items() if "verdict" in model}
+
+
+def share_right(accuracy: float | None) -> str:
+    """Return an accuracy in percent; a task that rates itself has a score of its own kind in its place."""
+    if accuracy is None:
+        return ""
+    return f"{100 * accuracy:.1f}\u00a0%" if 0 <= accuracy <= 1 else f"{accuracy:.3g}".replace("-", "−")
 
 
 def left_out(summary: Summary) -> int:

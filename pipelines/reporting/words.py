@@ -17,8 +17,13 @@ def headline(summary: Summary) -> str:
     trained = 100 * model["figures"]["trained_weights"] / summary["base"]["weights"]
     return (
         f"Use {champion}: by training {trained:.2g}\u00a0% as many weights {_learnt(summary, model)}, "
-        "and it forgot no more than the gate allows."
+        f"and it forgot no more than the gate allows{_smaller(summary)}."
     )
+
+
+def _smaller(summary: Summary) -> str:
+    found = summary["recommended"]
+    return f"; {found['label']} is smaller and not surely worse" if found and found["label"] != summary["champion"] else ""
 
 
 def _learnt(summary: Summary, model: Summary) -> str:
@@ -36,7 +41,7 @@ def _control_rank(summary: Summary) -> int:
 def recommended_text(summary: Summary) -> str:
     """Return the smallest rank that does, and why; nothing where no adapter passes."""
     found = summary["recommended"]
-    return f"Recommended: {found['label']} – {found['reason']}." if found else ""
+    return f"Recommended: {found['reason']}." if found else ""
 
 
 def registered_text(summary: Summary) -> str:

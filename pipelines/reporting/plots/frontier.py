@@ -63,10 +63,13 @@ class Way:
 
 
 def ways(summary: Mapping[str, Any]) -> list[Way]:
-    """Return the control's way and each adapter's, from the rows of the frontier."""
-    trained = [row for row in summary["frontier"] if row["trained"]]
+    """Return the control's way and each adapter's, from the rows of the frontier; none where no general ability was scored."""
+    rows = [row for row in summary["frontier"] if row["general"] is not None]
+    trained = [row for row in rows if row["trained"]]
     ranks = [row["rank"] for row in trained if row["label"] != CONTROL]
-    return [_way(summary, end, CONTROL_COLOUR if end["label"] == CONTROL else colour_of(end["rank"], ranks)) for end in trained]
+    colours = {row["label"]: CONTROL_COLOUR if row["label"] == CONTROL else colour_of(row["rank"], ranks) for row in trained}
+    besides = [row for row in rows if not row["trained"]]
+    return [_way(end, besides, colours[end["label"]], _start(summary, end["label"])) for end in trained]
 
 
 def plot_frontier(summary: Mapping[str, Any]) -> str:
@@ -92,8 +95,8 @@ def plot_frontier(summary: Mapping[str, Any]) -> str:
         return svg(figure, "frontier", "General change against task gain of every model, snapshot, rate and cut")
 
 
-def _way(summary: Mapping[str, Any], end: Row, colour: str) -> Way:
-    label, rows = end["label"], [row for row in summary["frontier"] if not row["trained"]]
+def _way(end: Row, rows: Sequence[Row], colour: str, start: Place) -> Way:
+    label = end["label"]
     cuts = [row for row in rows if row["cut_from"] == end["rank"] and label != CONTROL]
     own = [row for row in rows if row["cut_from"] is None and row["label"].partition("@")[0].partition(" lr ")[0] == label]
     snapshots = [row for row in own if row["learning_rate"] == end["learning_rate"]]
@@ -101,7 +104,7 @@ def _way(summary: Mapping[str, Any], end: Row, colour: str) -> Way:
         label=label,
         name=CONTROL if label == CONTROL else f"rank {end['rank']}",
         colour=colour,
-        start=_start(summary, label),
+        start=start,
         end=end,
         snapshots=sorted(snapshots, key=lambda row: row["step"]),
         rates=sorted((row for row in own if row not in snapshots), key=lambda row: row["learning_rate"]),

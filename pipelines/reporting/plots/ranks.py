@@ -34,12 +34,13 @@ def plot_ranks(summary: Mapping[str, Any]) -> str:
     """
     adapters = [row for row in summary["frontier"] if row["trained"] and row["label"] != CONTROL]
     cuts = [row for row in summary["frontier"] if row["cut_from"] is not None]
+    control = [row for row in summary["frontier"] if row["trained"] and row["label"] == CONTROL]
     with drawing("ranks", INCHES) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         figure.subplots_adjust(left=0.14, right=0.985, top=0.985, bottom=0.1, hspace=0.12)
         for axes, name in ((upper, "gain"), (lower, "general")):
             _panel(axes, _points(adapters, name), _points(cuts, name))
-        _control_band(upper, lower, summary)
+            _control_band(axes, [row[name] for row in control if row[name] is not None])
         lower.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
         lower.axhline(-summary["recipe"]["gate"]["max_general_drop"], color=LIMIT, linewidth=1.4, linestyle=":")
         upper.set_ylabel("Task gain (nats per token)")
@@ -50,7 +51,8 @@ def plot_ranks(summary: Mapping[str, Any]) -> str:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> Points:
-    return sorted(((row["rank"], row[name]) for row in rows), key=lambda point: point[0])
+    """Return the rows by rank; without those whose figure could not be scored."""
+    return sorted(((row["rank"], row[name]) for row in rows if row[name] is not None), key=lambda point: point[0])
 
 
 def _panel(axes: Axes, trained: Points, cut: Points) -> None:
@@ -66,11 +68,8 @@ def _panel(axes: Axes, trained: Points, cut: Points) -> None:
     axes.set_axisbelow(True)
 
 
-def _control_band(upper: Axes, lower: Axes, summary: Mapping[str, Any]) -> None:
-    control = summary["models"].get(CONTROL)
-    if control is None:
-        return
-    for axes, interval in ((upper, control["total"]["task_gain"]), (lower, control["change"]["choice_probability"])):
+def _control_band(axes: Axes, intervals: Sequence[Interval]) -> None:
+    for interval in intervals:
         axes.axhspan(interval["low"], interval["high"], color=CONTROL_COLOUR, alpha=0.13, linewidth=0)
         axes.axhline(interval["mean"], color=CONTROL_COLOUR, linewidth=1.4, linestyle="--")
 

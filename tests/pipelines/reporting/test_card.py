@@ -48,6 +48,7 @@ def test_a_folder_is_no_hub_id(summary: Summary, base: str) -> None:
     summary["base"]["id"] = base
     assert read(summary).data.base_model is None
     assert f"`{base}`" in read(summary).text
+    assert ('from_pretrained("/models/tiny"' in read(summary).text) == (base == "/models/tiny")
 
 
 def test_every_figure_stands_with_its_intervals(summary: Summary) -> None:
@@ -85,7 +86,7 @@ def test_the_code_in_it_is_python(summary: Summary) -> None:
 def test_without_a_control_the_table_has_no_such_column(summary: Summary) -> None:
     del summary["models"]["control"]
     summary["control"] = {"method": "none", "rates": {}, "chosen": None, "words": "There is no control."}
-    summary["models"]["rank-16"]["power"]["smallest_drop"] = None
+    summary["models"]["rank-16"]["power"] = None
     text = read(summary).text
     assert "| Figure | Base | This adapter |" in text
     assert "There is no control." in text

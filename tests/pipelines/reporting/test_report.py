@@ -14,7 +14,6 @@ from summaries import BENCHMARKS, KINDS, LAYERS, METRICS, Summary, build
 
 from pipelines.recipe import Recipe
 from pipelines.reporting.figures import figures
-from pipelines.reporting.formats import duration, p_value, scaled, signed
 from pipelines.reporting.report import markdown_table, terminal_table, write_html
 from pipelines.reporting.words import headline, recommended_text, registered_text
 
@@ -120,6 +119,7 @@ def no_control(summary: Summary) -> None:
 
 
 def control_by_lora(summary: Summary) -> None:
+    summary["models"]["control"]["rank"] = 128
     summary["control"]["method"] = "lora"
     summary["recipe"]["control"] |= {"method": "lora", "rank": 128}
 
@@ -135,9 +135,31 @@ def questions_without_choices(summary: Summary) -> None:
             model[effect]["benchmarks"]["mine"] = {"mean": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.0004, "adjusted_p": 0.0004}
 
 
-def too_few_items(summary: Summary) -> None:
+def a_gate_that_allows_no_drop(summary: Summary) -> None:
     for label in ("rank-64", "rank-4", "rank-16"):
-        summary["models"][label]["power"] |= {"needed": None, "smallest_drop": None}
+        summary["models"][label]["power"]["needed"] = None
+
+
+def no_choices(summary: Summary) -> None:
+    """Leave only questions of one answer: right or wrong stands for general abilities."""
+    summary["general_figure"] = "accuracy"
+    for model in summary["models"].values():
+        model["scores"] |= {"choice_probability": None, "margin": None}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"choice_probability": None, "margin": None}
+
+
+def no_general_ability(summary: Summary) -> None:
+    """Leave every question out."""
+    no_choices(summary)
+    nothing_kept(summary)
+    for model in summary["models"].values():
+        model["scores"] |= {"accuracy": None, "benchmarks": {}}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"accuracy": None, "benchmarks": {}}
+        model["power"] = model["beyond_control"] = None
+    for row in summary["frontier"]:
+        row["general"] = None
 
 
 UNUSUAL = (
@@ -151,7 +173,9 @@ UNUSUAL = (
     control_by_lora,
     no_frontier,
     questions_without_choices,
-    too_few_items,
+    a_gate_that_allows_no_drop,
+    no_choices,
+    no_general_ability,
 )
 
 
@@ -194,9 +218,9 @@ def test_what_was_registered_is_named(summary: Summary, tmp_path: Path) -> None:
 
 def test_the_rank_to_use_and_the_control_are_named(summary: Summary) -> None:
     for text in (printed(summary, 120), markdown_table(summary)):
-        assert "Recommended: rank-16 – no lower rank passes." in text
+        assert "Recommended: rank-16 is the only one that passes." in text
         assert summary["control"]["words"] in text
-    no_champion(summary)
+    summary["recommended"] = None
     assert recommended_text(summary) == ""
     assert "Recommended" not in printed(summary) + markdown_table(summary)
 
@@ -347,7 +371,8 @@ def test_unusual_comparisons_are_reported(summary: Summary, tmp_path: Path, alte
     assert ("champion</span>" in text) == (summary["champion"] is not None)
     assert ('id="unmeasured">Not measured: Passages’ loss, Chat loss, KL divergence;' in text) == (alter is no_chat)
     assert ("control: full fine-tuning" in text) == (alter not in (no_control, control_by_lora))
-    assert ("cut to a lower rank" in text) == (alter not in (no_frontier, one_rank))
+    assert ("cut to a lower rank" in text) == (alter not in (no_frontier, one_rank, no_general_ability))
+    assert ('id="plot-frontier"' in text) == (alter is not no_general_ability)
     assert not re.search(r"\bNone\b|\bnan\b", text)
 
 
@@ -362,6 +387,9 @@ def test_two_writes_give_equal_bytes(summary: Summary, tmp_path: Path, page: tup
 
 def test_headline_says_what_to_do(summary: Summary) -> None:
     assert headline(summary).startswith("Use rank-16: by training 3.6\u00a0% as many weights it learnt 84\u00a0% of what full fine-tuning")
+    assert headline(summary).endswith("it forgot no more than the gate allows.")
+    smaller = summary | {"recommended": {"label": "rank-4", "reason": "it does"}}
+    assert headline(smaller).endswith("than the gate allows; rank-4 is smaller and not surely worse.")
     control_by_lora(summary)
     assert "of what the control, an adapter of rank 128, learnt" in headline(summary)
     no_control(summary)
@@ -370,25 +398,3 @@ def test_headline_says_what_to_do(summary: Summary) -> None:
     assert headline(summary) == "No adapter is put forward; rank-16 was not rejected, and scoring more items would tell."
     nothing_kept(summary)
     assert headline(summary) == "No adapter is put forward."
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (512, "512"), (999.6, "1.00\u00a0k"), (4_884_480, "4.88\u00a0M"), (99_960_000, "100\u00a0M")]
-)
-def test_counts_have_three_digits(value: float, text: str) -> None:
-    assert scaled(value, ("", "k", "M", "G")) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.7234, "+0.723"), (-0.0066, "−0.007"), (-0.0004, "0.000"), (0.0, "0.000")])
-def test_differences_bear_a_sign_unless_they_round_to_zero(value: float, text: str) -> None:
-    assert signed(value) == text
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(16.04, "16.0 s"), (760.2, "12 min 40 s"), (119.6, "2 min 00 s")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.0321, "p\u00a00.032"), (0.5, "p\u00a00.5"), (0.0002, "p\u00a0<\u00a00.001")])
-def test_p_values(value: float, text: str) -> None:
-    assert p_value(value) == text
