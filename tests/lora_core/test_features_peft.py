@@ -34,8 +34,9 @@ PLAIN = {name: one for name, one in CASES.items() if not one.is_spectral}
 
 
 @each_case
-def test_step_0_is_the_base_bit_for_bit(one: Case) -> None:
-    model, config = one.base(), one.config
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_step_0_is_the_base_bit_for_bit(one: Case, training: bool) -> None:
+    model, config = one.base().train(training), one.config
     before, identity = one.logits(model), fingerprint(model)
     inject(model, config, seed=1)
     after = one.logits(model)

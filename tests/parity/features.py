@@ -59,12 +59,12 @@ def pefts_here(one: Case, folder: Path) -> float:
 
 
 def gradients(one: Case, folder: Path) -> float:
-    """Return the largest difference of the gradients of the same loss, tensor by tensor."""
+    """Return the largest difference of the gradients of the same loss in training, tensor by tensor; no case has dropout."""
     model = adapted(one, folder)
     theirs = get_peft_model(one.base(), one.in_peft).eval()
     theirs.load_adapter(folder, "default", is_trainable=True)
     for each in (model, theirs):
-        (one.logits(each) ** 2).mean().backward()
+        (one.logits(each.train()) ** 2).mean().backward()
     found, expected = _gradients(model), _gradients(theirs)
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     least = NEGLIGIBLE * max(float(gradient.abs().max()) for gradient in expected.values())
