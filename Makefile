@@ -31,8 +31,8 @@ ui: $(READY) ## the MLflow and Prefect pages
 bench: $(VENV)/.peers ## speed and memory beside TRL and a bare PEFT loop
 	$(BIN)/python tests/benchmarks/bench.py
 
-parity: $(READY) ## the adapters of `make run` in PEFT and here
-	$(BIN)/python tests/parity/parity.py
+parity: $(READY) ## the library and the adapters of `make run` beside PEFT, other programs and published figures
+	PYTHONPATH=tests $(BIN)/python -m parity
 
 setup: $(READY)
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 
@@ -38,9 +38,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head: Hugging Face models name theirs, and a tied head must never be adapted by accident."""
+    """Return the output head: Hugging Face models name theirs, and a tied head must never be adapted by accident.
+
+    Under an adapter too it is the model's own: what stands in its place is no head of a plan.
+    """
     getter = getattr(model, "get_output_embeddings", None)
-    return getter() if getter is not None else None
+    head: nn.Module | None = getter() if getter is not None else None
+    return cast(nn.Module, head.base) if head is not None and hasattr(type(head), "adapter_tensors") else head
 
 
 def adapter_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -124,7 +124,10 @@ def _refuse_for_vllm(adapter: Path) -> None:
             )
     embeddings = sorted(key for key in read_tensors(adapter) if ".lora_embedding_" in key)
     if embeddings:
-        raise ExportError(f"{adapter} adapts embeddings ({embeddings[0]}), which vLLM does not; leave them out, or export a merged model")
+        raise ExportError(
+            f"{adapter} adapts embeddings ({embeddings[0]}), which vLLM serves for some architectures alone; leave them out, or export a "
+            "merged model"
+        )
 
 
 def _common_rank(updates: Mapping[str, Update], max_rank: int) -> int:

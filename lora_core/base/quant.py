@@ -160,7 +160,7 @@ class Int8Weight:
         return x.dtype
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Let bitsandbytes multiply: it rounds the inputs to 8 bits as well, which no dense product would repeat."""
+        """Let bitsandbytes multiply: save in training on a CPU, it rounds the inputs to 8 bits too, as no dense product would."""
         import bitsandbytes
 
         self._settle()
@@ -179,7 +179,7 @@ class Int8Weight:
 
     def _settle(self) -> None:
         """Let the module take its codes up from the checkpoint's form, as its own first call would."""
-        self.module.state.is_training = False
+        self.module.state.is_training = self.module.training
         if self.module.weight.CB is not None:
             self.module.init_8bit_state()
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from parity.rows import Row, at_least, at_most, near
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
@@ -41,47 +42,47 @@ def llama_2_70b() -> nn.Module:
     return _llama(intermediate_size=28672, num_key_value_heads=8)
 
 
-def published_rows() -> list[dict[str, Any]]:
+def published_rows() -> list[Row]:
     """Return a row for each published figure: what, value, unit, goal, holds."""
     return [*_gpt3_rows(), *_qlora_rows(), *_zero3_rows()]
 
 
-def _gpt3_rows() -> list[dict[str, Any]]:
+def _gpt3_rows() -> list[Row]:
     """LoRA (arXiv 2106.09685): section 4.2, and 37.7M weights in table 4."""
     half = {"tokens": 1, "compute_bytes": 2}
     full, rank4 = budget(gpt3(), Setup("full", **half)), _adapted(gpt3(), Setup("lora", **half), 4, ("q_proj", "v_proj"))
     rank8 = _adapted(gpt3(), Setup("lora", **half), 8, ("q_proj", "v_proj"))
     kept = [cost.weight_bytes + cost.optimizer_bytes for cost in (full, rank4)]
     return [
-        _near(
-            "GPT-3 175B, q and v at rank 4: trained weights, full over LoRA", full.trained_weights / rank4.trained_weights, "×", 10_000, 0.1
+        near(
+            "GPT-3 175B, q and v at rank 4: trained weights, full over LoRA", full.trained_weights / rank4.trained_weights, 10_000, 0.1, "×"
         ),
-        _near("GPT-3 175B, q and v at rank 8: trained weights", rank8.trained_weights / 1e6, "M", 37.7, 0.005),
-        _near("GPT-3 175B at rank 4: checkpoint in 16 bits", rank4.trained_weights * 2 / 1e6, "MB", 35, 0.1),
-        _near("GPT-3 175B: checkpoint of full fine-tuning in 16 bits", full.file_bytes / 1e9, "GB", 350, 0.01),
-        _near("GPT-3 175B: weights and Adam's moments, LoRA over full", kept[1] / kept[0], "", 1 / 3, 0.01),
-        _near("GPT-3 175B at rank 4: memory of weights, gradients and Adam", _without_passes(rank4) / 1e9, "GB", 350, 0.01),
-        _near("GPT-3 175B full: memory of weights, gradients and Adam", _without_passes(full) / 1e9, "GB", 1200, 0.2),
+        near("GPT-3 175B, q and v at rank 8: trained weights", rank8.trained_weights / 1e6, 37.7, 0.005, "M"),
+        near("GPT-3 175B at rank 4: checkpoint in 16 bits", rank4.trained_weights * 2 / 1e6, 35, 0.1, "MB"),
+        near("GPT-3 175B: checkpoint of full fine-tuning in 16 bits", full.file_bytes / 1e9, 350, 0.01, "GB"),
+        near("GPT-3 175B: weights and Adam's moments, LoRA over full", kept[1] / kept[0], 1 / 3, 0.01),
+        near("GPT-3 175B at rank 4: memory of weights, gradients and Adam", _without_passes(rank4) / 1e9, 350, 0.01, "GB"),
+        near("GPT-3 175B full: memory of weights, gradients and Adam", _without_passes(full) / 1e9, 1200, 0.2, "GB"),
     ]
 
 
-def _qlora_rows() -> list[dict[str, Any]]:
+def _qlora_rows() -> list[Row]:
     """QLoRA (arXiv 2305.14314): abstract; rank 64 on every linear layer, batch of 1, 512 tokens."""
     setup = Setup("qlora", tokens=512, compute_bytes=2, checkpointing=True, logit_rows=512)
     cost = _adapted(llama_65b(), setup, 64)
     full = budget(llama_65b(), Setup("full", tokens=512, sharding="zero1", checkpointing=True))
     return [
-        _at_most("LLaMA 65B, QLoRA at rank 64, all on one GPU", cost.memory_bytes / GIB, "GiB", 48),
-        _at_most("the same, Adam's states paged out", (cost.memory_bytes - cost.optimizer_bytes) / GIB, "GiB", 48),
-        _at_least("LLaMA 65B, full fine-tuning in 16 bits with float32 masters", full.memory_bytes / 1e9, "GB", 780),
+        at_most("LLaMA 65B, QLoRA at rank 64, all on one GPU", cost.memory_bytes / GIB, 48, "GiB"),
+        at_most("the same, Adam's states paged out", (cost.memory_bytes - cost.optimizer_bytes) / GIB, 48, "GiB"),
+        at_least("LLaMA 65B, full fine-tuning in 16 bits with float32 masters", full.memory_bytes / 1e9, 780, "GB"),
     ]
 
 
-def _zero3_rows() -> list[dict[str, Any]]:
+def _zero3_rows() -> list[Row]:
     """PEFT's guide to QLoRA under DeepSpeed ZeRO-3: 2 GPUs, rank 8 on every linear layer, 2 × 2048 tokens, all logits."""
     setup = Setup("qlora", tokens=4096, sharding="zero3", processes=2, checkpointing=True, dropout=True, logit_rows=4096, process_bytes=GIB)
     cost = _adapted(llama_2_70b(), setup, 8)
-    return [_near("Llama 2 70B, QLoRA under ZeRO-3, a GPU of two", cost.memory_bytes / 1e9, "GB", 36.6, 0.15)]
+    return [near("Llama 2 70B, QLoRA under ZeRO-3, a GPU of two", cost.memory_bytes / 1e9, 36.6, 0.15, "GB")]
 
 
 def _adapted(model: nn.Module, setup: Setup, rank: int, modules: str | tuple[str, ...] = "all-linear") -> Budget:
@@ -91,19 +92,6 @@ def _adapted(model: nn.Module, setup: Setup, rank: int, modules: str | tuple[str
 
 def _without_passes(cost: Budget) -> float:
     return cost.weight_bytes + cost.gradient_bytes + cost.optimizer_bytes
-
-
-def _near(what: str, value: float, unit: str, goal: float, tolerance: float) -> dict[str, Any]:
-    holds = abs(value - goal) <= tolerance * goal
-    return {"what": what, "value": value, "unit": unit, "goal": f"{goal:g} within {tolerance:.1%}", "holds": holds}
-
-
-def _at_most(what: str, value: float, unit: str, goal: float) -> dict[str, Any]:
-    return {"what": what, "value": value, "unit": unit, "goal": f"at most {goal:g}", "holds": value <= goal}
-
-
-def _at_least(what: str, value: float, unit: str, goal: float) -> dict[str, Any]:
-    return {"what": what, "value": value, "unit": unit, "goal": f"at least {goal:g}", "holds": value >= goal}
 
 
 def _llama(**changes: int) -> nn.Module:

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+
+from parity.rows import Row, at_least, figure
 
 from lora_core import merge_fidelity
 from pipelines.hardware import detect
 from pipelines.model import load_model
 
-Row = dict[str, Any]
 GOALS = {"float32": 0.999, "bfloat16": 0.95}
 """Least fraction of the update that a merge into the original weight keeps; what NF4 loses is what is reported."""
 
@@ -24,8 +24,6 @@ def merge_rows(summary: Row) -> Iterator[Row]:
     for (kind, storage), layers in groupby(found, key=lambda one: (one.base, one.storage)):
         kept = [layer.kept for layer in layers]
         what = f"{label} merged into the {kind} base, stored in {storage}"
-        fraction, least = fmean(one.fraction for one in kept), GOALS.get(storage)
-        goal, holds = (None, None) if least is None else (f">= {least:g}", fraction >= least)
-        yield {"what": f"{what}: fraction of the update kept", "value": fraction, "unit": "", "goal": goal, "holds": holds}
-        error = fmean(one.relative_error for one in kept)
-        yield {"what": f"{what}: relative error of the update", "value": error, "unit": "", "goal": None, "holds": None}
+        share, least = (f"{what}: fraction of the update kept", fmean(one.fraction for one in kept)), GOALS.get(storage)
+        yield figure(*share) if least is None else at_least(*share, least)
+        yield figure(f"{what}: relative error of the update", fmean(one.relative_error for one in kept))

@@ -7,10 +7,10 @@ would differ by as much.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import load_from_disk
+from parity.rows import Row, at_least, at_most
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lora_core import load_adapter
 from lora_core.base.quant import keep_layout
 from lora_core.training.attention import Segment
-from pipelines.hardware import detect
+from pipelines.hardware import Hardware
 from pipelines.model import head_weight, hidden_states, load_model
 
 EXAMPLES = 8
+FLOAT32 = Hardware("cpu", torch.float32, "gloo", fused_optimizer=False)
+"""What both sides compute on, also where there is a GPU."""
 TOLERANCE = 1e-3
 """Logits of float32 sums over 30 layers, formed in another order, differ by about 1e-4."""
-
-Row = dict[str, Any]
 
 
 def peft_rows(summary: Row) -> Iterator[Row]:
@@ -47,14 +47,8 @@ def compare(summary: Row, quantization: str) -> Iterator[Row]:
         ours = our_logits(base, adapter, quantization, sequences)
         effect, difference = largest(theirs, plain), largest(ours, theirs)
         where = f"{label} over {'NF4' if quantization == 'nf4' else 'float32'}"
-        yield {"what": f"{where}: PEFT's logits less the base's", "value": effect, "unit": "largest", "goal": "> 1", "holds": effect > 1}
-        yield {
-            "what": f"{where}: our logits less PEFT's",
-            "value": difference,
-            "unit": "largest",
-            "goal": f"<= {TOLERANCE:g}",
-            "holds": difference <= TOLERANCE,
-        }
+        yield at_least(f"{where}: PEFT's logits less the base's", effect, 1.0)
+        yield at_most(f"{where}: our logits less PEFT's", difference, TOLERANCE)
 
 
 def held_out(summary: Row) -> list[Tensor]:
@@ -79,10 +73,11 @@ def peft_logits(base: Path, adapter: Path | None, quantization: str, sequences: 
 
 
 @torch.inference_mode()
-def our_logits(base: Path, adapter: Path, quantization: str, sequences: list[Tensor]) -> list[Tensor]:
+def our_logits(base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]) -> list[Tensor]:
     """Return the logits of our path: packed attention, our layers, the head on its own."""
-    model = load_model(base, quantization, detect())
-    load_adapter(model, adapter)
+    model = load_model(base, quantization, FLOAT32)
+    if adapter is not None:
+        load_adapter(model, adapter)
     found = []
     for tokens in sequences:
         states = hidden_states(model, tokens, torch.arange(len(tokens)), [Segment(len(tokens))])

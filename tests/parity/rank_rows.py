@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from datasets import load_from_disk
+from parity.rows import Row, figure
 
 from lora_core import load_adapter
 from lora_core.base.dequantise import dequantise
@@ -13,8 +13,6 @@ from lora_core.spectrum.truncation import truncate_adapter, truncation_table
 from pipelines.evaluation.scoring import score_examples
 from pipelines.hardware import detect
 from pipelines.model import load_model
-
-Row = dict[str, Any]
 
 
 def rank_rows(summary: Row) -> Iterator[Row]:
@@ -26,14 +24,13 @@ def rank_rows(summary: Row) -> Iterator[Row]:
     ranks = [rank for rank in (2**n for n in range(12)) if rank < highest]
     for kept in truncation_table(folder, ranks):
         what = f"{label} cut to rank {kept.rank}"
-        yield {"what": f"{what}: energy of the update kept", "value": kept.energy, "unit": "", "goal": None, "holds": None}
+        yield figure(f"{what}: energy of the update kept", kept.energy)
         with TemporaryDirectory() as scratch:
             truncate_adapter(folder, Path(scratch) / "cut", kept.rank)
             loss = held_out_loss(summary, Path(scratch) / "cut")
-        yield {"what": f"{what}: task loss", "value": loss, "unit": "nats", "goal": None, "holds": None}
+        yield figure(f"{what}: task loss", loss, "nats")
     for rank, (name, one) in sorted(trained.items()):
-        loss = one["scores"]["task_loss"]
-        yield {"what": f"{name}, trained at rank {rank}: task loss", "value": loss, "unit": "nats", "goal": None, "holds": None}
+        yield figure(f"{name}, trained at rank {rank}: task loss", one["scores"]["task_loss"], "nats")
 
 
 def held_out_loss(summary: Row, adapter: Path) -> float:

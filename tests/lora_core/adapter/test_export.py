@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from parity.readers import adapter_values, gguf_objections, gguf_updates, read_gguf, vllm_objections, vllm_updates
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -86,10 +87,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def values(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-
-
 def deltas(model: PeftModel) -> dict[str, Tensor]:
     """Return module path → PEFT's own ΔW."""
     names = (
@@ -162,18 +159,18 @@ def test_the_vllm_export_computes_the_same_in_peft(
 
 @each_setting
 def test_a_reader_of_one_rank_and_one_scale_finds_every_update(
-    peft_model: Callable[..., PeftModel], adapter: Path, result: Path, settings: dict[str, Any]
+    peft_model: Callable[..., PeftModel], build_llama: Build, adapter: Path, result: Path, settings: dict[str, Any]
 ) -> None:
     """vLLM as it is: alpha/r (or alpha/√r) of the config for every module, whatever the patterns say."""
     expected = deltas(peft_model(**settings))
     export_vllm(adapter, result, max_rank=512)
-    config, tensors = values(result), load_file(result / "adapter_model.safetensors")
-    assert config["r"] in VLLM_RANKS and not config["use_rslora"] and not config["rank_pattern"] and not config["alpha_pattern"]
-    assert len(tensors) == 2 * len(expected)
+    assert vllm_objections(result, build_llama(), 512) == []
+    assert bool(vllm_objections(adapter, build_llama(), 512)) == any("pattern" in name for name in settings)  # it would misread those
+    assert adapter_values(result)["r"] in VLLM_RANKS
+    found = vllm_updates(result)
+    assert found.keys() == expected.keys()
     for name, delta in expected.items():
-        a, b = (tensors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
-        assert a.shape[0] == b.shape[1] == config["r"]
-        torch.testing.assert_close(config["lora_alpha"] / config["r"] * (b @ a), delta, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)
 
 
 def test_the_vllm_export_keeps_what_the_adapter_was_trained_on(
@@ -226,45 +223,23 @@ def test_a_rank_that_vllm_cannot_be_started_with_is_refused(adapter_folder: Path
 # GGUF
 
 
-def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    reader = gguf.GGUFReader(path)
-    return {name: field.contents() for name, field in reader.fields.items()}, {
-        tensor.name: np.array(tensor.data) for tensor in reader.tensors
-    }
-
-
-def row_in_hugging_face(row: int, heads: int, rows: int) -> int:
-    """Return where llama.cpp's row of q or k stands in Hugging Face's weight: even rows in a head's first half, odd ones in its second."""
-    width = rows // heads
-    head, place = divmod(row, width)
-    return head * width + place // 2 + (place % 2) * (width // 2)
-
-
 @each_setting
 def test_the_gguf_holds_every_update(
-    peft_model: Callable[..., PeftModel], adapter: Path, tmp_path: Path, llama_config: Path, settings: dict[str, Any]
+    peft_model: Callable[..., PeftModel],
+    build_llama: Build,
+    adapter: Path,
+    tmp_path: Path,
+    llama_config: Path,
+    settings: dict[str, Any],
 ) -> None:
     """llama.cpp forms alpha / (rank of the tensor) · B A; four heads of q and two of k are in its order of rows."""
     expected = deltas(peft_model(**settings))
     export_gguf(adapter, tmp_path / "adapter.gguf", base_config=llama_config)
-    fields, tensors = read_gguf(tmp_path / "adapter.gguf")
-    assert (fields["general.architecture"], fields["general.type"], fields["adapter.type"]) == ("llama", "adapter", "lora")
-    assert len(tensors) == 2 * len(expected)
-    places = {
-        "q_proj": ("attn_q", 4),
-        "k_proj": ("attn_k", 2),
-        "v_proj": ("attn_v", 0),
-        "o_proj": ("attn_output", 0),
-        "down_proj": ("ffn_down", 0),
-    }
-    for module, delta in expected.items():
-        kind, heads = places[module.rpartition(".")[2]]
-        name = f"blk.{module.split('.')[2]}.{kind}.weight"
-        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        found = torch.from_numpy(fields["adapter.lora.alpha"] / b.shape[1] * (b @ a))
-        if heads:
-            found[[row_in_hugging_face(row, heads, len(found)) for row in range(len(found))]] = found.clone()
-        torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-6)
+    assert gguf_objections(tmp_path / "adapter.gguf", build_llama()) == []
+    found = gguf_updates(tmp_path / "adapter.gguf", heads=4, key_heads=2)
+    assert found.keys() == expected.keys()
+    for name, delta in expected.items():
+        torch.testing.assert_close(found[name], delta, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("module", "name"), [("q_proj", "attn_q"), ("k_proj", "attn_k")])

@@ -1,0 +1,158 @@
+"""What is held against PEFT: a model, and an adapter's settings in the words that both libraries share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from parity.models import Build, Pictures, bert, cast, gemma, gpt2, llama, mixtral, phi3, stored
+from peft import LoraConfig as PeftLoraConfig
+from torch import Tensor, nn
+
+from lora_core import LoraConfig
+from lora_core.starts.spectral import is_spectral
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The difference that is allowed, as a part of the largest logit and of the largest entry of a gradient."""
+
+    logits: float
+    gradients: float
+
+
+FLOAT32 = Tolerance(1e-5, 2e-5)
+"""Both form the same sums and differ in their order: some hundred roundings of 6e-8, and as many on the way back."""
+BFLOAT16, FLOAT16 = Tolerance(0.036, 0.15), Tolerance(0.0074, 0.014)
+"""Both round at every step, PEFT the update later. Twice what the dtype does by itself, measured against float32: 0.018 and
+0.0037 to the logits of the base without an adapter, 0.07 and 0.007 to PEFT's own gradients."""
+INT8 = Tolerance(0.01, 0.01)
+"""Inputs are rounded to 8 bits: a sum that is rounded the other way moves one of them by 1/127 of the largest."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and an adapter for it."""
+
+    build: Build
+    fields: Mapping[str, Any]
+    """The settings, as both libraries call them."""
+    peft: Mapping[str, Any] = field(default_factory=dict)
+    """What PEFT needs to be told besides."""
+    tolerance: Tolerance = FLOAT32
+
+    @property
+    def config(self) -> LoraConfig:
+        return LoraConfig(**self.fields)
+
+    @property
+    def in_peft(self) -> PeftLoraConfig:
+        """The same settings as PEFT's config, with lists for tuples."""
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.fields.items()}
+        if "trainable_token_indices" in plain:
+            plain["trainable_token_indices"] = {name: list(rows) for name, rows in plain["trainable_token_indices"].items()}
+        return PeftLoraConfig(**plain, **self.peft)
+
+    @property
+    def is_spectral(self) -> bool:
+        """Whether A and B start from the weight, so that the trained pair is half of what is written."""
+        return is_spectral(self.config.init_lora_weights)
+
+    @property
+    def converts_in_peft(self) -> bool:
+        """Whether PEFT can save its own adapter for an unchanged base; it refuses a start from the weight with these together."""
+        return not (self.is_spectral and self.config.use_rslora and (self.config.rank_pattern or self.config.alpha_pattern))
+
+    def base(self) -> nn.Module:
+        """Return the model, with the same bits at every call."""
+        torch.manual_seed(3)
+        return self.build().eval()
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Return the answers of a model, ours or PEFT's, to the same inputs."""
+        generator = torch.Generator().manual_seed(5)
+        if self.build is Pictures:
+            inputs = torch.randn(2, 3, 9, 9, generator=generator)
+        else:
+            inputs = torch.randint(0, 12, (2, 9), generator=generator)  # few rows, so that the trained ones come up
+        return model(input_ids=inputs).logits.float()
+
+
+def case(build: Build, peft: Mapping[str, Any] | None = None, tolerance: Tolerance = FLOAT32, **fields: Any) -> Case:
+    """Return a case with the usual settings where none are given."""
+    return Case(build, {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "up_proj"), **fields}, peft or {}, tolerance)
+
+
+def four_bit(quant_type: str, *, double: bool) -> Build:
+    settings = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float32}
+    return stored(llama, load_in_4bit=True, **settings)
+
+
+tied_llama, biased_llama = partial(llama, tied=True), partial(llama, bias=True)
+TURNED = {"fan_in_fan_out": True}
+ATTENTION = ("c_attn", "c_proj")
+CONVS = ("first", "second", "proj_out")
+FUSED = ("qkv_proj", "gate_up_proj")
+EMBEDDED = ("embed_tokens", "q_proj")
+TOKENS = {"embed_tokens": (7, 3)}
+DENSE = {
+    "llama, all linear layers": case(llama, target_modules="all-linear"),
+    "llama, gaussian start": case(llama, init_lora_weights="gaussian"),
+    "llama, orthogonal start": case(llama, init_lora_weights="orthogonal"),
+    "llama, PiSSA": case(llama, init_lora_weights="pissa"),
+    "llama, PiSSA, rsLoRA, rank_pattern": case(llama, init_lora_weights="pissa_niter_4", use_rslora=True, rank_pattern={"q_proj": 2}),
+    "llama, OLoRA": case(llama, init_lora_weights="olora"),
+    "llama, rank_pattern, alpha_pattern": case(
+        llama, rank_pattern={"q_proj": 2, r"1\.mlp\.up_proj": 6}, alpha_pattern={"layers.0.self_attn.q_proj": 3}
+    ),
+    "llama, rsLoRA, rank_pattern": case(llama, use_rslora=True, rank_pattern={"q_proj": 2}),
+    "llama, rsLoRA, alpha_pattern": case(llama, use_rslora=True, alpha_pattern={"q_proj": 3, r"1\.mlp\.up_proj": 20}),
+    "llama, exclude_modules": case(llama, exclude_modules=("layers.0.self_attn.q_proj",)),
+    "llama, layers_to_transform": case(llama, layers_to_transform=(1,)),
+    "llama, modules_to_save": case(llama, modules_to_save=("lm_head",)),
+    "llama, bias of all": case(biased_llama, bias="all"),
+    "llama, bias of the targets": case(biased_llama, bias="lora_only"),
+    "llama, lora_bias": case(llama, lora_bias=True),
+    "llama, DoRA": case(llama, use_dora=True),
+    "llama with biases, DoRA, rsLoRA": case(biased_llama, use_dora=True, use_rslora=True),
+    "llama, embedding": case(llama, target_modules=EMBEDDED),
+    "llama, embedding, DoRA": case(llama, target_modules=EMBEDDED, use_dora=True),
+    "llama, token rows": case(llama, trainable_token_indices=TOKENS),
+    "llama, tied, token rows": case(tied_llama, trainable_token_indices=TOKENS),
+    "llama, tied, token rows, all linear layers, rsLoRA": case(
+        tied_llama, trainable_token_indices=TOKENS, target_modules="all-linear", use_rslora=True
+    ),
+    "gemma, scaled embedding": case(gemma, target_modules=EMBEDDED),
+    "gemma, scaled embedding, DoRA": case(gemma, target_modules=EMBEDDED, use_dora=True),
+    "gemma, token rows": case(gemma, trainable_token_indices=TOKENS),
+    "phi3, fused qkv and gate-up": case(phi3, target_modules=FUSED),
+    "phi3, fused qkv and gate-up, DoRA": case(phi3, target_modules=FUSED, use_dora=True),
+    "mixtral, experts and attention": case(
+        mixtral, target_modules=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj")
+    ),
+    "mixtral, experts alone": case(mixtral, target_modules=(), target_parameters=("experts.down_proj",)),
+    "gpt2, fused Conv1D": case(gpt2, TURNED, target_modules=ATTENTION),
+    "gpt2, fused Conv1D, DoRA": case(gpt2, TURNED, target_modules=ATTENTION, use_dora=True),
+    "gpt2, bias of all": case(gpt2, TURNED, target_modules=("c_attn",), bias="all"),
+    "gpt2, embedding": case(gpt2, TURNED, target_modules=("wte", "c_attn")),
+    "bert, modules_to_save": case(bert, target_modules=("query", "value", "dense"), modules_to_save=("classifier",)),
+    "bert, bias of all": case(bert, target_modules=("query",), bias="all"),
+    "convolutions": case(Pictures, target_modules=CONVS),
+    "convolutions, DoRA": case(Pictures, target_modules=CONVS, use_dora=True),
+    "convolutions, lora_bias": case(Pictures, target_modules=CONVS, lora_bias=True),
+    "convolutions, bias of the targets": case(Pictures, target_modules=CONVS, bias="lora_only"),
+}
+
+STORED = {
+    "llama in bfloat16": case(cast(llama, torch.bfloat16), tolerance=BFLOAT16),
+    "llama in bfloat16, DoRA": case(cast(llama, torch.bfloat16), tolerance=BFLOAT16, use_dora=True),
+    "llama in float16": case(cast(llama, torch.float16), tolerance=FLOAT16),
+    "llama in NF4": case(four_bit("nf4", double=False)),
+    "llama in NF4, doubly quantised": case(four_bit("nf4", double=True)),
+    "llama in NF4, doubly quantised, DoRA": case(four_bit("nf4", double=True), use_dora=True),
+    "llama in FP4": case(four_bit("fp4", double=False)),
+    "llama in FP4, doubly quantised": case(four_bit("fp4", double=True)),
+    "llama in int8": case(stored(llama, load_in_8bit=True), tolerance=INT8),
+}
+CASES = {**DENSE, **STORED}

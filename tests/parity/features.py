@@ -1,0 +1,104 @@
+"""One adapter in PEFT and here: the files of each in the other, and the gradients.
+
+A difference is the largest one of any logit, as a part of the largest logit, and of any entry of a gradient, as a part
+of the largest entry of that gradient. Where PEFT's own adapter starts from the weight it changes the base, so it is saved
+as PEFT saves it for an unchanged base.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from parity.cases import Case
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from lora_core import Identity, inject, load_adapter, save_adapter
+from lora_core.adapter.io import tensors_of
+from lora_core.modules import adapter_parts
+
+NEGLIGIBLE = 1e-2
+"""A gradient below this part of the largest is held against it: zero but for roundings, like that of a key's bias."""
+
+
+def adapted(one: Case, folder: Path) -> nn.Module:
+    """Return a model with an adapter of ours that was moved from its start, and save that in `folder`."""
+    model = one.base()
+    inject(model, one.config, seed=1)
+    shake(trained(model))
+    save_adapter(model, folder, one.config, Identity())
+    return model
+
+
+def effect(one: Case, folder: Path) -> float:
+    """Return how far the adapter moves the logits: a load without effect would differ by as much."""
+    return parts_of_largest(_logits(one, one.base()), _logits(one, adapted(one, folder)))
+
+
+def ours_in_peft(one: Case, folder: Path) -> float:
+    """Return the difference that PEFT makes of our file."""
+    model = adapted(one, folder)
+    theirs = PeftModel.from_pretrained(one.base(), folder).eval()
+    return parts_of_largest(_logits(one, theirs), _logits(one, model))
+
+
+def pefts_here(one: Case, folder: Path) -> float:
+    """Return the difference that we make of PEFT's file, which PEFT made by itself from the same settings."""
+    theirs = get_peft_model(one.base(), one.in_peft).eval()
+    options: dict[str, Any] = {}
+    if one.is_spectral:
+        theirs.save_pretrained(folder / "start")
+        options = {"path_initial_model_for_weight_conversion": str(folder / "start")}
+    shake(trained(theirs))
+    expected = _logits(one, theirs)
+    theirs.save_pretrained(folder, **options)
+    model = one.base()
+    load_adapter(model, folder)
+    return parts_of_largest(_logits(one, model), expected)
+
+
+def gradients(one: Case, folder: Path) -> float:
+    """Return the largest difference of the gradients of the same loss in training, tensor by tensor; no case has dropout."""
+    model = adapted(one, folder)
+    theirs = get_peft_model(one.base(), one.in_peft).eval()
+    theirs.load_adapter(folder, "default", is_trainable=True)
+    for each in (model, theirs):
+        (one.logits(each.train()) ** 2).mean().backward()
+    found, expected = _gradients(model), _gradients(theirs)
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    least = NEGLIGIBLE * max(float(gradient.abs().max()) for gradient in expected.values())
+    return max(parts_of_largest(found[key], gradient.view_as(found[key]), least) for key, gradient in expected.items())
+
+
+@torch.no_grad()
+def shake(parameters: Mapping[str, Tensor]) -> None:
+    """Move everything that is trained, the same for the same name."""
+    for key in sorted(parameters):
+        generator = torch.Generator().manual_seed(sum(key.encode()))
+        parameters[key].add_(0.1 * torch.randn(parameters[key].shape, generator=generator))
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is trained under the keys of the file, in either library."""
+    if not isinstance(model, PeftModel):
+        return tensors_of(dict(adapter_parts(model)))
+    return {name.replace(".default", "").replace(".modules_to_save", ""): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def parts_of_largest(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    """Return the largest difference of two tensors as a part of the largest entry, or of `least` where that is more."""
+    difference = (found.detach() - expected.detach()).abs().max()
+    return float(difference) / max(float(expected.detach().abs().max()), least)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {key.removesuffix(".weight"): parameter.grad for key, parameter in trained(model).items()}
+    missing = [key for key, gradient in found.items() if gradient is None]
+    assert not missing, missing
+    return {key: gradient.float() for key, gradient in found.items() if gradient is not None}
+
+
+@torch.no_grad()
+def _logits(one: Case, model: nn.Module) -> Tensor:
+    return one.logits(model)
