@@ -160,7 +160,7 @@ class Int8Weight:
         return x.dtype
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Let bitsandbytes multiply: it rounds the inputs to 8 bits as well, which no dense product would repeat."""
+        """Let bitsandbytes multiply: it rounds the inputs to 8 bits as well, though not where it trains without a GPU."""
         import bitsandbytes
 
         self._settle()
@@ -178,8 +178,8 @@ class Int8Weight:
         raise TypeError("codes of 8 bits are no dense tensor")
 
     def _settle(self) -> None:
-        """Let the module take its codes up from the checkpoint's form, as its own first call would."""
-        self.module.state.is_training = False
+        """Let the module note its mode, and take its codes up from the checkpoint's form, as its own call would."""
+        self.module.state.is_training = self.module.training
         if self.module.weight.CB is not None:
             self.module.init_8bit_state()
 
@@ -188,10 +188,12 @@ def base_weight(module: nn.Module) -> BaseWeight | None:
     """Return the seam over `module`'s weight, or None where it is no linear layer.
 
     Raises:
-        TargetError: a 4-bit layer whose codes bitsandbytes has stored in another layout.
+        TargetError: a 4-bit layer whose codes bitsandbytes has stored in another layout, or an 8-bit one that keeps none.
     """
     kind = quantised_kind(module)
     if kind == "int8":
+        if module.state.has_fp16_weights:  # type: ignore[union-attr]
+            raise TargetError("an 8-bit layer has has_fp16_weights=True and rounds its weight at every call; load the base with it off")
         return Int8Weight(module)
     if kind is not None:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):

@@ -153,10 +153,11 @@ class LoraLinear(nn.Module):
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return the weight with the update in it, in float32, and the bias where it is trained."""
         merged = {"weight": self.frozen.as_stored(self.frozen.dense(torch.float32) + self.delta())}
-        bias = self._merged_bias()
+        bias = self.merged_bias()
         return merged if bias is None else {**merged, "bias": bias}
 
-    def _merged_bias(self) -> Tensor | None:
+    @torch.no_grad()
+    def merged_bias(self) -> Tensor | None:
         """Return the bias that a plain layer would need; None where the base's own stays."""
         if self.trained_bias is None and self.lora_bias is None:
             return None

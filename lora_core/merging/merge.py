@@ -102,15 +102,22 @@ def unmerge(model: nn.Module, merged: Merged) -> None:
 
 def _sums(name: str, part: nn.Module, force: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield the path of each parameter of the base that changes, and what it becomes."""
-    if _is_four_bit(part):
-        yield f"{name}.weight", _rounded(name, cast(LoraLinear, part), force)
-        return
-    if isinstance(part, LoraLinear) and part.frozen.kind == "int8":
-        raise MergeError(f"{name} is stored in int8, which has no merge without losses; load the base in full precision and merge there")
-    merged: dict[str, Tensor] = part.merged_tensors()  # type: ignore[operator]
-    for own, value in merged.items():
+    for own, value in _dense_tensors(name, part).items():
         dtype = _base(part).get_parameter(own).dtype
         yield f"{name}.{own}", _finite(name, value.detach().to(dtype, copy=isinstance(value, nn.Parameter)))
+    if _is_four_bit(part):
+        yield f"{name}.weight", _rounded(name, cast(LoraLinear, part), force)
+
+
+def _dense_tensors(name: str, part: nn.Module) -> dict[str, Tensor]:
+    """Return what becomes of the base's parameters but of codes."""
+    if isinstance(part, LoraLinear) and part.frozen.kind == "int8":
+        raise MergeError(f"{name} is stored in int8, which has no merge without losses; load the base in full precision and merge there")
+    if _is_four_bit(part):
+        bias = cast(LoraLinear, part).merged_bias()
+        return {} if bias is None else {"bias": bias}
+    merged: dict[str, Tensor] = part.merged_tensors()  # type: ignore[operator]
+    return merged
 
 
 def _rounded(name: str, layer: LoraLinear, force: bool) -> Tensor:
@@ -120,8 +127,6 @@ def _rounded(name: str, layer: LoraLinear, force: bool) -> Tensor:
             f"{name} is stored in {layer.frozen.kind}: rounding to 4 bits would erase most of a small update; "
             "load the base in full precision and merge there, or pass force=True and look at what was kept"
         )
-    if not layer.is_plain and layer.magnitude is None:
-        raise MergeError(f"{name} trains a bias, which is not merged into 4 bits; load the base in full precision and merge there")
     rounded: Tensor = requantised(layer.frozen.stored, _finite(name, layer.frozen.dense(torch.float32) + layer.delta()))
     return rounded
 
