@@ -37,7 +37,10 @@ class BaseWeight(Protocol):
         """The dtype in which the base itself would compute on `x`."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W0ᵀ + bias as the base itself computes it, to the bit."""
+        """x W0ᵀ + bias as the base itself computes it, to the bit, also under autocast."""
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        """The dtype in which the base itself would answer on `x`, where its product is `y`."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W0 as a dense (out, in) tensor of `dtype`."""
@@ -66,6 +69,9 @@ class DenseWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.dense(x.dtype), bias)
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.module.weight.to(dtype)
@@ -98,6 +104,9 @@ class TurnedWeight:
         rows, weight = x.reshape(-1, x.shape[-1]), self.module.weight.to(x.dtype)
         y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
         return y.view(*x.shape[:-1], weight.shape[1])
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         turned: Tensor = self.module.weight.T
@@ -133,6 +142,9 @@ class FourBitWeight:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.dense(x.dtype), bias)
 
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return x.dtype
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantised(self.module.weight, dtype)
 
@@ -166,6 +178,9 @@ class Int8Weight:
         self._settle()
         y: Tensor = bitsandbytes.matmul(x, self.module.weight, bias=bias, state=self.module.state)  # type: ignore[attr-defined]
         return y
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
