@@ -6,6 +6,7 @@ from typing import cast
 from torch import nn
 
 from lora_core.base.quant import keep_layout
+from lora_core.base.sharing import memory_of
 from lora_core.config import LoraConfig
 from lora_core.errors import TargetError
 from lora_core.layers.conv import LoraConv2d
@@ -110,7 +111,7 @@ def _rows(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> Parts:
         for path, module in named_modules(model, [name], "trainable_token_indices").items():
             trained = parts[path] = TrainedRows(module, path, rows)
             head = output_head(unwrapped(model))
-            if head is not None and head is not module and head.weight is module.weight:
+            if head is not None and head is not module and memory_of(head.weight) == memory_of(module.weight):
                 parts[next(other for other, one in plain.items() if one is head)] = TiedHead(head, trained)
     return parts
 

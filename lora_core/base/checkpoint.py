@@ -73,15 +73,25 @@ class Checkpoint:
         return sorted({entry.file for entry in self.entries.values()})
 
     @property
-    def head_is_tied(self) -> bool:
-        """Whether config.json says that the output head is the embedding."""
+    def head_is_tied(self) -> bool | None:
+        """Whether config.json says that the output head is the embedding; None where it leaves that to the model's class."""
         text = self.config.get("text_config")
         inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-        return bool(self.config.get("tie_word_embeddings", inner))
+        return self.config.get("tie_word_embeddings", inner)
 
     def is_tied_copy(self, name: str) -> bool:
         """Tell whether the tensor `name` is the embedding a second time: the weight of a tied head."""
-        return self.head_is_tied and name.removesuffix(".weight").rpartition(".")[2] in HEADS
+        return bool(self.head_is_tied) and module_name(name) in HEADS
+
+    @property
+    def stored_head(self) -> str | None:
+        """The output head's weight, where the files hold one."""
+        return next((name for name in self.entries if name.endswith(".weight") and module_name(name) in HEADS), None)
+
+
+def module_name(tensor: str) -> str:
+    """Return the last part of the path of the module whose weight `tensor` is."""
+    return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

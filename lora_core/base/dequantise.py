@@ -28,7 +28,7 @@ def dequantise(model: nn.Module, dtype: torch.dtype) -> int:
         assert frozen is not None, name
         replace_module(model, name, _dense_linear(module_at(model, name), frozen, dtype))
     for _, layer in lora_layers(model):
-        if isinstance(layer, LoraLinear) and isinstance(layer.base, nn.Linear):
+        if isinstance(layer, LoraLinear) and type(layer.base) is nn.Linear:  # bitsandbytes' own are of a class below
             layer.frozen = DenseWeight(layer.base)
     return len(found)
 

@@ -1,7 +1,8 @@
 """NF4, there and back: a matrix in codes of 4 bits with a scale for each block, as bitsandbytes stores it.
 
 The 16 codes are the quantiles of a normal distribution; a block of 64 weights shares one scale, its largest size. With
-double quantisation the scales are themselves stored in 8 bits, around their mean, 256 to a block.
+double quantisation the scales are themselves stored in 8 bits, around their mean, 256 to a block. FP4 differs in its
+codes alone, which are small floating-point numbers.
 
 Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), sections 2 and 3. bitsandbytes is imported on first use.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Nf4Settings:
-    """What a rounding to NF4 depends on."""
+    """What a rounding to 4 bits depends on besides its codes."""
 
     block_size: int = 64
     """Weights that share a scale."""
@@ -46,7 +47,7 @@ def requantised(weight: Any, dense: Tensor) -> Any:
 
     Neither argument is changed.
     """
-    codes, state = _quantised(dense, settings_of(weight), weight.dtype)
+    codes, state = _quantised(dense, settings_of(weight), weight.quant_state.quant_type, weight.dtype)
     state.dtype = weight.quant_state.dtype
     result = copy(weight)
     result.data, result.quant_state = codes, state
@@ -57,12 +58,12 @@ def rounded_to_nf4(dense: Tensor, settings: Nf4Settings) -> Tensor:
     """Return `dense`, (out, in) in float32, as it comes back from NF4."""
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(*_quantised(dense, settings, torch.uint8))
+    return dequantize_4bit(*_quantised(dense, settings, "nf4", torch.uint8))
 
 
-def _quantised(dense: Tensor, settings: Nf4Settings, storage: torch.dtype) -> tuple[Tensor, Any]:
+def _quantised(dense: Tensor, settings: Nf4Settings, codes: str, storage: torch.dtype) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import quantize_4bit
 
     return quantize_4bit(
-        dense.contiguous(), blocksize=settings.block_size, compress_statistics=settings.double, quant_type="nf4", quant_storage=storage
+        dense.contiguous(), blocksize=settings.block_size, compress_statistics=settings.double, quant_type=codes, quant_storage=storage
     )

@@ -37,7 +37,10 @@ class BaseWeight(Protocol):
         """The dtype in which the base itself would compute on `x`."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W0ᵀ + bias as the base itself computes it, to the bit."""
+        """x W0ᵀ + bias as the base itself computes it, to the bit, also under autocast."""
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        """The dtype in which the base itself would answer on `x`, where its product is `y`."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """W0 as a dense (out, in) tensor of `dtype`."""
@@ -66,6 +69,9 @@ class DenseWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.dense(x.dtype), bias)
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.module.weight.to(dtype)
@@ -98,6 +104,9 @@ class TurnedWeight:
         rows, weight = x.reshape(-1, x.shape[-1]), self.module.weight.to(x.dtype)
         y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
         return y.view(*x.shape[:-1], weight.shape[1])
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         turned: Tensor = self.module.weight.T
@@ -133,6 +142,9 @@ class FourBitWeight:
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.dense(x.dtype), bias)
 
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return x.dtype
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return dequantised(self.module.weight, dtype)
 
@@ -160,12 +172,15 @@ class Int8Weight:
         return x.dtype
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Let bitsandbytes multiply: save in training on a CPU, it rounds the inputs to 8 bits too, as no dense product would."""
+        """Let bitsandbytes multiply: it rounds the inputs to 8 bits as well, though not where it trains without a GPU."""
         import bitsandbytes
 
         self._settle()
         y: Tensor = bitsandbytes.matmul(x, self.module.weight, bias=bias, state=self.module.state)  # type: ignore[attr-defined]
         return y
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
@@ -178,7 +193,7 @@ class Int8Weight:
         raise TypeError("codes of 8 bits are no dense tensor")
 
     def _settle(self) -> None:
-        """Let the module take its codes up from the checkpoint's form, as its own first call would."""
+        """Let the module note its mode, and take its codes up from the checkpoint's form, as its own call would."""
         self.module.state.is_training = self.module.training
         if self.module.weight.CB is not None:
             self.module.init_8bit_state()
@@ -188,10 +203,12 @@ def base_weight(module: nn.Module) -> BaseWeight | None:
     """Return the seam over `module`'s weight, or None where it is no linear layer.
 
     Raises:
-        TargetError: a 4-bit layer whose codes bitsandbytes has stored in another layout.
+        TargetError: a 4-bit layer whose codes bitsandbytes has stored in another layout, or an 8-bit one that keeps none.
     """
     kind = quantised_kind(module)
     if kind == "int8":
+        if module.state.has_fp16_weights:  # type: ignore[union-attr]
+            raise TargetError("an 8-bit layer has has_fp16_weights=True and rounds its weight at every call; load the base with it off")
         return Int8Weight(module)
     if kind is not None:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lora_core.config import LoraConfig
 from lora_core.errors import MergeError, TargetError
 from lora_core.layers.dora import row_norms, squared_row_norms
+from lora_core.layers.functional import dense_update
 from lora_core.layers.linear import start
 from lora_core.targets import Target
 
@@ -74,7 +75,7 @@ class LoraConv2d(nn.Module):
         if self.magnitude is None:
             return y
         y = y * self._row_factors().view_as(self.magnitude).to(y.dtype)
-        return y if self.bias is None else y + self.bias[None, :, None, None]
+        return y if self.bias is None else y + self.bias[None, :, None, None].to(y.dtype)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, under PEFT's names after the module's path."""
@@ -85,8 +86,7 @@ class LoraConv2d(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return ΔW as a matrix, (out, in·kh·kw) in float32; of DoRA, what its rows' lengths change as well."""
-        a, b = self._factors()
-        change = self.scale * (b.float() @ a.float())
+        change = dense_update(*self._factors(), self.scale)
         if self.magnitude is None:
             return change
         return self._row_factors()[:, None] * (self._weight() + change) - self._weight()

@@ -14,6 +14,8 @@ Source: DoRA (Liu et al. 2024, arXiv 2402.09353). Shapes: W0 (O, I), A (R, I), B
 import torch
 from torch import Tensor
 
+from lora_core.layers.functional import without_autocast
+
 
 @torch.no_grad()
 def squared_row_norms(weight: Tensor) -> Tensor:
@@ -33,6 +35,7 @@ def row_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: floa
         scale: s.
     """
     a, b = a.float(), b.float()
-    crossed_OR = weight.float() @ a.T
-    both = (b * (2 * scale * crossed_OR + scale**2 * (b @ (a @ a.T)))).sum(dim=1)
+    with without_autocast(a):
+        crossed_OR = weight.float() @ a.T
+        both = (b * (2 * scale * crossed_OR + scale**2 * (b @ (a @ a.T)))).sum(dim=1)
     return (squared + both).clamp_min(0).sqrt()

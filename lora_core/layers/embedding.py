@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lora_core.config import LoraConfig
 from lora_core.layers.dora import row_norms, squared_row_norms
+from lora_core.layers.functional import dense_update
 from lora_core.starts.drawn import generator_for
 from lora_core.targets import Target
 
@@ -63,7 +64,7 @@ class LoraEmbedding(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return ΔW, (D, V) in float32; of DoRA, what its rows' lengths change as well."""
-        change = self.scale * (self.lora_embedding_B.float() @ self.lora_embedding_A.float())
+        change = dense_update(self.lora_embedding_A, self.lora_embedding_B, self.scale)
         if self.magnitude is None:
             return change
         return self._row_factors()[:, None] * (self._weight().T + change) - self._weight().T

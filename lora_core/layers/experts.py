@@ -23,7 +23,7 @@ from lora_core.base.quant import Kind
 from lora_core.config import InitMethod
 from lora_core.errors import TargetError
 from lora_core.layers.expert_layout import EXPECTED, STACKS, factor_shapes, objection_to, peft_keys, supports
-from lora_core.layers.functional import lora_linear
+from lora_core.layers.functional import lora_linear, without_autocast
 from lora_core.starts.drawn import generator_for, initial_a
 
 Factors = dict[str, list[tuple[Tensor, Tensor]]]
@@ -105,7 +105,8 @@ class LoraExperts(nn.Module):
         sums = {}
         for name, scale in self.scales.items():
             a_ERI, b_EOR = (torch.stack(factors).float() for factors in self._by_expert(name))
-            sums[name] = torch.baddbmm(self._stack(name).float(), b_EOR, a_ERI, alpha=scale)
+            with without_autocast(a_ERI):
+                sums[name] = torch.baddbmm(self._stack(name).float(), b_EOR, a_ERI, alpha=scale)
         return sums
 
     def extra_repr(self) -> str:
@@ -146,6 +147,9 @@ class ExpertWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.dense(x.dtype), bias)
+
+    def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
+        return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.stored.to(dtype)

@@ -13,7 +13,7 @@ from lora_core.base.quant import base_weight
 from lora_core.config import LoraConfig
 from lora_core.errors import MergeError, TargetError
 from lora_core.layers.dora import row_norms, squared_row_norms
-from lora_core.layers.functional import lora_linear
+from lora_core.layers.functional import dense_update, lora_linear
 from lora_core.starts.drawn import generator_for, initial_a, orthogonal
 from lora_core.starts.spectral import is_spectral, plain_pair, spectral_start
 from lora_core.targets import Target
@@ -105,7 +105,7 @@ class LoraLinear(nn.Module):
         y = lora_linear(x.to(dtype), self.frozen, inside, (*self.factors(), self.scale), dropout)
         if self._is_finished_apart:
             y = self._finished(y, bias)
-        return y.to(x.dtype)
+        return y.to(self.frozen.output_dtype(x, y))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the whole update: of a spectral start the trained pair less the start, of twice the rank."""
@@ -142,8 +142,7 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def delta(self) -> Tensor:
         """Return ΔW = s · B A, (out, in), in float32; of DoRA, what its rows' lengths change as well."""
-        a, b = self.factors()
-        change = self.scale * (b.float() @ a.float())
+        change = dense_update(*self.factors(), self.scale)
         if self.magnitude is None:
             return change
         weight = self.frozen.dense(torch.float32)
@@ -153,10 +152,11 @@ class LoraLinear(nn.Module):
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return the weight with the update in it, in float32, and the bias where it is trained."""
         merged = {"weight": self.frozen.as_stored(self.frozen.dense(torch.float32) + self.delta())}
-        bias = self._merged_bias()
+        bias = self.merged_bias()
         return merged if bias is None else {**merged, "bias": bias}
 
-    def _merged_bias(self) -> Tensor | None:
+    @torch.no_grad()
+    def merged_bias(self) -> Tensor | None:
         """Return the bias that a plain layer would need; None where the base's own stays."""
         if self.trained_bias is None and self.lora_bias is None:
             return None
@@ -173,7 +173,7 @@ class LoraLinear(nn.Module):
             y = y * self._row_factors().to(y.dtype)
         if self.lora_bias is not None:
             y = y + (self.scale * self.lora_bias).to(y.dtype)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _row_factors(self) -> Tensor:
         """Return m / ‖W0 + s·B A‖, (out,); only m gets a gradient."""

@@ -104,9 +104,14 @@ class TiedHead(nn.Module):
         self.base = base
         self._rows = (rows,)  # in a tuple, since the rows belong to the embedding alone
 
+    @property
+    def embedding(self) -> TrainedRows:
+        """The embedding that is followed."""
+        return self._rows[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, D) to (…, V) logits."""
-        rows = self._rows[0]
+        rows = self.embedding
         y: Tensor = self.base(x)
         own = x @ rows.trainable_tokens_delta.to(x.dtype).T
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
@@ -125,7 +130,7 @@ class TiedHead(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole weight (V, D), as the embedding has it."""
-        return self._rows[0].weight
+        return self.embedding.weight
 
 
 class TrainedBias(nn.Module):

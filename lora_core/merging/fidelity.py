@@ -78,9 +78,9 @@ def merge_fidelity(
     Merged into an original and stored in NF4, the rounding of the original itself counts as error.
 
     Args:
-        model: the base, dense or 4-bit, without an adapter.
+        model: the base, dense or quantised, without an adapter.
         folder: the saved adapter.
-        original: the dense model that a 4-bit `model` was rounded from; adds a row for each storage.
+        original: the dense model that a quantised `model` was rounded from; adds a row for each storage.
         storages: the ways to store the merged weight.
 
     Raises:
@@ -120,7 +120,7 @@ def _bases(
     name: str, delta: Tensor, model: nn.Module, original: nn.Module | None
 ) -> list[tuple[Literal["original", "dequantised"], BaseWeight]]:
     own = _weight(name, delta, model)
-    found: list[tuple[Literal["original", "dequantised"], BaseWeight]] = [("dequantised" if own.kind == "nf4" else "original", own)]
+    found: list[tuple[Literal["original", "dequantised"], BaseWeight]] = [("original" if own.kind == "dense" else "dequantised", own)]
     if original is not None:
         found.append(("original", _weight(name, delta, original)))
     return found

@@ -3,25 +3,33 @@
 The sum W0 + s·B·A is formed in float32 and rounded once. Subtracting it again would not restore W0 (in bfloat16, 4 of
 10 weights differ after one round), so the original bits are kept until the merge is undone or accepted.
 
+An adapter over one user of a shared weight, such as the head that is the embedding, changes what that user computes and
+nothing else. So does its merge: the merged module gets a weight of its own, the others keep theirs, and the model's config
+is told. Rows that embedding and head train together stay shared.
+
 A 4-bit base is refused: its codes lie so far apart that a small update is rounded back to where it came from. Who
 wants it nevertheless forces it, and gets the figures of what survived.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.base.nf4 import dequantised, requantised
+from lora_core.base.sharing import FLAG, Slot, configs_to_untie, memory_of, models_of_tied_heads, slots
 from lora_core.errors import MergeError
 from lora_core.layers.linear import LoraLinear
-from lora_core.layers.trained import TiedHead, TrainedRows
+from lora_core.layers.trained import TiedHead
 from lora_core.merging.fidelity import Kept, kept
 from lora_core.modules import adapter_parts, replace_module
+
+Held = list[tuple[Slot, nn.Parameter]]
+"""Places in the base that change as one, and the parameters that stand there."""
 
 
 @dataclass(frozen=True)
@@ -34,58 +42,82 @@ class Merged:
     """Parameter's path → what it held before the merge, bit for bit."""
     kept: dict[str, Kept] = field(default_factory=dict)
     """Module path → what survived of the update, for the layers that were rounded to 4 bits."""
+    held: dict[str, Held] = field(default_factory=dict)
+    """Parameter's path → where it stood, and the very object, which others may hold as well."""
+    others: Held = field(default_factory=list)
+    """Where else a weight stood of whose sharers more than one was left."""
+    configs: tuple[Any, ...] = ()
+    """The configs that were told that no weight is tied any more."""
 
 
 @torch.no_grad()
 def merge(model: nn.Module, *, force: bool = False) -> Merged:
     """Put everything the adapter trained into the base; the model is left without a trace of LoRA.
 
-    All sums are formed before the first is stored, so a failure leaves the model as it was.
+    All sums are formed before the first is stored, and what fails after that is undone: the model is as it was.
 
     Args:
-        model: carries the adapter; changed in place.
+        model: carries the adapter; changed in place. A merge into a weight that others share unties it.
         force: merge into a 4-bit base too: the sum is rounded again with the base's own settings.
 
     Returns:
         What `unmerge` needs. Drop it to accept the merge and free the originals.
 
     Raises:
-        MergeError: no adapter, a quantised base without `force`, or a sum that the weight's dtype cannot hold.
+        MergeError: no adapter, a quantised base without `force`, a sum that the weight's dtype cannot hold, or a module
+            that stands in the model a second time, where it computes without the adapter.
     """
     parts = dict(adapter_parts(model))
     if not parts:
         raise MergeError("the model carries no adapter; inject or load one before merging")
-    _refuse_shared_weights(model, parts)
+    _refuse_other_places(model, parts)
     sums = {path: total for name, part in parts.items() for path, total in _sums(name, part, force)}
     rounded = {name: _kept(part, sums[f"{name}.weight"]) for name, part in parts.items() if _is_four_bit(part)}
-    originals = {path: _original(_parameter(parts, path)) for path in sums}
-    for path, total in sums.items():
-        _store(parts, path, total)
-    for name, part in parts.items():
-        replace_module(model, name, _base(part))
-    return Merged(parts, originals, rounded)
+    held, tied = {path: _held(parts, path) for path in sums}, models_of_tied_heads(model)
+    shared = _shared(model, held)
+    originals = {path: _original(own[0][1]) for path, own in held.items()}
+    merged = Merged(parts, originals, rounded, held, _to_part(shared, held) if tied else [])
+    try:
+        _put_in(model, merged, sums, apart=shared.keys())
+        merged = replace(merged, configs=configs_to_untie(tied))
+        _say_tied(merged.configs, False)
+    except BaseException:
+        unmerge(model, merged)
+        raise
+    return merged
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module, merged: Merged) -> None:
-    """Undo `merge`: the base weights get their original bits back and the adapter's parts their places."""
+    """Undo `merge`: the base weights get their original bits back, the adapter's parts their places, and ties are tied."""
     for path, original in merged.originals.items():
-        _store(merged.parts, path, original)
+        for slot, parameter in merged.held[path]:
+            _store(slot, parameter, original)
+    for slot, parameter in merged.others:
+        _store(slot, parameter, parameter)
     for name, part in merged.parts.items():
         replace_module(model, name, part)
+    _say_tied(merged.configs, True)
 
 
 def _sums(name: str, part: nn.Module, force: bool) -> Iterator[tuple[str, Tensor]]:
     """Yield the path of each parameter of the base that changes, and what it becomes."""
+    for own, value in _dense_tensors(name, part).items():
+        dtype = _base(part).get_parameter(own).dtype
+        yield f"{name}.{own}", _finite(name, value.detach().to(dtype, copy=isinstance(value, nn.Parameter)))
     if _is_four_bit(part):
         yield f"{name}.weight", _rounded(name, cast(LoraLinear, part), force)
-        return
+
+
+def _dense_tensors(name: str, part: nn.Module) -> dict[str, Tensor]:
+    """Return what becomes of the base's parameters but of codes."""
     if isinstance(part, LoraLinear) and part.frozen.kind == "int8":
         raise MergeError(f"{name} is stored in int8, which has no merge without losses; load the base in full precision and merge there")
+    if _is_four_bit(part):
+        bias = cast(LoraLinear, part).merged_bias()
+        return {} if bias is None else {"bias": bias}
     merged: dict[str, Tensor] = part.merged_tensors()  # type: ignore[operator]
-    for own, value in merged.items():
-        dtype = _parameter({name: part}, f"{name}.{own}").dtype
-        yield f"{name}.{own}", _finite(name, value.detach().to(dtype))
+    return merged
 
 
 def _rounded(name: str, layer: LoraLinear, force: bool) -> Tensor:
@@ -95,8 +127,6 @@ def _rounded(name: str, layer: LoraLinear, force: bool) -> Tensor:
             f"{name} is stored in {layer.frozen.kind}: rounding to 4 bits would erase most of a small update; "
             "load the base in full precision and merge there, or pass force=True and look at what was kept"
         )
-    if not layer.is_plain and layer.magnitude is None:
-        raise MergeError(f"{name} trains a bias, which is not merged into 4 bits; load the base in full precision and merge there")
     rounded: Tensor = requantised(layer.frozen.stored, _finite(name, layer.frozen.dense(torch.float32) + layer.delta()))
     return rounded
 
@@ -121,10 +151,13 @@ def _base(part: nn.Module) -> nn.Module:
     return base
 
 
-def _parameter(parts: Mapping[str, nn.Module], path: str) -> Any:
-    """Return the base's parameter at `path`, which lies in the base under one of the parts."""
+def _held(parts: Mapping[str, nn.Module], path: str) -> Held:
+    """Return where the parameter at `path` stands in the base under its part; a head that follows trained rows is among it."""
     name = next(name for name in sorted(parts, key=len, reverse=True) if path.startswith(f"{name}."))
-    return _base(parts[name]).get_parameter(path.removeprefix(f"{name}."))
+    parameter = _base(parts[name]).get_parameter(path.removeprefix(f"{name}."))
+    own = [slot for slot in slots(_base(parts[name])) if slot.parameter is parameter]
+    following = [Slot(_base(part), "weight") for part in parts.values() if isinstance(part, TiedHead) and part.embedding is parts[name]]
+    return [(slot, slot.parameter) for slot in (*own, *following)]
 
 
 def _original(stored: Any) -> Tensor:
@@ -133,19 +166,62 @@ def _original(stored: Any) -> Tensor:
     return original
 
 
-def _store(parts: Mapping[str, nn.Module], path: str, weight: Any) -> None:
-    stored = _parameter(parts, path)
-    stored.data = weight.data
-    if hasattr(stored, "quant_state"):
-        layer: Any = _base(parts[path.rpartition(".")[0]])
-        stored.quant_state = layer.quant_state = weight.quant_state
-
-
-def _refuse_shared_weights(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """A tied head merged into would change the embedding as well; rows that both have trained are the exception."""
-    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+def _refuse_other_places(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    """Refuse a base of which a module stands past the adapter as well: there too it would get the merged weight."""
+    everywhere = _standing(model)
     for name, part in parts.items():
-        if isinstance(part, TrainedRows | TiedHead):
-            continue
-        if any(users[id(parameter)] > 1 for parameter in _base(part).parameters()):
-            raise MergeError(f"{name} shares its weight with another module; untie the two, or leave it out of the adapter")
+        inside = _standing(_base(part)) + Counter([id(_base(part))])
+        if any(everywhere[module] > inside[module] for module in inside):
+            raise MergeError(
+                f"{name} stands in the model at another place too, which the adapter leaves alone; give that a copy of its own"
+            )
+
+
+def _standing(module: nn.Module) -> Counter[int]:
+    """Count at how many places under `module` each module stands."""
+    return Counter(id(child) for parent in module.modules() for child in parent._modules.values() if child is not None)
+
+
+def _shared(model: nn.Module, held: Mapping[str, Held]) -> dict[str, list[Slot]]:
+    """Return, by path, who else has a weight that changes."""
+    users: dict[Hashable, list[Slot]] = defaultdict(list)
+    for slot in slots(model):
+        users[memory_of(slot.parameter)].append(slot)
+    own = {path: [slot for slot, _ in places] for path, places in held.items()}
+    shared = {path: [slot for slot in users[memory_of(places[0].parameter)] if slot not in places] for path, places in own.items()}
+    return {path: found for path, found in shared.items() if found}
+
+
+def _to_part(shared: Mapping[str, list[Slot]], held: Mapping[str, Held]) -> Held:
+    """Return who has to leave a tie of more than two when one has left: a file would take some of the rest for the one that changed."""
+    changed = [slot for places in held.values() for slot, _ in places]
+    left = {slot: slot.parameter for found in shared.values() if len(found) > 1 for slot in found if slot not in changed}
+    return list(left.items())
+
+
+def _put_in(model: nn.Module, merged: Merged, sums: Mapping[str, Tensor], apart: Collection[str]) -> None:
+    """Store the sums and put the base's modules back; a weight that others have too is left to them."""
+    for path, held in merged.held.items():
+        for slot, parameter in held:
+            if path in apart:
+                _store(slot, copy(parameter), sums[path].clone() if len(held) > 1 else sums[path])
+            else:
+                _store(slot, parameter, sums[path])
+    for slot, parameter in merged.others:
+        _store(slot, copy(parameter), parameter.clone())
+    for name, part in merged.parts.items():
+        replace_module(model, name, _base(part))
+
+
+def _store(slot: Slot, parameter: Any, weight: Any) -> None:
+    """Let `parameter` hold `weight` and stand in its slot."""
+    parameter.data = weight.data
+    setattr(slot.owner, slot.name, parameter)
+    if hasattr(parameter, "quant_state"):
+        parameter.quant_state = slot.owner.quant_state = weight.quant_state
+
+
+def _say_tied(configs: tuple[Any, ...], tied: bool) -> None:
+    for config in configs:
+        if getattr(config, FLAG) is not tied:
+            setattr(config, FLAG, tied)

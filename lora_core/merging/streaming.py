@@ -2,26 +2,39 @@
 
     base/model-0000x-of-….safetensors  ─→  W + s·B·A, formed in float32, rounded once  ─→  the same file of destination/
 
-The result is, bit for bit, what `merge` gives in memory. GPT-2's Conv1D stores its weight as (in, out): the shapes of
-A and B say so, and where it is square, the adapter's `fan_in_fan_out`.
+The result is, bit for bit, what `merge` and a save give in memory, the head of a tied base included. GPT-2's Conv1D
+stores its weight as (in, out): the shapes of A and B say so, and where it is square, the adapter's `fan_in_fan_out`.
 """
 
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_core.adapter.files import CONFIG as ADAPTER_CONFIG
-from lora_core.adapter.files import check_fingerprint, read_identity, read_json
-from lora_core.base.checkpoint import CONFIG, INDEX, Checkpoint, Entry, Tensors, mapped_tensors, open_checkpoint, write_tensors
+from lora_core.adapter.files import PREFIX, check_fingerprint, read_identity, read_json, read_tensors
+from lora_core.base.checkpoint import (
+    CONFIG,
+    HEADS,
+    INDEX,
+    Checkpoint,
+    Entry,
+    Tensors,
+    mapped_tensors,
+    module_name,
+    open_checkpoint,
+    write_tensors,
+)
 from lora_core.base.identity import fingerprint_of_folder
 from lora_core.errors import CheckpointError, MergeError
 from lora_core.files import folder_written_aside, overlap, write_json
 from lora_core.merging.fidelity import Kept, kept
-from lora_core.spectrum.updates import Update, read_updates
+from lora_core.merging.heads import parting
+from lora_core.spectrum.updates import BASE_COPY, Update, read_updates
 
 OTHER_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"})
 """Endings of weight files that nobody merged into: copied, they would pass for the merged model."""
@@ -67,25 +80,30 @@ def merge_checkpoint(
         CheckpointError: the base is incomplete or quantised.
         AdapterError: the adapter is malformed, or has a feature that would be ignored here.
         BaseMismatchError: the adapter was trained on another base.
-        MergeError: a target has no tensor of its own or one of another shape, or a sum does not fit its dtype.
+        MergeError: a target has no tensor or one of another shape, a sum does not fit its dtype, or the base may tie the
+            target to another module in a way that is not known here.
     """
     _refuse_overlap(destination, (base, adapter))
-    checkpoint, updates = open_checkpoint(base), read_updates(adapter)
+    checkpoint, updates = open_checkpoint(base), read_updates(adapter, embeddings=True)
     _refuse_quantised(checkpoint)
+    parted = parting(checkpoint, updates)
+    checkpoint = replace(checkpoint, entries=checkpoint.entries | {name: checkpoint.entries[one] for name, one in parted.copies.items()})
     steps = _plan(checkpoint, updates, _stored_as_in_out(adapter))
     entries = _entries(checkpoint, steps, dtype)
     identity = read_identity(adapter)
     if check_base and identity is not None:
         check_fingerprint(fingerprint_of_folder(base), adapter, identity)
+    _check_base_copies(adapter, checkpoint, steps)
     found: dict[str, Kept] = {}
     with folder_written_aside(destination) as aside:
         left_out = _copy_rest(checkpoint, aside)
         for file in checkpoint.files:
             part = {name: entry for name, entry in entries.items() if entry.file == file}
             with mapped_tensors(base, part) as tensors:
-                write_tensors(aside / file, part, _merged(tensors, part, steps, found))
-        if dtype is not None:
-            _declare(checkpoint, entries, dtype, aside)
+                sources = {name: parted.copies.get(name, name) for name in part}
+                write_tensors(aside / file, part, _merged(tensors, part, sources, steps, found))
+        if dtype is not None or parted.is_told:
+            _declare(checkpoint, entries, parted.config(_declared(checkpoint.config, dtype)), aside)
     return MergeReport({step.module: found[step.module] for step in steps.values()}, tuple(checkpoint.files), left_out)
 
 
@@ -118,13 +136,15 @@ def _plan(checkpoint: Checkpoint, updates: dict[str, Update], fan_in_fan_out: bo
 
 
 def _tensor_name(module: str, checkpoint: Checkpoint) -> str:
-    """Find the weight of `module`: a checkpoint of the model without its head has names without their first part."""
-    candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-    if checkpoint.is_tied_copy(candidates[0]):
-        raise MergeError(
-            f"{module} is tied: {checkpoint.folder / CONFIG} sets tie_word_embeddings, so a merge would change the embedding too; "
-            f"leave {module} out of target_modules, or save the base with a head of its own"
-        )
+    """Find the weight of `module`: a checkpoint of the model without its head has names without their first part.
+
+    A head may be called otherwise in files than in the model.
+    """
+    candidates = (
+        f"{module}.weight",
+        f"{module.partition('.')[2]}.weight",
+        checkpoint.stored_head if module_name(module) in HEADS else None,
+    )
     found = next((name for name in candidates if name in checkpoint.entries), None)
     if found is None:
         raise MergeError(
@@ -139,7 +159,19 @@ def _is_transposed(module: str, update: Update, entry: Entry, fan_in_fan_out: bo
         raise MergeError(f"the weight of {module} is stored as {entry.dtype}; merge into a base in float32, bfloat16 or float16")
     if entry.shape not in (shape, shape[::-1]):
         raise MergeError(f"the update of {module} is {shape} and its weight {entry.shape}; give the base the adapter was trained on")
-    return entry.shape != shape or (fan_in_fan_out and shape[0] == shape[1])
+    return entry.shape != shape or (shape[0] == shape[1] and (fan_in_fan_out or update.embedding))
+
+
+def _check_base_copies(adapter: Path, checkpoint: Checkpoint, steps: dict[str, _Step]) -> None:
+    """Refuse an adapter that brings another weight of an adapted embedding than the base has."""
+    adapted = {f"{PREFIX}{step.module}{BASE_COPY}": name for name, step in steps.items() if step.update.embedding}
+    brought = {name: one for key, one in (read_tensors(adapter) if adapted else {}).items() if (name := adapted.get(key)) is not None}
+    with mapped_tensors(checkpoint.folder, {name: checkpoint.entries[name] for name in brought}) as tensors:
+        for name, copy in brought.items():
+            if not torch.equal(copy.to(tensors[name].dtype), tensors[name]):
+                raise MergeError(
+                    f"{adapter} holds a base weight that is not {name} of {checkpoint.folder}; give the base it was trained on"
+                )
 
 
 def _entries(checkpoint: Checkpoint, steps: dict[str, _Step], dtype: torch.dtype | None) -> dict[str, Entry]:
@@ -153,10 +185,12 @@ def _entries(checkpoint: Checkpoint, steps: dict[str, _Step], dtype: torch.dtype
     return dict(sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
-def _merged(tensors: Tensors, entries: dict[str, Entry], steps: dict[str, _Step], found: dict[str, Kept]) -> Iterator[Tensor]:
+def _merged(
+    tensors: Tensors, entries: dict[str, Entry], sources: dict[str, str], steps: dict[str, _Step], found: dict[str, Kept]
+) -> Iterator[Tensor]:
     """Yield each tensor of one file as it is written; what was kept of each update goes into `found`."""
     for name, entry in entries.items():
-        weight = tensors[name]
+        weight = tensors[sources[name]]
         total = weight.to(entry.dtype)
         if name in steps:
             total, found[steps[name].module] = _sum(weight, steps[name], entry.dtype)
@@ -188,10 +222,16 @@ def _copy_rest(checkpoint: Checkpoint, aside: Path) -> tuple[str, ...]:
     return tuple(left_out)
 
 
-def _declare(checkpoint: Checkpoint, entries: dict[str, Entry], dtype: torch.dtype, aside: Path) -> None:
-    """Name the new dtype in config.json and the new size in the index."""
-    key = "torch_dtype" if "torch_dtype" in checkpoint.config else "dtype"
-    write_json(aside / CONFIG, {**checkpoint.config, key: str(dtype).removeprefix("torch.")})
+def _declared(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return config.json with the new dtype in it."""
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return config if dtype is None else {**config, key: str(dtype).removeprefix("torch.")}
+
+
+def _declare(checkpoint: Checkpoint, entries: dict[str, Entry], config: dict[str, Any], aside: Path) -> None:
+    """Write the new config.json, and into the index the new size and what tensors there are."""
+    write_json(aside / CONFIG, config)
     if checkpoint.index is not None:
         metadata = {**checkpoint.index.get("metadata", {}), "total_size": sum(entry.bytes for entry in entries.values())}
-        write_json(aside / INDEX, {**checkpoint.index, "metadata": metadata})
+        places = {name: entry.file for name, entry in entries.items()}
+        write_json(aside / INDEX, {**checkpoint.index, "metadata": metadata, "weight_map": places})

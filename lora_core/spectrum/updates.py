@@ -9,7 +9,7 @@ Source: LoRA (Hu et al. 2021, arXiv 2106.09685), equation 3.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,11 @@ from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError, BaseMismatchError
 from lora_core.files import folder_written_aside, sha256_of_file, write_json
 
+EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
+"""How the factors of an embedding's update are called, A (r, V) and B (D, r)."""
+BASE_COPY = ".base_layer.weight"
+"""How the base's own weight is called, which PEFT saves beside them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -50,6 +55,8 @@ class Update:
     """(out, r)"""
     scale: float
     """Factor of B·A, above 0: a sign belongs into B."""
+    embedding: bool = False
+    """Whether it is of an embedding, whose weight is stored as (in, out)."""
 
     def __post_init__(self) -> None:
         if not (self.a.dim() == self.b.dim() == 2 and self.a.shape[0] == self.b.shape[1] >= 1):
@@ -77,18 +84,27 @@ class Update:
         return Update(self.a, self.scale * self.b, 1.0)
 
 
-def read_updates(folder: Path) -> dict[str, Update]:
+def read_updates(folder: Path, *, embeddings: bool = False) -> dict[str, Update]:
     """Read an adapter folder as module path → update, in float32, in the order of the paths.
+
+    Args:
+        folder: in PEFT's format.
+        embeddings: read the updates of embeddings too; else they are refused. The base's own weights, of which PEFT saves a
+            copy beside them, are left out.
 
     Raises:
         AdapterError: the folder is damaged, asks for what is ignored here, or holds more than pure low-rank updates.
     """
     config, tensors, identity = read_config(folder), read_tensors(folder), read_identity(folder)
+    turned = {key.rpartition(".")[0] for key in tensors if embeddings and EMBEDDING.search(key)}
+    copies = {f"{module}{BASE_COPY}" for module in turned}
+    tensors = {EMBEDDING.sub(r".lora_\1.weight", key) if embeddings else key: one for key, one in tensors.items() if key not in copies}
     names = _module_paths(tensors, folder)
     check_values(tensors, str(folder))
     if identity is not None:
         check_digests(folder, identity)
-    return {name: _update(name, tensors, config, folder) for name in names}
+    found = {name: _update(name, tensors, config, folder) for name in names}
+    return {name: replace(update, embedding=PREFIX + name in turned) for name, update in found.items()}
 
 
 def read_over_one_base(folders: Sequence[Path]) -> list[dict[str, Update]]:

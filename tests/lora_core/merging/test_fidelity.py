@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,14 @@ def test_settings_of_the_layer_are_used(llama_folder: Path, saved: Path) -> None
     assert not torch.equal(rounded_to_nf4(dense, Nf4Settings(double=True)), dense)
     delta_rows = merge_fidelity(model, saved, storages=("nf4",))
     assert delta_rows[0].base == "dequantised"
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, {"load_in_8bit": True}], ids=["fp4", "int8"])
+def test_no_quantised_base_passes_for_the_original(llama_folder: Path, saved: Path, settings: dict[str, Any]) -> None:
+    from transformers import BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32)
+    assert {row.base for row in merge_fidelity(model, saved, storages=("float32",))} == {"dequantised"}
 
 
 def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:

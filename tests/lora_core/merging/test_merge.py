@@ -185,12 +185,6 @@ def test_a_sum_that_overflows_is_refused_and_nothing_is_merged(refuses: Callable
     refuses(model, lambda: merge(model), MergeError, "1: the merged weight is not finite in torch.float16; merge in float32")
 
 
-def test_a_weight_that_another_module_shares_is_refused(adapt: Build, refuses: Callable[..., None]) -> None:
-    """Merging into a tied head would change the embedding as well."""
-    model = adapt(LoraConfig(r=4, lora_alpha=8, target_modules=("lm_head",)), tied=True)
-    refuses(model, lambda: merge(model), MergeError, "lm_head")
-
-
 def test_a_wrapped_model_merges(adapt: Build, logits: Logits, wrapper: Callable[[nn.Module], nn.Module]) -> None:
     model = adapt()
     before = logits(model)

@@ -265,15 +265,6 @@ def test_a_weight_of_whole_numbers_is_refused(prepare: Callable[..., LlamaForCau
     refused(MergeError, "is stored as torch.int8", check_base=False)
 
 
-@pytest.mark.parametrize("stored", [False, True], ids=["head absent", "head stored twice"])
-def test_a_tied_head_is_refused(prepare: Callable[..., LlamaForCausalLM], base: Path, refused: Callable[..., None], stored: bool) -> None:
-    prepare(LoraConfig(r=4, lora_alpha=8, target_modules=("lm_head", "q_proj")), tied=True)
-    if stored:
-        tensors = load_file(base / SINGLE)
-        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / SINGLE, metadata={"format": "pt"})
-    refused(MergeError, "lm_head is tied.*leave lm_head out of target_modules")
-
-
 def test_an_untied_head_is_merged(prepare: Callable[..., LlamaForCausalLM], base: Path, adapter: Path, result: Path) -> None:
     model = prepare(LoraConfig(r=4, lora_alpha=8, target_modules=("lm_head",)))
     merge_checkpoint(base, adapter, result)
