@@ -134,6 +134,13 @@ def test_a_wrapper_changes_no_path(build_llama: Build, tokens: Tensor, wrapper: 
     torch.testing.assert_close(projector(starts[0][QKV[0]]), projector(starts[1][QKV[0]]), **CLOSE)
 
 
+def test_a_compiled_block_changes_no_path(build_llama: Build, tokens: Tensor) -> None:
+    plain, compiled = build_llama(), build_llama()
+    compiled.model.layers[1] = torch.compile(compiled.model.layers[1], backend="eager")
+    starts = [eva_starts(m, {QKV[0]: 3}, [lambda m=m: m(input_ids=tokens, use_cache=False)]) for m in (plain, compiled)]
+    torch.testing.assert_close(projector(starts[0][QKV[0]]), projector(starts[1][QKV[0]]), **CLOSE)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_model_is_left_as_it_was(
     build_llama: Build, tokens: Tensor, state_of: Callable, assert_same_state: Callable, fails: bool
