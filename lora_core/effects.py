@@ -22,12 +22,23 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> list[Target]:
         TargetError: see `plan_targets`, or a setting has no effect on the targets.
     """
     targets = plan_targets(model, config)
+    _check_parameters(config)
     _check_names(config, [target.name for target in targets])
     _check_exclusions(model, config)
     _check_only_embeddings(config, targets)
     for target in targets:
         _check_start(config, target)
     return targets
+
+
+def _check_parameters(config: LoraConfig) -> None:
+    """Refuse what chooses among modules where parameters are adapted, which are chosen by their own names."""
+    if config.target_parameters and config.layers_to_transform:
+        raise TargetError(
+            f"layers_to_transform={config.layers_to_transform!r} has no effect on target_parameters; name these by their whole paths"
+        )
+    if config.exclude_modules and not config.target_modules:
+        raise TargetError(f"exclude_modules={config.exclude_modules!r} has no effect on target_parameters; leave it out")
 
 
 def _check_names(config: LoraConfig, names: list[str]) -> None:

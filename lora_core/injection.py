@@ -137,10 +137,10 @@ def _biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
     if config.bias == "none":
         return {}
     biased = {name: m for name, m in plain_modules(model).items() if isinstance(m._parameters.get("bias"), nn.Parameter)}
-    free = {name: module for name, module in biased.items() if not _lies_in(name, parts)}
-    if not (biased if config.bias == "all" else set(biased) & set(parts)):
+    free = {name: module for name, module in biased.items() if config.bias == "all" and not _lies_in(name, parts)}
+    if not free and all(getattr(part, "trained_bias", None) is None for part in parts.values()):
         raise TargetError(f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'")
-    return {name: TrainedBias(module) for name, module in free.items()} if config.bias == "all" else {}
+    return {name: TrainedBias(module) for name, module in free.items()}
 
 
 def _lies_in(name: str, parts: Parts) -> bool:

@@ -391,6 +391,19 @@ def test_what_started_so_is_a_plain_adapter_of_the_4_bit_base(
     assert (logits(model) - logits(build_nf4_llama())).abs().max() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
+def test_a_drawn_start_beside_a_bias_of_b_is_read_by_peft(
+    build_llama: Build, logits: Logits, randomise: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
+    """It refuses the word `gaussian` beside lora_bias, and needs no word for weights that it reads."""
+    model, both = build_llama(), config("gaussian", lora_bias=True)
+    inject(model, both, seed=1)
+    randomise(model)
+    save_adapter(model, tmp_path, both, Identity())
+    theirs = PeftModel.from_pretrained(build_llama(), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
+
+
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_an_eva_adapter_of_peft_is_read(build_llama: Build, tokens: Tensor, logits: Logits, tmp_path: Path, rho: float) -> None:
     """With ranks that PEFT gave to the layers by their inputs, and layers it left out for that."""
