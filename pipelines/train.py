@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from datasets import Dataset, load_from_disk
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from lora_core import Identity, LoraConfig, inject, save_adapter, trained_weights
+from lora_core import Identity, LoraConfig, save_adapter, trained_weights
+from lora_core.adapter.files import CONFIG, read_json
+from lora_core.config import GIVEN
 from lora_core.training.losses import linear_cross_entropy
 from lora_core.training.optim import loraplus_groups
 from pipelines import checkpoint
@@ -40,6 +42,7 @@ from pipelines.hardware import Hardware, detect, peak_memory_bytes
 from pipelines.model import head_weight, hidden_states, load_model
 from pipelines.plan import lora_config
 from pipelines.stage import read_inputs, write_result
+from pipelines.starts import inject_started
 
 METRICS = "metrics.jsonl"
 FINAL_RATE = 0.1
@@ -70,6 +73,10 @@ class Run:
         dealt = shares(self.steps[step], self.lengths, self.accelerator.num_processes * parts)
         return dealt[self.accelerator.process_index :: self.accelerator.num_processes]
 
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """Yield the examples of all steps and ranks, in the order of the steps."""
+        return (self.dataset[i] for step in self.steps for i in step)
+
     def supervised_tokens(self, step: int) -> int:
         """Count the supervised tokens of a step over all ranks."""
         return sum(sum(self.dataset[i]["supervised"]) for i in self.steps[step])
@@ -81,8 +88,8 @@ def train(folder: Path) -> None:
     hardware = detect()
     accelerator = start(inputs, hardware)
     model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
-    config = adapt(model, inputs)
     run = prepare_run(accelerator, inputs, Path(paths["data"]), hardware)
+    config = adapt(model, run, inputs, base=Path(paths["base"]), resumes=checkpoint.exists(folder))
     weights = trained_weights(model)
     engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, inputs), hardware)
     first = checkpoint.resume(accelerator, folder)
@@ -115,12 +122,16 @@ def start(inputs: dict[str, Any], hardware: Hardware) -> Accelerator:
     return accelerator
 
 
-def adapt(model: PreTrainedModel, inputs: dict[str, Any]) -> LoraConfig | None:
-    """Inject the adapter, or leave every weight to train for the control; return the adapter's config."""
+def adapt(model: PreTrainedModel, run: Run, inputs: dict[str, Any], *, base: Path, resumes: bool) -> LoraConfig | None:
+    """Inject the adapter, or leave every weight to train for the control; return the adapter's config.
+
+    A run that resumes finds its adapter in the checkpoint, so what would only be written over is not looked for again.
+    """
     config = None
     if inputs["method"] == "lora":
         config = lora_config(inputs["lora"], inputs["rank"])
-        inject(model, config, seed=inputs["seed"])
+        start = replace(config, init_lora_weights="kaiming") if resumes and config.init_lora_weights in GIVEN else config
+        inject_started(model, start, seed=inputs["seed"], examples=run.examples(), base=base)
     if inputs["training"]["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -263,6 +274,7 @@ def finish(folder: Path, run: Run, engine: Any, config: LoraConfig | None, figur
         if config is not None:
             identity = Identity(inputs["base"]["id"], inputs["base"]["revision"], inputs["base"]["digests"], _lineage(inputs))
             figures["adapter_sha256"] = save_adapter(model, folder / "adapter", config, identity)
+            figures["file_rank"] = read_json(folder / "adapter" / CONFIG)["r"]
             figures["file_bytes"] = sum(p.stat().st_size for p in (folder / "adapter").iterdir())
         else:
             shutil.rmtree(folder / "model", ignore_errors=True)
@@ -281,6 +293,7 @@ def _lineage(inputs: dict[str, Any]) -> dict[str, str]:
         "tokenizer_sha256": base["tokenizer_sha256"],
         "template_sha256": base["template_sha256"],
         "quantization": inputs["quantization"],
+        "init": inputs["lora"]["init"],
     }
 
 
