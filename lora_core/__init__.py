@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_core.merging.merge import merge, unmerge
     from lora_core.merging.streaming import merge_checkpoint
     from lora_core.starts.given import set_starts
+    from lora_core.starts.ranks import eva_ranks
     from lora_core.targets import Target, plan_targets
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "merging.merge": ("merge", "unmerge"),
     "merging.streaming": ("merge_checkpoint",),
     "starts.given": ("set_starts",),
+    "starts.ranks": ("eva_ranks",),
     "targets": ("Target", "plan_targets"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -73,6 +75,7 @@ __all__ = [
     "RoutingError",
     "Target",
     "TargetError",
+    "eva_ranks",
     "export_gguf",
     "export_peft",
     "export_vllm",
