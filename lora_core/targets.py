@@ -37,13 +37,11 @@ class Target:
     layer: Layer = "linear"
     experts: int = 1
     """Matrices of this shape in a stack of experts."""
-    vectors: int = 0
-    """Vectors as long as the output that are trained beside: the rows' lengths (DoRA), B's bias."""
 
     @property
     def trained_weights(self) -> int:
-        """Weights of A and B, and of the vectors."""
-        return self.experts * self.rank * (self.in_features + self.out_features) + self.vectors * self.out_features
+        """Weights of A and B."""
+        return self.experts * self.rank * (self.in_features + self.out_features)
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,7 @@ def _check_patterns(names: list[str], config: LoraConfig) -> None:
 
 def _target(name: str, found: Candidate, config: LoraConfig) -> Target:
     rank, scale = config.rank_of(name), config.scale_of(name)
-    vectors = int(config.use_dora) + int(config.lora_bias)
-    return Target(name, found.in_features, found.out_features, rank, scale, found.kind, found.layer, vectors=vectors)
+    return Target(name, found.in_features, found.out_features, rank, scale, found.kind, found.layer)
 
 
 def _stacks(model: nn.Module, config: LoraConfig) -> list[Target]:

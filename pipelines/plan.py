@@ -48,7 +48,7 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
     runs = {f"rank-{rank}": _run(model, setup, found, lora) for rank, found in targets.items()}
     runs["control"] = _cost(model, replace(setup, method="full"), [])
     return {
-        "targets": [kind for found in targets.values() for kind in _by_kind(found)],
+        "targets": [kind for found in targets.values() for kind in _by_kind(found, lora["use_dora"])],
         "runs": runs,
         "setup": asdict(setup),
         "alternatives": _alternatives(model, setup, targets[max(targets)]),
@@ -138,7 +138,7 @@ def _names(value: str | list[str]) -> str | tuple[str, ...]:
 def _run(model: nn.Module, setup: Setup, targets: list[Target], lora: dict[str, Any]) -> dict[str, Any]:
     """Return an adapter's rank and scale, the rank that its file has, and its cost."""
     rank, doubles = targets[0].rank, is_spectral(lora["init"])
-    starts = sum(target.rank * (target.in_features + target.out_features) for target in targets) if doubles else 0
+    starts = sum(target.trained_weights for target in targets) if doubles else 0
     file_rank = 2 * rank if doubles else rank
     return {"rank": rank, "scale": targets[0].scale, "file_rank": file_rank, **_cost(model, setup, targets, starts)}
 
@@ -183,8 +183,8 @@ def _plain(cost: Budget) -> dict[str, int]:
     return {**vars(cost), "memory_bytes": cost.memory_bytes}
 
 
-def _by_kind(targets: list[Target]) -> list[dict[str, Any]]:
-    """Group targets by the last part of their name and their shape; weights are those of the whole group."""
+def _by_kind(targets: list[Target], use_dora: bool) -> list[dict[str, Any]]:
+    """Group targets by the last part of their name and their shape; weights are those of the whole group, with DoRA's lengths."""
     groups: dict[tuple[str, int, int], list[Target]] = {}
     for target in targets:
         groups.setdefault((target.name.rpartition(".")[2], target.out_features, target.in_features), []).append(target)
@@ -196,7 +196,7 @@ def _by_kind(targets: list[Target]) -> list[dict[str, Any]]:
             "count": len(group),
             "rank": group[0].rank,
             "scale": group[0].scale,
-            "trained_weights": sum(target.trained_weights for target in group),
+            "trained_weights": sum(target.trained_weights for target in group) + use_dora * out * len(group),
         }
         for (name, out, wide), group in groups.items()
     ]

@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def train(folder: Path) -> None:
     accelerator = start(inputs, hardware)
     model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
     run = prepare_run(accelerator, inputs, Path(paths["data"]), hardware)
-    config = adapt(model, run, inputs, base=Path(paths["base"]), resumes=checkpoint.exists(folder))
+    config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), resumes=checkpoint.exists(folder))
     weights = trained_weights(model)
     engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, inputs), hardware)
     first = checkpoint.resume(accelerator, folder)
@@ -122,7 +122,9 @@ def start(inputs: dict[str, Any], hardware: Hardware) -> Accelerator:
     return accelerator
 
 
-def adapt(model: PreTrainedModel, run: Run, inputs: dict[str, Any], *, base: Path, resumes: bool) -> LoraConfig | None:
+def adapt(
+    model: PreTrainedModel, inputs: dict[str, Any], *, examples: Iterable[dict[str, Any]], base: Path, resumes: bool
+) -> LoraConfig | None:
     """Inject the adapter, or leave every weight to train for the control; return the adapter's config.
 
     A run that resumes finds its adapter in the checkpoint, so what would only be written over is not looked for again.
@@ -131,7 +133,7 @@ def adapt(model: PreTrainedModel, run: Run, inputs: dict[str, Any], *, base: Pat
     if inputs["method"] == "lora":
         config = lora_config(inputs["lora"], inputs["rank"])
         start = replace(config, init_lora_weights="kaiming") if resumes and config.init_lora_weights in GIVEN else config
-        inject_started(model, start, seed=inputs["seed"], examples=run.examples(), base=base)
+        inject_started(model, start, seed=inputs["seed"], examples=examples, base=base)
     if inputs["training"]["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
