@@ -20,7 +20,7 @@ from pipelines.batches import pack
 from pipelines.errors import BaseModelError
 from pipelines.model import hidden_states
 
-EVA_TOKENS = 4096
+EVA_TOKENS = 2048
 """Enough for the ranks in use, and a small part of what a run reads; the time for it grows with their number."""
 
 

@@ -98,7 +98,7 @@ def test_layers_of_one_input_share_one_decomposition(build_llama: Build, tokens:
     targets = dict(zip((*QKV, f"{BLOCK}.self_attn.o_proj"), (2, 4, 3, 2), strict=True))
     starts = eva_starts(model, targets, 3 * [lambda: model(input_ids=tokens, use_cache=False)])
     assert len(calls) == 3 * 2  # batches × distinct inputs, not × targets
-    assert max(rows for rows, _ in calls) == 4 + tokens.numel()  # the directions kept and the rows of a batch
+    assert max(rows for _, rows in calls) == 4 + tokens.numel()  # the directions kept and the rows of a batch
     assert torch.equal(starts[QKV[0]], starts[QKV[1]][:2])
     assert starts[QKV[0]].data_ptr() != starts[QKV[1]].data_ptr()
 
