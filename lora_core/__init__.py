@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from lora_core.merging.fidelity import logit_divergence, merge_fidelity
     from lora_core.merging.merge import merge, unmerge
     from lora_core.merging.streaming import merge_checkpoint
+    from lora_core.starts.given import set_starts
+    from lora_core.starts.ranks import eva_ranks
     from lora_core.targets import Target, plan_targets
 
 _HOMES = {
@@ -52,6 +54,8 @@ _HOMES = {
     "layers.linear": ("LoraLinear",),
     "merging.merge": ("merge", "unmerge"),
     "merging.streaming": ("merge_checkpoint",),
+    "starts.given": ("set_starts",),
+    "starts.ranks": ("eva_ranks",),
     "targets": ("Target", "plan_targets"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -71,6 +75,7 @@ __all__ = [
     "RoutingError",
     "Target",
     "TargetError",
+    "eva_ranks",
     "export_gguf",
     "export_peft",
     "export_vllm",
@@ -85,6 +90,7 @@ __all__ = [
     "merge_fidelity",
     "plan_targets",
     "save_adapter",
+    "set_starts",
     "trained_weights",
     "unmerge",
 ]

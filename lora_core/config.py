@@ -14,8 +14,11 @@ from lora_core.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 InitMethod = str
-"""kaiming, gaussian, orthogonal, olora, pissa, or pissa_niter_N for N steps of subspace iteration."""
-INITS = re.compile(r"kaiming|gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?")
+"""kaiming, gaussian, orthogonal, olora, pissa, pissa_niter_N for N steps of subspace iteration, eva, or loftq."""
+INITS = re.compile(r"kaiming|gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?|eva|loftq")
+INIT_WORDS = "kaiming, gaussian, orthogonal, olora, pissa, pissa_niter_N, eva, loftq"
+GIVEN = {"eva": "data", "loftq": "original"}
+"""Start that needs more than the model → the argument of `inject` that brings it."""
 Bias = Literal["none", "all", "lora_only"]
 Names = str | tuple[str, ...]
 """A regular expression that matches whole module names, or names: exact, or their last parts."""
@@ -62,7 +65,7 @@ class LoraConfig:
     use_dora: bool = False
     """Train the length of each row of W0 + s·B·A by itself."""
     init_lora_weights: InitMethod = "kaiming"
-    """How A and B start; the adapted model starts as the base whatever is chosen."""
+    """How A and B start: the adapted model starts as the base, but with loftq nearer to the base before it was rounded."""
 
     def __post_init__(self) -> None:
         _check_rank("rank r", self.r)
@@ -74,7 +77,7 @@ class LoraConfig:
         if self.bias not in get_args(Bias):
             raise ConfigError(f"bias={self.bias!r} is unknown; use {' or '.join(map(repr, get_args(Bias)))}")
         if not (isinstance(self.init_lora_weights, str) and INITS.fullmatch(self.init_lora_weights)):
-            raise ConfigError(f"init_lora_weights={self.init_lora_weights!r} is unknown; use {INITS.pattern.replace('|', ', ')}")
+            raise ConfigError(f"init_lora_weights={self.init_lora_weights!r} is unknown; use {INIT_WORDS}")
         _check_names("target_parameters", self.target_parameters)
         if not (self.target_modules or self.target_parameters):
             raise ConfigError(f"target_modules={self.target_modules!r} names nothing; use 'all-linear', a regular expression or names")

@@ -8,6 +8,7 @@ from torch import nn
 from lora_core.base.quant import keep_layout
 from lora_core.base.sharing import memory_of
 from lora_core.config import LoraConfig
+from lora_core.effects import plan_adapter
 from lora_core.errors import TargetError
 from lora_core.layers.conv import LoraConv2d
 from lora_core.layers.embedding import LoraEmbedding
@@ -15,30 +16,39 @@ from lora_core.layers.experts import LoraExperts, expert_targets
 from lora_core.layers.linear import LoraLayer, LoraLinear
 from lora_core.layers.trained import TiedHead, TrainedBias, TrainedModule, TrainedRows
 from lora_core.modules import adapter_parts, module_at, output_head, plain_modules, replace_module, unwrapped
-from lora_core.starts.spectral import is_spectral
-from lora_core.targets import Target, named_modules, plan_targets
+from lora_core.starts.eva import Batches
+from lora_core.starts.given import Original, check_given, start_given
+from lora_core.targets import Target, named_modules
 
 LAYERS = (LoraLinear, LoraEmbedding, LoraConv2d)
 Parts = dict[str, nn.Module]
 """Module path → the part that stands in the module's place."""
 
 
-def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> list[Target]:
+def inject(
+    model: nn.Module, config: LoraConfig, *, seed: int, data: Batches | None = None, original: Original | None = None
+) -> list[Target]:
     """Put the adapter that `config` describes into `model` and freeze the rest; return the plan of its updates.
 
     The model computes what it computed before until something is trained: bit for bit, and up to a rounding under DoRA
-    and with starts in which B is not zero.
+    and with starts in which B is not zero. Only `loftq` is there to change it, towards the base before it was rounded.
 
     Args:
         model: changed in place, wholly or not at all.
         config: the adapter.
         seed: draws every start.
+        data: for init_lora_weights='eva', and for no other: calls that each push one batch through `model`.
+        original: for init_lora_weights='loftq', and for no other: module path → its weight before it was rounded.
 
     Raises:
-        TargetError: see `plan_targets`; the model is unchanged.
+        TargetError: see `plan_adapter`; the model is unchanged.
+        ConfigError: `data` or `original` is missing, has no effect, or does not fit; the model is unchanged.
     """
-    targets = plan_targets(model, config)
-    place_parts(model, build_parts(model, config, targets, seed))
+    check_given(config, data, original)
+    targets = plan_adapter(model, config)
+    parts = _parts(model, config, targets, seed)
+    start_given(model, {name: part for name, part in parts.items() if isinstance(part, LoraLinear)}, data, original)
+    place_parts(model, parts)
     return targets
 
 
@@ -46,8 +56,15 @@ def build_parts(model: nn.Module, config: LoraConfig, targets: list[Target], see
     """Build everything an adapter consists of, over the modules of `model`, which is not changed.
 
     Raises:
+        ConfigError: the config's start has to be found first; see `set_starts`.
         TargetError: a setting has no effect, or two settings want the same module.
     """
+    check_given(config, None, None)
+    return _parts(model, config, targets, seed)
+
+
+def _parts(model: nn.Module, config: LoraConfig, targets: list[Target], seed: int) -> Parts:
+    """Build the parts; a start that is given is still to be put into them."""
     layers = {one.name: _layer(module_at(model, one.name), one, config, seed) for one in targets if one.layer != "experts"}
     saved = named_modules(model, config.modules_to_save, "modules_to_save")
     wholes: Parts = {name: TrainedModule(module, name) for name, module in saved.items()}
@@ -93,8 +110,8 @@ def _layer(module: nn.Module, target: Target, config: LoraConfig, seed: int) -> 
 
 def _experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
     """Build the updates of stacked experts; like PEFT's, they know plain starts alone."""
-    if config.target_parameters and (config.use_dora or config.lora_bias or is_spectral(config.init_lora_weights)):
-        raise TargetError("target_parameters take neither use_dora nor lora_bias nor a start from the weight; switch these off")
+    if config.target_parameters and (config.use_dora or config.lora_bias):
+        raise TargetError("target_parameters take neither use_dora nor lora_bias; switch these off")
     parts: Parts = {}
     for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
         sizes = {stack: (config.rank_of(f"{path}.{stack}"), config.scale_of(f"{path}.{stack}")) for stack in stacks}
@@ -121,10 +138,10 @@ def _biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
     if config.bias == "none":
         return {}
     biased = {name: m for name, m in plain_modules(model).items() if isinstance(m._parameters.get("bias"), nn.Parameter)}
-    free = {name: module for name, module in biased.items() if not _lies_in(name, parts)}
-    if not (biased if config.bias == "all" else set(biased) & set(parts)):
+    free = {name: module for name, module in biased.items() if config.bias == "all" and not _lies_in(name, parts)}
+    if not free and all(getattr(part, "trained_bias", None) is None for part in parts.values()):
         raise TargetError(f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'")
-    return {name: TrainedBias(module) for name, module in free.items()} if config.bias == "all" else {}
+    return {name: TrainedBias(module) for name, module in free.items()}
 
 
 def _lies_in(name: str, parts: Parts) -> bool:

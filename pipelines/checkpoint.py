@@ -2,11 +2,13 @@
 
     <stage>/checkpoints/step-00010/    adapter or weights, optimiser, schedule, every rank's random state
 
-What is saved is the trained part alone; the frozen base is loaded again from where it lies.
+What is saved is the trained part, and the start that a layer takes off again where it has one: another machine may find
+other signs for it. The frozen base is loaded again from where it lies.
 """
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -20,7 +22,9 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside), **_only_trained(accelerator, exclude_frozen_parameters=True))
+    hook = accelerator.register_save_state_pre_hook(_leave_out_frozen)
+    accelerator.save_state(str(aside), **({"exclude_frozen_parameters": True} if _has_engine(accelerator) else {}))
+    hook.remove()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.rmtree(complete, ignore_errors=True)
@@ -30,12 +34,17 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     accelerator.wait_for_everyone()
 
 
+def exists(folder: Path) -> bool:
+    """Tell whether there is a complete checkpoint to go on from."""
+    return bool(_complete(folder))
+
+
 def resume(accelerator: Accelerator, folder: Path) -> int:
     """Restore the newest complete checkpoint; return how many steps it holds, 0 when there is none."""
     found = _complete(folder)
     if not found:
         return 0
-    accelerator.load_state(str(found[-1]), **_only_trained(accelerator, load_module_strict=False))
+    accelerator.load_state(str(found[-1]), **{"load_module_strict" if _has_engine(accelerator) else "strict": False})
     return int(found[-1].name.removeprefix("step-"))
 
 
@@ -44,9 +53,19 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def _only_trained(accelerator: Accelerator, **options: bool) -> dict[str, bool]:
-    """Return DeepSpeed's option that leaves frozen weights out; other engines take none."""
-    return options if accelerator.distributed_type == "DEEPSPEED" else {}
+def _has_engine(accelerator: Accelerator) -> bool:
+    """Tell whether DeepSpeed saves and loads the model, under options of its own."""
+    return bool(accelerator.distributed_type == "DEEPSPEED")
+
+
+def _leave_out_frozen(models: list[Any], states: list[dict[str, Any]], _: str) -> None:
+    """Take out of each model's state what is not trained; there are none where an engine saves them."""
+    for model, state in zip(models, states, strict=False):
+        kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad} | {
+            name for name, _ in model.named_buffers()
+        }
+        for name in state.keys() - kept:
+            del state[name]
 
 
 def _folder(folder: Path, step: int) -> Path:

@@ -14,12 +14,16 @@ from datasets import load_from_disk
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_core import LoraConfig, Target, plan_targets
+from lora_core import LoraConfig, Target
+from lora_core.budget.activations import FLOAT32
 from lora_core.budget.budget import Budget, alternatives, budget
 from lora_core.budget.setup import Setup
+from lora_core.effects import plan_adapter
+from lora_core.starts.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
 from pipelines.batches import order, shares
 from pipelines.child import run_stage
+from pipelines.errors import RecipeError
 
 PROCESSES = (1, 2, 4, 8)
 """For which other ways of training are weighed."""
@@ -38,11 +42,13 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
     """Return targets by kind and rank, each run's cost by term, and the memory of every other way on GPUs."""
     model = meta_model(paths["base"])
     setup = run_setup(inputs, largest_share(Path(paths["data"]), inputs))
-    targets = {rank: plan_targets(model, lora_config(inputs["lora"], rank)) for rank in inputs["ranks"]}
-    runs = {f"rank-{rank}": {"rank": rank, "scale": found[0].scale, **_cost(model, setup, found)} for rank, found in targets.items()}
+    lora = inputs["lora"]
+    targets = {rank: plan_adapter(model, lora_config(lora, rank)) for rank in inputs["ranks"]}
+    check_ratio(lora, targets[inputs["ranks"][0]])
+    runs = {f"rank-{rank}": _run(model, setup, found, lora) for rank, found in targets.items()}
     runs["control"] = _cost(model, replace(setup, method="full"), [])
     return {
-        "targets": [kind for found in targets.values() for kind in _by_kind(found)],
+        "targets": [kind for found in targets.values() for kind in _by_kind(found, lora["use_dora"])],
         "runs": runs,
         "setup": asdict(setup),
         "alternatives": _alternatives(model, setup, targets[max(targets)]),
@@ -117,14 +123,43 @@ def lora_config(settings: dict[str, Any], rank: int) -> LoraConfig:
     )
 
 
+def check_ratio(lora: dict[str, Any], targets: list[Target]) -> None:
+    """Refuse LoRA+ where it changes no rate."""
+    if lora["loraplus_ratio"] != 1 and not lora["use_dora"] and all(target.layer == "embedding" for target in targets):
+        raise RecipeError(
+            f"lora.loraplus_ratio {lora['loraplus_ratio']:g} has no effect: both factors of an embedding learn at one rate; use 1"
+        )
+
+
 def _names(value: str | list[str]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(value)
 
 
-def _cost(model: nn.Module, setup: Setup, targets: list[Target]) -> dict[str, int]:
-    """Return a run's budget, and its memory were gradient checkpointing the other way."""
+def _run(model: nn.Module, setup: Setup, targets: list[Target], lora: dict[str, Any]) -> dict[str, Any]:
+    """Return an adapter's rank and scale, the rank that its file has, and its cost."""
+    rank, doubles = targets[0].rank, is_spectral(lora["init"])
+    starts = sum(target.trained_weights for target in targets) if doubles else 0
+    file_rank = 2 * rank if doubles else rank
+    return {"rank": rank, "scale": targets[0].scale, "file_rank": file_rank, **_cost(model, setup, targets, starts)}
+
+
+def _cost(model: nn.Module, setup: Setup, targets: list[Target], starts: int = 0) -> dict[str, int]:
+    """Return a run's budget, and its memory were gradient checkpointing the other way.
+
+    Args:
+        model: without weights.
+        setup: how it is trained.
+        targets: the adapter's; none for the control.
+        starts: weights of a start that stays beside the trained pair, in memory and in the file.
+    """
     other = replace(setup, checkpointing=not setup.checkpointing)
-    return {**_plain(budget(model, setup, targets)), "other_checkpointing_bytes": budget(model, other, targets).memory_bytes}
+    cost, less = (_with_starts(budget(model, way, targets), way, starts) for way in (setup, other))
+    return {**_plain(cost), "other_checkpointing_bytes": less.memory_bytes}
+
+
+def _with_starts(cost: Budget, setup: Setup, starts: int) -> Budget:
+    held = cost.weight_bytes + setup.held_bytes * starts
+    return replace(cost, file_bytes=cost.file_bytes + FLOAT32 * starts, weight_bytes=held)
 
 
 def _alternatives(model: nn.Module, setup: Setup, targets: list[Target]) -> list[dict[str, Any]]:
@@ -148,8 +183,8 @@ def _plain(cost: Budget) -> dict[str, int]:
     return {**vars(cost), "memory_bytes": cost.memory_bytes}
 
 
-def _by_kind(targets: list[Target]) -> list[dict[str, Any]]:
-    """Group targets by the last part of their name and their shape; weights are those of the whole group."""
+def _by_kind(targets: list[Target], use_dora: bool) -> list[dict[str, Any]]:
+    """Group targets by the last part of their name and their shape; weights are those of the whole group, with DoRA's lengths."""
     groups: dict[tuple[str, int, int], list[Target]] = {}
     for target in targets:
         groups.setdefault((target.name.rpartition(".")[2], target.out_features, target.in_features), []).append(target)
@@ -161,7 +196,7 @@ def _by_kind(targets: list[Target]) -> list[dict[str, Any]]:
             "count": len(group),
             "rank": group[0].rank,
             "scale": group[0].scale,
-            "trained_weights": sum(target.trained_weights for target in group),
+            "trained_weights": sum(target.trained_weights for target in group) + use_dora * out * len(group),
         }
         for (name, out, wide), group in groups.items()
     ]

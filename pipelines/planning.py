@@ -31,14 +31,15 @@ def print_plan(recipe: Recipe, root: Path, gpu_gb: float | None = None) -> None:
     data_stage = stages.data(base)
     data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
     plan = launch.result_of(stages.plan(base, data), "pipelines.plan", threads=1)
-    console.print(_targets_table(plan["targets"]))
+    console.print(_targets_table(plan["targets"], recipe.lora.init))
     console.print(_runs_table(recipe, plan, base["weights"]))
     if gpu_gb is not None:
         console.print(_fits_table(plan, max(recipe.lora.ranks), gpu_gb))
 
 
-def _targets_table(targets: list[dict[str, Any]]) -> Table:
-    table = Table("module", "layers", "out × in", "rank", "scale", "trained weights", title="Modules with an adapter", title_justify="left")
+def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
+    title = f"Modules with an adapter; init {init}"
+    table = Table("module", "layers", "out × in", "rank", "scale", "trained weights", title=title, title_justify="left")
     for target in targets:
         table.add_row(
             target["name"],
@@ -63,6 +64,7 @@ def _runs_table(recipe: Recipe, plan: dict[str, Any], base_weights: int) -> Tabl
         column.justify = "right"
     table.add_row("trained weights", *(f"{run['trained_weights']:,}" for run in runs))
     table.add_row("share of all", *(f"{run['trained_weights'] / base_weights:.2%}" for run in runs))
+    table.add_row("rank in the file", *(str(run.get("file_rank", "–")) for run in runs))
     table.add_row("file", *(_megabytes(run["file_bytes"]) for run in runs), end_section=True)
     for term, name in TERMS.items():
         table.add_row(name, *(_megabytes(run[term]) for run in runs))

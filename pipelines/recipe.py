@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from lora_core.config import INIT_WORDS, INITS
 from pipelines.errors import RecipeError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +36,12 @@ def _alone(value: Any) -> Any:
 
 Rates = Annotated[tuple[Rate, ...], BeforeValidator(_alone), Field(min_length=1), AfterValidator(_distinct)]
 """One rate, or several."""
+
+
+def _init_word(word: str) -> str:
+    if not INITS.fullmatch(word):
+        raise ValueError(f"is {word!r}, which names no start; use {INIT_WORDS}")
+    return word
 
 
 class Section(BaseModel):
@@ -92,8 +99,9 @@ class LoraSection(Section):
     """Scale by alpha/√r."""
     use_dora: bool = False
     """Train the length of each row of the adapted weight by itself (DoRA)."""
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
-    """How A and B start; the adapted model starts as the base."""
+    init: Annotated[str, AfterValidator(_init_word)] = "kaiming"
+    """How A and B start: drawn (kaiming, gaussian, orthogonal), from the weight (pissa, pissa_niter_N, olora; the saved adapter
+    has twice the rank), from the first training examples (eva), or towards the unrounded weight (loftq)."""
     loraplus_ratio: Annotated[float, Field(gt=0)] = 1
     """Rate of B over that of A (LoRA+); 1 is one rate for both."""
     learning_rate: Rate = 1e-3
@@ -288,6 +296,14 @@ class Recipe(Section):
             raise ValueError(f"frontier.cuts names rank {high[0]}, and the highest rank is {max(self.lora.ranks)}; use lower ones")
         if self.lora.learning_rate in self.frontier.learning_rates:
             raise ValueError(f"frontier.learning_rates repeats lora.learning_rate {self.lora.learning_rate:g}; name others")
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_is_there_to_be_made_up_for(self) -> "Recipe":
+        if self.lora.init == "loftq" and self.base_model.quantization == "none":
+            raise ValueError(
+                "lora.init 'loftq' has no effect under base_model.quantization 'none', which rounds nothing; use 'nf4', or another init"
+            )
         return self
 
     @model_validator(mode="after")

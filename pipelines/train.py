@@ -18,8 +18,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from datasets import Dataset, load_from_disk
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from lora_core import Identity, LoraConfig, inject, save_adapter, trained_weights
+from lora_core import Identity, LoraConfig, save_adapter, trained_weights
+from lora_core.adapter.files import CONFIG, read_json
+from lora_core.config import GIVEN
 from lora_core.errors import AdapterError
 from lora_core.spectrum.spectrum import effective_rank, singular_values
 from lora_core.spectrum.updates import read_updates
@@ -44,6 +46,7 @@ from pipelines.hardware import Hardware, detect, peak_memory_bytes
 from pipelines.model import head_weight, hidden_states, load_model
 from pipelines.plan import lora_config
 from pipelines.stage import SNAPSHOTS, read_inputs, read_options, snapshot, write_result
+from pipelines.starts import inject_started
 
 METRICS = "metrics.jsonl"
 FINAL_RATE = 0.1
@@ -74,6 +77,10 @@ class Run:
         dealt = shares(self.steps[step], self.lengths, self.accelerator.num_processes * parts)
         return dealt[self.accelerator.process_index :: self.accelerator.num_processes]
 
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """Yield the examples of all steps and ranks, in the order of the steps."""
+        return (self.dataset[i] for step in self.steps for i in step)
+
     def supervised_tokens(self, step: int) -> int:
         """Count the supervised tokens of a step over all ranks."""
         return sum(sum(self.dataset[i]["supervised"]) for i in self.steps[step])
@@ -85,8 +92,8 @@ def train(folder: Path) -> None:
     hardware = detect()
     accelerator = start(inputs, hardware)
     model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
-    config = adapt(model, inputs)
     run = prepare_run(accelerator, inputs, Path(paths["data"]), hardware)
+    config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), resumes=checkpoint.exists(folder))
     weights = trained_weights(model)
     engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, inputs), hardware)
     first = checkpoint.resume(accelerator, folder)
@@ -121,12 +128,18 @@ def start(inputs: dict[str, Any], hardware: Hardware) -> Accelerator:
     return accelerator
 
 
-def adapt(model: PreTrainedModel, inputs: dict[str, Any]) -> LoraConfig | None:
-    """Inject the adapter, or leave every weight to train for the control; return the adapter's config."""
+def adapt(
+    model: PreTrainedModel, inputs: dict[str, Any], *, examples: Iterable[dict[str, Any]], base: Path, resumes: bool
+) -> LoraConfig | None:
+    """Inject the adapter, or leave every weight to train for the control; return the adapter's config.
+
+    A run that resumes finds its adapter in the checkpoint, so what would only be written over is not looked for again.
+    """
     config = None
     if inputs["method"] == "lora":
         config = lora_config(inputs["lora"], inputs["rank"])
-        inject(model, config, seed=inputs["seed"])
+        start = replace(config, init_lora_weights="kaiming") if resumes and config.init_lora_weights in GIVEN else config
+        inject_started(model, start, seed=inputs["seed"], examples=examples, base=base)
     if inputs["training"]["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -281,6 +294,7 @@ def save_trained(run: Run, engine: Any, config: LoraConfig | None, inputs: dict[
         if config is not None:
             identity = Identity(inputs["base"]["id"], inputs["base"]["revision"], inputs["base"]["digests"], _lineage(inputs))
             figures["adapter_sha256"] = save_adapter(model, folder, config, identity)
+            figures["file_rank"] = read_json(folder / CONFIG)["r"]
             figures["spectrum"] = spectrum(folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -319,6 +333,7 @@ def _lineage(inputs: dict[str, Any]) -> dict[str, str]:
         "tokenizer_sha256": base["tokenizer_sha256"],
         "template_sha256": base["template_sha256"],
         "quantization": inputs["quantization"],
+        "init": inputs["lora"]["init"],
     }
 
 

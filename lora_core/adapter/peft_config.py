@@ -25,7 +25,8 @@ HONOURED = frozenset(
 )
 NO_EFFECT: tuple[Any, ...] = (None, False, "none", [], {}, "lora")  # what PEFT writes for a feature that is off
 INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base weight as it is
-WITHOUT_MEANING_HERE = frozenset({"auto_mapping", "megatron_core", "qalora_group_size", "runtime_config"})
+WITHOUT_MEANING_HERE = frozenset({"auto_mapping", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"})
+"""What says how PEFT ran, or (eva_config) how it found a start that the file no longer needs."""
 EMBEDDING = "embed_tokens"
 """What PEFT takes a bare list of token rows to mean."""
 
@@ -69,9 +70,17 @@ def peft_config(model: nn.Module, config: LoraConfig, names: list[str]) -> dict[
         "modules_to_save": sorted(config.modules_to_save) or None,
         "trainable_token_indices": {name: list(rows) for name, rows in config.trainable_token_indices.items()} or None,
         "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in model.modules()),
-        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
+        "init_lora_weights": _init_word(config),
         "inference_mode": True,
     }
+
+
+def _init_word(config: LoraConfig) -> str | bool:
+    """Return a start that PEFT takes to a file of weights: others ask for data or change the base, or it knows no such word.
+
+    Beside lora_bias it takes none but its own.
+    """
+    return "gaussian" if config.init_lora_weights == "gaussian" and not config.lora_bias else True
 
 
 def _task_type(model: nn.Module, config: LoraConfig) -> str | None:

@@ -15,10 +15,10 @@ from lora_core.adapter.io import Identity, open_adapter, save_adapter
 from lora_core.bank.mixing import BATCH, Mixed, Routing, routing
 from lora_core.base.quant import keep_layout
 from lora_core.config import LoraConfig
+from lora_core.effects import plan_adapter
 from lora_core.errors import AdapterError
 from lora_core.injection import Parts, build_parts
 from lora_core.modules import adapter_parts, module_at, replace_module
-from lora_core.targets import plan_targets
 
 
 class Bank:
@@ -54,7 +54,7 @@ class Bank:
         """
         self._refuse_taken(name)
         with self._bare():
-            self._take_in(name, config, build_parts(self.model, config, plan_targets(self.model, config), seed))
+            self._take_in(name, config, build_parts(self.model, config, plan_adapter(self.model, config), seed))
 
     def load(self, name: str, folder: Path, *, check_base: bool = True) -> None:
         """Read an adapter's files, checked as `load_adapter` checks them.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_core.base.quant import base_weight
 from lora_core.config import LoraConfig
-from lora_core.errors import MergeError, TargetError
+from lora_core.errors import MergeError
 from lora_core.layers.dora import row_norms, squared_row_norms
 from lora_core.layers.functional import dense_update, lora_linear
 from lora_core.starts.drawn import generator_for, initial_a, orthogonal
@@ -183,13 +183,7 @@ class LoraLinear(nn.Module):
 
     def _start_from_weight(self, name: str, config: LoraConfig, seed: int) -> None:
         """Start A and B from the weight itself, and keep that start, which is taken off again in every product."""
-        rank, (out_features, in_features) = self.lora_A.shape[0], self.frozen.shape
-        if 2 * rank > min(out_features, in_features):
-            raise TargetError(
-                f"init_lora_weights={config.init_lora_weights!r} doubles the rank of the saved adapter, and twice {rank} exceeds {name} of "
-                f"shape {out_features}×{in_features}; halve the rank"
-            )
-        weight = self.frozen.dense(torch.float32)
+        weight, rank = self.frozen.dense(torch.float32), self.lora_A.shape[0]
         a, b = spectral_start(weight, (rank, self.scale), config.init_lora_weights, generator_for(name, seed))
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)

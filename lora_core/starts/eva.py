@@ -24,10 +24,10 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lora_core.base.quant import base_weight
+from lora_core.base.quant import base_weight, keep_layout
 from lora_core.errors import ConfigError, TargetError
 from lora_core.layers.linear import LoraLinear
-from lora_core.modules import unwrapped
+from lora_core.modules import module_at, plain_modules
 
 Batches = Iterable[Callable[[], object]]
 """Each call pushes one batch through the model."""
@@ -63,8 +63,9 @@ def eva_starts(model: nn.Module, targets: Mapping[str, int], batches: Batches) -
     """
     if not targets:
         raise ConfigError("no target to start from data; name at least one module and its rank")
+    widths = {name: width for name, (_, width) in _readers(model, targets).items()}
     for name, rank in targets.items():
-        _check_rank(name, rank, _in_features(model, name))
+        _check_rank(name, rank, widths[name])
     spectra = input_spectra(model, targets, batches, rank=max(targets.values()))
     for name, rank in targets.items():
         if rank > len(spectra[name].values):
@@ -89,12 +90,12 @@ def input_spectra(model: nn.Module, names: Collection[str], batches: Batches, *,
     """
     if rank < 1:
         raise ConfigError(f"rank={rank!r} must be at least 1; follow as many directions as the largest rank wanted")
-    widths = {name: _in_features(model, name) for name in names}
-    listener = _Listener(rank, widths)
+    readers = _readers(model, names)
+    keep_layout(model)  # running a 4-bit base must not store it anew
+    listener = _Listener(rank, {name: width for name, (_, width) in readers.items()})
     # a compiled block looks at hooks only when it is compiled
     with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for name in names:
-            module = unwrapped(model).get_submodule(name)
+        for name, (module, _) in readers.items():
             hooks.enter_context(module.register_forward_pre_hook(partial(_hear, listener, name), with_kwargs=True))
         for push in batches:
             push()
@@ -144,8 +145,8 @@ class _Stream:
         if self.kept is not None:
             values, right = self.kept
             rows = torch.cat([values[:, None] * right, rows])
-        _, values, right = torch.linalg.svd(rows, full_matrices=False)
-        self.kept = values[: self.rank].clone(), right[: self.rank].clone()  # a slice would keep the whole
+        left, values, _ = torch.linalg.svd(rows.T, full_matrices=False)  # turned: a wide matrix takes three times as long
+        self.kept = values[: self.rank].clone(), left.T[: self.rank].clone()  # a slice would keep the whole
         self.absorbed += 1
         self.latest = (ref(x), _version(x))
 
@@ -197,11 +198,17 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _in_features(model: nn.Module, name: str) -> int:
-    modules = dict(unwrapped(model).named_modules())
-    if name not in modules:
-        raise TargetError(f"the model has no module {name!r}; give paths as `plan_targets` names them")
-    module = modules[name]
+def _readers(model: nn.Module, names: Collection[str]) -> dict[str, tuple[nn.Module, int]]:
+    """Return the linear layer at each path, as it computes now, and the width of what it reads."""
+    known = plain_modules(model)
+    for name in names:
+        if name not in known:
+            raise TargetError(f"the model has no module {name!r}; give paths as `plan_targets` names them")
+    modules = {name: module_at(model, name) for name in names}
+    return {name: (module, _width(name, module)) for name, module in modules.items()}
+
+
+def _width(name: str, module: nn.Module) -> int:
     weight = module.frozen if isinstance(module, LoraLinear) else base_weight(module)
     if weight is None:
         raise TargetError(f"{name} is no linear layer ({type(module).__name__}); only linear layers start from data")

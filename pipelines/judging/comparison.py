@@ -119,7 +119,7 @@ def _evidence(case: Case, model: Trained) -> Evidence:
         general_figure=general_figure(base),
         beyond_control=beyond,
         file_bytes=model.figures["file_bytes"],
-        rank=model.rank,
+        rank=model.figures.get("file_rank", model.rank),  # a start from the weight doubles it in the file
         over_champion=_over_champion(case, model),
         champion_objection=_objection(case, model),
         errors=metric_errors(own),

@@ -109,6 +109,7 @@ def version_tags(summary: Values, label: str) -> dict[str, str]:
     values = {
         "adapter_sha256": model["figures"]["adapter_sha256"],
         "rank": model["rank"],
+        "file_rank": model["figures"].get("file_rank", model["rank"]),  # what serving has to allow for
         "verdict": model["verdict"]["status"],
         "reason": model["verdict"]["reason"],
         "task_gain": model["total"]["task_gain"]["mean"],

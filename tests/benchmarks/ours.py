@@ -74,7 +74,7 @@ def ours(task: Task) -> Record:
     """Take the steps that pipelines.train takes; the seed draws the adapter that `write_adapter` saved."""
     hardware, record = detect(), Record()
     model, dataset = task.model(), task.dataset()
-    adapt(model, task.inputs)
+    adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]), resumes=False)
     lengths = [len(ids) for ids in dataset["input_ids"]]
     run = Run(start(task.inputs, hardware), task.inputs["training"], dataset, lengths, task.order(dataset), hardware.device)
     engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, task.inputs), hardware)
@@ -87,7 +87,7 @@ def ours(task: Task) -> Record:
 def write_adapter(task: Task) -> Record:
     """Write the untrained adapter."""
     model = task.model()
-    config = adapt(model, task.inputs)
+    config = adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]), resumes=False)
     assert config is not None
     save_adapter(model, Path(task.paths["adapter"]), config, Identity(base=task.paths["base"]))
     return Record()

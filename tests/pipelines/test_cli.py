@@ -1,6 +1,7 @@
 """Bad input at the command line: one clear sentence, a non-zero exit, and before any model is loaded."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,9 +85,20 @@ def test_a_malformed_line_is_named(tmp_path: Path, recipe: dict[str, Any]) -> No
 def test_plan_prints_targets_weights_and_sizes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     ended = lora(tmp_path, "plan", write(tmp_path, recipe))
     assert ended.returncode == 0, ended.stderr
-    for word in ("q_proj", "down_proj", "rank-2", "rank-4", "control", "optimiser", "activations", "MB"):
+    for word in ("q_proj", "down_proj", "rank-2", "rank-4", "control", "optimiser", "activations", "MB", "init kaiming"):
         assert word in ended.stdout
     assert "GPUs" not in ended.stdout
+
+
+def test_plan_prints_the_shape_rank_scale_and_weights_of_each_target(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["lora"] |= {"init": "pissa", "use_rslora": True, "target_modules": ["k_proj"], "layers_to_transform": [1]}
+    ended = lora(tmp_path, "plan", write(tmp_path, recipe))
+    assert ended.returncode == 0, ended.stderr
+    rows = {tuple(re.split(r"\s*│\s*", line.strip(" │"))) for line in ended.stdout.splitlines() if "k_proj" in line}
+    # One layer of 32×64; alpha 8 over √rank; rank · (32 + 64) weights.
+    assert rows == {("k_proj", "1", "32 × 64", "2", "5.65685", "192"), ("k_proj", "1", "32 × 64", "4", "4", "384")}
+    assert "init pissa" in ended.stdout
+    assert re.search(r"rank in the file\W+4\W+8\W", ended.stdout)
 
 
 def test_plan_says_what_fits_a_gpu(tmp_path: Path, recipe: dict[str, Any]) -> None:

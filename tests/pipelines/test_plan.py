@@ -1,5 +1,7 @@
 """The plan's memory beside the peaks that were measured on a CPU, and what it reads from data and launch configs."""
 
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,15 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_core import LoraConfig, plan_targets
+from lora_core import Identity, LoraConfig, inject, plan_targets, save_adapter, trained_weights
+from lora_core.adapter.files import read_json
 from lora_core.budget.budget import budget
 from lora_core.budget.setup import Setup
+from lora_core.errors import ConfigError, TargetError
+from lora_core.training.optim import loraplus_groups
 from pipelines.errors import RecipeError
-from pipelines.plan import cpu_setup, gpu_setup, largest_share
+from pipelines.plan import check_ratio, cpu_setup, gpu_setup, largest_share, lora_config, plan
+from pipelines.recipe import LoraSection
 from pipelines.sharding import sharding
 
 RUN = Setup("qlora", tokens=703, sharding="zero2", processes=2, logit_rows=85)
@@ -97,3 +103,92 @@ def test_an_engine_that_is_not_known_is_refused(tmp_path: Path) -> None:
     path.write_text("distributed_type: XLA\n")
     with pytest.raises(RecipeError, match="distributed_type XLA"):
         sharding(str(path))
+
+
+# --- what a recipe's adapter will be ---
+
+
+@pytest.fixture
+def planned(tiny_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return a maker of the plan of a lora section on the tiny model and four examples."""
+    rows = {"input_ids": [[1] * 20] * 4, "supervised": [[False] * 10 + [True] * 10] * 4}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "train")
+
+    def make(**lora: Any) -> dict[str, Any]:
+        section = LoraSection(**{"ranks": (4,), "alpha": 8, **lora})
+        training = {"steps": 2, "batch_size": 2, "accumulation": 1, "gradient_checkpointing": False}
+        inputs = {
+            "ranks": list(section.ranks),
+            "lora": section.model_dump(mode="json"),
+            "quantization": "nf4",
+            "training": training,
+            "processes": 1,
+            "seed": 7,
+        }
+        return plan(tmp_path, inputs | sharding("cpu_single"), {"base": str(tiny_folder), "data": str(tmp_path)})[0]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"init": "pissa"}, {"init": "pissa_niter_4", "dropout": 0.1}, {"init": "olora", "use_rslora": True}],
+    ids=str,
+)
+def test_a_plan_foresees_the_weights_and_the_file(
+    planned: Callable[..., dict[str, Any]], tiny_folder: Path, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    """A start from the weight doubles the rank of the file and not what is trained."""
+    found = planned(**lora)
+    run, model = found["runs"]["rank-4"], LlamaForCausalLM.from_pretrained(tiny_folder)
+    config = lora_config(LoraSection(ranks=(4,), alpha=8, **lora).model_dump(mode="json"), 4)
+    inject(model, config, seed=0)
+    save_adapter(model, tmp_path / "adapter", config, Identity())
+    written, size = (
+        read_json(tmp_path / "adapter" / "adapter_config.json"),
+        (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size,
+    )
+    assert run["trained_weights"] == sum(kind["trained_weights"] for kind in found["targets"]) == trained_weights(model)
+    assert run["file_rank"] == written["r"] == (4 if "init" not in lora else 8)
+    assert run["scale"] == pytest.approx(8 / (2 if lora.get("use_rslora") else 4))
+    assert run["file_bytes"] == pytest.approx(size, rel=0.05)  # the header is an estimate
+
+
+def test_the_weights_of_each_target_count_the_lengths_that_dora_trains(planned: Callable[..., dict[str, Any]], tiny_folder: Path) -> None:
+    model, lora = LlamaForCausalLM.from_pretrained(tiny_folder), {"use_dora": True}
+    inject(model, lora_config(LoraSection(ranks=(4,), alpha=8, **lora).model_dump(mode="json"), 4), seed=0)
+    assert sum(kind["trained_weights"] for kind in planned(**lora)["targets"]) == trained_weights(model)
+
+
+def test_a_plan_holds_a_start_that_is_taken_off_again(planned: Callable[..., dict[str, Any]]) -> None:
+    plain, doubled = (planned(init=init)["runs"]["rank-4"] for init in ("kaiming", "pissa"))
+    assert doubled["weight_bytes"] - plain["weight_bytes"] == 4 * plain["trained_weights"]
+    assert doubled["memory_bytes"] > plain["memory_bytes"]
+    assert doubled["other_checkpointing_bytes"] - plain["other_checkpointing_bytes"] == 4 * plain["trained_weights"]
+
+
+@pytest.mark.parametrize(
+    ("lora", "error", "message"),
+    [
+        ({"ranks": (17,), "init": "pissa"}, TargetError, "'pissa' doubles the rank of the saved adapter, and twice 17 exceeds"),
+        ({"ranks": (3,), "init": "orthogonal"}, ConfigError, "use even ranks"),
+        ({"target_modules": ("embed_tokens",), "dropout": 0.1}, TargetError, "lora_dropout=0.1 has no effect"),
+        ({"target_modules": ("embed_tokens",), "loraplus_ratio": 4}, RecipeError, "lora.loraplus_ratio 4 has no effect"),
+        ({"target_modules": ("embed_tokens", "q_proj"), "init": "eva"}, TargetError, "'eva' has no effect on model.embed_tokens"),
+        ({"exclude_modules": ("down_proj", "up_prjo")}, TargetError, "exclude_modules names 'up_prjo'"),
+    ],
+)
+def test_a_plan_refuses_what_training_would_or_would_ignore(
+    planned: Callable[..., dict[str, Any]], lora: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        planned(**lora)
+
+
+def test_a_ratio_acts_on_the_lengths_of_an_adapted_embedding(tiny_folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_folder)
+    lora = LoraSection(ranks=(4,), target_modules=("embed_tokens",), loraplus_ratio=4, use_dora=True).model_dump(mode="json")
+    check_ratio(lora, plan_targets(model, lora_config(lora, 4)))
+    inject(model, lora_config(lora, 4), seed=0)
+    groups = loraplus_groups(model.named_parameters(), learning_rate=0.1, ratio=4)
+    assert {group["lr"] for group in groups} == {0.1, 0.4}

@@ -94,7 +94,10 @@ def test_an_unknown_key_is_refused_with_what_is_known(recipe_with: Maker, change
         ({"lora": {"alpha": 0}}, ["lora.alpha = 0", "greater than 0"]),
         ({"lora": {"dropout": 1.0}}, ["lora.dropout = 1.0", "less than 1"]),
         ({"lora": {"learning_rate": 2}}, ["lora.learning_rate = 2", "less than 1"]),
-        ({"lora": {"init": "zeros"}}, ["lora.init = 'zeros'", "'kaiming', 'gaussian' or 'orthogonal'"]),
+        (
+            {"lora": {"init": "zeros"}},
+            ["lora.init is 'zeros'", "use kaiming, gaussian, orthogonal, olora, pissa, pissa_niter_N, eva, loftq"],
+        ),
         ({"training": {"steps": 0}}, ["training.steps = 0", "greater than or equal to 1"]),
         ({"training": {"steps": "many"}}, ["training.steps = 'many'", "valid integer"]),
         ({"training": {"warmup_steps": -1}}, ["training.warmup_steps = -1"]),
@@ -154,14 +157,20 @@ def test_a_batch_smaller_than_its_parts_is_refused_with_the_least_size(recipe_wi
     ("changes", "fragments"),
     [
         ({"training": {"steps": 6, "warmup_steps": 6}}, ["training.warmup_steps 6", "training.steps 6", "at most 5"]),
+        ({"lora": {"init": "loftq"}, "base_model": {"quantization": "none"}}, ["lora.init 'loftq'", "base_model.quantization 'none'"]),
         ({"evaluation": {"generations": 9}}, ["evaluation.generations 9", "data.validation_examples 8", "at most 8"]),
     ],
-    ids=["a warm-up without end", "more answers than prompts"],
+    ids=["a warm-up without end", "nothing rounded", "more answers than prompts"],
 )
 def test_what_could_not_be_done_as_asked_is_refused(recipe_with: Maker, changes: Values, fragments: list[str]) -> None:
     message = refusal(recipe_with(**changes))
     for fragment in fragments:
         assert fragment in message
+
+
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva", "loftq"])
+def test_every_start_of_the_library_can_be_asked_for(recipe_with: Maker, init: str) -> None:
+    assert parse_recipe(recipe_with(lora={"init": init})).lora.init == init
 
 
 def test_no_more_answers_than_prompts_are_asked_for_by_default(recipe_with: Maker) -> None:

@@ -10,19 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
+from lora_core.adapter.files import read_json
+from lora_core.layers import linear
+from lora_core.starts import given
+from lora_core.starts.spectral import spectral_start
 from pipelines import launch
-from pipelines.arms import control_arms, rank_arms
+from pipelines import train as train_module
+from pipelines.arms import Arm, control_arms
 from pipelines.errors import StageError
 from pipelines.recipe import parse_recipe
-from pipelines.stage import Stage, read_records
+from pipelines.stage import Stage, read_records, read_result
 from pipelines.stages import Stages
+from pipelines.train import train, train_step
 
 pytestmark = pytest.mark.slow
 ZERO2 = {"config": "cpu_zero2", "processes": 2}
-MANY_SETTINGS = {"dropout": 0.1, "use_dora": True, "loraplus_ratio": 4, "exclude_modules": ["down_proj"], "layers_to_transform": [1]}
+MANY_SETTINGS = {
+    "dropout": 0.1,
+    "use_dora": True,
+    "loraplus_ratio": 4,
+    "init": "pissa_niter_2",
+    "exclude_modules": ["down_proj"],
+    "layers_to_transform": [1],
+}
 Prepared = Callable[..., Stage]
 
 
@@ -37,8 +51,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
         data_stage = stages.data(base)
         data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
-        arms = {arm.rank: arm for arm in (*control_arms(stages.recipe), *rank_arms(stages.recipe))}
-        return stages.train(base, data, arms[rank])
+        arm = control_arms(stages.recipe)[0]
+        if rank is not None:
+            arm = Arm(f"rank-{rank}", "lora", stages.recipe.lora.learning_rate, rank)
+        return stages.train(base, data, arm)
 
     return make
 
@@ -68,15 +84,75 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(prepared: Prepared) -> N
     _train(uninterrupted, **ZERO2)
     assert _kill_after(killed, step=3) >= 3
     assert _processes_left(killed, seconds=20) == []
+    assert len(_starts_in_checkpoint(killed)) == 2 * 6  # A and B of each of block 1's targets
     _train(killed, **ZERO2)
     log = (killed.folder / "log.txt").read_text()
     assert "from step 2" in log
     assert _losses(killed) == _losses(uninterrupted)
     same = [(stage.folder / "adapter" / "adapter_model.safetensors").read_bytes() for stage in (killed, uninterrupted)]
     assert same[0] == same[1]
-    keys = load_file(str(killed.folder / "adapter" / "adapter_model.safetensors")).keys()
+    saved = load_file(str(killed.folder / "adapter" / "adapter_model.safetensors"))
+    keys = saved.keys()
+    assert {tensor.shape[0] for key, tensor in saved.items() if "lora_A" in key} == {8}  # the trained pair, less the start
     assert any(key.endswith("q_proj.lora_magnitude_vector") for key in keys)
     assert not any("layers.0." in key or "down_proj" in key for key in keys)
+
+
+def test_two_ranks_start_from_the_same_data_as_one_process(prepared: Prepared) -> None:
+    alone, together = prepared(4, lora={"init": "eva"}), prepared(4, lora={"init": "eva"}, launch=ZERO2)
+    train(alone.begin())
+    _train(together, **ZERO2)
+    assert _losses(together) == pytest.approx(_losses(alone), abs=2e-4)
+    first, second = (load_file(str(stage.folder / "adapter" / "adapter_model.safetensors")) for stage in (alone, together))
+    for key, tensor in first.items():
+        # Adam moves an entry by up to the rate 0.01 in each of 6 steps, and by its sign alone where the gradient is near 0.
+        assert (tensor - second[key]).norm() < 0.05 * tensor.norm(), key
+    identity = read_json(together.folder / "adapter" / "adapter_identity.json")
+    assert identity["lineage"]["init"] == "eva"
+
+
+def test_a_resumed_run_keeps_the_start_of_its_checkpoint(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever start is found the second time, as by another machine's decomposition: what is taken off again is the first."""
+    whole, stopped = (prepared(4, runs, lora={"init": "pissa"}) for runs in ("one-go", "two-goes"))
+    train(whole.begin())
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", _stopping_after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped.begin())
+    newest = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
+    held = {name.rpartition(".")[2] for name in load_file(str(newest / "model.safetensors"))}
+    assert held == {"lora_A", "lora_B", "start_A", "start_B"}  # and nothing of the base
+    with monkeypatch.context() as patch:
+        patch.setattr(linear, "spectral_start", lambda *arguments: tuple(0.5 * factor for factor in spectral_start(*arguments)))
+        train(stopped.begin())
+    assert _losses(stopped) == _losses(whole)
+    files = [(stage.folder / "adapter" / "adapter_model.safetensors").read_bytes() for stage in (stopped, whole)]
+    assert files[0] == files[1]
+    figures = read_result(stopped.folder)
+    assert (figures["file_rank"], figures["trained_weights"]) == (8, 4 * 2 * (4 * 64 + 2 * 32 + 2 * 64 + 64 + 128 + 128 + 64 + 128 + 64))
+
+
+def test_a_resumed_run_does_not_look_for_its_start_again(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = (prepared(4, runs, lora={"init": "eva"}) for runs in ("one-go", "two-goes"))
+    train(whole.begin())
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", _stopping_after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped.begin())
+    with monkeypatch.context() as patch:
+        patch.setattr(given, "eva_starts", None)
+        train(stopped.begin())
+    assert _losses(stopped) == _losses(whole)
+
+
+def test_a_loftq_run_starts_nearer_to_the_base_before_it_was_rounded(prepared: Prepared) -> None:
+    starts = {"rounded": {}, "loftq": {"lora": {"init": "loftq", "ranks": [32]}}, "unrounded": {"base_model": {"quantization": "none"}}}
+    first = {}
+    for name, changes in starts.items():
+        stage = prepared(32, **changes)
+        train(stage.begin())
+        first[name] = _losses(stage)[0]
+    assert abs(first["loftq"] - first["unrounded"]) < 0.5 * abs(first["rounded"] - first["unrounded"])
 
 
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_step(prepared: Prepared) -> None:
@@ -92,6 +168,26 @@ def test_a_launch_that_brings_up_too_few_ranks_is_refused(prepared: Prepared) ->
     stage = prepared(4, launch=ZERO2)
     with pytest.raises(StageError, match=r"1 ranks came up where launch\.processes asks for 2"):
         _train(stage, "cpu_single", 1)
+
+
+def _stopping_after(steps: int) -> Callable[..., dict[str, Any]]:
+    """Return a `train_step` that is interrupted once so many steps are done."""
+    done: list[int] = []
+
+    def step(*arguments: Any) -> dict[str, Any]:
+        if len(done) == steps:
+            raise KeyboardInterrupt
+        done.append(1)
+        return train_step(*arguments)
+
+    return step
+
+
+def _starts_in_checkpoint(stage: Stage) -> list[str]:
+    """Return the names of the frozen starts in the newest checkpoint of DeepSpeed."""
+    newest = sorted((stage.folder / "checkpoints").glob("step-*"))[-1]
+    states = torch.load(next(newest.rglob("*model_states.pt")), weights_only=False)
+    return [name for name in states["module"] if name.endswith((".start_A", ".start_B"))]
 
 
 def _kill_after(stage: Stage, *, step: int) -> int:

@@ -98,7 +98,7 @@ def test_layers_of_one_input_share_one_decomposition(build_llama: Build, tokens:
     targets = dict(zip((*QKV, f"{BLOCK}.self_attn.o_proj"), (2, 4, 3, 2), strict=True))
     starts = eva_starts(model, targets, 3 * [lambda: model(input_ids=tokens, use_cache=False)])
     assert len(calls) == 3 * 2  # batches × distinct inputs, not × targets
-    assert max(rows for rows, _ in calls) == 4 + tokens.numel()  # the directions kept and the rows of a batch
+    assert max(rows for _, rows in calls) == 4 + tokens.numel()  # the directions kept and the rows of a batch
     assert torch.equal(starts[QKV[0]], starts[QKV[1]][:2])
     assert starts[QKV[0]].data_ptr() != starts[QKV[1]].data_ptr()
 
@@ -131,6 +131,13 @@ def test_an_adapted_model_gives_the_starts_of_its_base(build_llama: Build, token
 def test_a_wrapper_changes_no_path(build_llama: Build, tokens: Tensor, wrapper: Callable[[nn.Module], nn.Module]) -> None:
     plain, wrapped = build_llama(), wrapper(build_llama())
     starts = [eva_starts(m, {QKV[0]: 3}, [lambda m=m: m(input_ids=tokens, use_cache=False)]) for m in (plain, wrapped)]
+    torch.testing.assert_close(projector(starts[0][QKV[0]]), projector(starts[1][QKV[0]]), **CLOSE)
+
+
+def test_a_compiled_block_changes_no_path(build_llama: Build, tokens: Tensor) -> None:
+    plain, compiled = build_llama(), build_llama()
+    compiled.model.layers[1] = torch.compile(compiled.model.layers[1], backend="eager")
+    starts = [eva_starts(m, {QKV[0]: 3}, [lambda m=m: m(input_ids=tokens, use_cache=False)]) for m in (plain, compiled)]
     torch.testing.assert_close(projector(starts[0][QKV[0]]), projector(starts[1][QKV[0]]), **CLOSE)
 
 
