@@ -107,7 +107,7 @@ class Bank:
             RoutingError: names and lengths do not fit each other, or, inside the block, a batch of another number of rows.
         """
         route = routing(names, dim=dim, lengths=lengths)
-        chosen = {name: self._layers_of(name) for name in route.rows}
+        chosen = {name: self._layers_of(name) for name in route.places}
         with self._restored():
             placed = {target: _mixed(base, target, chosen, route) for target, base in self._bases.items()}
             self._place(placed)

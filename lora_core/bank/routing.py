@@ -5,7 +5,7 @@ all rows one after the other, (B·T, …).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,15 +17,48 @@ BATCH, TOKENS = 0, 1
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of one adapter, on the device where they are asked for."""
+
+    dim: int
+    """BATCH or TOKENS."""
+    places: Tensor
+    """(n,) of int64, rising."""
+    start: int | None
+    """The first place where each follows the one before, so that no row has to be copied to be read."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return these rows of `x`, as a view where they lie together."""
+        return x.index_select(self.dim, self.places) if self.start is None else x.narrow(self.dim, self.start, len(self.places))
+
+    def add_to(self, whole: Tensor, own: Tensor) -> None:
+        """Add a matrix (N, F), a line for each token of these rows, to these rows of `whole` (…, F), in place."""
+        shape = [len(self.places) if place == self.dim else size for place, size in enumerate(whole.shape)]
+        if self.start is None:
+            whole.index_add_(self.dim, self.places, own.view(shape))
+        else:
+            self.of(whole).add_(own.view(shape))
+
+
+@dataclass(frozen=True)
 class Routing:
     """Which rows belong to which adapter."""
 
     dim: int
     """BATCH or TOKENS."""
-    rows: Mapping[str, Tensor]
-    """Adapter → its rows, (n,) of int64; a row that is nobody's is the base's."""
+    places: Mapping[str, Tensor]
+    """Adapter → its rows, (n,) of int64, rising; a row that is nobody's is the base's."""
     length: int
     """Rows in all."""
+    _rows: dict[tuple[str, torch.device], Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def rows(self, name: str, device: torch.device) -> Rows:
+        """Return the rows of an adapter for inputs on `device`, where they are sent once."""
+        if (name, device) not in self._rows:
+            places = self.places[name]
+            start = int(places[0]) if int(places[-1] - places[0]) == len(places) - 1 else None
+            self._rows[name, device] = Rows(self.dim, places.to(device), start)
+        return self._rows[name, device]
 
     def check(self, x: Tensor) -> None:
         """Refuse an input that is not laid out as the routing says."""
@@ -45,7 +78,7 @@ class Routing:
             )
         self.check(x)
 
-    def tokens(self, name: str, count: int) -> Tensor:
+    def tokens(self, name: str, count: int, device: torch.device) -> Tensor:
         """Return the places of an adapter's tokens among the `count` tokens of a batch laid flat, (B·T, …).
 
         Raises:
@@ -54,7 +87,7 @@ class Routing:
         other, rest = divmod(count, self.length)
         if rest:
             raise RoutingError(f"the routing names {self.length} rows and {count} tokens are no multiple of that; name every row once")
-        rows, others = self.rows[name], torch.arange(other)
+        rows, others = self.rows(name, device).places, torch.arange(other, device=device)
         if self.dim == BATCH:
             return (rows[:, None] * other + others).flatten()
         return (others[:, None] * self.length + rows).flatten()
@@ -78,5 +111,5 @@ def routing(names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[
         raise RoutingError(f"lengths={list(lengths)} do not fit {len(names)} names; give one for each, none below 0 and not all 0")
     spread = [name for name, count in zip(names, lengths, strict=True) for _ in range(count)]
     present = dict.fromkeys(name for name in spread if name is not None)
-    rows = {name: torch.tensor([place for place, one in enumerate(spread) if one == name]) for name in present}
-    return Routing(dim, rows, len(spread))
+    places = {name: torch.tensor([place for place, one in enumerate(spread) if one == name]) for name in present}
+    return Routing(dim, places, len(spread))

@@ -13,6 +13,7 @@ from lora_core.bank.routing import BATCH, TOKENS, routing
 from lora_core.layers.linear import LoraLinear
 
 Build = Callable[..., LlamaForCausalLM]
+CPU = torch.device("cpu")
 ROWS = ["a", "b", None, "a", "c"]
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 ON_EXPERTS = {
@@ -198,8 +199,8 @@ def test_a_routing_that_means_nothing_is_refused(names: list[str | None], option
 
 def test_tokens_of_rows() -> None:
     """By hand: rows 0 and 2 of three rows of two tokens; places 0 and 2 of two packs of three tokens."""
-    assert routing(["a", None, "a"], dim=BATCH).tokens("a", 6).tolist() == [0, 1, 4, 5]
-    assert routing(["a", None, "a"], dim=TOKENS).tokens("a", 6).tolist() == [0, 2, 3, 5]
+    assert routing(["a", None, "a"], dim=BATCH).tokens("a", 6, CPU).tolist() == [0, 1, 4, 5]
+    assert routing(["a", None, "a"], dim=TOKENS).tokens("a", 6, CPU).tolist() == [0, 2, 3, 5]
 
 
 # --- one product for all ---
