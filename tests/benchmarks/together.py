@@ -27,7 +27,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from lora_core import Bank, LoraConfig
 from lora_core.files import write_json
 from lora_core.training.losses import linear_cross_entropy
-from pipelines.hardware import peak_memory_bytes
 
 RESULT = BUILD / "together.json"
 VOCABULARY = 49152
@@ -74,7 +73,7 @@ def main() -> None:
         way, size = Way(load(), options.adapters), SIZES[options.size]
         for step in range(2):
             getattr(way, options.only)(draw(options.adapters, size, step))
-        print(peak_memory_bytes())
+        print(own_peak())
         return
     save(options.layers)
     ways = {name: Way(load(), options.adapters) for name in ("together", "apart")}
@@ -154,6 +153,12 @@ def peak(name: str, number: int, adapters: int) -> int:
     """Return the bytes that one way holds at most, in a fresh process."""
     argv = [sys.executable, __file__, "--only", name, "--size", f"{number}", "--adapters", f"{adapters}"]
     return int(subprocess.run(argv, env=environment(), check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def own_peak() -> int:
+    """Return the bytes that this process held at most; what getrusage says is the parent's where that held more."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def _losses(model: Any, ids: Tensor) -> list[Tensor]:
