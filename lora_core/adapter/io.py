@@ -21,6 +21,7 @@ from lora_core.adapter.files import (
     check_fingerprint,
     check_values,
     file_digests,
+    pattern_for,
     read_identity,
     read_tensors,
 )
@@ -69,10 +70,10 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
     """
     tensors = adapter_tensors(model)
     _check_injected(model, config)
-    config = _as_written(config)
+    names = [name for name, _ in lora_layers(model)]
+    config = _in_any_order(_as_written(config), [*names, *_stacks(model)])
     check_values(tensors, "the model")
     kind, digest = fingerprint(model)
-    names = [name for name, _ in lora_layers(model)]
     described = {"base": identity.base, "revision": identity.revision, "lineage": identity.lineage}
     with folder_written_aside(folder) as aside:
         save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
@@ -163,6 +164,27 @@ def _as_written(config: LoraConfig) -> LoraConfig:
         alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
         init_lora_weights="kaiming",
     )
+
+
+def _in_any_order(config: LoraConfig, names: list[str]) -> LoraConfig:
+    """Return the config with patterns that decide the same when they are sorted, as the keys of a file are.
+
+    The first pattern that matches decides: where another would come first, each target is named by its whole path.
+    """
+    ranks, alphas = dict(sorted(config.rank_pattern.items())), dict(sorted(config.alpha_pattern.items()))
+    ordered = replace(config, rank_pattern=ranks, alpha_pattern=alphas)
+    if all((ordered.rank_of(name), ordered.alpha_of(name)) == (config.rank_of(name), config.alpha_of(name)) for name in names):
+        return config
+    return replace(
+        config,
+        rank_pattern={pattern_for(name, names): config.rank_of(name) for name in names if config.rank_of(name) != config.r},
+        alpha_pattern={pattern_for(name, names): config.alpha_of(name) for name in names if config.alpha_of(name) != config.lora_alpha},
+    )
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Return the paths of the adapted stacks of experts."""
+    return [f"{name}.{stack}" for name, part in adapter_parts(model) if isinstance(part, LoraExperts) for stack in part.scales]
 
 
 def _without_peft_guesses(config: LoraConfig, model: nn.Module) -> LoraConfig:
