@@ -206,7 +206,7 @@ def _check_target(path: str, name: str, module: nn.Module) -> None:
     objection = objection_to(module) if path else "it is a weight of the model itself, which has no place to be replaced in"
     if objection is not None:
         where = f"{path}.{name} of {type(module).__name__}".lstrip(".")
-        raise TargetError(f"target parameter {where} cannot be adapted: {objection}; {EXPECTED}")
+        raise TargetError(f"target parameter {where} cannot be adapted: {objection}; {EXPECTED}; leave it out")
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
