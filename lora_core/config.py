@@ -6,6 +6,7 @@ Source: LoRA (Hu et al. 2021, arXiv 2106.09685); rank-stabilised scale (Kalajdzi
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -182,4 +183,4 @@ def _are_places(values: Any) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

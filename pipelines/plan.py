@@ -85,6 +85,7 @@ def run_setup(inputs: dict[str, Any], share: dict[str, int]) -> Setup:
         processes=inputs["processes"],
         checkpointing=inputs["training"]["gradient_checkpointing"],
         dropout=inputs["lora"]["dropout"] > 0,
+        dora=inputs["lora"]["use_dora"],
         logit_rows=min(CHUNK_ROWS, max(1, share["supervised"])),
         bucket_weights=inputs["bucket_weights"],
     )

@@ -33,6 +33,9 @@ def print_plan(recipe: Recipe, root: Path, gpu_gb: float | None = None) -> None:
     plan = launch.result_of(stages.plan(base, data), "pipelines.plan", threads=1)
     console.print(_targets_table(plan["targets"], recipe.lora.init))
     console.print(_runs_table(recipe, plan, base["weights"]))
+    uncounted = plan["runs"]["control"]["uncounted"]
+    if uncounted:
+        console.print(f"at least: the activations of {', '.join(uncounted)} are not counted", style="yellow")
     if gpu_gb is not None:
         console.print(_fits_table(plan, max(recipe.lora.ranks), gpu_gb))
 

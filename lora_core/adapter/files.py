@@ -9,7 +9,8 @@ Only safetensors and JSON are read; a pickle is refused.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from lora_core.files import sha256_of_file
 
 WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "adapter_identity.json"
 PREFIX = "base_model.model."
+TEXTS = ("base", "revision", "adapter_sha256", "config_sha256")
+OBJECTS = ("base_digests", "lineage", "tensor_sha256")
+"""What the sidecar's keys hold, where they are there."""
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -41,8 +45,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """Read the sidecar; None where the adapter was not written by this library."""
-    return read_json(folder / IDENTITY) if (folder / IDENTITY).is_file() else None
+    """Read the sidecar; None where the adapter was not written by this library.
+
+    Raises:
+        AdapterError: it is malformed, or a key holds what does not belong there.
+    """
+    path = folder / IDENTITY
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    for key, kind, what in (*((key, str, "text") for key in TEXTS), *((key, dict, "an object") for key in OBJECTS)):
+        if not isinstance(values.get(key, kind()), kind) and not (kind is str and values[key] is None):
+            raise AdapterError(f"{path} has {key}={values[key]!r}, where {what} belongs; fetch or train the adapter again")
+    for kind_of_storage, digest in values.get("base_digests", {}).items():
+        if not isinstance(digest, str):
+            raise AdapterError(f"{path} has the {kind_of_storage} digest {digest!r}, where text belongs; fetch or train the adapter again")
+    return values
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,6 +90,15 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def pattern_for(name: str, names: Collection[str]) -> str:
+    """Return a key of rank_pattern or alpha_pattern that decides for `name` alone among `names`.
+
+    PEFT matches the end of a module path and takes the first hit, and a file's keys are sorted.
+    """
+    ending = re.compile(rf"(.*\.)?({name})")
+    return name if [other for other in names if ending.fullmatch(other)] == [name] else f"^{re.escape(name)}"
+
+
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuse a tensor that holds no floats or what is not finite."""
     for key, tensor in tensors.items():
@@ -94,9 +121,7 @@ def check_digests(folder: Path, identity: Mapping[str, Any]) -> None:
 def check_fingerprint(found: tuple[str, str], folder: Path, identity: Mapping[str, Any]) -> None:
     """Refuse a base whose kind of storage and digest are not among those of the sidecar of the adapter in `folder`."""
     kind, digest = found
-    recorded = identity.get("base_digests")
-    if not isinstance(recorded, dict) or not all(isinstance(value, str) for value in recorded.values()):
-        raise AdapterError(f"{folder / IDENTITY} has base_digests={recorded!r}; fetch or train the adapter again")
+    recorded = identity.get("base_digests", {})
     if recorded.get(kind) != digest:
         known = ", ".join(f"{k} {v[:12]}…" for k, v in sorted(recorded.items())) or "none"
         raise BaseMismatchError(

@@ -4,6 +4,8 @@ What PEFT does not know stands in a sidecar beside it: on which base the adapter
 """
 
 import math
+import re
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from lora_core.adapter.files import (
     check_fingerprint,
     check_values,
     file_digests,
+    pattern_for,
     read_identity,
     read_tensors,
 )
@@ -30,6 +33,7 @@ from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
 from lora_core.files import folder_written_aside, write_json
 from lora_core.injection import Parts, build_parts, lora_layers, place_parts
+from lora_core.layers.expert_layout import supports
 from lora_core.layers.experts import LoraExperts, expert_targets
 from lora_core.layers.linear import LoraLinear
 from lora_core.modules import adapter_parts, plain_modules, unwrapped
@@ -38,6 +42,11 @@ from lora_core.targets import Target, matched_names, plan_targets
 
 CLASSIFIERS = ("classifier", "score")
 """Names under which PEFT looks for the head of any classifier."""
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the key of an update of one expert by itself: transformers before 5 held no stacks."""
+MEANT_FOR_STACKS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
+"""Names of linear layers that PEFT 0.21, on a model with stacks of experts, takes to mean these stacks or their router, as in
+adapters from before; only a qwen2_moe is spared. Then the dense layers of these names cannot be named to it at all."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +78,11 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
     """
     tensors = adapter_tensors(model)
     _check_injected(model, config)
-    config = _as_written(config)
+    names = [name for name, _ in lora_layers(model)]
+    _warn_of_peft(model, names)
+    config = _in_any_order(_as_written(config), [*names, *_stacks(model)])
     check_values(tensors, "the model")
     kind, digest = fingerprint(model)
-    names = [name for name, _ in lora_layers(model)]
     described = {"base": identity.base, "revision": identity.revision, "lineage": identity.lineage}
     with folder_written_aside(folder) as aside:
         save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
@@ -108,6 +118,7 @@ def load_adapter(model: nn.Module, folder: Path, *, check_base: bool = True, che
 def open_adapter(model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True) -> tuple[LoraConfig, Parts]:
     """Read an adapter, hold it against `model`, and return its parts, filled; see `load_adapter`. `model` is not changed."""
     config, tensors = _without_peft_guesses(read_config(folder), model), read_tensors(folder)
+    _refuse_single_experts(tensors, model, folder)
     parts = build_parts(model, config, plan_targets(model, config), seed=0)
     expected = tensors_of(parts)
     tensors = _without_base_copies(tensors, parts, folder)
@@ -163,6 +174,51 @@ def _as_written(config: LoraConfig) -> LoraConfig:
         alpha_pattern={key: factor * alpha for key, alpha in config.alpha_pattern.items()},
         init_lora_weights="kaiming",
     )
+
+
+def _in_any_order(config: LoraConfig, names: list[str]) -> LoraConfig:
+    """Return the config with patterns that decide the same when they are sorted, as the keys of a file are.
+
+    The first pattern that matches decides: where another would come first, each target is named by its whole path.
+    """
+    ranks, alphas = dict(sorted(config.rank_pattern.items())), dict(sorted(config.alpha_pattern.items()))
+    ordered = replace(config, rank_pattern=ranks, alpha_pattern=alphas)
+    if all((ordered.rank_of(name), ordered.alpha_of(name)) == (config.rank_of(name), config.alpha_of(name)) for name in names):
+        return config
+    return replace(
+        config,
+        rank_pattern={pattern_for(name, names): config.rank_of(name) for name in names if config.rank_of(name) != config.r},
+        alpha_pattern={pattern_for(name, names): config.alpha_of(name) for name in names if config.alpha_of(name) != config.lora_alpha},
+    )
+
+
+def _stacks(model: nn.Module) -> list[str]:
+    """Return the paths of the adapted stacks of experts."""
+    return [f"{name}.{stack}" for name, part in adapter_parts(model) if isinstance(part, LoraExperts) for stack in part.scales]
+
+
+def _warn_of_peft(model: nn.Module, names: list[str]) -> None:
+    """Say so where PEFT would put an adapter on other weights than it was trained on."""
+    unnamed = [name for name in names if name.rpartition(".")[2] in MEANT_FOR_STACKS]
+    if unnamed and _has_stacks(model) and getattr(getattr(unwrapped(model), "config", None), "model_type", None) != "qwen2_moe":
+        warnings.warn(
+            f"PEFT takes {unnamed[0]} to mean the model's stacks of experts and would load this adapter wrongly, with a warning of "
+            f"missing keys; load it with lora_core, merge it for others, or leave {', '.join(sorted(MEANT_FOR_STACKS))} out of the targets",
+            stacklevel=3,
+        )
+
+
+def _refuse_single_experts(tensors: dict[str, Tensor], model: nn.Module, folder: Path) -> None:
+    single = min((key for key in tensors if ONE_EXPERT.search(key)), default=None)
+    if single is not None and _has_stacks(model):
+        raise AdapterError(
+            f"{folder} holds an update of each expert by itself, such as {single}, and this model holds its experts in stacks; load the "
+            "adapter on this model with PEFT, which puts such updates together, save it there, and load what it saved"
+        )
+
+
+def _has_stacks(model: nn.Module) -> bool:
+    return any(supports(module) for module in plain_modules(model).values())
 
 
 def _without_peft_guesses(config: LoraConfig, model: nn.Module) -> LoraConfig:

@@ -6,13 +6,14 @@ one adapter taken up it is an ordinary adapted model: save it, merge it, look at
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import nn
 
 from lora_core.adapter.io import Identity, open_adapter, save_adapter
-from lora_core.bank.mixing import BATCH, Mixed, Routing, routing
+from lora_core.bank.mixing import MixedExperts, mixed
+from lora_core.bank.routing import BATCH, Routing, routing
 from lora_core.base.quant import keep_layout
 from lora_core.config import LoraConfig
 from lora_core.effects import plan_adapter
@@ -94,6 +95,8 @@ class Bank:
     def rows(self, names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None) -> Iterator[nn.Module]:
         """Give each row of the batches inside a block an adapter of its own; for inference and for training.
 
+        Under gradient checkpointing the backward pass, which computes blocks again, belongs inside the block as well.
+
         Args:
             names: for each row, or stretch, the name of its adapter; None is the base.
             dim: BATCH, or TOKENS where examples stand one after the other in a pack (1, T, …).
@@ -101,13 +104,15 @@ class Bank:
 
         Raises:
             AdapterError: no adapter has such a name.
-            RoutingError: on a batch of another number of rows.
+            RoutingError: names and lengths do not fit each other, or, inside the block, a batch of another number of rows.
         """
         route = routing(names, dim=dim, lengths=lengths)
-        chosen = {name: self._layers_of(name) for name in route.rows}
+        chosen = {name: self._layers_of(name) for name in route.places}
         with self._restored():
-            self._place({target: _mixed(base, target, chosen, route) for target, base in self._bases.items()})
-            yield self.model
+            placed = {target: _mixed(base, target, chosen, route) for target, base in self._bases.items()}
+            self._place(placed)
+            with self._rows_checked(placed):
+                yield self.model
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return an adapter's trained weights."""
@@ -133,6 +138,16 @@ class Bank:
         finally:
             self._place(placed)
             self.active = active
+
+    @contextmanager
+    def _rows_checked(self, placed: Parts) -> Iterator[None]:
+        """Let the modules around mixed experts, which see rows where experts see tokens, check them inside a block."""
+        with ExitStack() as hooks:
+            for target, module in placed.items():
+                if isinstance(module, MixedExperts):
+                    around = module_at(self.model, target.rpartition(".")[0])
+                    hooks.callback(around.register_forward_pre_hook(module.check_rows, with_kwargs=True).remove)
+            yield
 
     def _take_in(self, name: str, config: LoraConfig, parts: Parts) -> None:
         """Keep the parts of an adapter, and what stands in their places without it; the base is frozen."""
@@ -165,4 +180,4 @@ class Bank:
 def _mixed(base: nn.Module, target: str, chosen: Mapping[str, Parts], route: Routing) -> nn.Module:
     """Return the base's module, or one that mixes the adapters which have an update there."""
     layers = {name: layers[target] for name, layers in chosen.items() if target in layers}
-    return Mixed(base, layers, route) if layers else base
+    return mixed(base, layers, route) if layers else base

@@ -17,45 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_core.errors import RoutingError
+from lora_core.bank.routing import Routing, Rows
+from lora_core.layers.experts import LoraExperts, autocast_dtype
 from lora_core.layers.linear import LoraLinear
 
-BATCH, TOKENS = 0, 1
-"""Dimensions that rows may lie along: examples of a batch, or tokens of a pack (1, T, …)."""
 
-
-@dataclass(frozen=True)
-class Routing:
-    """Which rows belong to which adapter."""
-
-    dim: int
-    """BATCH or TOKENS."""
-    rows: Mapping[str, Tensor]
-    """Adapter → its rows, (n,) of int64; a row that is nobody's is the base's."""
-    length: int
-    """Rows in all."""
-
-    def check(self, x: Tensor) -> None:
-        """Refuse an input that is not laid out as the routing says."""
-        if x.shape[self.dim] != self.length:
-            raise RoutingError(
-                f"the routing names {self.length} rows and dimension {self.dim} of an input of shape {tuple(x.shape)} has "
-                f"{x.shape[self.dim]}; name an adapter, or None, for every row"
-            )
-
-
-def routing(names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None) -> Routing:
-    """Return the routing of rows that bear these names.
-
-    Args:
-        names: for each row, or each stretch, its adapter; None is the base alone.
-        dim: BATCH or TOKENS.
-        lengths: rows in each stretch; one where it is left out.
-    """
-    spread = [name for name, count in zip(names, lengths or [1] * len(names), strict=True) for _ in range(count)]
-    present = dict.fromkeys(name for name in spread if name is not None)
-    rows = {name: torch.tensor([place for place, one in enumerate(spread) if one == name]) for name in present}
-    return Routing(dim, rows, len(spread))
+def mixed(base: nn.Module, layers: Mapping[str, nn.Module], route: Routing) -> nn.Module:
+    """Return the module of the base with the updates that several adapters, by name, have there."""
+    kind = MixedExperts if any(isinstance(layer, LoraExperts) for layer in layers.values()) else Mixed
+    return kind(base, layers, route)
 
 
 class Mixed(nn.Module):
@@ -70,45 +40,82 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         """Let each adapter that has an update here answer on its rows, and the base on the others."""
-        self.route.check(x)
-        rows = [self.route.rows[name].to(x.device) for name in self.names]
-        linear = [layer for layer in self.layers if isinstance(layer, LoraLinear) and layer.is_plain]
+        rows = [self.route.rows(name, x.device) for name in self.names]
+        linear = [layer for layer in self.layers if isinstance(layer, LoraLinear)]
         if len(linear) == len(self.layers):
-            return _mixed_linear(x, linear, rows, self.route.dim)
+            self.route.check_features(x)
+            return _mixed_linear(x, linear, rows)
+        self.route.check(x)
         y: Tensor = self.base(x, *arguments)
         for layer, own in zip(self.layers, rows, strict=True):
-            y = y.index_copy(self.route.dim, own, layer(x.index_select(self.route.dim, own), *arguments).to(y.dtype))
+            y = y.index_copy(own.dim, own.places, layer(own.of(x), *arguments).to(y.dtype))
         return y
 
 
-def _mixed_linear(x: Tensor, layers: list[LoraLinear], rows: list[Tensor], dim: int) -> Tensor:
-    first = layers[0]
-    dtype = first.frozen.compute_dtype(x)
-    parts = [_Part(own, dim, layer.scale, _kept(x.index_select(dim, own), layer)) for own, layer in zip(rows, layers, strict=True)]
-    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
-    bias = None if first.bias is None else first.bias.to(dtype)
-    y: Tensor = _MixedLinear.apply(x.to(dtype), (first.frozen, bias, parts), *factors)  # type: ignore[no-untyped-call]
-    return y.to(x.dtype)
+class MixedExperts(nn.Module):
+    """The experts of one module with several adapters' updates over them, each on the tokens of its own rows.
+
+    Tokens share no product here: an expert answers to each alone, so the stacks are read by each adapter for its tokens.
+    Experts see the tokens of all rows laid flat, and cannot tell a batch of other rows: `check_rows` asks the module around them.
+    """
+
+    def __init__(self, base: nn.Module, layers: Mapping[str, nn.Module], route: Routing) -> None:
+        super().__init__()
+        self.base = base
+        self.layers = nn.ModuleList(layers.values())
+        self.names = tuple(layers)
+        self.route = route
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return (N, H): what each token's experts answer, updated by the adapter of its row."""
+        count, device = len(hidden_states), hidden_states.device
+        owned = [self.route.tokens(name, count, device) for name in self.names]
+        free = torch.ones(count, dtype=torch.bool, device=device)
+        free[torch.cat(owned)] = False
+        shares = [(free.nonzero()[:, 0], self.base), *zip(owned, self.layers, strict=True)]
+        answers = [expert(hidden_states[own], top_k_index[own], top_k_weights[own]) for own, expert in shares if len(own)]
+        order = torch.cat([own for own, _ in shares])
+        return torch.cat(answers)[order.argsort()] if answers else torch.zeros_like(hidden_states)
+
+    def check_rows(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Hold the input of the module around the experts against the routing; a forward pre-hook."""
+        self.route.check_features(next(value for value in (*arguments, *options.values()) if isinstance(value, Tensor)))
+
+
+def _mixed_linear(x: Tensor, layers: list[LoraLinear], rows: list[Rows]) -> Tensor:
+    """Return (…, O); what an adapter has beyond s · B A, such as DoRA's lengths, is put on its rows of the common product."""
+    first, bias = layers[0], _bias(layers[0].base)
+    dtype = autocast_dtype(x) or first.frozen.compute_dtype(x)
+    apart = [(own, layer) for own, layer in zip(rows, layers, strict=True) if not layer.is_plain]
+    parts = [_Part(own, layer.scale, _kept(own.of(x), layer)) for own, layer in zip(rows, layers, strict=True)]
+    factors = [factor for layer in layers for factor in layer.factors()]
+    bias = None if bias is None else bias.to(dtype)
+    inside = None if apart else bias
+    y: Tensor = _MixedLinear.apply(x.to(dtype), (first.frozen, inside, parts), *factors)  # type: ignore[no-untyped-call]
+    if apart:
+        y = _finished(y, bias, apart)
+    return y if first.frozen.kind == "dense" else y.to(x.dtype)  # bitsandbytes answers in its input's dtype under autocast too
+
+
+def _finished(y: Tensor, bias: Tensor | None, apart: Sequence[tuple[Rows, LoraLinear]]) -> Tensor:
+    own = [layer.finished(rows.of(y), None if layer.bias is None else layer.bias.to(y.dtype)) for rows, layer in apart]
+    whole, dim = y if bias is None else y + bias, apart[0][0].dim
+    return whole.index_copy(dim, torch.cat([rows.places for rows, _ in apart]), torch.cat(own, dim))
 
 
 @dataclass(frozen=True)
 class _Part:
     """What one adapter does to its rows, the factors aside."""
 
-    rows: Tensor
-    dim: int
+    rows: Rows
     scale: float
     keep: Tensor | None
     """Factor of each input of A: 0 where it is dropped."""
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return A's inputs as a matrix (N_i, I)."""
-        own = x.index_select(self.dim, self.rows)
+        own = self.rows.of(x)
         return _flat(own if self.keep is None else own * self.keep.to(x.dtype))
-
-    def add_to(self, whole: Tensor, own: Tensor) -> None:
-        """Add a matrix (N_i, F) to this adapter's rows of `whole`."""
-        whole.index_add_(self.dim, self.rows, own.view(*_rows_shape(whole, self.dim, len(self.rows))))
 
 
 class _MixedLinear(torch.autograd.Function):
@@ -119,7 +126,7 @@ class _MixedLinear(torch.autograd.Function):
         ctx.base, ctx.parts = base, parts
         y: Tensor = base.linear(x, bias)
         for part, a, b in zip(parts, factors[::2], factors[1::2], strict=True):
-            part.add_to(y, (part.inputs(x) @ a.to(x.dtype).T) @ (part.scale * b.to(x.dtype)).T)
+            part.rows.add_to(y, (part.inputs(x) @ a.to(x.dtype).T) @ (part.scale * b.to(x.dtype)).T)
         return y
 
     @staticmethod
@@ -129,12 +136,12 @@ class _MixedLinear(torch.autograd.Function):
         grad_x = grad_y @ ctx.base.dense(x.dtype) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = []
         for part, a, b in zip(ctx.parts, factors[::2], factors[1::2], strict=True):
-            grad_own, inputs = _flat(grad_y.index_select(part.dim, part.rows)), part.inputs(x)
+            grad_own, inputs = _flat(part.rows.of(grad_y)), part.inputs(x)
             grad_down = (grad_own @ b.to(x.dtype)) * part.scale
             grads += [grad_down.T @ inputs, grad_own.T @ ((inputs @ a.to(x.dtype).T) * part.scale)]
             if grad_x is not None:
                 own = grad_down @ a.to(x.dtype)
-                part.add_to(grad_x, own if part.keep is None else own * _flat(part.keep.to(x.dtype)))
+                part.rows.add_to(grad_x, own if part.keep is None else own * _flat(part.keep.to(x.dtype)))
         return grad_x, None, *grads
 
 
@@ -145,9 +152,10 @@ def _kept(own: Tensor, layer: LoraLinear) -> Tensor | None:
     return torch.empty_like(own, dtype=torch.float32).bernoulli_(1 - layer.dropout) / (1 - layer.dropout)
 
 
+def _bias(base: nn.Module) -> Tensor | None:
+    bias: Tensor | None = base.bias  # type: ignore[assignment]
+    return bias
+
+
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _rows_shape(whole: Tensor, dim: int, rows: int) -> list[int]:
-    return [rows if place == dim else size for place, size in enumerate(whole.shape)]

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from lora_core.budget.activations import FLOAT32, activation_bytes, block_count, loss_bytes, parts
+from lora_core.budget.activations import FLOAT32, activation_bytes, loss_bytes
+from lora_core.budget.parts import Trained, blocks, linear_shapes, uncounted
 from lora_core.budget.setup import METHODS, SHARDINGS, Setup
 from lora_core.errors import ConfigError
 from lora_core.modules import output_head
@@ -64,6 +65,8 @@ class Budget:
     """As the setup says."""
     loading_bytes: int
     """While the base is loaded: process, weights, and the dense checkpoint where it is mapped beside a 4-bit base."""
+    uncounted: tuple[str, ...] = ()
+    """Kinds of modules whose activations are in no term, since their shapes don't tell them; with any, the memory is a lower bound."""
 
     @property
     def memory_bytes(self) -> int:
@@ -72,7 +75,8 @@ class Budget:
 
     def terms(self) -> dict[str, int]:
         """Return the parts of the memory in training by name."""
-        return {name: value for name, value in vars(self).items() if name not in ("trained_weights", "file_bytes", "loading_bytes")}
+        others = ("trained_weights", "file_bytes", "loading_bytes", "uncounted")
+        return {name: value for name, value in vars(self).items() if name not in others}
 
 
 def budget(model: nn.Module, setup: Setup, targets: Sequence[Target] = ()) -> Budget:
@@ -100,11 +104,21 @@ def budget(model: nn.Module, setup: Setup, targets: Sequence[Target] = ()) -> Bu
         buffer_bytes=_buffer_bytes(model, sizes, setup),
         process_bytes=setup.process_bytes,
         loading_bytes=_loading_bytes(sizes, setup),
+        uncounted=uncounted(model),
     )
 
 
 def fits(cost: Budget, gpu_bytes: int) -> bool:
-    """Tell whether a process fits a device of `gpu_bytes`; a card sold as 24 GB holds 24 × 1024³ bytes."""
+    """Tell whether a process fits a device of `gpu_bytes`; a card sold as 24 GB holds 24 × 1024³ bytes.
+
+    Raises:
+        ConfigError: what was counted fits, and there is more that could not be counted.
+    """
+    if cost.memory_bytes <= gpu_bytes and cost.uncounted:
+        raise ConfigError(
+            f"{cost.memory_bytes:,} bytes fit {gpu_bytes:,}, without the activations of {', '.join(cost.uncounted)}, which shapes don't "
+            "tell; measure a step of the model"
+        )
     return cost.memory_bytes <= gpu_bytes
 
 
@@ -126,7 +140,7 @@ class _Sizes:
 
     total: int
     quantized: int
-    """In linear layers but the head, adapted or not, where the method is qlora."""
+    """In linear layers but the head, adapted or not, where the method is qlora; stacks of experts stay dense."""
     trained: int
     largest: int
     """The largest linear layer but the head."""
@@ -135,21 +149,25 @@ class _Sizes:
     @classmethod
     def of(cls, model: nn.Module, setup: Setup, targets: Sequence[Target]) -> "_Sizes":
         total = sum(parameter.numel() for parameter in model.parameters())
-        matrices = [out * wide for part in parts(model) for out, wide in part]
+        matrices = [out * wide for out, wide in linear_shapes(model)]
         head = output_head(model)
         return cls(
             total=total,
             quantized=sum(matrices) if setup.method == "qlora" else 0,
-            trained=total if setup.method == "full" else sum(target.trained_weights for target in targets),
-            largest=max(matrices),
+            trained=total if setup.method == "full" else sum(_trained_weights(target, setup) for target in targets),
+            largest=max(matrices, default=0),
             head=0 if head is None else sum(parameter.numel() for parameter in head.parameters()),
         )
+
+
+def _trained_weights(target: Target, setup: Setup) -> int:
+    return target.trained_weights + (target.out_features if setup.dora else 0)
 
 
 def _file_bytes(sizes: _Sizes, setup: Setup, targets: Sequence[Target]) -> int:
     if setup.method == "full":
         return setup.compute_bytes * sizes.trained
-    return FLOAT32 * sizes.trained + 2 * TENSOR_HEADER * len(targets)
+    return FLOAT32 * sizes.trained + (3 if setup.dora else 2) * TENSOR_HEADER * len(targets)
 
 
 def _weight_bytes(sizes: _Sizes, setup: Setup) -> int:
@@ -178,13 +196,20 @@ def _optimizer_bytes(sizes: _Sizes, setup: Setup) -> int:
 
 def _activation_bytes(model: nn.Module, setup: Setup, targets: Sequence[Target]) -> int:
     full = setup.method == "full"
+    stacks = () if full else (target.name.rpartition(".")[2] for target in targets if target.layer == "experts")
+    trained = Trained(full, frozenset(stacks))
     kept = activation_bytes(
-        model, tokens=setup.tokens, compute_bytes=setup.compute_bytes, norms_trained=full, checkpointing=setup.checkpointing
+        model, tokens=setup.tokens, compute_bytes=setup.compute_bytes, trained=trained, checkpointing=setup.checkpointing
     )
-    if setup.dropout and not full:
-        masks = sum(target.in_features for target in targets)
-        kept += setup.tokens * masks // (block_count(model) if setup.checkpointing else 1)
+    if not full:
+        beside = sum(_beside(target, setup) for target in targets if target.layer == "linear")
+        kept += setup.tokens * beside // (max(1, len(blocks(model))) if setup.checkpointing else 1)
     return int(kept * setup.heap_slack)
+
+
+def _beside(target: Target, setup: Setup) -> int:
+    """Return the bytes that an adapter adds to what a linear layer keeps for a token: a mask, and DoRA's product before it is scaled."""
+    return target.in_features * setup.dropout + setup.compute_bytes * target.out_features * setup.dora
 
 
 def _buffer_bytes(model: nn.Module, sizes: _Sizes, setup: Setup) -> int:

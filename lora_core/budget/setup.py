@@ -35,6 +35,8 @@ class Setup:
     """Gradient checkpointing: blocks keep their input and are computed again."""
     dropout: bool = False
     """Adapters drop some of their input, and keep a mask of it."""
+    dora: bool = False
+    """Adapters train the length of each row as well, and keep a layer's product before they scale it."""
     logit_rows: int = CHUNK_ROWS
     """Positions whose logits exist at once: a chunk of the loss, or fewer where fewer are supervised."""
     bucket_weights: int = 50_000_000

@@ -35,7 +35,7 @@ def row_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: floa
         scale: s.
     """
     a, b = a.float(), b.float()
-    with without_autocast(a):
+    with without_autocast(a):  # a difference of squares: 8 bits of mantissa would not do
         crossed_OR = weight.float() @ a.T
         both = (b * (2 * scale * crossed_OR + scale**2 * (b @ (a @ a.T)))).sum(dim=1)
     return (squared + both).clamp_min(0).sqrt()

@@ -126,6 +126,7 @@ class LoraExperts(nn.Module):
 
     def _product(self, name: str, x: Tensor, expert: int, factors: Factors) -> Tensor:
         weight = ExpertWeight(self._stack(name)[expert])
+        x = x.to(weight.compute_dtype(x))
         if name not in factors:
             return F.linear(x, weight.dense(x.dtype))
         return lora_linear(x, weight, None, (*factors[name][expert], self.scales[name]))
@@ -143,7 +144,7 @@ class ExpertWeight:
         return (self.stored.shape[0], self.stored.shape[1])
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        return x.dtype
+        return autocast_dtype(x) or x.dtype
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, self.dense(x.dtype), bias)
@@ -156,6 +157,11 @@ class ExpertWeight:
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast has products with `x` computed; None where it is off."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
 def expert_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -204,7 +210,7 @@ def _check_target(path: str, name: str, module: nn.Module) -> None:
     objection = objection_to(module) if path else "it is a weight of the model itself, which has no place to be replaced in"
     if objection is not None:
         where = f"{path}.{name} of {type(module).__name__}".lstrip(".")
-        raise TargetError(f"target parameter {where} cannot be adapted: {objection}; {EXPECTED}")
+        raise TargetError(f"target parameter {where} cannot be adapted: {objection}; {EXPECTED}; leave it out")
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

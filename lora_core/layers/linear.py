@@ -104,7 +104,7 @@ class LoraLinear(nn.Module):
         inside = None if self._is_finished_apart else bias
         y = lora_linear(x.to(dtype), self.frozen, inside, (*self.factors(), self.scale), dropout)
         if self._is_finished_apart:
-            y = self._finished(y, bias)
+            y = self.finished(y, bias)
         return y.to(self.frozen.output_dtype(x, y))
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class LoraLinear(nn.Module):
             raise MergeError("lora_bias=True gives a bias to a layer that has none; export the adapter unmerged")
         return own.float() + self.scale * self.lora_bias
 
-    def _finished(self, y: Tensor, bias: Tensor | None) -> Tensor:
+    def finished(self, y: Tensor, bias: Tensor | None) -> Tensor:
         """Put on the product what is more than s · B A."""
         if self.magnitude is not None:
             y = y * self._row_factors().to(y.dtype)

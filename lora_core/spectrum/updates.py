@@ -26,6 +26,7 @@ from lora_core.adapter.files import (
     check_digests,
     check_values,
     file_digests,
+    pattern_for,
     read_identity,
     read_json,
     read_tensors,
@@ -219,8 +220,8 @@ def _peft_config(updates: Mapping[str, Update], like: Path) -> dict[str, Any]:
         "r": widest.rank,
         "lora_alpha": _alpha(widest),
         "use_rslora": False,
-        "rank_pattern": {_pattern(name, updates): rank for name, rank in ranks.items()},
-        "alpha_pattern": {_pattern(name, updates): alpha for name, alpha in alphas.items()},
+        "rank_pattern": {pattern_for(name, updates): rank for name, rank in ranks.items()},
+        "alpha_pattern": {pattern_for(name, updates): alpha for name, alpha in alphas.items()},
         "inference_mode": True,
     }
 
@@ -228,9 +229,3 @@ def _peft_config(updates: Mapping[str, Update], like: Path) -> dict[str, Any]:
 def _alpha(update: Update) -> float:
     alpha = update.scale * update.rank
     return int(alpha) if alpha.is_integer() else alpha
-
-
-def _pattern(name: str, names: Mapping[str, Update]) -> str:
-    """Return a key that PEFT, which matches the end of a module path and takes the first hit, finds for `name` alone."""
-    ending = re.compile(rf"(.*\.)?({name})")
-    return name if [other for other in names if ending.fullmatch(other)] == [name] else f"^{re.escape(name)}"

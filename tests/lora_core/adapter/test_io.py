@@ -12,12 +12,24 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lora_core import AdapterError, BaseMismatchError, Identity, LoraConfig, LoraError, fingerprint, inject, load_adapter, save_adapter
+from lora_core import (
+    AdapterError,
+    BaseMismatchError,
+    Identity,
+    LoraConfig,
+    LoraError,
+    fingerprint,
+    inject,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+)
 from lora_core.adapter.files import read_identity
 from lora_core.adapter.peft_config import read_config
 
@@ -25,6 +37,8 @@ Build = Callable[..., LlamaForCausalLM]
 Logits = Callable[[nn.Module], Tensor]
 WEIGHTS, CONFIG, SIDECAR = "adapter_model.safetensors", "adapter_config.json", "adapter_identity.json"
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+# PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ADAPTER_CONFIGS = [
     LoraConfig(r=4, lora_alpha=8),
     LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "up_proj"), lora_dropout=0.25),
@@ -87,6 +101,35 @@ def test_a_config_comes_back(build_llama: Build, tmp_path: Path, config: LoraCon
         config.use_rslora,
         config.init_lora_weights,
     )
+
+
+ORDERED = {
+    "ranks": LoraConfig(r=6, lora_alpha=12, rank_pattern={r"layers\.0\..*": 3, "down_proj": 5}),
+    "alphas": LoraConfig(r=4, lora_alpha=12, alpha_pattern={r"layers\.0\..*": 1, "down_proj": 64, "mlp.up_proj": 2, "k_proj": 3}),
+    "both": LoraConfig(r=4, lora_alpha=12, rank_pattern={"up_proj": 2, ".*_proj": 3}, alpha_pattern={"up_proj": 9, ".*_proj": 2}),
+    "a start that doubles": LoraConfig(
+        r=4, lora_alpha=12, init_lora_weights="olora", alpha_pattern={r"layers\.0\..*": 1, "down_proj": 64}, use_rslora=True
+    ),
+}
+
+
+@pytest.mark.parametrize("config", ORDERED.values(), ids=ORDERED.keys())
+def test_the_order_of_patterns_survives_a_file_of_sorted_keys(
+    build_llama: Build, randomise: Callable[[nn.Module], None], logits: Logits, tmp_path: Path, config: LoraConfig
+) -> None:
+    """The first pattern that matches decides, here one that comes last by the alphabet; in PEFT as well."""
+    model, fresh = build_llama(), build_llama()
+    inject(model, config, seed=0)
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter", config, Identity())
+    load_adapter(fresh, tmp_path / "adapter")
+    scales = {name: layer.scale for name, layer in lora_layers(model)}
+    assert {name: layer.scale for name, layer in lora_layers(fresh)} == pytest.approx(scales)
+    assert len(set(scales.values())) > 1
+    torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-5, atol=1e-5)  # a doubled start is added up in another order
+    theirs = PeftModel.from_pretrained(build_llama(), tmp_path / "adapter").base_model.model
+    for name, scale in scales.items():
+        assert theirs.get_submodule(name).scaling["default"] == pytest.approx(scale)
 
 
 def test_equal_adapters_give_equal_bytes(build_llama: Build, randomise: Callable[[nn.Module], None], tmp_path: Path) -> None:
@@ -305,7 +348,10 @@ CONFIG_DAMAGE: list[dict[str, Any]] = [
     {"r": "4"},
     {"lora_alpha": None},
     {"lora_alpha": "8"},
+    {"lora_alpha": 10**400},
+    {"lora_alpha": math.inf},
     {"lora_dropout": 2},
+    {"lora_dropout": -(10**400)},
     {"use_rslora": "no"},
     {"target_modules": None},
     {"target_modules": []},

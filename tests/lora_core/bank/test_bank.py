@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, Bank, Identity, LoraConfig, RoutingError, TargetError, inject, load_adapter, lora_layers
-from lora_core.bank.mixing import TOKENS
+from lora_core.bank.routing import TOKENS
 
 Build = Callable[..., LlamaForCausalLM]
 A = LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj"))

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import deepseek_v3, gpt2, llama, mixtral
 from parity.budget_rows import published_rows
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
 
 from lora_core import Identity, LoraConfig, inject, plan_targets, save_adapter, trained_weights
 from lora_core.budget.budget import Budget, alternatives, budget, fits
@@ -100,7 +102,7 @@ def test_a_step_without_a_fused_kernel_holds_more(meta: LlamaForCausalLM) -> Non
 def test_memory_is_the_sum_of_its_terms(meta: LlamaForCausalLM) -> None:
     cost = adapted(meta, replace(QLORA, process_bytes=1000))
     assert cost.memory_bytes == sum(cost.terms().values())
-    assert set(cost.terms()) == set(vars(cost)) - {"trained_weights", "file_bytes", "loading_bytes"}
+    assert set(cost.terms()) == set(vars(cost)) - {"trained_weights", "file_bytes", "loading_bytes", "uncounted"}
 
 
 def test_where_the_checkpoint_is_mapped_loading_can_be_the_peak(meta: LlamaForCausalLM) -> None:
@@ -140,6 +142,50 @@ def test_a_setup_refuses_what_breaks_its_rules(changes: dict[str, object], messa
 def test_adapters_without_targets_are_refused(meta: LlamaForCausalLM) -> None:
     with pytest.raises(ConfigError, match="plan_targets"):
         budget(meta, QLORA)
+
+
+# --- experts, turned weights, DoRA ---
+
+
+def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    with torch.device("meta"):
+        return build()
+
+
+ON_EXPERTS = LoraConfig(r=3, lora_alpha=6, target_modules=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj"))
+CASES: dict[str, tuple[Callable[[], PreTrainedModel], LoraConfig]] = {
+    "experts": (mixtral, ON_EXPERTS),
+    "experts and latent attention": (deepseek_v3, LoraConfig(r=3, lora_alpha=6, target_parameters=("experts.down_proj",))),
+    "turned": (gpt2, LoraConfig(r=3, lora_alpha=6)),
+    "dora": (llama, LoraConfig(r=3, lora_alpha=6, use_dora=True)),
+    "dora, turned": (gpt2, LoraConfig(r=3, lora_alpha=6, use_dora=True)),
+}
+
+
+@pytest.mark.parametrize(("build", "config"), CASES.values(), ids=CASES.keys())
+def test_every_kind_of_weight_is_counted(build: Callable[[], PreTrainedModel], config: LoraConfig, tmp_path: Path) -> None:
+    model, setup = build(), Setup("lora", tokens=64, compute_bytes=4, dora=config.use_dora)
+    cost = budget(empty := on_meta(build), setup, plan_targets(empty, config))
+    inject(model, config, seed=0)
+    save_adapter(model, tmp_path / "adapter", config, Identity())
+    assert cost.trained_weights == trained_weights(model)
+    assert cost.weight_bytes == bytes_of(model.parameters())
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    tensors = len(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert abs(cost.file_bytes - size) < 50 * tensors  # a name in the header is as long as its module's path
+
+
+@pytest.mark.parametrize("build", [mixtral, deepseek_v3, gpt2])
+def test_experts_stay_dense_in_a_quantised_base(build: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    """bitsandbytes takes linear layers and Conv1D, and no stack of experts."""
+    build().save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, dtype=torch.float32)
+    empty = on_meta(build)
+    targets = plan_targets(empty, CONFIGS[0])
+    cost = budget(empty, QLORA, targets)
+    assert cost.weight_bytes - 4 * cost.trained_weights == bytes_of(model.parameters())
+    assert cost.uncounted == ()
 
 
 @pytest.mark.parametrize("row", published_rows(), ids=lambda row: row["what"])

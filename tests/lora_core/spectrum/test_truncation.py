@@ -94,6 +94,37 @@ def test_a_cut_by_layer_leaves_the_others_as_they_are(build_llama: Build, adapte
     assert [name for name, error in errors.items() if error > 0] == [Q, DOWN]
 
 
+MIXED = [
+    LoraConfig(r=6, lora_alpha=12, rank_pattern={r"layers\.0\..*": 3, "down_proj": 5}),
+    LoraConfig(r=2, lora_alpha=3, rank_pattern={"q_proj": 7, "k_proj": 4}, alpha_pattern={"q_proj": 5, "up_proj": 0.5}),
+    LoraConfig(r=5, lora_alpha=7, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"o_proj": 1}),
+]
+
+
+@pytest.mark.parametrize("config", MIXED, ids=["ranks", "ranks and alphas", "rank-stabilised"])
+@pytest.mark.parametrize("rank", [1, 3, {Q: 1, DOWN: 2}], ids=str)
+def test_mixed_ranks_are_read_back_as_they_were_cut(
+    build_llama: Build, tmp_path: Path, config: LoraConfig, rank: int | dict[str, int]
+) -> None:
+    """By the updates alone, by a model here, and by PEFT: each layer has its own rank and scale, and is the nearest of its rank."""
+    saved, cut = tmp_path / "saved", tmp_path / "cut"
+    inject(model := build_llama(), config, seed=1)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B)
+    save_adapter(model, saved, config, Identity())
+    before, errors = read_updates(saved), truncate_adapter(saved, cut, rank)
+    load_adapter(ours := build_llama(), cut)
+    here, theirs = dict(lora_layers(ours)), PeftModel.from_pretrained(build_llama(), cut).base_model.model
+    after = read_updates(cut)
+    assert after.keys() == before.keys() == here.keys() == errors.keys()
+    for name, update in before.items():
+        expected = min(rank, update.rank) if isinstance(rank, int) else rank.get(name, update.rank)
+        assert after[name].rank == here[name].lora_A.shape[0] == theirs.get_submodule(name).r["default"] == expected
+        best = best_of_rank(update.dense(), expected)
+        for found in (after[name].dense(), here[name].delta(), theirs.get_submodule(name).get_delta_weight("default")):
+            assert relative(found, best) < 2e-6  # two factors and their product in float32
+
+
 def test_the_lineage_says_what_was_cut(adapter_folder: Path) -> None:
     for number, (rank, words) in enumerate([(3, "truncated to rank 3"), ({Q: 1}, "truncated to rank 1 to 4 by layer")]):
         truncate_adapter(adapter_folder, adapter_folder.with_name(f"cut{number}"), rank)
