@@ -70,7 +70,11 @@ def test_a_rate_in_scientific_notation_is_a_number(save: Callable[[Values], Path
         ({"lora": {"learningrate": 0.1}}, "'lora.learningrate'", "did you mean 'learning_rate'?"),
         ({"evaluatoin": {}}, "'evaluatoin'", "did you mean 'evaluation'?"),
         ({"gate": {"xyzzy": 1}}, "'gate.xyzzy'", "known here: max_drop_beyond_control, max_file_mb, max_general_drop"),
-        ({"qqq": 1}, "'qqq'", "known here: base_model, control, data, evaluation, frontier, gate, launch, lora, name, registry, seed, training"),
+        (
+            {"qqq": 1},
+            "'qqq'",
+            "known here: base_model, control, data, evaluation, frontier, gate, launch, lora, name, registry, seed, training",
+        ),
     ],
 )
 def test_an_unknown_key_is_refused_with_what_is_known(recipe_with: Maker, changes: Values, place: str, suggestion: str) -> None:
