@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import LoraError
-from pipelines.errors import PipelineError, record_error
-from pipelines.stage import read_inputs, write_result
+from pipelines.errors import PipelineError, StageError, record_error
+from pipelines.stage import read_inputs, read_result, write_result
 
 PR_SET_PDEATHSIG = 1
 PARENT = "LORA_RUN_PID"
@@ -37,6 +37,36 @@ def run_stage(work: Work) -> None:
     with errors_recorded(folder):
         figures, files = work(folder, *read_inputs(folder))
         write_result(folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files)
+
+
+def run_stages(work: Work) -> None:
+    """Run `work` on each stage folder named on the command line, in order; each gets its own result or its own error.
+
+    A stage that is done is passed over, so an interrupted batch loses the one at work. One that is refused for a reason
+    the user can mend leaves the others to be done, and the exit status is 2. Any other error is left in its stage's folder
+    as well and ends the batch with its traceback.
+    """
+    die_with_parent()
+    refused = [not _attempted(work, Path(name)) for name in sys.argv[1:]]
+    if any(refused):
+        sys.exit(USER_ERROR)
+
+
+def _attempted(work: Work, folder: Path) -> bool:
+    """Do one stage of several; tell whether it has a result."""
+    if read_result(folder) is not None:
+        return True
+    started = time.perf_counter()
+    try:
+        with errors_recorded(folder):
+            figures, files = work(folder, *read_inputs(folder))
+            write_result(folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files)
+    except SystemExit:  # refused, and said so
+        return False
+    except Exception as error:
+        record_error(folder, StageError(f"{folder} failed with {type(error).__name__}: {error}; its log holds the rest"))
+        raise
+    return True
 
 
 class errors_recorded:

@@ -8,7 +8,7 @@ from lora_core import load_adapter
 from lora_core.adapter.files import read_identity
 from pipelines import launch
 from pipelines.errors import PipelineError
-from pipelines.evaluation.evaluate import generate
+from pipelines.evaluation.generation import generate
 from pipelines.hardware import detect
 from pipelines.model import load_model
 from pipelines.stages import base_stage
@@ -38,7 +38,7 @@ def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, run
         model = load_model(prepared, str((identity or {}).get("lineage", {}).get("quantization", "none")), hardware)
         load_adapter(model, folder)
     tokenizer = load_tokenizer(prepared)
-    return generate(model, tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens)[0]
+    return generate(model, tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens)[0].text.strip()
 
 
 def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:

@@ -21,7 +21,7 @@ from lora_core.files import sha256_of_file, write_json
 from pipelines.errors import ERROR_FILE
 
 INPUTS, RESULT, LOG, SNAPSHOTS = "inputs.json", "result.json", "log.txt", "snapshots"
-FORMAT = 2  # raise it when a stage's outcome changes for the same inputs
+FORMAT = 3  # raise it when a stage's outcome changes for the same inputs
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
 

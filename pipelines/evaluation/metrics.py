@@ -1,0 +1,106 @@
+"""Answers against their references, by name: each metric is a number for one answer, of 100 where it is one of ours.
+
+    chrf         character n-grams (Popović 2015)
+    bleu         word n-grams up to those the answer has, so that a short answer is no zero (Papineni et al. 2002)
+    rouge_l      F1 of the longest common subsequence of words (Lin 2004)
+    exact_match  100 where the texts are equal but for blanks around them
+
+A metric of the user's own is `module:function`, called with answer, reference and prompt. What it raises is kept with the
+answer, and the others go on.
+"""
+
+import difflib
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pipelines.errors import RecipeError
+from pipelines.evaluation.lookup import listed
+
+Metric = Callable[[str, str, str], float]
+"""(answer, reference, prompt) → value."""
+
+
+def load_metrics(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Metric]:
+    """Return the metrics that a recipe names.
+
+    Args:
+        names: of ours, or `module:function`.
+        folders: where modules are looked for before the installed ones.
+
+    Raises:
+        RecipeError: there is no such metric.
+    """
+    return {name: _imported(name, folders) if ":" in name else _ours(name) for name in names}
+
+
+def measure(metrics: Mapping[str, Metric], answer: str, reference: str, prompt: str) -> tuple[dict[str, float], dict[str, str]]:
+    """Return each metric's value, and for those that gave none what went wrong."""
+    values: dict[str, float] = {}
+    errors: dict[str, str] = {}
+    for name, metric in metrics.items():
+        try:
+            values[name] = _number(metric(answer, reference, prompt))
+        except Exception as error:  # noqa: BLE001 - the user's function may raise anything, and the others go on
+            errors[name] = f"{type(error).__name__}: {error}"
+    return values, errors
+
+
+def _number(value: object) -> float:
+    number = round(float(value), 3)  # type: ignore[arg-type]
+    if not math.isfinite(number):
+        raise ValueError(f"the value is {number}; return a finite number")
+    return number
+
+
+def _ours(name: str) -> Metric:
+    if name not in OURS:
+        near = difflib.get_close_matches(name, OURS, n=1)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"evaluation.metrics has no {name!r}; {guess}it knows {', '.join(OURS)}, or `module:function` of your own")
+    return OURS[name]()
+
+
+def _imported(name: str, folders: Sequence[Path]) -> Metric:
+    module, _, function = name.partition(":")
+    sys.path[:0] = [str(folder) for folder in folders if str(folder) not in sys.path]
+    try:
+        metric: Metric = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise RecipeError(
+            f"evaluation.metrics {name!r} cannot be imported ({type(error).__name__}: {error}); "
+            f"put {module}.py into {listed(folders)}, or install the package"
+        ) from error
+    if not callable(metric):
+        raise RecipeError(f"evaluation.metrics {name!r} is {metric!r}; name a function of answer, reference and prompt")
+    return metric
+
+
+def _chrf() -> Metric:
+    from sacrebleu.metrics.chrf import CHRF
+
+    chrf = CHRF()
+    return lambda answer, reference, prompt: chrf.sentence_score(answer, [reference]).score
+
+
+def _bleu() -> Metric:
+    from sacrebleu.metrics.bleu import BLEU
+
+    bleu = BLEU(effective_order=True)
+    return lambda answer, reference, prompt: bleu.sentence_score(answer, [reference]).score
+
+
+def _rouge_l() -> Metric:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    return lambda answer, reference, prompt: 100 * rouge.score(reference, answer)["rougeL"].fmeasure
+
+
+def _exact_match() -> Metric:
+    return lambda answer, reference, prompt: 100.0 * (answer.strip() == reference.strip())
+
+
+OURS: dict[str, Callable[[], Metric]] = {"chrf": _chrf, "rouge_l": _rouge_l, "bleu": _bleu, "exact_match": _exact_match}
