@@ -108,7 +108,7 @@ class Stages:
             "quantization": recipe.base_model.quantization if subject.quantised else "none",
             "data_digest": data_figures["digest"],
             "evaluation": recipe.evaluation.model_dump(mode="json") | ({} if subject.whole else SHORT),
-            "probes": {path: sha256_of_file(Path(path)) for path in recipe.evaluation.probes},
+            "probes": {path: _source_identity(path) for path in recipe.evaluation.probes},
             "seed": recipe.seed,
         }
         paths = {"base": base["folder"], "data": str(data_stage.folder)}
