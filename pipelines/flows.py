@@ -12,6 +12,7 @@ from prefect import flow
 
 from pipelines import launch, tasks
 from pipelines.arms import CONTROL, Arm, Subject, control_arms, rank_arms, rate_arms
+from pipelines.errors import RecipeError
 from pipelines.incumbent import find_champion
 from pipelines.places import runs_root
 from pipelines.publishing import publish
@@ -20,6 +21,8 @@ from pipelines.run import Data, Figures, Run, Trained
 from pipelines.stage import Stage
 from pipelines.stages import Stages, shared_out
 from pipelines.summary import Tuning, summarise
+
+LEAST_TO_TUNE_ON = 4
 
 
 @flow(name="finetune", description=__doc__)
@@ -56,7 +59,13 @@ def train_one(run: Run, base: Figures, data: Data, arm: Arm) -> Trained:
 
 def train_control(run: Run, base: Figures, data: Data) -> tuple[list[Trained], Tuning]:
     """Train the control at each of its rates; return the one of the lowest tuning loss, if any is wanted, and those losses."""
-    tried = [train_one(run, base, data, arm) for arm in control_arms(run.recipe)]
+    arms = control_arms(run.recipe)
+    if len(arms) > 1 and data[1]["tuning_examples"] < LEAST_TO_TUNE_ON:
+        raise RecipeError(
+            f"control.learning_rate names {len(arms)} rates, and the held-out groups leave {data[1]['tuning_examples']} examples to choose "
+            f"on, of at least {LEAST_TO_TUNE_ON}; lower data.validation_examples, bring more rows, or name one rate"
+        )
+    tried = [train_one(run, base, data, arm) for arm in arms]
     if len(tried) < 2:
         return tried, {}
     losses = {one: run.step(tasks.tune, run.stages.tune(base, data, one.stage))["tuning_loss"] for one in tried}
