@@ -68,10 +68,10 @@ def train_control(run: Run, base: Figures, data: Data) -> tuple[list[Trained], T
     tried = [train_one(run, base, data, arm) for arm in arms]
     if len(tried) < 2:
         return tried, {}
-    losses = {one: run.step(tasks.tune, run.stages.tune(base, data, one.stage))["tuning_loss"] for one in tried}
-    best = min(losses, key=losses.__getitem__)
+    losses = [run.step(tasks.tune, run.stages.tune(base, data, one.stage))["tuning_loss"] for one in tried]
+    best = tried[losses.index(min(losses))]
     chosen = replace(best, arm=replace(best.arm, label=CONTROL))
-    return [chosen], {one.arm.learning_rate: loss for one, loss in losses.items()}
+    return [chosen], {one.arm.learning_rate: loss for one, loss in zip(tried, losses, strict=True)}
 
 
 def bases(run: Run) -> list[Subject]:

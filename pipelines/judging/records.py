@@ -10,13 +10,15 @@ A record says what one model did with one item; its `kind` says what was asked:
 A record with `left_out` says why its item could not be scored. It is left out for all models alike, and counted.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
 Records = Sequence[Record]
 ABILITIES = ("general", "answer", "score")
 """Kinds that ask for general abilities and belong to a benchmark."""
+OPTIONAL = ("generation", "text", "chat")
+"""Kinds that a model need not have answered."""
 
 
 def scored(records: Records, *kinds: str) -> list[Record]:
@@ -50,16 +52,18 @@ def align(items: Mapping[str, Records]) -> dict[str, list[Record]]:
     first = next(iter(items.values()))
     for records in items.values():
         check_paired(first, records)
-    reasons = _reasons(items.values())
-    return {
-        label: [{**record, "left_out": reasons[place]} if place in reasons else record for place, record in enumerate(records)]
-        for label, records in items.items()
-    }
+    reasons = {_identity(record): record["left_out"] for records in items.values() for record in records if "left_out" in record}
+    return {label: [_with_reason(record, reasons) for record in records] for label, records in items.items()}
 
 
 def check_paired(before: Records, after: Records) -> None:
-    """Raise ValueError where two models were not scored on the same items in the same order."""
-    if [_identity(record) for record in before] != [_identity(record) for record in after]:
+    """Raise ValueError where two models were not scored on the same items in the same order.
+
+    A model that only the picture shows may lack answers, texts and chats; what both have must be the same.
+    """
+    lacking = {record["kind"] for record in before} ^ {record["kind"] for record in after}
+    first, second = ([_identity(record) for record in records if record["kind"] not in lacking] for records in (before, after))
+    if first != second or not lacking <= set(OPTIONAL):
         raise ValueError("the two models were scored on different items; score both with the same seed and settings")
 
 
@@ -68,6 +72,6 @@ def _identity(record: Record) -> tuple[Any, ...]:
     return record["kind"], record["id"], record.get("prompt_sha256")
 
 
-def _reasons(models: Iterable[Records]) -> dict[int, str]:
-    """Return why an item was left out, under its place."""
-    return {place: record["left_out"] for records in models for place, record in enumerate(records) if "left_out" in record}
+def _with_reason(record: Record, reasons: Mapping[Any, str]) -> Record:
+    reason = reasons.get(_identity(record))
+    return record if reason is None else {**record, "left_out": reason}
