@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench parity ui clean setup
+.PHONY: run test check format bench parity truth ui clean setup
 
 run: $(READY) ## the whole pipeline on a real model
 	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
@@ -30,9 +30,13 @@ ui: $(READY) ## the MLflow and Prefect pages
 
 bench: $(VENV)/.peers ## speed and memory beside TRL and a bare PEFT loop
 	$(BIN)/python tests/benchmarks/bench.py
+	$(BIN)/python tests/benchmarks/scoring_bench.py
 
 parity: $(READY) ## the library and the adapters of `make run` beside PEFT, other programs and published figures
 	PYTHONPATH=tests $(BIN)/python -m parity
+
+truth: $(VENV)/.peers ## which figures see forgetting, and whether LoRA forgets less here; about an hour on two cores
+	$(BIN)/python tests/truth/truth.py
 
 setup: $(READY)
 

@@ -223,7 +223,9 @@ def test_the_base_weight_that_peft_saves_beside_an_embedding_is_compared(prepare
         )
 
 
-@pytest.mark.parametrize(("build", "targets"), [(bert, ("word_embeddings",)), (t5, ("shared",)), (t5, ("lm_head",))], ids=str)
+@pytest.mark.parametrize(
+    ("build", "targets"), [(bert, ("word_embeddings",)), (t5, ("shared",)), (t5, ("lm_head",))], ids=["bert", "t5", "t5 head"]
+)
 def test_a_base_that_may_tie_in_another_way_is_refused(prepare: Prepare, tmp_path: Path, build: Any, targets: Any) -> None:
     prepare(build, targets)
     with pytest.raises(MergeError, match=r"not known .*; merge it in memory and save the model"):
