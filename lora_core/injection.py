@@ -124,7 +124,13 @@ def _biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
     free = {name: module for name, module in biased.items() if not _lies_in(name, parts)}
     if not (biased if config.bias == "all" else set(biased) & set(parts)):
         raise TargetError(f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'")
-    return {name: TrainedBias(module) for name, module in free.items()} if config.bias == "all" else {}
+    if config.bias != "all":
+        return {}
+    for name in free:
+        inner = [other for other in (*parts, *free) if other.startswith(f"{name}.")]
+        if inner:
+            raise TargetError(f"bias='all' would train the bias of {name} around {inner[0]}, which is trained as well; use 'lora_only'")
+    return {name: TrainedBias(module) for name, module in free.items()}
 
 
 def _lies_in(name: str, parts: Parts) -> bool:
