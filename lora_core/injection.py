@@ -141,6 +141,10 @@ def _biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
     free = {name: module for name, module in biased.items() if config.bias == "all" and not _lies_in(name, parts)}
     if not free and all(getattr(part, "trained_bias", None) is None for part in parts.values()):
         raise TargetError(f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'")
+    for name in free:
+        inner = [other for other in (*parts, *free) if other.startswith(f"{name}.")]
+        if inner:
+            raise TargetError(f"bias='all' would train the bias of {name} around {inner[0]}, which is trained as well; use 'lora_only'")
     return {name: TrainedBias(module) for name, module in free.items()}
 
 

@@ -27,6 +27,8 @@ def squared_row_norms(weight: Tensor) -> Tensor:
 def row_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return ‖W_i + s·b_i A‖ for each row, (O,) in float32, without forming the sum.
 
+    A row of zeros has no direction, and its length counts 1: what is divided by it stays zero.
+
     Args:
         weight: W0, (O, I).
         squared: ‖W_i‖², (O,), which never changes.
@@ -38,4 +40,5 @@ def row_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor, scale: floa
     with without_autocast(a):  # a difference of squares: 8 bits of mantissa would not do
         crossed_OR = weight.float() @ a.T
         both = (b * (2 * scale * crossed_OR + scale**2 * (b @ (a @ a.T)))).sum(dim=1)
-    return (squared + both).clamp_min(0).sqrt()
+    norms = (squared + both).clamp_min(0).sqrt()
+    return norms.masked_fill(norms == 0, 1.0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core.config import LoraConfig
+from lora_core.errors import TargetError
 from lora_core.layers.dora import row_norms, squared_row_norms
 from lora_core.layers.functional import dense_update
 from lora_core.starts.drawn import generator_for
@@ -27,7 +28,9 @@ class LoraEmbedding(nn.Module):
     row_squares: Tensor | None
 
     def __init__(self, base: nn.Embedding, target: Target, config: LoraConfig) -> None:
+        """Build an update of zero over `base`; raises TargetError where that is more than a table of vectors."""
         super().__init__()
+        check_table(base, target.name)
         device = base.weight.device
         self.base = base
         self.scale = target.scale
@@ -52,7 +55,7 @@ class LoraEmbedding(nn.Module):
         """Map (…) of row numbers to (…, D)."""
         y: Tensor = self.base(ids)
         a = F.embedding(ids, self.lora_embedding_A.T, self._base().padding_idx)
-        factor = self._embedding_scale()
+        factor = factor_of(self._base())
         y = y + (a @ self.lora_embedding_B.T * self.scale * factor).to(y.dtype)
         return y if self.magnitude is None else y * self._row_factors().to(y.dtype)
 
@@ -84,14 +87,25 @@ class LoraEmbedding(nn.Module):
         factors = (self.lora_embedding_A, self.lora_embedding_B)
         return self.magnitude / row_norms(self._weight().T, self.row_squares, *factors, self.scale)
 
-    def _embedding_scale(self) -> Tensor | float:
-        """Return what some models (Gemma) multiply their vectors with inside the embedding."""
-        scale: Tensor | float = getattr(self.base, "embed_scale", 1.0)
-        return scale
-
     def _base(self) -> nn.Embedding:
         assert isinstance(self.base, nn.Embedding)
         return self.base
 
     def _weight(self) -> Tensor:
         return self._base().weight.float()
+
+
+def check_table(module: nn.Embedding, name: str) -> None:
+    """Refuse an embedding whose answer is not its table's rows, at most times a factor: an update would be added to something else."""
+    is_looked_up = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if not (is_looked_up and module.weight.is_floating_point()):
+        raise TargetError(
+            f"{name} is a {type(module).__name__} in {module.weight.dtype}, which does not just look vectors up; "
+            "leave it out, or train it whole with modules_to_save"
+        )
+
+
+def factor_of(module: nn.Embedding) -> Tensor | float:
+    """Return what some models (Gemma) multiply their vectors with inside the embedding, rounded as they do."""
+    factor: Tensor | float = getattr(module, "embed_scale", 1.0)
+    return factor.to(module.weight.dtype) if isinstance(factor, Tensor) else factor

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 
 from lora_core.base.quant import quantised_kind
 from lora_core.errors import TargetError
+from lora_core.layers.embedding import check_table, factor_of
 
 
 class TrainedModule(nn.Module):
@@ -25,6 +27,8 @@ class TrainedModule(nn.Module):
             raise TargetError(f"modules_to_save names {name}, which is quantised and cannot be trained; leave it out or load it dense")
         if not any(True for _ in base.parameters()):
             raise TargetError(f"modules_to_save names {name}, which has no weights to train; leave it out")
+        if any(isinstance(module, _NormBase) and module.track_running_stats for module in base.modules()):
+            raise TargetError(f"modules_to_save names {name}, whose running statistics no adapter's file holds; leave their layers out")
         self.base = base
         self.trained = deepcopy(base)
         self.trained.requires_grad_(True)
@@ -53,7 +57,7 @@ class TrainedRows(nn.Module):
 
     Attributes:
         rows: (n,), their numbers.
-        trainable_tokens_delta: (n, D), the rows themselves (PEFT's name; it holds no differences).
+        trainable_tokens_delta: (n, D), the rows themselves (PEFT's name; it holds no differences), in float32 at least.
     """
 
     rows: Tensor
@@ -61,10 +65,11 @@ class TrainedRows(nn.Module):
     sorted_rows: Tensor
 
     def __init__(self, base: nn.Module, name: str, rows: tuple[int, ...]) -> None:
-        """Copy the rows of `base`; raises TargetError where it is no embedding or has no such row."""
+        """Copy the rows of `base`; raises TargetError where it is no embedding, more than a table, or has no such row."""
         super().__init__()
         if not isinstance(base, nn.Embedding):
             raise TargetError(f"trainable_token_indices names {name}, a {type(base).__name__}; name an embedding")
+        check_table(base, name)
         if max(rows) >= base.num_embeddings:
             raise TargetError(f"trainable_token_indices names row {max(rows)} of {name}, which has {base.num_embeddings}; resize it first")
         self.base = base
@@ -72,14 +77,15 @@ class TrainedRows(nn.Module):
         self.register_buffer("rows", numbers, persistent=False)
         self.register_buffer("order", numbers.argsort(), persistent=False)
         self.register_buffer("sorted_rows", numbers.sort().values, persistent=False)
-        self.trainable_tokens_delta = nn.Parameter(base.weight.detach()[numbers].clone())
+        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        self.trainable_tokens_delta = nn.Parameter(base.weight.detach()[numbers].to(dtype, copy=True))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map (…) of row numbers to (…, D)."""
         y: Tensor = self.base(ids)
         place = torch.searchsorted(self.sorted_rows, ids).clamp(max=len(self.rows) - 1)
-        trained = self.trainable_tokens_delta[self.order[place]] * getattr(self.base, "embed_scale", 1.0)
-        return torch.where((self.sorted_rows[place] == ids)[..., None], trained.to(y.dtype), y)
+        trained = self.trainable_tokens_delta[self.order[place]].to(y.dtype) * factor_of(self._base())
+        return torch.where((self.sorted_rows[place] == ids)[..., None], trained, y)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, under PEFT's name after the module's path."""
@@ -92,8 +98,16 @@ class TrainedRows(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The whole table (V, D), through which the trained rows get their gradient."""
-        weight: Tensor = self.base.weight
+        weight = self._base().weight
         return weight.index_copy(0, self.rows, self.trainable_tokens_delta.to(weight.dtype))
+
+    def change(self) -> Tensor:
+        """Return by how much the rows differ from the base's, (n, D) in float32: nothing, at the start."""
+        return self.trainable_tokens_delta - self._base().weight.detach()[self.rows]
+
+    def _base(self) -> nn.Embedding:
+        assert isinstance(self.base, nn.Embedding)
+        return self.base
 
 
 class TiedHead(nn.Module):
@@ -111,13 +125,9 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, D) to (…, V) logits."""
-        rows = self.embedding
         y: Tensor = self.base(x)
-        own = x @ rows.trainable_tokens_delta.to(x.dtype).T
-        bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        if bias is not None:
-            own = own + bias[rows.rows]
-        return y.index_copy(-1, rows.rows, own.to(y.dtype))
+        change = x @ self.embedding.change().to(x.dtype).T
+        return y.index_add(-1, self.embedding.rows, change.to(y.dtype))
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """Nothing: the embedding saves the rows."""

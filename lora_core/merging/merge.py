@@ -48,6 +48,8 @@ class Merged:
     """Where else a weight stood of whose sharers more than one was left."""
     configs: tuple[Any, ...] = ()
     """The configs that were told that no weight is tied any more."""
+    stored: dict[str, Hashable] = field(default_factory=dict)
+    """Parameter's path → the memory of the merged weight."""
 
 
 @torch.no_grad()
@@ -82,14 +84,31 @@ def merge(model: nn.Module, *, force: bool = False) -> Merged:
         merged = replace(merged, configs=configs_to_untie(tied))
         _say_tied(merged.configs, False)
     except BaseException:
-        unmerge(model, merged)
+        _undo(model, merged)
         raise
-    return merged
+    return replace(merged, stored={path: memory_of(own[0][0].parameter) for path, own in held.items()})
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module, merged: Merged) -> None:
-    """Undo `merge`: the base weights get their original bits back, the adapter's parts their places, and ties are tied."""
+    """Undo `merge`: the base weights get their original bits back, the adapter's parts their places, and ties are tied.
+
+    Raises:
+        MergeError: what was done to the model since would be lost or mixed in; it is unchanged.
+    """
+    if any(True for _ in adapter_parts(model)):
+        raise MergeError("the model carries an adapter that came after the merge, or was never merged; take that out first")
+    for path, memory in merged.stored.items():
+        if memory_of(merged.held[path][0][0].parameter) != memory:
+            raise MergeError(
+                f"{path} is no longer the merged weight: the model was moved, cast or merged into again; undo that first, "
+                "or load the base and the adapter anew"
+            )
+    _undo(model, merged)
+
+
+def _undo(model: nn.Module, merged: Merged) -> None:
+    """Put back what stood before the merge, also from half-way."""
     for path, original in merged.originals.items():
         for slot, parameter in merged.held[path]:
             _store(slot, parameter, original)

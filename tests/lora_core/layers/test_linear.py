@@ -48,6 +48,24 @@ def test_forward_is_the_dense_sum(layer: nn.Module) -> None:
     torch.testing.assert_close(layer.delta().double(), weight - layer.base.weight.double(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1)], ids=["linear", "conv"])
+def test_a_row_of_zeros_has_no_length_under_dora_and_can_learn_one(module: nn.Module) -> None:
+    """As the rows that pad a vocabulary, or a layer that starts at zero: 0 / 0 must not be answered."""
+    with torch.no_grad():
+        module.weight[2].zero_()
+    model = nn.ModuleDict({"fc": module})
+    x = torch.randn(4, 8) if isinstance(module, nn.Linear) else torch.randn(4, 8, 2, 2)
+    before = module(x)
+    inject(model, LoraConfig(r=2, lora_alpha=2, target_modules=("fc",), use_dora=True), seed=0)
+    # A row times its length over its length: two roundings of 6e-8.
+    torch.testing.assert_close(model["fc"](x), before, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        model["fc"].lora_B.normal_()
+    gradients = torch.autograd.grad(model["fc"](x).sum(), [p for p in model.parameters() if p.requires_grad])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert gradients[-1].flatten()[2] != 0  # the length of that row
+
+
 def test_dropout_acts_in_training_only(layer: nn.Module) -> None:
     x = torch.randn(64, 24)
     layer.eval()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import LoraConfig, LoraLinear, MergeError, fingerprint, inject, lora_layers, merge, unmerge
+from lora_core.modules import replace_module
 
 Build = Callable[..., LlamaForCausalLM]
 Logits = Callable[[nn.Module], Tensor]
@@ -82,6 +83,45 @@ def test_many_rounds_do_not_drift(adapt: Build, state_of: Callable[..., dict[str
     for _ in range(5):
         unmerge(model, merge(model))
     assert_same_state(state_of(model), before)
+
+
+def test_a_merge_under_another_is_not_undone_first(adapt: Build, refuses: Callable[..., None], logits: Logits) -> None:
+    """The second merge would be lost without a word."""
+    model = adapt()
+    before = logits(model)
+    first = merge(model)
+    inject(model, CONFIG, seed=1)
+    refuses(model, lambda: unmerge(model, first), MergeError, "carries an adapter that came after the merge")
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            layer.lora_B.fill_(0.1)
+    second = merge(model)
+    refuses(model, lambda: unmerge(model, first), MergeError, "q_proj.weight is no longer the merged weight")
+    unmerge(model, second)
+    merge(model)  # the second adapter's parts are in the model again; taken in for good, they change what the first left
+    refuses(model, lambda: unmerge(model, first), MergeError, "is no longer the merged weight")
+    assert not torch.equal(logits(model), before)
+
+
+def test_merges_are_undone_in_their_order(adapt: Build, logits: Logits) -> None:
+    model = adapt()
+    before, first = logits(model), merge(model)
+    inject(model, CONFIG, seed=1)
+    second = merge(model)
+    unmerge(model, second)
+    for name, layer in list(lora_layers(model)):
+        replace_module(model, name, layer.base)
+    unmerge(model, first)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_model_that_was_cast_since_is_not_unmerged(adapt: Build) -> None:
+    """The original bits would stand in another dtype than the rest."""
+    model = adapt()
+    merged = merge(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(MergeError, match="moved, cast or merged into again"):
+        unmerge(model, merged)
 
 
 def test_training_goes_on_after_an_undone_merge(adapt: Build, tokens: Tensor) -> None:

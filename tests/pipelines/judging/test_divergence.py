@@ -59,7 +59,7 @@ def test_a_chat_that_was_left_out_is_not_counted(loss_records: Maker, write: Wri
     before, after = distributions(1), distributions(2)
     files = {"base": write("base", before), "rank-2": write("rank-2", after)}
     chats = loss_records("chat", [1.0] * 3)
-    chats[1] = {"kind": "chat", "id": "chat/1", "benchmark": "chat", "left_out": "too long"}
+    chats[1] = {**chats[1], "left_out": "too long for another of the models"}
     kept = [0, 1, 4, 5]
     found = divergences(chats, files, [("base", "rank-2")])
     assert found["base", "rank-2"] == pytest.approx(reference(before[kept], after[kept]), abs=2e-5)

@@ -136,6 +136,11 @@ def test_a_p_value_is_small_by_chance_as_often_as_it_says() -> None:
     assert np.mean(np.array(p_values) < 0.05) == pytest.approx(0.05, abs=0.035)
 
 
+def test_a_sample_of_swaps_never_gives_a_p_value_of_nothing() -> None:
+    """What was seen is one of the arrangements; no other of the 2⁵⁰ that were drawn is as far from 0."""
+    assert sign_flip_p_value(np.ones(50)) == 1 / (RESAMPLES + 1)
+
+
 def test_where_nothing_changed_a_p_value_is_one() -> None:
     assert sign_flip_p_value(np.zeros(5)) == 1
     assert sign_flip_p_value(np.zeros(50)) == 1
