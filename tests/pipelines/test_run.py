@@ -21,6 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     save_pairs(folder / "pairs.jsonl")
     recipe = tiny_recipe(save_tiny_model(folder / "model"), Path("pairs.jsonl"))  # relative: to where the command runs
+    recipe["frontier"] = {"snapshots": [2], "cuts": [1]}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     ended = lora(folder, "run", "tiny.yaml")
     assert ended.returncode == 0, ended.stderr
@@ -52,7 +53,10 @@ class TestRun:
         assert values["models"]["control"]["change"]["task_gain"]["low"] > 0
         assert all(values["models"][label]["verdict"]["reason"] for label in ("rank-2", "rank-4"))
         assert sorted(values["registered"]["versions"].values()) == [1, 2]
-        assert {entry["name"].split()[0] for entry in values["stages"]} == {"base", "data", "plan", "train", "evaluate", "register"}
+        kinds = {"base", "data", "plan", "train", "cut", "evaluate", "register"}
+        assert {entry["name"].split()[0] for entry in values["stages"]} == kinds
+        points = ["control", "rank-2", "rank-4", "control@2", "rank-2@2", "rank-4@2", "rank-4→1"]
+        assert [point["label"] for point in values["frontier"]] == points
         assert "rank-4" in (place / "runs" / "pairs_tiny_cpu" / "report.html").read_text()
         assert {path.name for path in place.iterdir()} == {"model", "pairs.jsonl", "runs", "tiny.yaml"}
         assert list((place / "runs" / "mlartifacts").rglob("adapter_model.safetensors"))
