@@ -36,6 +36,9 @@ from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError, BaseMismatchError
 from lora_core.files import folder_written_aside, sha256_of_file, write_json
 
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Settings that leave out some of the modules that target_modules names."""
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -85,6 +88,11 @@ def read_updates(folder: Path) -> dict[str, Update]:
         AdapterError: the folder is damaged, asks for what is ignored here, or holds more than pure low-rank updates.
     """
     config, tensors, identity = read_config(folder), read_tensors(folder), read_identity(folder)
+    if config.target_parameters:
+        raise AdapterError(
+            f"{folder} updates stacks of experts ({', '.join(config.target_parameters)}), and only plain LoRA of linear layers is read; "
+            "load it into a model to merge or serve it"
+        )
     names = _module_paths(tensors, folder)
     check_values(tensors, str(folder))
     if identity is not None:
@@ -198,7 +206,7 @@ def _peft_config(updates: Mapping[str, Update], like: Path) -> dict[str, Any]:
     ranks = {name: update.rank for name, update in updates.items() if update.rank != widest.rank}
     alphas = {name: _alpha(update) for name, update in updates.items() if _alpha(update) != _alpha(widest)}
     if set(updates) != set(_module_paths(read_tensors(like), like)):
-        values["target_modules"] = sorted(updates)
+        values |= {"target_modules": sorted(updates), **{key: None for key in NARROWING if key in values}}
     return {
         **values,
         "r": widest.rank,
