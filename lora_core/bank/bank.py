@@ -5,7 +5,7 @@ or `Mixed` modules that hold several. What is off is not there, so a model in us
 one adapter taken up it is an ordinary adapted model: save it, merge it, look at its spectrum.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class Bank:
     Attributes:
         model: what computes; the bank changes which modules stand in it and nothing else.
         names: of the adapters, in the order they came.
-        active: the adapter that stands in the model now; None for the base alone.
+        active: the adapter that stands in the model now; None for the base alone, and where rows have adapters of their own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -111,6 +111,7 @@ class Bank:
         with self._restored():
             placed = {target: _mixed(base, target, chosen, route) for target, base in self._bases.items()}
             self._place(placed)
+            self.active = None
             with self._rows_checked(placed):
                 yield self.model
 
@@ -136,8 +137,9 @@ class Bank:
         try:
             yield
         finally:
-            self._place(placed)
-            self.active = active
+            gone = active is not None and active not in self._layers  # removed inside the block
+            self._place({} if gone else placed)
+            self.active = None if gone else active
 
     @contextmanager
     def _rows_checked(self, placed: Parts) -> Iterator[None]:
@@ -151,6 +153,7 @@ class Bank:
 
     def _take_in(self, name: str, config: LoraConfig, parts: Parts) -> None:
         """Keep the parts of an adapter, and what stands in their places without it; the base is frozen."""
+        _refuse_nested(name, parts, self._bases)
         keep_layout(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -181,3 +184,15 @@ def _mixed(base: nn.Module, target: str, chosen: Mapping[str, Parts], route: Rou
     """Return the base's module, or one that mixes the adapters which have an update there."""
     layers = {name: layers[target] for name, layers in chosen.items() if target in layers}
     return mixed(base, layers, route) if layers else base
+
+
+def _refuse_nested(name: str, parts: Iterable[str], others: Iterable[str]) -> None:
+    """Refuse a part that lies inside a module which another adapter replaces, or around one: they could not be mixed."""
+    taken = list(others)
+    for part in parts:
+        inside = next((other for other in taken if part.startswith(f"{other}.") or other.startswith(f"{part}.")), None)
+        if inside is not None:
+            raise AdapterError(
+                f"adapter {name!r} changes {part}, and another of the bank changes {inside}; one lies inside the other, so give them "
+                "banks of their own"
+            )

@@ -40,12 +40,11 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
         """Let each adapter that has an update here answer on its rows, and the base on the others."""
+        self.route.check_features(x) if x.is_floating_point() else self.route.check(x)
         rows = [self.route.rows(name, x.device) for name in self.names]
         linear = [layer for layer in self.layers if isinstance(layer, LoraLinear)]
         if len(linear) == len(self.layers):
-            self.route.check_features(x)
             return _mixed_linear(x, linear, rows)
-        self.route.check(x)
         y: Tensor = self.base(x, *arguments)
         for layer, own in zip(self.layers, rows, strict=True):
             y = y.index_copy(own.dim, own.places, layer(own.of(x), *arguments).to(y.dtype))
@@ -87,7 +86,7 @@ def _mixed_linear(x: Tensor, layers: list[LoraLinear], rows: list[Rows]) -> Tens
     first, bias = layers[0], _bias(layers[0].base)
     dtype = autocast_dtype(x) or first.frozen.compute_dtype(x)
     apart = [(own, layer) for own, layer in zip(rows, layers, strict=True) if not layer.is_plain]
-    parts = [_Part(own, layer.scale, _kept(own.of(x), layer)) for own, layer in zip(rows, layers, strict=True)]
+    parts = [_part(own, layer, x) for own, layer in zip(rows, layers, strict=True)]
     factors = [factor for layer in layers for factor in layer.factors()]
     bias = None if bias is None else bias.to(dtype)
     inside = None if apart else bias
@@ -109,13 +108,25 @@ class _Part:
 
     rows: Rows
     scale: float
+    dropout: float
     keep: Tensor | None
-    """Factor of each input of A: 0 where it is dropped."""
+    """Which inputs of A are kept, as booleans; None where none is dropped."""
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return A's inputs as a matrix (N_i, I)."""
-        own = self.rows.of(x)
-        return _flat(own if self.keep is None else own * self.keep.to(x.dtype))
+        return self.dropped(_flat(self.rows.of(x)))
+
+    def dropped(self, own: Tensor) -> Tensor:
+        """Drop entries of a matrix (N_i, I), and scale what is kept."""
+        return own if self.keep is None else own * self.keep / (1 - self.dropout)
+
+
+def _part(rows: Rows, layer: LoraLinear, x: Tensor) -> _Part:
+    """Return an adapter's part in a product with `x`, its inputs drawn where some are dropped."""
+    dropout = layer.dropout if layer.training else 0.0
+    # drawn as booleans: in x's dtype the chance itself would be rounded
+    keep = torch.empty_like(_flat(rows.of(x)), dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
+    return _Part(rows, layer.scale, dropout, keep)
 
 
 class _MixedLinear(torch.autograd.Function):
@@ -140,16 +151,8 @@ class _MixedLinear(torch.autograd.Function):
             grad_down = (grad_own @ b.to(x.dtype)) * part.scale
             grads += [grad_down.T @ inputs, grad_own.T @ ((inputs @ a.to(x.dtype).T) * part.scale)]
             if grad_x is not None:
-                own = grad_down @ a.to(x.dtype)
-                part.rows.add_to(grad_x, own if part.keep is None else own * _flat(part.keep.to(x.dtype)))
+                part.rows.add_to(grad_x, part.dropped(grad_down @ a.to(x.dtype)))
         return grad_x, None, *grads
-
-
-def _kept(own: Tensor, layer: LoraLinear) -> Tensor | None:
-    """Draw which inputs of A are kept; None where none is dropped."""
-    if not (layer.training and layer.dropout > 0):
-        return None
-    return torch.empty_like(own, dtype=torch.float32).bernoulli_(1 - layer.dropout) / (1 - layer.dropout)
 
 
 def _bias(base: nn.Module) -> Tensor | None:

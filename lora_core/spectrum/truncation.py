@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lora_core.adapter.files import pattern_for
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.spectrum.spectrum import rank_for_energy, singular_values, thin_svd, truncation_error
 from lora_core.spectrum.updates import Update, read_updates, write_updates
@@ -73,9 +74,14 @@ def truncate_adapter(folder: Path, destination: Path, rank: int | Mapping[str, i
 def recommended_ranks(folder: Path, share: float = 0.9) -> dict[str, int]:
     """Return, for each module path, the smallest rank that keeps `share` of its update's squared norm.
 
-    The result can be given to `truncate_adapter`, or serve as the rank_pattern of a next training.
+    The result can be given to `truncate_adapter`, or, by `rank_pattern`, to the config of a next training.
     """
     return {name: rank_for_energy(singular_values(update), share) for name, update in read_updates(folder).items()}
+
+
+def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Return ranks by module path as the rank_pattern of a LoraConfig: each key decides for its module alone."""
+    return {pattern_for(name, ranks): rank for name, rank in ranks.items()}
 
 
 def truncation_table(folder: Path, ranks: Iterable[int]) -> list[TruncationRow]:

@@ -40,6 +40,8 @@ EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
 """How the factors of an embedding's update are called, A (r, V) and B (D, r)."""
 BASE_COPY = ".base_layer.weight"
 """How the base's own weight is called, which PEFT saves beside them."""
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Settings that leave out some of the modules that target_modules names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,11 @@ def read_updates(folder: Path, *, embeddings: bool = False) -> dict[str, Update]
         AdapterError: the folder is damaged, asks for what is ignored here, or holds more than pure low-rank updates.
     """
     config, tensors, identity = read_config(folder), read_tensors(folder), read_identity(folder)
+    if config.target_parameters:
+        raise AdapterError(
+            f"{folder} updates stacks of experts ({', '.join(config.target_parameters)}), and only plain LoRA of linear layers is read; "
+            "load it into a model to merge or serve it"
+        )
     turned = {key.rpartition(".")[0] for key in tensors if embeddings and EMBEDDING.search(key)}
     copies = {f"{module}{BASE_COPY}" for module in turned}
     tensors = {EMBEDDING.sub(r".lora_\1.weight", key) if embeddings else key: one for key, one in tensors.items() if key not in copies}
@@ -214,7 +221,7 @@ def _peft_config(updates: Mapping[str, Update], like: Path) -> dict[str, Any]:
     ranks = {name: update.rank for name, update in updates.items() if update.rank != widest.rank}
     alphas = {name: _alpha(update) for name, update in updates.items() if _alpha(update) != _alpha(widest)}
     if set(updates) != set(_module_paths(read_tensors(like), like)):
-        values["target_modules"] = sorted(updates)
+        values |= {"target_modules": sorted(updates), **{key: None for key in NARROWING if key in values}}
     return {
         **values,
         "r": widest.rank,

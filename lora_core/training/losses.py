@@ -31,9 +31,9 @@ def token_log_likelihoods(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
     likelihoods, greedy = [], []
     for rows, wanted in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
         logits = F.linear(rows, weight).float()
-        chosen = logits.gather(1, wanted[:, None])[:, 0]
-        likelihoods.append(chosen - logits.logsumexp(dim=1))
-        greedy.append(chosen >= logits.amax(dim=1))
+        chosen, largest = logits.gather(1, wanted[:, None])[:, 0], logits.amax(dim=1)
+        likelihoods.append(chosen - largest - logits.sub_(largest[:, None]).exp_().sum(dim=1).log())  # in place: the table is wide
+        greedy.append(chosen >= largest)
     if not likelihoods:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
     return torch.cat(likelihoods), torch.cat(greedy)

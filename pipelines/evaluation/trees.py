@@ -40,12 +40,6 @@ class Tree:
     answers: list[Answer]
 
     @property
-    def stem(self) -> int:
-        """How many first tokens come before the first fork; all of them where there is none."""
-        whole = len(self.tokens)
-        return next((place for place in range(whole) if self.depths[place] != place or self.ends[place] < whole), whole)
-
-    @property
     def context(self) -> int:
         """How many tokens the model's context must hold."""
         return max(self.depths) + 1

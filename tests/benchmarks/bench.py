@@ -259,9 +259,9 @@ def loss_difference(found: dict[str, Figures], other: str) -> float:
     return max(abs(a - b) for a, b in zip(found["ours"].losses, found[other].losses, strict=True))
 
 
-def report(found: list[Row]) -> None:
+def report(found: list[Row], title: str = "Training speed, memory and losses") -> None:
     """Print the rows and, plainly, how many goals were missed."""
-    table = Table("figure", "value", "unit", "goal", "verdict", title="Training speed, memory and losses", title_justify="left")
+    table = Table("figure", "value", "unit", "goal", "verdict", title=title, title_justify="left")
     for one in found:
         verdict = {None: "", True: "[green]holds[/green]", False: "[red]missed[/red]"}[one["holds"]]
         table.add_row(one["what"], f"{one['value']:.4g}", one["unit"], one["goal"] or "", verdict)

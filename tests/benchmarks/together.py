@@ -4,8 +4,9 @@
 
 Every adapter has a batch of its own in every step. Together, all batches pass through the base as one, each row with its
 adapter; apart, each batch passes by itself with its adapter alone. Both ways take the same steps of AdamW from the same
-start, turn by turn in one process, so that a machine that slows down slows both; the peak of memory is that of each way
-in a process of its own. The base is a random Llama of SmolLM2-135M's shapes in NF4, on the CPU.
+start, turn by turn in one process, so that a machine that slows down slows both; the share of the cores that the steps
+got says whether others were at work. The peak of memory is that of each way in a process of its own. The base is a random
+Llama of SmolLM2-135M's shapes in NF4, on the CPU.
 
 The figures go to build/together.json.
 """
@@ -20,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import BUILD, GIB, Row, environment, report, row
+from bench import BUILD, GIB, Row, environment, report, row, threads
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -30,7 +31,7 @@ from lora_core.training.losses import linear_cross_entropy
 
 RESULT = BUILD / "together.json"
 VOCABULARY = 49152
-SIZES = ((1, 64), (4, 128))
+SIZES = ((1, 64), (2, 128))
 """Rows in the batch of each adapter, and tokens in each row."""
 ADAPTER = LoraConfig(r=16, lora_alpha=32)
 
@@ -124,12 +125,13 @@ def rows(ways: dict[str, Way], number: int, options: argparse.Namespace) -> list
     """Take the steps of one size, turn by turn; the first of each way warms up."""
     size = SIZES[number]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    difference = 0.0
+    difference, start = 0.0, (time.perf_counter(), time.process_time())
     for step in range(options.rounds + 1):
         ids = draw(options.adapters, size, step)
         order = ("together", "apart") if step % 2 else ("apart", "together")
         losses = {name: timed(getattr(ways[name], name), ids, seconds[name]) for name in order}
         difference = max(difference, *(abs(a - b) for a, b in zip(*losses.values(), strict=True)))
+    share = (time.process_time() - start[1]) / (time.perf_counter() - start[0]) / threads()
     ratios = [apart / one for one, apart in zip(seconds["together"][1:], seconds["apart"][1:], strict=True)]
     peaks = {name: peak(name, number, options.adapters) / GIB for name in ways}
     what = f"{size[0]} × {size[1]} tokens an adapter"
@@ -138,6 +140,7 @@ def rows(ways: dict[str, Way], number: int, options: argparse.Namespace) -> list
         row(f"{what}: speed together / apart", "×", median(ratios), at_least=1.0),
         *[row(f"{what}, {name}: peak memory", "GiB", value) for name, value in peaks.items()],
         row(f"{what}: largest difference of loss", "nats", difference, at_most=1e-3),
+        row(f"{what}: share of the cores", "", share, at_least=0.8),  # less, and others were at work
     ]
 
 

@@ -153,6 +153,48 @@ def test_loaded_and_removed(bank: Bank, build_llama: Build, batch: Tensor, tmp_p
     assert torch.equal(logits(other.model, batch), logits(build_llama(), batch))
 
 
+@torch.no_grad()
+def test_an_adapter_removed_while_another_is_in_use_does_not_come_back(bank: Bank, build_llama: Build, batch: Tensor) -> None:
+    bank.use("a")
+    with bank.using("b"):
+        bank.remove("a")
+    assert bank.active is None
+    assert torch.equal(logits(bank.model, batch), logits(build_llama(), batch))
+
+
+def test_no_adapter_is_the_active_one_among_rows(bank: Bank) -> None:
+    bank.use("a")
+    with bank.rows(["b", "c"]):
+        assert bank.active is None
+    assert bank.active == "a"
+
+
+def test_adapters_that_lie_in_each_other_are_refused(bank: Bank, batch: Tensor) -> None:
+    """One trains a block's unit whole, another adapts a layer in it: no module could hold both."""
+    before = logits(bank.model, batch)
+    whole = LoraConfig(r=2, lora_alpha=2, target_modules=("v_proj",), modules_to_save=("layers.1.mlp",))
+    with pytest.raises(AdapterError, match=r"adapter 'd' changes model.layers.1.mlp, and another .* model.layers.1.mlp.(down|up)_proj"):
+        bank.add("d", whole, seed=0)
+    assert bank.names == ["a", "b", "c"]
+    assert torch.equal(logits(bank.model, batch), before)
+
+
+def test_dropout_in_company_drops_as_often_as_alone(bank: Bank) -> None:
+    """B is given the identity of A's inputs, so that the update shows which were dropped: 0, or 1/(1 − 0.3) of the input."""
+    q_proj, x = bank.model.model.layers[0].self_attn.q_proj, torch.ones(40, 50, 64)
+    [layer] = [layer for name, layer in _layers(bank, "b") if name == "model.layers.0.self_attn.q_proj"]
+    bank.model.train()
+    with torch.no_grad(), bank.rows(["b"] * 40):
+        layer.train()
+        layer.lora_A.zero_()[0, 0] = 1
+        layer.lora_B.zero_()[0, 0] = 1 / layer.scale
+        update = (bank.model.model.layers[0].self_attn.q_proj(x) - q_proj(x))[..., 0]
+    kept = update.abs() > 0.5
+    torch.testing.assert_close(update[kept], torch.full_like(update[kept], 1 / 0.7), rtol=1e-4, atol=1e-4)
+    # 2000 draws: the share has a standard deviation of √(0.3 · 0.7 / 2000) = 0.01.
+    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.05)
+
+
 def _layers(bank: Bank, name: str) -> list[tuple[str, nn.Module]]:
     with bank.using(name):
         return list(lora_layers(bank.model))

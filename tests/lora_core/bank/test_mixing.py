@@ -111,6 +111,32 @@ def test_logits_and_gradients_are_those_of_each_adapter_alone(build_llama: Build
                 torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item() + 1e-6)
 
 
+@pytest.mark.parametrize("names", [["a", "a", "b", None], ["b", "a", None, "b"]], ids=["together", "scattered"])
+@pytest.mark.parametrize("dim", [BATCH, TOKENS])
+def test_gradients_pass_what_was_dropped(build_llama: Build, names: list[str | None], dim: int) -> None:
+    """Against differences of float64, with the same draw in every call."""
+    configs = {name: LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj",), lora_dropout=0.4) for name in "ab"}
+    bank = bank_over(build_llama().double().train(), configs)
+    for name in configs:
+        with bank.using(name):
+            bank.model.train().double()
+    parameters = [parameter for name in configs for parameter in bank.parameters(name) if parameter.shape[-1] == 2][:2]
+    x = torch.randn(4, 4, 64, dtype=torch.float64, requires_grad=True)
+    with bank.rows(names, dim=dim):
+        q_proj = bank.model.model.layers[0].self_attn.q_proj
+
+        def drawn(x: Tensor, *_: Tensor) -> Tensor:
+            torch.manual_seed(3)
+            y: Tensor = q_proj(x)
+            return y[..., :3]
+
+        dropped = drawn(x)
+        bank.model.eval()
+        assert not torch.allclose(dropped, drawn(x))
+        bank.model.train()
+        assert torch.autograd.gradcheck(drawn, (x, *parameters))
+
+
 def taken(parameter: nn.Parameter) -> Tensor:
     grad, parameter.grad = parameter.grad, None
     assert grad is not None

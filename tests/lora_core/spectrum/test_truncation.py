@@ -11,10 +11,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lora_core import AdapterError, ConfigError, Identity, LoraConfig, inject, load_adapter, lora_layers, save_adapter
+from lora_core import AdapterError, ConfigError, Identity, LoraConfig, inject, load_adapter, lora_layers, plan_targets, save_adapter
 from lora_core.adapter.files import read_identity
 from lora_core.spectrum.spectrum import singular_values, truncation_error
-from lora_core.spectrum.truncation import recommended_ranks, truncate, truncate_adapter, truncation_table
+from lora_core.spectrum.truncation import rank_pattern, recommended_ranks, truncate, truncate_adapter, truncation_table
 from lora_core.spectrum.updates import Update, read_updates, write_updates
 
 Build = Callable[..., LlamaForCausalLM]
@@ -173,6 +173,22 @@ def test_recommended_ranks_are_the_smallest_that_keep_the_share(uneven_folder: P
 def test_recommended_ranks_can_be_cut_to(uneven_folder: Path) -> None:
     errors = truncate_adapter(uneven_folder, uneven_folder.with_name("cut"), recommended_ranks(uneven_folder, share=0.9))
     assert all(error**2 <= 0.1 for error in errors.values())
+
+
+def test_recommended_ranks_become_the_ranks_of_a_next_training(build_llama: Build, uneven_folder: Path) -> None:
+    ranks = recommended_ranks(uneven_folder, share=0.9)
+    assert len(set(ranks.values())) > 1
+    for default in (1, 8):  # below and above all of them
+        config = LoraConfig(r=default, lora_alpha=8, target_modules=tuple(ranks), rank_pattern=rank_pattern(ranks))
+        assert {target.name: target.rank for target in plan_targets(build_llama(), config)} == ranks
+
+
+def test_a_rank_pattern_decides_for_whole_paths(random_update: Make) -> None:
+    """`proj` also ends `body.proj`, and a dot matches any sign: whichever key comes first, each module gets its own rank."""
+    ranks = {"proj": 1, "body.proj": 2, "bodyxproj": 4}
+    for order in (ranks, dict(reversed(ranks.items()))):
+        config = LoraConfig(r=3, lora_alpha=3, rank_pattern=rank_pattern(order))
+        assert {name: config.rank_of(name) for name in ranks} == ranks
 
 
 def test_the_table_predicts_what_a_cut_then_costs(build_llama: Build, uneven_folder: Path) -> None:

@@ -150,6 +150,15 @@ def test_a_file_that_its_sidecar_does_not_know_is_refused(adapter_folder: Path) 
         read_updates(adapter_folder)
 
 
+def test_stacks_of_experts_are_refused_by_their_name(adapter_folder: Path) -> None:
+    """Their factors look like those of a linear layer, of as many ranks as all experts have together."""
+    (adapter_folder / SIDECAR).unlink()
+    values = {**config_of(adapter_folder), "target_parameters": ["experts.down_proj"]}
+    (adapter_folder / CONFIG).write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"updates stacks of experts \(experts.down_proj\)"):
+        read_updates(adapter_folder)
+
+
 # --- several adapters ---
 
 
@@ -233,6 +242,20 @@ def test_layers_that_the_original_lacks_are_named_in_full(build_llama: Build, ad
     assert_read_by_peft(build_llama(), other, updates)
     targets = load_adapter(build_llama(), other)
     assert [target.name for target in targets] == ["model.layers.0.mlp.up_proj", LAYER]
+
+
+def test_what_left_modules_out_of_the_original_leaves_none_out_of_the_new(
+    build_llama: Build, adapter_folder: Path, random_update: Make
+) -> None:
+    """A sum may update modules that the first adapter was told to exclude."""
+    (adapter_folder / SIDECAR).unlink()
+    narrowed = {**config_of(adapter_folder), "exclude_modules": ["up_proj"], "layers_to_transform": [0, 1]}
+    (adapter_folder / CONFIG).write_text(json.dumps(narrowed), encoding="utf-8")
+    updates = {**read_updates(adapter_folder), "model.layers.0.mlp.up_proj": random_update(128, 64, 4)}
+    other = adapter_folder.with_name("other")
+    write_updates(other, updates, like=adapter_folder, done="made up")
+    assert {target.name for target in load_adapter(build_llama(), other)} == set(updates)
+    assert_read_by_peft(build_llama(), other, updates)
 
 
 def test_a_path_that_ends_another_path_keeps_its_own_rank(adapter_folder: Path, random_update: Make) -> None:

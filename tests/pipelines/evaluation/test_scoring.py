@@ -5,13 +5,12 @@ of context and answer itself, and sums a log-softmax. 1e-4 nats is a hundred tim
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pipelines.evaluation.scoring
 from pipelines.errors import DataError
@@ -19,13 +18,8 @@ from pipelines.evaluation.evaluate import scored
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import tokenise
 from pipelines.evaluation.scoring import score_examples
-from pipelines.hardware import Hardware
-from pipelines.model import load_model
-from pipelines.tokenizer import load_tokenizer
 
 NATS = 1e-4
-SHARPER = 4.0
-"""The weights' factor: a freshly drawn model hardly looks at its context, and any mask would do."""
 
 
 def item(context: str, *choices: str | tuple[str, str], gold: int = 0, benchmark: str = "piqa") -> Item:
@@ -47,35 +41,6 @@ ITEMS = {
     "one name begins the other": item("Then", (" the fox", " was late."), (" the fox that jumps", " was late."), benchmark="winogrande"),
     "beyond ASCII": item("Größe:", " 0 µm", " ∞"),
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with weights large enough that what is attended to moves every score."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(SHARPER)
-    sharper = tmp_path_factory.mktemp("models") / "sharper"
-    model.save_pretrained(sharper)
-    load_tokenizer(tiny_folder).save_pretrained(sharper)
-    return sharper
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    return load_model(folder, "none", Hardware("cpu", torch.float32, "gloo", fused_optimizer=False))
-
-
-@pytest.fixture(scope="module")
-def reference(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
 
 
 @torch.inference_mode()

@@ -1,0 +1,169 @@
+"""Models that are scored one after the other over one base write what each would write alone, to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import save_tiny_model, tiny_recipe
+
+from lora_core import Identity, LoraConfig, inject, load_adapter, save_adapter
+from lora_core.base.dequantise import dequantise
+from pipelines.data import prepare
+from pipelines.errors import DataError, recorded_error
+from pipelines.evaluation.benchmarks import PACKAGE
+from pipelines.evaluation.evaluate import DISTRIBUTIONS, ITEMS, Evaluation, scored
+from pipelines.evaluation.scoring import score_examples
+from pipelines.hardware import detect
+from pipelines.model import load_model
+from pipelines.recipe import parse_recipe
+from pipelines.stage import Stage, read_inputs, read_records, read_result
+
+pytestmark = pytest.mark.skipif(find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed")
+LABELS = ("base", "base-nf4", "rank-2", "rank-4", "control")
+ASKED = {"items_per_benchmark": 3, "chat_prompts": 3, "passages": 2, "generations": 3, "max_new_tokens": 4}
+StageOf = Callable[..., Stage]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file: Path) -> Path:
+    """A folder with data, two adapters over the base in 4 bits, one over another base, and a control."""
+    root = tmp_path_factory.mktemp("evaluation")
+    recipe = parse_recipe(tiny_recipe(folder, pairs_file))
+    (root / "data").mkdir()
+    prepare(root / "data", {"data": recipe.data.model_dump(mode="json"), "seed": 7}, {"base": str(folder)})
+    for rank in (2, 4):
+        write_adapter(folder, root / f"rank-{rank}", rank)
+    write_adapter(save_tiny_model(root / "other", seed=3), root / "stranger", 2)
+    save_tiny_model(root / "control", seed=5)
+    return root
+
+
+def write_adapter(base: Path, folder: Path, rank: int) -> None:
+    model = load_model(base, "nf4", detect())
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=("q_proj", "down_proj") if rank == 2 else "all-linear")
+    inject(model, config, seed=rank)
+    torch.manual_seed(rank)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    save_adapter(model, folder, config, Identity(base=str(base)))
+
+
+@pytest.fixture
+def stage_of(place: Path, folder: Path, tmp_path: Path) -> StageOf:
+    """Return a maker of begun stages."""
+
+    def make(label: str, root: str = "runs", trained: str | None = None, **asked: Any) -> Stage:
+        recipe = parse_recipe(tiny_recipe(folder, place / "pairs.jsonl", evaluation={**ASKED, **asked}))
+        inputs = {
+            "trained": label,
+            "quantization": "none" if label in ("base", "control") else "nf4",
+            "evaluation": recipe.evaluation.model_dump(mode="json"),
+            "seed": 7,
+        }
+        paths = {"base": str(folder), "data": str(place / "data"), "recipe": str(tmp_path)}
+        if label not in ("base", "base-nf4"):
+            paths["model" if label == "control" else "adapter"] = str(place / (trained or label))
+        stage = Stage("evaluate", label, inputs, tmp_path / root, paths)
+        stage.begin()
+        return stage
+
+    return make
+
+
+def write(evaluation: Evaluation, stage: Stage) -> dict[str, bytes]:
+    _, files = evaluation(stage.folder, *read_inputs(stage.folder))
+    return {name: (stage.folder / name).read_bytes() for name in files}
+
+
+@pytest.mark.parametrize("labels", [LABELS, LABELS[::-1], ("rank-4", "base-nf4", "rank-2", "rank-4")], ids=["in order", "turned", "back"])
+def test_a_model_writes_the_same_alone_and_among_others(stage_of: StageOf, labels: tuple[str, ...]) -> None:
+    evaluation = Evaluation()
+    for label in labels:
+        assert write(evaluation, stage_of(label, "together")) == write(Evaluation(), stage_of(label, "alone")), label
+
+
+def test_an_adapter_scores_as_if_it_had_been_loaded_by_hand(stage_of: StageOf, place: Path, folder: Path) -> None:
+    evaluation = Evaluation()
+    write(evaluation, stage_of("rank-2"))
+    stage = stage_of("rank-4")
+    write(evaluation, stage)
+    model = load_model(folder, "nf4", detect())
+    load_adapter(model, place / "rank-4")
+    dequantise(model, torch.float32)
+    asked = evaluation.asked(*read_inputs(stage.folder))
+    expected = [*score_examples(model, asked.examples), *scored(model, asked.questions)]
+    assert read_records(stage.folder / ITEMS)[: len(expected)] == expected
+
+
+def test_the_models_differ_and_are_asked_the_same(stage_of: StageOf) -> None:
+    evaluation, found = Evaluation(), {}
+    for label in LABELS:
+        write(evaluation, stage_of(label))
+        found[label] = read_records(stage_of(label).folder / ITEMS)
+    asked = [[(one["kind"], one["id"], one.get("prompt_sha256")) for one in records] for records in found.values()]
+    assert all(one == asked[0] for one in asked)
+    assert len({json.dumps(records) for records in found.values()}) == len(LABELS)
+    counts = {kind: sum(one["kind"] == kind for one in found["base"]) for kind in ("task", "general", "text", "chat", "generation")}
+    assert counts == {"task": 8, "general": 18, "text": 2, "chat": 3, "generation": 3}
+
+
+def test_the_table_has_a_row_for_each_token_of_a_chat(stage_of: StageOf) -> None:
+    stage = stage_of("base")
+    write(Evaluation(), stage)
+    table = load_file(stage.folder / DISTRIBUTIONS)["log_probabilities"]
+    chats = [record for record in read_records(stage.folder / ITEMS) if record["kind"] == "chat"]
+    assert table.shape[0] == sum(record["tokens"] for record in chats)
+
+
+def test_without_chats_there_is_no_table(stage_of: StageOf) -> None:
+    assert set(write(Evaluation(), stage_of("base", chat_prompts=0, passages=0))) == {ITEMS}
+
+
+def test_the_users_own_questions_and_metrics_are_found_beside_the_recipe(stage_of: StageOf, tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "Say", "choices": ["red", "green"], "gold": 1})
+    (tmp_path / "mine.jsonl").write_text(f"{line}\n{line}\n")
+    (tmp_path / "lengths.py").write_text("def longer(answer, reference, prompt): return len(answer) > len(reference)\n")
+    stage = stage_of("base", probes=["mine.jsonl"], metrics=["lengths:longer"], execute=["true"])
+    write(Evaluation(), stage)
+    records = read_records(stage.folder / ITEMS)
+    assert [record["id"] for record in records if record.get("benchmark") == "mine"] == ["mine/1", "mine/2"]
+    assert all(set(record["metrics"]) == {"lengths:longer", "execution"} for record in records if record["kind"] == "generation")
+
+
+def test_two_sources_under_one_name_are_refused(stage_of: StageOf, tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "Say", "answer": "red"})
+    (tmp_path / "piqa.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(DataError, match="'piqa' names the questions of two sources in evaluation"):
+        write(Evaluation(), stage_of("base", probes=["piqa.jsonl"]))
+
+
+@pytest.mark.slow
+def test_a_batch_does_what_it_can_and_says_of_each_stage_what_it_could_not(stage_of: StageOf) -> None:
+    done, refused, left = stage_of("base-nf4"), stage_of("stranger"), stage_of("rank-2")
+    first = evaluate(done)
+    assert (first.returncode, read_result(done.folder) is None) == (0, False), first.stderr
+    before = (done.folder / "result.json").stat().st_mtime_ns
+    batch = evaluate(done, refused, left)
+    assert batch.returncode == 2, batch.stderr
+    assert "was trained on" in str(recorded_error(refused.folder))
+    assert "Traceback" not in batch.stderr
+    assert refused.result() is None
+    result = left.result()
+    assert result is not None and result["items"] == 34
+    assert set(result["seconds_of"]) == {"prepare", "load", "task", "general", "lm_eval", "text", "chat", "answers"}
+    assert (done.folder / "result.json").stat().st_mtime_ns == before
+
+
+def evaluate(*stages: Stage) -> "subprocess.CompletedProcess[str]":
+    argv = [sys.executable, "-m", "pipelines.evaluation.evaluate", *(str(stage.folder) for stage in stages)]
+    return subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False)
