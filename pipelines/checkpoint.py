@@ -1,6 +1,8 @@
 """Checkpoints of a training run: complete or absent, and the newest complete one is where a stopped run goes on.
 
-    <stage>/checkpoints/step-00010/    adapter or weights, optimiser, schedule, every rank's random state
+    <stage>/checkpoints/2-ranks-zero-2/step-00010/    adapter or weights, optimiser, schedule, every rank's random state
+
+Under another launch the parts of a checkpoint would not fit, so each kind of launch finds its own.
 
 What is saved is the trained part, and the start that a layer takes off again where it has one: another machine may find
 other signs for it. The frozen base is loaded again from where it lies.
@@ -17,7 +19,7 @@ KEPT = 2
 
 def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     """Write the state after `step` steps and keep the newest two. Every rank calls it; rank 0 renames."""
-    complete = _folder(folder, step)
+    complete = _folder(accelerator, folder) / f"step-{step:05d}"
     aside = complete.with_name(f".{complete.name}")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
@@ -29,19 +31,19 @@ def save(accelerator: Accelerator, folder: Path, step: int) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(complete, ignore_errors=True)
         aside.rename(complete)
-        for old in _complete(folder)[:-KEPT]:
+        for old in _complete(accelerator, folder)[:-KEPT]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def exists(folder: Path) -> bool:
+def exists(accelerator: Accelerator, folder: Path) -> bool:
     """Tell whether there is a complete checkpoint to go on from."""
-    return bool(_complete(folder))
+    return bool(_complete(accelerator, folder))
 
 
 def resume(accelerator: Accelerator, folder: Path) -> int:
     """Restore the newest complete checkpoint; return how many steps it holds, 0 when there is none."""
-    found = _complete(folder)
+    found = _complete(accelerator, folder)
     if not found:
         return 0
     accelerator.load_state(str(found[-1]), **{"load_module_strict" if _has_engine(accelerator) else "strict": False})
@@ -68,9 +70,10 @@ def _leave_out_frozen(models: list[Any], states: list[dict[str, Any]], _: str) -
             del state[name]
 
 
-def _folder(folder: Path, step: int) -> Path:
-    return folder / "checkpoints" / f"step-{step:05d}"
+def _folder(accelerator: Accelerator, folder: Path) -> Path:
+    engine = f"-zero-{accelerator.state.deepspeed_plugin.zero_stage}" if _has_engine(accelerator) else ""
+    return folder / "checkpoints" / f"{accelerator.num_processes}-ranks{engine}"
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("step-*"))
+def _complete(accelerator: Accelerator, folder: Path) -> list[Path]:
+    return sorted(_folder(accelerator, folder).glob("step-*"))

@@ -11,7 +11,7 @@ import typer
 
 from pipelines.errors import PipelineError
 from pipelines.places import runs_root
-from pipelines.recipe import load_recipe
+from pipelines.recipe import find_recipe, load_recipe
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Fine-tune with LoRA, and know what was forgotten."
@@ -39,8 +39,9 @@ def plan(
     """Print the matched modules, trained weights, expected memory and file size, without training."""
     settings = load_recipe(recipe, ranks=rank)
     from pipelines.planning import print_plan
+    from pipelines.stages import Stages
 
-    print_plan(settings, runs_root(), gpu_gb)
+    print_plan(settings, Stages(settings, runs_root(), find_recipe(recipe).parent), gpu_gb)
 
 
 @app.command()

@@ -50,7 +50,7 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
     """Write the splits."""
     disable_progress_bars()
     settings = inputs["data"]
-    rows = load_rows(settings)
+    rows = load_rows(settings | {name: paths[name] for name in ("source",) if name in paths})
     tokenizer = load_tokenizer(Path(paths["base"]))
     examples = list(tokenise(rows, tokenizer, settings))
     usable = [example for example in examples if any(example.supervised)]

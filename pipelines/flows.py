@@ -16,7 +16,7 @@ from pipelines.errors import RecipeError
 from pipelines.incumbent import find_champion
 from pipelines.places import runs_root
 from pipelines.publishing import publish
-from pipelines.recipe import load_recipe
+from pipelines.recipe import find_recipe, load_recipe
 from pipelines.run import Data, Figures, Run, Trained
 from pipelines.stage import Stage
 from pipelines.stages import Stages, shared_out
@@ -34,7 +34,7 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
         ranks: replaces the recipe's ranks where not empty.
     """
     settings = load_recipe(recipe, ranks=ranks)
-    run = Run(settings, Stages(settings, runs_root()))
+    run = Run(settings, Stages(settings, runs_root(), find_recipe(recipe).parent))
     base = run.step(tasks.prepare_base, run.stages.base())
     data_stage = run.stages.data(base)
     data = (data_stage, run.step(tasks.prepare_data, data_stage))

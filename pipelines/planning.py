@@ -1,6 +1,5 @@
 """`lora plan`: prepare what the plan needs, and print what would be trained and what it would cost."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,9 +23,8 @@ TERMS = {
 """Parts of the memory, as `lora_core.budget.budget` names them and as they are printed."""
 
 
-def print_plan(recipe: Recipe, root: Path, gpu_gb: float | None = None) -> None:
+def print_plan(recipe: Recipe, stages: Stages, gpu_gb: float | None = None) -> None:
     """Prepare base and data, which are kept for the run, and print the plan; with `gpu_gb`, what fits such a GPU."""
-    stages = Stages(recipe, root)
     base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
     data_stage = stages.data(base)
     data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))

@@ -337,7 +337,7 @@ def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
     Raises:
         RecipeError: the file is missing or malformed, or a setting breaks its rule; every problem is named.
     """
-    file = _find(Path(path))
+    file = find_recipe(path)
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -360,7 +360,9 @@ def parse_recipe(values: dict[str, Any], *, source: str = "the recipe") -> Recip
         raise RecipeError(f"{source}: {'; '.join(sentences(error, Recipe))}") from error
 
 
-def _find(path: Path) -> Path:
+def find_recipe(name: str | Path) -> Path:
+    """Return the file of a recipe, given by path or by the name of one in pipelines/recipes."""
+    path = Path(name)
     if path.is_file():
         return path
     named = RECIPES / f"{path.name}.yaml"

@@ -52,7 +52,9 @@ def shape_of(columns: list[str], source: str) -> tuple[str, ...]:
 
 def _from_file(path: Path) -> Dataset:
     if not path.is_file():
-        raise DataError(f"data file {str(path)!r} is not there; give a path relative to where the command runs, or an absolute one")
+        raise DataError(
+            f"data file {str(path)!r} is not there; give a path relative to the recipe or to where the command runs, or an absolute one"
+        )
     if path.stat().st_size == 0:
         raise DataError(f"data file {str(path)!r} is empty; give at least a few hundred rows")
     if path.suffix == ".jsonl":

@@ -21,7 +21,7 @@ from lora_core.files import sha256_of_file, write_json
 from pipelines.errors import ERROR_FILE
 
 INPUTS, RESULT, LOG, SNAPSHOTS = "inputs.json", "result.json", "log.txt", "snapshots"
-FORMAT = 3  # raise it when a stage's outcome changes for the same inputs
+FORMAT = 4  # raise it when a stage's outcome changes for the same inputs
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
 
@@ -51,7 +51,9 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        return self.root / self.kind / f"{self.label}-{self.key[:12]}"
+        """The folder that bears the key; the label is a name for whoever looks, and the first to begin the stage gives it."""
+        kind, key = self.root / self.kind, self.key[:12]
+        return next(iter(sorted(kind.glob(f"*-{key}"))), kind / f"{self.label}-{key}")
 
     def begin(self) -> Path:
         """Create the folder with inputs.json, clear a former error, and return the folder."""

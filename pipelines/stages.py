@@ -4,16 +4,20 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lora_core.files import sha256_of_file
 from pipelines.arms import Arm, Subject
 from pipelines.base_model import files_digest, identify
-from pipelines.recipe import Recipe, local_path
+from pipelines.lookup import evaluation_files, find, folders
+from pipelines.recipe import Recipe
 from pipelines.sharding import sharding
-from pipelines.stage import Stage, digest, snapshot
+from pipelines.stage import Stage, snapshot
 
+SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every"}
+"""Settings of training that say how a step is spread over time and memory: what is learnt is the same but for rounding."""
 SHORT = {"generations": 0, "chat_prompts": 0, "passages": 0}
 """What a model that only the frontier shows is not asked."""
 
@@ -24,6 +28,8 @@ class Stages:
 
     recipe: Recipe
     root: Path
+    folder: Path | None = None
+    """Where the recipe's file lies; None where it has none."""
 
     def base(self) -> Stage:
         """The base model, in Hugging Face format and fingerprinted."""
@@ -32,14 +38,17 @@ class Stages:
     def data(self, base: dict[str, Any]) -> Stage:
         """The two splits, tokenised for this base."""
         section = self.recipe.data
+        is_harvested = section.source == "docstrings"
+        source = None if is_harvested else find(section.source, self.places)
         inputs = {
             "data": section.model_dump(mode="json"),
-            "source": _source_identity(section.source),
+            "source": sys.version if is_harvested else section.source if source is None else _identity(source),
             "tokenizer": base["tokenizer_sha256"],
             "template": base["template_sha256"],
             "seed": self.recipe.seed,
         }
-        return Stage("data", Path(section.source).stem, inputs, self.root, {"base": base["folder"]})
+        paths = {"base": base["folder"]} | ({} if source is None else {"source": str(source.absolute())})
+        return Stage("data", Path(section.source).stem, inputs, self.root, paths)
 
     def plan(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]]) -> Stage:
         """Targets and budgets."""
@@ -58,7 +67,11 @@ class Stages:
         return Stage("plan", recipe.name, inputs, self.root, {"base": base["folder"], "data": str(data_stage.folder)})
 
     def train(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], arm: Arm) -> Stage:
-        """One arm's training; a control is named by its weights' digest alone, so that every recipe that needs it finds it."""
+        """One arm's training, whoever computes it: launch and processes are no part of the key.
+
+        A control by full fine-tuning is named by the base's digest, the data's and the budget alone, so that every recipe that
+        needs it finds it.
+        """
         recipe, (data_stage, data_figures) = self.recipe, data
         known = ("digests",) if arm.method == "full" else ("id", "revision", "digests", "tokenizer_sha256", "template_sha256")
         inputs: dict[str, Any] = {
@@ -67,9 +80,7 @@ class Stages:
             "data_digest": data_figures["digest"],
             "quantization": "none" if arm.method == "full" else recipe.base_model.quantization,
             "learning_rate": arm.learning_rate,
-            "training": recipe.training.model_dump(mode="json", exclude={"checkpoint_every"}),
-            "processes": recipe.launch.processes,
-            "launch": recipe.launch.config,
+            "training": recipe.training.model_dump(mode="json", exclude=SPREAD),
             "seed": recipe.seed,
         }
         if arm.rank is not None:
@@ -81,7 +92,11 @@ class Stages:
             inputs,
             self.root,
             paths={"base": base["folder"], "data": str(data_stage.folder)},
-            options={"checkpoint_every": recipe.training.checkpoint_every, "snapshots": list(arm.snapshots)},
+            options={
+                **recipe.training.model_dump(mode="json", include=SPREAD),
+                "processes": recipe.launch.processes,
+                "snapshots": list(arm.snapshots),
+            },
             expects=tuple(f"{snapshot(step)}/{output}" for step in arm.snapshots),
         )
 
@@ -100,21 +115,33 @@ class Stages:
     def evaluate(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], subject: Subject) -> Stage:
         """The scores of one model."""
         recipe, (data_stage, data_figures) = self.recipe, data
-        inputs = {
+        settings = recipe.evaluation.model_dump(mode="json")
+        inputs: dict[str, Any] = {
             "base": base["digests"],
             "tokenizer": base["tokenizer_sha256"],
             "template": base["template_sha256"],
             "trained": subject.weights,
             "quantization": recipe.base_model.quantization if subject.quantised else "none",
             "data_digest": data_figures["digest"],
-            "evaluation": recipe.evaluation.model_dump(mode="json") | ({} if subject.whole else SHORT),
-            "probes": {path: _source_identity(path) for path in recipe.evaluation.probes},
+            "evaluation": settings | ({} if subject.whole else SHORT),
+            "files": {name: _identity(path) for name, path in evaluation_files(settings, self.places).items()},
             "seed": recipe.seed,
         }
-        paths = {"base": base["folder"], "data": str(data_stage.folder)}
+        if recipe.evaluation.lm_eval is not None:
+            inputs["lm_eval"] = _version_of("lm_eval")
+        paths = {"base": base["folder"], "data": str(data_stage.folder), **self._places()}
         if subject.output is not None:
             paths[subject.output] = subject.folder
         return Stage("evaluate", plain_label(subject.label), inputs, self.root, paths)
+
+    @property
+    def places(self) -> list[Path]:
+        """Return where files that the recipe names are looked for."""
+        return folders(self._places())
+
+    def _places(self) -> dict[str, str]:
+        named = {"recipe": self.folder, "here": Path.cwd()}
+        return {name: str(folder.absolute()) for name, folder in named.items() if folder is not None}
 
 
 def shared_out(stages: Sequence[Stage], at_once: int) -> list[list[Stage]]:
@@ -139,11 +166,14 @@ def base_stage(model_id: str, revision: str | None, root: Path) -> Stage:
     return Stage("base", model_id.rpartition("/")[2].replace(":", "-"), {"base": identify(model_id, revision)}, root)
 
 
-def _source_identity(source: str) -> str:
-    """Return a digest that changes when local data does; a hub id or `docstrings` stands for itself."""
-    path = local_path(source)
-    if path.is_file():
-        return sha256_of_file(path)
-    if path.is_dir():
-        return files_digest(path)
-    return digest([source, sys.version]) if source == "docstrings" else source
+def _identity(path: Path) -> str:
+    """Return a digest that changes with what a file holds, or with a folder's files."""
+    return sha256_of_file(path) if path.is_file() else files_digest(path)
+
+
+def _version_of(module: str) -> str:
+    """Return the version of an extra; it stands in no key where nothing asks for it."""
+    try:
+        return version(module)
+    except PackageNotFoundError:
+        return "none"

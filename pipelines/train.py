@@ -59,7 +59,9 @@ class Run:
 
     accelerator: Accelerator
     settings: dict[str, Any]
-    """The recipe's training section."""
+    """What of the recipe's training section decides the outcome."""
+    parts: int
+    """Packs of a rank in each step."""
     dataset: Dataset
     lengths: list[int]
     """Tokens of every training example."""
@@ -73,8 +75,7 @@ class Run:
 
     def shares(self, step: int) -> list[list[int]]:
         """Return the examples of this rank's packs."""
-        parts: int = self.settings["accumulation"]
-        dealt = shares(self.steps[step], self.lengths, self.accelerator.num_processes * parts)
+        dealt = shares(self.steps[step], self.lengths, self.accelerator.num_processes * self.parts)
         return dealt[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def examples(self) -> Iterator[dict[str, Any]]:
@@ -88,16 +89,19 @@ class Run:
 
 def train(folder: Path) -> None:
     """Train what the stage's inputs say, from the newest checkpoint if there is one, and write the result."""
-    inputs, paths = read_inputs(folder)
+    (inputs, paths), options = read_inputs(folder), read_options(folder)
     hardware = detect()
-    accelerator = start(inputs, hardware)
+    accelerator = start(inputs["seed"], options, hardware)
     model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
     run = prepare_run(accelerator, inputs, Path(paths["data"]), hardware)
-    config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), resumes=checkpoint.exists(folder))
+    resumes = checkpoint.exists(accelerator, folder)
+    config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), resumes=resumes)
+    if options["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = trained_weights(model)
     engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, inputs), hardware)
     first = checkpoint.resume(accelerator, folder)
-    log, options = Log(folder, first, accelerator.is_main_process), read_options(folder)
+    log = Log(folder, first, accelerator.is_main_process)
     if accelerator.is_main_process:
         print(f"{weights} trained weights; {hardware.describe()}; {accelerator.num_processes} ranks; from step {first}", flush=True)
     for step in range(first, len(run.steps)):
@@ -109,20 +113,20 @@ def train(folder: Path) -> None:
     finish(folder, run, engine, config, {"trained_weights": weights, **log.summary()})
 
 
-def start(inputs: dict[str, Any], hardware: Hardware) -> Accelerator:
+def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator:
     """Join the process group and hold it against what was asked for.
 
     Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of the data.
     """
-    torch.manual_seed(inputs["seed"] + int(os.environ.get("RANK", "0")))
+    torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
     accelerator = Accelerator(
-        gradient_accumulation_steps=inputs["training"]["accumulation"],
+        gradient_accumulation_steps=options["accumulation"],
         mixed_precision="bf16" if hardware.dtype is torch.bfloat16 else "no",
         kwargs_handlers=[InitProcessGroupKwargs(backend=hardware.backend)] if "WORLD_SIZE" in os.environ else None,
     )
-    if accelerator.num_processes != inputs["processes"]:
+    if accelerator.num_processes != options["processes"]:
         raise PipelineError(
-            f"{accelerator.num_processes} ranks came up where launch.processes asks for {inputs['processes']}; "
+            f"{accelerator.num_processes} ranks came up where launch.processes asks for {options['processes']}; "
             "check that the accelerate config fits the machine"
         )
     return accelerator
@@ -140,8 +144,6 @@ def adapt(
         config = lora_config(inputs["lora"], inputs["rank"])
         start = replace(config, init_lora_weights="kaiming") if resumes and config.init_lora_weights in GIVEN else config
         inject_started(model, start, seed=inputs["seed"], examples=examples, base=base)
-    if inputs["training"]["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return config
 
@@ -152,7 +154,7 @@ def prepare_run(accelerator: Accelerator, inputs: dict[str, Any], data: Path, ha
     settings = inputs["training"]
     lengths = [len(ids) for ids in dataset["input_ids"]]
     steps = order(len(dataset), settings["steps"], settings["batch_size"], inputs["seed"])
-    run = Run(accelerator, settings, dataset, lengths, steps, hardware.device)
+    run = Run(accelerator, settings, accelerator.gradient_accumulation_steps, dataset, lengths, steps, hardware.device)
     seen = sorted(gather_object([i for share in run.shares(0) for i in share]))
     if seen != sorted(steps[0]):
         raise PipelineError(f"the ranks share out examples {seen} where step 1 has {sorted(steps[0])}; they must be disjoint and whole")

@@ -15,10 +15,10 @@ from pipelines.evaluation.chat import chat_items
 from pipelines.evaluation.execution import command
 from pipelines.evaluation.generation import Judging
 from pipelines.evaluation.items import Item
-from pipelines.evaluation.lookup import folders
 from pipelines.evaluation.metrics import load_metrics
 from pipelines.evaluation.probes import read_probes
 from pipelines.evaluation.questions import Question, tokenise
+from pipelines.lookup import folders
 from pipelines.tokenizer import load_tokenizer
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipelines.child import die_with_parent
 from pipelines.errors import RecipeError
-from pipelines.evaluation.lookup import find, listed
+from pipelines.lookup import find, listed
 
 RIGHT, WRONG = 100.0, 0.0
 

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation.items import Choice, Item
-from pipelines.evaluation.lookup import find, listed
 from pipelines.evaluation.questions import Record, general_values, head
+from pipelines.lookup import find, listed
 
 MEASURED_IN_BITS = "bits_per_byte"
 

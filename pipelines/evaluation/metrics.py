@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipelines.errors import RecipeError
-from pipelines.evaluation.lookup import listed
+from pipelines.lookup import listed
 
 Metric = Callable[[str, str, str], float]
 """(answer, reference, prompt) → value."""

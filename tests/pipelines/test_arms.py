@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.arms import Arm, control_arms, rank_arms, rate_arms
+from pipelines.arms import Arm, Subject, control_arms, rank_arms, rate_arms
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage
 from pipelines.stages import Stages, plain_label, shared_out
@@ -43,14 +43,47 @@ def test_the_frontier_asks_for_snapshots_of_the_main_arms_and_for_other_rates(re
 
 
 def test_a_control_is_the_same_for_every_recipe_that_needs_it(recipe_with: Maker) -> None:
-    """Its key depends on weights, data and budget: not on what the base is called, nor on adapters, snapshots or checkpoints."""
+    """Its key depends on weights, data and budget: not on what the base is called, nor on adapters, snapshots or processes."""
     other = recipe_with(
-        name="other", lora={"ranks": [8], "alpha": 16}, frontier={"snapshots": [2]}, training={"checkpoint_every": 3}, gate={"max_rank": 8}
+        name="other",
+        lora={"ranks": [8], "alpha": 16},
+        frontier={"snapshots": [2]},
+        training={"checkpoint_every": 3, "accumulation": 2, "gradient_checkpointing": True},
+        launch={"config": "cpu_zero2", "processes": 2},
+        gate={"max_rank": 8},
     )
     keys = {train_stage(recipe_with()).key, train_stage(other).key, train_stage(recipe_with(), {**BASE, "id": "copy", "revision": "2"}).key}
     assert len(keys) == 1
     assert train_stage(recipe_with(training={"steps": 7})).key not in keys
     assert train_stage(recipe_with(), {**BASE, "digests": {"dense": "e"}}).key not in keys
+
+
+def test_what_an_evaluation_reads_is_part_of_its_key(recipe_with: Maker, tmp_path: Path) -> None:
+    """A metric, a probe or a task that is written anew is another one; what only lies beside them is not."""
+    files = {"own.py": "one", "probes.jsonl": "two", "check.py": "three", "tasks/a.yaml": "four"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    asked = {"metrics": ["own:rate"], "probes": ["probes.jsonl"], "execute": ["python3", "check.py"]}
+    values = recipe_with(evaluation={**asked, "lm_eval": {"tasks": ["a"], "include_path": "tasks"}})
+    before = evaluation_key(values, tmp_path)
+    (tmp_path / "notes.txt").write_text("no part of it")
+    assert evaluation_key(values, tmp_path) == before
+    for name in files:
+        (tmp_path / name).write_text("another")
+        assert evaluation_key(values, tmp_path) != before, name
+        (tmp_path / name).write_text(files[name])
+
+
+def test_data_beside_the_recipe_is_found_from_anywhere(recipe_with: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "rows.jsonl").write_text("{}\n")
+    stages = Stages(parse_recipe(recipe_with(data={"source": "rows.jsonl"})), tmp_path, tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    stage = stages.data(BASE)
+    assert stage.paths["source"] == str(tmp_path / "there" / "rows.jsonl")
+    (tmp_path / "there" / "rows.jsonl").write_text("{} \n")
+    assert stages.data(BASE).key != stage.key
 
 
 def test_snapshots_are_expected_files(recipe_with: Maker) -> None:
@@ -86,6 +119,11 @@ def train_stage(values: Values, base: Values = BASE) -> Stage:
     recipe = parse_recipe(values)
     data = (Stage("data", "rows", {}, Path("runs")), {"digest": "rows"})
     return Stages(recipe, Path("runs")).train(base, data, control_arms(recipe)[0])
+
+
+def evaluation_key(values: Values, folder: Path) -> str:
+    stages = Stages(parse_recipe(values), Path("runs"), folder)
+    return stages.evaluate(BASE, (Stage("data", "rows", {}, Path("runs")), {"digest": "rows"}), Subject("base", quantised=False)).key
 
 
 def scored(label: str, quantization: str = "none", **paths: str) -> Stage:

@@ -120,7 +120,8 @@ def test_a_finished_stage_gives_its_figures(finished: Stage) -> None:
 
 
 def test_an_equal_stage_finds_the_result(finished: Stage) -> None:
-    assert Stage("train", "rank-4", INPUTS, finished.root).result() == {"loss": 1.5}
+    for label in ("rank-4", "called-otherwise"):
+        assert Stage("train", label, INPUTS, finished.root).result() == {"loss": 1.5}
 
 
 def test_a_stage_without_files_is_done_with_its_figures(stage: Stage) -> None:

@@ -70,7 +70,7 @@ def _losses(stage: Stage) -> list[float]:
 @pytest.mark.parametrize("rank", [4, None], ids=["adapter", "control"])
 def test_two_ranks_under_zero2_learn_what_one_process_learns(prepared: Prepared, rank: int | None) -> None:
     """Same batches and the loss over all supervised tokens; what is left is the order of float32 sums."""
-    alone, together = prepared(rank), prepared(rank, launch=ZERO2)
+    alone, together = prepared(rank, "alone"), prepared(rank, "together", launch=ZERO2)
     _train(alone)
     figures = _train(together, **ZERO2)
     assert _losses(together) == pytest.approx(_losses(alone), abs=2e-4)
@@ -99,7 +99,7 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(prepared: Prepared) -> N
 
 
 def test_two_ranks_start_from_the_same_data_as_one_process(prepared: Prepared) -> None:
-    alone, together = prepared(4, lora={"init": "eva"}), prepared(4, lora={"init": "eva"}, launch=ZERO2)
+    alone, together = prepared(4, "alone", lora={"init": "eva"}), prepared(4, "together", lora={"init": "eva"}, launch=ZERO2)
     train(alone.begin())
     _train(together, **ZERO2)
     assert _losses(together) == pytest.approx(_losses(alone), abs=2e-4)
@@ -119,7 +119,7 @@ def test_a_resumed_run_keeps_the_start_of_its_checkpoint(prepared: Prepared, mon
         patch.setattr(train_module, "train_step", _stopping_after(3))
         with pytest.raises(KeyboardInterrupt):
             train(stopped.begin())
-    newest = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
+    newest = sorted((stopped.folder / "checkpoints").glob("*/step-*"))[-1]
     held = {name.rpartition(".")[2] for name in load_file(str(newest / "model.safetensors"))}
     assert held == {"lora_A", "lora_B", "start_A", "start_B"}  # and nothing of the base
     with monkeypatch.context() as patch:
@@ -158,14 +158,16 @@ def test_a_loftq_run_starts_nearer_to_the_base_before_it_was_rounded(prepared: P
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_step(prepared: Prepared) -> None:
     stage = prepared(4, "broken", launch=ZERO2)
     _break(Path(stage.paths["base"]), stage.folder.parent / "broken-base")
-    broken = Stage(stage.kind, stage.label, stage.inputs, stage.root, {**stage.paths, "base": str(stage.folder.parent / "broken-base")})
+    broken = Stage(
+        stage.kind, stage.label, stage.inputs, stage.root, {**stage.paths, "base": str(stage.folder.parent / "broken-base")}, stage.options
+    )
     with pytest.raises(StageError, match="the loss of step 1 is nan; lower the learning rate"):
         _train(broken, **ZERO2)
     assert not (broken.folder / "adapter").exists()
 
 
 def test_a_launch_that_brings_up_too_few_ranks_is_refused(prepared: Prepared) -> None:
-    stage = prepared(4, launch=ZERO2)
+    stage = prepared(4, "too-few", launch=ZERO2)
     with pytest.raises(StageError, match=r"1 ranks came up where launch\.processes asks for 2"):
         _train(stage, "cpu_single", 1)
 
@@ -185,7 +187,7 @@ def _stopping_after(steps: int) -> Callable[..., dict[str, Any]]:
 
 def _starts_in_checkpoint(stage: Stage) -> list[str]:
     """Return the names of the frozen starts in the newest checkpoint of DeepSpeed."""
-    newest = sorted((stage.folder / "checkpoints").glob("step-*"))[-1]
+    newest = sorted((stage.folder / "checkpoints").glob("*/step-*"))[-1]
     states = torch.load(next(newest.rglob("*model_states.pt")), weights_only=False)
     return [name for name in states["module"] if name.endswith((".start_A", ".start_B"))]
 

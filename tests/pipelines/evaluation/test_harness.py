@@ -173,12 +173,12 @@ def test_a_long_text_is_read_in_the_windows_of_the_library(
 
 @needs_library
 def test_a_document_that_is_too_long_is_left_out(records_of: Callable[..., list[Values]]) -> None:
-    whole = records_of("chosen", "written", context=30)
+    whole = records_of("chosen", "written", context=25)
     assert [record["id"] for record in whole if "left_out" in record]
     assert [record["id"] for record in whole if "left_out" not in record]
     for record in whole:
         assert ("log_likelihoods" in record or "value" in record) != ("left_out" in record)
-    assert all("exceed the context of 30" in record["left_out"] for record in whole if "left_out" in record)
+    assert all("exceed the context of 25" in record["left_out"] for record in whole if "left_out" in record)
     assert all("left_out" not in record for record in records_of("chosen", "written"))
 
 

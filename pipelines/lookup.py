@@ -1,7 +1,8 @@
-"""Where the files that a recipe's evaluation names are looked for: beside the recipe, then where the command ran."""
+"""Where the files that a recipe names are looked for: beside the recipe, then where the command ran. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipelines.recipe import local_path
 
@@ -24,3 +25,16 @@ def find(name: str, places: Sequence[Path]) -> Path | None:
 def listed(places: Sequence[Path]) -> str:
     """Return the folders in words, for an error."""
     return " or ".join(map(str, places))
+
+
+def evaluation_files(section: Mapping[str, Any], places: Sequence[Path]) -> dict[str, Path]:
+    """Return the files and folders that a recipe's evaluation section names, by name: what is in them decides what is scored.
+
+    Of a metric by import path it is the module's own file, or the whole package that holds it; what else a module imports
+    is not looked for.
+    """
+    modules = [name.partition(":")[0].partition(".")[0] for name in section["metrics"] if ":" in name]
+    tasks = (section["lm_eval"] or {}).get("include_path")
+    names = [*section["probes"], *(f"{module}.py" for module in modules), *modules, *section["execute"], *([tasks] if tasks else [])]
+    found = {name: find(name, places) for name in names}
+    return {name: path for name, path in found.items() if path is not None}
