@@ -7,7 +7,6 @@ prompt, the assistant's turns of a conversation. The splits are Arrow folders be
 which models are compared on, and `tuning`, which a control's rate is chosen on.
 """
 
-import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from pipelines.stage import digest
 from pipelines.tokenizer import load_tokenizer
 
 HELD_OUT_SHARE = 0.1
-"""Share of the rows, in whole groups, from which the validation examples are drawn."""
+"""Share of the groups from which the validation examples are drawn."""
 Piece = tuple[str, bool]
 """A stretch of text and whether it is supervised."""
 
@@ -39,7 +38,8 @@ class Example:
     supervised: list[bool]
     """True where the token is learnt; aligned with input_ids."""
     prompt_tokens: int
-    """Tokens before the last supervised stretch: what generation starts from."""
+    """Tokens before the last supervised stretch: what generation starts from. More than `input_ids` has where that was cut
+    within them; then nothing is generated."""
     reference: str
     """The text of the last supervised stretch."""
     group: str
@@ -71,7 +71,7 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         "tuning_examples": len(splits["tuning"]),
         "train_tokens": sum(len(example.input_ids) for example in train),
         "supervised_tokens": sum(sum(example.supervised) for example in train),
-        "digest": digest([[example.input_ids, example.supervised] for example in [*train, *validation]]),
+        "digest": digest({split: [[one.input_ids, one.supervised] for one in part] for split, part in splits.items()}),
     }
     return figures, files
 
@@ -84,25 +84,26 @@ def tokenise(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[s
         raise DataError(f"group_column {group_column!r} is none of {', '.join(rows.column_names)}; name a column or leave it out")
     for number, row in enumerate(rows, start=1):
         pieces = _pieces(row, shape, tokenizer, number)
-        group = str(row[group_column]) if group_column else str(number)
+        group = str(row[group_column]) if group_column else _asked(pieces)
         yield _example(pieces, tokenizer, group, settings["max_tokens"])
 
 
 def split_by_group(examples: list[Example], validation_examples: int, seed: int) -> dict[str, list[Example]]:
     """Hold out `validation_examples` from groups drawn by seed, and of what is left of those groups up to as many for tuning.
 
-    No group is in `train` and in another split.
+    No group is in `train` and in another split. Seed and group alone decide on which side a group lies, so that rows which
+    come later move none: what one run held out, no later run trains on. Only where a tenth of the groups holds too few
+    examples do the next ones follow.
 
     Raises:
         DataError: too few rows or groups to hold that many out and still train on most.
     """
-    groups = sorted({example.group for example in examples})
-    random.Random(seed).shuffle(groups)
-    held_out: set[str] = set()
     members = Counter(example.group for example in examples)
-    enough = max(validation_examples, HELD_OUT_SHARE * len(examples))  # several groups, not the one that happens to be large
-    while groups and sum(members[group] for group in held_out) < enough:
-        held_out.add(groups.pop())
+    held_out: set[str] = set()
+    for place, group in sorted((lot(seed, group), group) for group in members):
+        if place >= HELD_OUT_SHARE and sum(members[name] for name in held_out) >= validation_examples:
+            break
+        held_out.add(group)
     candidates = [example for example in examples if example.group in held_out]
     train = [example for example in examples if example.group not in held_out]
     if len(train) < validation_examples or len(candidates) < validation_examples:
@@ -110,8 +111,18 @@ def split_by_group(examples: list[Example], validation_examples: int, seed: int)
             f"{len(examples)} usable rows in {len(members)} groups are too few to hold out validation_examples={validation_examples} "
             f"and train on at least as many; lower validation_examples or bring more rows"
         )
-    drawn = random.Random(seed).sample(candidates, min(len(candidates), 2 * validation_examples))
+    drawn = sorted(candidates, key=lambda example: lot(seed, example.input_ids, example.supervised))[: 2 * validation_examples]
     return {"train": train, "validation": drawn[:validation_examples], "tuning": drawn[validation_examples:]}
+
+
+def _asked(pieces: list[Piece]) -> str:
+    """Return a digest of what is asked, or of the text where nothing is: rows that share it are a group."""
+    return digest([text for text, is_supervised in pieces if not is_supervised] or [text for text, _ in pieces])
+
+
+def lot(seed: int, *what: Any) -> float:
+    """Return a number in [0, 1) that seed and thing decide, whatever stands beside it."""
+    return int(digest([seed, *what])[:13], 16) / 16**13
 
 
 def _pieces(row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:

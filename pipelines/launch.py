@@ -42,7 +42,7 @@ def python_argv(module: str, *folders: Path) -> list[str]:
 def accelerate_argv(config: str, processes: int, folder: Path) -> list[str]:
     """Return the command that trains on `processes` ranks under a named accelerate config."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config))]
-    return [*launcher, "--num_processes", str(processes), "--main_process_port", "0", "-m", "pipelines.train", str(folder)]
+    return [*launcher, "--num_processes", str(processes), "--main_process_port", "0", "-m", "pipelines.training.train", str(folder)]
 
 
 def config_file(name: str) -> Path:

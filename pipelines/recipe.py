@@ -71,7 +71,7 @@ class DataSection(Section):
     split: str = "train"
     """Split of a hub data set."""
     group_column: str | None = None
-    """Rows that share this value stay on one side of the split; without it, each row is its own group."""
+    """Rows that share this value stay on one side of the split; without it, rows of the same text, prompt or conversation do."""
     validation_examples: Sample = 64
     """Held-out examples that are scored, from groups that are not trained on."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
@@ -155,6 +155,8 @@ class TrainingSection(Section):
     """Compute activations twice instead of keeping them: slower, smaller."""
     checkpoint_every: Count = 10
     """Steps between checkpoints, from which a stopped run goes on."""
+    checkpoints_kept: Count = 2
+    """How many of the newest checkpoints stay beside the best."""
 
 
 class LaunchSection(Section):

@@ -21,7 +21,8 @@ from lora_core.files import sha256_of_file, write_json
 from pipelines.errors import ERROR_FILE
 
 INPUTS, RESULT, LOG, SNAPSHOTS = "inputs.json", "result.json", "log.txt", "snapshots"
-FORMAT = 4  # raise it when a stage's outcome changes for the same inputs
+FORMATS = {"base": 3, "data": 5, "plan": 4, "train": 5, "tune": 4, "cut": 3, "evaluate": 5}
+"""Kind of a stage → a number to raise when its outcome changes for the same inputs."""
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 
 
@@ -47,7 +48,7 @@ class Stage:
     @property
     def key(self) -> str:
         """SHA-256 of the kind, the inputs and the library versions."""
-        return digest({"kind": self.kind, "format": FORMAT, "inputs": self.inputs, "versions": library_versions()})
+        return digest({"kind": self.kind, "format": FORMATS.get(self.kind, 1), "inputs": self.inputs, "versions": library_versions()})
 
     @property
     def folder(self) -> Path:

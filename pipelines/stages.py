@@ -16,7 +16,7 @@ from pipelines.recipe import Recipe
 from pipelines.sharding import sharding
 from pipelines.stage import Stage, snapshot
 
-SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every"}
+SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
 """Settings of training that say how a step is spread over time and memory: what is learnt is the same but for rounding."""
 SHORT = {"generations": 0, "chat_prompts": 0, "passages": 0}
 """What a model that only the frontier shows is not asked."""

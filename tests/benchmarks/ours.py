@@ -22,7 +22,7 @@ from lora_core.files import write_json
 from pipelines.batches import order
 from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.model import load_model
-from pipelines.train import Run, adapt, parameter_groups, prepare_engine, start, train_step
+from pipelines.training.train import Run, adapt, parameter_groups, prepare_engine, start, train_step
 
 
 @dataclass(frozen=True)

@@ -170,11 +170,17 @@ def test_a_group_column_that_is_not_there_is_refused_with_those_that_are(chat: P
 
 @pytest.mark.parametrize(
     ("row", "column", "group"),
-    [({**PAIR, "author": "Ada"}, "author", "Ada"), ({**PAIR, "group": "g"}, None, "g"), ({**PAIR, "author": "Ada"}, None, "1")],
-    ids=["the named column", "a column called group", "each row by itself"],
+    [({**PAIR, "author": "Ada"}, "author", "Ada"), ({**PAIR, "group": "g"}, None, "g")],
+    ids=["the named column", "a column called group"],
 )
 def test_the_group_is(chat: PreTrainedTokenizerBase, data_settings: Maker, row: Values, column: str | None, group: str) -> None:
     assert only([row], chat, data_settings("rows", group_column=column)).group == group
+
+
+def test_rows_that_ask_the_same_are_one_group(chat: PreTrainedTokenizerBase, data_settings: Maker) -> None:
+    rows = [PAIR, {**PAIR, "completion": "another."}, {**PAIR, "prompt": "Something else."}]
+    one, same, other = (only([row], chat, data_settings("rows")).group for row in rows)
+    assert one == same != other
 
 
 @given(st.lists(st.sampled_from("abcdefghij"), min_size=1, max_size=60), st.integers(1, 12), st.integers(0, 5))
@@ -203,6 +209,15 @@ def test_the_split_is_drawn_by_the_seed() -> None:
     first, again, other = (split_by_group(examples, 8, seed) for seed in (7, 7, 8))
     assert first == again
     assert first != other
+
+
+def test_rows_that_come_later_move_none() -> None:
+    """What one run held out, no later run trains on: else a champion would be scored on what it has learnt."""
+    before = split_by_group(examples_of(*map(str, range(300))), 8, 7)
+    after = split_by_group(examples_of(*map(str, range(-40, 340))), 8, 7)
+    sides = [{name: {example.group for example in part} for name, part in split.items()} for split in (before, after)]
+    assert not sides[0]["train"] & (sides[1]["validation"] | sides[1]["tuning"])
+    assert not (sides[0]["validation"] | sides[0]["tuning"]) & sides[1]["train"]
 
 
 def test_a_preparation_keeps_every_row(prepared: Callable[..., tuple[Values, Path]], pairs_file: Path, data_settings: Maker) -> None:
@@ -240,7 +255,7 @@ def test_some_completions_cut_off_are_left_out_and_counted(
 ) -> None:
     rows = [{"prompt": f"Say red {i}.", "completion": "red"} for i in range(40)]
     long_prompts = [{"prompt": "sheep " * 60, "completion": "red"} for _ in range(3)]
-    long_answers = [{"prompt": "Say red.", "completion": "red " * 60} for _ in range(5)]
+    long_answers = [{"prompt": f"Say much {i}.", "completion": "red " * 60} for i in range(5)]
     figures, folder = prepared(data_settings(write_rows(rows + long_prompts + long_answers)))
     assert (figures["rows"], figures["left_out"], figures["cut"]) == (48, 3, 5)
     assert figures["train_examples"] == 45 - 8

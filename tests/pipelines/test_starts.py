@@ -15,7 +15,7 @@ from pipelines import starts
 from pipelines.errors import BaseModelError
 from pipelines.hardware import detect
 from pipelines.model import load_model
-from pipelines.starts import inject_started, pushes, unrounded
+from pipelines.training.starts import inject_started, pushes, unrounded
 
 EXAMPLES = [{"input_ids": list(range(3 + k, 15 + k)), "supervised": [False] * 6 + [True] * 6} for k in range(20)]
 

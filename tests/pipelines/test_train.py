@@ -19,13 +19,13 @@ from lora_core.layers import linear
 from lora_core.starts import given
 from lora_core.starts.spectral import spectral_start
 from pipelines import launch
-from pipelines import train as train_module
 from pipelines.arms import Arm, control_arms
 from pipelines.errors import StageError
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_records, read_result
 from pipelines.stages import Stages
-from pipelines.train import train, train_step
+from pipelines.training import train as train_module
+from pipelines.training.train import train, train_step
 
 pytestmark = pytest.mark.slow
 ZERO2 = {"config": "cpu_zero2", "processes": 2}

@@ -1,0 +1,145 @@
+"""What spreads a training over processes: one process, DDP, or DeepSpeed's ZeRO 1 to 3, as the launch config says.
+
+The same calls serve all of them. Under ZeRO-3 no rank holds a weight between the passes that need it: DeepSpeed gathers
+what a module reads, whoever owns it, while the objective is called, and what is saved is gathered first.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from transformers import PreTrainedModel
+
+from pipelines.errors import PipelineError
+from pipelines.hardware import Hardware
+from pipelines.training.objective import Objective, trained_parameters
+
+PEAK = "initial_lr"
+"""Key of an optimiser's group for its peak rate; PyTorch's schedules name it so."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An objective under an engine, with its optimiser."""
+
+    accelerator: Accelerator
+    objective: Objective
+    """As it was built; what it holds of a weight is the engine's affair."""
+    wrapped: Any
+    """As the engine wants it called."""
+    optimizer: Any
+
+    @property
+    def zero_stage(self) -> int:
+        """Return DeepSpeed's stage; 0 for what is none of its."""
+        return zero_stage(self.accelerator)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.objective.model
+
+    @property
+    def ranks(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return bool(self.accelerator.is_main_process)
+
+    def set_rate(self, share: float) -> float:
+        """Set each group's learning rate to a share of its peak; return the first one's."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * group[PEAK]
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def gradient_norm(self, limit: float) -> float | None:
+        """Shorten the gradient to `limit` and return its former length, at the end of a step; DeepSpeed has shortened it itself."""
+        if not self.accelerator.sync_gradients:
+            return None
+        if self.zero_stage:
+            norm = self.wrapped.get_global_grad_norm()
+        else:
+            norm = self.accelerator.clip_grad_norm_(trained_parameters(self.objective).values(), limit)
+        return None if norm is None else float(norm)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Hold every trained weight whole on every rank inside a block; all ranks enter it."""
+        if self.zero_stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(trained_parameters(self.objective).values())):
+            yield
+
+
+def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator:
+    """Join the process group and hold it against what was asked for.
+
+    Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of the data.
+    """
+    torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
+    accelerator = Accelerator(
+        cpu=hardware.device == "cpu" and not _is_deepspeed(),
+        gradient_accumulation_steps=options["accumulation"],
+        mixed_precision="bf16" if hardware.dtype is torch.bfloat16 else "no",
+        kwargs_handlers=[InitProcessGroupKwargs(backend=hardware.backend)] if "WORLD_SIZE" in os.environ else None,
+    )
+    if accelerator.num_processes != options["processes"]:
+        raise PipelineError(
+            f"{accelerator.num_processes} ranks came up where launch.processes asks for {options['processes']}; "
+            "check that the accelerate config fits the machine"
+        )
+    return accelerator
+
+
+def prepare(accelerator: Accelerator, model: PreTrainedModel, groups: list[dict[str, Any]], *, fused: bool, max_grad_norm: float) -> Engine:
+    """Hand a model and its optimiser to accelerate, which shards them as the launch config says.
+
+    Args:
+        accelerator: see `start`.
+        model: frozen but for what is trained, whose weights the optimiser takes up.
+        groups: what AdamW trains, each with its peak rate.
+        fused: use AdamW's fused kernel.
+        max_grad_norm: gradients longer than this are shortened to it.
+    """
+    objective = Objective(model)
+    optimizer = torch.optim.AdamW([{**group, PEAK: group["lr"]} for group in groups], fused=fused)
+    if zero_stage(accelerator):
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+    wrapped, prepared = accelerator.prepare(objective, optimizer)
+    return Engine(accelerator, objective, wrapped, prepared)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """Return DeepSpeed's stage; 0 for what is none of its."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+@contextmanager
+def whole_model() -> Iterator[None]:
+    """Let a model be loaded whole inside a block: with DeepSpeed's plugin set, transformers would share it out while it loads."""
+    from transformers.integrations import deepspeed
+
+    config = deepspeed.deepspeed_config()
+    if config is None:
+        yield
+        return
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def _is_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

@@ -1,0 +1,57 @@
+"""metrics.jsonl: one line a step, from rank 0, cut back to the checkpoint that a resumed run starts from."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.jsonl"
+Row = dict[str, Any]
+
+
+class Log:
+    """The rows of one run."""
+
+    def __init__(self, folder: Path, first: int, writes: bool) -> None:
+        """Take up the rows of the steps before `first`; `writes` is true on rank 0."""
+        self.path, self.writes = folder / METRICS, writes
+        self.rows = list(_rows(self.path))[:first] if writes else []
+        if writes:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def write(self, row: Row) -> None:
+        """Append a step."""
+        if self.writes:
+            self.rows.append(row)
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+
+    def mean_loss(self, steps: int) -> float:
+        """Return the mean loss of the last steps."""
+        last = self.rows[-steps:]
+        return sum(float(row["loss"]) for row in last) / len(last) if last else float("inf")
+
+    def summary(self) -> Row:
+        """Return the figures of the whole run; the first step, which warms up, does not count for speed."""
+        timed = self.rows[1:] or self.rows
+        if not timed:
+            return {}
+        return {
+            "steps": len(self.rows),
+            "tokens": sum(row["tokens"] for row in self.rows),
+            "supervised_tokens": sum(row["supervised_tokens"] for row in self.rows),
+            "first_loss": self.rows[0]["loss"],
+            "last_loss": self.rows[-1]["loss"],
+            "tokens_per_second": round(sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed), 1),
+            "training_seconds": round(sum(row["seconds"] for row in self.rows), 2),
+        }
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    """Yield the complete rows; a last line cut short by a kill is left out."""
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return

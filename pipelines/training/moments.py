@@ -1,0 +1,116 @@
+"""Adam's state by parameter, whole, whoever holds which part of it: the same names and shapes under every engine.
+
+    exp_avg, exp_avg_sq    running means of the gradient and of its square, each in its parameter's shape, float32
+
+Without DeepSpeed every rank holds all of it. ZeRO keeps flat stretches of it, a share on each rank, and makes them in its
+first step; they are made here before that, where a run goes on from a checkpoint.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipelines.training.engine import Engine
+from pipelines.training.objective import trained_parameters
+
+KEYS = ("exp_avg", "exp_avg_sq")
+Tensors = dict[str, Tensor]
+
+
+def whole_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Yield each trained weight by name, on the CPU, in the precision that the optimiser keeps; every rank asks for all."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    for name, parameter in trained_parameters(engine.objective).items():
+        yield name, _copied(safe_get_full_fp32_param(parameter) if engine.zero_stage else parameter)
+
+
+def whole_moments(engine: Engine, key: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield one of Adam's means by parameter name, on the CPU, after a first step; every rank asks for all."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    _link_state(engine)
+    for name, parameter in trained_parameters(engine.objective).items():
+        whole = safe_get_full_optimizer_state(parameter, key) if engine.zero_stage else _plain(engine).state[parameter][key]
+        yield name, _copied(whole)
+
+
+def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+    """Give the optimiser back its weights and both means, as after `step` steps. Every rank calls it with the same tensors.
+
+    Args:
+        engine: made over a model that holds the weights already.
+        weights: by parameter name; what the optimiser keeps may be finer than what the model holds.
+        moments: exp_avg and exp_avg_sq, each by parameter name.
+        step: steps that Adam has taken.
+    """
+    if engine.zero_stage:
+        _make_flat_state(engine, step)
+    for name, parameter in trained_parameters(engine.objective).items():
+        means = {key: moments[key][name] for key in KEYS}
+        if engine.zero_stage:
+            _set_shares(engine, parameter, weights[name], means)
+        else:
+            copies = {key: mean.to(parameter.device).clone() for key, mean in means.items()}
+            _plain(engine).state[parameter] = {"step": torch.tensor(float(step)), **copies}
+
+
+def _plain(engine: Engine) -> torch.optim.Optimizer:
+    """Return the optimiser under what accelerate put around it."""
+    optimizer: torch.optim.Optimizer = engine.optimizer.optimizer
+    return optimizer
+
+
+def _flat_weights(zero: Any, stage: int) -> list[Tensor]:
+    """Return this rank's flat stretches of the weights, by which DeepSpeed's own optimiser knows its state."""
+    return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+
+
+def _make_flat_state(engine: Engine, step: int) -> None:
+    zero = engine.wrapped.optimizer
+    for flat in _flat_weights(zero, engine.zero_stage):
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **{key: torch.zeros_like(flat) for key in KEYS}}
+    _link_state(engine)
+
+
+def _link_state(engine: Engine) -> None:
+    """Let ZeRO-1 and 2 find the state of every parameter: in its first step it looks once, when only the first group has any."""
+    if 0 < engine.zero_stage < 3:
+        zero = engine.wrapped.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+def _set_shares(engine: Engine, parameter: nn.Parameter, weight: Tensor, means: Tensors) -> None:
+    """Write this rank's share of a parameter's weight and means."""
+    from deepspeed.utils import (
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    device = engine.accelerator.device
+    if engine.zero_stage < 3:
+        safe_set_full_fp32_param(parameter, weight.float().to(device))
+        for key, mean in means.items():
+            safe_set_full_optimizer_state(parameter, mean.to(device), key)
+        return
+    safe_set_local_fp32_param(parameter, _share(engine, parameter, weight.float()))
+    for key, mean in means.items():
+        safe_set_local_optimizer_state(parameter, _share(engine, parameter, mean), key)
+
+
+def _share(engine: Engine, parameter: Any, whole: Tensor) -> Tensor:
+    """Return this rank's stretch of a tensor under ZeRO-3, which pads the last one."""
+    size = parameter.ds_tensor.numel()
+    padded = torch.zeros(size * engine.ranks)
+    padded[: whole.numel()] = whole.flatten()
+    share: Tensor = padded.narrow(0, size * engine.accelerator.process_index, size).to(engine.accelerator.device)
+    return share
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

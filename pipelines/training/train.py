@@ -1,0 +1,212 @@
+"""Train one adapter, or the full fine-tuning control: a child process on each rank, started by `accelerate launch`.
+
+    accelerate launch … -m pipelines.training.train STAGE_FOLDER
+
+Both learn from the same packs in the same order, so they see the same tokens. The loss of a step is the summed
+negative log-likelihood over all ranks, divided by the step's supervised tokens over all ranks.
+
+    metrics.jsonl    one line a step, from rank 0
+    checkpoints/     where a stopped run goes on; gone when it ends
+    snapshots/       adapter or model after the steps that the stage's options name
+    adapter/         PEFT format and sidecar, or
+    model/           the control's weights, which are scored and never registered
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset, load_from_disk
+from transformers import PreTrainedModel
+
+from lora_core import LoraConfig, trained_weights
+from lora_core.config import GIVEN
+from lora_core.training.optim import loraplus_groups
+from pipelines.batches import Pack, order, pack, shares
+from pipelines.child import die_with_parent, errors_recorded
+from pipelines.errors import PipelineError
+from pipelines.hardware import Hardware, detect, peak_memory_bytes
+from pipelines.model import load_model
+from pipelines.plan import lora_config
+from pipelines.stage import SNAPSHOTS, read_inputs, read_options, snapshot, write_result
+from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
+from pipelines.training.engine import Engine, prepare, start, whole_model
+from pipelines.training.log import Log
+from pipelines.training.output import output_of, save_trained
+from pipelines.training.starts import inject_started
+
+FINAL_RATE = 0.1
+"""The schedule ends at this share of the peak rate."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same over all steps of one rank."""
+
+    accelerator: Accelerator
+    dataset: Dataset
+    lengths: list[int]
+    """Tokens of every training example."""
+    steps: list[list[int]]
+    """Examples of each step."""
+    warmup: int
+    """Steps in which the rate rises."""
+    max_grad_norm: float
+    device: str
+
+    def packs(self, step: int) -> list[Pack]:
+        """Return this rank's packs of a step, one for each accumulation part."""
+        return [pack([self.dataset[i] for i in share], self.device) for share in self.shares(step)]
+
+    def shares(self, step: int) -> list[list[int]]:
+        """Return the examples of this rank's packs."""
+        ranks = self.accelerator.num_processes
+        dealt = shares(self.steps[step], self.lengths, ranks * self.accelerator.gradient_accumulation_steps)
+        return dealt[self.accelerator.process_index :: ranks]
+
+    def examples(self) -> Iterator[dict[str, Any]]:
+        """Yield the examples of all steps and ranks, in the order of the steps."""
+        return (self.dataset[i] for step in self.steps for i in step)
+
+    def supervised_tokens(self, step: int) -> int:
+        """Count the supervised tokens of a step over all ranks."""
+        return sum(sum(self.dataset[i]["supervised"]) for i in self.steps[step])
+
+
+def train(folder: Path) -> None:
+    """Train what the stage's inputs say, from the newest checkpoint if there is one, and write the result."""
+    (inputs, paths), options = read_inputs(folder), read_options(folder)
+    hardware = detect()
+    accelerator = start(inputs["seed"], options, hardware)
+    with whole_model():
+        model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
+    run = prepare_run(accelerator, inputs, Path(paths["data"]), hardware)
+    checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"])
+    found = agreed(accelerator.is_main_process, checkpoints)
+    config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), found=found)
+    if options["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weights, groups = trained_weights(model), parameter_groups(model, inputs)
+    engine = prepare(accelerator, model, groups, fused=hardware.fused_optimizer, max_grad_norm=run.max_grad_norm)
+    first = resume(engine, found, inputs["seed"])
+    log = Log(folder, first, engine.is_first)
+    if engine.is_first:
+        print(f"{weights} trained weights; {hardware.describe()}; {engine.ranks} ranks; from step {first}", flush=True)
+    for step in range(first, len(run.steps)):
+        log.write(train_step(run, engine, step))
+        if step + 1 in options["snapshots"]:
+            save_trained(engine, config, inputs, folder / snapshot(step + 1))
+        if (step + 1) % options["checkpoint_every"] == 0 and step + 1 < len(run.steps):
+            checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
+    finish(folder, engine, config, {"trained_weights": weights, **log.summary()})
+    checkpoints.discard()
+
+
+def adapt(
+    model: PreTrainedModel, inputs: dict[str, Any], *, examples: Iterable[dict[str, Any]], base: Path, found: Found | None = None
+) -> LoraConfig | None:
+    """Inject the adapter, or leave every weight to train for the control; return the adapter's config.
+
+    A run that resumes takes its weights from the checkpoint, so a start that would only be written over is not looked for again.
+    """
+    config = None
+    if inputs["method"] == "lora":
+        config = lora_config(inputs["lora"], inputs["rank"])
+        begin = replace(config, init_lora_weights="kaiming") if found is not None and config.init_lora_weights in GIVEN else config
+        inject_started(model, begin, seed=inputs["seed"], examples=examples, base=base)
+    if found is not None:
+        take_up(model, found.tensors["weights"])
+    model.train()
+    return config
+
+
+def prepare_run(accelerator: Accelerator, inputs: dict[str, Any], data: Path, hardware: Hardware) -> Run:
+    """Fix the order and check on every rank that the ranks' shares of the first step are disjoint and whole."""
+    dataset = load_from_disk(str(data / "train"))
+    settings = inputs["training"]
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    steps = order(len(dataset), settings["steps"], settings["batch_size"], inputs["seed"])
+    run = Run(accelerator, dataset, lengths, steps, settings["warmup_steps"], settings["max_grad_norm"], hardware.device)
+    seen = sorted(gather_object([i for share in run.shares(0) for i in share]))
+    if seen != sorted(steps[0]):
+        raise PipelineError(f"the ranks share out examples {seen} where step 1 has {sorted(steps[0])}; they must be disjoint and whole")
+    return run
+
+
+def parameter_groups(model: PreTrainedModel, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the optimiser trains, and at which rate: one for all, or a higher one for every B."""
+    rate, decay, ratio = inputs["learning_rate"], inputs["training"]["weight_decay"], inputs.get("lora", {}).get("loraplus_ratio", 1)
+    if ratio != 1:
+        return loraplus_groups(model.named_parameters(), learning_rate=rate, ratio=ratio, weight_decay=decay)
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": rate, "weight_decay": decay}]
+
+
+def rate_share(step: int, warmup: int, steps: int) -> float:
+    """Return the share of the peak rate at a step: a linear rise, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
+    """Take one optimiser step; return its row of metrics. Every rank calls it."""
+    started, accelerator = time.perf_counter(), engine.accelerator
+    rate, supervised = engine.set_rate(rate_share(step, run.warmup, len(run.steps))), run.supervised_tokens(step)
+    packs = run.packs(step)
+    weight = engine.ranks * len(packs) / supervised  # engines average over ranks and parts; the loss is a sum
+    total = torch.zeros((), device=run.device)
+    for part in packs:
+        with accelerator.accumulate(engine.wrapped):
+            negative_log_likelihood = engine.wrapped(part)
+            total += everywhere_finite(accelerator, negative_log_likelihood, step)
+            accelerator.backward(negative_log_likelihood * weight)
+            norm = engine.gradient_norm(run.max_grad_norm)
+            engine.optimizer.step()
+            engine.optimizer.zero_grad()
+    return {
+        "step": step + 1,
+        "steps": len(run.steps),
+        "loss": float(total) / supervised,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": sum(run.lengths[i] for i in run.steps[step]),
+        "supervised_tokens": supervised,
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "time": time.time(),
+    }
+
+
+def everywhere_finite(accelerator: Accelerator, loss: torch.Tensor, step: int) -> torch.Tensor:
+    """Return the sum over ranks; a loss that is not finite on any rank stops them all before the optimiser step."""
+    total: torch.Tensor = accelerator.reduce(loss.detach().clone(), reduction="sum")
+    if not torch.isfinite(total):
+        raise PipelineError(f"the loss of step {step + 1} is {float(total)}; lower the learning rate (the last checkpoint is kept)")
+    return total
+
+
+def finish(folder: Path, engine: Engine, config: LoraConfig | None, figures: dict[str, Any]) -> None:
+    """Save what was trained and declare the stage done. Rank 0 writes; all ranks give their peak of memory."""
+    figures["peak_memory_bytes"] = max(gather_object([peak_memory_bytes()]))
+    inputs, _ = read_inputs(folder)
+    figures |= save_trained(engine, config, inputs, folder)
+    if engine.is_first:
+        written = [*(folder / output_of(config)).iterdir(), *(folder / SNAPSHOTS).glob("*/*/*")]
+        write_result(folder, figures, [str(path.relative_to(folder)) for path in sorted(written)])
+    engine.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    with errors_recorded(Path(sys.argv[1])):
+        train(Path(sys.argv[1]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
