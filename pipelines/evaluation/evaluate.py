@@ -27,6 +27,7 @@ from pipelines.evaluation.models import Models
 from pipelines.evaluation.questions import Question, Record, records
 from pipelines.evaluation.scoring import score, score_examples
 from pipelines.hardware import detect, peak_memory_bytes
+from pipelines.judging.records import left_out, unfinished
 from pipelines.stage import digest
 
 ITEMS, DISTRIBUTIONS = "items.jsonl", "distributions.safetensors"
@@ -63,8 +64,8 @@ class Evaluation:
                 model = stack.enter_context(self.models.use(paths, inputs["quantization"]))
             found, files = answer(model, asked, folder, timings)
         write_text(folder / ITEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
-        figures = {"items": len(found), "peak_memory_bytes": peak_memory_bytes(), "seconds_of": timings.seconds}
-        return figures, [ITEMS, *files]
+        counts = {"items": len(found), "left_out": left_out(found), "unfinished": unfinished(found)}
+        return {**counts, "peak_memory_bytes": peak_memory_bytes(), "seconds_of": timings.seconds}, [ITEMS, *files]
 
     def asked(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
         """Return what a stage asks; the former stage's where it is the same."""

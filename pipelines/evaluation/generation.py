@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from pipelines.evaluation.execution import execute
+from pipelines.evaluation.execution import Verdict, execute
 from pipelines.evaluation.metrics import Metric, measure
 from pipelines.evaluation.questions import Record, too_long
 from pipelines.stage import digest
@@ -15,6 +15,8 @@ from pipelines.stage import digest
 BATCH = 24
 EXECUTION = "execution"
 """Name under which what the recipe's command says is kept."""
+ANSWERS = "answers"
+"""Name under which the records of answers stand, as those of questions stand under their benchmark's."""
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,15 @@ class Judging:
     context: int | None
     """How many tokens the model takes; None where it does not say."""
 
-    @property
-    def names(self) -> list[str]:
-        """What an answer is judged by."""
-        return [*self.metrics, *([EXECUTION] if self.argv else [])]
-
 
 def answer_records(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]], judging: Judging
 ) -> Iterator[Record]:
-    """Yield, for each example with a prompt, the greedy answer and its figures; what has no room for an answer says so."""
+    """Yield, for each example with a prompt, the greedy answer and its figures, or why it is not asked."""
     prompted = {place: one for place, one in enumerate(examples) if one["prompt_tokens"] > 0 and one["reference"]}
-    errors = {place: too_long(one["prompt_tokens"] + judging.max_new_tokens, judging.context) for place, one in prompted.items()}
+    reasons = {place: _unasked(one, judging) for place, one in prompted.items()}
     prompts = {place: one["input_ids"][: one["prompt_tokens"]] for place, one in prompted.items()}
-    asked = [place for place, error in errors.items() if error is None]
+    asked = [place for place, reason in reasons.items() if reason is None]
     answers = dict(zip(asked, generate(model, tokenizer, [prompts[place] for place in asked], judging.max_new_tokens), strict=True))
     heads = {place: _head(place, prompts[place], one["reference"], tokenizer) for place, one in prompted.items()}
     judged = dict(zip(asked, _judged([{**heads[place], "answer": answers[place].text.strip()} for place in asked], judging), strict=True))
@@ -60,7 +57,7 @@ def answer_records(
         if place in judged:
             yield {**judged[place], "ended": answers[place].ended}
         else:
-            yield {**head, "answer": "", "ended": False, "metrics": {}, "errors": dict.fromkeys(judging.names, errors[place])}
+            yield {**head, "left_out": reasons[place]}
 
 
 @torch.inference_mode()
@@ -134,11 +131,20 @@ def _end_marks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(dict.fromkeys(int(token) for token in named if token is not None))
 
 
+def _unasked(example: Mapping[str, Any], judging: Judging) -> str | None:
+    """Return why a prompt is not answered; None where it is. Half a question has another answer than the whole one."""
+    whole, kept = example["prompt_tokens"], len(example["input_ids"])
+    if whole > kept:
+        return f"its prompt of {whole:,} tokens is cut to data.max_tokens {kept:,}"
+    return too_long(whole + judging.max_new_tokens, judging.context)
+
+
 def _head(place: int, prompt: list[int], reference: str, tokenizer: PreTrainedTokenizerBase) -> Record:
     shown = str(tokenizer.decode(prompt, skip_special_tokens=True)).strip()
     return {
         "kind": "generation",
         "id": place,
+        "benchmark": ANSWERS,
         "prompt": shown,
         "prompt_sha256": digest([str(tokenizer.decode(prompt)), reference]),
         "reference": reference,
@@ -148,9 +154,11 @@ def _head(place: int, prompt: list[int], reference: str, tokenizer: PreTrainedTo
 def _judged(records: Sequence[Record], judging: Judging) -> Iterator[Record]:
     """Yield the records with each answer's figures, and what went wrong."""
     asked = [{name: record[name] for name in ("prompt", "answer", "reference")} for record in records]
-    executed = execute(judging.argv, asked, judging.seconds) if judging.argv else []
-    for place, record in enumerate(records):
+    verdicts: Sequence[Verdict | None] = execute(judging.argv, asked, judging.seconds) if judging.argv else [None] * len(asked)
+    for record, verdict in zip(records, verdicts, strict=True):
         values, errors = measure(judging.metrics, record["answer"], record["reference"], record["prompt"])
-        if judging.argv:
-            values[EXECUTION] = executed[place]
+        if isinstance(verdict, str):
+            errors[EXECUTION] = verdict
+        elif verdict is not None:
+            values[EXECUTION] = verdict
         yield {**record, "metrics": values, "errors": errors}

@@ -34,12 +34,14 @@ class PackedModel(LM):  # type: ignore[misc]
 
     Attributes:
         left_out: (task, document) → why it is not asked.
+        ended: (task, document) → whether each answer to it came to an end by itself.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int | None, tokens: Tokens) -> None:
         """Wrap a model; `tokens` are those of texts that were asked of a model before, and are added to."""
         super().__init__()
-        self.model, self.tokenizer, self.context, self.left_out = model, tokenizer, context, dict[tuple[str, int], str]()
+        self.model, self.tokenizer, self.context = model, tokenizer, context
+        self.left_out, self.ended = dict[tuple[str, int], str](), dict[tuple[str, int], bool]()
         self._tokens = tokens
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -71,7 +73,9 @@ class PackedModel(LM):  # type: ignore[misc]
         answers: dict[int, str] = {}
         for (most, until), places in kinds.items():
             written = generate(self.model, self.tokenizer, [self._of(requests[place].args[0]) for place in places], most, until)
-            answers |= {place: one.text for place, one in zip(places, written, strict=True)}
+            for place, one in zip(places, written, strict=True):
+                document = requests[place].task_name, requests[place].doc_id
+                answers[place], self.ended[document] = one.text, one.ended and self.ended.get(document, True)
         return [answers.get(place, "") for place in range(len(requests))]
 
     @property

@@ -2,16 +2,17 @@
 
     chrf         character n-grams (Popović 2015)
     bleu         word n-grams up to those the answer has, so that a short answer is no zero (Papineni et al. 2002)
-    rouge_l      F1 of the longest common subsequence of words (Lin 2004)
+    rouge_l      F1 of the longest common subsequence of words, of any script, and of symbols (Lin 2004)
     exact_match  100 where the texts are equal but for blanks around them
 
-A metric of the user's own is `module:function`, called with answer, reference and prompt. What it raises is kept with the
-answer, and the others go on.
+A metric of the user's own is `module:function`, called with answer, reference and prompt; higher is better, as in ours, so
+one that counts errors returns them below zero. What it raises is kept with the answer, and the others go on.
 """
 
 import difflib
 import importlib
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,11 @@ from pipelines.errors import RecipeError
 from pipelines.lookup import listed
 
 Metric = Callable[[str, str, str], float]
-"""(answer, reference, prompt) → value."""
+"""(answer, reference, prompt) → value; higher is better."""
+UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
+"""Characters of Chinese and Japanese, which has no blanks between words."""
+TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|\S")
+"""One of them, a word, or a symbol."""
 
 
 def load_metrics(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Metric]:
@@ -43,7 +48,9 @@ def measure(metrics: Mapping[str, Metric], answer: str, reference: str, prompt: 
     for name, metric in metrics.items():
         try:
             values[name] = _number(metric(answer, reference, prompt))
-        except Exception as error:  # noqa: BLE001 - the user's function may raise anything, and the others go on
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the user's function may raise anything, SystemExit too; the others go on
             errors[name] = f"{type(error).__name__}: {error}"
     return values, errors
 
@@ -68,7 +75,7 @@ def _imported(name: str, folders: Sequence[Path]) -> Metric:
     sys.path[:0] = [str(folder) for folder in folders if str(folder) not in sys.path]
     try:
         metric: Metric = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, SyntaxError) as error:
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise RecipeError(
             f"evaluation.metrics {name!r} cannot be imported ({type(error).__name__}: {error}); "
             f"put {module}.py into {listed(folders)}, or install the package"
@@ -92,10 +99,17 @@ def _bleu() -> Metric:
     return lambda answer, reference, prompt: bleu.sentence_score(answer, [reference]).score
 
 
+class _Tokenizer:
+    """Cuts a text for ROUGE, whose own tokenizer keeps a to z and 0 to 9 alone."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return TOKEN.findall(text.lower())
+
+
 def _rouge_l() -> Metric:
     from rouge_score.rouge_scorer import RougeScorer
 
-    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    rouge = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
     return lambda answer, reference, prompt: 100 * rouge.score(reference, answer)["rougeL"].fmeasure
 
 

@@ -17,6 +17,7 @@ from lora_core.training.losses import token_log_likelihoods
 from pipelines.batches import pack
 from pipelines.evaluation.trees import Tree, mask, packs
 from pipelines.model import head_weight, hidden_states
+from pipelines.stage import digest
 
 PACK_TOKENS = 1024
 HEAD_ROWS = 128
@@ -53,7 +54,10 @@ def score(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Score]]:
 
 @torch.inference_mode()
 def score_examples(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield, for each held-out example, the summed negative log-likelihood of its supervised tokens and their number."""
+    """Yield, for each held-out example, the summed negative log-likelihood of its supervised tokens and their number.
+
+    Its digest is that of the JSON of its token ids and of which of them are supervised, so that equal records are of equal items.
+    """
     for start in range(0, len(examples), EXAMPLES):
         part = [examples[i] for i in range(start, min(start + EXAMPLES, len(examples)))]
         packed = pack(part, str(model.device))
@@ -61,7 +65,8 @@ def score_examples(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -
         likelihoods, _ = token_log_likelihoods(states[packed.predicts], head_weight(model), packed.targets, HEAD_ROWS)
         counts = [sum(example["supervised"]) for example in part]
         for offset, (count, values) in enumerate(zip(counts, likelihoods.split(counts), strict=True)):
-            yield {"kind": "task", "id": start + offset, "nll": -float(values.sum()), "tokens": count}
+            asked = digest([list(part[offset][name]) for name in ("input_ids", "supervised")])
+            yield {"kind": "task", "id": start + offset, "prompt_sha256": asked, "nll": -float(values.sum()), "tokens": count}
 
 
 def states_before(model: PreTrainedModel, group: Sequence[Tree]) -> Tensor:

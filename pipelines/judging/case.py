@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.judging.control import describe
-from pipelines.judging.divergence import divergences
+from pipelines.judging.divergence import Divergence, divergences
 from pipelines.judging.frontier import Variant
 from pipelines.judging.records import Records
 from pipelines.recipe import Recipe
@@ -60,8 +60,8 @@ class Beside:
 
     distributions: Mapping[str, Path] = field(default_factory=dict)
     """Label → its distributions.safetensors, where the base has a chat template."""
-    rates: Mapping[float, float] = field(default_factory=dict)
-    """The control's learning rates → loss on the examples kept for that, where several were tried."""
+    rates: Mapping[float, float | None] = field(default_factory=dict)
+    """The control's learning rates → loss on the examples kept for that, where several were tried; None where it diverged."""
     incumbent: Incumbent | None = None
     """Its items are needed, unless an adapter is the same byte for byte."""
     variants: Sequence[Variant] = ()
@@ -94,7 +94,7 @@ class Case:
         return next((model for model in self.adapters if known and model.figures["adapter_sha256"] == known.adapter_sha256), None)
 
     @cached_property
-    def divergences(self) -> dict[tuple[str, str], float]:
+    def divergences(self) -> dict[tuple[str, str], Divergence]:
         """Return the KL divergence of every judged model, and of the base in 4 bits, from what it is held against."""
         pairs = [(BASE, label) for label in (QUANTIZED_BASE, *(model.label for model in self.trained))]
         pairs += [(self.base_of(self.variant(model)), model.label) for model in self.trained]

@@ -16,14 +16,16 @@ from pipelines.judging.differences import (
     general_change,
     general_figure,
     general_samples,
+    open_samples,
+    score_scales,
     task_gain,
 )
 from pipelines.judging.figures import metric_errors, scores
 from pipelines.judging.frontier import Point, Variant, place, recommend
-from pipelines.judging.gate import Evidence, decide
+from pipelines.judging.gate import Evidence, OpenChange, decide
 from pipelines.judging.power import power_of
 from pipelines.judging.records import Records, align, scored
-from pipelines.judging.resampling import Interval
+from pipelines.judging.resampling import Interval, mean_interval
 from pipelines.recipe import Recipe
 
 __all__ = ["BASE", "CONTROL", "QUANTIZED_BASE", "Beside", "Incumbent", "Trained", "Variant", "compare"]
@@ -98,19 +100,31 @@ def _scores(case: Case, label: str) -> Values:
 
 def _effect(case: Case, before: str, after: str) -> Values:
     """Return how one model differs from another; the KL divergence only where both have distributions."""
-    return {**asdict(change(case.items[before], case.items[after])), "kl": case.divergences.get((before, after))}
+    moved = case.divergences.get((before, after))
+    known = {"mean": None, "interval": None} if moved is None else asdict(moved)
+    return {**asdict(change(case.items[before], case.items[after])), "kl": known["mean"], "kl_interval": known["interval"]}
 
 
 def _power(case: Case, before: str, after: str) -> Values | None:
-    """Return what the general items can tell; None where no benchmark has two left."""
-    samples = general_samples(case.items[before], case.items[after])
-    return asdict(power_of(list(samples.values()), case.recipe.gate.max_general_drop)) if samples else None
+    """Return what the general items can tell, together and by benchmark; None where no benchmark has two left.
+
+    Of a benchmark that rates itself, drops are in its own score; scores of several have no common bound.
+    """
+    first, second, drop = case.items[before], case.items[after], case.recipe.gate.max_general_drop
+    general, apart, scales = general_samples(first, second), open_samples(first, second), score_scales(first)
+    every = {**general, **apart}
+    if not every:
+        return None
+    pooled = power_of(list((general or apart).values()), drop if general else 0)
+    single = {name: asdict(power_of([values], drop * scales.get(name, 1))) for name, values in every.items()}
+    return {**asdict(pooled), "benchmarks": single}
 
 
 def _evidence(case: Case, model: Trained) -> Evidence:
     assert model.rank is not None, "an adapter has a rank"
     own, base, before = (case.items[label] for label in (model.label, BASE, case.base_of(case.variant(model))))
     share, beyond = _beside_control(case, before, own)
+    rival = _rival(case)
     return Evidence(
         control=case.recipe.control.method,
         task_gain=task_gain(base, own),
@@ -118,10 +132,11 @@ def _evidence(case: Case, model: Trained) -> Evidence:
         general=general_change(before, own),
         general_figure=general_figure(base),
         beyond_control=beyond,
+        open_changes=_open_changes(before, own),
         file_bytes=model.figures["file_bytes"],
         rank=model.figures.get("file_rank", model.rank),  # a start from the weight doubles it in the file
         over_champion=_over_champion(case, model),
-        champion_objection=_objection(case, model),
+        champion_objection=None if rival is None else rival.objection,
         errors=metric_errors(own),
         examples=len(scored(own, "task")),
         items=sum(len(values) for values in general_samples(before, own).values()),
@@ -138,18 +153,26 @@ def _beside_control(case: Case, before: Records, own: Records) -> tuple[Interval
     return gain_share(case.items[BASE], records, own), drop_beyond_control((control_base, before), records, own)
 
 
+def _open_changes(before: Records, own: Records) -> tuple[OpenChange, ...]:
+    """Return the change of each benchmark of open questions, unless one of them is all there is to general abilities."""
+    samples, scales = open_samples(before, own), score_scales(before)
+    held = [name for name in samples if list(general_samples(before, own)) != [name]]
+    return tuple(OpenChange(name, mean_interval(samples[name]), scales.get(name), len(samples[name])) for name in held)
+
+
+def _rival(case: Case) -> Incumbent | None:
+    """Return the registered champion that every adapter has to beat; None where there is none, or it is one of them.
+
+    A run that is repeated finds the adapter that it promoted, and its verdicts must not change: which of its adapters is
+    the best is decided among those that pass.
+    """
+    return case.beside.incumbent if case.twin is None else None
+
+
 def _over_champion(case: Case, model: Trained) -> Interval | None:
-    """Return the task gain over the registered champion; None where there is none, or the adapter is it."""
-    known, twin = case.beside.incumbent, case.twin
-    if known is None or known.objection is not None or model == twin:
-        return None
-    return task_gain(case.items[twin.label if twin else known.label], case.items[model.label])
-
-
-def _objection(case: Case, model: Trained) -> str | None:
-    """Return why an adapter cannot be compared with the registered champion; None where it can, or is it."""
-    known = case.beside.incumbent
-    return None if known is None or model == case.twin else known.objection
+    """Return the task gain over the registered champion; None where it need not be beaten, or cannot be compared."""
+    rival = _rival(case)
+    return None if rival is None or rival.objection is not None else task_gain(case.items[rival.label], case.items[model.label])
 
 
 def _incumbent(case: Case) -> Values | None:
@@ -158,7 +181,9 @@ def _incumbent(case: Case) -> Values | None:
     if known is None:
         return None
     if case.twin is not None:
-        words = f"The registered champion, version {known.version}, is {case.twin.label} of this run, byte for byte."
+        words = (
+            f"The registered champion, version {known.version}, is {case.twin.label} of this run, byte for byte, and need not be beaten."
+        )
     elif known.objection is not None:
         words = f"The registered champion, version {known.version}, could not be compared: {known.objection}."
     else:

@@ -6,9 +6,12 @@ Three effects are told apart by what is held against what:
     training        a model against the base it was trained on
     total           a model against the base in full precision: what a user gains or loses by switching
 
-Intervals are 95 % bootstrap percentiles. For general abilities items are drawn within their benchmark and benchmarks
+Intervals are 95 % bootstrap intervals. For general abilities items are drawn within their benchmark and benchmarks
 weigh the same; one of which a single item is left says nothing of chance and is not counted. Each benchmark also has a
 p-value, and one adjusted for there being several (Benjamini & Hochberg 1995): of twenty, one falls below 0.05 by chance.
+
+Open questions, those without choices, are held benchmark by benchmark: they have no choice probability, and a task's own
+score may have any scale.
 """
 
 from collections.abc import Callable, Sequence
@@ -106,17 +109,34 @@ def general_figure(records: Records) -> str:
 
 
 def general_samples(before: Records, after: Records) -> Samples:
-    """Return the paired differences of the figure that stands for general abilities."""
+    """Return the paired differences of the figure that stands for general abilities; nothing of tasks that rate themselves."""
     if general_figure(before) == "accuracy":
-        differences = _differences(right_or_wrong(before), right_or_wrong(after), (accuracy,))
-    else:
-        differences = _differences(by_benchmark(before, "general"), by_benchmark(after, "general"), (choice_probability,))
-    return {name: values[0] for name, values in differences.items()}
+        return _samples(before, after, ("general", "answer"), accuracy)
+    return _samples(before, after, ("general",), choice_probability)
+
+
+def open_samples(before: Records, after: Records) -> Samples:
+    """Return the paired differences of accuracy on each benchmark without choices, or of the score by which it rates itself."""
+    return _samples(before, after, ("answer", "score"), accuracy)
+
+
+def score_scales(records: Records) -> dict[str, float]:
+    """Return, for each benchmark that rates itself, the mean absolute score of a model: what a drop is a share of."""
+    return {name: float(np.mean([abs(accuracy(one)) for one in rows])) for name, rows in by_benchmark(records, "score").items()}
 
 
 def general_change(before: Records, after: Records) -> Interval | None:
     """Return the change of general abilities; None where no benchmark has two items left."""
     samples = general_samples(before, after)
+    return mean_interval(*samples.values()) if samples else None
+
+
+def pictured_change(before: Records, after: Records) -> Interval | None:
+    """Return the change of general abilities that is drawn: where only tasks that rate themselves were asked, of their scores.
+
+    A mean of scores may be one of unlike scales: it is shown and never judged.
+    """
+    samples = general_samples(before, after) or open_samples(before, after)
     return mean_interval(*samples.values()) if samples else None
 
 
@@ -140,14 +160,19 @@ def _differences(
     return {name: _table(after[name], figures) - _table(rows, figures) for name, rows in before.items() if len(rows) > 1}
 
 
+def _samples(before: Records, after: Records, kinds: Sequence[str], figure: Callable[[Record], float]) -> Samples:
+    """Return, for each benchmark of some kinds, how much one figure of each item rose."""
+    differences = _differences(by_benchmark(before, *kinds), by_benchmark(after, *kinds), (figure,))
+    return {name: values[0] for name, values in differences.items()}
+
+
 def _table(records: Records, figures: Sequence[Callable[[Record], float]]) -> Array:
     return np.array([[figure(record) for record in records] for figure in figures], dtype=np.float64)
 
 
 def _benchmarks(smooth: Samples, before: Records, after: Records) -> dict[str, BenchmarkChange]:
     """Hold each benchmark by itself: by choice probability where it has one, else by accuracy."""
-    coarse = _differences(by_benchmark(before, *ABILITIES), by_benchmark(after, *ABILITIES), (accuracy,))
-    samples = {name: smooth.get(name, values[0]) for name, values in coarse.items()}
+    samples = {**_samples(before, after, ABILITIES, accuracy), **smooth}
     p_values = [sign_flip_p_value(values) for values in samples.values()]
     adjusted = false_discovery_control(p_values, method="bh") if p_values else []
     changes = {}

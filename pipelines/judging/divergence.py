@@ -4,11 +4,13 @@
 
 KL(before ‖ after) = mean over positions of Σ p_before (log p_before − log p_after), in nats per token. It sees any change
 of the model, wanted or not, and knows no right answer: a sign to look, and never judged. On the new task it goes with
-forgetting (Shenfeld et al. 2025, arXiv 2509.04259); here it is taken where nothing was meant to change.
+forgetting (Shenfeld et al. 2025, arXiv 2509.04259); here it is taken where nothing was meant to change. Its interval draws
+whole chats, since the positions of one chat stray together.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 
 from pipelines.judging.records import Records, scored
+from pipelines.judging.resampling import Array, Interval, ratio_interval
 
 TENSOR = "log_probabilities"
 NO_CHANCE = np.float32(np.finfo(np.float16).min)
@@ -24,7 +27,17 @@ NO_CHANCE = np.float32(np.finfo(np.float16).min)
 Pair = tuple[str, str]
 
 
-def divergences(chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]) -> dict[Pair, float]:
+@dataclass(frozen=True)
+class Divergence:
+    """How far one model moved from another."""
+
+    mean: float
+    """Nats per token."""
+    interval: Interval | None
+    """The same with its interval, which never reaches below 0; None for a single chat."""
+
+
+def divergences(chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]) -> dict[Pair, Divergence]:
     """Return the KL divergence of some models from others, nats per token; none where no chat was scored.
 
     Args:
@@ -36,7 +49,7 @@ def divergences(chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]
         ValueError: two files hold other positions or another vocabulary.
     """
     rows = [record["rows"] for record in scored(chats, "chat")]
-    totals = dict.fromkeys(pairs if rows else [], 0.0)
+    totals: dict[Pair, list[float]] = {pair: [] for pair in (pairs if rows else [])}
     with ExitStack() as stack:
         opened = {label: stack.enter_context(safe_open(files[label], framework="np")) for pair in totals for label in pair}
         tables = {label: file.get_slice(TENSOR) for label, file in opened.items()}
@@ -45,9 +58,15 @@ def divergences(chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]
             logarithms = {label: _logarithms(table[first:end]) for label, table in tables.items()}
             chances = {before: np.exp(logarithms[before]) for before, _ in totals}
             for before, after in totals:
-                totals[before, after] += float(np.vdot(chances[before], logarithms[before] - logarithms[after]))
-    positions = sum(end - first for first, end in rows)
-    return {pair: round(total / positions, 6) for pair, total in totals.items()}
+                totals[before, after].append(float(np.vdot(chances[before], logarithms[before] - logarithms[after])))
+    positions = np.array([end - first for first, end in rows], dtype=np.float64)
+    return {pair: _divergence(np.array(sums), positions) for pair, sums in totals.items()}
+
+
+def _divergence(sums: Array, positions: Array) -> Divergence:
+    found = ratio_interval(sums, positions)
+    floor = min(found.mean, 0.0)  # of halves, what did not move may be found a hair below 0
+    return Divergence(found.mean, Interval(found.mean, max(found.low, floor), found.high) if len(sums) > 1 else None)
 
 
 def _logarithms(halves: NDArray[Any]) -> NDArray[np.float32]:

@@ -2,13 +2,17 @@
 
     learnt enough                        a share of the control's task gain; without a control, surely more than nothing
     forgot little                        general abilities, against the base it was trained on
-    forgot no more than the control      the same, less the control's own change
+    forgot hardly more than the control  the same, less the control's own change
+    forgot little of BENCHMARK           each benchmark of open questions by itself, against the base it was trained on
     is small enough to serve             its file, and its rank
     beats the registered champion        on the same items
     all metrics could be computed
 
 A rule that does not apply is not listed: those that ask for a control without one, a limit that the recipe does not set,
-a champion where none is registered or the adapter is that champion itself.
+a champion where none is registered or an adapter of the same comparison is that champion.
+
+The score by which a task rates itself may have any scale, so the largest drop is there a share of the base's own mean
+absolute score, which is taken as it was found: it is a measure, and not what is asked.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,6 +32,18 @@ SOMETHING = 1e-6
 
 
 @dataclass(frozen=True)
+class OpenChange:
+    """How training changed one benchmark of open questions, which have no choices."""
+
+    benchmark: str
+    change: Interval
+    """Of accuracy; of a benchmark that rates itself, of its score."""
+    scale: float | None
+    """The base's mean absolute score; None for accuracy."""
+    items: int
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What is known of one adapter."""
 
@@ -43,10 +59,12 @@ class Evidence:
     """What that change is of: choice_probability, or accuracy."""
     beyond_control: Interval | None
     """That change less the control's."""
+    open_changes: tuple[OpenChange, ...]
+    """Changes that the general one leaves out."""
     file_bytes: int
     rank: int
     over_champion: Interval | None
-    """Task gain over the registered champion; None where there is none, or the adapter is it."""
+    """Task gain over the registered champion; None where there is none, or it is an adapter of the same comparison."""
     champion_objection: str | None
     """Why the registered champion cannot be compared; None where it can, or there is none."""
     errors: tuple[str, ...]
@@ -66,6 +84,8 @@ class Rule:
     name: str
     status: Status
     reason: str
+    beyond_items: bool = False
+    """Whether it can't be told however many items are scored: something else is missing."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +117,9 @@ class Question:
             return Rule(self.name, "pass", f"{value}; {wanted})")
         if interval.high < bound:
             return Rule(self.name, "reject", f"{value}), but the rule is {wanted}")
-        return Rule(self.name, "can't tell", f"{value}) spans the bound ({wanted}): {_more(interval, bound, *self.sample)}")
+        more = _more(interval, bound, *self.sample)
+        reason = f"{value}) spans the bound ({wanted}): {more or _too_close(*self.sample)}"
+        return Rule(self.name, "can't tell", reason, beyond_items=more is None)
 
 
 def decide(evidence: Evidence, gate: Mapping[str, Any]) -> Verdict:
@@ -107,7 +129,8 @@ def decide(evidence: Evidence, gate: Mapping[str, Any]) -> Verdict:
         evidence: what is known of the adapter.
         gate: the recipe's gate section as plain values.
     """
-    rules = (_learning(evidence, gate), *_forgetting(evidence, gate), *_serving(evidence, gate), *_beside(evidence, gate))
+    forgetting = (*_forgetting(evidence, gate), *_forgetting_apart(evidence, gate["max_general_drop"]))
+    rules = (_learning(evidence, gate), *forgetting, *_serving(evidence, gate), *_beside(evidence, gate))
     statuses = {rule.status for rule in rules}
     status: Status = "reject" if "reject" in statuses else "pass" if statuses <= {"pass"} else "can't tell"
     return Verdict(status, "; ".join(rule.reason for rule in rules if rule.status == status), rules)
@@ -120,7 +143,7 @@ def _learning(evidence: Evidence, gate: Mapping[str, Any]) -> Rule:
         return question.hold(evidence.task_gain, SOMETHING)
     if evidence.gain_share is None:
         reason = "the control did not surely learn, so no share of it can be asked: give it more steps"
-        return Rule("learnt enough", "can't tell", reason)
+        return Rule("learnt enough", "can't tell", reason, beyond_items=True)
     question = Question("learnt enough", "{value:.0%} of the control's gain", "at least {bound:.0%}", sample)
     return question.hold(evidence.gain_share, gate["min_gain_share"])
 
@@ -129,12 +152,23 @@ def _forgetting(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
     wanted, sample = "no less than {bound:+.3f}", (evidence.items, "items")
     found = "general change {value:+.3f}" if evidence.general_figure == "choice_probability" else "general change of accuracy {value:+.3f}"
     if evidence.general is None:
-        yield Rule("forgot little", "can't tell", "no question of general ability could be scored: ask some that fit the context")
+        reason = "no question of general ability could be scored: ask some that fit the context"
+        yield from () if evidence.open_changes else [Rule("forgot little", "can't tell", reason, beyond_items=True)]
         return
     yield Question("forgot little", found, wanted, sample).hold(evidence.general, -gate["max_general_drop"])
     if evidence.beyond_control is not None:
-        question = Question("forgot no more than the control", "{value:+.3f} against the control", wanted, sample)
+        question = Question("forgot hardly more than the control", "{value:+.3f} against the control", wanted, sample)
         yield question.hold(evidence.beyond_control, -gate["max_drop_beyond_control"])
+
+
+def _forgetting_apart(evidence: Evidence, drop: float) -> Iterator[Rule]:
+    """Hold each benchmark of open questions: a drop is of accuracy, or a share of the base's own score."""
+    for one in evidence.open_changes:
+        figure, scale = ("accuracy", 1.0) if one.scale is None else ("score", one.scale)
+        found = f"change of {figure} on {_literal(one.benchmark)} {{value:+.3f}}"
+        wanted = "no less than {bound:+.3f}" + ("" if one.scale is None else f", {100 * drop:g}% of the base's {scale:.3f}")
+        question = Question(f"forgot little of {one.benchmark}", found, wanted, (one.items, f"items of {one.benchmark}"))
+        yield question.hold(one.change, -drop * scale)
 
 
 def _serving(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
@@ -150,7 +184,7 @@ def _beside(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
     if evidence.champion_objection is not None and margin is not None:
         way_out = "set gate.min_gain_over_champion to null to do without"
         reason = f"the registered champion cannot be compared: {evidence.champion_objection}; {way_out}"
-        yield Rule("beats the champion", "can't tell", reason)
+        yield Rule("beats the champion", "can't tell", reason, beyond_items=True)
     elif evidence.over_champion is not None and margin is not None:
         sample = (evidence.examples, "held-out examples")
         question = Question("beats the champion", "{value:+.3f} over the registered champion", "at least {bound:+.3f}", sample)
@@ -158,7 +192,7 @@ def _beside(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
     if evidence.errors:
         named, more = "; ".join(evidence.errors[:NAMED_ERRORS]), len(evidence.errors) - NAMED_ERRORS
         reason = f"not every metric could be computed: {named}" + (f"; and {more} more" if more > 0 else "")
-        yield Rule("all metrics could be computed", "can't tell", reason)
+        yield Rule("all metrics could be computed", "can't tell", reason, beyond_items=True)
     elif evidence.answers:
         yield Rule("all metrics could be computed", "pass", f"every metric of {evidence.answers} answers could be computed")
 
@@ -169,12 +203,21 @@ def _limit(name: str, found: str, value: float, limit: float, unit: str) -> Rule
     return Rule(name, "reject", f"{found}, but the rule is at most {limit:g}{unit}")
 
 
-def _more(interval: Interval, bound: float, number: int, unit: str) -> str:
-    """Say how many items would tell."""
+def _more(interval: Interval, bound: float, number: int, unit: str) -> str | None:
+    """Say how many items would tell; None where no sensible number would."""
     needed = items_to_tell(interval, bound, number)
     if needed is None or needed > HOPELESS * number:
-        return f"so close that even {HOPELESS} times the {number:,} {unit} would not tell; set another bound, or judge it yourself"
+        return None
     return f"with about {_rounded(needed):,} {unit} (now {number:,}) it could be told"
+
+
+def _too_close(number: int, unit: str) -> str:
+    return f"so close that even {HOPELESS} times the {number:,} {unit} would not tell; set another bound, or judge it yourself"
+
+
+def _literal(name: str) -> str:
+    """Return a name as it stands in a text with places."""
+    return name.replace("{", "{{").replace("}", "}}")
 
 
 def _rounded(number: int) -> int:

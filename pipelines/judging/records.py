@@ -7,9 +7,11 @@ A record says what one model did with one item; its `kind` says what was asked:
     general       a question with choices; answer: one with a single answer; score: one that a task of lm-eval rates itself
     text          a passage of plain text; chat: a question put as a chat
 
-A record with `left_out` says why its item could not be scored. It is left out for all models alike, and counted.
+A record with `left_out` says why its item could not be scored. It is left out for all models alike, and counted. One that is
+known by `prompt_sha256` as well is the same item only where that is the same.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ ABILITIES = ("general", "answer", "score")
 """Kinds that ask for general abilities and belong to a benchmark."""
 OPTIONAL = ("generation", "text", "chat")
 """Kinds that a model need not have answered."""
+UNNAMED = {"task": "examples", "generation": "answers", "text": "passages", "chat": "chat"}
+"""Under what name records are counted that name no benchmark."""
 
 
 def scored(records: Records, *kinds: str) -> list[Record]:
@@ -35,12 +39,13 @@ def by_benchmark(records: Records, *kinds: str) -> dict[str, list[Record]]:
 
 
 def left_out(records: Records) -> dict[str, int]:
-    """Return how many items of each benchmark were left out; a benchmark that lost none is not named."""
-    counts: dict[str, int] = {}
-    for record in records:
-        if "left_out" in record:
-            counts[record["benchmark"]] = counts.get(record["benchmark"], 0) + 1
-    return counts
+    """Return how many items of each benchmark were left out, of whatever kind; a benchmark that lost none is not named."""
+    return _counts([record for record in records if "left_out" in record])
+
+
+def unfinished(records: Records) -> dict[str, int]:
+    """Return how many answers of each benchmark stopped only because they reached the longest length; see `left_out`."""
+    return _counts([record for record in records if record.get("ended") is False and "left_out" not in record])
 
 
 def align(items: Mapping[str, Records]) -> dict[str, list[Record]]:
@@ -65,6 +70,10 @@ def check_paired(before: Records, after: Records) -> None:
     first, second = ([_identity(record) for record in records if record["kind"] not in lacking] for records in (before, after))
     if first != second or not lacking <= set(OPTIONAL):
         raise ValueError("the two models were scored on different items; score both with the same seed and settings")
+
+
+def _counts(records: Records) -> dict[str, int]:
+    return dict(Counter(record.get("benchmark") or UNNAMED[record["kind"]] for record in records))
 
 
 def _identity(record: Record) -> tuple[Any, ...]:

@@ -8,7 +8,17 @@ A resample's mean is a row of draws times the values, so that one set of draws, 
 figure of every model: scipy.stats.bootstrap and permutation_test, which give the same, draw anew for each. Draws are the
 same each time.
 
-Intervals are percentiles of the resampled figure (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13);
+Intervals are percentiles of the resampled figure (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13),
+whose ends are then stretched away from the figure by
+
+    t₀.₉₇₅(df) / z₀.₉₇₅ · √(n / (n − 1))
+
+Percentiles by themselves are too narrow, and of 5 items hold the truth in 84 % of samples instead of 95 %: a resample of n
+items varies by σ²/n with σ² taken over n instead of n − 1, and by z where σ, itself found from the sample, asks for t
+(Hesterberg 2015, What Teachers Should Know About the Bootstrap, arXiv 1411.5279). Over several benchmarks both follow from
+the benchmarks' own variances, df by Welch and Satterthwaite (Satterthwaite 1946; Welch 1947). Of few items from a very skewed
+distribution they are still too narrow: 5 from an exponential one hold the truth in 90 %.
+
 p-values count the rearrangements that differ as much as was seen (Good 2005, Permutation, Parametric and Bootstrap Tests of
 Hypotheses; Phipson & Smyth 2010, on the 1 that is added where not all rearrangements are tried).
 """
@@ -19,6 +29,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import norm, t
 
 Array = NDArray[np.float64]
 Counts = NDArray[np.int8]
@@ -39,8 +50,8 @@ class Interval:
 
 def ratio_interval(numerator: Array, denominator: Array) -> Interval:
     """Return the interval of Σ numerator / Σ denominator over the same items."""
-    sums = _resampled_sums(np.stack([numerator, denominator]), 0)
-    return _interval(numerator.sum() / denominator.sum(), sums[0] / sums[1])
+    sums, ratio = _resampled_sums(np.stack([numerator, denominator]), 0), numerator.sum() / denominator.sum()
+    return _interval(ratio, sums[0] / sums[1], stretches([(numerator - ratio * denominator)[None]])[0])
 
 
 def mean_intervals(samples: Sequence[Array]) -> list[Interval]:
@@ -51,12 +62,38 @@ def mean_intervals(samples: Sequence[Array]) -> list[Interval]:
     """
     means = np.mean([values.mean(axis=-1) for values in samples], axis=0)
     resampled = np.mean([_resampled_sums(values, place) / values.shape[-1] for place, values in enumerate(samples)], axis=0)
-    return [_interval(mean, row) for mean, row in zip(means, resampled, strict=True)]
+    return [_interval(*one) for one in zip(means, resampled, stretches(samples), strict=True)]
 
 
 def mean_interval(*samples: Array) -> Interval:
     """Return the interval of the mean of some benchmarks' means, each (n,)."""
     return mean_intervals([values[None] for values in samples])[0]
+
+
+def stretches(samples: Sequence[Array]) -> Array:
+    """Return, for each figure, how many times as far from it the ends of its interval lie as the percentiles, (figures,).
+
+    Args:
+        samples: as for `mean_intervals`; where all items agree nothing is left to stretch.
+    """
+    of_resamples = sum(values.var(axis=-1) / values.shape[-1] for values in samples)
+    of_items = squared_errors(samples).sum(axis=0)
+    unbiased = np.sqrt(np.divide(of_items, of_resamples, out=np.ones_like(of_items), where=of_items > 0))
+    return np.asarray(t_quantile(samples) / norm.ppf((1 + LEVEL) / 2) * unbiased)
+
+
+def t_quantile(samples: Sequence[Array]) -> Array:
+    """Return, for each figure, how many standard errors from it the end of an interval lies, (figures,)."""
+    errors = squared_errors(samples)
+    total = errors.sum(axis=0)
+    shares = np.divide(errors, total, out=np.full_like(errors, 1 / len(errors)), where=total > 0)
+    freedom = np.array([max(1, values.shape[-1] - 1) for values in samples])[:, None]
+    return np.asarray(t.ppf((1 + LEVEL) / 2, 1 / (shares**2 / freedom).sum(axis=0)))
+
+
+def squared_errors(samples: Sequence[Array]) -> Array:
+    """Return the squared standard error of each benchmark's mean, (benchmarks, figures); 0 where it has a single item."""
+    return np.stack([values.var(axis=-1) / max(1, values.shape[-1] - 1) for values in samples])
 
 
 def sign_flip_p_value(differences: Array) -> float:
@@ -103,6 +140,6 @@ def _products(values: Array, table: Counts) -> Array:
     return np.concatenate([values @ table[start : start + BLOCK].T for start in range(0, len(table), BLOCK)], axis=-1)
 
 
-def _interval(value: float, resampled: Array) -> Interval:
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _interval(value: float, resampled: Array, stretch: float) -> Interval:
+    low, high = value + stretch * (np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - value)
     return Interval(round(float(value), 6), round(float(low), 6), round(float(high), 6))

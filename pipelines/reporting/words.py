@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.judging.comparison import CONTROL, QUANTIZED_BASE
+from pipelines.judging.frontier import percent
 
 Summary = Mapping[str, Any]
 
@@ -12,7 +13,9 @@ def headline(summary: Summary) -> str:
     """Return the outcome as one sentence."""
     champion, candidate = summary["champion"], summary["candidate"]
     if champion is None:
-        return "No adapter is put forward" + (f"; {candidate} was not rejected, and scoring more items would tell." if candidate else ".")
+        return "No adapter is put forward" + (
+            f"; {candidate} was not rejected, {_missing(summary['models'][candidate])}." if candidate else "."
+        )
     model = summary["models"][champion]
     trained = 100 * model["figures"]["trained_weights"] / summary["base"]["weights"]
     return (
@@ -21,9 +24,20 @@ def headline(summary: Summary) -> str:
     )
 
 
+def _missing(model: Summary) -> str:
+    """Say what is missing for an adapter that was not rejected to pass: items, unless something else is."""
+    open_rules = [rule for rule in model["verdict"]["rules"] if rule["status"] == "can't tell"]
+    others = [rule["reason"].rstrip(".") for rule in open_rules if rule.get("beyond_items", False)]
+    return "but it cannot be told to pass: " + "; ".join(others) if others else "and scoring more items would tell"
+
+
 def _smaller(summary: Summary) -> str:
     found = summary["recommended"]
-    return f"; {found['label']} is smaller and not surely worse" if found and found["label"] != summary["champion"] else ""
+    if not found or found["label"] == summary["champion"]:
+        return ""
+    given_up = found.get("gives_up")  # summaries of before say only that it was not surely worse
+    worse = "not surely worse" if given_up is None else f"gives up at most {percent(given_up)}\u00a0% of the gain"
+    return f"; {found['label']} is smaller and {worse}"
 
 
 def _learnt(summary: Summary, model: Summary) -> str:
@@ -41,7 +55,10 @@ def _control_rank(summary: Summary) -> int:
 def recommended_text(summary: Summary) -> str:
     """Return the smallest rank that does, and why; nothing where no adapter passes."""
     found = summary["recommended"]
-    return f"Recommended: {found['reason']}." if found else ""
+    if not found:
+        return ""
+    where_size_counts = " where size counts" if found["label"] != summary["champion"] else ""
+    return f"Recommended{where_size_counts}: {found['reason']}."
 
 
 def registered_text(summary: Summary) -> str:

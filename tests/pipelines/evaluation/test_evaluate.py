@@ -17,7 +17,7 @@ from tiny import save_tiny_model, tiny_recipe
 from lora_core import Identity, LoraConfig, inject, load_adapter, save_adapter
 from lora_core.base.dequantise import dequantise
 from pipelines.data import prepare
-from pipelines.errors import DataError, recorded_error
+from pipelines.errors import DataError, RecipeError, recorded_error
 from pipelines.evaluation.benchmarks import PACKAGE
 from pipelines.evaluation.evaluate import DISTRIBUTIONS, ITEMS, Evaluation, scored
 from pipelines.evaluation.scoring import score_examples
@@ -140,11 +140,32 @@ def test_the_users_own_questions_and_metrics_are_found_beside_the_recipe(stage_o
     assert all(set(record["metrics"]) == {"lengths:longer", "execution"} for record in records if record["kind"] == "generation")
 
 
-def test_two_sources_under_one_name_are_refused(stage_of: StageOf, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["piqa", "answers"])
+def test_two_sources_under_one_name_are_refused(stage_of: StageOf, tmp_path: Path, name: str) -> None:
     line = json.dumps({"prompt": "Say", "answer": "red"})
-    (tmp_path / "piqa.jsonl").write_text(f"{line}\n{line}\n")
-    with pytest.raises(DataError, match="'piqa' names the questions of two sources in evaluation"):
-        write(Evaluation(), stage_of("base", probes=["piqa.jsonl"]))
+    (tmp_path / f"{name}.jsonl").write_text(f"{line}\n{line}\n")
+    with pytest.raises(DataError, match=f"'{name}' names the questions of two sources in evaluation"):
+        write(Evaluation(), stage_of("base", probes=[f"{name}.jsonl"]))
+
+
+def test_a_file_that_judges_and_is_not_there_is_refused_before_any_model(stage_of: StageOf) -> None:
+    evaluation = Evaluation()
+    with pytest.raises(RecipeError, match=r"evaluation.execute names 'check.py', which is not in"):
+        write(evaluation, stage_of("base", execute=["python3", "check.py"]))
+    assert evaluation.models._model is None
+
+
+@pytest.mark.parametrize(("tokens", "counted", "marked"), [(512, "left_out", "left_out"), (1, "unfinished", "metrics")])
+def test_what_is_left_out_and_what_has_not_ended_is_counted(stage_of: StageOf, tokens: int, counted: str, marked: str) -> None:
+    stage = stage_of("base", max_new_tokens=tokens)
+    figures, _ = Evaluation()(stage.folder, *read_inputs(stage.folder))
+    answers = [record for record in read_records(stage.folder / ITEMS) if record["kind"] == "generation"]
+    assert all(marked in record for record in answers)
+    assert {name: figures[name].get("answers", 0) for name in ("left_out", "unfinished")} == {
+        "left_out": 0,
+        "unfinished": 0,
+        counted: len(answers),
+    }
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import psutil
 import pytest
 
 from pipelines.errors import RecipeError
-from pipelines.evaluation.execution import command, execute
+from pipelines.evaluation.execution import Verdict, command, execute
 
 ANSWER = {"prompt": "1 + 1 = 'µ", "answer": "2", "reference": "2"}
 
 
-def judged(tmp_path: Path, code: str, *answers: dict[str, str], seconds: float = 20) -> list[float]:
+def judged(tmp_path: Path, code: str, *answers: dict[str, str], seconds: float = 20) -> list[Verdict]:
     (tmp_path / "check.py").write_text(code)
     return execute(command([sys.executable, "check.py"], [tmp_path]), answers or [ANSWER], seconds)
 
@@ -46,7 +46,32 @@ def test_each_answer_has_an_empty_folder_that_goes_with_it(tmp_path: Path) -> No
     assert not any(folder.exists() for folder in folders)
 
 
-def test_what_does_not_end_in_time_is_wrong_and_ended_with_all_it_started(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "verdict"),
+    [
+        ("import sys; print('wrong', file=sys.stderr); sys.exit(1)", 0),
+        ("import sys; print('one\\ntwo', file=sys.stderr); sys.exit(3)", "ended with status 3: two"),
+        ("import sys; sys.exit(2)", "ended with status 2"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "was ended by signal 15"),
+        ("import no_module_of_this_name", "ended with status 1: ModuleNotFoundError: No module named 'no_module_of_this_name'"),
+        ("raise ValueError('one\\ntwo')", "ended with status 1: two"),
+        ("def (", "ended with status 1: SyntaxError: invalid syntax"),
+        ("try: 1 / 0\nexcept ZeroDivisionError as error: raise KeyError('x') from error", "ended with status 1: KeyError: 'x'"),
+        ("import sys; print('x' * 500, file=sys.stderr); sys.exit(4)", "ended with status 4: " + "x" * 200),
+        ("import sys; print('x' * 100_000 + '\\nlast', file=sys.stderr); sys.exit(4)", "ended with status 4: last"),
+    ],
+)
+def test_a_command_that_fails_is_an_error_and_no_wrong_answer(tmp_path: Path, code: str, verdict: Verdict) -> None:
+    assert judged(tmp_path, code) == [verdict]
+
+
+def test_a_traceback_that_the_command_goes_on_after_is_the_answers(tmp_path: Path) -> None:
+    """As the standard library's own test runner does it, which prints every failed test to standard error."""
+    code = "import unittest\nclass Test(unittest.TestCase):\n    def test(self): self.assertEqual(1, 2)\nunittest.main()"
+    assert judged(tmp_path, code) == [0]
+
+
+def test_what_does_not_end_in_time_is_an_error_and_ended_with_all_it_started(tmp_path: Path) -> None:
     code = (
         "import pathlib, subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
@@ -54,7 +79,7 @@ def test_what_does_not_end_in_time_is_wrong_and_ended_with_all_it_started(tmp_pa
         "time.sleep(300)"
     )
     begun = time.monotonic()
-    assert judged(tmp_path, code, seconds=3) == [0]
+    assert judged(tmp_path, code, seconds=3) == ["took longer than 3 s"]
     assert time.monotonic() - begun < 60
     pid, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 10
     while is_at_work(pid) and time.monotonic() < deadline:  # a process that was killed takes a moment to be gone
@@ -77,7 +102,18 @@ def test_no_shell_reads_the_command(tmp_path: Path) -> None:
 
 def test_the_files_that_a_command_names_are_found_beside_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "check.py").touch()
-    assert command(["python3", "check.py", "other.py"], [tmp_path])[1:] == [str(tmp_path / "check.py"), "other.py"]
+    assert command(["python3", "check.py", "other"], [tmp_path])[1:] == [str(tmp_path / "check.py"), "other"]
+
+
+@pytest.mark.parametrize("word", ["check.py", "check.SH", "checks/one", "/no/such/file"])
+def test_a_file_that_a_command_names_and_that_is_not_there_is_refused(tmp_path: Path, word: str) -> None:
+    with pytest.raises(RecipeError, match=f"evaluation.execute names '{word}', which is not in {tmp_path}; put it there"):
+        command(["python3", word], [tmp_path])
+
+
+@pytest.mark.parametrize("word", ["-c", "--out=a/b", "import a.b; a/b", "http://localhost:8000/judge", "3.5", "package.module", ""])
+def test_what_is_no_path_is_left_as_it_is(tmp_path: Path, word: str) -> None:
+    assert command(["python3", word], [tmp_path])[1:] == [word]
 
 
 def test_a_program_that_is_not_there_is_refused(tmp_path: Path) -> None:

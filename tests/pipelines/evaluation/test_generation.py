@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.evaluation.generation import EXECUTION, Judging, answer_records, generate
+from pipelines.data import tokenise
+from pipelines.evaluation.generation import ANSWERS, EXECUTION, Judging, answer_records, generate
 from pipelines.evaluation.metrics import load_metrics
 
 PROMPTS = ("The quick brown fox", "Say", "def area(width, height): return", "Question: What does this function do? Answer:")
@@ -81,12 +83,13 @@ def test_a_record_holds_the_answer_and_its_figures(
 ) -> None:
     [record] = answer_records(model, tokenizer, [example], judging())
     [answer] = generate(model, tokenizer, [example["input_ids"][:6]], LENGTH)
-    assert (record["kind"], record["id"], record["reference"]) == ("generation", 0, "red red.")
+    assert (record["kind"], record["id"], record["benchmark"], record["reference"]) == ("generation", 0, ANSWERS, "red red.")
     assert record["answer"] == answer.text.strip()
     assert set(record["metrics"]) == {"chrf", "exact_match"}
     assert (record["errors"], record["ended"]) == ({}, False)
     assert len(record["prompt_sha256"]) == 64
-    assert set(record) == {"kind", "id", "prompt", "prompt_sha256", "answer", "reference", "ended", "metrics", "errors"}
+    asked = {"kind", "id", "benchmark", "prompt", "prompt_sha256", "reference"}
+    assert set(record) == {*asked, "answer", "ended", "metrics", "errors"}
 
 
 def test_what_has_no_prompt_or_no_reference_is_not_answered(
@@ -96,18 +99,46 @@ def test_what_has_no_prompt_or_no_reference_is_not_answered(
     assert [record["id"] for record in answer_records(model, tokenizer, examples, judging())] == [2]
 
 
-def test_a_prompt_without_room_for_an_answer_is_an_error_of_every_metric(
+def test_a_prompt_without_room_for_an_answer_is_left_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
     longer = {**example, "prompt_tokens": 7}
     records = list(answer_records(model, tokenizer, [longer, example], judging(context=6 + LENGTH, argv=["true"])))
-    reason = f"{7 + LENGTH} tokens exceed the context of {6 + LENGTH}"
-    assert records[0]["errors"] == dict.fromkeys(("chrf", "exact_match", EXECUTION), reason)
-    assert (records[0]["answer"], records[0]["metrics"], records[0]["ended"]) == ("", {}, False)
+    assert records[0]["left_out"] == f"{7 + LENGTH} tokens exceed the context of {6 + LENGTH}"
+    assert set(records[0]) == {"kind", "id", "benchmark", "prompt", "prompt_sha256", "reference", "left_out"}
     assert set(records[1]["metrics"]) == {"chrf", "exact_match", EXECUTION}
+
+
+def test_a_prompt_that_is_cut_is_left_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> None:
+    whole, half = {**example, "prompt_tokens": 6}, {**example, "prompt_tokens": 7}
+    cut = {"input_ids": example["input_ids"][:6]}
+    kept, left = answer_records(model, tokenizer, [whole | cut, half | cut], judging())
+    assert "left_out" not in kept and kept["answer"] == generate(model, tokenizer, [example["input_ids"][:6]], LENGTH)[0].text.strip()
+    assert left["left_out"] == "its prompt of 7 tokens is cut to data.max_tokens 6"
+    assert (left["id"], "answer" in left) == (1, False)
+
+
+def test_a_conversation_that_is_cut_inside_its_last_question_is_not_answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    turns = [{"role": role, "content": "red green blue"} for role in ("user", "assistant", "user", "assistant")]
+    settings = {"source": "rows", "group_column": None, "max_tokens": 10_000}
+    [whole] = tokenise(Dataset.from_list([{"messages": turns}]), tokenizer, settings)
+    [cut] = tokenise(Dataset.from_list([{"messages": turns}]), tokenizer, {**settings, "max_tokens": whole.prompt_tokens - 1})
+    assert any(cut.supervised)
+    left, kept = answer_records(model, tokenizer, [vars(cut), vars(whole)], judging())
+    assert ("left_out" in left, "left_out" in kept) == (True, False)
 
 
 def test_a_command_judges_beside_the_metrics(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> None:
     for argv, value in ((["true"], 100), (["false"], 0)):
         [record] = answer_records(model, tokenizer, [example], judging(argv=argv))
         assert record["metrics"][EXECUTION] == value
+
+
+def test_a_command_that_fails_is_an_error_beside_the_metrics(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
+) -> None:
+    [record] = answer_records(model, tokenizer, [example], judging(argv=["sh", "-c", "echo broken >&2; exit 5"]))
+    assert record["errors"] == {EXECUTION: "ended with status 5: broken"}
+    assert set(record["metrics"]) == {"chrf", "exact_match"}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation import harness
+from pipelines.evaluation.generation import generate
 from pipelines.evaluation.harness import load_tasks
 
 NATS = 1e-4
@@ -200,7 +201,162 @@ def test_a_limit_takes_the_first_documents(records_of: Callable[..., list[Values
 @needs_library
 def test_several_right_answers_give_a_value_instead_of_a_choice(tasks_folder: Path, records_of: Callable[..., list[Values]]) -> None:
     write_task(tasks_folder, "several", {**TASKS["chosen"], "doc_to_target": "{{[right, 0]}}"})
-    assert {record["kind"] for record in records_of("several")} == {"score"}
+    records = records_of("several")
+    assert {record["kind"] for record in records} == {"score"}
+    for record, one in zip(records, records_of("chosen"), strict=True):
+        assert (record["log_likelihoods"], record["greedy"]) == (one["log_likelihoods"], one["greedy"])
+        assert record["value"] == (one["log_likelihoods"].index(max(one["log_likelihoods"])) in (one["gold"], 0))
+
+
+@needs_library
+def test_a_task_that_computes_none_of_its_metrics_is_refused(tasks_folder: Path, records_of: Callable[..., list[Values]]) -> None:
+    metrics = [{"metric": "perplexity", "aggregation": "mean", "higher_is_better": False}]
+    write_task(tasks_folder, "odd", {**TASKS["chosen"], "doc_to_target": "{{[right, 0]}}", "metric_list": metrics})
+    with pytest.raises(RecipeError, match="the lm-eval task 'odd' computes none of its metrics for odd/0"):
+        records_of("odd")
+
+
+@needs_library
+def test_a_value_keeps_the_likelihoods_that_it_comes_from(
+    records_of: Callable[..., list[Values]], tasks_folder: Path, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for record, sample in zip(records_of("continued"), theirs(tasks_folder, "continued", folder, tokenizer), strict=True):
+        [(likelihood, greedy)] = sample["filtered_resps"]
+        assert (record["log_likelihoods"], record["greedy"]) == ([pytest.approx(likelihood, abs=NATS)], [greedy])
+    for record, sample in zip(records_of("read"), theirs(tasks_folder, "read", folder, tokenizer), strict=True):
+        assert record["log_likelihoods"] == pytest.approx(sample["filtered_resps"], abs=10 * NATS)
+    assert not any("log_likelihoods" in record for record in records_of("written"))
+
+
+@needs_library
+def test_a_written_answer_says_whether_it_came_to_an_end(
+    tasks_folder: Path, records_of: Callable[..., list[Values]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    written = generate(model, tokenizer, [tokenizer(doc["question"]).input_ids for doc in DOCS], 8)
+    end = written[0].text[3]
+    for name, until in (("cut", "no text has this"), ("ending", end)):
+        write_task(tasks_folder, name, {**TASKS["written"], "generation_kwargs": {"until": [until], "max_gen_toks": 8}})
+    assert [record["ended"] for record in records_of("cut")] == [False] * len(DOCS)
+    assert [record["ended"] for record in records_of("ending")] == [end in answer.text for answer in written]
+    assert not any("ended" in record for record in records_of("continued", "chosen"))
+
+
+def changed(place: int, **changes: Any) -> list[Values]:
+    """Return the documents with one that is changed; a field set to None is taken out of it."""
+    docs = [dict(doc) for doc in DOCS]
+    docs[place] = {name: value for name, value in {**docs[place], **changes}.items() if value is not None}
+    return docs
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("task", "docs", "fragments"),
+    [
+        ("chosen", changed(2, right=7), ["document 2 ", "7 as its right answer (doc_to_target)", "'south blue up'", "from 0 to 2"]),
+        ("chosen", changed(2, right=-1), ["document 2 ", "-1 as its right answer"]),
+        ("chosen", changed(2, right=None), ["document 2 ", "nothing as its 'right', which doc_to_target would show"]),
+        ("chosen", changed(3, question=None), ["document 3 ", "nothing as its 'question', which doc_to_text would show as 'None'"]),
+        ("chosen", changed(0, question=None), ["document 0 ", "'question'"]),
+        ("chosen", changed(1, answers=None), ["document 1 ", "nothing as its 'answers', which doc_to_choice would show"]),
+        ("chosen", changed(1, answers=["red", ""]), ["document 1 ", "['red', ''] as its doc_to_choice"]),
+        ("continued", changed(4, text=None), ["document 4 ", "nothing as its 'text'"]),
+        ("written", changed(4, text=None), ["document 4 ", "nothing as its 'text'"]),
+        ("read", changed(5, text=None), ["document 5 ", "nothing as its 'text'"]),
+    ],
+)
+def test_a_document_that_cannot_be_asked_is_refused_before_any_model(
+    tasks_folder: Path, task: str, docs: list[Values], fragments: list[str]
+) -> None:
+    (tasks_folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    with pytest.raises(DataError) as refused:
+        load_tasks(settings(task), 7, [tasks_folder])
+    for fragment in (f"of the lm-eval task {task!r}", *fragments):
+        assert fragment in str(refused.value)
+
+
+@needs_library
+def test_a_document_beyond_the_limit_is_not_asked(tasks_folder: Path) -> None:
+    (tasks_folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in changed(2, right=7)))
+    assert load_tasks(settings("chosen", limit=2), 7, [tasks_folder]).names == ["chosen"]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"doc_to_target": "rigth"}, "document 0 of the lm-eval task 'odd' has 'rigth' as its right answer"),
+        ({"doc_to_target": "{{[right, 3]}}"}, "document 0 of the lm-eval task 'odd' has 3 as its right answer"),
+        ({"doc_to_text": "{% if right == 2 %}{{ qestion }}{% else %}{{ question }}{% endif %}"}, "document 2 .* does not fit doc_to_text"),
+        ({"doc_to_choice": "{{answers|first}}"}, "SyntaxError|NameError|ValueError"),
+    ],
+)
+def test_a_field_that_gives_no_question_is_refused(tasks_folder: Path, change: Values, message: str) -> None:
+    write_task(tasks_folder, "odd", {**TASKS["chosen"], **change})
+    with pytest.raises((DataError, RecipeError), match=message):
+        load_tasks(settings("odd"), 7, [tasks_folder])
+
+
+@needs_library
+def test_what_is_not_filled_and_not_shown_is_no_fault(tasks_folder: Path, records_of: Callable[..., list[Values]]) -> None:
+    docs = [{**doc, **({"hint": "No colour."} if place else {}), "question": "None of it?"} for place, doc in enumerate(DOCS)]
+    (tasks_folder / "docs.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    text = "{% if hint is not none %}{{ hint }} {% endif %}{{ question }}"
+    write_task(tasks_folder, "hinted", {**TASKS["chosen"], "doc_to_text": text})
+    assert [record["kind"] for record in records_of("hinted")] == ["general"] * len(DOCS)
+
+
+@needs_library
+def test_a_right_answer_may_be_named_as_it_is_written(tasks_folder: Path, records_of: Callable[..., list[Values]]) -> None:
+    write_task(tasks_folder, "named", {**TASKS["chosen"], "doc_to_target": "{{answers[right]}}"})
+    assert [record["gold"] for record in records_of("named")] == [record["gold"] for record in records_of("chosen")]
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            {name: value for name, value in TASKS["chosen"].items() if name != "doc_to_choice"},
+            "has no doc_to_choice, which its output_type",
+        ),
+        (
+            {name: value for name, value in TASKS["chosen"].items() if name != "doc_to_text"},
+            r"odd.yaml \(TypeError; it has no doc_to_text\)",
+        ),
+        ({**TASKS["chosen"], "doc_to_text": "{{question"}, "the lm-eval task 'odd' cannot be read from .*odd.yaml .*TemplateSyntaxError"),
+        ({**TASKS["chosen"], "doc_to_choice": "{{answrs}}"}, "'odd' cannot be read from .* 'answrs' is undefined"),
+        ({**TASKS["chosen"], "test_split": "tset"}, "'odd' cannot be read from .* 'tset'"),
+        ({**TASKS["chosen"], "doc_to_txt": "x"}, "'odd' cannot be read from .* 'doc_to_txt'"),
+        ({**TASKS["chosen"], "metric_list": [{"metric": "accu", "aggregation": "mean", "higher_is_better": True}]}, "no metric 'accu'"),
+        ({**TASKS["chosen"], "metric_list": [{"metric": "accu"}]}, "'odd' cannot be read from .*KeyError"),
+        (
+            {**TASKS["chosen"], "metric_list": [{"metric": "acc", "aggregation": "meen", "higher_is_better": True}]},
+            "no aggregation of the metric 'acc'",
+        ),
+    ],
+)
+def test_a_task_file_with_a_fault_is_named(tasks_folder: Path, task: Values, message: str) -> None:
+    write_task(tasks_folder, "odd", task)
+    with pytest.raises(RecipeError, match=message):
+        load_tasks(settings("odd"), 7, [tasks_folder])
+
+
+@needs_library
+def test_worked_examples_that_cannot_be_shown_are_refused(tasks_folder: Path) -> None:
+    examples = "".join(json.dumps({**doc, "right": 5}) + "\n" for doc in DOCS)
+    (tasks_folder / "shown.jsonl").write_text(examples)
+    files = {"dataset_kwargs": {"data_files": {"test": "docs.jsonl", "train": "shown.jsonl"}}, "fewshot_split": "train"}
+    write_task(tasks_folder, "odd", {**TASKS["shown"], **files})
+    with pytest.raises(DataError, match=r"the prompts of the lm-eval task 'odd' cannot be built .*; mend its worked examples"):
+        load_tasks(settings("odd"), 7, [tasks_folder])
+
+
+@needs_library
+def test_a_task_that_a_group_brings_again_is_refused(tasks_folder: Path) -> None:
+    (tasks_folder / "both.yaml").write_text(yaml.safe_dump({"group": "both", "task": ["chosen", "written"]}))
+    assert load_tasks(settings("both"), 7, [tasks_folder]).names == ["chosen", "written"]
+    with pytest.raises(RecipeError, match="names 'chosen' already where 'both' brings it again"):
+        load_tasks(settings("chosen", "both"), 7, [tasks_folder])
 
 
 @needs_library

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from pipelines.errors import RecipeError
 from pipelines.evaluation import metrics
@@ -20,6 +21,12 @@ def fails(answer, reference, prompt):
 
 def nothing(answer, reference, prompt):
     return None
+
+def leaves(answer, reference, prompt):
+    raise SystemExit("no tokens left")
+
+def stopped(answer, reference, prompt):
+    raise KeyboardInterrupt
 
 def endless(answer, reference, prompt):
     return float("nan")
@@ -60,6 +67,34 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     assert value("rouge_l", "the big cat sat down", "the cat sat here") == pytest.approx(100 * 2 * 0.6 * 0.75 / 1.35, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    "text", ["Возвращает число строк", "返回列表中的项目数", "リストの長さを返す", "문자열을 반환합니다", "यह संख्या देता है", "∀x ∃y", "(a>1)"]
+)
+def test_rouge_l_reads_every_script(text: str) -> None:
+    assert value("rouge_l", text, text) == 100
+    assert 0 < value("rouge_l", text, f"{text} {text}") < 100
+
+
+def test_rouge_l_tells_symbols_apart() -> None:
+    # "a", "1" of "a", ">", "1" and of "a", "<", "1"
+    assert value("rouge_l", "a>1", "a<1") == pytest.approx(100 * 2 / 3, abs=1e-3)
+    assert value("rouge_l", "返回一个列表", "返回一个数") == pytest.approx(100 * 8 / 11, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("The Quick brown fox jumps", "the quick red fox sleeps"),
+        ("Return the number of items in a list", "It returns how many items the list has"),
+        ("nothing in common", "Return 42 items"),
+        ("a\tb\nc", "a  c"),
+    ],
+)
+def test_rouge_l_of_plain_english_is_the_librarys_own(answer: str, reference: str) -> None:
+    own = RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure
+    assert value("rouge_l", answer, reference) == pytest.approx(100 * own, abs=1e-3)
+
+
 def test_bleu_weighs_the_n_grams_that_an_answer_has() -> None:
     # two words: precisions 2/2 of words and 1/1 of pairs, and a penalty of exp(1 - 4/2) for being half as long
     assert value("bleu", "the cat", "the cat sat here") == pytest.approx(100 * math.exp(-1), abs=1e-3)
@@ -76,12 +111,26 @@ def test_a_metric_of_the_users_own_sees_answer_reference_and_prompt(folder: Path
 
 
 def test_a_metric_that_fails_is_named_and_the_others_go_on(folder: Path) -> None:
-    names = ["metrics_of_mine:fails", "chrf", "metrics_of_mine:nothing", "metrics_of_mine:endless", "exact_match"]
+    failing = [f"metrics_of_mine:{name}" for name in ("fails", "nothing", "endless", "leaves")]
+    names = [*failing[:1], "chrf", *failing[1:], "exact_match"]
     values, errors = measure(load_metrics(names, [folder]), "a", "a", "")
     assert set(values) == {"chrf", "exact_match"}
     assert errors["metrics_of_mine:fails"] == "KeyError: 'no such city'"
     assert errors["metrics_of_mine:nothing"].startswith("TypeError: ")
     assert errors["metrics_of_mine:endless"] == "ValueError: the value is nan; return a finite number"
+    assert errors["metrics_of_mine:leaves"] == "SystemExit: no tokens left"
+
+
+def test_who_stops_a_run_stops_it(folder: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        measure(load_metrics(["metrics_of_mine:stopped"], [folder]), "a", "a", "")
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "undefined_name", "open('/no/such/file')"])
+def test_a_module_that_fails_is_refused_by_name(folder: Path, code: str) -> None:
+    (folder / "metrics_that_fail.py").write_text(code)
+    with pytest.raises(RecipeError, match=r"'metrics_that_fail:rate' cannot be imported \((SystemExit|NameError|FileNotFoundError): "):
+        load_metrics(["metrics_that_fail:rate"], [folder])
 
 
 @pytest.mark.parametrize(

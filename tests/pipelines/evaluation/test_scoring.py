@@ -18,6 +18,7 @@ from pipelines.evaluation.evaluate import scored
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import tokenise
 from pipelines.evaluation.scoring import score_examples
+from pipelines.stage import digest
 
 NATS = 1e-4
 
@@ -157,6 +158,14 @@ def examples(tokenizer: PreTrainedTokenizerBase) -> Sequence[dict[str, Any]]:
         learnt = [place > 4 and (place + number) % (2 + number % 3) != 0 for place in range(len(ids))]
         made.append({"input_ids": ids, "supervised": learnt})
     return made
+
+
+def test_an_example_is_known_by_its_tokens_and_what_is_supervised(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> None:
+    [first, second] = examples[:2]
+    others = [{**first, "input_ids": first["input_ids"][::-1]}, {**first, "supervised": [not one for one in first["supervised"]]}]
+    known = [record["prompt_sha256"] for record in score_examples(model, [first, second, *others, first])]
+    assert known[0] == known[4] == digest([first["input_ids"], first["supervised"]])
+    assert len(set(known)) == 4
 
 
 def test_an_example_scores_its_plain_loss(model: PreTrainedModel, reference: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> None:

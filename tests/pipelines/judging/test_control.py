@@ -1,5 +1,7 @@
 """The report says how the control was found, and where a better rate may lie."""
 
+import json
+
 import pytest
 
 from pipelines.judging.control import describe
@@ -45,3 +47,27 @@ def test_no_control_is_called_so() -> None:
 def test_rates_whose_losses_are_not_known_are_refused() -> None:
     with pytest.raises(ValueError, match=r"names 2 rates and no loss is known; pass the loss of each"):
         describe(ControlSection(learning_rate=(1e-4, 1e-5)), {})
+
+
+@pytest.mark.parametrize("loss", [float("inf"), float("nan"), None])
+def test_a_rate_at_which_training_diverged_is_named_and_not_chosen(loss: float | None) -> None:
+    rates = {3e-3: loss, 1e-4: 2.7, 1e-3: 2.6}
+    found = describe(ControlSection(learning_rate=tuple(rates)), rates)
+    assert (found["rates"], found["chosen"]) == ({"0.0001": 2.7, "0.001": 2.6, "0.003": None}, 1e-3)
+    assert found["words"] == (
+        "The control is full fine-tuning at a learning rate of 0.001, the best of 3 by the loss on examples kept for that "
+        "(2.600; 2.700 at 0.0001); training diverged at 0.003."
+    )
+    json.dumps(found, allow_nan=False)
+
+
+def test_a_rate_that_alone_did_not_diverge_is_called_so() -> None:
+    rates = {1e-3: float("inf"), 1e-4: 2.7, 1e-2: None}
+    words = describe(ControlSection(learning_rate=tuple(rates)), rates)["words"]
+    assert ", the only one of 3 at which training did not diverge (a loss of 2.700); training diverged at 0.001, 0.01; " in words
+    assert words.endswith("it is the lowest tried, and a better one may lie beyond.")
+
+
+def test_a_control_that_diverged_at_every_rate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"diverged at every rate of control.learning_rate \(0.001, 0.01\); name lower ones"):
+        describe(ControlSection(learning_rate=(1e-2, 1e-3)), {1e-2: float("inf"), 1e-3: None})

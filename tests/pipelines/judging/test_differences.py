@@ -17,6 +17,9 @@ from pipelines.judging.differences import (
     general_change,
     general_figure,
     general_samples,
+    open_samples,
+    pictured_change,
+    score_scales,
     task_gain,
 )
 from pipelines.judging.resampling import Interval
@@ -26,6 +29,8 @@ Records = list[Values]
 Maker = Callable[..., Records]
 Leave = Callable[[Records, str], Records]
 Scored = Callable[..., Records]
+FEW = 12.70620 / 1.959964 * 2**0.5
+"""Of two items, how far an end of an interval is stretched."""
 BENCHMARKS = ("piqa", "winogrande", "lambada")
 
 
@@ -80,7 +85,8 @@ def test_better_is_positive_in_every_figure(
 
 def test_the_task_gain_is_per_token(task_records: Maker) -> None:
     gain = task_gain(task_records([2.5, 1.0], [4, 6]), task_records([2.0, 1.0], [4, 6]))
-    assert ends(gain) == pytest.approx((2 / 10, 0.0, 0.5))
+    assert gain.mean == pytest.approx(2 / 10)
+    assert (gain.mean - gain.low, gain.high - gain.mean) == pytest.approx((0.2 * FEW, 0.3 * FEW), rel=1e-4)
 
 
 def test_a_change_weighs_benchmarks_the_same_and_draws_items_within_them(task_records: Maker, general_records: Maker) -> None:
@@ -177,6 +183,29 @@ def test_questions_without_choices_have_a_change_of_accuracy_and_no_part_in_the_
     assert ends(found.accuracy) == pytest.approx((-0.5,) * 3)
     assert list(general_samples(before, after)) == ["piqa"]
     assert general_figure(before) == "choice_probability"
+
+
+def test_open_questions_are_compared_by_benchmark(
+    task_records: Maker, general_records: Maker, probe_records: Maker, score_records: Maker
+) -> None:
+    def model(right: list[bool], perplexity: list[float]) -> Records:
+        records = task_records([1.0]) + general_records("piqa", [0.6] * 3) + probe_records("capitals", right)
+        return records + score_records("perplexity", perplexity, higher_is_better=False) + score_records("f1", [0.5])
+
+    before, after = model([True, True, False], [10.0, 30.0]), model([True, False, False], [11.0, 33.0])
+    found = {name: list(values) for name, values in open_samples(before, after).items()}
+    assert found == {"capitals": [0.0, -1.0, 0.0], "perplexity": [-1.0, -3.0]}
+    assert score_scales(before) == {"perplexity": 20.0, "f1": 0.5}
+
+
+def test_scores_of_their_own_scale_are_drawn_and_stand_for_nothing(
+    task_records: Maker, score_records: Maker, general_records: Maker
+) -> None:
+    before, after = (task_records([1.0]) + score_records("perplexity", [value] * 3) for value in (10.0, 7.0))
+    assert (general_samples(before, after), general_change(before, after)) == ({}, None)
+    assert ends(pictured_change(before, after)) == (-3.0,) * 3
+    first, second = before + general_records("piqa", [0.6] * 3), after + general_records("piqa", [0.5] * 3)
+    assert ends(pictured_change(first, second)) == pytest.approx((-0.1,) * 3)
 
 
 def test_without_any_choices_accuracy_stands_for_general_abilities(task_records: Maker, probe_records: Maker, score_records: Maker) -> None:

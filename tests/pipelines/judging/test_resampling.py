@@ -1,5 +1,6 @@
 """One set of draws gives scipy's intervals and p-values, and intervals hold the truth as often as they say."""
 
+from collections.abc import Callable
 from itertools import product
 
 import numpy as np
@@ -7,10 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.stats import bootstrap, permutation_test
+from scipy.stats import bootstrap, permutation_test, t, ttest_ind
 
-from pipelines.judging.resampling import RESAMPLES, Array, draws, mean_interval, mean_intervals, ratio_interval, sign_flip_p_value, signs
+from pipelines.judging.resampling import (
+    RESAMPLES,
+    Array,
+    Interval,
+    draws,
+    mean_interval,
+    mean_intervals,
+    ratio_interval,
+    sign_flip_p_value,
+    signs,
+    stretches,
+)
 
+SETS = 1000
 CHANCE = 0.2
 """An end of an interval from 4999 resamples strays by 0.04 standard errors of the mean: √(0.025·0.975/4999) over the
 normal density at its place, 0.058. Two that are drawn apart differ by less than 0.2 but once in 3000."""
@@ -18,6 +31,26 @@ normal density at its place, 0.058. Two that are drawn apart differ by less than
 
 def standard_error(values: Array) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def percentiles(interval: Interval, *samples: Array) -> tuple[float, float]:
+    """Return the ends of an interval as they were before they were stretched."""
+    stretch = stretches([values[None] for values in samples])[0]
+    return interval.mean + (interval.low - interval.mean) / stretch, interval.mean + (interval.high - interval.mean) / stretch
+
+
+def coverage(samples: list[Array], truth: float) -> float:
+    """Return the share of intervals, one for each row, that hold the truth."""
+    return float(np.mean([one.low <= truth <= one.high for one in mean_intervals(samples)]))
+
+
+def normal(rng: np.random.Generator, items: int) -> Array:
+    return rng.normal(4.0, 1.0, (SETS, items))
+
+
+def skewed(rng: np.random.Generator, items: int) -> Array:
+    """Draw from a gamma distribution of mean 4 and skewness 1."""
+    return rng.gamma(4.0, 1.0, (SETS, items))
 
 
 @pytest.mark.parametrize("items", [2, 12, 13, 48, 600])
@@ -46,7 +79,7 @@ def test_an_interval_of_a_mean_is_scipy_s() -> None:
     ours = mean_interval(values)
     theirs = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(4)).confidence_interval
     assert ours.mean == pytest.approx(values.mean(), abs=1e-6)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * standard_error(values))
+    assert percentiles(ours, values) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * standard_error(values))
 
 
 def test_an_interval_over_benchmarks_is_scipy_s() -> None:
@@ -60,7 +93,7 @@ def test_an_interval_over_benchmarks_is_scipy_s() -> None:
     theirs = bootstrap(samples, mean_of_means, n_resamples=RESAMPLES, method="percentile", rng=rng).confidence_interval
     error = np.sqrt(sum(standard_error(values) ** 2 for values in samples)) / 3
     assert ours.mean == pytest.approx(np.mean([values.mean() for values in samples]), abs=1e-6)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * error)
+    assert percentiles(ours, *samples) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * error)
 
 
 def test_an_interval_of_a_ratio_is_scipy_s() -> None:
@@ -75,7 +108,32 @@ def test_an_interval_of_a_ratio_is_scipy_s() -> None:
     found = bootstrap((above, below), ratio, paired=True, n_resamples=RESAMPLES, method="percentile", rng=rng)
     theirs = found.confidence_interval
     assert ours.mean == pytest.approx(above.sum() / below.sum(), abs=1e-6)
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * float(found.standard_error))
+    assert percentiles(ours, above) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * float(found.standard_error))
+
+
+@pytest.mark.parametrize("items", [2, 5, 12, 30])
+def test_an_interval_is_stretched_to_that_of_student(items: int) -> None:
+    values = np.random.default_rng(items).normal(size=items)
+    by_hand = t.ppf(0.975, items - 1) / 1.959964 * np.sqrt(items / (items - 1))
+    assert stretches([values[None]]) == pytest.approx([by_hand], rel=1e-6)
+
+
+def test_over_benchmarks_the_stretch_is_welch_s() -> None:
+    """scipy's test of two unlike samples has the same degrees of freedom, whether means are added or taken from each other."""
+    rng = np.random.default_rng(11)
+    first, second = rng.normal(0, 1.0, 6), rng.normal(0, 4.0, 15)
+    freedom = ttest_ind(first, second, equal_var=False).df
+    unbiased, of_resamples = (sum(values.var(ddof=ddof) / len(values) for values in (first, second)) for ddof in (1, 0))
+    by_hand = t.ppf(0.975, freedom) / 1.959964 * np.sqrt(unbiased / of_resamples)
+    assert stretches([first[None], second[None]]) == pytest.approx([by_hand], rel=1e-6)
+
+
+@pytest.mark.parametrize("draw", [normal, skewed])
+@pytest.mark.parametrize("sizes", [[5], [12], [30], [10] * 6], ids=str)
+def test_few_items_hold_the_truth_nearly_as_often_as_they_say(draw: Callable[..., Array], sizes: list[int]) -> None:
+    """Percentiles alone did in 84, 92, 95 and 93 % of normal samples; a share of 1000 strays by 0.7 %."""
+    rng = np.random.default_rng(12)
+    assert 0.92 <= coverage([draw(rng, items) for items in sizes], 4.0) <= 0.97
 
 
 def test_figures_that_are_asked_together_have_the_intervals_they_have_alone() -> None:
@@ -91,7 +149,7 @@ def test_what_is_the_same_for_all_items_leaves_nothing_to_chance(values: list[fl
 
 
 def test_a_mean_of_means_holds_the_truth_as_often_as_it_says() -> None:
-    """200 samples of two benchmarks of 40: 95 % of intervals should hold the truth; a percentile bootstrap nearly does."""
+    """200 samples of two benchmarks of 40: 95 % of intervals should hold the truth."""
     rng, truth, sets = np.random.default_rng(8), -0.05, 200
     samples = [[truth + shift + rng.uniform(-0.3, 0.3, 40) for shift in (-0.1, 0.1)] for _ in range(sets)]
     intervals = [mean_interval(*sample) for sample in samples]
