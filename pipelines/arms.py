@@ -38,7 +38,7 @@ class Subject:
 
     label: str
     quantised: bool
-    """Whether its base is stored as the adapters see it, and not in full precision."""
+    """Whether its base is stored in NF4, and not in full precision."""
     weights: str | None = None
     """Digest of what was trained, or the key of its training; None for a base."""
     output: str | None = None

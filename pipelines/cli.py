@@ -31,6 +31,17 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
 
 
 @app.command()
+def join(
+    machine: Annotated[int, typer.Option(min=1, help="This host's number; 0 is the one that runs the recipe.", show_default=False)],
+) -> None:
+    """Train beside another host that runs a recipe with launch.machines; needs its runs folder, and LORA_MAIN_ADDRESS."""
+    from pipelines.hosts import Joined
+    from pipelines.progress import say
+
+    Joined(machine, runs_root(), say).serve()
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument,
     rank: RanksOption = [],  # noqa: B006

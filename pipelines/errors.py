@@ -24,8 +24,21 @@ class BaseModelError(PipelineError, ValueError):
     """A base model that cannot be found or read."""
 
 
+class DivergenceError(PipelineError, ArithmeticError):
+    """A training whose loss is no longer finite."""
+
+
+class PeerError(PipelineError, ConnectionError):
+    """A rank that ended, or does not answer in time."""
+
+
 class StageError(PipelineError, RuntimeError):
     """A stage ended without a result."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        """Keep what the stage said, and the name of the error that it ended with; empty where it left none."""
+        super().__init__(message)
+        self.kind = kind
 
 
 class RegistryError(PipelineError, RuntimeError):
@@ -33,11 +46,19 @@ class RegistryError(PipelineError, RuntimeError):
 
 
 def record_error(folder: Path, error: Exception) -> None:
-    """Leave the error's text in a stage's folder, where the parent process finds it."""
+    """Leave the error's text in a stage's folder, where the parent process finds it.
+
+    That a peer is gone is no news where a rank has left its own error: it went because of that.
+    """
+    if isinstance(error, PeerError) and (folder / ERROR_FILE).is_file():
+        return
     write_json(folder / ERROR_FILE, {"type": type(error).__name__, "message": str(error)})
 
 
-def recorded_error(folder: Path) -> str | None:
-    """Return the text a child process left, if any."""
+def recorded_error(folder: Path) -> StageError | None:
+    """Return the error that a child process left, if any."""
     path = folder / ERROR_FILE
-    return str(json.loads(path.read_text())["message"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text())
+    return StageError(values["message"], values["type"])

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
+from math import inf
 
 from prefect import flow
 
 from pipelines import launch, tasks
 from pipelines.arms import CONTROL, Arm, Subject, control_arms, rank_arms, rate_arms
-from pipelines.errors import RecipeError
-from pipelines.incumbent import find_champion
+from pipelines.errors import DivergenceError, RecipeError, StageError
+from pipelines.incumbent import Champion, find_champion
 from pipelines.places import runs_root
+from pipelines.progress import say
 from pipelines.publishing import publish
 from pipelines.recipe import find_recipe, load_recipe
 from pipelines.run import Data, Figures, Run, Trained
@@ -39,14 +41,15 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     data_stage = run.stages.data(base)
     data = (data_stage, run.step(tasks.prepare_data, data_stage))
     run.step(tasks.plan, run.stages.plan(base, data))
-    control, tuning = train_control(run, base, data)
+    control, tried, tuning = train_control(run, base, data)
     adapters = [train_one(run, base, data, arm) for arm in rank_arms(settings)]
-    others = [train_one(run, base, data, arm) for arm in rate_arms(settings)]
-    champion = find_champion(run, base, adapters)
+    others = [*tried, *(train_one(run, base, data, arm) for arm in rate_arms(settings))]
     subjects = [*bases(run), *(one.subject() for one in (*control, *adapters)), *frontier(run, [*control, *adapters], others)]
-    if champion is not None and champion.subject is not None:
-        subjects.append(champion.subject)
     evaluated = evaluate_all(run, base, data, subjects)
+    champion = find_champion(run, base, adapters)
+    if champion is not None and champion.subject is not None:
+        champion, scored = evaluate_champion(run, base, data, champion)
+        evaluated |= scored
     summary = summarise(run, base, data[1], [*control, *adapters], (tuning, champion), evaluated)
     return str(publish(run, summary))
 
@@ -57,21 +60,37 @@ def train_one(run: Run, base: Figures, data: Data, arm: Arm) -> Trained:
     return Trained(arm, stage, run.step(tasks.train, stage, run.recipe.launch))
 
 
-def train_control(run: Run, base: Figures, data: Data) -> tuple[list[Trained], Tuning]:
-    """Train the control at each of its rates; return the one of the lowest tuning loss, if any is wanted, and those losses."""
+def train_control(run: Run, base: Figures, data: Data) -> tuple[list[Trained], list[Trained], Tuning]:
+    """Train the control at each of its rates; return the one of the lowest tuning loss, if any is wanted, the others, and the losses.
+
+    A rate of several at which training diverged has no loss, and no part in the rest.
+    """
     arms = control_arms(run.recipe)
     if len(arms) > 1 and data[1]["tuning_examples"] < LEAST_TO_TUNE_ON:
         raise RecipeError(
             f"control.learning_rate names {len(arms)} rates, and the held-out groups leave {data[1]['tuning_examples']} examples to choose "
             f"on, of at least {LEAST_TO_TUNE_ON}; lower data.validation_examples, bring more rows, or name one rate"
         )
-    tried = [train_one(run, base, data, arm) for arm in arms]
-    if len(tried) < 2:
-        return tried, {}
-    losses = [run.step(tasks.tune, run.stages.tune(base, data, one.stage))["tuning_loss"] for one in tried]
-    best = tried[losses.index(min(losses))]
-    chosen = replace(best, arm=replace(best.arm, label=CONTROL))
-    return [chosen], {one.arm.learning_rate: loss for one, loss in zip(tried, losses, strict=True)}
+    if len(arms) < 2:
+        return [train_one(run, base, data, arm) for arm in arms], [], {}
+    tried = [one for arm in arms if (one := train_or_diverge(run, base, data, arm)) is not None]
+    losses = {one.arm.learning_rate: run.step(tasks.tune, run.stages.tune(base, data, one.stage))["tuning_loss"] for one in tried}
+    tuning = {arm.learning_rate: losses.get(arm.learning_rate, inf) for arm in arms}
+    if not losses:
+        raise RecipeError(f"the control diverged at each of its rates ({', '.join(f'{rate:g}' for rate in tuning)}); name lower ones")
+    best = min(tried, key=lambda one: losses[one.arm.learning_rate])
+    return [replace(best, arm=replace(best.arm, label=CONTROL))], [one for one in tried if one is not best], tuning
+
+
+def train_or_diverge(run: Run, base: Figures, data: Data, arm: Arm) -> Trained | None:
+    """Train one arm of several; None where its loss did not stay finite."""
+    try:
+        return train_one(run, base, data, arm)
+    except StageError as error:
+        if error.kind != DivergenceError.__name__:
+            raise
+        say(f"[yellow]✗[/yellow] {arm.label} [dim]diverged: {error}[/dim]")
+        return None
 
 
 def bases(run: Run) -> list[Subject]:
@@ -91,6 +110,15 @@ def frontier(run: Run, main: Sequence[Trained], others: Sequence[Trained]) -> li
         label, folder = f"{highest.arm.label}→{rank}", str(stage.folder / "adapter")
         cuts.append(replace(highest.subject(), label=label, weights=stage.key, folder=folder, cut=rank, whole=False))
     return [*snapshots, *(replace(one.subject(), whole=False) for one in others), *cuts]
+
+
+def evaluate_champion(run: Run, base: Figures, data: Data, champion: Champion) -> tuple[Champion, dict[Subject, Stage]]:
+    """Score the registered champion on the same items; one that cannot be scored says why, and the rest of the run goes on."""
+    assert champion.subject is not None, "a champion at hand is scored already"
+    try:
+        return champion, evaluate_all(run, base, data, [champion.subject])
+    except StageError as error:
+        return replace(champion, subject=None, objection=str(error)), {}
 
 
 def evaluate_all(run: Run, base: Figures, data: Data, subjects: Sequence[Subject]) -> dict[Subject, Stage]:

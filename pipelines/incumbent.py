@@ -1,6 +1,6 @@
 """The registered champion, fetched to be scored on the same items as the adapters that want its place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipelines.arms import Subject
@@ -38,10 +38,23 @@ def find_champion(run: Run, base: Figures, adapters: Sequence[Trained]) -> Champ
     champion = Champion(found.version, found.adapter_sha256)
     if any(one.figures["adapter_sha256"] == found.adapter_sha256 for one in adapters):
         return champion
-    digests = {name.removeprefix("base_fingerprint."): value for name, value in found.tags.items() if name.startswith("base_fingerprint.")}
-    if any(digests.get(kind) != digest for kind, digest in base["digests"].items()):
-        objection = f"it was trained on another base, {found.tags.get('base', 'which it does not name')}"
+    objection = _objection(run, base, found.tags)
+    if objection is not None:
         return replace(champion, objection=objection)
     quantised = found.tags.get("quantization", "none") != "none"
     label = f"champion-{found.version}"
     return replace(champion, subject=Subject(label, quantised, found.adapter_sha256, "adapter", str(found.folder), whole=False))
+
+
+def _objection(run: Run, base: Figures, tags: Mapping[str, str]) -> str | None:
+    """Return why a champion's answers on these items would say nothing; None where they say what they seem to."""
+    digests = {name.removeprefix("base_fingerprint."): value for name, value in tags.items() if name.startswith("base_fingerprint.")}
+    if any(digests.get(kind) != digest for kind, digest in base["digests"].items()):
+        return f"it was trained on another base, {tags.get('base', 'which it does not name')}"
+    for what in ("tokenizer", "template"):
+        if tags.get(f"{what}_sha256") != str(base[f"{what}_sha256"]):
+            return f"it was trained with another {what}, so that it would be asked in words it does not know"
+    if tags.get("seed") != str(run.recipe.seed):
+        seed = tags.get("seed", "which it does not name")
+        return f"its data was split by another seed ({seed}), so that it may have been trained on what is held out now"
+    return None

@@ -13,13 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
 from pipelines.child import PARENT, die_with_parent
 from pipelines.errors import RecipeError, StageError, recorded_error
+from pipelines.heartbeats import Stalls, clear
 from pipelines.stage import LOG, Stage, read_result
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,7 +31,37 @@ ROOM_BYTES = 1 << 20
 """With less than this, a child that ended without a word had nowhere to leave one."""
 GRACE_SECONDS = 35
 """torchrun gives its ranks 30 seconds to end."""
+ALONE = ("--main_process_port", "0")
+"""What accelerate's launcher is told where one host trains by itself: any free port will do."""
 Watch = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Patience:
+    """How long no rank of a training may move before that is said, and before the training is ended."""
+
+    said_after: float
+    """Seconds."""
+    ended_after: float
+    """Seconds."""
+    say: Callable[[str], None]
+    _said: bool = False
+
+    def try_on(self, stalls: Stalls) -> None:
+        """Name the rank that holds the others up once, and raise StageError when it has taken too long."""
+        seconds = stalls.seconds()
+        if seconds < self.said_after:
+            self._said = False
+        elif not self._said:
+            self._said = True
+            self.say(stalls.words())
+        if seconds > self.ended_after:
+            raise StageError(
+                f"{stalls.words()}, longer than launch.timeout_seconds {self.ended_after:g}; see that its host is well, and run again: "
+                "it goes on from the last checkpoint"
+            )
+
+
 _running: "set[subprocess.Popen[bytes]]" = set()
 """Children at work, over all threads: an interrupted run ends those that other threads wait for."""
 
@@ -39,10 +71,17 @@ def python_argv(module: str, *folders: Path) -> list[str]:
     return [sys.executable, "-m", module, *map(str, folders)]
 
 
-def accelerate_argv(config: str, processes: int, folder: Path) -> list[str]:
-    """Return the command that trains on `processes` ranks under a named accelerate config."""
+def accelerate_argv(config: str, processes: int, folder: Path, place: Sequence[str] = ALONE) -> list[str]:
+    """Return the command that trains on `processes` ranks under a named accelerate config.
+
+    Args:
+        config: see `config_file`.
+        processes: ranks on all hosts together.
+        folder: the stage's.
+        place: where this host stands among others, in the words of accelerate's launcher.
+    """
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config))]
-    return [*launcher, "--num_processes", str(processes), "--main_process_port", "0", "-m", "pipelines.training.train", str(folder)]
+    return [*launcher, "--num_processes", str(processes), *place, "-m", "pipelines.training.train", str(folder)]
 
 
 def config_file(name: str) -> Path:
@@ -58,7 +97,9 @@ def config_file(name: str) -> Path:
     raise RecipeError(f"launch.config {name!r} is no file and none of infra/accelerate: {known}")
 
 
-def run_child(stage: Stage, argv: list[str], *, threads: int, watch: Watch | None = None) -> dict[str, Any]:
+def run_child(
+    stage: Stage, argv: list[str], *, threads: int, watch: Watch | None = None, patience: "Patience | None" = None
+) -> dict[str, Any]:
     """Run a stage to its end; return its figures.
 
     Args:
@@ -66,14 +107,17 @@ def run_child(stage: Stage, argv: list[str], *, threads: int, watch: Watch | Non
         argv: the command.
         threads: for each process of the child.
         watch: called with each new row of the stage's metrics.jsonl.
+        patience: how long its ranks may stand still; for ever where it is left out.
 
     Raises:
         StageError: the child ended without a result; the message is the child's own where it left one.
     """
-    return run_together([stage], argv, threads=threads, watch=watch)[0]
+    return run_together([stage], argv, threads=threads, watch=watch, patience=patience)[0]
 
 
-def run_together(stages: Sequence[Stage], argv: list[str], *, threads: int, watch: Watch | None = None) -> list[dict[str, Any]]:
+def run_together(
+    stages: Sequence[Stage], argv: list[str], *, threads: int, watch: Watch | None = None, patience: "Patience | None" = None
+) -> list[dict[str, Any]]:
     """Run several stages in one child process, which ends each in its own folder; return their figures.
 
     The child's output goes to the first one's log. Raises StageError for the first that has no result; the others' are kept.
@@ -83,21 +127,8 @@ def run_together(stages: Sequence[Stage], argv: list[str], *, threads: int, watc
             locks.enter_context(_locked(stage.folder))
             _reap(stage.folder)
         log = locks.enter_context((stages[0].folder / LOG).open("ab"))
-        child = subprocess.Popen(
-            argv,
-            env=_environment(threads),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
-            preexec_fn=die_with_parent,  # one system call, no lock is taken
-        )
-        _running.add(child)
-        try:
-            _follow(child, stages[0].folder, watch)
-        finally:
-            _end(child)
-            _running.discard(child)
+        with _started(argv, log, threads) as child:
+            _follow(child, stages[0].folder, watch, patience)
     return [_outcome(stage, stages[0].folder / LOG, child.returncode) for stage in stages]
 
 
@@ -106,28 +137,66 @@ def result_of(stage: Stage, module: str, *, threads: int) -> dict[str, Any]:
     return stage.result() or run_child(stage, python_argv(module, stage.begin()), threads=threads)
 
 
+def run_beside(argv: list[str], log: IO[bytes], *, threads: int, until: Callable[[], bool]) -> int:
+    """Run ranks that belong to another host's training; return their status. Once `until` holds they have a moment to end."""
+    with _started(argv, log, threads) as child:
+        while child.poll() is None and not until():
+            time.sleep(POLL_SECONDS)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_SECONDS)
+    return int(child.returncode)
+
+
+def threads_each(processes: int) -> int:
+    """Share this machine's cores among processes that work side by side."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
 def end_all() -> None:
     """End every child that any thread of this process waits for."""
     for child in list(_running):
         _end(child)
 
 
+@contextmanager
+def _started(argv: list[str], log: IO[bytes], threads: int) -> "Iterator[subprocess.Popen[bytes]]":
+    """Start a child for the length of a block, after which neither it nor anything it started is there."""
+    child = subprocess.Popen(
+        argv,
+        env=_environment(threads),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
+        preexec_fn=die_with_parent,  # one system call, no lock is taken
+    )
+    _running.add(child)
+    try:
+        yield child
+    finally:
+        _end(child)
+        _running.discard(child)
+
+
 def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
-    message, figures = recorded_error(stage.folder), read_result(stage.folder, stage.expects)
-    if message is None and figures is not None:
+    error, figures = recorded_error(stage.folder), read_result(stage.folder, stage.expects)
+    if error is not None:
+        raise error
+    if figures is not None:
         return figures
-    if message is None and shutil.disk_usage(stage.folder).free < ROOM_BYTES:
-        message = f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept"
-    if message is None:
-        lines = log.read_text(errors="replace").splitlines()
-        message = f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}"
-    raise StageError(message)
+    if shutil.disk_usage(stage.folder).free < ROOM_BYTES:
+        raise StageError(f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept")
+    lines = log.read_text(errors="replace").splitlines()
+    raise StageError(f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}")
 
 
-def _follow(child: "subprocess.Popen[bytes]", folder: Path, watch: Watch | None) -> None:
-    """Wait for the child while passing on what it writes to metrics.jsonl."""
-    rows = _rows_as_they_come(folder / "metrics.jsonl")
+def _follow(child: "subprocess.Popen[bytes]", folder: Path, watch: Watch | None, patience: "Patience | None") -> None:
+    """Wait for the child while passing on what it writes to metrics.jsonl, and no longer than its ranks may stand still."""
+    rows, stalls = _rows_as_they_come(folder / "metrics.jsonl"), Stalls(folder)
+    clear(folder)
     while True:
+        if patience is not None:
+            patience.try_on(stalls)
         ended = child.poll() is not None
         for row in rows:
             if row is None:

@@ -36,9 +36,8 @@ class Trained:
         label, weights, folder = self.arm.label, str(self.figures.get("adapter_sha256", self.stage.key)), self.stage.folder
         if step is not None:
             label, weights, folder = f"{label}@{step}", f"{self.stage.key}@{step}", folder / snapshot(step)
-        return Subject(
-            label, self.arm.method == "lora", weights, self.output, str(folder / self.output), self.arm, step, whole=step is None
-        )
+        quantised = self.stage.inputs["quantization"] != "none"
+        return Subject(label, quantised, weights, self.output, str(folder / self.output), self.arm, step, whole=step is None)
 
 
 @dataclass

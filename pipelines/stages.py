@@ -18,8 +18,8 @@ from pipelines.stage import Stage, snapshot
 
 SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
 """Settings of training that say how a step is spread over time and memory: what is learnt is the same but for rounding."""
-SHORT = {"generations": 0, "chat_prompts": 0, "passages": 0}
-"""What a model that only the frontier shows is not asked."""
+SHORT = {"generations": 0}
+"""What a model that only the frontier shows is not asked: answers, which are slow to write and are judged nowhere."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Stages:
             options={
                 **recipe.training.model_dump(mode="json", include=SPREAD),
                 "processes": recipe.launch.processes,
+                "timeout_seconds": recipe.launch.timeout_seconds,
                 "snapshots": list(arm.snapshots),
             },
             expects=tuple(f"{snapshot(step)}/{output}" for step in arm.snapshots),
@@ -121,7 +122,7 @@ class Stages:
             "tokenizer": base["tokenizer_sha256"],
             "template": base["template_sha256"],
             "trained": subject.weights,
-            "quantization": recipe.base_model.quantization if subject.quantised else "none",
+            "quantization": "nf4" if subject.quantised else "none",
             "data_digest": data_figures["digest"],
             "evaluation": settings | ({} if subject.whole else SHORT),
             "files": {name: _identity(path) for name, path in evaluation_files(settings, self.places).items()},

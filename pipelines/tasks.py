@@ -1,6 +1,5 @@
 """The stages as Prefect tasks: cached by their key, run as child processes, called directly so that they can be ended."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,8 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
 from pipelines import launch
-from pipelines.progress import training_progress
+from pipelines.hosts import calling
+from pipelines.progress import say, training_progress
 from pipelines.recipe import LaunchSection
 from pipelines.stage import Stage
 
@@ -45,9 +45,10 @@ def plan(stage: Stage) -> Figures:
 @task(name="train", **CACHED)
 def train(stage: Stage, settings: LaunchSection) -> Figures:
     """Train an adapter or the control on all ranks; goes on from the last checkpoint."""
-    argv = launch.accelerate_argv(settings.config, settings.processes, stage.begin())
-    with training_progress(stage.label) as watch:
-        return launch.run_child(stage, argv, threads=_threads(settings.processes), watch=watch)
+    patience = launch.Patience(settings.stall_seconds, settings.timeout_seconds, say)
+    with training_progress(stage.label) as watch, calling(settings, stage.begin()) as hosts:
+        argv = launch.accelerate_argv(settings.config, settings.processes, stage.folder, hosts)
+        return launch.run_child(stage, argv, threads=_threads(settings.processes // settings.machines), watch=watch, patience=patience)
 
 
 @task(name="tune", **CACHED)
@@ -91,5 +92,4 @@ def _perform(stage: Stage, module: str) -> Figures:
 
 
 def _threads(processes: int) -> int:
-    """Share the cores among processes that work side by side."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    return launch.threads_each(processes)

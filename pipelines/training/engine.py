@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator
         cpu=hardware.device == "cpu" and not _is_deepspeed(),
         gradient_accumulation_steps=options["accumulation"],
         mixed_precision="bf16" if hardware.dtype is torch.bfloat16 else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(backend=hardware.backend)] if "WORLD_SIZE" in os.environ else None,
+        kwargs_handlers=[_process_group(hardware, options["timeout_seconds"])] if "WORLD_SIZE" in os.environ else None,
     )
     if accelerator.num_processes != options["processes"]:
         raise PipelineError(
@@ -139,6 +140,11 @@ def whole_model() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def _process_group(hardware: Hardware, seconds: int) -> InitProcessGroupKwargs:
+    """Name the backend, and how long a rank waits for another before it gives up."""
+    return InitProcessGroupKwargs(backend=hardware.backend, timeout=timedelta(seconds=seconds))
 
 
 def _is_deepspeed() -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_core.files import write_text
+
 METRICS = "metrics.jsonl"
 Row = dict[str, Any]
 
@@ -12,24 +14,24 @@ Row = dict[str, Any]
 class Log:
     """The rows of one run."""
 
-    def __init__(self, folder: Path, first: int, writes: bool) -> None:
-        """Take up the rows of the steps before `first`; `writes` is true on rank 0."""
-        self.path, self.writes = folder / METRICS, writes
-        self.rows = list(_rows(self.path))[:first] if writes else []
-        if writes:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+    def __init__(self, path: Path | None, first: int) -> None:
+        """Take up the rows of the steps before `first`; without a path nothing is written."""
+        self.path = path
+        self.rows = [] if path is None else list(_rows(path))[:first]
+        if path is not None:
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: Row) -> None:
         """Append a step."""
-        if self.writes:
-            self.rows.append(row)
+        self.rows.append(row)
+        if self.path is not None:
             with self.path.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
 
     def mean_loss(self, steps: int) -> float:
         """Return the mean loss of the last steps."""
         last = self.rows[-steps:]
-        return sum(float(row["loss"]) for row in last) / len(last) if last else float("inf")
+        return sum(float(row["loss"]) for row in last) / len(last)
 
     def summary(self) -> Row:
         """Return the figures of the whole run; the first step, which warms up, does not count for speed."""

@@ -15,15 +15,18 @@ negative log-likelihood over all ranks, divided by the step's supervised tokens 
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
+from torch._C._distributed_c10d import GradBucket
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, trained_weights
@@ -31,15 +34,18 @@ from lora_core.config import GIVEN
 from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
-from pipelines.errors import PipelineError
-from pipelines.hardware import Hardware, detect, peak_memory_bytes
+from pipelines.errors import DivergenceError, PipelineError
+from pipelines.hardware import detect, peak_memory_bytes
+from pipelines.heartbeats import Pulse
 from pipelines.model import load_model
 from pipelines.plan import lora_config
-from pipelines.stage import SNAPSHOTS, read_inputs, read_options, snapshot, write_result
+from pipelines.stage import SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
 from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
 from pipelines.training.engine import Engine, prepare, start, whole_model
-from pipelines.training.log import Log
+from pipelines.training.heart import Heart
+from pipelines.training.log import METRICS, Log
 from pipelines.training.output import output_of, save_trained
+from pipelines.training.peers import contact_kept, meet
 from pipelines.training.starts import inject_started
 
 FINAL_RATE = 0.1
@@ -60,6 +66,7 @@ class Run:
     """Steps in which the rate rises."""
     max_grad_norm: float
     device: str
+    heart: Heart
 
     def packs(self, step: int) -> list[Pack]:
         """Return this rank's packs of a step, one for each accumulation part."""
@@ -81,14 +88,18 @@ class Run:
 
 
 def train(folder: Path) -> None:
-    """Train what the stage's inputs say, from the newest checkpoint if there is one, and write the result."""
+    """Train what the stage's inputs say, from the newest checkpoint if there is one, and write the result.
+
+    A run that is done and is asked for more snapshots goes as far as the last of them; its outcome stays.
+    """
     (inputs, paths), options = read_inputs(folder), read_options(folder)
     hardware = detect()
     accelerator = start(inputs["seed"], options, hardware)
     with whole_model():
         model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
-    run = prepare_run(accelerator, inputs, Path(paths["data"]), hardware)
-    checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"])
+    heart = Heart(Pulse(folder, accelerator.process_index, gethostname()))
+    run = prepare_run(accelerator, inputs, Path(paths["data"]), heart)
+    checkpoints, done = Checkpoints(folder / "checkpoints", options["checkpoints_kept"]), read_result(folder)
     found = agreed(accelerator.is_main_process, checkpoints)
     config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), found=found)
     if options["gradient_checkpointing"]:
@@ -96,17 +107,47 @@ def train(folder: Path) -> None:
     weights, groups = trained_weights(model), parameter_groups(model, inputs)
     engine = prepare(accelerator, model, groups, fused=hardware.fused_optimizer, max_grad_norm=run.max_grad_norm)
     first = resume(engine, found, inputs["seed"])
-    log = Log(folder, first, engine.is_first)
+    watch(engine, heart)
+    log = Log(folder / METRICS if engine.is_first and done is None else None, first)
     if engine.is_first:
         print(f"{weights} trained weights; {hardware.describe()}; {engine.ranks} ranks; from step {first}", flush=True)
-    for step in range(first, len(run.steps)):
-        log.write(train_step(run, engine, step))
+    peers = meet()
+    for step in range(first, len(run.steps) if done is None else max(options["snapshots"])):
+        with contact_kept(peers, heart):
+            log.write(train_step(run, engine, step))
         if step + 1 in options["snapshots"]:
-            save_trained(engine, config, inputs, folder / snapshot(step + 1))
+            with heart.phase("snapshot"):
+                save_trained(engine, config, inputs, folder / snapshot(step + 1))
         if (step + 1) % options["checkpoint_every"] == 0 and step + 1 < len(run.steps):
-            checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
-    finish(folder, engine, config, {"trained_weights": weights, **log.summary()})
+            with heart.phase("checkpoint"):
+                checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
+    if done is None:
+        done = finish(folder, engine, config, {"trained_weights": weights, **log.summary()})
+    declare(folder, engine, config, done)
     checkpoints.discard()
+
+
+def watch(engine: Engine, heart: Heart) -> None:
+    """Have the time in collectives and in DeepSpeed's step, which it takes inside the backward pass, counted by themselves."""
+    if engine.zero_stage:
+        engine.wrapped.step = heart.timed("optimizer", engine.wrapped.step)
+    if torch.distributed.is_initialized():
+        heart.watch_collectives()
+    if isinstance(engine.wrapped, DistributedDataParallel) and engine.accelerator.device.type == "cpu":
+        engine.wrapped.register_comm_hook(None, reduced_by(torch.distributed.all_reduce))
+
+
+def reduced_by(all_reduce: Callable[..., Any]) -> Callable[[None, GradBucket], torch.futures.Future[torch.Tensor]]:
+    """Return a hook by which DDP averages gradients where their time is counted; on a CPU there is nothing to overlap it with."""
+
+    def average(_: None, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        gradient = bucket.buffer().div_(torch.distributed.get_world_size())
+        all_reduce(gradient)
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(gradient)
+        return done
+
+    return average
 
 
 def adapt(
@@ -127,13 +168,13 @@ def adapt(
     return config
 
 
-def prepare_run(accelerator: Accelerator, inputs: dict[str, Any], data: Path, hardware: Hardware) -> Run:
+def prepare_run(accelerator: Accelerator, inputs: dict[str, Any], data: Path, heart: Heart) -> Run:
     """Fix the order and check on every rank that the ranks' shares of the first step are disjoint and whole."""
     dataset = load_from_disk(str(data / "train"))
     settings = inputs["training"]
     lengths = [len(ids) for ids in dataset["input_ids"]]
     steps = order(len(dataset), settings["steps"], settings["batch_size"], inputs["seed"])
-    run = Run(accelerator, dataset, lengths, steps, settings["warmup_steps"], settings["max_grad_norm"], hardware.device)
+    run = Run(accelerator, dataset, lengths, steps, settings["warmup_steps"], settings["max_grad_norm"], str(accelerator.device), heart)
     seen = sorted(gather_object([i for share in run.shares(0) for i in share]))
     if seen != sorted(steps[0]):
         raise PipelineError(f"the ranks share out examples {seen} where step 1 has {sorted(steps[0])}; they must be disjoint and whole")
@@ -158,19 +199,24 @@ def rate_share(step: int, warmup: int, steps: int) -> float:
 
 def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     """Take one optimiser step; return its row of metrics. Every rank calls it."""
-    started, accelerator = time.perf_counter(), engine.accelerator
+    started, accelerator, heart = time.perf_counter(), engine.accelerator, run.heart
+    heart.step = step + 1
     rate, supervised = engine.set_rate(rate_share(step, run.warmup, len(run.steps))), run.supervised_tokens(step)
-    packs = run.packs(step)
+    with heart.phase("data"):
+        packs = run.packs(step)
     weight = engine.ranks * len(packs) / supervised  # engines average over ranks and parts; the loss is a sum
     total = torch.zeros((), device=run.device)
     for part in packs:
         with accelerator.accumulate(engine.wrapped):
-            negative_log_likelihood = engine.wrapped(part)
-            total += everywhere_finite(accelerator, negative_log_likelihood, step)
-            accelerator.backward(negative_log_likelihood * weight)
-            norm = engine.gradient_norm(run.max_grad_norm)
-            engine.optimizer.step()
-            engine.optimizer.zero_grad()
+            with heart.phase("forward"):
+                negative_log_likelihood = engine.wrapped(part)
+                total += everywhere_finite(run, negative_log_likelihood, step)
+            with heart.phase("backward"):
+                accelerator.backward(negative_log_likelihood * weight)
+            with heart.phase("optimizer"):
+                norm = engine.gradient_norm(run.max_grad_norm)
+                engine.optimizer.step()
+                engine.optimizer.zero_grad()
     return {
         "step": step + 1,
         "steps": len(run.steps),
@@ -180,24 +226,34 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
         "tokens": sum(run.lengths[i] for i in run.steps[step]),
         "supervised_tokens": supervised,
         "seconds": time.perf_counter() - started,
+        "seconds_of": heart.lap(),
         "peak_memory_bytes": peak_memory_bytes(),
         "time": time.time(),
     }
 
 
-def everywhere_finite(accelerator: Accelerator, loss: torch.Tensor, step: int) -> torch.Tensor:
+def everywhere_finite(run: Run, loss: torch.Tensor, step: int) -> torch.Tensor:
     """Return the sum over ranks; a loss that is not finite on any rank stops them all before the optimiser step."""
-    total: torch.Tensor = accelerator.reduce(loss.detach().clone(), reduction="sum")
+    total: torch.Tensor = run.accelerator.reduce(loss.detach().clone(), reduction="sum")
     if not torch.isfinite(total):
-        raise PipelineError(f"the loss of step {step + 1} is {float(total)}; lower the learning rate (the last checkpoint is kept)")
+        losses = gather_object([(float(loss), sorted(i for share in run.shares(step) for i in share))])
+        rank, (value, examples) = next((pair for pair in enumerate(losses) if not math.isfinite(pair[1][0])), (0, losses[0]))
+        raise DivergenceError(
+            f"the loss of step {step + 1} is {value} on rank {rank}, whose examples are {', '.join(map(str, examples))}; lower the "
+            "learning rate, or mend these rows (the last checkpoint is kept)"
+        )
     return total
 
 
-def finish(folder: Path, engine: Engine, config: LoraConfig | None, figures: dict[str, Any]) -> None:
-    """Save what was trained and declare the stage done. Rank 0 writes; all ranks give their peak of memory."""
-    figures["peak_memory_bytes"] = max(gather_object([peak_memory_bytes()]))
+def finish(folder: Path, engine: Engine, config: LoraConfig | None, figures: dict[str, Any]) -> dict[str, Any]:
+    """Save what was trained; return the run's figures. All ranks give their peak of memory."""
+    peak = max(gather_object([peak_memory_bytes()]))
     inputs, _ = read_inputs(folder)
-    figures |= save_trained(engine, config, inputs, folder)
+    return {**figures, "peak_memory_bytes": peak, **save_trained(engine, config, inputs, folder)}
+
+
+def declare(folder: Path, engine: Engine, config: LoraConfig | None, figures: dict[str, Any]) -> None:
+    """Declare the stage done, with every snapshot that it ever kept; rank 0 writes."""
     if engine.is_first:
         written = [*(folder / output_of(config)).iterdir(), *(folder / SNAPSHOTS).glob("*/*/*")]
         write_result(folder, figures, [str(path.relative_to(folder)) for path in sorted(written)])

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from bench import BUILD, Row, console, report, row, threads
+from scoring_together import together_rows
 from transformers import AutoModelForCausalLM
 
 from lora_core.files import write_json
@@ -69,8 +70,9 @@ def main() -> None:
     console.print(f"{len(items)} items, {threads()} cores", style="bold")
     ours, theirs = contestants(base, items, options.batches)
     rounds = list(run_rounds(ours, theirs, options.rounds))
-    found = rows(items, rounds)
-    write_json(RESULT, found)
+    trees = [question.tree for question in tokenise(items, load_tokenizer(base), None)]
+    found = [*rows(items, rounds), *together_rows(base, trees, options.rounds)]
+    write_json(options.result, found)
     report(found, title="Scoring answers")
 
 
@@ -81,6 +83,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--items", type=int, default=30, help="items of each benchmark")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes that lm-eval is tried with")
+    parser.add_argument("--result", type=Path, default=RESULT, help="where the figures go")
     return parser.parse_args()
 
 

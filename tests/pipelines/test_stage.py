@@ -97,7 +97,7 @@ def test_begin_writes_what_decides_the_outcome_and_where_it_is(stage: Stage) -> 
 
 def test_begin_clears_a_former_error(stage: Stage) -> None:
     record_error(stage.begin(), StageError("it broke"))
-    assert recorded_error(stage.folder) == "it broke"
+    assert str(recorded_error(stage.folder)) == "it broke"
     assert recorded_error(stage.begin()) is None
 
 

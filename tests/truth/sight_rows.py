@@ -1,11 +1,20 @@
 """Which figure sees that a model forgot: each figure's change for models that forgot more and less.
 
-The pushed control is taken at its last step, where it has surely forgotten, and the other models as they are. A figure
-that sees forgetting falls there, by an interval below zero; one that rises while abilities fall misleads.
+The pushed control is taken twice: where its task loss is nearest to that of the highest rank, so that what was learnt is the
+same, and at its end, where it has surely forgotten. A figure that sees forgetting falls there, by an interval below zero; one
+that rises while abilities fall misleads.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from pipelines.judging.differences import Change, change
+from pipelines.judging.divergence import divergences
+from pipelines.judging.figures import scores
+from pipelines.judging.records import Records
+from pipelines.stage import read_records
 
 Row = dict[str, Any]
 Values = dict[str, Any]
@@ -16,40 +25,83 @@ FIGURES = {
     "text_loss": "nats a byte",
     "chat_loss": "nats a token",
 }
-"""Figure of the summary's `change` → its unit; positive is better for all of them."""
+"""Figure of a change → its unit; positive is better for all of them."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of a run, and what it was trained on."""
+
+    name: str
+    summary: Values
+    label: str
+    base: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.summary["items"][self.label])
+
+    @property
+    def records(self) -> Records:
+        return read_records(self.path)
+
+    @property
+    def task_loss(self) -> float:
+        return scores(self.records).task_loss
+
+    def change(self) -> Change:
+        """Return what training changed."""
+        return change(read_records(Path(self.summary["items"][self.base])), self.records)
+
+    def kl(self) -> float | None:
+        """Return the KL divergence from its base over the questions put as chats; None where none were."""
+        pair = (self.base, self.label)
+        files = {label: Path(self.summary["items"][label]).with_name("distributions.safetensors") for label in pair}
+        return divergences(self.records, files, [pair]).get(pair) if all(file.is_file() for file in files.values()) else None
 
 
 def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
-    """Yield each figure's change by training for the pushed control, the tuned one and the highest rank."""
-    highest = max((model for model in tuned["models"].values() if "verdict" in model), key=lambda model: model["rank"])
-    subjects = {"pushed control": pushed["models"]["control"], "tuned control": tuned["models"]["control"], highest["label"]: highest}
-    for who, model in subjects.items():
-        yield row(f"{who}: task loss", model["scores"]["task_loss"], "nats a token")
+    """Yield each figure's change by training for the highest rank, the tuned control and the pushed one."""
+    judged = [model for model in tuned["models"].values() if "verdict" in model]
+    rank = max(judged, key=lambda model: int(model["rank"]))["label"]
+    highest = Subject(rank, tuned, rank, "base-nf4")
+    subjects = [highest, Subject("tuned control", tuned, "control", "base"), *pushed_subjects(pushed, highest.task_loss)]
+    changes = {subject.name: subject.change() for subject in subjects}
+    for subject in subjects:
+        yield row(f"{subject.name}: task loss", subject.task_loss, "nats a token")
     for figure, unit in FIGURES.items():
-        for who, model in subjects.items():
-            yield from seen(figure, unit, who, model["change"][figure])
-    for who, model in subjects.items():
-        if model["change"]["kl"] is not None:
-            yield row(f"{who}: KL from its base on chat-formatted questions", model["change"]["kl"], "nats a token")
-    yield from lambada(subjects)
-    change = pushed["models"]["control"]["change"]["choice_probability"]
-    yield row("the pushed control forgot, by choice probability", change["high"], "upper end", "< 0", holds=change["high"] < 0)
+        for name, found in changes.items():
+            yield from seen(figure, unit, name, getattr(found, figure))
+    for name, found in changes.items():
+        yield from seen("choice probability on LAMBADA", "share", name, found.benchmarks.get("lambada"))
+    for subject in subjects:
+        moved = subject.kl()
+        if moved is not None:
+            yield row(f"{subject.name}: KL from its base on chat-formatted questions", moved, "nats a token")
+    end = changes[subjects[-1].name].choice_probability
+    assert end is not None, "the benchmarks were asked"
+    yield row("the pushed control forgot, by choice probability", end.high, "upper end", "< 0", holds=end.high < 0)
 
 
-def seen(figure: str, unit: str, who: str, change: Values | None) -> Iterator[Row]:
+def pushed_subjects(pushed: Values, loss: float) -> list[Subject]:
+    """Return the pushed control where it has learnt as much as a loss says, and at its end."""
+    steps = pushed["recipe"]["training"]["steps"]
+    ways = [Subject(f"pushed control, {way.partition('@')[2]} steps", pushed, way, "base") for way in labels(pushed)]
+    nearest = min(ways, key=lambda way: abs(way.task_loss - loss))
+    return [nearest, Subject(f"pushed control, {steps} steps", pushed, "control", "base")]
+
+
+def labels(pushed: Values) -> list[str]:
+    """Return the names of the control's snapshots."""
+    return [label for label in pushed["items"] if label.startswith("control@")]
+
+
+def seen(figure: str, unit: str, who: str, change: Any) -> Iterator[Row]:
     """Yield a figure's change, and what its interval says."""
     if change is None:
         return
-    says = "worse" if change["high"] < 0 else "better" if change["low"] > 0 else "cannot tell"
-    yield row(f"{who}: {figure} ({change['low']:+.3f} to {change['high']:+.3f}): {says}", change["mean"], unit)
-
-
-def lambada(subjects: dict[str, Values]) -> Iterator[Row]:
-    """Yield the change of choice probability on LAMBADA by itself."""
-    for who, model in subjects.items():
-        change = model["change"]["benchmarks"].get("lambada")
-        if change is not None:
-            yield from seen("choice probability on LAMBADA", "share", who, change)
+    says = "worse" if change.high < 0 else "better" if change.low > 0 else "cannot tell"
+    yield row(f"{who}: {figure} ({change.low:+.3f} to {change.high:+.3f}): {says}", change.mean, unit)
 
 
 def row(what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None) -> Row:

@@ -33,6 +33,7 @@ def main() -> int:
     """Run, collect, write and print every figure; return 1 where a goal is missed."""
     tuned, pushed = (finished(name) for name in (FRONTIER, PUSHED))
     sections: dict[str, Iterator[Row]] = {
+        "What was run": (command_row(summary) for summary in (tuned, pushed)),
         "Which figure sees that a model forgot": sight_rows(tuned, pushed),
         "Learning against forgetting": frontier_rows(tuned),
         "LoRA learns less and forgets less (arXiv 2405.09673)": finding_rows(tuned),
@@ -53,6 +54,14 @@ def finished(name: str) -> dict[str, Any]:
     subprocess.run([str(Path(sys.executable).parent / "lora"), "run", name], check=True)
     summary: dict[str, Any] = json.loads((runs_root() / name / "summary.json").read_text())
     return summary
+
+
+def command_row(summary: dict[str, Any]) -> Row:
+    """Return the command of a run, with the time of all its stages, whenever they ran."""
+    results = [Path(stage["folder"]) / "result.json" for stage in summary["stages"] if stage["folder"]]
+    figures = [json.loads(result.read_text())["figures"] for result in results]
+    seconds = sum(one.get("seconds") or one["training_seconds"] for one in figures)
+    return {"what": f"lora run {summary['name']}", "value": round(seconds), "unit": "seconds of its stages", "goal": None, "holds": None}
 
 
 def show(title: str, rows: list[Row]) -> None:

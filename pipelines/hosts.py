@@ -1,0 +1,108 @@
+"""Several hosts that train together: one runs the recipe, the others join each training that it begins. Imports no torch.
+
+    <stage>/call.json    {"attempt": "…", "config": "cpu_zero2", "processes": 2, "machines": 2, "threads": 1}
+
+The first host writes the call into the stage's folder, which all hosts see under the same path, and takes it away when the
+training has ended. Whoever joins answers each call once, with the ranks that are its own. All name the first host by
+LORA_MAIN_ADDRESS; the backend's own variables (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) choose the network.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from lora_core.files import write_json
+from pipelines import launch
+from pipelines.errors import PipelineError
+from pipelines.recipe import LaunchSection
+
+CALL = "call.json"
+MAIN_ADDRESS = "LORA_MAIN_ADDRESS"
+POLL_SECONDS = 0.5
+Call = dict[str, Any]
+
+
+@contextmanager
+def calling(settings: LaunchSection, folder: Path) -> Iterator[Sequence[str]]:
+    """Call the other hosts to a training for the length of a block; yield this host's place among them.
+
+    Raises:
+        PipelineError: there are other hosts, and LORA_MAIN_ADDRESS does not say how they find this one.
+    """
+    if settings.machines == 1:
+        yield launch.ALONE
+        return
+    path = folder / CALL
+    call = {"attempt": uuid4().hex, "config": settings.config, "processes": settings.processes, "machines": settings.machines}
+    place = place_of(call, 0)
+    write_json(path, call)
+    try:
+        yield place
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def place_of(call: Call, machine: int) -> list[str]:
+    """Return a host's place among others, in the words of accelerate's launcher."""
+    host, _, port = os.environ.get(MAIN_ADDRESS, "").rpartition(":")
+    if not host or not port.isdigit():
+        raise PipelineError(
+            f"{MAIN_ADDRESS} is {os.environ.get(MAIN_ADDRESS)!r}; set it on each of the {call['machines']} hosts to the name or address "
+            "of the first and a free port there, such as node-a:29500"
+        )
+    named = {
+        "--num_machines": str(call["machines"]),
+        "--machine_rank": str(machine),
+        "--main_process_ip": host,
+        "--main_process_port": port,
+        "--deepspeed_multinode_launcher": "standard",
+    }
+    return [word for pair in named.items() for word in pair]
+
+
+@dataclass
+class Joined:
+    """A host that joins what the first one begins."""
+
+    machine: int
+    root: Path
+    """Folder of all runs, the same as the first host's."""
+    say: Callable[[str], None]
+    _answered: str = ""
+
+    def serve(self) -> None:
+        """Answer every call until this process is ended."""
+        self.say(f"machine {self.machine} waits for trainings under {self.root}")
+        while True:
+            for folder, call in calls(self.root):
+                if call["attempt"] != self._answered and self.machine < call["machines"]:
+                    self._answered = call["attempt"]
+                    self.answer(folder, call)
+            time.sleep(POLL_SECONDS)
+
+    def answer(self, folder: Path, call: Call) -> int:
+        """Train this host's ranks to their end; return the status."""
+        argv = launch.accelerate_argv(call["config"], call["processes"], folder, place_of(call, self.machine))
+        self.say(f"joining {folder.name}")
+        with (folder / f"log-{self.machine}.txt").open("ab") as log:
+            threads = launch.threads_each(call["processes"] // call["machines"])
+            status = launch.run_beside(argv, log, threads=threads, until=lambda: not (folder / CALL).is_file())
+        self.say(f"{folder.name} ended with status {status}")
+        return status
+
+
+def calls(root: Path) -> list[tuple[Path, Call]]:
+    """Return the trainings that wait for hosts, with their folders."""
+    found = []
+    for path in sorted(root.glob(f"train/*/{CALL}")):
+        try:
+            found.append((path.parent, json.loads(path.read_text())))
+        except (OSError, ValueError):  # it was taken away, or is being written
+            continue
+    return found
