@@ -21,11 +21,28 @@ from lora_core.files import write_json
 from pipelines import launch
 from pipelines.errors import PipelineError
 from pipelines.recipe import LaunchSection
+from pipelines.stage import Stage
 
 CALL = "call.json"
 MAIN_ADDRESS = "LORA_MAIN_ADDRESS"
 POLL_SECONDS = 0.5
+BACKEND_SECONDS = 30
+"""How much longer the run waits than its ranks for each other, whose own error says more."""
 Call = dict[str, Any]
+
+
+def train(stage: Stage, settings: LaunchSection, watch: launch.Watch | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train on this host and those that join it; return the figures.
+
+    Raises:
+        StageError: see `launch.run_child`.
+        PipelineError: see `calling`.
+    """
+    patience = launch.Patience(settings.stall_seconds, settings.timeout_seconds + BACKEND_SECONDS, say)
+    with calling(settings, stage.begin()) as place:
+        argv = launch.accelerate_argv(settings.config, settings.processes, stage.folder, place)
+        threads = launch.threads_each(settings.processes // settings.machines)
+        return launch.run_child(stage, argv, threads=threads, watch=watch, patience=patience)
 
 
 @contextmanager

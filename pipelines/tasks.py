@@ -7,8 +7,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
-from pipelines import launch
-from pipelines.hosts import calling
+from pipelines import hosts, launch
 from pipelines.progress import say, training_progress
 from pipelines.recipe import LaunchSection
 from pipelines.stage import Stage
@@ -45,10 +44,8 @@ def plan(stage: Stage) -> Figures:
 @task(name="train", **CACHED)
 def train(stage: Stage, settings: LaunchSection) -> Figures:
     """Train an adapter or the control on all ranks; goes on from the last checkpoint."""
-    patience = launch.Patience(settings.stall_seconds, settings.timeout_seconds, say)
-    with training_progress(stage.label) as watch, calling(settings, stage.begin()) as hosts:
-        argv = launch.accelerate_argv(settings.config, settings.processes, stage.folder, hosts)
-        return launch.run_child(stage, argv, threads=_threads(settings.processes // settings.machines), watch=watch, patience=patience)
+    with training_progress(stage.label) as watch:
+        return hosts.train(stage, settings, watch, say)
 
 
 @task(name="tune", **CACHED)
@@ -68,7 +65,7 @@ def evaluate(stages: list[Stage], at_once: int) -> list[Figures]:
     """Score models that share a base in one process; each has a result of its own, so those that are done are not asked for."""
     folders = [stage.begin() for stage in stages]
     argv = launch.python_argv("pipelines.evaluation.evaluate", *folders)
-    return launch.run_together(stages, argv, threads=_threads(at_once))
+    return launch.run_together(stages, argv, threads=launch.threads_each(at_once))
 
 
 def show_comparison(table: str, decision: str) -> None:
@@ -88,8 +85,4 @@ def run_or_reuse(step: Callable[..., Any], stage: Stage, *arguments: Any) -> tup
 
 
 def _perform(stage: Stage, module: str) -> Figures:
-    return launch.result_of(stage, module, threads=_threads(1))
-
-
-def _threads(processes: int) -> int:
-    return launch.threads_each(processes)
+    return launch.result_of(stage, module, threads=launch.threads_each(1))

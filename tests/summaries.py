@@ -16,6 +16,8 @@ HOSTILE = "<script>alert('x')</script>\u2028& <b>bold</b>"
 METRICS = ("chrf", "exact_match")
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 LAYERS = 6
+ODD = '../50% of <b>|"it\'s"//'
+"""Name of a benchmark that is none of a file, of HTML, of Markdown, or of a query."""
 
 
 def interval(mean: float, reach: float = 0.02) -> dict[str, float]:
@@ -34,6 +36,7 @@ def change(gain: float, general: float, kl: float | None = 0.05) -> Summary:
         "generation": {"chrf": interval(round(10 * gain, 6), 3.0), "exact_match": interval(0.0, 0.0)},
         "benchmarks": tested,
         "kl": kl,
+        "kl_interval": None if kl is None else interval(kl, 0.01),
     }
 
 
@@ -90,7 +93,9 @@ def adapter(rank: int, gain: float, general: float, status: str) -> Summary:
     ]
     verdict = {"status": status, "reason": f"forgot little: {general:+.3f}", "rules": rules}
     share = interval(round(gain / 0.86, 6), 0.1)
-    power = {"items": 120, "needed": 90 + rank, "smallest_drop": 0.026}
+    one = {"items": 40, "needed": 30 + rank, "smallest_drop": 0.045, "enough": rank <= 10}
+    power = {"items": 120, "needed": 90 + rank, "smallest_drop": 0.026, "enough": rank <= 30}
+    power |= {"benchmarks": dict.fromkeys(BENCHMARKS, one)}
     return {**trained(rank, gain, general), "gain_share": share, "beyond_control": interval(0.0), "verdict": verdict, "power": power}
 
 
@@ -124,6 +129,9 @@ def frontier(models: Summary) -> list[Summary]:
         if rank:
             slower = {**lora, "step": 15, "learning_rate": 5e-4}
             rows.append(row(f"{label} lr 0.0005", slower, 0.7 * gain, 0.3 * general))
+    if "control" in models:
+        faster = {"method": "full", "rank": None, "step": 15, "learning_rate": 3e-4, "cut_from": None}
+        rows.append(row("control lr 0.0003", faster, 0.9, -0.045))
     cut = {"method": "lora", "step": 15, "learning_rate": 2e-3, "cut_from": 64}
     rows += [row(f"rank-64→{rank}", {**cut, "rank": rank}, gain, -0.01 * rank**0.5) for rank, gain in ((2, 0.31), (8, 0.55))]
     return rows
@@ -201,7 +209,7 @@ def build(folder: Path) -> Summary:
 
 
 def write_items(path: Path, label: str) -> Path:
-    """Write six answers, of which the second was stopped, and a held-out example."""
+    """Write six answers, of which the second was stopped, a held-out example, and what was left out."""
     answers = [
         {
             "kind": "generation",
@@ -216,6 +224,138 @@ def write_items(path: Path, label: str) -> Path:
         }
         for place in range(6)
     ]
-    records = [{"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}, *answers]
+    long = {"left_out": "613 tokens exceed the context of 512"}
+    left_out = [
+        *({"kind": "general", "benchmark": "lambada", "id": f"lambada/{place}", **long} for place in range(2)),
+        {"kind": "text", "benchmark": "passages", "id": "passages/0", **long},
+        {"kind": "generation", "id": 6, "left_out": f"its answer had no end {HOSTILE}"},
+    ]
+    records = [{"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}, *answers, *left_out]
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def one_rank(summary: Summary) -> None:
+    for label in ("rank-4", "rank-64"):
+        del summary["models"][label], summary["spectrum"][label]
+    summary["frontier"] = [row for row in summary["frontier"] if row["rank"] in (None, 16)]
+
+
+def dense(summary: Summary) -> None:
+    del summary["models"]["base-nf4"]
+
+
+def no_champion(summary: Summary) -> None:
+    summary["champion"] = summary["recommended"] = None
+
+
+def nothing_kept(summary: Summary) -> None:
+    summary["champion"] = summary["candidate"] = summary["recommended"] = None
+
+
+def no_answers(summary: Summary) -> None:
+    path = Path(summary["items"]["rank-4"])
+    path.write_text(json.dumps({"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}) + "\n", encoding="utf-8")
+
+
+def no_prompts(summary: Summary) -> None:
+    no_answers(summary)
+    for model in summary["models"].values():
+        model["scores"] |= {"generation": {}, "corpus": {}, "unfinished_answers": 0}
+        for effect in ("change", "total"):
+            model.get(effect, {})["generation"] = {}
+
+
+def no_chat(summary: Summary) -> None:
+    for model in summary["models"].values():
+        model["scores"] |= {"chat_loss": None, "text_loss": None}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"chat_loss": None, "text_loss": None, "kl": None, "kl_interval": None}
+
+
+def no_control(summary: Summary) -> None:
+    summary["control"] = {"method": "none", "rates": {}, "chosen": None, "words": "There is no control."}
+    summary["recipe"]["control"]["method"] = "none"
+    del summary["models"]["control"], summary["items"]["control"]
+    summary["frontier"] = [row for row in summary["frontier"] if not row["label"].startswith("control")]
+    for label in ("rank-64", "rank-4", "rank-16"):
+        summary["models"][label] |= {"gain_share": None, "beyond_control": None}
+
+
+def control_by_lora(summary: Summary) -> None:
+    summary["models"]["control"]["rank"] = 128
+    summary["control"]["method"] = "lora"
+    summary["recipe"]["control"] |= {"method": "lora", "rank": 128}
+
+
+def no_frontier(summary: Summary) -> None:
+    summary["frontier"] = [row for row in summary["frontier"] if row["trained"]]
+
+
+def a_rate_that_diverged(summary: Summary) -> None:
+    summary["control"]["rates"]["0.001"] = None
+
+
+def figures_of_any_scale(summary: Summary) -> None:
+    """Give a metric of one's own, and a task that rates itself, names and values that nobody foresaw."""
+    for place, model in enumerate(summary["models"].values()):
+        model["scores"]["generation"]["my|metrics:a<b>"] = (-1.0) ** place * 1e30
+        model["scores"]["benchmarks"][ODD] = {"choice_probability": None, "accuracy": -123456.789, "items": 12, "left_out": 0}
+        for effect in {"change", "total"} & model.keys():
+            model[effect]["generation"]["my|metrics:a<b>"] = {"mean": -2e30, "low": -3e30, "high": 1e-9}
+            model[effect]["benchmarks"][ODD] = {"mean": -98765.4, "low": -2e9, "high": 0.0, "p_value": 0.5, "adjusted_p": 0.5}
+
+
+def questions_without_choices(summary: Summary) -> None:
+    for model in summary["models"].values():
+        model["scores"]["benchmarks"]["mine"] = {"choice_probability": None, "accuracy": None, "items": 12, "left_out": 0}
+        for effect in {"change", "total"} & model.keys():
+            model[effect]["benchmarks"]["mine"] = {"mean": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.0004, "adjusted_p": 0.0004}
+
+
+def a_gate_that_allows_no_drop(summary: Summary) -> None:
+    for label in ("rank-64", "rank-4", "rank-16"):
+        power = summary["models"][label]["power"]
+        for one in (power, *power["benchmarks"].values()):
+            one |= {"needed": None, "enough": None}
+
+
+def no_choices(summary: Summary) -> None:
+    """Leave only questions of one answer: right or wrong stands for general abilities."""
+    summary["general_figure"] = "accuracy"
+    for model in summary["models"].values():
+        model["scores"] |= {"choice_probability": None, "margin": None}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"choice_probability": None, "margin": None}
+
+
+def no_general_ability(summary: Summary) -> None:
+    """Leave every question out."""
+    no_choices(summary)
+    nothing_kept(summary)
+    for model in summary["models"].values():
+        model["scores"] |= {"accuracy": None, "benchmarks": {}}
+        for effect in {"change", "total"} & model.keys():
+            model[effect] |= {"accuracy": None, "benchmarks": {}}
+        model["power"] = model["beyond_control"] = None
+    for row in summary["frontier"]:
+        row["general"] = None
+
+
+UNUSUAL = (
+    one_rank,
+    dense,
+    no_champion,
+    no_answers,
+    no_prompts,
+    no_chat,
+    no_control,
+    control_by_lora,
+    no_frontier,
+    a_rate_that_diverged,
+    figures_of_any_scale,
+    questions_without_choices,
+    a_gate_that_allows_no_drop,
+    no_choices,
+    no_general_ability,
+)

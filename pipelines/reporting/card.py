@@ -4,6 +4,7 @@ The front matter is what the hub reads (huggingface.co/docs/hub/model-cards): ba
 only models and data sets of its own, so a base or a source from elsewhere is named in the text alone.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -123,7 +124,8 @@ def _row(figure: Figure, models: Mapping[str, Any], label: str) -> str:
     shown = ["–" if level is None else figure.show(level) for level in levels]
     shown += ["–" if change is None else interval_text(change) for change in changes]
     unit = f" ({figure.unit})" if figure.unit else ""
-    return f"| {figure.title}{unit} | " + " | ".join(shown) + " |"
+    title = figure.title.replace("|", "\\|")  # a task of one's own may bear any name
+    return f"| {title}{unit} | " + " | ".join(shown) + " |"
 
 
 def _use(summary: Summary, label: str) -> str:
@@ -132,7 +134,7 @@ def _use(summary: Summary, label: str) -> str:
     alias = next((alias for alias in ("champion", "candidate") if summary[alias] == label), None)
     named = f"models:/{recipe['registry']['model']}@{alias}" if alias else "FOLDER"
     there = HUB_ID.fullmatch(base["id"]) or (base["id"].startswith("/") and not base["id"].endswith(".gguf"))
-    options = [f', revision="{base["revision"]}"'] if base["revision"] else []
+    options = [f", revision={_quoted(base['revision'])}"] if base["revision"] else []
     options += [", quantization_config=in_4_bits"] if quantized else []
     config = 'in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
     lines = [
@@ -140,13 +142,18 @@ def _use(summary: Summary, label: str) -> str:
         f"from transformers import AutoModelForCausalLM{', BitsAndBytesConfig' if quantized else ''}",
         "",
         *([config] if quantized else []),
-        f'base = AutoModelForCausalLM.from_pretrained("{base["id"] if there else "BASE"}"{"".join(options)})'
+        f"base = AutoModelForCausalLM.from_pretrained({_quoted(base['id'] if there else 'BASE')}{''.join(options)})"
         + ("" if there else f"  # a folder with {base['id']}"),
         'model = PeftModel.from_pretrained(base, "FOLDER")  # the folder of this file',
     ]
     shell = f'```sh\nlora generate --adapter {named} "…"\n```'
     checked = "`lora generate` finds the base by itself and refuses one of other weights:"
     return "## How to use it\n\n```python\n" + "\n".join(lines) + f"\n```\n\n{checked}\n\n{shell}"
+
+
+def _quoted(text: str) -> str:
+    """Return a string as Python writes it, in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _training(summary: Summary, label: str) -> str:
@@ -165,6 +172,8 @@ def _training(summary: Summary, label: str) -> str:
         "Commit": f"`{summary['commit']}`",
         "Versions": ", ".join(f"{library} {version}" for library, version in summary["versions"].items()),
         "Comparison": f"`{summary['key']}`",
+        "To repeat it": f"save `{sections.RECIPE}` of the MLflow run `{summary['name']}` as `{recipe['name']}.yaml`; then, from a checkout "
+        f"of that commit, `lora run {recipe['name']}.yaml`",
     }
     return "## How it was trained\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items())
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.reporting.formats import number
+
 Model = Mapping[str, Any]
 Interval = Mapping[str, float]
 
@@ -39,10 +41,14 @@ class Figure:
         found: Interval | None = (change["generation"] if self.section else change).get(self.change_key or self.key)
         return found
 
+    def spread(self, model: Model) -> Interval | None:
+        """Return the interval of the figure itself; None where only its change has one."""
+        return None
+
     def show(self, level: float) -> str:
         """Return the figure itself as it is written."""
         digits = {"count": 0, "of 100": 1}.get(self.unit, 3)
-        return f"{level:.{digits}f}".replace("-", "−")
+        return number(level, digits)
 
     @property
     def name(self) -> str:
@@ -60,6 +66,10 @@ class Divergence(Figure):
 
     def change(self, model: Model, effect: str = "change") -> Interval | None:
         return None
+
+    def spread(self, model: Model) -> Interval | None:
+        found: Interval | None = model.get("change", {}).get(f"{self.key}_interval")
+        return found
 
 
 def general_change(model: Model, effect: str = "change") -> Interval | None:

@@ -3,11 +3,20 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+LARGE = 1e5
+"""From here on a figure is written by its power of ten: a metric of one's own may have any scale."""
+
 
 def signed(value: float) -> str:
     """Return a difference with its sign; what rounds to zero has none."""
-    text = f"{value:+.3f}"
+    text = f"{value:+.3f}" if abs(value) < LARGE else f"{value:+.4g}"
     return text.replace("-", "−") if float(text) else text[1:]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Return a figure to so many decimals."""
+    text = f"{value:.{digits}f}" if abs(value) < LARGE else f"{value:.4g}"
+    return text.replace("-", "−")
 
 
 def ends(interval: Mapping[str, float]) -> str:
@@ -45,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """Return a p-value to two digits, and no smaller than a bootstrap can tell."""
+    """Return a p-value to two digits, and no smaller than so many rearrangements can tell."""
     return "p\u00a0<\u00a00.001" if value < 0.001 else f"p\u00a0{value:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""What MLflow's pages show of each model, as plain names and values: parameters, metrics, curve, tags, tables.
+"""What MLflow's pages show of each model, as plain names and values: parameters, metrics, curve, tags.
 
 Metrics are grouped by prefix, and what people compare comes first:
 
@@ -10,8 +10,6 @@ Metrics are grouped by prefix, and what people compare comes first:
     power/…        what the items can tell
     task/…         the task, and what was gained on it
     train/…        curves over the steps
-
-What is only scored for the frontier is a row of a table, not a run: it would crowd the page where models are compared.
 """
 
 import json
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.judging.comparison import BASE, CONTROL
-from pipelines.reporting.figures import benchmark_figure, figures, general_change
+from pipelines.reporting.figures import benchmark_figure, general_change
 from pipelines.reporting.words import learning_rate
 from pipelines.stage import read_records
 
@@ -34,12 +32,14 @@ CHANGES = {
 }
 """Metric → effect and figure: the total is held against the base in full precision, a change against a model's own base."""
 EFFECTS = {"by_training": "change", "in_all": "total"}
+"""Name of an effect on MLflow's pages → where a model's entry holds it."""
 COSTS = ("trained_weights", "file_bytes", "tokens_per_second", "peak_memory_bytes")
 GENERAL = ("choice_probability", "accuracy", "margin", "text_loss", "chat_loss")
 POWER = ("items", "needed", "smallest_drop")
+LONGEST_NAME = 250
+UNFIT = r"[^\w./ -]|(?<![^/])[./]+|[./]+$"
+"""What a metric's name may not hold: other signs, and parts that are empty or begin with a point, as of a path."""
 CURVES = ("loss", "learning_rate", "grad_norm")
-INTERVAL = ("mean", "low", "high")
-FRONTIER = ("label", "method", "rank", "step", "learning_rate", "cut_from", "trained")
 
 
 def parameters(summary: Values, label: str) -> dict[str, str]:
@@ -68,7 +68,10 @@ def metrics(model: Values) -> dict[str, float]:
         interval = change or {}
         found |= {name: interval.get("mean")}
         found |= {f"interval/{name.replace('/', '_')}_{end}": interval.get(end) for end in ("low", "high")}
-    found |= {f"kl/{name}": model.get(effect, {}).get("kl") for name, effect in EFFECTS.items()}
+    for name, effect in EFFECTS.items():
+        change = model.get(effect, {})
+        found |= {f"kl/{name}": change.get("kl")}
+        found |= {f"interval/kl_{name}_{end}": (change.get("kl_interval") or {}).get(end) for end in ("low", "high")}
     found |= {f"power/{name}": (model.get("power") or {}).get(name) for name in POWER}
     found |= {f"cost/{name}": model.get("figures", {}).get(name) for name in COSTS}
     return {_allowed(name): float(value) for name, value in found.items() if value is not None}
@@ -118,6 +121,7 @@ def version_tags(summary: Values, label: str) -> dict[str, str]:
         "base_revision": base["revision"],
         "quantization": summary["recipe"]["base_model"]["quantization"],
         "data_digest": summary["data"]["digest"],
+        "seed": summary["seed"],  # with the group it decides what is held out
         "tokenizer_sha256": base["tokenizer_sha256"],
         "template_sha256": base["template_sha256"],
         "training_stage": model["key"],
@@ -126,58 +130,6 @@ def version_tags(summary: Values, label: str) -> dict[str, str]:
         **{f"base_fingerprint.{kind}": value for kind, value in base["digests"].items()},
     }
     return {key: str(value)[:5000] for key, value in values.items()}
-
-
-def tables(summary: Values) -> dict[str, Values]:
-    """Return the tables of a comparison by file name, in the form that MLflow's pages show: columns, and rows of data."""
-    return {
-        "comparison.json": _table(_comparison(summary["models"])),
-        "benchmarks.json": _table(_benchmarks(summary["models"])),
-        "frontier.json": _table([_frontier(row) for row in summary["frontier"]]),
-    }
-
-
-def _table(rows: list[Values]) -> Values:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    return {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
-
-
-def _comparison(models: Values) -> list[Values]:
-    """Return a row for each model and figure."""
-    return [
-        {
-            "model": label,
-            "figure": figure.name,
-            "unit": figure.unit,
-            "value": figure.level(model),
-            **{f"{name}_{end}": (figure.change(model, effect) or {}).get(end) for name, effect in EFFECTS.items() for end in INTERVAL},
-            "verdict": model.get("verdict", {}).get("status"),
-        }
-        for label, model in models.items()
-        for figure in figures(models)
-    ]
-
-
-def _benchmarks(models: Values) -> list[Values]:
-    """Return a row for each model, benchmark and effect; of base-nf4 the change is that by quantisation."""
-    return [
-        {
-            "model": label,
-            "benchmark": name,
-            "effect": shown,
-            **{key: change.get(key) for key in (*INTERVAL, "p_value", "adjusted_p")},
-            **own,
-        }
-        for label, model in models.items()
-        for name, own in model["scores"]["benchmarks"].items()
-        for shown, effect in EFFECTS.items()
-        if (change := model.get(effect, {}).get("benchmarks", {}).get(name))
-    ]
-
-
-def _frontier(row: Values) -> Values:
-    ends = {f"{name}_{end}": row[name][end] for name in ("gain", "general") for end in INTERVAL}
-    return {**{name: row[name] for name in FRONTIER}, **ends}
 
 
 def _scores(scores: Values) -> dict[str, float | None]:
@@ -193,5 +145,6 @@ def _by_benchmark(benchmarks: Values) -> dict[str, float | None]:
 
 
 def _allowed(name: str) -> str:
-    """Return a name of letters that every MLflow takes: a metric of one's own has a colon, a task may have anything."""
-    return re.sub(r"[^\w./ -]", "_", name)
+    """Return a name that every MLflow takes, as a path: a metric of one's own has a colon, a task may have anything."""
+    group, _, own = name.partition("/")
+    return f"{group}/{re.sub(UNFIT, '_', own)}"[:LONGEST_NAME]

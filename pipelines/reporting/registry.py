@@ -26,7 +26,8 @@ from lora_core.files import sha256_of_file
 from pipelines.errors import RegistryError
 from pipelines.judging.comparison import CONTROL
 from pipelines.places import tracking_uri
-from pipelines.reporting import card, logged
+from pipelines.reporting import card, logged, sections
+from pipelines.reporting.tables import tables
 
 MAX_ADAPTER_SHARE = 0.5
 """An artefact larger than this share of the base's weights in 2 bytes is no adapter."""
@@ -34,7 +35,8 @@ MAX_METRICS = 1000
 """What a tracking server takes in one request."""
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 """MLflow shows runs and their metrics, not chats."""
-PARENT_TAG, STAGE_TAG, ADAPTER_TAG, TABLES_TAG = "lora.comparison", "lora.stage", "adapter_sha256", "mlflow.loggedArtifacts"
+PARENT_TAG, STAGE_TAG, ADAPTER_TAG = "lora.comparison", "lora.stage", "adapter_sha256"
+TABLES_TAG, NOTE_TAG = "mlflow.loggedArtifacts", "mlflow.note.content"
 CANDIDATE, CHAMPION = "candidate", "champion"
 WEIGHTS = "adapter_model.safetensors"
 MANNERS = {
@@ -73,9 +75,8 @@ def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) 
     _refuse_a_doubtful_champion(summary)
     with _answering(runs) as client:
         experiment = _experiment(client, summary["recipe"]["registry"]["experiment"] or summary["name"], runs)
-        parent = _parent(client, experiment, summary, note)
-        for file in files:
-            client.log_artifact(parent.info.run_id, str(file))
+        parent = _parent(client, experiment, summary)
+        _describe(client, parent.info.run_id, files, note)
         children = {label: _child(client, experiment, parent, summary, label) for label in summary["models"]}
         versions = {label: _version(client, summary, label, children[label]) for label in _adapters(summary)}
         client.set_terminated(parent.info.run_id)
@@ -89,6 +90,22 @@ def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) 
         "versions": versions,
         "aliases": aliases,
     }
+
+
+def describe(registered: dict[str, Any], runs: Path, files: list[Path], note: str) -> None:
+    """Log report, summary and note of a comparison anew, now that they say what is registered.
+
+    Args:
+        registered: what `register` returned.
+        runs: folder of all runs.
+        files: report and summary.
+        note: Markdown.
+
+    Raises:
+        RegistryError: the server does not answer or refuses.
+    """
+    with _answering(runs) as client:
+        _describe(client, registered["parent_run"], files, note)
 
 
 def incumbent(name: str, runs: Path, destination: Path) -> Incumbent | None:
@@ -158,17 +175,25 @@ def _run(client: MlflowClient, experiment: str, name: str, tags: dict[str, str],
     return found[0] if found else client.create_run(experiment, start_time=began, tags=tags, run_name=name)
 
 
-def _parent(client: MlflowClient, experiment: str, summary: dict[str, Any], note: str) -> Run:
-    """Make the comparison's own run, or find it."""
+def _parent(client: MlflowClient, experiment: str, summary: dict[str, Any]) -> Run:
+    """Make the comparison's own run, or find it; log its tables, and the recipe that repeats it."""
     run = _run(client, experiment, summary["name"], {PARENT_TAG: summary["key"]}, int(1000 * (time.time() - summary["seconds"])))
     run_id = run.info.run_id
-    tables = logged.tables(summary)
-    for name, table in tables.items():
+    found = tables(summary)
+    for name, table in found.items():
         client.log_dict(run_id, table, name)  # not log_table, which adds the rows again when it is called again
-    shown = json.dumps([{"path": name, "type": "table"} for name in tables])
-    tags = {"lora.decision": summary["decision"], "mlflow.note.content": note, TABLES_TAG: shown, **_source(summary)}
+    client.log_text(run_id, sections.recipe_text(summary), sections.RECIPE)
+    shown = json.dumps([{"path": name, "type": "table"} for name in found])
+    tags = {"lora.decision": summary["decision"], TABLES_TAG: shown, **_source(summary)}
     client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
     return run
+
+
+def _describe(client: MlflowClient, run_id: str, files: list[Path], note: str) -> None:
+    """Log what people read of a comparison with its own run."""
+    for file in files:
+        client.log_artifact(run_id, str(file))
+    client.set_tag(run_id, NOTE_TAG, note)
 
 
 def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str, Any], label: str) -> str:
@@ -194,9 +219,14 @@ def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str
     client.log_artifact(run_id, summary["items"][label])
     if label in _adapters(summary):
         client.log_artifacts(run_id, str(Path(model["folder"]) / "adapter"), "adapter")
-        client.log_text(run_id, card.card(summary, label), f"adapter/{card.FILE}")
+        _write_card(client, run_id, summary, label)
     client.set_terminated(run_id, end_time=ended)
     return run_id
+
+
+def _write_card(client: MlflowClient, run_id: str, summary: dict[str, Any], label: str) -> None:
+    """Put the card beside the adapter's files in a run, over the one that is there."""
+    client.log_text(run_id, card.card(summary, label), f"adapter/{card.FILE}")
 
 
 def _source(summary: dict[str, Any]) -> dict[str, str]:
@@ -221,10 +251,11 @@ def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: 
     model, name = summary["models"][label], summary["recipe"]["registry"]["model"]
     tags = logged.version_tags(summary, label)
     _refuse_a_base(Path(model["folder"]) / "adapter", summary["base"]["weights"])
-    if not client.search_registered_models(f"name = '{name}'"):
+    if not client.search_registered_models(_of_name(name)):
         client.create_registered_model(name, description=f"LoRA adapters of the recipe {summary['name']}")
-    for known in client.search_model_versions(f"name = '{name}'"):
+    for known in client.search_model_versions(_of_name(name)):
         if known.tags.get(ADAPTER_TAG) == tags[ADAPTER_TAG]:
+            _write_card(client, known.run_id or run_id, summary, label)  # the version's files lie in the run that registered it
             for key in sorted(tag for tag, value in tags.items() if known.tags.get(tag) != value):
                 client.set_model_version_tag(name, known.version, key, tags[key])
             return int(known.version)
@@ -245,9 +276,14 @@ def _move_aliases(client: MlflowClient, summary: dict[str, Any], versions: dict[
 
 def _registered(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     """Return the version that an alias of a registered model names; None where there is no such model or alias."""
-    found = client.search_registered_models(f"name = '{name}'")
+    found = client.search_registered_models(_of_name(name))
     version = found[0].aliases.get(alias) if found else None
     return None if version is None else client.get_model_version(name, str(version))
+
+
+def _of_name(name: str) -> str:
+    """Return the query for what bears a name, which may hold an apostrophe."""
+    return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
 def _refuse_a_doubtful_champion(summary: dict[str, Any]) -> None:

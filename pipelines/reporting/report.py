@@ -87,8 +87,7 @@ def markdown_table(summary: dict[str, Any]) -> str:
         "| " + " | ".join(["---", *("---" if column.key == "verdict" else "---:" for column in COLUMNS)]) + " |",
         *("| " + " | ".join([label, *cells]) + " |" for label, cells in _rows(summary)),
     ]
-    after = [*remarks, words.registered_text(summary)]
-    return "\n".join([*lines, *(f"\n{remark}" for remark in after if remark)]) + "\n"
+    return "\n".join([*lines, *(f"\n{remark}" for remark in remarks)]) + "\n"
 
 
 def write_html(summary: dict[str, Any], path: Path) -> None:
@@ -110,6 +109,7 @@ def write_html(summary: dict[str, Any], path: Path) -> None:
             unmeasured=unmeasured(summary["models"]),
             benchmark_figure=benchmark_figure,
             general_change=general_change,
+            left_out=sections.left_out(summary),
             ways=ways(summary),
             spectra={label: strips(modules) for label, modules in summary["spectrum"].items()},
             shades=SHADES,
@@ -127,18 +127,24 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(formats, name) for name in ("signed", "ends", "duration", "p_value", "is_clear", "rate")}
+    environment.filters |= {
+        name: getattr(formats, name) for name in ("signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
+    }
     environment.filters["count"] = short_count
     return environment
 
 
 def _remarks(summary: Mapping[str, Any]) -> list[str]:
-    """Return what stands below the table: the decision, the rank to use, the control, the legend."""
-    return [text for text in (summary["decision"], words.recommended_text(summary), _control(summary), words.legend(summary)) if text]
-
-
-def _control(summary: Mapping[str, Any]) -> str:
-    return str(summary["control"]["words"])
+    """Return what stands below the table: the decision, the rank to use, what can't be told, the control, the registry, the legend."""
+    texts = [
+        summary["decision"],
+        words.recommended_text(summary),
+        *sections.undecided(summary),
+        summary["control"]["words"],
+        words.registered_text(summary),
+        words.legend(summary),
+    ]
+    return [text for text in texts if text]
 
 
 def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:

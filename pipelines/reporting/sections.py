@@ -1,17 +1,22 @@
 """What the sections of the page show, as plain values taken from the summary; the templates only write them down."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pipelines.judging.comparison import BASE, CONTROL, QUANTIZED_BASE
+from pipelines.judging.records import UNNAMED
 from pipelines.reporting.figures import Figure, general_change
 from pipelines.reporting.formats import is_clear
 
 SAMPLES = 4
+REASONS = 2
+"""How many reasons are named of one kind of item that was left out."""
+RECIPE = "recipe.yaml"
+"""Name under which MLflow keeps the recipe."""
 Model = Mapping[str, Any]
 Summary = Mapping[str, Any]
 
@@ -57,9 +62,53 @@ def share_right(accuracy: float | None) -> str:
     return f"{100 * accuracy:.1f}\u00a0%" if 0 <= accuracy <= 1 else f"{accuracy:.3g}".replace("-", "−")
 
 
-def left_out(summary: Summary) -> int:
-    """Return how many general questions were left out, for all models alike."""
-    return sum(one["left_out"] for one in summary["models"][BASE]["scores"]["benchmarks"].values())
+def undecided(summary: Summary) -> list[str]:
+    """Return of which adapters the gate can't tell, and why, where another passes; where none does the decision says it."""
+    if summary["champion"] is None:
+        return []
+    verdicts = {label: model["verdict"] for label, model in adapters(summary["models"]).items()}
+    return [f"Can't tell of {label}: {one['reason']}." for label, one in verdicts.items() if one["status"] == "can't tell"]
+
+
+def control_rates(summary: Summary) -> list[dict[str, Any]]:
+    """Return each rate that was tried for the control, its loss on the examples kept for that, and what came of it."""
+    chosen = summary["control"]["chosen"]
+    return [
+        {"rate": rate, "loss": loss, "outcome": "diverged" if loss is None else "chosen" if float(rate) == chosen else ""}
+        for rate, loss in summary["control"]["rates"].items()
+    ]
+
+
+def power_by_benchmark(model: Model) -> dict[str, Any]:
+    """Return what each benchmark alone can tell of a model; nothing where only all of them were asked."""
+    return dict((model.get("power") or {}).get("benchmarks") or {})
+
+
+def power_table(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
+    """Return, for each benchmark whose power is known, that of each adapter."""
+    found = {label: power_by_benchmark(model) for label, model in adapters(models).items()}
+    names = dict.fromkeys(name for one in found.values() for name in one)
+    return {name: {label: one.get(name) for label, one in found.items()} for name in names}
+
+
+def left_out(summary: Summary) -> list[dict[str, Any]]:
+    """Return what was left out for all models, by benchmark or kind: how many, and why as their records say it."""
+    reasons: dict[str, dict[Any, str]] = {}
+    for path in summary["items"].values():
+        for record in filter(lambda record: "left_out" in record, _records(Path(path))):
+            name = record.get("benchmark") or UNNAMED[record["kind"]]
+            reasons.setdefault(name, {})[record["kind"], record["id"]] = record["left_out"]
+    counted = {name: one["left_out"] for name, one in summary["models"][BASE]["scores"]["benchmarks"].items() if one["left_out"]}
+    return [
+        {"name": name, "count": len(found) or counted[name], "why": _some(list(dict.fromkeys(found.values())))}
+        for name in dict.fromkeys([*counted, *reasons])
+        for found in [reasons.get(name, {})]
+    ]
+
+
+def _some(reasons: list[str]) -> str:
+    more = len(reasons) - REASONS
+    return "; ".join([*reasons[:REASONS], *([f"and {more} more like it"] if more > 0 else [])])
 
 
 def samples(summary: Summary) -> list[dict[str, Any]]:
@@ -82,11 +131,10 @@ def training_method(summary: Summary, label: str) -> str:
 
 
 def commands(summary: Summary) -> list[str]:
-    """Return what repeats the comparison from a checkout of the code."""
-    commit, recipe = summary["commit"], summary["recipe"]
+    """Return what repeats the comparison from a checkout of the code, where the recipe is kept under its own name."""
+    commit, name = summary["commit"], summary["recipe"]["name"]
     there = [] if commit in (None, "unknown") else [f"git checkout {commit.removesuffix('-dirty')}"]
-    ranks = " ".join(f"--rank {rank}" for rank in recipe["lora"]["ranks"])
-    return [*there, "make setup", f".venv/bin/lora run {recipe['name']} {ranks}", f".venv/bin/lora compare {recipe['name']}"]
+    return [*there, "make setup", f".venv/bin/lora run {name}.yaml", f".venv/bin/lora compare {name}"]
 
 
 def recipe_text(summary: Summary) -> str:
@@ -95,5 +143,9 @@ def recipe_text(summary: Summary) -> str:
 
 
 def _generations(path: Path) -> dict[int, dict[str, Any]]:
+    return {record["id"]: record for record in _records(path) if record["kind"] == "generation" and "left_out" not in record}
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:  # not splitlines, which also breaks at separators inside an answer
-        return {record["id"]: record for record in map(json.loads, lines) if record["kind"] == "generation"}
+        yield from map(json.loads, lines)

@@ -1,11 +1,12 @@
 """The model card, read by the hub's own library: what it says stands in the summary, and nothing that the hub refuses."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from summaries import BENCHMARKS, METRICS, Summary, build
+from summaries import BENCHMARKS, METRICS, UNUSUAL, Summary, build, figures_of_any_scale, no_control
 
 from pipelines.reporting.card import card
 
@@ -90,6 +91,28 @@ def test_without_a_control_the_table_has_no_such_column(summary: Summary) -> Non
     text = read(summary).text
     assert "| Figure | Base | This adapter |" in text
     assert "There is no control." in text
+
+
+def test_how_to_repeat_it_names_the_recipe_that_is_kept(summary: Summary) -> None:
+    assert "save `recipe.yaml` of the MLflow run `tiny_run` as `tiny_run.yaml`" in read(summary).text
+    assert "`lora run tiny_run.yaml`" in read(summary).text
+
+
+@pytest.mark.parametrize("alter", UNUSUAL)
+def test_unusual_comparisons_have_cards(summary: Summary, alter: Callable[[Summary], None]) -> None:
+    alter(summary)
+    rows = [line.replace(r"\|", "") for line in read(summary).text.splitlines() if line.startswith("|")]
+    assert {row.count("|") for row in rows} == {6 if alter is no_control else 7}
+    assert not re.search(r"\bNone\b|\bnan\b", read(summary).text)
+
+
+def test_odd_names_stay_data(summary: Summary) -> None:
+    figures_of_any_scale(summary)
+    summary["base"]["id"] = '/models/a "quoted" one'
+    assert "\n| my\\|metrics:a<b> |" in read(summary).text
+    assert "| 1e+30 | 1e+30 | −1e+30 | −2e+30 (−3e+30, 0.000)" in read(summary).text
+    (code,) = re.findall(r"```python\n(.*?)```", read(summary).text, flags=re.DOTALL)
+    assert '/models/a "quoted" one' in compile(code, "card", "exec").co_consts
 
 
 def test_limits_name_answers_without_an_end(summary: Summary) -> None:

@@ -34,6 +34,7 @@ def test_a_way_leads_from_its_base_through_its_snapshots(summary: Summary) -> No
     assert found["control"].start == (0.0, 0.0)
     assert found["rank-16"].start == (summary["models"]["base-nf4"]["change"]["task_gain"]["mean"], 0.0)
     assert [row["label"] for row in found["rank-16"].rates] == ["rank-16 lr 0.0005"]
+    assert [row["label"] for row in found["control"].rates] == ["control lr 0.0003"]
     assert [row["rank"] for row in found["rank-64"].cuts] == [8, 2]
     assert not found["rank-16"].cuts and not found["control"].cuts
 
@@ -42,6 +43,20 @@ def test_a_control_by_lora_begins_where_the_adapters_do(summary: Summary) -> Non
     summary["control"]["method"] = "lora"
     found = by_label(summary)
     assert found["control"].start == found["rank-16"].start
+
+
+def test_another_rate_of_the_control_is_drawn_and_named_beside_it(summary: Summary) -> None:
+    squares, labels = drawn(summary)
+    summary["frontier"] = [row for row in summary["frontier"] if row["label"] != "control lr 0.0003"]
+    fewer, without = drawn(summary)
+    assert squares - fewer == 1 and labels - without == {"0.0003"}
+
+
+def drawn(summary: Summary) -> tuple[int, set[str]]:
+    """Return how many dotted lines of the control's colour lead to another rate, and the labels in that colour."""
+    svg = plot_frontier(summary)
+    dotted = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="fill: none; stroke-dasharray: 0.8[^"]*stroke: var\(--control', svg)
+    return len(dotted), set(re.findall(r"fill: var\(--control[^>]*>([^<]*)</text>", svg))
 
 
 def test_over_a_dense_base_all_begin_at_zero(summary: Summary) -> None:

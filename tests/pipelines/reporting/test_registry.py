@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from summaries import Summary, build
+from summaries import ODD, Summary, a_rate_that_diverged, build, figures_of_any_scale, no_general_ability
 from tiny import save_tiny_model
 
 from lora_core.files import sha256_of_file
 from pipelines.errors import RegistryError
+from pipelines.recipe import load_recipe
 from pipelines.reporting import logged
+from pipelines.reporting.card import card
 
 mlflow = pytest.importorskip("mlflow")
+from mlflow.utils.validation import _validate_metric_name  # noqa: E402
+
 pytestmark = pytest.mark.server
 STEPS = 700
 WEIGHTS = "adapter_model.safetensors"
@@ -113,7 +117,8 @@ def test_the_frontier_is_a_table_and_no_run(summary: Summary, runs: Path) -> Non
     assert set(found["runs"]) == set(summary["models"])
     assert len(client.search_runs([found["experiment_id"]])) == 1 + len(summary["models"])
     shown = {entry["path"] for entry in json.loads(client.get_run(found["parent_run"]).data.tags["mlflow.loggedArtifacts"])}
-    assert shown == {"comparison.json", "benchmarks.json", "frontier.json"}
+    named = ("comparison", "benchmarks", "rules", "power", "frontier", "provenance", "control_rates", "spectra")
+    assert shown == {f"{name}.json" for name in named}
     frontier = client.load_table(found["experiment_id"], "frontier.json", [found["parent_run"]])
     assert list(frontier["label"]) == [row["label"] for row in summary["frontier"]]
     assert list(frontier["general_low"]) == pytest.approx([row["general"]["low"] for row in summary["frontier"]])
@@ -142,6 +147,72 @@ def test_a_version_says_what_was_judged_last(summary: Summary, runs: Path) -> No
     assert register(summary | {"key": "b" * 64}, runs, [], "")["versions"] == first["versions"]
     tags = mlflow.MlflowClient().get_model_version(summary["name"], str(first["versions"]["rank-4"])).tags
     assert (tags["verdict"], tags["reason"], tags["comparison"]) == ("pass", "more items were scored", "b" * 64)
+
+
+def test_the_files_of_a_version_say_what_was_judged_last(summary: Summary, runs: Path, tmp_path: Path) -> None:
+    from pipelines.reporting.registry import download, register
+
+    register(summary, runs, [], "")
+    again = json.loads(json.dumps(summary)) | {"key": "c" * 64}
+    again["models"]["rank-16"]["verdict"]["rules"][0] |= {"reason": "more examples were scored"}
+    weights = (Path(summary["models"]["rank-16"]["folder"]) / "adapter" / WEIGHTS).read_bytes()
+    for place, one in enumerate((summary, again)):
+        register(one, runs, [], "")
+        folder = download(f"models:/{summary['name']}@champion", runs, tmp_path / str(place))
+        assert (folder / "README.md").read_text(encoding="utf-8") == card(one, "rank-16")
+        assert (folder / WEIGHTS).read_bytes() == weights
+    assert card(summary, "rank-16") != card(again, "rank-16")
+
+
+def test_the_recipe_is_kept_with_the_comparison(summary: Summary, runs: Path, tmp_path: Path) -> None:
+    from pipelines.reporting.registry import register
+
+    parent = register(summary, runs, [], "")["parent_run"]
+    path = mlflow.artifacts.download_artifacts(run_id=parent, artifact_path="recipe.yaml", dst_path=str(tmp_path / "fetched"))
+    assert load_recipe(path).model_dump(mode="json") == summary["recipe"]
+
+
+def test_what_is_registered_is_told_afterwards(summary: Summary, runs: Path, tmp_path: Path) -> None:
+    from pipelines.reporting.registry import describe, register
+
+    page = tmp_path / "report.html"
+    page.write_text("before")
+    found = register(summary, runs, [page], "a note")
+    page.write_text("after")
+    describe(found, runs, [page], "another note")
+    client = mlflow.MlflowClient()
+    assert client.get_run(found["parent_run"]).data.tags["mlflow.note.content"] == "another note"
+    assert Path(client.download_artifacts(found["parent_run"], page.name, str(tmp_path))).read_text() == "after"
+
+
+def test_without_general_abilities_all_is_registered(summary: Summary, runs: Path) -> None:
+    from pipelines.reporting.registry import register
+
+    no_general_ability(summary)
+    found = register(summary, runs, [], "")
+    assert len(found["versions"]) == 3 and found["aliases"] == {}
+    client = mlflow.MlflowClient()
+    frontier = client.load_table(found["experiment_id"], "frontier.json", [found["parent_run"]])
+    assert frontier["general_mean"].isna().all() and not frontier["gain_mean"].isna().any()
+    assert client.get_model_version(summary["name"], "1").tags["general_change"] == "None"
+
+
+def test_odd_names_and_figures_of_any_scale_are_registered(summary: Summary, runs: Path) -> None:
+    from pipelines.reporting.registry import register
+
+    figures_of_any_scale(summary)
+    a_rate_that_diverged(summary)
+    name = summary["recipe"]["registry"]["model"] = "it's 50% of |é| <b>"
+    found = register(summary, runs, [], "")
+    assert register(summary, runs, [], "") == found
+    client = mlflow.MlflowClient()
+    metrics = client.get_run(found["runs"]["base"]).data.metrics
+    assert metrics["task/my_metrics_a_b_"] == 1e30
+    assert [value for key, value in metrics.items() if "50_ of" in key] == [-123456.789]
+    assert client.get_model_version_by_alias(name, "champion").tags["rank"] == "16"
+    benchmarks = client.load_table(found["experiment_id"], "benchmarks.json", [found["parent_run"]])
+    assert ODD in set(benchmarks["benchmark"])
+    assert json.loads(client.get_run(found["runs"]["control"]).data.tags["lora.control.rates"])["0.001"] is None
 
 
 def test_an_adapter_near_the_size_of_a_base_is_refused(summary: Summary, runs: Path) -> None:
@@ -286,6 +357,10 @@ def test_names_are_such_as_every_server_takes(summary: Summary) -> None:
     found = logged.metrics(summary["models"]["base"])
     assert found["task/my.checks_polite"] == 50.0
     assert found["benchmark/50_ of _x_"] == 0.25
+    for odd in ("..", "a//b", "a/../b", "x/", "./x", "é" * 300):
+        scores["benchmarks"] = {odd: {"choice_probability": None, "accuracy": 0.5, "items": 4, "left_out": 0}}
+        (name,) = [name for name in logged.metrics(summary["models"]["base"]) if name.startswith("benchmark/")]
+        _validate_metric_name(name)
 
 
 def test_a_control_by_lora_has_its_rank(summary: Summary) -> None:

@@ -10,11 +10,34 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from summaries import BENCHMARKS, KINDS, LAYERS, METRICS, Summary, build
+from summaries import (
+    BENCHMARKS,
+    KINDS,
+    LAYERS,
+    METRICS,
+    UNUSUAL,
+    Summary,
+    a_gate_that_allows_no_drop,
+    a_rate_that_diverged,
+    build,
+    control_by_lora,
+    dense,
+    figures_of_any_scale,
+    no_answers,
+    no_champion,
+    no_chat,
+    no_control,
+    no_frontier,
+    no_general_ability,
+    no_prompts,
+    nothing_kept,
+    one_rank,
+)
 
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, load_recipe
 from pipelines.reporting.figures import figures
 from pipelines.reporting.report import markdown_table, terminal_table, write_html
+from pipelines.reporting.sections import commands, left_out, recipe_text, samples
 from pipelines.reporting.words import headline, recommended_text, registered_text
 
 Cell = dict[str, str | None]
@@ -71,114 +94,6 @@ def printed(summary: Summary, width: int = 100) -> str:
     return stream.getvalue()
 
 
-def one_rank(summary: Summary) -> None:
-    for label in ("rank-4", "rank-64"):
-        del summary["models"][label], summary["spectrum"][label]
-    summary["frontier"] = [row for row in summary["frontier"] if row["rank"] in (None, 16)]
-
-
-def dense(summary: Summary) -> None:
-    del summary["models"]["base-nf4"]
-
-
-def no_champion(summary: Summary) -> None:
-    summary["champion"] = summary["recommended"] = None
-
-
-def nothing_kept(summary: Summary) -> None:
-    summary["champion"] = summary["candidate"] = summary["recommended"] = None
-
-
-def no_answers(summary: Summary) -> None:
-    path = Path(summary["items"]["rank-4"])
-    path.write_text(json.dumps({"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}) + "\n", encoding="utf-8")
-
-
-def no_prompts(summary: Summary) -> None:
-    no_answers(summary)
-    for model in summary["models"].values():
-        model["scores"] |= {"generation": {}, "corpus": {}, "unfinished_answers": 0}
-        for effect in ("change", "total"):
-            model.get(effect, {})["generation"] = {}
-
-
-def no_chat(summary: Summary) -> None:
-    for model in summary["models"].values():
-        model["scores"] |= {"chat_loss": None, "text_loss": None}
-        for effect in {"change", "total"} & model.keys():
-            model[effect] |= {"chat_loss": None, "text_loss": None, "kl": None}
-
-
-def no_control(summary: Summary) -> None:
-    summary["control"] = {"method": "none", "rates": {}, "chosen": None, "words": "There is no control."}
-    summary["recipe"]["control"]["method"] = "none"
-    del summary["models"]["control"], summary["items"]["control"]
-    summary["frontier"] = [row for row in summary["frontier"] if not row["label"].startswith("control")]
-    for label in ("rank-64", "rank-4", "rank-16"):
-        summary["models"][label] |= {"gain_share": None, "beyond_control": None}
-
-
-def control_by_lora(summary: Summary) -> None:
-    summary["models"]["control"]["rank"] = 128
-    summary["control"]["method"] = "lora"
-    summary["recipe"]["control"] |= {"method": "lora", "rank": 128}
-
-
-def no_frontier(summary: Summary) -> None:
-    summary["frontier"] = [row for row in summary["frontier"] if row["trained"]]
-
-
-def questions_without_choices(summary: Summary) -> None:
-    for model in summary["models"].values():
-        model["scores"]["benchmarks"]["mine"] = {"choice_probability": None, "accuracy": None, "items": 12, "left_out": 0}
-        for effect in {"change", "total"} & model.keys():
-            model[effect]["benchmarks"]["mine"] = {"mean": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.0004, "adjusted_p": 0.0004}
-
-
-def a_gate_that_allows_no_drop(summary: Summary) -> None:
-    for label in ("rank-64", "rank-4", "rank-16"):
-        summary["models"][label]["power"]["needed"] = None
-
-
-def no_choices(summary: Summary) -> None:
-    """Leave only questions of one answer: right or wrong stands for general abilities."""
-    summary["general_figure"] = "accuracy"
-    for model in summary["models"].values():
-        model["scores"] |= {"choice_probability": None, "margin": None}
-        for effect in {"change", "total"} & model.keys():
-            model[effect] |= {"choice_probability": None, "margin": None}
-
-
-def no_general_ability(summary: Summary) -> None:
-    """Leave every question out."""
-    no_choices(summary)
-    nothing_kept(summary)
-    for model in summary["models"].values():
-        model["scores"] |= {"accuracy": None, "benchmarks": {}}
-        for effect in {"change", "total"} & model.keys():
-            model[effect] |= {"accuracy": None, "benchmarks": {}}
-        model["power"] = model["beyond_control"] = None
-    for row in summary["frontier"]:
-        row["general"] = None
-
-
-UNUSUAL = (
-    one_rank,
-    dense,
-    no_champion,
-    no_answers,
-    no_prompts,
-    no_chat,
-    no_control,
-    control_by_lora,
-    no_frontier,
-    questions_without_choices,
-    a_gate_that_allows_no_drop,
-    no_choices,
-    no_general_ability,
-)
-
-
 def test_every_model_has_a_row_with_its_verdict_at_100_columns(summary: Summary) -> None:
     text = printed(summary)
     assert "…" not in text
@@ -214,6 +129,7 @@ def test_what_was_registered_is_named(summary: Summary, tmp_path: Path) -> None:
     assert expected in page_of(summary, tmp_path / "report.html")[0]
     summary["registered"]["aliases"] = {}
     assert registered_text(summary).endswith("version 3; no alias was moved.")
+    assert "no alias was moved." in printed(summary)
 
 
 def test_the_rank_to_use_and_the_control_are_named(summary: Summary) -> None:
@@ -246,7 +162,7 @@ def test_every_colour_of_a_plot_follows_the_page(page: tuple[str, Figures]) -> N
 def test_what_a_model_wrote_is_escaped(page: tuple[str, Figures]) -> None:
     text, figures = page
     assert "script" not in figures.tags
-    assert text.count("&lt;script&gt;") == 4 * (5 + 1)  # four samples; the base, the control and three adapters, and the prompt
+    assert text.count("&lt;script&gt;") == 4 * (5 + 1) + 1  # four samples: the base, the control, three adapters, the prompt; a reason
     assert "base-nf4 &lt;script" not in text
 
 
@@ -256,7 +172,33 @@ def test_an_answer_that_did_not_end_is_marked(page: tuple[str, Figures]) -> None
 
 def test_what_was_left_out_is_counted(page: tuple[str, Figures]) -> None:
     assert "40 items, 2 left out" in page[0]
-    assert "2 items were left out for every model" in page[0]
+    told = re.search(r'id="left-out">(.*?)</p>', page[0], flags=re.DOTALL)
+    assert told is not None
+    long = "(613 tokens exceed the context of 512)"
+    assert f"lambada 2 {long}, passages 1 {long}, answers 1 (its answer had no end &lt;script&gt;" in told.group(1)
+    assert "longer than" not in page[0]
+
+
+def test_without_records_only_the_count_is_told(summary: Summary) -> None:
+    no_answers(summary)
+    assert {one["name"]: one["count"] for one in left_out(summary)} == {"lambada": 2, "passages": 1, "answers": 1}
+    summary["items"] = {"rank-4": summary["items"]["rank-4"]}
+    assert left_out(summary) == [{"name": "lambada", "count": 2, "why": ""}]
+
+
+def test_a_prompt_that_one_model_left_out_is_no_sample(summary: Summary) -> None:
+    assert [next(iter(one.values()))["id"] for one in samples(summary)] == [0, 1, 2, 3]
+    path = Path(summary["items"]["rank-4"])
+    kept = [line for line in path.read_text(encoding="utf-8").split("\n") if '"id": 2,' not in line]
+    path.write_text("\n".join([json.dumps({"kind": "generation", "id": 2, "left_out": "too long"}), *kept]), encoding="utf-8")
+    assert [next(iter(one.values()))["id"] for one in samples(summary)] == [0, 1, 3, 4]
+
+
+def test_many_reasons_are_cut_short(summary: Summary) -> None:
+    records = [{"kind": "chat", "id": place, "left_out": f"reason {place}"} for place in range(5)]
+    Path(summary["items"]["base"]).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    summary["items"] = {"base": summary["items"]["base"]}
+    assert left_out(summary)[1:] == [{"name": "chat", "count": 5, "why": "reason 0; reason 1; and 3 more like it"}]
 
 
 def test_the_recipe_on_the_page_is_the_recipe(summary: Summary, page: tuple[str, Figures]) -> None:
@@ -278,7 +220,14 @@ def test_the_recipe_on_the_page_is_the_recipe(summary: Summary, page: tuple[str,
     shown = code.text[code.text.rindex("name: tiny_run") :]
     assert Recipe.model_validate(yaml.safe_load(shown)) == Recipe.model_validate(summary["recipe"])
     assert "git checkout 0123456789ab" in code.text
-    assert "lora run tiny_run --rank 64 --rank 4 --rank 16" in code.text
+    assert "lora run tiny_run.yaml\n" in code.text and "saved as <code>tiny_run.yaml</code>" in page[0]
+
+
+def test_the_recipe_runs_from_a_file_of_its_name(summary: Summary, tmp_path: Path) -> None:
+    command = next(line for line in commands(summary) if "lora run" in line)
+    path = tmp_path / command.split()[-1]
+    path.write_text(recipe_text(summary), encoding="utf-8")
+    assert load_recipe(str(path)).model_dump(mode="json") == summary["recipe"]
 
 
 def test_figures_on_the_page_equal_the_summarys(summary: Summary, page: tuple[str, Figures]) -> None:
@@ -317,6 +266,7 @@ def test_every_figure_has_a_row_that_says_what_it_detects(summary: Summary, page
         assert float(cell["data-level"] or "") == (scores[section] if section else scores)[key]
         assert read(cell) == (change[section] if section else change)[{"task_loss": "task_gain"}.get(key, key)]
     assert float(cells["rank-16", "change.kl"]["data-level"] or "") == models["rank-16"]["change"]["kl"]
+    assert "0.050<small>0.040, 0.060</small>" in text
     assert all(figure.detects and figure.detects.replace("'", "&#39;") in text for figure in figures(models))
     assert cells["", "moved.choice_probability"]["data-value"] == "1"  # of the four trained models, rank-64 alone
     assert cells["", "moved.task_loss"]["data-value"] == "4"
@@ -347,7 +297,40 @@ def test_spectra_and_power_are_shown(summary: Summary, page: tuple[str, Figures]
             ranks = [module["effective_rank"] for module in modules if module["module"].endswith(kind)]
             shown = float(cells[label, f"effective_rank.{kind.rpartition('.')[2]}"]["data-value"] or "")
             assert len(ranks) == LAYERS and shown == pytest.approx(sum(ranks) / LAYERS)
-        assert float(cells[label, "power.needed"]["data-value"] or "") == summary["models"][label]["power"]["needed"]
+        power = summary["models"][label]["power"]
+        assert float(cells[label, "power.needed"]["data-value"] or "") == power["needed"]
+        assert cells[label, "enough.all"]["data-value"] == str(int(power["enough"]))
+        assert cells[label, "enough.piqa"]["data-value"] == str(int(power["benchmarks"]["piqa"]["enough"]))
+        assert float(cells[label, "smallest_drop.piqa"]["data-value"] or "") == power["benchmarks"]["piqa"]["smallest_drop"]
+    assert page[0].count("too few to tell a drop of 0.03") == 1  # of rank-64, on all benchmarks
+    assert page[0].count("too few to tell it") == 2 * len(BENCHMARKS)
+
+
+def test_a_gate_that_allows_no_drop_asks_for_no_number(summary: Summary, tmp_path: Path) -> None:
+    a_gate_that_allows_no_drop(summary)
+    text = page_of(summary, tmp_path / "report.html")[0]
+    assert "too few to tell" not in text and ">no number shows that nothing was lost<" in text
+
+
+def test_what_cannot_be_told_is_named_beside_a_champion(summary: Summary) -> None:
+    expected = "Can't tell of rank-4: forgot little: -0.004."
+    assert expected in printed(summary) and expected in markdown_table(summary)
+    no_champion(summary)  # then the decision names them all
+    assert "Can't tell of" not in printed(summary) + markdown_table(summary)
+
+
+def test_a_rate_at_which_training_diverged_is_named(summary: Summary, tmp_path: Path) -> None:
+    a_rate_that_diverged(summary)
+    text = page_of(summary, tmp_path / "report.html")[0]
+    assert re.search(r'data-rate="0.001" class="none">–</td><td class="text short">diverged</td>', text)
+    assert re.search(r'data-rate="0.0001" data-value="2.91">2.9100</td><td class="text">chosen</td>', text)
+
+
+def test_figures_of_any_scale_are_written_short(summary: Summary, tmp_path: Path) -> None:
+    figures_of_any_scale(summary)
+    text = page_of(summary, tmp_path / "report.html")[0]
+    assert "−1e+30" in text and "−2e+30" in text and "−1.235e+05" in text and "0" * 12 not in re.sub(r'="[^"]*"', "", text)
+    assert "my|metrics:a&lt;b&gt;" in text and "<b>|" not in text
 
 
 def test_three_effects_are_told_apart(summary: Summary, page: tuple[str, Figures]) -> None:

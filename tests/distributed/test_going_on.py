@@ -1,0 +1,71 @@
+"""A run goes on with another number of ranks, from the checkpoint before a damaged one, and keeps the best beside the newest."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distributed.trainings import Trainings, farthest, losses, outcome, train_all
+from pipelines.stage import Stage
+
+pytestmark = pytest.mark.slow
+BREAK = 5
+"""Steps done when a run is broken off; its newest checkpoint holds four."""
+
+
+DAMAGES = ("a flipped bit", "cut short", "a missing file")
+
+
+@pytest.fixture(scope="module")
+def broken(trainings: Trainings) -> dict[str, Stage]:
+    """Runs of two ranks that were broken off, one for each test, by name."""
+    stages = {name: trainings.stage("QLoRA", name.replace(" ", "-"), 2) for name in ("to one", "to four", *DAMAGES)}
+    train_all("cpu_zero2", 2, [f"{stage.folder}:{BREAK}" for stage in stages.values()], trainings.root / "broken.log")
+    return stages
+
+
+@pytest.mark.parametrize(("name", "config", "processes"), [("to one", "cpu_single", 1), ("to four", "cpu_ddp", 4)])
+def test_two_ranks_go_on_as_others(
+    trainings: Trainings, alone: dict[str, Stage], broken: dict[str, Stage], name: str, config: str, processes: int
+) -> None:
+    stage, log = trainings.stage("QLoRA", name.replace(" ", "-"), processes), trainings.root / f"{config}.log"
+    assert stage.folder == broken[name].folder
+    train_all(config, processes, [str(stage.folder)], log)
+    assert "from step 4" in log.read_text()
+    assert losses(stage) == pytest.approx(losses(alone["QLoRA"]), abs=2e-6)
+    assert farthest(outcome(alone["QLoRA"]), outcome(stage)) < 5e-5
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    trainings: Trainings, alone: dict[str, Stage], broken: dict[str, Stage]
+) -> None:
+    for damage in DAMAGES:
+        harm(broken[damage].folder / "checkpoints" / "step-00004" / "exp_avg.safetensors", damage)
+    log = trainings.root / "damaged.log"
+    train_all("cpu_zero2", 2, [str(broken[damage].folder) for damage in DAMAGES], log)
+    assert log.read_text().count("step-00004 is damaged (") == log.read_text().count("from step 2") == len(DAMAGES)
+    for damage in DAMAGES:
+        assert losses(broken[damage]) == pytest.approx(losses(alone["QLoRA"]), abs=2e-6)
+
+
+def test_the_newest_and_the_best_checkpoints_stay(trainings: Trainings) -> None:
+    stage = trainings.stage("QLoRA", "kept", training={"steps": 12, "checkpoint_every": 1, "checkpoints_kept": 2})
+    train_all("cpu_single", 1, [f"{stage.folder}:11"], trainings.root / "kept.log")
+    kept = sorted((stage.folder / "checkpoints").glob("step-*"))
+    rows = losses(stage)[:11]
+    best = rows.index(min(rows)) + 1
+    assert {int(folder.name[5:]) for folder in kept} == {10, 11, best}
+    state = json.loads((kept[-1] / "state.json").read_text())
+    assert (state["step"], state["ranks"]) == (11, 1)
+    assert set(state["files"]) == {"weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "random.safetensors"}
+
+
+def harm(path: Path, damage: str) -> None:
+    """Damage a file as a disk or a kill does."""
+    content = bytearray(path.read_bytes())
+    if damage == "a missing file":
+        path.unlink()
+        return
+    if damage == "a flipped bit":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "a flipped bit" else content[: len(content) // 2])

@@ -1,0 +1,74 @@
+"""Tiny trainings of every kind, by name, prepared once: what the tests and the printed matrix of launches share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from tiny import save_pairs, save_tiny_model, tiny_recipe
+from torch import Tensor
+
+from pipelines import launch
+from pipelines.arms import Arm, control_arms
+from pipelines.recipe import parse_recipe
+from pipelines.stage import Stage, read_records
+from pipelines.stages import Stages
+
+METHODS = {"LoRA": "none", "QLoRA": "nf4", "full": "none"}
+"""Name → how the base is stored."""
+LAUNCHES = ("cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_zero3_offload")
+SEVERAL = Path(__file__).with_name("several.py")
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Makes training stages over one tiny model and its data."""
+
+    root: Path
+
+    @classmethod
+    def prepare(cls, root: Path) -> "Trainings":
+        """Save the model and the rows."""
+        save_tiny_model(root / "model")
+        save_pairs(root / "pairs.jsonl")
+        return cls(root)
+
+    def stage(self, method: str, runs: str, processes: int = 1, **changes: Any) -> Stage:
+        """Return a stage that is begun, in a folder of runs of its own."""
+        changes = {"base_model": {"quantization": METHODS[method]}, "launch": {"processes": processes}, **changes}
+        recipe = parse_recipe(tiny_recipe(self.root / "model", self.root / "pairs.jsonl", **changes))
+        stages = Stages(recipe, self.root / runs)
+        base = launch.result_of(Stages(recipe, self.root / "shared").base(), "pipelines.base_model", threads=1)
+        data_stage = Stages(recipe, self.root / "shared").data(base)
+        data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
+        arm = control_arms(recipe)[0] if method == "full" else Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
+        stage = stages.train(base, data, arm)
+        stage.begin()
+        return stage
+
+
+def train_all(config: str, processes: int, words: list[str], log: Path) -> None:
+    """Train what the words name (see `several`) in one group of processes; raise AssertionError with the log where that fails."""
+    argv = launch.accelerate_argv(config, processes, Path())
+    argv = [*argv[: argv.index("-m", 3)], str(SEVERAL), *words]
+    with log.open("wb") as stream:
+        status = launch.run_beside(argv, stream, threads=1, until=lambda: False)
+    assert status == 0, log.read_text()[-3000:]
+
+
+def losses(stage: Stage) -> list[float]:
+    """Return the loss of each step."""
+    return [row["loss"] for row in read_records(stage.folder / "metrics.jsonl")]
+
+
+def outcome(stage: Stage) -> dict[str, Tensor]:
+    """Return what was trained."""
+    file = "model/model.safetensors" if stage.inputs["method"] == "full" else "adapter/adapter_model.safetensors"
+    return load_file(str(stage.folder / file))
+
+
+def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Return the largest difference of any tensor, as a share of its norm."""
+    assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())
+    return max(float((tensor - other[name]).norm() / tensor.norm().clamp(min=1e-6)) for name, tensor in one.items())

@@ -1,0 +1,121 @@
+"""Two hosts on one machine: network namespaces with names of their own, joined by a cable that can be pulled.
+
+    node-a 10.77.0.1 ──── cable ──── 10.77.0.2 node-b
+
+Needs root and iproute2.
+"""
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.launch import REPOSITORY
+from pipelines.stage import Stage
+
+NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
+CABLE = "cable"
+PORT = 29511
+FIRST = """
+import json, pickle, sys
+from pipelines import hosts
+from pipelines.errors import PipelineError
+stage, settings = pickle.load(open(sys.argv[1], "rb"))
+try:
+    print(json.dumps(hosts.train(stage, settings, None, print)))
+except PipelineError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def objection() -> str | None:
+    """Say why there can be no two hosts here; None where there can."""
+    if os.geteuid() != 0:
+        return "two hosts need root, to make network namespaces"
+    if shutil.which("ip") is None:
+        return "two hosts need iproute2"
+    made = subprocess.run(["ip", "netns", "add", "node-probe"], capture_output=True, check=False)
+    subprocess.run(["ip", "netns", "del", "node-probe"], capture_output=True, check=False)
+    return None if made.returncode == 0 else f"no network namespace can be made here ({made.stderr.decode().strip()})"
+
+
+@dataclass(frozen=True)
+class TwoHosts:
+    """Both hosts, which see the same files."""
+
+    runs: Path
+
+    def start(self, node: str, *argv: str) -> "subprocess.Popen[str]":
+        """Start a command on a host."""
+        environment = {
+            **os.environ,
+            "LORA_RUNS": str(self.runs),
+            "LORA_MAIN_ADDRESS": f"{NODES['node-a']}:{PORT}",
+            "GLOO_SOCKET_IFNAME": CABLE,
+            "PYTHONPATH": str(REPOSITORY),
+        }
+        named = ["ip", "netns", "exec", node, "unshare", "--uts", "sh", "-c", f'hostname {node} && exec "$@"', node]
+        return subprocess.Popen([*named, *argv], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def train(self, stage_file: Path) -> "subprocess.Popen[str]":
+        """Start a training on the first host, as a run does."""
+        return self.start("node-a", sys.executable, "-c", FIRST, str(stage_file))
+
+    def join(self) -> "subprocess.Popen[str]":
+        """Start `lora join` on the second."""
+        return self.start("node-b", str(Path(sys.executable).parent / "lora"), "join", "--machine", "1")
+
+    def pull_cable(self) -> None:
+        """Let nothing pass any more; neither side is told."""
+        ip("netns", "exec", "node-a", "ip", "link", "set", CABLE, "down")
+
+    def plug_cable(self) -> None:
+        """Let everything pass again."""
+        ip("netns", "exec", "node-a", "ip", "link", "set", CABLE, "up")
+
+
+@contextmanager
+def two_hosts(runs: Path) -> Iterator[TwoHosts]:
+    """Make both hosts for the length of a block."""
+    remove()
+    try:
+        for node in NODES:
+            ip("netns", "add", node)
+        ip("link", "add", "cable-a", "type", "veth", "peer", "name", "cable-b")
+        for node, address in NODES.items():
+            end = f"cable-{node[-1]}"
+            ip("link", "set", end, "netns", node)
+            for command in (f"link set {end} name {CABLE}", f"addr add {address}/24 dev {CABLE}", f"link set {CABLE} up", "link set lo up"):
+                ip("-n", node, *command.split())
+        yield TwoHosts(runs)
+    finally:
+        remove()
+
+
+def remove() -> None:
+    """Take both hosts away, with what is left running on them."""
+    for node in NODES:
+        found = subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True, check=False).stdout.split()
+        subprocess.run(["kill", "-9", *found], capture_output=True, check=False) if found else None
+        subprocess.run(["ip", "netns", "del", node], capture_output=True, check=False)
+
+
+def ip(*words: str) -> None:
+    """Run iproute2."""
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def processes_on(node: str) -> list[str]:
+    """Return the ids of what runs on a host."""
+    return subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True, check=False).stdout.split()
+
+
+def pickled(stage: Stage, settings: object, path: Path) -> Path:
+    """Write a stage and its launch settings for the process that trains it."""
+    path.write_bytes(pickle.dumps((stage, settings)))
+    return path

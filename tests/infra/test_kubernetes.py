@@ -1,0 +1,130 @@
+"""The manifests: rendered, held against Kubernetes' own schemas, and against the recipe and the commands that they start."""
+
+import copy
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.launch import GRACE_SECONDS, config_file
+from pipelines.recipe import Recipe, load_recipe
+
+FOLDER = Path(__file__).parents[2] / "infra" / "kubernetes"
+VERSIONS = ("1.31", "1.34", "1.37")
+"""The first that the page names, and later ones."""
+Manifest = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def written() -> list[Manifest]:
+    """Return the manifests as they are in the files that the kustomization names."""
+    names = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
+    return [document for name in names for document in yaml.safe_load_all((FOLDER / name).read_text())]
+
+
+@pytest.fixture(scope="module")
+def rendered() -> list[Manifest]:
+    """Return the manifests as kustomize makes them."""
+    for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
+        if shutil.which(command[0]):
+            ended = subprocess.run([*command, str(FOLDER)], capture_output=True, text=True, timeout=60, check=False)
+            assert ended.returncode == 0, ended.stderr
+            return list(yaml.safe_load_all(ended.stdout))
+    pytest.skip("neither kustomize nor kubectl is here to render with")
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe(FOLDER / "recipe.yaml")
+
+
+def only(manifests: list[Manifest], kind: str) -> Manifest:
+    [found] = [manifest for manifest in manifests if manifest["kind"] == kind]
+    return found
+
+
+def container(job: Manifest) -> Manifest:
+    [found] = job["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+@pytest.fixture
+def job(written: list[Manifest]) -> Manifest:
+    return only(written, "Job")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_is_rendered_meets_the_schemas(rendered: list[Manifest], version: str) -> None:
+    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate, which carries the schemas, is not installed")
+    assert {manifest["kind"] for manifest in rendered} == {"ConfigMap", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Service"}
+    for manifest in rendered:
+        schemas.validate(manifest, version, strict=True)
+    misspelt = copy.deepcopy(only(rendered, "Job"))
+    misspelt["spec"]["completion"] = 2
+    with pytest.raises(schemas.ValidationError, match="completion"):
+        schemas.validate(misspelt, version, strict=True)
+
+
+def test_what_the_job_refers_to_is_there_under_its_rendered_name(rendered: list[Manifest]) -> None:
+    job, maps = only(rendered, "Job"), {one["metadata"]["name"] for one in rendered if one["kind"] == "ConfigMap"}
+    pod = job["spec"]["template"]["spec"]
+    settings = {one["configMapRef"]["name"] for one in container(job)["envFrom"] if "configMapRef" in one}
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert settings | {volumes["recipe"]["configMap"]["name"]} == maps
+    assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == only(rendered, "PersistentVolumeClaim")["metadata"]["name"]
+    assert {mount["name"] for mount in container(job)["volumeMounts"]} == set(volumes)
+    assert container(job)["image"] != "lora-pipeline", "kustomize did not put the image's full name in"
+    assert "recipe.yaml" in next(one for one in rendered if one["metadata"]["name"].startswith("finetune-recipe"))["data"]
+
+
+def test_hosts_and_gpus_are_those_of_the_recipe(job: Manifest, recipe: Recipe) -> None:
+    hosts = job["spec"]["completions"]
+    assert hosts == job["spec"]["parallelism"] == recipe.launch.machines
+    assert hosts * container(job)["resources"]["limits"]["nvidia.com/gpu"] == recipe.launch.processes
+    assert config_file(recipe.launch.config).name.startswith("gpu_")
+
+
+def test_every_pod_finds_the_first_by_name(job: Manifest, written: list[Manifest]) -> None:
+    service, pod = only(written, "Service"), job["spec"]["template"]
+    name, [port] = service["metadata"]["name"], service["spec"]["ports"]
+    assert {"name": "LORA_MAIN_ADDRESS", "value": f"{job['metadata']['name']}-0.{name}:{port['port']}"} in container(job)["env"]
+    assert pod["spec"]["subdomain"] == name
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    [away] = pod["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert away["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    policy = only(written, "NetworkPolicy")["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert policy["ingress"] == [{"from": [{"podSelector": policy["podSelector"]}]}]
+
+
+@pytest.mark.parametrize(("index", "words"), [("0", "run /recipe/recipe.yaml"), ("1", "join --machine 1"), ("31", "join --machine 31")])
+def test_each_pod_starts_the_command_of_its_number(job: Manifest, tmp_path: Path, index: str, words: str) -> None:
+    (tmp_path / "lora").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "lora").chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "JOB_COMPLETION_INDEX": index}
+    ended = subprocess.run(container(job)["args"], env=env, capture_output=True, text=True, timeout=30, check=True)
+    assert ended.stdout == f"{words}\n"
+
+
+def test_the_runs_end_is_the_jobs_and_a_pod_may_be_lost(job: Manifest) -> None:
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert spec["completionMode"] == "Indexed"
+    assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
+    assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["Ignore"]
+    assert pod["terminationGracePeriodSeconds"] > GRACE_SECONDS
+
+
+def test_nothing_runs_as_root_or_writes_to_the_image(job: Manifest) -> None:
+    pod, limits = job["spec"]["template"]["spec"], container(job)["securityContext"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert not pod["automountServiceAccountToken"]
+    assert limits == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    writable = {mount["mountPath"] for mount in container(job)["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {"/runs", "/dev/shm", "/home/lora", "/tmp"}

@@ -1,0 +1,155 @@
+"""infra/README.md and the files beside it say nothing that is not so: commands, variables, launches, links, recipes."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from pipelines.child import PARENT
+from pipelines.cli import app
+from pipelines.launch import CONFIGS, config_file
+from pipelines.recipe import LaunchSection
+
+REPOSITORY = Path(__file__).parents[2]
+INFRA = REPOSITORY / "infra"
+PAGE = (INFRA / "README.md").read_text()
+FILES = [path for path in sorted(INFRA.rglob("*")) if path.is_file() and path.parent not in (CONFIGS, INFRA / "deepspeed")]
+COMPOSE = (INFRA / "compose.yaml").read_text()
+
+
+def in_source(name: str, *folders: Path, kinds: tuple[str, ...] = ("*.py",)) -> bool:
+    """Tell whether a file of these kinds under the folders holds the name."""
+    included = [f"--include={kind}" for kind in kinds]
+    return subprocess.run(["grep", "-rqwF", *included, name, *map(str, folders)], check=False).returncode == 0
+
+
+def library(name: str) -> Path:
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def of_prefect(name: str) -> bool:
+    import prefect.settings
+
+    return hasattr(prefect.settings, name)
+
+
+READERS: dict[str, Callable[[str], bool]] = {
+    "the pipeline": lambda name: in_source(f'"{name}"', REPOSITORY / "pipelines", REPOSITORY / "lora_core"),
+    "compose.yaml": lambda name: f"${{{name}" in COMPOSE,
+    "Prefect": of_prefect,
+    "MLflow": lambda name: in_source(name, library("mlflow")),
+    "Hugging Face": lambda name: in_source(name, library("huggingface_hub")),
+    "PyTorch": lambda name: in_source(name, library("torch"), kinds=("*.py", "libtorch_cpu.so")),
+    "NCCL": lambda name: in_source(name, library("torch"), library("deepspeed")),  # as its users name it: no CPU build holds it
+}
+
+
+def variables() -> Iterator[tuple[str, list[str]]]:
+    """Yield each variable of the page's table, with who is said to read it."""
+    for names, readers in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([^|]+) \|", PAGE, flags=re.MULTILINE):
+        for name in re.findall(r"`([A-Z_]+)`", names):
+            yield name, readers.strip().split(", ")
+
+
+VARIABLES = dict(variables())
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """Return each `lora` command of a text, with its options."""
+    found = re.findall(r"(?<![\w./-])lora ([a-z][\w-]*)([^\n`;'|]*)", text)
+    return [(command, re.findall(r"(?<!\S)--[a-z-]+", rest)) for command, rest in found]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(INFRA)))
+def test_every_command_is_one_of_ours_with_its_options(path: Path) -> None:
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for command, options in commands(path.read_text()):
+        assert command in known, f"lora {command}"
+        assert set(options) <= {name for parameter in known[command].params for name in parameter.opts}, f"lora {command}"
+
+
+def test_the_commands_are_looked_for_where_they_are() -> None:
+    assert ("run", ["--rank"]) in commands(PAGE)
+    assert ("join", ["--machine"]) in commands((INFRA / "slurm" / "finetune.sbatch").read_text())
+    assert ("join", ["--machine"]) in commands((INFRA / "kubernetes" / "job.yaml").read_text())
+    assert ("deploy", ["--cron"]) in commands(COMPOSE)
+
+
+@pytest.mark.parametrize(("name", "readers"), VARIABLES.items(), ids=VARIABLES)
+def test_every_variable_is_read_by_whom_the_page_says(name: str, readers: list[str]) -> None:
+    for reader in readers:
+        assert READERS[reader](name), f"{reader} reads no {name}"
+
+
+def test_every_variable_that_can_be_set_is_on_the_page() -> None:
+    own = {name for folder in ("pipelines", "lora_core") for path in (REPOSITORY / folder).rglob("*.py")
+           for name in re.findall(r'"(LORA_[A-Z_]+)"', path.read_text())}  # fmt: skip
+    settings = {line.partition("=")[0] for line in (INFRA / "kubernetes" / "settings.env").read_text().splitlines() if line[0] != "#"}
+    services = yaml.safe_load(COMPOSE)["services"].values()
+    composed = {name for service in services for name in service["environment"]} | set(re.findall(r"\$\{(\w+)", COMPOSE))
+    image = {"POSTGRES_USER", "POSTGRES_DB"}
+    """The database image's own, fixed in compose.yaml."""
+    assert own - {PARENT} | settings | composed - image <= set(VARIABLES)
+
+
+def test_every_launch_exists_and_is_explained() -> None:
+    named = {name for path in FILES for name in re.findall(r"\b(?:cpu|gpu)_[a-z0-9_]*[a-z0-9]", path.read_text())}
+    assert named == {path.stem for path in CONFIGS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_launch_config_finds_its_deepspeed_settings(name: str) -> None:
+    section = yaml.safe_load(config_file(name).read_text()).get("deepspeed_config", {})
+    if section:
+        stage = json.loads((REPOSITORY / section["deepspeed_config_file"]).read_text())["zero_optimization"]["stage"]
+        assert f"zero{stage}" in name
+
+
+def test_every_launch_section_on_the_page_is_valid() -> None:
+    sections = re.findall(r"^launch: (\{.*?\})", PAGE, flags=re.MULTILINE)
+    assert sections
+    for section in sections:
+        LaunchSection.model_validate(yaml.safe_load(section))
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", PAGE)
+    assert links
+    for link in links:
+        assert (INFRA / link).exists(), link
+
+
+def test_every_file_is_on_the_page() -> None:
+    for path in FILES:
+        name = path.relative_to(INFRA)
+        if name.name in ("README.md", ".gitignore", "Dockerfile.dockerignore"):
+            continue
+        assert any(str(part) in PAGE for part in (name, name.parent) if str(part) != "."), name
+
+
+def test_the_script_is_sound() -> None:
+    script = str(INFRA / "slurm" / "finetune.sbatch")
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not here")
+    checked = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_slurm_gives_the_run_time_to_end() -> None:
+    from pipelines.launch import GRACE_SECONDS
+
+    script = (INFRA / "slurm" / "finetune.sbatch").read_text()
+    [(signal, seconds)] = re.findall(r"^#SBATCH --signal=B:(\w+)@(\d+)$", script, flags=re.MULTILINE)
+    assert f"trap 'requeue=yes; end_both' {signal}" in script
+    assert int(seconds) - 60 > GRACE_SECONDS, "SLURM may send it up to a minute late"
