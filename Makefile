@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench parity truth ui clean setup
+.PHONY: run test check format bench parity truth matrix ui clean setup
 
 run: $(READY) ## the whole pipeline on a real model
 	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
@@ -37,6 +37,9 @@ parity: $(READY) ## the library and the adapters of `make run` beside PEFT, othe
 
 truth: $(VENV)/.peers ## which figures see forgetting, and whether LoRA forgets less here; about an hour on two cores
 	$(BIN)/python tests/truth/truth.py
+
+matrix: $(READY) ## every launch by every method, two hosts and a pulled cable; after `make run`, what its checkpoints cost
+	PYTHONPATH=tests $(BIN)/python -m distributed
 
 setup: $(READY)
 

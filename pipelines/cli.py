@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
+from pipelines.cluster import Cluster
 from pipelines.errors import PipelineError
+from pipelines.options import with_options
 from pipelines.places import runs_root
 from pipelines.recipe import find_recipe, load_recipe
 
@@ -42,17 +44,14 @@ def join(
 
 
 @app.command()
-def plan(
-    recipe: RecipeArgument,
-    rank: RanksOption = [],  # noqa: B006
-    gpu_gb: Annotated[float | None, typer.Option(help="Also print which ways of training fit GPUs of this size.", min=1)] = None,
-) -> None:
+@with_options("cluster", Cluster)
+def plan(recipe: RecipeArgument, cluster: Cluster, rank: RanksOption = []) -> None:  # noqa: B006
     """Print the matched modules, trained weights, expected memory and file size, without training."""
     settings = load_recipe(recipe, ranks=rank)
     from pipelines.planning import print_plan
     from pipelines.stages import Stages
 
-    print_plan(settings, Stages(settings, runs_root(), find_recipe(recipe).parent), gpu_gb)
+    print_plan(settings, Stages(settings, runs_root(), find_recipe(recipe).parent), cluster)
 
 
 @app.command()

@@ -5,28 +5,28 @@
 Refuses a target that matches nothing and a rank larger than a layer, before any training.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_from_disk
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core import LoraConfig, Target
 from lora_core.budget.activations import FLOAT32
-from lora_core.budget.budget import Budget, alternatives, budget
+from lora_core.budget.budget import Budget, budget
 from lora_core.budget.setup import Setup
 from lora_core.effects import plan_adapter
 from lora_core.starts.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
-from pipelines.batches import order, shares
 from pipelines.child import run_stage
 from pipelines.errors import RecipeError
+from pipelines.examples import Examples
+from pipelines.ways import Engine, exchanged, in_less_memory, scaling, traffic
 
 PROCESSES = (1, 2, 4, 8)
-"""For which other ways of training are weighed."""
+"""GPUs for which every way of training is printed."""
 CPU_PROCESS_BYTES = 610_000_000
 """Measured: what a rank under DeepSpeed holds resident before its first step, less the tensors then held: 612 MB over an
 NF4 base, 589 MB over a dense one. Interpreter and libraries, and what loading leaves behind."""
@@ -39,19 +39,25 @@ GPU_PROCESS_BYTES = 1 << 30
 
 
 def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Return targets by kind and rank, each run's cost by term, and the memory of every other way on GPUs."""
-    model = meta_model(paths["base"])
-    setup = run_setup(inputs, largest_share(Path(paths["data"]), inputs))
+    """Return targets by kind and rank, each run's cost by term and what would lower it, and every other way on GPUs."""
+    model, examples = meta_model(paths["base"]), Examples.read(Path(paths["data"]))
+    setup = run_setup(inputs, examples.largest_share(inputs))
     lora = inputs["lora"]
     targets = {rank: plan_adapter(model, lora_config(lora, rank)) for rank in inputs["ranks"]}
     check_ratio(lora, targets[inputs["ranks"][0]])
-    runs = {f"rank-{rank}": _run(model, setup, found, lora) for rank, found in targets.items()}
-    runs["control"] = _cost(model, replace(setup, method="full"), [])
+    price = Price(model, inputs, examples)
+    runs = {f"rank-{rank}": _run(price, setup, found) for rank, found in targets.items()}
+    runs["control"] = price.of(replace(setup, method="full"), [])
+    on_gpu, largest, engine = gpu_setup(setup), targets[max(targets)], Engine.of(inputs)
+    scaled = scaling(model, on_gpu, largest, engine)
     return {
         "targets": [kind for found in targets.values() for kind in _by_kind(found, lora["use_dora"])],
         "runs": runs,
         "setup": asdict(setup),
-        "alternatives": _alternatives(model, setup, targets[max(targets)]),
+        "tokens_of_a_step": examples.tokens_of_a_step(inputs),
+        "alternatives": [way for way in scaled if way["processes"] in PROCESSES],
+        "scaling": scaled,
+        "exchanged": exchanged(model, on_gpu, largest, engine),
     }, []
 
 
@@ -61,19 +67,6 @@ def meta_model(base: str) -> nn.Module:
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     return model
-
-
-def largest_share(data: Path, inputs: dict[str, Any]) -> dict[str, int]:
-    """Return the most tokens, and the most supervised ones, that any process gets at once in the whole training."""
-    dataset, training = load_from_disk(str(data / "train")), inputs["training"]
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    supervised = [sum(marks) for marks in dataset["supervised"]]
-    steps = order(len(dataset), training["steps"], training["batch_size"], inputs["seed"])
-    packs = [pack for step in steps for pack in shares(step, lengths, inputs["processes"] * training["accumulation"])]
-    return {
-        "tokens": max(sum(lengths[i] for i in pack) for pack in packs),
-        "supervised": max(sum(supervised[i] for i in pack) for pack in packs),
-    }
 
 
 def run_setup(inputs: dict[str, Any], share: dict[str, int]) -> Setup:
@@ -136,26 +129,36 @@ def _names(value: str | list[str]) -> str | tuple[str, ...]:
     return value if isinstance(value, str) else tuple(value)
 
 
-def _run(model: nn.Module, setup: Setup, targets: list[Target], lora: dict[str, Any]) -> dict[str, Any]:
-    """Return an adapter's rank and scale, the rank that its file has, and its cost."""
-    rank, doubles = targets[0].rank, is_spectral(lora["init"])
-    starts = sum(target.trained_weights for target in targets) if doubles else 0
-    file_rank = 2 * rank if doubles else rank
-    return {"rank": rank, "scale": targets[0].scale, "file_rank": file_rank, **_cost(model, setup, targets, starts)}
+@dataclass(frozen=True)
+class Price:
+    """Finds what runs of one recipe cost."""
 
+    model: nn.Module
+    """Without weights."""
+    inputs: dict[str, Any]
+    """The plan's."""
+    examples: Examples
 
-def _cost(model: nn.Module, setup: Setup, targets: list[Target], starts: int = 0) -> dict[str, int]:
-    """Return a run's budget, and its memory were gradient checkpointing the other way.
+    def of(self, setup: Setup, targets: list[Target], starts: int = 0) -> dict[str, Any]:
+        """Return a run's budget, its memory were gradient checkpointing the other way, what would need less, and what a rank sends.
 
-    Args:
-        model: without weights.
-        setup: how it is trained.
-        targets: the adapter's; none for the control.
-        starts: weights of a start that stays beside the trained pair, in memory and in the file.
-    """
-    other = replace(setup, checkpointing=not setup.checkpointing)
-    cost, less = (_with_starts(budget(model, way, targets), way, starts) for way in (setup, other))
-    return {**_plain(cost), "other_checkpointing_bytes": less.memory_bytes}
+        Args:
+            setup: how it is trained.
+            targets: the adapter's; none for the control.
+            starts: weights of a start that stays beside the trained pair, in memory and in the file.
+        """
+
+        def needed(way: Setup) -> int:
+            return _with_starts(budget(self.model, way, targets), way, starts).memory_bytes
+
+        cost = _with_starts(budget(self.model, setup, targets), setup, starts)
+        return {
+            **vars(cost),
+            "memory_bytes": cost.memory_bytes,
+            "other_checkpointing_bytes": needed(replace(setup, checkpointing=not setup.checkpointing)),
+            "less": in_less_memory(setup, self.inputs, self.examples, needed),
+            "sent_bytes": traffic(self.model, setup, targets, Engine.of(self.inputs)).wire_bytes,
+        }
 
 
 def _with_starts(cost: Budget, setup: Setup, starts: int) -> Budget:
@@ -163,25 +166,12 @@ def _with_starts(cost: Budget, setup: Setup, starts: int) -> Budget:
     return replace(cost, file_bytes=cost.file_bytes + FLOAT32 * starts, weight_bytes=held)
 
 
-def _alternatives(model: nn.Module, setup: Setup, targets: list[Target]) -> list[dict[str, Any]]:
-    """Return the memory of each way on GPUs, in bfloat16, with the same tokens on each, without and with checkpointing."""
-    on_gpu = gpu_setup(replace(setup, checkpointing=False))
-    plain = alternatives(model, on_gpu, targets, PROCESSES)
-    smaller = alternatives(model, replace(on_gpu, checkpointing=True), targets, PROCESSES)
-    return [
-        {
-            "method": way.method,
-            "sharding": way.sharding,
-            "processes": way.processes,
-            "memory_bytes": cost.memory_bytes,
-            "checkpointed_bytes": less.memory_bytes,
-        }
-        for (way, cost), (_, less) in zip(plain, smaller, strict=True)
-    ]
-
-
-def _plain(cost: Budget) -> dict[str, int]:
-    return {**vars(cost), "memory_bytes": cost.memory_bytes}
+def _run(price: Price, setup: Setup, targets: list[Target]) -> dict[str, Any]:
+    """Return an adapter's rank and scale, the rank that its file has, and its cost."""
+    rank, doubles = targets[0].rank, is_spectral(price.inputs["lora"]["init"])
+    starts = sum(target.trained_weights for target in targets) if doubles else 0
+    file_rank = 2 * rank if doubles else rank
+    return {"rank": rank, "scale": targets[0].scale, "file_rank": file_rank, **price.of(setup, targets, starts)}
 
 
 def _by_kind(targets: list[Target], use_dora: bool) -> list[dict[str, Any]]:

@@ -6,25 +6,18 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import launch
+from pipelines.cluster import Cluster, checkpoints_table, scaling_table, traffic_table
+from pipelines.fitting import TERMS
 from pipelines.recipe import Recipe
+from pipelines.sharding import check_launch
 from pipelines.stages import Stages
 
 console = Console()
 
-TERMS = {
-    "weight_bytes": "weights",
-    "quantization_bytes": "scales of 4-bit weights",
-    "gradient_bytes": "gradients",
-    "optimizer_bytes": "optimiser",
-    "activation_bytes": "activations",
-    "buffer_bytes": "buffers",
-    "process_bytes": "process itself",
-}
-"""Parts of the memory, as `lora_core.budget.budget` names them and as they are printed."""
 
-
-def print_plan(recipe: Recipe, stages: Stages, gpu_gb: float | None = None) -> None:
-    """Prepare base and data, which are kept for the run, and print the plan; with `gpu_gb`, what fits such a GPU."""
+def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
+    """Prepare base and data, which are kept for the run, and print the plan, and what the options of a cluster ask for besides."""
+    check_launch(recipe)
     base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
     data_stage = stages.data(base)
     data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
@@ -34,8 +27,12 @@ def print_plan(recipe: Recipe, stages: Stages, gpu_gb: float | None = None) -> N
     uncounted = plan["runs"]["control"]["uncounted"]
     if uncounted:
         console.print(f"at least: the activations of {', '.join(uncounted)} are not counted", style="yellow")
-    if gpu_gb is not None:
-        console.print(_fits_table(plan, max(recipe.lora.ranks), gpu_gb))
+    if cluster.gpu_gb is not None:
+        console.print(_fits_table(plan, max(recipe.lora.ranks), cluster.gpu_gb))
+        console.print(scaling_table(plan, cluster, cluster.gpu_gb))
+    if cluster.gpus is not None:
+        console.print(traffic_table(plan, cluster, cluster.gpus))
+        console.print(checkpoints_table(plan, cluster, cluster.gpus))
 
 
 def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
@@ -74,6 +71,9 @@ def _runs_table(recipe: Recipe, plan: dict[str, Any], base_weights: int) -> Tabl
     table.add_row("memory at its peak", *(_megabytes(run["memory_bytes"]) for run in runs))
     other = "without" if setup["checkpointing"] else "with"
     table.add_row(f"{other} checkpointing", *(_megabytes(run["other_checkpointing_bytes"]) for run in runs))
+    if recipe.launch.processes > 1:
+        table.add_section()
+        table.add_row("sent to the others in a step", *(_megabytes(run["sent_bytes"]) for run in runs))
     return table
 
 

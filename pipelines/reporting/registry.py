@@ -78,7 +78,8 @@ def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) 
         parent = _parent(client, experiment, summary)
         _describe(client, parent.info.run_id, files, note)
         children = {label: _child(client, experiment, parent, summary, label) for label in summary["models"]}
-        versions = {label: _version(client, summary, label, children[label]) for label in _adapters(summary)}
+        found = {label: _version(client, summary, label, children[label]) for label in _adapters(summary)}
+        versions = {label: version for label, version in found.items() if version is not None}
         client.set_terminated(parent.info.run_id)
         aliases = _move_aliases(client, summary, versions)  # last: consumers read nothing but these
     return {
@@ -246,8 +247,11 @@ def _adapters(summary: dict[str, Any]) -> list[str]:
     return [label for label, model in summary["models"].items() if "verdict" in model and label != CONTROL]
 
 
-def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: str) -> int:
-    """Register an adapter, or say on the version of its very bytes what is known of it now; return the version."""
+def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: str) -> int | None:
+    """Register an adapter, or say on the version of its very bytes what is known of it now; return the version.
+
+    An adapter that is rejected gets no version, and None is returned: its run keeps its files.
+    """
     model, name = summary["models"][label], summary["recipe"]["registry"]["model"]
     tags = logged.version_tags(summary, label)
     _refuse_a_base(Path(model["folder"]) / "adapter", summary["base"]["weights"])
@@ -259,6 +263,8 @@ def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: 
             for key in sorted(tag for tag, value in tags.items() if known.tags.get(tag) != value):
                 client.set_model_version_tag(name, known.version, key, tags[key])
             return int(known.version)
+    if model["verdict"]["status"] == "reject":
+        return None
     source = f"{client.get_run(run_id).info.artifact_uri}/adapter"
     return int(client.create_model_version(name, source, run_id, tags=tags).version)
 

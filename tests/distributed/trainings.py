@@ -4,13 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors.torch import load_file
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 from torch import Tensor
 
 from pipelines import launch
 from pipelines.arms import Arm, control_arms
-from pipelines.recipe import parse_recipe
+from pipelines.places import runs_root
+from pipelines.recipe import RECIPES, LaunchSection, parse_recipe
 from pipelines.stage import Stage, read_records
 from pipelines.stages import Stages
 
@@ -19,6 +21,7 @@ METHODS = {"LoRA": "none", "QLoRA": "nf4", "full": "none"}
 LAUNCHES = ("cpu_ddp", "cpu_zero1", "cpu_zero2", "cpu_zero3", "cpu_zero3_offload")
 SEVERAL = Path(__file__).with_name("several.py")
 RANK = 4
+DEFAULT = RECIPES / "docstrings_smollm2_cpu.yaml"
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,15 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Return the largest difference of any tensor, as a share of its norm."""
     assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())
     return max(float((tensor - other[name]).norm() / tensor.norm().clamp(min=1e-6)) for name, tensor in one.items())
+
+
+def embedded_stage(runs: Path, steps: int, settings: LaunchSection) -> Stage:
+    """Return the default recipe's rank 4 for a few steps; base and data are the default run's."""
+    changes = {"training": {"steps": steps, "checkpoint_every": 2, "batch_size": 10}, "launch": settings.model_dump()}
+    recipe = parse_recipe({**yaml.safe_load(DEFAULT.read_text()), **changes})
+    shared = Stages(recipe, runs_root())
+    base = launch.result_of(shared.base(), "pipelines.base_model", threads=2)
+    data = (shared.data(base), launch.result_of(shared.data(base), "pipelines.data", threads=2))
+    stage = Stages(recipe, runs).train(base, data, Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK))
+    stage.begin()
+    return stage

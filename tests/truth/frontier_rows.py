@@ -14,7 +14,7 @@ Values = dict[str, Any]
 def frontier_rows(summary: Values) -> Iterator[Row]:
     """Yield each point's gain and general change, the control's rates, and what is recommended."""
     for rate, loss in summary["control"]["rates"].items():
-        yield row(f"control at a rate of {rate}: loss on the tuning examples", loss, "nats a token")
+        yield row(f"control at a rate of {rate}: loss on the tuning examples", "diverged" if loss is None else loss, "nats a token")
     for point in summary["frontier"]:
         what = f"{point['label']} (step {point['step']}, rate {point['learning_rate']:g})"
         yield row(f"{what}: task gain", point["gain"]["mean"], "nats a token")

@@ -1,0 +1,137 @@
+"""The matrix of launches and methods, two hosts and a pulled cable on the embedded model, and what checkpoints cost.
+
+    PYTHONPATH=tests python -m distributed
+
+Every launch trains every method on a tiny model with two ranks, in one go and broken off; the embedded model trains over two
+network namespaces. The figures go to build/matrix.json; a goal missed is an error.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from distributed.trainings import LAUNCHES, METHODS, Trainings, embedded_stage, farthest, losses, outcome, train_all
+from distributed.two_hosts import objection, pickled, two_hosts
+from lora_core.files import write_json
+from pipelines.launch import REPOSITORY
+from pipelines.places import runs_root
+from pipelines.recipe import LaunchSection
+from pipelines.stage import Stage, read_records
+
+RESULT = REPOSITORY / "build" / "matrix.json"
+LOSS, WEIGHTS, COST = 2e-6, 5e-5, 0.02
+STEPS = 6
+"""Of the embedded model on two hosts."""
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Measure, write and print everything; return 1 where a goal is missed."""
+    rows: list[Row] = []
+    with TemporaryDirectory() as folder:
+        sections: dict[str, Callable[[Path], Iterator[Row]]] = {
+            "Two ranks beside one, and a run that was broken off beside one that was not": launches,
+            "The embedded model on two hosts beside two ranks of one": hosts,
+            "What checkpoints cost": checkpoints,
+        }
+        for title, section in sections.items():
+            found = list(section(Path(folder)))
+            show(title, found)
+            rows += found
+    write_json(RESULT, rows)
+    return 0 if all(row["holds"] is not False for row in rows) else 1
+
+
+def launches(folder: Path) -> Iterator[Row]:
+    """Train every method under every launch."""
+    trainings = Trainings.prepare(folder)
+    alone = {method: trainings.stage(method, "alone") for method in METHODS}
+    train_all("cpu_single", 1, [str(stage.folder) for stage in alone.values()], folder / "alone.log")
+    for name in LAUNCHES:
+        whole, broken = ({method: trainings.stage(method, f"{name}{kind}", 2) for method in METHODS} for kind in ("", "-broken"))
+        words = [str(stage.folder) for stage in whole.values()]
+        words += [word for stage in broken.values() for word in (f"{stage.folder}:3", str(stage.folder))]
+        train_all(name, 2, words, folder / f"{name}.log")
+        for method in METHODS:
+            yield within(f"{name}, {method}: largest difference of a step's loss", apart(whole[method], alone[method]), "nats", LOSS)
+            weights = farthest(outcome(alone[method]), outcome(whole[method]))
+            yield within(f"{name}, {method}: largest difference of a trained tensor", weights, "of its norm", WEIGHTS)
+            yield within(f"{name}, {method}: broken off and gone on with, loss", apart(broken[method], whole[method]), "nats", 0)
+
+
+def hosts(folder: Path) -> Iterator[Row]:
+    """Train the embedded model under ZeRO-2 on two hosts, whole and with the cable pulled."""
+    reason = objection()
+    if reason is not None:
+        yield row(f"two hosts: {reason}", 0, "")
+        return
+    settings = LaunchSection(config="cpu_zero2", processes=2, machines=2, timeout_seconds=30)
+    one, two = (embedded_stage(folder / name, STEPS, settings) for name in ("one-host", "hosts"))
+    train_all("cpu_zero2", 2, [str(one.folder)], folder / "one-host.log")
+    with two_hosts(folder / "hosts") as made:
+        second, file = made.join(), pickled(two, settings, folder / "stage.pickle")
+        first = made.train(file)
+        wait_for(two, 3)
+        made.pull_cable()
+        begun = time.monotonic()
+        said, _ = first.communicate()
+        yield within("after the cable was pulled, until the run ended", time.monotonic() - begun, "s", settings.timeout_seconds + 30)
+        yield row(f"what it said: {said.strip().splitlines()[-1][:300]}", first.returncode, "status", "1", holds=first.returncode == 1)
+        made.plug_cable()
+        again = made.train(file)
+        again.communicate()
+        second.terminate()
+        second.communicate()
+    yield within("two hosts, interrupted, beside two ranks of one host: loss", apart(two, one), "nats", 2e-5)
+    yield within("the same: largest difference of a trained tensor", farthest(outcome(one), outcome(two)), "of its norm", 1e-3)
+
+
+def checkpoints(folder: Path) -> Iterator[Row]:
+    """Yield the share of the default run's training time that its ranks spent on checkpoints."""
+    for stage in sorted((runs_root() / "train").glob("*/metrics.jsonl")):
+        rows = read_records(stage)
+        spent = sum(one["seconds_of"].get("checkpoint", 0.0) for one in rows if "seconds_of" in one)
+        whole = sum(one["seconds"] for one in rows)
+        yield within(f"{stage.parent.name}: checkpoints", spent / whole, "of its training time", COST)
+
+
+def apart(one: Stage, other: Stage) -> float:
+    """Return the largest difference of a step's loss."""
+    pairs = zip(losses(one), losses(other), strict=True)
+    return max(abs(a - b) for a, b in pairs)
+
+
+def wait_for(stage: Stage, steps: int) -> None:
+    """Return when so many steps are done."""
+    metrics = stage.folder / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_text().count("\n") < steps:
+        time.sleep(0.2)
+
+
+def within(what: str, value: float, unit: str, most: float) -> Row:
+    """Return a figure that is to be no larger than `most`."""
+    return row(what, value, unit, f"<= {most:g}", holds=value <= most)
+
+
+def row(what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None) -> Row:
+    """Return one figure."""
+    return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """Print one section."""
+    table = Table("what", "value", "unit", "goal", "holds", title=title, title_justify="left")
+    for one in rows:
+        holds = {None: "", True: "yes", False: "NO"}[one["holds"]]
+        table.add_row(one["what"], f"{one['value']:.3g}", one["unit"], one["goal"] or "", holds)
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
