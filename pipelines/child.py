@@ -20,6 +20,8 @@ from pipelines.stage import read_inputs, read_result, write_result
 PR_SET_PDEATHSIG = 1
 PARENT = "LORA_RUN_PID"
 """Environment variable with the process id of the run that started a stage."""
+PLACE = "LORA_PLACE"
+"""Environment variable with the place of a stage among those that work beside it, by which it takes a GPU."""
 USER_ERROR = 2
 """Exit status of a stage that was refused for a reason the user can mend."""
 

@@ -10,11 +10,13 @@ from typing import Annotated
 import typer
 
 from pipelines.cluster import Cluster
-from pipelines.errors import PipelineError
+from pipelines.errors import PeerError, PipelineError, StageError
 from pipelines.options import with_options
 from pipelines.places import runs_root
 from pipelines.recipe import find_recipe, load_recipe
 
+AGAIN = 75
+"""Exit status where nothing is wrong with what was asked, and running it again goes on: sysexits.h's EX_TEMPFAIL."""
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Fine-tune with LoRA, and know what was forgotten."
 )
@@ -116,7 +118,7 @@ def main() -> None:
         app()
     except (PipelineError, LoraError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(2)
+        sys.exit(AGAIN if isinstance(error, StageError) and error.kind == PeerError.__name__ else 2)
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise

@@ -127,7 +127,9 @@ def evaluate_all(run: Run, base: Figures, data: Data, subjects: Sequence[Subject
     at_once = run.recipe.launch.evaluations_at_once
     with ThreadPoolExecutor(at_once) as pool:
         parts = shared_out(list(stages.values()), at_once)
-        waiting = [pool.submit(copy_context().run, run.step_together, tasks.evaluate, part, at_once) for part in parts]
+        waiting = [
+            pool.submit(copy_context().run, run.step_together, tasks.evaluate, part, at_once, place) for place, part in enumerate(parts)
+        ]
         try:
             for one in waiting:
                 one.result()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from pipelines.child import PLACE
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -34,7 +36,9 @@ def detect() -> Hardware:
     """
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return Hardware(f"cuda:{os.environ.get('LOCAL_RANK', '0')}", dtype, "nccl", fused_optimizer=True)
+        place = os.environ.get("LOCAL_RANK") or os.environ.get(PLACE, "0")  # a rank's, or that of an evaluation beside others
+        device = int(place) % torch.cuda.device_count()
+        return Hardware(f"cuda:{device}", dtype, "nccl", fused_optimizer=True)
     return Hardware("cpu", torch.float32, "gloo", fused_optimizer=False)
 
 

@@ -1,18 +1,21 @@
 """Several hosts that train together: one runs the recipe, the others join each training that it begins. Imports no torch.
 
-    <stage>/call.json    {"attempt": "…", "config": "cpu_zero2", "processes": 2, "machines": 2, "threads": 1}
+    <stage>/call.json    {"attempt": "…", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 17}
 
-The first host writes the call into the stage's folder, which all hosts see under the same path, and takes it away when the
-training has ended. Whoever joins answers each call once, with the ranks that are its own. All name the first host by
+The first host writes the call into the stage's folder, which all hosts see under the same path, counts on in it as long as it
+lives, and takes it away when the training has ended. Whoever joins answers each call that counts once, with the ranks that
+are its own; one that stands still was left by a host that is gone. All name the first host by
 LORA_MAIN_ADDRESS; the backend's own variables (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) choose the network.
 """
 
+import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +28,8 @@ from pipelines.stage import Stage
 
 CALL = "call.json"
 MAIN_ADDRESS = "LORA_MAIN_ADDRESS"
-POLL_SECONDS = 0.5
+POLL_SECONDS, COUNT_SECONDS, GONE_SECONDS = 0.5, 1, 60
+"""Between looks for calls; between counts in one; and without a count until its host is taken for gone."""
 BACKEND_SECONDS = 30
 """How much longer the run waits than its ranks for each other, whose own error says more."""
 Call = dict[str, Any]
@@ -55,14 +59,24 @@ def calling(settings: LaunchSection, folder: Path) -> Iterator[Sequence[str]]:
     if settings.machines == 1:
         yield launch.ALONE
         return
-    path = folder / CALL
+    path, over = folder / CALL, threading.Event()
     call = {"attempt": uuid4().hex, "config": settings.config, "processes": settings.processes, "machines": settings.machines}
     place = place_of(call, 0)
-    write_json(path, call)
+    counting = threading.Thread(target=_count_on, args=(path, call, over), daemon=True)
+    counting.start()
     try:
         yield place
     finally:
+        over.set()
+        counting.join()
         path.unlink(missing_ok=True)
+
+
+def _count_on(path: Path, call: Call, over: threading.Event) -> None:
+    for count in itertools.count():
+        write_json(path, {**call, "count": count})
+        if over.wait(COUNT_SECONDS):
+            return
 
 
 def place_of(call: Call, machine: int) -> list[str]:
@@ -91,17 +105,35 @@ class Joined:
     root: Path
     """Folder of all runs, the same as the first host's."""
     say: Callable[[str], None]
-    _answered: str = ""
+    _counts: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """Attempt → the last count seen in it, and when that was new."""
+    _answered: set[str] = field(default_factory=set)
 
     def serve(self) -> None:
         """Answer every call until this process is ended."""
         self.say(f"machine {self.machine} waits for trainings under {self.root}")
         while True:
             for folder, call in calls(self.root):
-                if call["attempt"] != self._answered and self.machine < call["machines"]:
-                    self._answered = call["attempt"]
+                if call["attempt"] not in self._answered and self.machine < call["machines"] and self.counts_on(call):
+                    self._answered.add(call["attempt"])
                     self.answer(folder, call)
             time.sleep(POLL_SECONDS)
+
+    def counts_on(self, call: Call) -> bool:
+        """Tell whether a call has counted since it was first seen."""
+        first = self._counts.setdefault(call["attempt"], (call["count"], time.monotonic()))
+        return bool(call["count"] != first[0])
+
+    def is_over(self, folder: Path, attempt: str) -> bool:
+        """Tell whether a call was taken away, or another stands in its place, or nobody has counted on in it for a while."""
+        own = next((call for place, call in calls(self.root) if place == folder and call["attempt"] == attempt), None)
+        if own is None:
+            return True
+        count, since = self._counts[attempt]
+        if own["count"] != count:
+            self._counts[attempt] = own["count"], time.monotonic()
+            return False
+        return time.monotonic() - since > GONE_SECONDS
 
     def answer(self, folder: Path, call: Call) -> int:
         """Train this host's ranks to their end; return the status."""
@@ -109,7 +141,7 @@ class Joined:
         self.say(f"joining {folder.name}")
         with (folder / f"log-{self.machine}.txt").open("ab") as log:
             threads = launch.threads_each(call["processes"] // call["machines"])
-            status = launch.run_beside(argv, log, threads=threads, until=lambda: not (folder / CALL).is_file())
+            status = launch.run_beside(argv, log, threads=threads, until=lambda: self.is_over(folder, call["attempt"]))
         self.say(f"{folder.name} ended with status {status}")
         return status
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import psutil
+import yaml
 
-from pipelines.child import PARENT, die_with_parent
-from pipelines.errors import RecipeError, StageError, recorded_error
+from pipelines.child import PARENT, PLACE, die_with_parent
+from pipelines.errors import PeerError, RecipeError, StageError, recorded_error
 from pipelines.heartbeats import Stalls, clear
 from pipelines.stage import LOG, Stage, read_result
 
@@ -58,7 +59,8 @@ class Patience:
         if seconds > self.ended_after:
             raise StageError(
                 f"{stalls.words()}, longer than launch.timeout_seconds {self.ended_after:g}; see that its host is well, and run again: "
-                "it goes on from the last checkpoint"
+                "it goes on from the last checkpoint",
+                kind=PeerError.__name__,
             )
 
 
@@ -80,8 +82,15 @@ def accelerate_argv(config: str, processes: int, folder: Path, place: Sequence[s
         folder: the stage's.
         place: where this host stands among others, in the words of accelerate's launcher.
     """
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config))]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config)), *_deepspeed_file(config)]
     return [*launcher, "--num_processes", str(processes), *place, "-m", "pipelines.training.train", str(folder)]
+
+
+def _deepspeed_file(config: str) -> list[str]:
+    """Name DeepSpeed's own config by its whole path: accelerate would look for it where the command runs."""
+    named = (yaml.safe_load(config_file(config).read_text()).get("deepspeed_config") or {}).get("deepspeed_config_file")
+    path = None if named is None else REPOSITORY / named
+    return ["--deepspeed_config_file", str(path)] if path is not None and path.is_file() else []
 
 
 def config_file(name: str) -> Path:
@@ -116,9 +125,17 @@ def run_child(
 
 
 def run_together(
-    stages: Sequence[Stage], argv: list[str], *, threads: int, watch: Watch | None = None, patience: "Patience | None" = None
+    stages: Sequence[Stage],
+    argv: list[str],
+    *,
+    threads: int,
+    place: int = 0,
+    watch: Watch | None = None,
+    patience: "Patience | None" = None,
 ) -> list[dict[str, Any]]:
     """Run several stages in one child process, which ends each in its own folder; return their figures.
+
+    `place` chooses the GPU of a process that works beside others of its kind.
 
     The child's output goes to the first one's log. Raises StageError for the first that has no result; the others' are kept.
     """
@@ -127,7 +144,7 @@ def run_together(
             locks.enter_context(_locked(stage.folder))
             _reap(stage.folder)
         log = locks.enter_context((stages[0].folder / LOG).open("ab"))
-        with _started(argv, log, threads) as child:
+        with _started(argv, log, threads, place) as child:
             _follow(child, stages[0].folder, watch, patience)
     return [_outcome(stage, stages[0].folder / LOG, child.returncode) for stage in stages]
 
@@ -159,11 +176,11 @@ def end_all() -> None:
 
 
 @contextmanager
-def _started(argv: list[str], log: IO[bytes], threads: int) -> "Iterator[subprocess.Popen[bytes]]":
+def _started(argv: list[str], log: IO[bytes], threads: int, place: int = 0) -> "Iterator[subprocess.Popen[bytes]]":
     """Start a child for the length of a block, after which neither it nor anything it started is there."""
     child = subprocess.Popen(
         argv,
-        env=_environment(threads),
+        env=_environment(threads, place),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -227,12 +244,13 @@ def _complete_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, place: int = 0) -> dict[str, str]:
     """Return the child's environment: its parent, its threads, and the interpreter's tools (ninja) on the path."""
     tools = str(Path(sys.executable).parent)
     return {
         **os.environ,
         PARENT: str(os.getpid()),
+        PLACE: str(place),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",

@@ -61,11 +61,14 @@ def cut(stage: Stage) -> Figures:
 
 
 @task(name="evaluate", task_run_name="evaluate {stages[0].label} …")
-def evaluate(stages: list[Stage], at_once: int) -> list[Figures]:
-    """Score models that share a base in one process; each has a result of its own, so those that are done are not asked for."""
+def evaluate(stages: list[Stage], at_once: int, place: int) -> list[Figures]:
+    """Score models that share a base in one process; each has a result of its own, so those that are done are not asked for.
+
+    Processes at work at once take a GPU each, by their place, where there are several.
+    """
     folders = [stage.begin() for stage in stages]
     argv = launch.python_argv("pipelines.evaluation.evaluate", *folders)
-    return launch.run_together(stages, argv, threads=launch.threads_each(at_once))
+    return launch.run_together(stages, argv, threads=launch.threads_each(at_once), place=place % at_once)
 
 
 def show_comparison(table: str, decision: str) -> None:

@@ -1,9 +1,11 @@
 """infra/README.md and the files beside it say nothing that is not so: commands, variables, launches, links, recipes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from pipelines.child import PARENT
+from pipelines.child import PARENT, PLACE
 from pipelines.cli import app
 from pipelines.launch import CONFIGS, config_file
 from pipelines.recipe import LaunchSection
@@ -99,7 +101,7 @@ def test_every_variable_that_can_be_set_is_on_the_page() -> None:
     composed = {name for service in services for name in service["environment"]} | set(re.findall(r"\$\{(\w+)", COMPOSE))
     image = {"POSTGRES_USER", "POSTGRES_DB"}
     """The database image's own, fixed in compose.yaml."""
-    assert own - {PARENT} | settings | composed - image <= set(VARIABLES)
+    assert own - {PARENT, PLACE} | settings | composed - image <= set(VARIABLES)
 
 
 def test_every_launch_exists_and_is_explained() -> None:
@@ -140,9 +142,10 @@ def test_every_file_is_on_the_page() -> None:
 def test_the_script_is_sound() -> None:
     script = str(INFRA / "slurm" / "finetune.sbatch")
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck") is None:
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if shellcheck is None:
         pytest.skip("shellcheck is not here")
-    checked = subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False)
+    checked = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
 
 
