@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from browser.rendered import BROWSER, NO_BROWSER, Rendered, dump
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -22,6 +23,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_pairs(folder / "pairs.jsonl")
     recipe = tiny_recipe(save_tiny_model(folder / "model"), Path("pairs.jsonl"))  # relative: to where the command runs
     recipe["frontier"] = {"snapshots": [2], "cuts": [1]}
+    recipe["gate"] = {"min_gain_share": 0.1, "max_general_drop": 0.9, "max_drop_beyond_control": 0.9}  # so that one is champion
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     ended = lora(folder, "run", "tiny.yaml")
     assert ended.returncode == 0, ended.stderr
@@ -53,6 +55,7 @@ class TestRun:
         assert values["models"]["control"]["change"]["task_gain"]["low"] > 0
         assert all(values["models"][label]["verdict"]["reason"] for label in ("rank-2", "rank-4"))
         assert sorted(values["registered"]["versions"].values()) == [1, 2]
+        assert values["champion"] in ("rank-2", "rank-4") and set(values["registered"]["aliases"]) == {"candidate", "champion"}
         kinds = {"base", "data", "plan", "train", "cut", "evaluate", "register"}
         assert {entry["name"].split()[0] for entry in values["stages"]} == kinds
         points = ["control", "rank-2", "rank-4", "control@2", "rank-2@2", "rank-4@2", "rank-4→1"]
@@ -64,6 +67,21 @@ class TestRun:
     def test_the_control_and_the_adapters_saw_the_same_tokens(self, place: Path) -> None:
         figures = [summary(place)["models"][label]["figures"] for label in ("control", "rank-2", "rank-4")]
         assert len({(one["tokens"], one["supervised_tokens"]) for one in figures}) == 1
+
+    @pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
+    def test_the_page_shows_what_was_measured(self, place: Path) -> None:
+        values, page = summary(place), Rendered()
+        text = dump(place / "runs" / "pairs_tiny_cpu" / "report.html", place / "browser")
+        page.feed(text)
+        for label, model in values["models"].items():
+            assert float(page.figures[label, "task_loss"]["data-value"]) == model["scores"]["task_loss"]
+            if "verdict" in model:
+                shown = page.figures[label, "task_gain"]
+                assert [float(shown[f"data-{end}"]) for end in ("low", "high")] == [
+                    model["total"]["task_gain"][end] for end in ("low", "high")
+                ]
+        assert "as version 1" in text and "champion is version" in text
+        assert all(load.startswith("#") for load in page.loads)
 
     def test_a_second_run_trains_nothing_and_is_quick(self, place: Path) -> None:
         before, started = summary(place), time.monotonic()
