@@ -45,6 +45,10 @@ class RegistryError(PipelineError, RuntimeError):
     """The tracking server refused or did not answer; nothing trained is lost."""
 
 
+class UnreachableError(RegistryError):
+    """The tracking server does not answer at all; it may in a while."""
+
+
 def record_error(folder: Path, error: Exception) -> None:
     """Leave the error's text in a stage's folder, where the parent process finds it.
 

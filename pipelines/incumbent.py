@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from pipelines.arms import Subject
 from pipelines.errors import RegistryError
+from pipelines.patience import until_it_answers
 from pipelines.run import Figures, Run, Trained
 
 
@@ -30,7 +31,8 @@ def find_champion(run: Run, base: Figures, adapters: Sequence[Trained]) -> Champ
     from pipelines.reporting import registry
 
     try:
-        found = registry.incumbent(run.recipe.registry.model, run.stages.root, run.stages.root / "champions")
+        name, root = run.recipe.registry.model, run.stages.root
+        found = until_it_answers(lambda: registry.incumbent(name, root, root / "champions"))
     except RegistryError as error:
         return Champion("unknown", "", objection=str(error))
     if found is None:

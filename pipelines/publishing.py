@@ -9,6 +9,7 @@ from typing import Any
 from lora_core.files import write_text
 from pipelines import tasks
 from pipelines.errors import RegistryError
+from pipelines.patience import until_it_answers
 from pipelines.progress import say, show
 from pipelines.run import Run
 
@@ -70,7 +71,7 @@ def describe(run: Run, summary: dict[str, Any], note: str) -> None:
 def _attempt(act: Callable[[], None]) -> RegistryError | None:
     """Do something with the registry; return what it refused."""
     try:
-        act()
+        until_it_answers(act)
     except RegistryError as error:
         return error
     return None

@@ -23,7 +23,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from lora_core.files import sha256_of_file
-from pipelines.errors import RegistryError
+from pipelines.errors import RegistryError, UnreachableError
 from pipelines.judging.comparison import CONTROL
 from pipelines.places import tracking_uri
 from pipelines.reporting import card, logged, sections
@@ -46,6 +46,10 @@ MANNERS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 """How long MLflow waits for a server, and that it draws nothing into our progress."""
+
+
+NO_ANSWER = "failed with exception"
+"""What MLflow's client says of a server that it could not reach."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,8 @@ def _answering(runs: Path) -> Iterator[MlflowClient]:
         yield MlflowClient()
     except (MlflowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise RegistryError(f"MLflow at {uri}: {reason}; the adapters are kept, and the next run of the recipe registers them") from error
+        kind = UnreachableError if isinstance(error, ConnectionError) or NO_ANSWER in reason else RegistryError
+        raise kind(f"MLflow at {uri}: {reason}; the adapters are kept, and the next run of the recipe registers them") from error
 
 
 def _experiment(client: MlflowClient, name: str, runs: Path) -> str:

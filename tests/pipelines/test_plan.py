@@ -18,7 +18,9 @@ from lora_core.budget.setup import Setup
 from lora_core.errors import ConfigError, TargetError
 from lora_core.training.optim import loraplus_groups
 from pipelines.errors import RecipeError
-from pipelines.plan import check_ratio, cpu_setup, gpu_setup, largest_share, lora_config, plan
+from pipelines.examples import Examples
+from pipelines.fitting import what_would_fit
+from pipelines.plan import check_ratio, cpu_setup, gpu_setup, lora_config, plan
 from pipelines.recipe import LoraSection
 from pipelines.sharding import sharding
 
@@ -75,34 +77,13 @@ def test_the_largest_share_is_what_the_fullest_process_gets(tmp_path: Path) -> N
     rows = {"input_ids": [[1] * n for n in lengths], "supervised": [[False] * (n - 2) + [True] * 2 for n in lengths]}
     Dataset.from_dict(rows).save_to_disk(tmp_path / "train")
     inputs = {"training": {"steps": 2, "batch_size": 4, "accumulation": 1}, "seed": 7, "processes": 2}
+    examples = Examples.read(tmp_path)
     # Dealt out longest first: 40 + 10 and 30 + 20 tokens, two examples with two supervised tokens each.
-    assert largest_share(tmp_path, inputs) == {"tokens": 50, "supervised": 4}
-    assert largest_share(tmp_path, {**inputs, "processes": 1}) == {"tokens": 100, "supervised": 8}
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("cpu_single", {"device": "cpu", "sharding": "ddp"}),
-        ("cpu_zero2", {"device": "cpu", "sharding": "zero2", "bucket_weights": 50_000_000}),
-        ("gpu_zero2", {"device": "gpu", "sharding": "zero2", "bucket_weights": 50_000_000}),
-    ],
-)
-def test_launch_configs_say_what_is_shared(name: str, expected: dict[str, Any]) -> None:
-    assert sharding(name).items() >= expected.items()
-
-
-def test_a_stage_in_accelerates_own_keys(tmp_path: Path) -> None:
-    path = tmp_path / "zero3.yaml"
-    path.write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 3}\n")
-    assert sharding(str(path))["sharding"] == "zero3"
-
-
-def test_an_engine_that_is_not_known_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "tpu.yaml"
-    path.write_text("distributed_type: XLA\n")
-    with pytest.raises(RecipeError, match="distributed_type XLA"):
-        sharding(str(path))
+    assert examples.largest_share(inputs) == {"tokens": 50, "supervised": 4}
+    assert examples.largest_share({**inputs, "processes": 1}) == {"tokens": 100, "supervised": 8}
+    assert examples.tokens_of_a_step(inputs) == 100
+    # Cut at 25: 10, 20, 25 and 25, of which the first two keep their supervised tokens.
+    assert examples.cut(25).largest_share(inputs) == {"tokens": 45, "supervised": 2}
 
 
 # --- what a recipe's adapter will be ---
@@ -114,18 +95,18 @@ def planned(tiny_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     rows = {"input_ids": [[1] * 20] * 4, "supervised": [[False] * 10 + [True] * 10] * 4}
     Dataset.from_dict(rows).save_to_disk(tmp_path / "train")
 
-    def make(**lora: Any) -> dict[str, Any]:
+    def make(config: str = "cpu_single", processes: int = 1, quantization: str = "nf4", **lora: Any) -> dict[str, Any]:
         section = LoraSection(**{"ranks": (4,), "alpha": 8, **lora})
         training = {"steps": 2, "batch_size": 2, "accumulation": 1, "gradient_checkpointing": False}
         inputs = {
             "ranks": list(section.ranks),
             "lora": section.model_dump(mode="json"),
-            "quantization": "nf4",
+            "quantization": quantization,
             "training": training,
-            "processes": 1,
+            "processes": processes,
             "seed": 7,
         }
-        return plan(tmp_path, inputs | sharding("cpu_single"), {"base": str(tiny_folder), "data": str(tmp_path)})[0]
+        return plan(tmp_path, inputs | sharding(config), {"base": str(tiny_folder), "data": str(tmp_path)})[0]
 
     return make
 
@@ -192,3 +173,52 @@ def test_a_ratio_acts_on_the_lengths_of_an_adapted_embedding(tiny_folder: Path) 
     inject(model, lora_config(lora, 4), seed=0)
     groups = loraplus_groups(model.named_parameters(), learning_rate=0.1, ratio=4)
     assert {group["lr"] for group in groups} == {0.1, 0.4}
+
+
+# --- what would need less, and what goes over the wire ---
+
+
+def test_a_plan_names_single_changes_that_need_less(planned: Callable[..., dict[str, Any]]) -> None:
+    """Each is measured by a plan of a recipe that has it."""
+    run = planned(config="gpu_ddp")["runs"]["rank-4"]
+    less = {way["setting"]: way for way in run["less"]}
+    assert set(less) == {"training.gradient_checkpointing", "training.accumulation", "data.max_tokens"}
+    assert less["training.gradient_checkpointing"]["memory_bytes"] == run["other_checkpointing_bytes"]
+    assert (less["training.accumulation"]["value"], less["data.max_tokens"]["value"]) == (2, 10)
+    assert all(way["memory_bytes"] < run["memory_bytes"] for way in run["less"])
+
+
+def test_a_plan_names_launches_that_share_more(planned: Callable[..., dict[str, Any]]) -> None:
+    found = planned(config="gpu_zero1", processes=2, quantization="none")["runs"]["control"]["less"]
+    launches = {way["value"]: way["memory_bytes"] for way in found if way["setting"] == "launch.config"}
+    assert set(launches) <= {"gpu_zero2", "gpu_zero3", "gpu_zero3_offload"}
+    other = planned(config="gpu_zero2", processes=2, quantization="none")["runs"]["control"]
+    assert launches["gpu_zero2"] == other["memory_bytes"]
+
+
+def test_on_a_cpu_nothing_is_offloaded(planned: Callable[..., dict[str, Any]]) -> None:
+    found = planned(config="cpu_zero1", processes=2)["runs"]["control"]["less"]
+    assert "cpu_zero3_offload" not in {way["value"] for way in found}
+
+
+def test_a_plan_says_what_ranks_send(planned: Callable[..., dict[str, Any]]) -> None:
+    """Of DDP in float32 on two ranks, half of the gradient twice."""
+    runs = planned(config="cpu_ddp", processes=2)["runs"]
+    for run in runs.values():
+        assert run["sent_bytes"] == 4 * run["trained_weights"]
+    assert planned()["runs"]["control"]["sent_bytes"] == 0
+
+
+def test_every_way_is_weighed_up_to_512_gpus(planned: Callable[..., dict[str, Any]]) -> None:
+    found = planned()
+    assert {way["processes"] for way in found["scaling"]} == {2**power for power in range(10)}
+    assert found["alternatives"] == [way for way in found["scaling"] if way["processes"] <= 8]
+    of_two = {way["sharding"]: way for way in found["scaling"] if way["method"] == "full" and way["processes"] == 2}
+    assert of_two["ddp"]["sent_bytes"] == 2 * found["runs"]["control"]["trained_weights"]  # bfloat16
+
+
+def test_the_message_quotes_the_plan(planned: Callable[..., dict[str, Any]]) -> None:
+    said = what_would_fit(planned(config="gpu_ddp"), "rank-4 lr 0.001")
+    assert said.startswith("rank-4 was expected to need 1.07 GB in each process")
+    for word in ("training.gradient_checkpointing: true (", "training.accumulation: 2 (", "data.max_tokens: 10 ("):
+        assert word in said

@@ -113,7 +113,7 @@ class TestRun:
         weights = Path(summary(place)["models"]["rank-2"]["folder"]) / "adapter" / "adapter_model.safetensors"
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        ended = lora(place, "run", "tiny.yaml", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+        ended = lora(place, "run", "tiny.yaml", MLFLOW_TRACKING_URI="http://127.0.0.1:9", LORA_REGISTRY_SECONDS="1")
         assert ended.returncode == 2
         assert "the adapters are kept" in ended.stderr and "Traceback" not in ended.stderr
         assert "rank-4" in ended.stdout

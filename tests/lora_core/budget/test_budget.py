@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from lora_core import Identity, LoraConfig, inject, plan_targets, save_adapter, trained_weights
 from lora_core.budget.budget import Budget, alternatives, budget, fits
-from lora_core.budget.setup import METHODS, SHARDINGS, Setup
+from lora_core.budget.setup import METHODS, Setup
+from lora_core.budget.wire import SHARDINGS
 from lora_core.errors import ConfigError
 
 Build = Callable[..., LlamaForCausalLM]
@@ -193,3 +194,13 @@ def test_experts_stay_dense_in_a_quantised_base(build: Callable[[], PreTrainedMo
 def test_published_figures(row: dict[str, object]) -> None:
     """Sources and reasons for the tolerances stand beside the rows."""
     assert row["holds"], f"{row['value']} {row['unit']}, {row['goal']}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_offloaded_optimiser_lies_on_the_host(meta: LlamaForCausalLM, method: str) -> None:
+    """With the gradients that it takes; of the rest nothing changes but what its step would hold."""
+    here, there = (adapted(meta, Setup(method, 64, sharding, 4)) for sharding in ("zero3", "zero3_offload"))
+    assert there.host_bytes == here.optimizer_bytes + here.gradient_bytes > 0 == here.host_bytes
+    assert there.optimizer_bytes == there.gradient_bytes == 0
+    assert (there.weight_bytes, there.activation_bytes) == (here.weight_bytes, here.activation_bytes)
+    assert there.buffer_bytes <= here.buffer_bytes

@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_core import LoraConfig, plan_targets
 from lora_core.budget.moved import moved
-from lora_core.budget.setup import METHODS, SHARDINGS, Setup
-from lora_core.budget.wire import Exchange, Moved, Traffic, gathered_bytes, ring_bytes, seconds_on_wire, wire_bytes
+from lora_core.budget.setup import METHODS, Setup
+from lora_core.budget.wire import SHARDINGS, Exchange, Moved, Traffic, gathered_bytes, ring_bytes, seconds_on_wire, wire_bytes
 
 FULL = Moved(
     plain_bytes=1000, trained_bytes=1000, first_bytes=1000, again_bytes=1000, block_bytes=800, persistent_bytes=0, shared_numbers=500

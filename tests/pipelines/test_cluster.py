@@ -1,0 +1,141 @@
+"""What a plan says of more GPUs than there are here."""
+
+from typing import Annotated, Any
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from lora_core.budget.wire import SHARDINGS
+from pipelines.cluster import (
+    METHODS,
+    Cluster,
+    checkpoints_table,
+    duration,
+    first_that_fits,
+    interval_words,
+    scaling_table,
+    traffic_on,
+    traffic_table,
+)
+from pipelines.errors import PipelineError
+from pipelines.options import with_options
+
+GIB = 1024**3
+MOVED = {
+    "plain_bytes": 4_000_000_000,
+    "trained_bytes": 2_000_000_000,
+    "first_bytes": 2_000_000_000,
+    "again_bytes": 2_000_000_000,
+    "block_bytes": 2_000_000_000,
+    "persistent_bytes": 0,
+    "shared_numbers": 1_000_000_000,
+}
+HOW = {"accumulation": 1, "checkpointing": False, "reduces_to_owner": False, "reuse_weights": 0}
+
+
+def way(sharding: str, gib: float, checkpointed: float) -> dict[str, Any]:
+    return {
+        "sharding": sharding,
+        "memory_bytes": gib * GIB,
+        "checkpointed_bytes": checkpointed * GIB,
+        "sent_bytes": 12_500_000_000,
+        "checkpointed_sent_bytes": 25_000_000_000,
+    }
+
+
+def plan() -> dict[str, Any]:
+    ways = [
+        {"method": method, "processes": count, **way(sharding, 100 / count, 50 / count)}
+        for method in METHODS
+        for count in (1, 2, 512)
+        for sharding in SHARDINGS
+    ]
+    return {
+        "scaling": ways,
+        "exchanged": {"weights": dict.fromkeys(METHODS, MOVED), "exchange": HOW},
+        "runs": {"rank-4": {"trained_weights": 10_000_000}, "control": {"trained_weights": 1_000_000_000}},
+        "tokens_of_a_step": 100_000.0,
+    }
+
+
+def text(table: Any) -> str:
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "said"),
+    [(24, "zero2 1 s"), (16, "zero3 1 s"), (12, "zero1 c 2 s"), (4, "×")],
+)
+def test_the_first_way_that_fits(gpu_gb: float, said: str) -> None:
+    """As it is before with checkpointing; the seconds are those of the bits at 100 Gbit/s."""
+    ways = [way("ddp", 40, 30), way("zero1", 30, 12), way("zero2", 20, 10), way("zero3", 16, 8)]
+    assert first_that_fits(ways, Cluster(gpu_gb=gpu_gb), gpu_gb) == said
+
+
+def test_twice_the_rate_is_half_the_time() -> None:
+    assert first_that_fits([way("ddp", 1, 1)], Cluster(gpu_gb=1, gbit=200), 1) == "ddp 0.5 s"
+
+
+def test_each_number_of_gpus_has_a_row() -> None:
+    rows = [line for line in text(scaling_table(plan(), Cluster(gpu_gb=80), 80)).splitlines() if line.startswith("│")]
+    assert [line.split("│")[1].strip() for line in rows] == ["1", "2", "512"]
+    assert "ddp c" in rows[0]
+
+
+def test_traffic_is_that_of_the_formula() -> None:
+    """Of 64 ranks each sends 63/64 of 2 GB twice to gather, and once to scatter the gradient."""
+    assert traffic_on(plan(), "full", "zero3", 64).wire_bytes == 3 * 2_000_000_000 * 63 // 64
+    said = text(traffic_table(plan(), Cluster(gpus=64, gbit=100), 64))
+    assert "5.91 GB, 0.47 s" in said
+    assert "62.5 MB to the host" in said
+
+
+def test_checkpoints_are_in_time_or_in_steps() -> None:
+    """1.2e10 bytes in 12 s, and a failure in 33 days of 64 GPUs: √(2 · 12 s · 33 d) = 138 min, or 827 steps of 10 s."""
+    in_time = text(checkpoints_table(plan(), Cluster(gpus=64), 64))
+    in_steps = text(checkpoints_table(plan(), Cluster(gpus=64, tokens_per_second=10_000), 64))
+    assert "12 GB" in in_time
+    assert "2.3 h" in in_time
+    assert "827 steps" in in_steps
+
+
+def test_a_faster_disk_and_more_failures_both_shorten_the_interval() -> None:
+    said = text(checkpoints_table(plan(), Cluster(gpus=64, disk_gb_per_second=4, failures_per_gpu_year=0.692), 64))
+    assert "34.5 min" in said  # 138 min / √4 / √4
+
+
+def test_an_interval_is_a_step_at_least() -> None:
+    assert interval_words(0.1, 1000, 10) == "1 step (100 s)"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.0123, "0.012 s"), (59.6, "60 s"), (150, "2.5 min"), (9000, "2.5 h"), (200_000, "2.31 days")]
+)
+def test_times_are_small_numbers(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize("option", ["gbit", "disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second"])
+def test_an_option_that_would_change_nothing_is_refused(option: str) -> None:
+    with pytest.raises(PipelineError, match=f"--{option.replace('_', '-')} 2 has no effect without --gpus"):
+        Cluster(**{option: 2})
+    Cluster(gpus=8, **{option: 2})
+
+
+def test_a_command_takes_a_dataclass_as_options() -> None:
+    app, seen = typer.Typer(), []
+
+    @app.command()
+    @with_options("cluster", Cluster)
+    def plan(recipe: Annotated[str, typer.Argument()], cluster: Cluster, rank: Annotated[list[int], typer.Option()] = []) -> None:  # noqa: B006
+        seen.append((recipe, cluster, rank))
+
+    ended = CliRunner().invoke(app, ["mine", "--gpu-gb", "80", "--rank", "4", "--gpus", "64"])
+    assert ended.exit_code == 0, ended.output
+    assert seen == [("mine", Cluster(gpu_gb=80.0, gpus=64), [4])]
+    assert CliRunner().invoke(app, ["mine", "--gpus", "0"]).exit_code == 2
