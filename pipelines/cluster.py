@@ -16,12 +16,14 @@ from lora_core.budget.checkpoints import (
     lost_share,
     seconds_between_failures,
 )
-from lora_core.budget.wire import SHARDINGS, Exchange, Moved, Traffic, seconds_on_wire, wire_bytes
+from lora_core.budget.wire import SHARDINGS, Exchange, Moved, Sharding, Traffic, seconds_on_wire, wire_bytes
 from pipelines.errors import PipelineError
 
 GBIT = 100.0
 DISK_GB_PER_SECOND = 1.0
 METHODS = ("full", "lora", "qlora")
+TITLE_WIDTH = 78
+"""Columns that a title of two lines needs; a table is as wide at least."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Tabl
         f"How much must be shared on GPUs of {gpu_gb:g} GB: the first that fits of {', '.join(SHARDINGS)} (c: with gradient "
         f"checkpointing), and the seconds that a step's traffic takes at {cluster.gbit or GBIT:g} Gbit/s with nothing beside it"
     )
-    table = Table("GPUs", *METHODS, title=title, title_justify="left")
+    table = Table("GPUs", *METHODS, title=title, title_justify="left", min_width=TITLE_WIDTH)
     for count in counts:
         cells = [first_that_fits([ways[method, count, sharding] for sharding in SHARDINGS], cluster, gpu_gb) for method in METHODS]
         table.add_row(str(count), *cells)
@@ -74,7 +76,7 @@ def first_that_fits(ways: list[dict[str, Any]], cluster: Cluster, gpu_gb: float)
     for memory, sent, mark in (("memory_bytes", "sent_bytes", ""), ("checkpointed_bytes", "checkpointed_sent_bytes", " c")):
         for way in ways:
             if way[memory] <= gpu_gb * 1024**3:
-                return f"{way['sharding']}{mark} {cluster.seconds(way[sent]):.2g} s"
+                return f"{way['sharding']}{mark}" + (f" {duration(cluster.seconds(way[sent]))}" if way[sent] else "")
     return "×"
 
 
@@ -93,7 +95,7 @@ def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
     return table
 
 
-def traffic_on(plan: dict[str, Any], method: str, sharding: str, gpus: int) -> Traffic:
+def traffic_on(plan: dict[str, Any], method: str, sharding: Sharding, gpus: int) -> Traffic:
     """Return what each GPU sends in a step."""
     figures = plan["exchanged"]
     return wire_bytes(Moved(**figures["weights"][method]), Exchange(sharding=sharding, processes=gpus, **figures["exchange"]))
@@ -107,7 +109,7 @@ def checkpoints_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Tabl
         f"Checkpoints of trained weights and Adam's means in float32: {gpus} GPUs fail every {duration(between)} "
         f"({rate:g} times a year each), and one process writes {disk:g} GB/s"
     )
-    table = Table("run", "size", "written in", "write every", "time lost", title=title, title_justify="left")
+    table = Table("run", "size", "written in", "write every", "time lost", title=title, title_justify="left", min_width=TITLE_WIDTH)
     for label, run in plan["runs"].items():
         size = checkpoint_bytes(run["trained_weights"])
         written = size / (disk * 1e9)
@@ -130,13 +132,16 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.2g} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def _sent(traffic: Traffic, cluster: Cluster) -> str:
     host = f" (+ {_bytes(traffic.host_bytes)} to the host)" if traffic.host_bytes else ""
-    return f"{_bytes(traffic.wire_bytes)}, {cluster.seconds(traffic.wire_bytes):.2g} s{host}"
+    return f"{_bytes(traffic.wire_bytes)}, {duration(cluster.seconds(traffic.wire_bytes))}{host}"
 
 
 def _bytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+    for unit, length in (("TB", 1e12), ("GB", 1e9)):
+        if size >= length:
+            return f"{size / length:.3g} {unit}"
+    return f"{size / 1e6:.3g} MB"

@@ -32,6 +32,8 @@ class Launch:
     on_cpu: bool
     settings: dict[str, Any]
     """The accelerate config."""
+    section: dict[str, Any]
+    """Its part on DeepSpeed."""
     deepspeed: dict[str, Any]
     """DeepSpeed's config, from its own file or from accelerate's keys; empty for other engines."""
 
@@ -40,8 +42,9 @@ class Launch:
         """Read a config of infra/accelerate by name, or any by path; raises RecipeError where there is none."""
         settings = yaml.safe_load(config_file(name).read_text())
         kind = settings.get("distributed_type", "NO")
-        deepspeed = _deepspeed(settings.get("deepspeed_config", {})) if kind == "DEEPSPEED" else {}
-        return cls(name, kind, bool(settings.get("use_cpu")), settings, deepspeed)
+        section = settings.get("deepspeed_config") or {}
+        deepspeed = _deepspeed(name, section) if kind == "DEEPSPEED" else {}
+        return cls(name, kind, bool(settings.get("use_cpu")), settings, section, deepspeed)
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -57,8 +60,7 @@ class Launch:
     @property
     def accumulation(self) -> Any:
         """Return the accumulation parts that the config itself asks for; "auto" where it leaves them to the recipe."""
-        section = self.settings.get("deepspeed_config", {})
-        return self.deepspeed.get("gradient_accumulation_steps", section.get("gradient_accumulation_steps", "auto"))
+        return self.deepspeed.get("gradient_accumulation_steps", self.section.get("gradient_accumulation_steps", "auto"))
 
 
 def sharding(name: str) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def _fsdp(launch: Launch, recipe: Recipe) -> str | None:
 
 
 def _loaded_in_shares(launch: Launch, recipe: Recipe) -> str | None:
-    if launch.stage < 3 or launch.settings.get("deepspeed_config", {}).get("zero3_init_flag") is not True:
+    if launch.stage < 3 or launch.section.get("zero3_init_flag") is not True:
         return None
     if recipe.base_model.quantization == "nf4":
         return "sets zero3_init_flag, and 4-bit codes are made of whole weights, not of a rank's share; set it to false"
@@ -186,11 +188,14 @@ def _number(launch: Launch, key: str, default: int) -> int:
     return int(value) if isinstance(value, (int, float)) else default
 
 
-def _deepspeed(section: dict[str, Any]) -> dict[str, Any]:
+def _deepspeed(name: str, section: dict[str, Any]) -> dict[str, Any]:
     """Return DeepSpeed's config, from the file that accelerate's section names or from accelerate's own keys."""
     file = section.get("deepspeed_config_file")
-    if file is not None:
-        found: dict[str, Any] = json.loads((REPOSITORY / file).read_text())
-        return found
-    offload = {"device": section.get("offload_optimizer_device", "none")}
-    return {"zero_optimization": {"stage": section.get("zero_stage", 2), "offload_optimizer": offload}}
+    if file is None:
+        offload = {"device": section.get("offload_optimizer_device", "none")}
+        return {"zero_optimization": {"stage": section.get("zero_stage", 2), "offload_optimizer": offload}}
+    path = REPOSITORY / file
+    if not path.is_file():
+        raise RecipeError(f"launch.config {name!r} names deepspeed_config_file {file!r}, and there is no {path}; give its whole path")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found

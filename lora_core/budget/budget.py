@@ -15,7 +15,8 @@ from torch import nn
 
 from lora_core.budget.activations import FLOAT32, activation_bytes, loss_bytes
 from lora_core.budget.parts import Trained, blocks, linear_shapes, uncounted
-from lora_core.budget.setup import METHODS, SHARDINGS, Setup
+from lora_core.budget.setup import METHODS, Setup
+from lora_core.budget.wire import SHARDINGS
 from lora_core.errors import ConfigError
 from lora_core.modules import output_head
 from lora_core.targets import Target
@@ -63,6 +64,8 @@ class Budget:
     """What comes and goes: the larger of what the two passes hold and what the step holds."""
     process_bytes: int
     """As the setup says."""
+    host_bytes: int
+    """On the host beside it: the optimiser's states and gradients where they are offloaded."""
     loading_bytes: int
     """While the base is loaded: process, weights, and the dense checkpoint where it is mapped beside a 4-bit base."""
     uncounted: tuple[str, ...] = ()
@@ -75,7 +78,7 @@ class Budget:
 
     def terms(self) -> dict[str, int]:
         """Return the parts of the memory in training by name."""
-        others = ("trained_weights", "file_bytes", "loading_bytes", "uncounted")
+        others = ("trained_weights", "file_bytes", "host_bytes", "loading_bytes", "uncounted")
         return {name: value for name, value in vars(self).items() if name not in others}
 
 
@@ -90,22 +93,7 @@ def budget(model: nn.Module, setup: Setup, targets: Sequence[Target] = ()) -> Bu
     Raises:
         ConfigError: adapters are to be trained and none are given.
     """
-    if setup.method != "full" and not targets:
-        raise ConfigError(f"method {setup.method} trains adapters and there is no target; pass what plan_targets returns")
-    sizes = _Sizes.of(model, setup, targets)
-    return Budget(
-        trained_weights=sizes.trained,
-        file_bytes=_file_bytes(sizes, setup, targets),
-        weight_bytes=_weight_bytes(sizes, setup),
-        quantization_bytes=int(sizes.quantized * NF4_SCALE_BYTES),
-        gradient_bytes=_gradient_bytes(sizes, setup),
-        optimizer_bytes=_optimizer_bytes(sizes, setup),
-        activation_bytes=_activation_bytes(model, setup, targets),
-        buffer_bytes=_buffer_bytes(model, sizes, setup),
-        process_bytes=setup.process_bytes,
-        loading_bytes=_loading_bytes(sizes, setup),
-        uncounted=uncounted(model),
-    )
+    return _priced(_Sizes.of(model, setup, targets), setup)
 
 
 def fits(cost: Budget, gpu_bytes: int) -> bool:
@@ -125,18 +113,17 @@ def fits(cost: Budget, gpu_bytes: int) -> bool:
 def alternatives(model: nn.Module, setup: Setup, targets: Sequence[Target], processes: Iterable[int]) -> list[tuple[Setup, Budget]]:
     """Return the cost of every method under every sharding on each number of processes, all else as in `setup`."""
     counts = list(processes)
-    ways = [
-        replace(setup, method=method, sharding=sharding, processes=count)
-        for method in METHODS
-        for sharding in SHARDINGS
-        for count in counts
-    ]
-    return [(way, budget(model, way, targets)) for way in ways]
+    found = []
+    for method in METHODS:
+        sizes = _Sizes.of(model, replace(setup, method=method), targets)
+        ways = [replace(setup, method=method, sharding=sharding, processes=count) for sharding in SHARDINGS for count in counts]
+        found += [(way, _priced(sizes, way)) for way in ways]
+    return found
 
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Weights of a model, counted."""
+    """Weights of a model, counted, and what its passes keep: whatever does not depend on the processes."""
 
     total: int
     quantized: int
@@ -145,9 +132,16 @@ class _Sizes:
     largest: int
     """The largest linear layer but the head."""
     head: int
+    tensors: int
+    """That an adapter's file holds."""
+    activation_bytes: int
+    logits_bytes: int
+    uncounted: tuple[str, ...]
 
     @classmethod
     def of(cls, model: nn.Module, setup: Setup, targets: Sequence[Target]) -> "_Sizes":
+        if setup.method != "full" and not targets:
+            raise ConfigError(f"method {setup.method} trains adapters and there is no target; pass what plan_targets returns")
         total = sum(parameter.numel() for parameter in model.parameters())
         matrices = [out * wide for out, wide in linear_shapes(model)]
         head = output_head(model)
@@ -157,17 +151,39 @@ class _Sizes:
             trained=total if setup.method == "full" else sum(_trained_weights(target, setup) for target in targets),
             largest=max(matrices, default=0),
             head=0 if head is None else sum(parameter.numel() for parameter in head.parameters()),
+            tensors=(3 if setup.dora else 2) * len(targets),
+            activation_bytes=_activation_bytes(model, setup, targets),
+            logits_bytes=loss_bytes(model, rows=min(setup.logit_rows, setup.tokens), compute_bytes=setup.compute_bytes),
+            uncounted=uncounted(model),
         )
+
+
+def _priced(sizes: _Sizes, setup: Setup) -> Budget:
+    gradient, optimizer = _gradient_bytes(sizes, setup), _optimizer_bytes(sizes, setup)
+    return Budget(
+        trained_weights=sizes.trained,
+        file_bytes=_file_bytes(sizes, setup),
+        weight_bytes=_weight_bytes(sizes, setup),
+        quantization_bytes=int(sizes.quantized * NF4_SCALE_BYTES),
+        gradient_bytes=0 if setup.offloads else gradient,
+        optimizer_bytes=0 if setup.offloads else optimizer,
+        activation_bytes=sizes.activation_bytes,
+        buffer_bytes=_buffer_bytes(sizes, setup),
+        process_bytes=setup.process_bytes,
+        host_bytes=gradient + optimizer if setup.offloads else 0,
+        loading_bytes=_loading_bytes(sizes, setup),
+        uncounted=sizes.uncounted,
+    )
 
 
 def _trained_weights(target: Target, setup: Setup) -> int:
     return target.trained_weights + (target.out_features if setup.dora else 0)
 
 
-def _file_bytes(sizes: _Sizes, setup: Setup, targets: Sequence[Target]) -> int:
+def _file_bytes(sizes: _Sizes, setup: Setup) -> int:
     if setup.method == "full":
         return setup.compute_bytes * sizes.trained
-    return FLOAT32 * sizes.trained + (3 if setup.dora else 2) * TENSOR_HEADER * len(targets)
+    return FLOAT32 * sizes.trained + TENSOR_HEADER * sizes.tensors
 
 
 def _weight_bytes(sizes: _Sizes, setup: Setup) -> int:
@@ -212,10 +228,9 @@ def _beside(target: Target, setup: Setup) -> int:
     return target.in_features * setup.dropout + setup.compute_bytes * target.out_features * setup.dora
 
 
-def _buffer_bytes(model: nn.Module, sizes: _Sizes, setup: Setup) -> int:
+def _buffer_bytes(sizes: _Sizes, setup: Setup) -> int:
     """Add up passes and step where a heap with slack keeps the small pieces of adapters; else they share their room."""
-    logits = loss_bytes(model, rows=min(setup.logit_rows, setup.tokens), compute_bytes=setup.compute_bytes)
-    passes, step = logits + _pass_bytes(sizes, setup), _step_bytes(sizes, setup)
+    passes, step = sizes.logits_bytes + _pass_bytes(sizes, setup), _step_bytes(sizes, setup)
     if setup.heap_slack > 1 and setup.method != "full":
         return int(setup.heap_slack * (passes + step))
     return max(passes, step)
@@ -229,13 +244,15 @@ def _pass_bytes(sizes: _Sizes, setup: Setup) -> int:
     if setup.engine:
         numbers += BUCKET_COPIES * min(setup.bucket_weights, sizes.trained)
     held = setup.compute_bytes * numbers
-    if setup.sharding == "zero3":
+    if setup.shares_weights:
         held += min(_weight_bytes(sizes, replace(setup, sharding="zero2")), setup.compute_bytes * LIVE_WEIGHTS)
     return held
 
 
 def _step_bytes(sizes: _Sizes, setup: Setup) -> int:
     """Return what the optimiser's step holds: an engine lays gradients flat in float32, then lets go of the first ones."""
+    if setup.offloads:
+        return 0
     updated = sizes.trained // setup.processes if setup.engine else min(sizes.trained, sizes.head)  # DDP: matrix by matrix
     flat = FLOAT32 * updated if setup.engine else 0
     if setup.fused_optimizer:

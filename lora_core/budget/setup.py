@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lora_core.budget.activations import FLOAT32
+from lora_core.budget.wire import SHARDINGS, Sharding
 from lora_core.errors import ConfigError
 from lora_core.training.losses import CHUNK_ROWS
 
 Method = Literal["full", "lora", "qlora"]
-Sharding = Literal["ddp", "zero1", "zero2", "zero3"]
 METHODS: tuple[Method, ...] = get_args(Method)
-SHARDINGS: tuple[Sharding, ...] = get_args(Sharding)
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Setup:
     tokens: int
     """That one process handles at once: its part of a step, at least 1."""
     sharding: Sharding = "ddp"
-    """What processes share: nothing; the optimiser's states; the gradients too; all weights too."""
+    """What processes share: nothing; the optimiser's states; the gradients too; all weights too; and these with the optimiser and
+    its gradients on the host."""
     processes: int = 1
     """At least 1; one per GPU."""
     compute_bytes: int = 2
@@ -66,6 +66,16 @@ class Setup:
     def engine(self) -> bool:
         """DeepSpeed's engine trains: it holds trained weights in the computation's dtype beside float32 masters."""
         return self.sharding != "ddp"
+
+    @property
+    def shares_weights(self) -> bool:
+        """No process holds a weight whole but while it is used."""
+        return self.sharding in ("zero3", "zero3_offload")
+
+    @property
+    def offloads(self) -> bool:
+        """The optimiser works on the host."""
+        return self.sharding == "zero3_offload"
 
     @property
     def held_bytes(self) -> int:
