@@ -28,6 +28,10 @@ class DivergenceError(PipelineError, ArithmeticError):
     """A training whose loss is no longer finite."""
 
 
+class MemoryExceededError(PipelineError, MemoryError):
+    """A step that needs more memory than there is."""
+
+
 class PeerError(PipelineError, ConnectionError):
     """A rank that ended, or does not answer in time."""
 

@@ -13,13 +13,15 @@ from prefect import flow
 
 from pipelines import launch, tasks
 from pipelines.arms import CONTROL, Arm, Subject, control_arms, rank_arms, rate_arms
-from pipelines.errors import DivergenceError, RecipeError, StageError
+from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, StageError
+from pipelines.fitting import what_would_fit
 from pipelines.incumbent import Champion, find_champion
 from pipelines.places import runs_root
 from pipelines.progress import say
 from pipelines.publishing import publish
 from pipelines.recipe import find_recipe, load_recipe
 from pipelines.run import Data, Figures, Run, Trained
+from pipelines.sharding import check_launch
 from pipelines.stage import Stage
 from pipelines.stages import Stages, shared_out
 from pipelines.summary import Tuning, summarise
@@ -36,11 +38,12 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
         ranks: replaces the recipe's ranks where not empty.
     """
     settings = load_recipe(recipe, ranks=ranks)
+    check_launch(settings)
     run = Run(settings, Stages(settings, runs_root(), find_recipe(recipe).parent))
     base = run.step(tasks.prepare_base, run.stages.base())
     data_stage = run.stages.data(base)
     data = (data_stage, run.step(tasks.prepare_data, data_stage))
-    run.step(tasks.plan, run.stages.plan(base, data))
+    run.plan = run.step(tasks.plan, run.stages.plan(base, data))
     control, tried, tuning = train_control(run, base, data)
     adapters = [train_one(run, base, data, arm) for arm in rank_arms(settings)]
     others = [*tried, *(train_one(run, base, data, arm) for arm in rate_arms(settings))]
@@ -55,9 +58,14 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
 
 
 def train_one(run: Run, base: Figures, data: Data, arm: Arm) -> Trained:
-    """Train one arm; each takes all processes."""
+    """Train one arm, which takes all processes; where its memory does not suffice, say what would need less."""
     stage = run.stages.train(base, data, arm)
-    return Trained(arm, stage, run.step(tasks.train, stage, run.recipe.launch))
+    try:
+        return Trained(arm, stage, run.step(tasks.train, stage, run.recipe.launch))
+    except StageError as error:
+        if error.kind != MemoryExceededError.__name__:
+            raise
+        raise StageError(f"{error}; {what_would_fit(run.plan, arm.label)}", error.kind) from error
 
 
 def train_control(run: Run, base: Figures, data: Data) -> tuple[list[Trained], list[Trained], Tuning]:

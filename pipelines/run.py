@@ -48,6 +48,8 @@ class Run:
     stages: Stages
     started: float = field(default_factory=time.monotonic)
     timings: list[dict[str, Any]] = field(default_factory=list)
+    plan: Figures = field(default_factory=dict)
+    """What the plan reported, once it has."""
 
     @property
     def folder(self) -> Path:

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import gethostname
@@ -34,7 +35,7 @@ from lora_core.config import GIVEN
 from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
-from pipelines.errors import DivergenceError, PipelineError
+from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
 from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.heartbeats import Pulse
 from pipelines.model import load_model
@@ -70,7 +71,18 @@ class Run:
 
     def packs(self, step: int) -> list[Pack]:
         """Return this rank's packs of a step, one for each accumulation part."""
-        return [pack([self.dataset[i] for i in share], self.device) for share in self.shares(step)]
+        return [pack([self.example(i, step) for i in share], self.device) for share in self.shares(step)]
+
+    def example(self, place: int, step: int) -> dict[str, Any]:
+        """Return one example; one that cannot be read is named."""
+        try:
+            example: dict[str, Any] = self.dataset[place]
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise DataError(
+                f"example {place}, of step {step + 1}, cannot be read ({type(error).__name__}: {error}); remove the folder of the prepared "
+                "data and run again, which prepares it anew (the last checkpoint is kept)"
+            ) from error
+        return example
 
     def shares(self, step: int) -> list[list[int]]:
         """Return the examples of this rank's packs."""
@@ -113,7 +125,7 @@ def train(folder: Path) -> None:
         print(f"{weights} trained weights; {hardware.describe()}; {engine.ranks} ranks; from step {first}", flush=True)
     peers = meet()
     for step in range(first, len(run.steps) if done is None else max(options["snapshots"])):
-        with contact_kept(peers, heart):
+        with contact_kept(peers, heart), memory_named(run, step):
             log.write(train_step(run, engine, step))
         if step + 1 in options["snapshots"]:
             with heart.phase("snapshot"):
@@ -230,6 +242,18 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(),
         "time": time.time(),
     }
+
+
+@contextmanager
+def memory_named(run: Run, step: int) -> Iterator[None]:
+    """Say of a step inside the block that needs too much memory how many tokens it had at once."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        tokens = max(sum(run.lengths[i] for i in share) for share in run.shares(step))
+        raise MemoryExceededError(f"step {step + 1} needs more memory than there is, with {tokens:,} tokens at once") from error
 
 
 def everywhere_finite(run: Run, loss: torch.Tensor, step: int) -> torch.Tensor:
