@@ -109,10 +109,10 @@ class Joined:
     """Attempt → the last count seen in it, and when that was new."""
     _answered: set[str] = field(default_factory=set)
 
-    def serve(self) -> None:
-        """Answer every call until this process is ended."""
+    def serve(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Answer every call until `until` holds, or this process is ended."""
         self.say(f"machine {self.machine} waits for trainings under {self.root}")
-        while True:
+        while not until():
             for folder, call in calls(self.root):
                 if call["attempt"] not in self._answered and self.machine < call["machines"] and self.counts_on(call):
                     self._answered.add(call["attempt"])
