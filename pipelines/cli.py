@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from pipelines.cluster import Cluster
 from pipelines.errors import PeerError, PipelineError, StageError
 from pipelines.options import with_options
 from pipelines.places import runs_root
+from pipelines.planning.cluster import Cluster
 from pipelines.recipe import find_recipe, load_recipe
 
 AGAIN = 75
@@ -50,7 +50,7 @@ def join(
 def plan(recipe: RecipeArgument, cluster: Cluster, rank: RanksOption = []) -> None:  # noqa: B006
     """Print the matched modules, trained weights, expected memory and file size, without training."""
     settings = load_recipe(recipe, ranks=rank)
-    from pipelines.planning import print_plan
+    from pipelines.planning.printed import print_plan
     from pipelines.stages import Stages
 
     print_plan(settings, Stages(settings, runs_root(), find_recipe(recipe).parent), cluster)

@@ -14,14 +14,14 @@ from prefect import flow
 from pipelines import launch, tasks
 from pipelines.arms import CONTROL, Arm, Subject, control_arms, rank_arms, rate_arms
 from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, StageError
-from pipelines.fitting import what_would_fit
 from pipelines.incumbent import Champion, find_champion
 from pipelines.places import runs_root
+from pipelines.planning.fitting import what_would_fit
+from pipelines.planning.sharding import check_launch
 from pipelines.progress import say
 from pipelines.publishing import publish
 from pipelines.recipe import find_recipe, load_recipe
 from pipelines.run import Data, Figures, Run, Trained
-from pipelines.sharding import check_launch
 from pipelines.stage import Stage
 from pipelines.stages import Stages, shared_out
 from pipelines.summary import Tuning, summarise

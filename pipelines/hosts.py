@@ -23,7 +23,7 @@ from uuid import uuid4
 from lora_core.files import write_json
 from pipelines import launch
 from pipelines.errors import PipelineError
-from pipelines.recipe import LaunchSection
+from pipelines.sections import LaunchSection
 from pipelines.stage import Stage
 
 CALL = "call.json"

@@ -12,8 +12,8 @@ from lora_core.files import sha256_of_file
 from pipelines.arms import Arm, Subject
 from pipelines.base_model import files_digest, identify
 from pipelines.lookup import evaluation_files, find, folders
+from pipelines.planning.sharding import sharding
 from pipelines.recipe import Recipe
-from pipelines.sharding import sharding
 from pipelines.stage import Stage, snapshot
 
 SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}

@@ -9,7 +9,7 @@ from prefect.context import TaskRunContext
 
 from pipelines import hosts, launch
 from pipelines.progress import say, training_progress
-from pipelines.recipe import LaunchSection
+from pipelines.sections import LaunchSection
 from pipelines.stage import Stage
 
 Figures = dict[str, Any]
@@ -38,7 +38,7 @@ def prepare_data(stage: Stage) -> Figures:
 @task(name="plan", **CACHED)
 def plan(stage: Stage) -> Figures:
     """Match targets, check ranks, and count weights and memory."""
-    return _perform(stage, "pipelines.plan")
+    return _perform(stage, "pipelines.planning.plan")
 
 
 @task(name="train", **CACHED)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from pipelines.recipe import ControlSection
+from pipelines.sections import ControlSection
 
 Losses = Mapping[float, float]
 

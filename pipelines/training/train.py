@@ -39,7 +39,7 @@ from pipelines.errors import DataError, DivergenceError, MemoryExceededError, Pi
 from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.heartbeats import Pulse
 from pipelines.model import load_model
-from pipelines.plan import lora_config
+from pipelines.planning.plan import lora_config
 from pipelines.stage import SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
 from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
 from pipelines.training.engine import Engine, prepare, start, whole_model

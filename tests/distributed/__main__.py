@@ -21,7 +21,7 @@ from distributed.two_hosts import objection, pickled, two_hosts
 from lora_core.files import write_json
 from pipelines.launch import REPOSITORY
 from pipelines.places import runs_root
-from pipelines.recipe import LaunchSection
+from pipelines.sections import LaunchSection
 from pipelines.stage import Stage, read_records
 
 RESULT = REPOSITORY / "build" / "matrix.json"

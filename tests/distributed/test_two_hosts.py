@@ -8,7 +8,7 @@ import pytest
 
 from distributed.trainings import Trainings, farthest, losses, outcome, train_all
 from distributed.two_hosts import TwoHosts, objection, pickled, processes_on, two_hosts
-from pipelines.recipe import LaunchSection
+from pipelines.sections import LaunchSection
 from pipelines.stage import Stage
 
 REASON = objection()

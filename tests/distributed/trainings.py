@@ -12,7 +12,8 @@ from torch import Tensor
 from pipelines import launch
 from pipelines.arms import Arm, control_arms
 from pipelines.places import runs_root
-from pipelines.recipe import RECIPES, LaunchSection, parse_recipe
+from pipelines.recipe import RECIPES, parse_recipe
+from pipelines.sections import LaunchSection
 from pipelines.stage import Stage, read_records
 from pipelines.stages import Stages
 

@@ -17,7 +17,7 @@ import yaml
 from pipelines.child import PARENT, PLACE
 from pipelines.cli import app
 from pipelines.launch import CONFIGS, config_file
-from pipelines.recipe import LaunchSection
+from pipelines.sections import LaunchSection
 
 REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"

@@ -12,7 +12,8 @@ from pipelines import hosts
 from pipelines.errors import PipelineError, RecipeError
 from pipelines.hosts import CALL, Joined, calling, calls, place_of
 from pipelines.launch import ALONE
-from pipelines.recipe import LaunchSection, parse_recipe
+from pipelines.recipe import parse_recipe
+from pipelines.sections import LaunchSection
 
 TWO = LaunchSection(config="cpu_zero2", processes=2, machines=2)
 

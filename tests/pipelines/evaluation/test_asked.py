@@ -12,7 +12,8 @@ from pipelines import data
 from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation import benchmarks
 from pipelines.evaluation.asked import Asked, prepare
-from pipelines.recipe import EvaluationSection, parse_recipe
+from pipelines.recipe import parse_recipe
+from pipelines.sections import EvaluationSection
 
 Ask = Callable[..., Asked]
 

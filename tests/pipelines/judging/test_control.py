@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipelines.judging.control import describe
-from pipelines.recipe import ControlSection
+from pipelines.sections import ControlSection
 
 
 def test_one_rate_was_not_looked_for() -> None:

@@ -8,7 +8,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lora_core.budget.wire import SHARDINGS
-from pipelines.cluster import (
+from pipelines.errors import PipelineError
+from pipelines.options import with_options
+from pipelines.planning.cluster import (
     METHODS,
     Cluster,
     checkpoints_table,
@@ -19,8 +21,6 @@ from pipelines.cluster import (
     traffic_on,
     traffic_table,
 )
-from pipelines.errors import PipelineError
-from pipelines.options import with_options
 
 GIB = 1024**3
 MOVED = {

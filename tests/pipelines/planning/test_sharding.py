@@ -10,8 +10,8 @@ from tiny import tiny_recipe
 
 from pipelines.errors import RecipeError
 from pipelines.launch import CONFIGS
+from pipelines.planning.sharding import check_launch, sharding
 from pipelines.recipe import Recipe, parse_recipe
-from pipelines.sharding import check_launch, sharding
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lora_core.budget.budget import alternatives
 from lora_core.budget.moved import moved
 from lora_core.budget.setup import METHODS, Setup
 from lora_core.budget.wire import SHARDINGS, Exchange, Traffic, wire_bytes
-from pipelines.examples import Examples
+from pipelines.planning.examples import Examples
 
 PROCESSES = tuple(2**power for power in range(10))
 """One to 512 GPUs."""

@@ -6,10 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import launch
-from pipelines.cluster import Cluster, checkpoints_table, scaling_table, traffic_table
-from pipelines.fitting import TERMS
+from pipelines.planning.cluster import Cluster, checkpoints_table, scaling_table, traffic_table
+from pipelines.planning.fitting import TERMS
+from pipelines.planning.sharding import check_launch
 from pipelines.recipe import Recipe
-from pipelines.sharding import check_launch
 from pipelines.stages import Stages
 
 console = Console()
@@ -21,7 +21,7 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
     data_stage = stages.data(base)
     data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
-    plan = launch.result_of(stages.plan(base, data), "pipelines.plan", threads=1)
+    plan = launch.result_of(stages.plan(base, data), "pipelines.planning.plan", threads=1)
     console.print(_targets_table(plan["targets"], recipe.lora.init))
     console.print(_runs_table(recipe, plan, base["weights"]))
     uncounted = plan["runs"]["control"]["uncounted"]

@@ -18,11 +18,11 @@ from lora_core.budget.setup import Setup
 from lora_core.errors import ConfigError, TargetError
 from lora_core.training.optim import loraplus_groups
 from pipelines.errors import RecipeError
-from pipelines.examples import Examples
-from pipelines.fitting import what_would_fit
-from pipelines.plan import check_ratio, cpu_setup, gpu_setup, lora_config, plan
-from pipelines.recipe import LoraSection
-from pipelines.sharding import sharding
+from pipelines.planning.examples import Examples
+from pipelines.planning.fitting import what_would_fit
+from pipelines.planning.plan import check_ratio, cpu_setup, gpu_setup, lora_config, plan
+from pipelines.planning.sharding import sharding
+from pipelines.sections import LoraSection
 
 RUN = Setup("qlora", tokens=703, sharding="zero2", processes=2, logit_rows=85)
 """docstrings_smollm2_cpu: the largest pack and the most supervised tokens that a process gets, as its plan stage finds."""

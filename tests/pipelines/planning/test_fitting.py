@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.fitting import TERMS, what_would_fit
+from pipelines.planning.fitting import TERMS, what_would_fit
 
 
 def plan(*less: tuple[str, Any, int]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a recipe will train and what it will cost, from the base's config and the data's lengths: no weight is loaded.
 
-    python -m pipelines.plan STAGE_FOLDER
+    python -m pipelines.planning.plan STAGE_FOLDER
 
 Refuses a target that matches nothing and a rank larger than a layer, before any training.
 """
@@ -22,8 +22,8 @@ from lora_core.starts.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
 from pipelines.child import run_stage
 from pipelines.errors import RecipeError
-from pipelines.examples import Examples
-from pipelines.ways import Engine, exchanged, in_less_memory, scaling, traffic
+from pipelines.planning.examples import Examples
+from pipelines.planning.ways import Engine, exchanged, in_less_memory, scaling, traffic
 
 PROCESSES = (1, 2, 4, 8)
 """GPUs for which every way of training is printed."""
