@@ -44,6 +44,9 @@ def plan(stage: Stage) -> Figures:
 @task(name="train", **CACHED)
 def train(stage: Stage, settings: LaunchSection) -> Figures:
     """Train an adapter or the control on all ranks; goes on from the last checkpoint."""
+    found = stage.result()  # made by hand, or for another server
+    if found is not None:
+        return found
     with training_progress(stage.label) as watch:
         return hosts.train(stage, settings, watch, say)
 
