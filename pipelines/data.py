@@ -66,6 +66,7 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         "rows": len(rows),
         "left_out": len(examples) - len(usable),
         "cut": sum(example.was_cut for example in usable),
+        "cut_held_out": sum(example.was_cut for example in validation),
         "train_examples": len(train),
         "validation_examples": len(validation),
         "tuning_examples": len(splits["tuning"]),

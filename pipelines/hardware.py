@@ -22,6 +22,11 @@ class Hardware:
     fused_optimizer: bool
     """Use AdamW's fused kernel."""
 
+    @property
+    def name(self) -> str:
+        """Return what computes, as a report names it."""
+        return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "CPU"
+
     def describe(self) -> str:
         """Return one line for the start of a log."""
         dtype = str(self.dtype).removeprefix("torch.")

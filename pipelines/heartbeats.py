@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-RANKS = "ranks"
+RANKS, NOTES = "ranks", "notes.txt"
 COMMUNICATION = "communication"
 WIDTH = 256
 """Bytes of a file, which is written over in place: a beat costs one system call."""
@@ -72,9 +72,23 @@ def read_beats(folder: Path) -> list[Beat]:
 
 
 def clear(folder: Path) -> None:
-    """Forget the ranks of a former run."""
+    """Forget the ranks and the notes of a former run."""
+    (folder / NOTES).unlink(missing_ok=True)
     for path in (folder / RANKS).glob("rank-*.json"):
         path.unlink(missing_ok=True)
+
+
+def note(folder: Path, text: str) -> None:
+    """Leave a line for whoever watches the run; it stands in the log as well."""
+    print(text, flush=True)
+    with (folder / NOTES).open("a", encoding="utf-8") as stream:
+        stream.write(text + "\n")
+
+
+def read_notes(folder: Path, after: int) -> list[str]:
+    """Return the lines that were left after the first `after`."""
+    path = folder / NOTES
+    return path.read_text(encoding="utf-8").splitlines()[after:] if path.is_file() else []
 
 
 def culprit_words(beats: list[Beat]) -> list[str]:

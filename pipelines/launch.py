@@ -22,7 +22,7 @@ import yaml
 
 from pipelines.child import PARENT, PLACE, die_with_parent
 from pipelines.errors import PeerError, RecipeError, StageError, recorded_error
-from pipelines.heartbeats import Stalls, clear
+from pipelines.heartbeats import Stalls, clear, read_notes
 from pipelines.stage import LOG, Stage, read_result
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -47,9 +47,13 @@ class Patience:
     """Seconds."""
     say: Callable[[str], None]
     _said: bool = False
+    _noted: int = 0
 
     def try_on(self, stalls: Stalls) -> None:
-        """Name the rank that holds the others up once, and raise StageError when it has taken too long."""
+        """Pass on what the run has noted, name the rank that holds the others up once, and raise StageError when it takes too long."""
+        for text in read_notes(stalls.folder, self._noted):
+            self._noted += 1
+            self.say(text)
         seconds = stalls.seconds()
         if seconds < self.said_after:
             self._said = False

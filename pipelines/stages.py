@@ -11,6 +11,7 @@ from typing import Any
 from lora_core.files import sha256_of_file
 from pipelines.arms import Arm, Subject
 from pipelines.base_model import files_digest, identify
+from pipelines.errors import RecipeError
 from pipelines.lookup import evaluation_files, find, folders
 from pipelines.planning.sharding import sharding
 from pipelines.recipe import Recipe
@@ -36,8 +37,12 @@ class Stages:
         return base_stage(self.recipe.base_model.id, self.recipe.base_model.revision, self.root)
 
     def data(self, base: dict[str, Any]) -> Stage:
-        """The two splits, tokenised for this base."""
-        section = self.recipe.data
+        """The splits, tokenised for this base; raises RecipeError where it would be given longer examples than it takes."""
+        section, context = self.recipe.data, base.get("context_tokens")
+        if context is not None and section.max_tokens > context:
+            raise RecipeError(
+                f"data.max_tokens {section.max_tokens} is more than the {context} tokens that the base takes; use at most that"
+            )
         is_harvested = section.source == "docstrings"
         source = None if is_harvested else find(section.source, self.places)
         inputs = {

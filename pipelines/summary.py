@@ -54,7 +54,7 @@ def summarise(
         "recipe": run.recipe.model_dump(mode="json"),
         "commit": _commit(),
         "versions": library_versions(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
+        "machine": _machine(trained),
         "base": base,
         "data": data,
         "items": paths,
@@ -79,6 +79,13 @@ def _variant(run: Run, subject: Subject) -> Any:
     assert arm is not None, "a registered champion is no variant"
     rank, cut_from = (arm.rank, None) if subject.cut is None else (subject.cut, arm.rank)
     return Variant(subject.label, arm.method, rank, subject.step or run.recipe.training.steps, arm.learning_rate, cut_from)
+
+
+def _machine(trained: Sequence[Trained]) -> str:
+    """Return what the run was computed on: the GPUs where there were any, and the host."""
+    processors = dict.fromkeys(one.figures.get("processor", "CPU") for one in trained)
+    gpus = [name for name in processors if name != "CPU"]
+    return ", ".join([*gpus, f"{os.cpu_count()} cores", platform.machine(), platform.system()])
 
 
 def _commit() -> str:

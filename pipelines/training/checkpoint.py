@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lora_core.adapter.files import read_json
 from lora_core.files import folder_written_aside, sha256_of_file, write_json
+from pipelines.heartbeats import note
 from pipelines.training.engine import Engine
 from pipelines.training.moments import KEYS, restore, whole_moments, whole_weights
 
@@ -88,15 +89,15 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def newest(self, say: Any = print) -> Found | None:
-        """Return the newest whole checkpoint, and say of each that is not why it is passed over; None where there is none."""
+    def newest(self) -> Found | None:
+        """Return the newest whole checkpoint, and note of each that is not why it is passed over; None where there is none."""
         for folder in reversed(_folders(self.folder)):
             problem = damage(folder)
             if problem is None:
                 state = read_json(folder / STATE)
                 tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]}
                 return Found(state["step"], state["ranks"], tensors)
-            say(f"{folder} is damaged ({problem}); going on from the one before it")
+            note(self.folder.parent, f"{folder} is damaged ({problem}); going on from the one before it")
         return None
 
     def discard(self) -> None:

@@ -134,7 +134,7 @@ def train(folder: Path) -> None:
             with heart.phase("checkpoint"):
                 checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
     if done is None:
-        done = finish(folder, engine, config, {"trained_weights": weights, **log.summary()})
+        done = finish(folder, engine, config, {"trained_weights": weights, "processor": hardware.name, **log.summary()})
     declare(folder, engine, config, done)
     checkpoints.discard()
 

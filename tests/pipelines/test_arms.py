@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pipelines.arms import Arm, Subject, control_arms, rank_arms, rate_arms
+from pipelines.errors import RecipeError
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage
 from pipelines.stages import Stages, plain_label, shared_out
@@ -84,6 +85,13 @@ def test_data_beside_the_recipe_is_found_from_anywhere(recipe_with: Maker, tmp_p
     assert stage.paths["source"] == str(tmp_path / "there" / "rows.jsonl")
     (tmp_path / "there" / "rows.jsonl").write_text("{} \n")
     assert stages.data(BASE).key != stage.key
+
+
+def test_examples_longer_than_the_base_takes_are_refused(recipe_with: Maker) -> None:
+    stages = Stages(parse_recipe(recipe_with(data={"max_tokens": 64})), Path("runs"))
+    assert stages.data({**BASE, "context_tokens": 64}).kind == "data"
+    with pytest.raises(RecipeError, match=r"data.max_tokens 64 is more than the 63 tokens that the base takes; use at most that"):
+        stages.data({**BASE, "context_tokens": 63})
 
 
 def test_snapshots_are_expected_files(recipe_with: Maker) -> None:
