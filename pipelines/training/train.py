@@ -136,7 +136,8 @@ def train(folder: Path) -> None:
     if done is None:
         done = finish(folder, engine, config, {"trained_weights": weights, "processor": hardware.name, **log.summary()})
     declare(folder, engine, config, done)
-    checkpoints.discard()
+    if engine.is_first:
+        checkpoints.discard()
 
 
 def watch(engine: Engine, heart: Heart) -> None:
