@@ -30,7 +30,8 @@ signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for t
 sys.exit(max(task.wait() % 256 for task in tasks))
 """
 SCONTROL = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads one line closes the pipe
 if sys.argv[1:3] == ["show", "hostnames"]:
     print("\\n".join(os.environ["NODES"].split()))
 else:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, lora_layers
 from lora_core.starts.eva import eva_starts
-from pipelines import starts
 from pipelines.errors import BaseModelError
 from pipelines.hardware import detect
 from pipelines.model import load_model
+from pipelines.training import starts
 from pipelines.training.starts import inject_started, pushes, unrounded
 
 EXAMPLES = [{"input_ids": list(range(3 + k, 15 + k)), "supervised": [False] * 6 + [True] * 6} for k in range(20)]
