@@ -1,8 +1,8 @@
 """Which figure sees that a model forgot: each figure's change for models that forgot more and less.
 
-The pushed control is taken twice: where its task loss is nearest to that of the highest rank, so that what was learnt is the
-same, and at its end, where it has surely forgotten. A figure that sees forgetting falls there, by an interval below zero; one
-that rises while abilities fall misleads.
+The pushed control is taken at its end, where it has surely forgotten, and beside it the QLoRA adapter whose task loss is
+nearest, at whatever step or rate: of two models that do the task as well, one has forgotten. A figure that sees forgetting
+falls there, by an interval below zero; one that rises while abilities fall misleads.
 """
 
 from collections.abc import Iterator
@@ -64,8 +64,9 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     """Yield each figure's change by training for the highest rank, the tuned control and the pushed one."""
     judged = [model for model in tuned["models"].values() if "verdict" in model]
     rank = max(judged, key=lambda model: int(model["rank"]))["label"]
-    highest = Subject(rank, tuned, rank, "base-nf4")
-    subjects = [highest, Subject("tuned control", tuned, "control", "base"), *pushed_subjects(pushed, highest.task_loss)]
+    steps = pushed["recipe"]["training"]["steps"]
+    hard = Subject(f"pushed control, {steps} steps", pushed, "control", "base")
+    subjects = [Subject(rank, tuned, rank, "base-nf4"), Subject("tuned control", tuned, "control", "base"), nearest(tuned, hard), hard]
     changes = {subject.name: subject.change() for subject in subjects}
     for subject in subjects:
         yield row(f"{subject.name}: task loss", subject.task_loss, "nats a token")
@@ -83,17 +84,11 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     yield row("the pushed control forgot, by choice probability", end.high, "upper end", "< 0", holds=end.high < 0)
 
 
-def pushed_subjects(pushed: Values, loss: float) -> list[Subject]:
-    """Return the pushed control where it has learnt as much as a loss says, and at its end."""
-    steps = pushed["recipe"]["training"]["steps"]
-    ways = [Subject(f"pushed control, {way.partition('@')[2]} steps", pushed, way, "base") for way in labels(pushed)]
-    nearest = min(ways, key=lambda way: abs(way.task_loss - loss))
-    return [nearest, Subject(f"pushed control, {steps} steps", pushed, "control", "base")]
-
-
-def labels(pushed: Values) -> list[str]:
-    """Return the names of the control's snapshots."""
-    return [label for label in pushed["items"] if label.startswith("control@")]
+def nearest(tuned: Values, hard: Subject) -> Subject:
+    """Return the adapter whose task loss is nearest to that of a model."""
+    labels = [label for label in tuned["items"] if label.startswith("rank-")]
+    adapters = [Subject(f"{label}, the nearest in task loss", tuned, label, "base-nf4") for label in labels]
+    return min(adapters, key=lambda one: abs(one.task_loss - hard.task_loss))
 
 
 def seen(figure: str, unit: str, who: str, change: Any) -> Iterator[Row]:
