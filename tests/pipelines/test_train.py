@@ -148,7 +148,7 @@ def test_a_loftq_run_starts_nearer_to_the_base_before_it_was_rounded(prepared: P
     starts = {"rounded": {}, "loftq": {"lora": {"init": "loftq", "ranks": [32]}}, "unrounded": {"base_model": {"quantization": "none"}}}
     first = {}
     for name, changes in starts.items():
-        stage = prepared(32, **changes)
+        stage = prepared(32, **changes, training={"batch_size": 48, "steps": 3})  # many examples: the rounding of few may cancel out
         train(stage.begin())
         first[name] = _losses(stage)[0]
     assert abs(first["loftq"] - first["unrounded"]) < 0.5 * abs(first["rounded"] - first["unrounded"])
@@ -160,7 +160,9 @@ def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_step(prepared:
     broken = Stage(
         stage.kind, stage.label, stage.inputs, stage.root, {**stage.paths, "base": str(stage.folder.parent / "broken-base")}, stage.options
     )
-    with pytest.raises(StageError, match="the loss of step 1 is nan; lower the learning rate"):
+    with pytest.raises(
+        StageError, match=r"the loss of step 1 is nan on rank [01], whose examples are \d+(, \d+)*; lower the learning rate"
+    ):
         _train(broken, **ZERO2)
     assert not (broken.folder / "adapter").exists()
 
