@@ -184,6 +184,8 @@ def _benchmarks(smooth: Samples, before: Records, after: Records) -> dict[str, B
 
 def _generation(before: Records, after: Records) -> dict[str, Interval]:
     first, second = scored(before, "generation"), scored(after, "generation")
+    if not (first and second):  # a model that only the picture shows wrote no answers
+        return {}
     pairs = [(one["metrics"], other["metrics"]) for one, other in zip(first, second, strict=True)]
     rises = {name: [b[name] - a[name] for a, b in pairs if name in a and name in b] for name in metric_names([*first, *second])}
     return {name: mean_interval(np.array(values, dtype=np.float64)) for name, values in rises.items() if len(values) > 1}
@@ -192,7 +194,7 @@ def _generation(before: Records, after: Records) -> dict[str, Interval]:
 def _fall(before: Records, after: Records, kind: str, unit: str) -> Interval | None:
     """Return how much a loss per unit fell; None for fewer than two items."""
     first, second = scored(before, kind), scored(after, kind)
-    if len(first) < 2:
+    if min(len(first), len(second)) < 2:
         return None
     return ratio_interval(_column(first, "nll") - _column(second, "nll"), _column(first, unit))
 

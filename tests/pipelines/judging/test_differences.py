@@ -152,6 +152,15 @@ def test_one_answer_is_too_few_for_an_interval_and_what_failed_in_one_model_is_n
     assert {name: ends(one) for name, one in change(task + before, task + after).generation.items()} == {"chrf": (2.0, 2.0, 2.0)}
 
 
+@pytest.mark.parametrize("kind", ["generation", "text", "chat"])
+def test_a_model_that_lacks_a_kind_has_no_change_of_it(anything: Scored, kind: str) -> None:
+    """A model that only the picture shows is asked less; what both answered is compared."""
+    whole, less = anything(1), [record for record in anything(2) if record["kind"] != kind]
+    for found in (change(whole, less), change(less, whole)):
+        lacking = {"generation": found.generation or None, "text": found.text_loss, "chat": found.chat_loss}
+        assert [name for name, value in lacking.items() if value is None] == [kind]
+
+
 def test_what_was_not_asked_has_no_change(task_records: Maker) -> None:
     found = change(task_records([1.0, 2.0]), task_records([1.0, 1.0]))
     assert (found.choice_probability, found.accuracy, found.margin, found.text_loss, found.chat_loss) == (None,) * 5
