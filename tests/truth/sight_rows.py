@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.judging.differences import Change, change
-from pipelines.judging.divergence import divergences
+from pipelines.judging.divergence import Divergence, divergences
 from pipelines.judging.figures import scores
 from pipelines.judging.records import Records
 from pipelines.stage import read_records
@@ -53,7 +53,7 @@ class Subject:
         """Return what training changed."""
         return change(read_records(Path(self.summary["items"][self.base])), self.records)
 
-    def kl(self) -> float | None:
+    def kl(self) -> Divergence | None:
         """Return the KL divergence from its base over the questions put as chats; None where none were."""
         pair = (self.base, self.label)
         files = {label: Path(self.summary["items"][label]).with_name("distributions.safetensors") for label in pair}
@@ -78,7 +78,7 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     for subject in subjects:
         moved = subject.kl()
         if moved is not None:
-            yield row(f"{subject.name}: KL from its base on chat-formatted questions", moved, "nats a token")
+            yield row(f"{subject.name}: KL from its base on chat-formatted questions", moved.mean, "nats a token")
     end = changes[subjects[-1].name].choice_probability
     assert end is not None, "the benchmarks were asked"
     yield row("the pushed control forgot, by choice probability", end.high, "upper end", "< 0", holds=end.high < 0)
