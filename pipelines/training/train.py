@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, trained_weights
+from lora_core.adapter.files import read_json
 from lora_core.config import GIVEN
 from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
@@ -40,7 +41,7 @@ from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.heartbeats import Pulse
 from pipelines.model import load_model
 from pipelines.planning.plan import lora_config
-from pipelines.stage import SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
+from pipelines.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
 from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
 from pipelines.training.engine import Engine, prepare, start, whole_model
 from pipelines.training.heart import Heart
@@ -102,7 +103,7 @@ class Run:
 def train(folder: Path) -> None:
     """Train what the stage's inputs say, from the newest checkpoint if there is one, and write the result.
 
-    A run that is done and is asked for more snapshots goes as far as the last of them; its outcome stays.
+    A run that is done and is asked for more snapshots goes as far as the last one that it lacks; its outcome stays.
     """
     (inputs, paths), options = read_inputs(folder), read_options(folder)
     hardware = detect()
@@ -124,10 +125,11 @@ def train(folder: Path) -> None:
     if engine.is_first:
         print(f"{weights} trained weights; {hardware.describe()}; {engine.ranks} ranks; from step {first}", flush=True)
     peers = meet()
-    for step in range(first, len(run.steps) if done is None else max(options["snapshots"])):
+    lacking = options["snapshots"] if done is None else missing_snapshots(folder, options["snapshots"])
+    for step in range(first, len(run.steps) if done is None else max(lacking, default=0)):
         with contact_kept(peers, heart), memory_named(run, step):
             log.write(train_step(run, engine, step))
-        if step + 1 in options["snapshots"]:
+        if step + 1 in lacking:
             with heart.phase("snapshot"):
                 save_trained(engine, config, inputs, folder / snapshot(step + 1))
         if (step + 1) % options["checkpoint_every"] == 0 and step + 1 < len(run.steps):
@@ -268,6 +270,12 @@ def everywhere_finite(run: Run, loss: torch.Tensor, step: int) -> torch.Tensor:
             "learning rate, or mend these rows (the last checkpoint is kept)"
         )
     return total
+
+
+def missing_snapshots(folder: Path, steps: list[int]) -> list[int]:
+    """Return the steps of which a run that is done has kept nothing."""
+    kept = read_json(folder / RESULT)["files"]
+    return [step for step in steps if not any(name.startswith(f"{snapshot(step)}/") for name in kept)]
 
 
 def finish(folder: Path, engine: Engine, config: LoraConfig | None, figures: dict[str, Any]) -> dict[str, Any]:

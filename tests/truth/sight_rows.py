@@ -5,7 +5,7 @@ nearest, at whatever step or rate: of two models that do the task as well, one h
 falls there, by an interval below zero; one that rises while abilities fall misleads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,12 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     rank = max(judged, key=lambda model: int(model["rank"]))["label"]
     steps = pushed["recipe"]["training"]["steps"]
     hard = Subject(f"pushed control, {steps} steps", pushed, "control", "base")
-    subjects = [Subject(rank, tuned, rank, "base-nf4"), Subject("tuned control", tuned, "control", "base"), nearest(tuned, hard), hard]
+    subjects = [
+        Subject(rank, tuned, rank, "base-nf4"),
+        Subject("tuned control", tuned, "control", "base"),
+        nearest((tuned, pushed), hard),
+        hard,
+    ]
     changes = {subject.name: subject.change() for subject in subjects}
     for subject in subjects:
         yield row(f"{subject.name}: task loss", subject.task_loss, "nats a token")
@@ -84,10 +89,10 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     yield row("the pushed control forgot, by choice probability", end.high, "upper end", "< 0", holds=end.high < 0)
 
 
-def nearest(tuned: Values, hard: Subject) -> Subject:
-    """Return the adapter whose task loss is nearest to that of a model."""
-    labels = [label for label in tuned["items"] if label.startswith("rank-")]
-    adapters = [Subject(f"{label}, the nearest in task loss", tuned, label, "base-nf4") for label in labels]
+def nearest(summaries: Sequence[Values], hard: Subject) -> Subject:
+    """Return the adapter of all that were scored whose task loss is nearest to that of a model."""
+    pairs = [(summary, label) for summary in summaries for label in summary["items"] if label.startswith("rank-")]
+    adapters = [Subject(f"{label}, the nearest in task loss", summary, label, "base-nf4") for summary, label in pairs]
     return min(adapters, key=lambda one: abs(one.task_loss - hard.task_loss))
 
 
