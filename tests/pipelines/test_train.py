@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,21 @@ def test_a_resumed_run_does_not_look_for_its_start_again(prepared: Prepared, mon
         patch.setattr(given, "eva_starts", None)
         train(stopped.begin())
     assert _losses(stopped) == _losses(whole)
+
+
+def test_a_finished_run_that_is_asked_for_a_snapshot_keeps_its_outcome(prepared: Prepared) -> None:
+    """It goes as far as the snapshot and no further, and what it had written stays to the byte."""
+    stage = prepared(4, "asked-later")
+    train(stage.begin())
+    names = ("metrics.jsonl", "adapter/adapter_model.safetensors")
+    before, figures = {name: (stage.folder / name).read_bytes() for name in names}, stage.result()
+    expected = "snapshots/step-00002/adapter/adapter_config.json"
+    asked = replace(stage, options={**stage.options, "snapshots": [2]}, expects=(expected,))
+    assert asked.folder == stage.folder and asked.result() is None
+    train(asked.begin())
+    assert asked.result() == figures and (stage.folder / expected).is_file()
+    assert {name: (stage.folder / name).read_bytes() for name in names} == before
+    assert not (stage.folder / "checkpoints").exists()
 
 
 def test_a_loftq_run_starts_nearer_to_the_base_before_it_was_rounded(prepared: Prepared) -> None:
