@@ -216,9 +216,9 @@ def _follow(child: "subprocess.Popen[bytes]", folder: Path, watch: Watch | None,
     rows, stalls = _rows_as_they_come(folder / "metrics.jsonl"), Stalls(folder)
     clear(folder)
     while True:
+        ended = child.poll() is not None
         if patience is not None:
             patience.try_on(stalls)
-        ended = child.poll() is not None
         for row in rows:
             if row is None:
                 break
