@@ -1,5 +1,6 @@
 """Two hosts train as two ranks of one do; when the cable is pulled both ends say who is gone, and the run goes on afterwards."""
 
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ REASON = objection()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.xdist_group("two hosts")]
 TIMEOUT = 15
 """Seconds that a rank waits for another here."""
-STEPS = 40
+STEPS = 80
 LAUNCH = LaunchSection(config="cpu_zero2", processes=2, machines=2, timeout_seconds=TIMEOUT)
 
 
@@ -55,7 +56,7 @@ def test_a_pulled_cable_is_named_by_both_ends_and_the_run_goes_on(trainings: Tra
         second.terminate()
         second.communicate(timeout=60)
     log = (stage.folder / "log.txt").read_text()
-    assert ("from step 0" in log and "from step 4" in log) or "from step 8" in log
+    assert "from step 0" in log and re.search(r"from step [1-9]", log), log[-2000:]
     assert losses(stage) == pytest.approx(losses(together), abs=2e-6)
     assert farthest(outcome(together), outcome(stage)) < 5e-5
 
