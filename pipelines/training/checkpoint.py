@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Checkpoints:
 
     def _let_old_ones_go(self) -> None:
         every = _folders(self.folder)
-        best = min(every, key=lambda folder: float(read_json(folder / STATE)["loss"]))
+        best = min(every, key=_loss_of)
         for folder in every[: -self.kept]:
             if folder != best:
                 shutil.rmtree(folder)
@@ -199,3 +200,11 @@ def starts(model: nn.Module) -> Tensors:
 
 def _folders(place: Path) -> list[Path]:
     return sorted(place.glob("step-*"))
+
+
+def _loss_of(folder: Path) -> float:
+    """Return the loss by which a checkpoint is best; one whose state cannot be read is the worst, and ends no run."""
+    try:
+        return float(read_json(folder / STATE)["loss"])
+    except (OSError, ValueError, KeyError):
+        return inf
