@@ -38,7 +38,7 @@ parity: $(READY) ## the library and the adapters of `make run` beside PEFT, othe
 truth: $(VENV)/.peers ## which figures see forgetting, and whether LoRA forgets less here; about an hour on two cores
 	$(BIN)/python tests/truth/truth.py
 
-matrix: $(READY) ## every launch by every method, two hosts and a pulled cable; after `make run`, what its checkpoints cost
+matrix: $(READY) ## every launch by every method, two hosts and a pulled cable, what checkpoints cost; about 15 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -m distributed
 
 setup: $(READY)

@@ -145,6 +145,8 @@ class TrainingSection(Section):
     """Compute activations twice instead of keeping them: slower, smaller."""
     checkpoint_every: Count = 10
     """Steps between checkpoints, from which a stopped run goes on."""
+    checkpoint_share: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Of the training's time, what writing checkpoints may take: one that would take more waits for a later turn; 1 writes all."""
     checkpoints_kept: Count = 2
     """How many of the newest checkpoints stay beside the best."""
 

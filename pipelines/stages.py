@@ -17,7 +17,7 @@ from pipelines.planning.sharding import sharding
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage, snapshot
 
-SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every", "checkpoints_kept"}
+SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every", "checkpoint_share", "checkpoints_kept"}
 """Settings of training that say how a step is spread over time and memory: what is learnt is the same but for rounding."""
 SHORT = {"generations": 0}
 """What a model that only the frontier shows is not asked: answers, which are slow to write and are judged nowhere."""

@@ -11,17 +11,21 @@ A checkpoint stands between two optimiser steps, so no part of an accumulation w
 data follows from the number of steps. The frozen base is loaded again from where it lies. A run that was stopped on two
 ranks goes on with one, or four: ranks that were there before draw what they would have drawn, others start anew.
 
-The newest few are kept, and the best. Small ones are written by a thread beside the training, from a copy; one whose copy
-would cost memory is written while training waits. Nothing in them is a pickle.
+The newest few are kept, and the best. Where memory allows, one is written by a thread beside the training, from a copy;
+elsewhere file by file while training waits. One that is due but would take more than its share of the time waits for the
+next turn: a run that has gone on for a minute has less to lose than a large checkpoint costs. Nothing in them is a pickle.
 """
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -31,12 +35,17 @@ from torch import Tensor, nn
 from lora_core.adapter.files import read_json
 from lora_core.files import folder_written_aside, sha256_of_file, write_json
 from pipelines.heartbeats import note
+from pipelines.memory import free_memory_bytes
 from pipelines.training.engine import Engine
 from pipelines.training.moments import KEYS, restore, whole_moments, whole_weights
 
 STATE, WEIGHTS, RANDOM = "state.json", "weights", "random"
-COPIED_BYTES = 512 << 20
-"""Largest state that is copied to be written beside the training."""
+ROOM = 2
+"""How many times a checkpoint must fit into the memory that is left, for it to be copied and written beside the training."""
+BYTES_PER_SECOND = 400e6
+"""What writing is taken to cost before a first one was written."""
+STATE_BYTES = 12
+"""Of a trained weight: itself and both means in float32."""
 Tensors = dict[str, Tensor]
 
 
@@ -53,14 +62,45 @@ class Found:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of one run; rank 0 writes them."""
+    """The checkpoints of one run, inside a block at whose end all are written; rank 0 writes them."""
 
     folder: Path
     """checkpoints/ of the stage."""
     kept: int
     """How many of the newest stay, beside the best."""
+    share: float = 1.0
+    """Of the time so far, what writing them may take."""
+    trained_weights: int = 0
+    """Of which a checkpoint's size is known before there is one."""
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
     _pending: "Future[None] | None" = field(default=None, repr=False)
+    _begun: float = field(default_factory=time.monotonic, repr=False)
+    _written: int = 0
+    _waited: float = 0.0
+    """Seconds that the training stood still for them."""
+    _beside: float = 0.0
+    """Seconds that a core was taken beside it."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with suppress(*([OSError] if error is not None else [])):  # what ended the run says more
+            self.wait()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return how many were written since this process began, and what that took."""
+        return {"written": self._written, "seconds": round(self._waited, 3), "seconds_beside": round(self._beside, 3)}
+
+    def due(self) -> bool:
+        """Tell whether one more keeps them within their share of the time; every rank asks, and is told the same."""
+        spent = self._waited + self._beside
+        each = spent / self._written if self._written else self._bytes / BYTES_PER_SECOND
+        at_work = self._pending is not None and not self._pending.done()
+        choice = [self.share == 1 or (not at_work and spent + each <= self.share * (time.monotonic() - self._begun))]
+        broadcast_object_list(choice)
+        return bool(choice[0])
 
     def save(self, engine: Engine, step: int, loss: float) -> None:
         """Keep the state after `step` steps; every rank calls it, and returns when the state is copied or written.
@@ -68,21 +108,26 @@ class Checkpoints:
         Args:
             engine: what is trained.
             step: optimiser steps taken.
-            loss: mean since the checkpoint before, by which the best one is known.
+            loss: mean of the last steps, by which the best checkpoint is known.
 
         Raises:
             OSError: this one, or the one before it, could not be written.
         """
+        begun = time.monotonic()
         random = gather_object([random_state()])
-        tensors = _whole_state(engine)
+        files = _whole_state(engine, random)
         if not engine.is_first:
+            for _ in files:  # each is gathered from all ranks
+                pass
             return
-        tensors[RANDOM] = {f"{rank}.{name}": state for rank, states in enumerate(random) for name, state in states.items()}
-        values = {"step": step, "loss": loss, "ranks": engine.ranks}
         self.wait()
-        self._pending = self._writer.submit(self._write, step, tensors, values)
-        if sum(tensor.nbytes for some in tensors.values() for tensor in some.values()) > COPIED_BYTES:
-            self.wait()
+        values = {"step": step, "loss": loss, "ranks": engine.ranks}
+        if free_memory_bytes() > ROOM * self._bytes:
+            self._pending = self._writer.submit(self._write_beside, step, list(files), values)
+        else:
+            self._write(step, files, values)
+        self._written += 1
+        self._waited += time.monotonic() - begun
 
     def wait(self) -> None:
         """Return when what was to be written is written; raise what the writing raised."""
@@ -90,26 +135,24 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def newest(self) -> Found | None:
-        """Return the newest whole checkpoint, and note of each that is not why it is passed over; None where there is none."""
-        for folder in reversed(_folders(self.folder)):
-            problem = damage(folder)
-            if problem is None:
-                state = read_json(folder / STATE)
-                tensors = {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]}
-                return Found(state["step"], state["ranks"], tensors)
-            note(self.folder.parent, f"{folder} is damaged ({problem}); going on from the one before it")
-        return None
+    @property
+    def _bytes(self) -> int:
+        return STATE_BYTES * self.trained_weights
 
     def discard(self) -> None:
         """Remove all: the run has ended and its outcome is saved."""
         self.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _write(self, step: int, tensors: dict[str, Tensors], values: dict[str, Any]) -> None:
-        with folder_written_aside(self.folder / f"step-{step:05d}") as aside:
-            for name, some in tensors.items():
-                save_file(some, aside / f"{name}.safetensors", metadata={"format": "pt"})
+    def _write_beside(self, step: int, files: list[tuple[str, Tensors]], values: dict[str, Any]) -> None:
+        begun = time.thread_time()
+        self._write(step, files, values)
+        self._beside += time.thread_time() - begun
+
+    def _write(self, step: int, files: Iterable[tuple[str, Tensors]], values: dict[str, Any]) -> None:
+        with folder_written_aside(self.folder / _name(step)) as aside:
+            for name, tensors in files:
+                save_file(tensors, aside / f"{name}.safetensors", metadata={"format": "pt"})
             digests = {path.name: sha256_of_file(path) for path in sorted(aside.iterdir())}
             write_json(aside / STATE, {**values, "files": digests})
         self._let_old_ones_go()
@@ -122,16 +165,22 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
 
-def agreed(engine_is_first: bool, checkpoints: Checkpoints) -> Found | None:
+def agreed(engine_is_first: bool, place: Path) -> Found | None:
     """Return the checkpoint that all ranks go on from: the one that rank 0 found whole, read by each."""
-    found = checkpoints.newest() if engine_is_first else None
+    found = newest(place) if engine_is_first else None
     choice = [found.step if found is not None else 0]
     broadcast_object_list(choice)
-    if engine_is_first or choice[0] == 0:
-        return found
-    own = checkpoints.folder / f"step-{choice[0]:05d}"
-    state = read_json(own / STATE)
-    return Found(state["step"], state["ranks"], {name.removesuffix(".safetensors"): load_file(own / name) for name in state["files"]})
+    return found if engine_is_first or choice[0] == 0 else _read(place / _name(choice[0]))
+
+
+def newest(place: Path) -> Found | None:
+    """Return the newest whole checkpoint, and note of each that is not why it is passed over; None where there is none."""
+    for folder in reversed(_folders(place)):
+        problem = damage(folder)
+        if problem is None:
+            return _read(folder)
+        note(place.parent, f"{folder} is damaged ({problem}); going on from the one before it")
+    return None
 
 
 def resume(engine: Engine, found: Found | None, seed: int) -> int:
@@ -180,22 +229,31 @@ def set_random_state(state: Tensors) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _whole_state(engine: Engine) -> dict[str, Tensors]:
-    """Return every tensor by file, whole on rank 0 and nothing elsewhere; all ranks gather one parameter after the other."""
-    parts: dict[str, Iterator[tuple[str, Tensor]]] = {WEIGHTS: whole_weights(engine), **{key: whole_moments(engine, key) for key in KEYS}}
-    whole: dict[str, Tensors] = {file: {} for file in parts}
-    for file, part in parts.items():
-        for name, tensor in part:
-            if engine.is_first:
-                whole[file][name] = tensor
-    if engine.is_first:
-        whole[WEIGHTS] |= starts(engine.model)
-    return whole
+def _whole_state(engine: Engine, random: list[Tensors]) -> Iterator[tuple[str, Tensors]]:
+    """Yield file after file its tensors, whole on rank 0 and none elsewhere; all ranks gather one parameter after the other."""
+    weights = _on_first(engine, whole_weights(engine))
+    yield WEIGHTS, weights | starts(engine.model) if engine.is_first else weights
+    for key in KEYS:
+        yield key, _on_first(engine, whole_moments(engine, key))
+    yield RANDOM, {f"{rank}.{name}": state for rank, states in enumerate(random) for name, state in states.items()}
+
+
+def _on_first(engine: Engine, tensors: Iterator[tuple[str, Tensor]]) -> Tensors:
+    return {name: tensor for name, tensor in tensors if engine.is_first}
 
 
 def starts(model: nn.Module) -> Tensors:
     """Return the buffers that say what a layer takes off again: another machine may find other signs for them."""
     return {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers() if name.endswith((".start_A", ".start_B"))}
+
+
+def _read(folder: Path) -> Found:
+    state = read_json(folder / STATE)
+    return Found(state["step"], state["ranks"], {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]})
+
+
+def _name(step: int) -> str:
+    return f"step-{step:05d}"
 
 
 def _folders(place: Path) -> list[Path]:

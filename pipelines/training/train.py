@@ -112,12 +112,12 @@ def train(folder: Path) -> None:
         model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
     heart = Heart(Pulse(folder, accelerator.process_index, gethostname()))
     run = prepare_run(accelerator, inputs, Path(paths["data"]), heart)
-    checkpoints, done = Checkpoints(folder / "checkpoints", options["checkpoints_kept"]), read_result(folder)
-    found = agreed(accelerator.is_main_process, checkpoints)
+    done, found = read_result(folder), agreed(accelerator.is_main_process, folder / "checkpoints")
     config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), found=found)
     if options["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights, groups = trained_weights(model), parameter_groups(model, inputs)
+    checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"], options["checkpoint_share"], weights)
     engine = prepare(accelerator, model, groups, fused=hardware.fused_optimizer, max_grad_norm=run.max_grad_norm)
     first = resume(engine, found, inputs["seed"])
     watch(engine, heart)
@@ -126,17 +126,20 @@ def train(folder: Path) -> None:
         print(f"{weights} trained weights; {hardware.describe()}; {engine.ranks} ranks; from step {first}", flush=True)
     peers = meet()
     lacking = options["snapshots"] if done is None else missing_snapshots(folder, options["snapshots"])
-    for step in range(first, len(run.steps) if done is None else max(lacking, default=0)):
-        with contact_kept(peers, heart), memory_named(run, step):
-            log.write(train_step(run, engine, step))
-        if step + 1 in lacking:
-            with heart.phase("snapshot"):
-                save_trained(engine, config, inputs, folder / snapshot(step + 1))
-        if (step + 1) % options["checkpoint_every"] == 0 and step + 1 < len(run.steps):
-            with heart.phase("checkpoint"):
-                checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
+    with checkpoints, contact_kept(peers, heart):
+        for step in range(first, len(run.steps) if done is None else max(lacking, default=0)):
+            with memory_named(run, step):
+                log.write(train_step(run, engine, step))
+            if step + 1 in lacking:
+                with heart.phase("snapshot"):
+                    save_trained(engine, config, inputs, folder / snapshot(step + 1))
+            if (step + 1) % options["checkpoint_every"] == 0 and step + 1 < len(run.steps):
+                with heart.phase("checkpoint"):
+                    if checkpoints.due():
+                        checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
     if done is None:
-        done = finish(folder, engine, config, {"trained_weights": weights, "processor": hardware.name, **log.summary()})
+        figures = {"trained_weights": weights, "processor": hardware.name, "checkpoints": checkpoints.figures, **log.summary()}
+        done = finish(folder, engine, config, figures)
     declare(folder, engine, config, done)
     if engine.is_first:
         checkpoints.discard()

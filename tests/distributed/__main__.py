@@ -3,7 +3,7 @@
     PYTHONPATH=tests python -m distributed
 
 Every launch trains every method on a tiny model with two ranks, in one go and broken off; the embedded model trains over two
-network namespaces. The figures go to build/matrix.json; a goal missed is an error.
+network namespaces, and as the default recipe has it. The figures go to build/matrix.json; a goal missed is an error.
 """
 
 import sys
@@ -20,9 +20,8 @@ from distributed.trainings import LAUNCHES, METHODS, Trainings, embedded_stage, 
 from distributed.two_hosts import objection, pickled, two_hosts
 from lora_core.files import write_json
 from pipelines.launch import REPOSITORY
-from pipelines.places import runs_root
 from pipelines.sections import LaunchSection
-from pipelines.stage import Stage, read_records
+from pipelines.stage import Stage, read_result
 
 RESULT = REPOSITORY / "build" / "matrix.json"
 LOSS, WEIGHTS, COST = 2e-6, 5e-5, 0.02
@@ -72,7 +71,8 @@ def hosts(folder: Path) -> Iterator[Row]:
         yield row(f"two hosts: {reason}", 0, "")
         return
     settings = LaunchSection(config="cpu_zero2", processes=2, machines=2, timeout_seconds=30)
-    one, two = (embedded_stage(folder / name, STEPS, settings) for name in ("one-host", "hosts"))
+    often = {"steps": STEPS, "checkpoint_every": 2, "checkpoint_share": 1}
+    one, two = (embedded_stage(folder / name, "QLoRA", settings, **often) for name in ("one-host", "hosts"))
     train_all("cpu_zero2", 2, [str(one.folder)], folder / "one-host.log")
     with two_hosts(folder / "hosts") as made:
         second, file = made.join(), pickled(two, settings, folder / "stage.pickle")
@@ -93,12 +93,21 @@ def hosts(folder: Path) -> Iterator[Row]:
 
 
 def checkpoints(folder: Path) -> Iterator[Row]:
-    """Yield the share of the default run's training time that its ranks spent on checkpoints."""
-    for stage in sorted((runs_root() / "train").glob("*/metrics.jsonl")):
-        rows = read_records(stage)
-        spent = sum(one["seconds_of"].get("checkpoint", 0.0) for one in rows if "seconds_of" in one)
-        whole = sum(one["seconds"] for one in rows)
-        yield within(f"{stage.parent.name}: checkpoints", spent / whole, "of its training time", COST)
+    """Train as the default recipe has it, and the control once more with each checkpoint written, whatever it costs."""
+    settings = LaunchSection(config="cpu_zero2", processes=2)
+    for method, often in (("QLoRA", {}), ("full", {}), ("full", {"checkpoint_share": 1})):
+        name = f"{method}, {'every one written' if often else 'as the recipe has it'}"
+        stage = embedded_stage(folder / name, method, settings, **often)
+        train_all("cpu_zero2", 2, [str(stage.folder)], folder / f"{name}.log")
+        figures = read_result(stage.folder)
+        assert figures is not None
+        cost = figures["checkpoints"]
+        share = (cost["seconds"] + cost["seconds_beside"]) / figures["training_seconds"]
+        yield row(f"{name}: checkpoints written", cost["written"], f"in {figures['training_seconds']:.0f} s")
+        if often:
+            yield row(f"{name}: training stood still for each", cost["seconds"] / cost["written"], "s")
+            yield row(f"{name}: a core's time beside it for each", cost["seconds_beside"] / cost["written"], "s")
+        yield row(f"{name}: both", share, "of its training time") if often else within(f"{name}: both", share, "of its training time", COST)
 
 
 def apart(one: Stage, other: Stage) -> float:

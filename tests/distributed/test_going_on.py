@@ -7,6 +7,7 @@ import pytest
 
 from distributed.trainings import Trainings, farthest, losses, outcome, train_all
 from pipelines.stage import Stage
+from pipelines.training import checkpoint
 
 pytestmark = pytest.mark.slow
 BREAK = 5
@@ -48,8 +49,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         assert losses(broken[damage]) == pytest.approx(losses(alone["QLoRA"]), abs=2e-6)
 
 
-def test_the_newest_and_the_best_checkpoints_stay(trainings: Trainings) -> None:
-    stage = trainings.stage("QLoRA", "kept", training={"steps": 12, "checkpoint_every": 1, "checkpoints_kept": 2})
+def test_the_newest_and_the_best_checkpoints_stay_and_one_without_a_state_ends_no_run(trainings: Trainings) -> None:
+    stage = trainings.stage("QLoRA", "kept", training={"steps": 14, "checkpoint_every": 1, "checkpoints_kept": 2})
     train_all("cpu_single", 1, [f"{stage.folder}:11"], trainings.root / "kept.log")
     kept = sorted((stage.folder / "checkpoints").glob("step-*"))
     rows = losses(stage)[:11]
@@ -58,6 +59,20 @@ def test_the_newest_and_the_best_checkpoints_stay(trainings: Trainings) -> None:
     state = json.loads((kept[-1] / "state.json").read_text())
     assert (state["step"], state["ranks"]) == (11, 1)
     assert set(state["files"]) == {"weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "random.safetensors"}
+    (kept[0] / "state.json").write_text("")
+    train_all("cpu_single", 1, [str(stage.folder)], trainings.root / "stateless.log")
+    assert "from step 11" in (trainings.root / "stateless.log").read_text()
+    assert len(losses(stage)) == 14
+
+
+def test_a_checkpoint_that_costs_too_much_waits_and_a_run_that_ends_leaves_it_whole(trainings: Trainings) -> None:
+    """Two hundredths of a tiny model's steps are less than any checkpoint takes; the first one's cost is only guessed at."""
+    settings = {"steps": 40, "checkpoint_every": 1, "checkpoints_kept": 40, "checkpoint_share": 0.02}
+    stage = trainings.stage("LoRA", "dear", training=settings)
+    train_all("cpu_single", 1, [f"{stage.folder}:39"], trainings.root / "dear.log")
+    written = sorted((stage.folder / "checkpoints").glob("step-*"))
+    assert 1 <= len(written) < 20
+    assert all(checkpoint.damage(folder) is None for folder in written)
 
 
 def harm(path: Path, damage: str) -> None:

@@ -78,13 +78,15 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((tensor - other[name]).norm() / tensor.norm().clamp(min=1e-6)) for name, tensor in one.items())
 
 
-def embedded_stage(runs: Path, steps: int, settings: LaunchSection) -> Stage:
-    """Return the default recipe's rank 4 for a few steps; base and data are the default run's."""
-    changes = {"training": {"steps": steps, "checkpoint_every": 2, "batch_size": 10}, "launch": settings.model_dump()}
-    recipe = parse_recipe({**yaml.safe_load(DEFAULT.read_text()), **changes})
+def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training: Any) -> Stage:
+    """Return the default recipe's rank 4 (QLoRA) or control (full), begun; base and data are the default run's."""
+    changes = {"launch": settings.model_dump(), "training": training}
+    values: dict[str, Any] = yaml.safe_load(DEFAULT.read_text())
+    recipe = parse_recipe({**values, **{name: {**values[name], **change} for name, change in changes.items()}})
     shared = Stages(recipe, runs_root())
     base = launch.result_of(shared.base(), "pipelines.base_model", threads=2)
     data = (shared.data(base), launch.result_of(shared.data(base), "pipelines.data", threads=2))
-    stage = Stages(recipe, runs).train(base, data, Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK))
+    arm = control_arms(recipe)[0] if method == "full" else Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
+    stage = Stages(recipe, runs).train(base, data, arm)
     stage.begin()
     return stage
