@@ -97,7 +97,7 @@ class Run:
 
     def supervised_tokens(self, step: int) -> int:
         """Count the supervised tokens of a step over all ranks."""
-        return sum(sum(self.dataset[i]["supervised"]) for i in self.steps[step])
+        return sum(sum(self.example(i, step)["supervised"]) for i in self.steps[step])
 
 
 def train(folder: Path) -> None:

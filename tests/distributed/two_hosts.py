@@ -21,16 +21,7 @@ from pipelines.stage import Stage
 NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 CABLE = "cable"
 PORT = 29511
-FIRST = """
-import json, pickle, sys
-from pipelines import hosts
-from pipelines.errors import PipelineError
-stage, settings = pickle.load(open(sys.argv[1], "rb"))
-try:
-    print(json.dumps(hosts.train(stage, settings, None, print)))
-except PipelineError as error:
-    sys.exit(f"error: {error}")
-"""
+RUN_TRAINING = Path(__file__).with_name("run_training.py")
 
 
 def objection() -> str | None:
@@ -64,7 +55,7 @@ class TwoHosts:
 
     def train(self, stage_file: Path) -> "subprocess.Popen[str]":
         """Start a training on the first host, as a run does."""
-        return self.start("node-a", sys.executable, "-c", FIRST, str(stage_file))
+        return self.start("node-a", sys.executable, str(RUN_TRAINING), str(stage_file))
 
     def join(self) -> "subprocess.Popen[str]":
         """Start `lora join` on the second."""

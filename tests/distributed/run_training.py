@@ -1,0 +1,35 @@
+"""Run one training as a run does, in a process of its own that can be ended.
+
+    python run_training.py STAGE.pickle [KIND:STEP:RANK]
+
+The second word is a fault, see `faults.struck`. What the run says goes to the standard output.
+"""
+
+import json
+import pickle
+import signal
+import sys
+from pathlib import Path
+
+from pipelines import hosts
+from pipelines.errors import PipelineError
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def main() -> None:
+    """Train, and print the figures or the error."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    stage, settings = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301 - written by the test that runs this
+    if len(sys.argv) > 2:
+        from faults.struck import strike_launches
+
+        strike_launches(sys.argv[2])
+    try:
+        print(json.dumps(hosts.train(stage, settings, None, print)))
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Inject every fault as often as its name is worth, and count what survived, what was lost and how soon a run stood again.
+
+    PYTHONPATH=tests python -m faults [SEED]
+
+The figures go to build/faults.json; a run that does not survive is an error.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from statistics import mean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from faults.every import RUNS, TRAININGS, Fault
+from faults.trial import EVERY, Outcome, Site
+from lora_core.files import write_json
+from pipelines.launch import REPOSITORY
+
+RESULT = REPOSITORY / "build" / "faults.json"
+KILLS = 20
+"""Least number of processes to kill at random steps."""
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Inject, write and print everything; return 1 where a goal is missed."""
+    seed = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    random, console = Random(seed), Console(width=150)
+    rows: list[Row] = []
+    table = Table("fault", "times", "survived", "steps lost", "seconds to recover", "what was said, the last time")
+    table.title = f"Faults, at the random steps of seed {seed}"
+    with TemporaryDirectory() as folder:
+        site = Site.prepare(Path(folder))
+        for fault in (*TRAININGS, *RUNS):
+            if fault.objection is not None:
+                table.add_row(fault.name, "0", "", "", "", fault.objection)
+                rows.append(row(f"{fault.name}: {fault.objection}", 0, "times"))
+                continue
+            outcomes = [attempted(fault, site, random, console) for _ in range(fault.times)]
+            rows += figures(fault, outcomes)
+            table.add_row(*words(fault, outcomes))
+    kills = sum(one["value"] for one in rows if one["what"].startswith("kill -9") and one["what"].endswith(": injected"))
+    rows.append(row("processes killed with kill -9", kills, "times", f">= {KILLS}", holds=kills >= KILLS))
+    console.print(table)
+    write_json(RESULT, rows)
+    return 0 if all(one["holds"] is not False for one in rows) else 1
+
+
+def attempted(fault: Fault, site: Site, random: Random, console: Console) -> Outcome:
+    """Inject a fault once; one whose trial itself fails did not survive."""
+    try:
+        outcome = fault.inject(site, random)
+    except Exception as error:  # noqa: BLE001 - the other faults are injected all the same
+        outcome = Outcome(False, 0, 0.0, f"{type(error).__name__}: {error}")
+    console.print(
+        f"{fault.name}: {'survived' if outcome.survived else 'LOST'}, {outcome.lost} steps, {outcome.seconds:.1f} s", highlight=False
+    )
+    if not outcome.survived:
+        console.print(f"  {outcome.said}", highlight=False)
+    return outcome
+
+
+def figures(fault: Fault, outcomes: list[Outcome]) -> Iterator[Row]:
+    """Yield a fault's figures."""
+    survived, lost = sum(one.survived for one in outcomes), max(one.lost for one in outcomes)
+    yield row(f"{fault.name}: injected", len(outcomes), "times")
+    yield row(f"{fault.name}: survived", survived, "times", f"= {len(outcomes)}", holds=survived == len(outcomes))
+    yield row(f"{fault.name}: steps lost, at most", lost, "steps", f"<= {2 * EVERY}", holds=lost <= 2 * EVERY)
+    yield row(f"{fault.name}: until it stood again, at most", max(one.seconds for one in outcomes), "s")
+
+
+def words(fault: Fault, outcomes: list[Outcome]) -> list[str]:
+    """Return a fault's row of the table."""
+    lost, seconds = [one.lost for one in outcomes], [one.seconds for one in outcomes]
+    counted = [str(len(outcomes)), str(sum(one.survived for one in outcomes))]
+    spread = [f"{mean(lost):.1f}, at most {max(lost)}", f"{mean(seconds):.1f}, at most {max(seconds):.1f}"]
+    return [fault.name, *counted, *spread, outcomes[-1].said[:160]]
+
+
+def row(what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None) -> Row:
+    """Return one figure."""
+    return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Every fault that is injected, by name, and how often `make faults` does so."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from faults import clocks, kills, servers, storage, within
+from faults.trial import Outcome, Site
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault."""
+
+    name: str
+    inject: Callable[[Site, Random], Outcome]
+    times: int = 1
+    objection: str | None = None
+    """Why it cannot be injected here."""
+
+
+TRAININGS = (
+    Fault("kill -9 of a rank", kills.rank, 8),
+    Fault("kill -9 of the launcher", kills.launcher, 5),
+    Fault("a rank that hangs", kills.hanging_rank),
+    Fault("a second run at the same time", kills.second_run, 2),
+    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 3),
+    Fault("a checkpoint cut short", storage.cut_short, 3),
+    Fault("a full disk while writing", storage.full_disk, 2, storage.small_disk_objection()),
+    Fault("NaN in the loss of one rank", within.nan_on_one_rank, 3),
+    Fault("a row that cannot be read", within.unreadable_row, 2),
+    Fault("a clock that jumps", clocks.jumping_clock, 2, clocks.objection()),
+)
+"""Of one training."""
+RUNS = (
+    Fault("kill -9 of the flow process", kills.flow_process, 5),
+    Fault("Ctrl-C", kills.interrupt, 2),
+    Fault("a step that exceeds memory", within.no_memory),
+    Fault("the tracking server gone for a minute", servers.away_for_a_minute),
+    Fault("the tracking server gone for good", servers.gone_for_good),
+)
+"""Of a whole run."""

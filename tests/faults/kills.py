@@ -1,0 +1,84 @@
+"""Processes that are killed with SIGKILL at a random step, or asked to stop."""
+
+import signal
+import time
+from random import Random
+
+from faults.trial import EVERY, STEPS, Outcome, Site, Trial, last_line
+
+
+def rank(site: Site, random: Random) -> Outcome:
+    """Kill one rank: the other cannot go on, and the run says which one was lost."""
+    trial = site.training()
+    trial.begin()
+    done = trial.at_step(_some_step(random))
+    victim = random.randrange(2)
+    trial.ranks()[victim].kill()
+    since = time.monotonic()
+    status, said = trial.ended(), last_line(trial.said())
+    return trial.go_on(done=done, since=since, said=said, clear=status != 0 and said.startswith("error: "))
+
+
+def launcher(site: Site, random: Random) -> Outcome:
+    """Kill what started the ranks: they end with it."""
+    trial = site.training()
+    trial.begin()
+    done = trial.at_step(_some_step(random))
+    trial.launcher().kill()
+    since = time.monotonic()
+    status, said = trial.ended(), last_line(trial.said())
+    return trial.go_on(done=done, since=since, said=said, clear=status != 0 and said.startswith("error: "))
+
+
+def flow_process(site: Site, random: Random) -> Outcome:
+    """Kill `lora run` itself: nothing that it started outlives it."""
+    trial = site.run()
+    process = trial.begin()
+    done = trial.at_step(_some_step(random))
+    process.kill()
+    since = time.monotonic()
+    process.wait()
+    return trial.go_on(done=done, since=since, said="(nothing: it was killed)")
+
+
+def interrupt(site: Site, random: Random) -> Outcome:
+    """Press Ctrl-C: every process ends in order."""
+    trial = site.run()
+    process = trial.begin()
+    done = trial.at_step(_some_step(random))
+    process.send_signal(signal.SIGINT)
+    since = time.monotonic()
+    status = trial.ended()
+    return trial.go_on(done=done, since=since, said=last_line(trial.said()), clear=status not in (0, -9))
+
+
+def hanging_rank(site: Site, random: Random) -> Outcome:
+    """Stop a rank in its tracks: it is named, and the run ends when its time is over."""
+    trial = site.training()
+    trial.begin()
+    done = trial.at_step(_some_step(random))
+    victim = random.randrange(2)
+    trial.ranks()[victim].suspend()
+    since = time.monotonic()
+    status, said = trial.ended(), trial.said()
+    named = [line for line in said.splitlines() if line.startswith(f"rank {victim} on ") and "nothing has moved for" in line]
+    return trial.go_on(done=done, since=since, said=named[0] if named else said, clear=status != 0 and bool(named))
+
+
+def second_run(site: Site, random: Random) -> Outcome:
+    """Start the same training while it is at work: the second is told so, and harms nothing."""
+    first, done = site.training(), _some_step(random)
+    first.begin()
+    first.at_step(done)
+    second = Trial(site, first.stage, first.runs / "second", [])
+    second.runs.mkdir()
+    since = time.monotonic()
+    status, said = second.begin().wait(), last_line(second.said())
+    seconds = time.monotonic() - since
+    refused = status != 0 and "another run is at work in" in said
+    return Outcome(refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1, 0, seconds, said)
+
+
+def _some_step(random: Random) -> int:
+    """Return a step after the first checkpoint and before the end."""
+    return random.randrange(EVERY + 1, STEPS - EVERY)

@@ -1,0 +1,69 @@
+"""A tracking server that is away when a run wants to publish: for a while, and for good."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import psutil
+
+from faults.trial import Outcome, Site, last_line
+
+AWAY_SECONDS = 60
+
+
+def away_for_a_minute(site: Site, random: Random) -> Outcome:
+    """Start the server a minute after the run asked for it first: the run waits, and registers."""
+    port = free_port()
+    trial = site.run(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
+    trial.begin()
+    trial.wait_for(lambda: "asking again for" in trial.said(), seconds=300)
+    since = time.monotonic()
+    time.sleep(AWAY_SECONDS)
+    with tracking_server(trial.runs, port):
+        status = trial.ended(180)
+        seconds = time.monotonic() - since - AWAY_SECONDS
+    said = next(line.strip() for line in trial.said().splitlines() if "asking again for" in line)
+    return Outcome(status == 0 and bool(trial.summary()["registered"]["versions"]) and trial.is_whole(), 0, seconds, said)
+
+
+def gone_for_good(site: Site, random: Random) -> Outcome:
+    """Let there be no server: the report is there, nothing is lost, and the next run registers without training."""
+    port = free_port()
+    trial = site.run(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
+    trial.begin(LORA_REGISTRY_SECONDS="2")
+    status, said = trial.ended(300), last_line(trial.said())
+    since = time.monotonic()
+    reported = (trial.runs / "pairs_tiny_cpu" / "report.html").is_file() and not trial.summary().get("registered")
+    with tracking_server(trial.runs, port):
+        again = trial.begin().wait(300)
+    seconds = time.monotonic() - since
+    registered = again == 0 and bool(trial.summary()["registered"]["versions"])
+    return Outcome(status == 2 and reported and registered and trial.starts() == [0] and trial.is_whole(), 0, seconds, said)
+
+
+@contextmanager
+def tracking_server(folder: Path, port: int) -> Iterator[None]:
+    """Run an MLflow server for the length of a block."""
+    options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "server.txt").open("wb") as stream:
+        server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *options, *stores], stdout=stream, stderr=stream, cwd=folder)
+    try:
+        yield
+    finally:
+        everything = [*psutil.Process(server.pid).children(recursive=True), server]
+        for one in everything:
+            one.terminate()
+        server.wait(30)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

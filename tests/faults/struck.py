@@ -1,0 +1,103 @@
+"""A training on whose ranks a fault is injected from within: what no signal and no damaged file can bring about.
+
+accelerate launch … struck.py KIND:STEP:RANK FOLDER
+
+nan       the rank's loss of that step is not a number
+row       an example of that step cannot be read, on every rank
+memory    from that step on the rank gets no more memory from the system
+"""
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipelines import launch
+from pipelines.child import die_with_parent, errors_recorded
+from pipelines.training import objective
+from pipelines.training import train as training
+
+ROOM_BYTES = 1 << 20
+Step = Callable[..., dict[str, Any]]
+
+
+def strike(argv: list[str], word: str) -> list[str]:
+    """Return the command of a training whose ranks are struck; its last two words name the module and the folder."""
+    return [*argv[:-3], str(Path(__file__)), word, argv[-1]]
+
+
+def strike_launches(word: str) -> None:
+    """Strike every training that this process launches."""
+    plain = launch.accelerate_argv
+    launch.accelerate_argv = lambda *arguments: strike(plain(*arguments), word)
+
+
+def main() -> None:
+    """Train as `pipelines.training.train` does, with the fault that the command line names."""
+    word, folder = sys.argv[1], Path(sys.argv[2])
+    kind, step, rank = word.split(":")
+    faults = {"nan": not_a_number, "row": unreadable_row, "memory": no_memory}
+    training.train_step = faults[kind](training.train_step, int(step), int(rank))
+    die_with_parent()
+    with errors_recorded(folder):
+        training.train(folder)
+    torch.distributed.destroy_process_group()
+
+
+def not_a_number(step_of: Step, at: int, rank: int) -> Step:
+    """Let the rank's loss be what an overflow leaves."""
+    forward = objective.Objective.forward
+
+    def step(run: Any, engine: Any, number: int) -> Any:
+        struck = number + 1 == at and engine.accelerator.process_index == rank
+        objective.Objective.forward = (lambda self, part: forward(self, part) * torch.nan) if struck else forward
+        return step_of(run, engine, number)
+
+    return step
+
+
+def unreadable_row(step_of: Step, at: int, rank: int) -> Step:
+    """Let a read of the step's first example fail, as a bad sector does."""
+
+    def step(run: Any, engine: Any, number: int) -> Any:
+        return step_of(replace(run, dataset=BadSector(run.dataset, run.steps[at - 1][rank])) if number + 1 >= at else run, engine, number)
+
+    return step
+
+
+def no_memory(step_of: Step, at: int, rank: int) -> Step:
+    """Confine the rank to what it has, and let the step ask for more."""
+    forward = objective.Objective.forward
+
+    def larger(self: Any, part: Any) -> Any:
+        return forward(self, part) + torch.ones(1 << 26).sum() * 0
+
+    def step(run: Any, engine: Any, number: int) -> Any:
+        if number + 1 == at and engine.accelerator.process_index == rank:
+            limit = psutil.Process().memory_info().vms + ROOM_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            objective.Objective.forward = larger
+        return step_of(run, engine, number)
+
+    return step
+
+
+class BadSector:
+    """Rows of which one cannot be read."""
+
+    def __init__(self, rows: Any, place: int) -> None:
+        self.rows, self.place = rows, place
+
+    def __getitem__(self, place: int) -> Any:
+        if place == self.place:
+            raise OSError(5, "Input/output error")
+        return self.rows[place]
+
+
+if __name__ == "__main__":
+    main()

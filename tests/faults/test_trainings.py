@@ -1,0 +1,18 @@
+"""A training survives each fault: it says what happened, leaves nothing behind, and goes on to the same bits."""
+
+from random import Random
+
+import pytest
+
+from faults.every import TRAININGS, Fault
+from faults.trial import Site
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("fault", TRAININGS, ids=lambda fault: fault.name)
+def test_a_training_survives(site: Site, random: Random, fault: Fault) -> None:
+    if fault.objection is not None:
+        pytest.skip(fault.objection)
+    outcome = fault.inject(site, random)
+    assert outcome.survived, outcome

@@ -1,0 +1,236 @@
+"""A training of two ranks in a process of its own, struck while it is at work and gone on with.
+
+Whether it survived is told by the one that nothing disturbed: the same loss at every step, and the same adapter, to the bit.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from tiny import tiny_recipe
+
+from distributed.trainings import Trainings, losses
+from distributed.two_hosts import RUN_TRAINING, pickled
+from pipelines.launch import REPOSITORY
+from pipelines.sections import LaunchSection
+from pipelines.stage import LOG, Stage
+
+STEPS, EVERY = 60, 4
+"""Optimiser steps of a training, and between its checkpoints."""
+LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=4)
+QUICK: dict[str, Any] = {
+    "control": {"method": "none"},
+    "lora": {"ranks": [4]},
+    "training": {"steps": STEPS, "checkpoint_every": EVERY},
+    "launch": LAUNCH.model_dump(),
+    "evaluation": {"general": ["piqa"], "items_per_benchmark": 2, "generations": 1, "chat_prompts": 0, "passages": 0},
+}
+"""One rank, few questions."""
+STRUCK_RUN = Path(__file__).with_name("struck_run.py")
+LORA = str(Path(sys.executable).parent / "lora")
+STATED = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "LORA_RUNS")
+"""Environment variables that a trial sets or does without."""
+GONE_SECONDS = 45
+"""After which no process of a run that was ended may be alive."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fault did to a run."""
+
+    survived: bool
+    lost: int
+    """Steps that were taken twice."""
+    seconds: float
+    """From the fault until the run stood again where it had stood."""
+    said: str
+    """What the user was told."""
+
+
+@dataclass
+class Site:
+    """A tiny model, its rows and base prepared once, and the training that nothing disturbs."""
+
+    trainings: Trainings
+    expected: Stage
+    _trials: int = 0
+
+    @classmethod
+    def prepare(cls, root: Path) -> "Site":
+        """Prepare all, and train once."""
+        trainings = Trainings.prepare(root)
+        site = cls(trainings, trainings.stage("LoRA", "undisturbed", 2, **QUICK))
+        undisturbed = Trial(site, site.expected, root / "undisturbed", [])
+        assert undisturbed.begin().wait() == 0, undisturbed.said()
+        return site
+
+    def training(self) -> "Trial":
+        """Return a training to be struck."""
+        stage, place = self._next()
+        return Trial(self, stage, place, [])
+
+    def run(self, **environment: str) -> "Trial":
+        """Return a whole `lora run` to be struck, whose base and data are there."""
+        stage, place = self._next()
+        shutil.copytree(self.trainings.root / "shared", place, dirs_exist_ok=True)
+        return Trial(self, stage, place, [LORA, "run", str(self.recipe())], environment)
+
+    def recipe(self) -> Path:
+        """Write the recipe of which the trainings are a part."""
+        values = tiny_recipe(
+            self.trainings.root / "model", self.trainings.root / "pairs.jsonl", base_model={"quantization": "none"}, **QUICK
+        )
+        path = self.trainings.root / "quick.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def _next(self) -> tuple[Stage, Path]:
+        self._trials += 1
+        name = f"trial-{self._trials}"
+        return self.trainings.stage("LoRA", name, 2, **QUICK), self.trainings.root / name
+
+
+@dataclass
+class Trial:
+    """One training, or the run that holds it."""
+
+    site: Site
+    stage: Stage
+    """The training's."""
+    runs: Path
+    """Folder of runs, by which its processes are known."""
+    argv: list[str]
+    """Command of a whole run; empty for a training alone."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def begin(self, strike: str = "", prefix: tuple[str, ...] = (), **environment: str) -> "subprocess.Popen[bytes]":
+        """Start it, or go on with it; a strike is a fault from within, see `struck`."""
+        file = pickled(self.stage, LAUNCH, self.runs / "stage.pickle")
+        argv = self.argv or [sys.executable, str(RUN_TRAINING), str(file), *filter(None, [strike])]
+        if self.argv and strike:
+            argv = [sys.executable, str(STRUCK_RUN), strike, *self.argv[1:]]
+        clean = {name: value for name, value in os.environ.items() if name not in STATED}
+        own = {"LORA_RUNS": str(self.runs), "HF_HUB_OFFLINE": "1", "COLUMNS": "300", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+        with (self.runs / "said.txt").open("wb") as stream:
+            self.process = subprocess.Popen(
+                [*prefix, *argv], env={**clean, **own, **self.environment, **environment}, stdout=stream, stderr=stream, cwd=self.runs
+            )
+        return self.process
+
+    def said(self) -> str:
+        """Return what the run has said to its user since it was last begun."""
+        return (self.runs / "said.txt").read_text(errors="replace")
+
+    def log(self) -> str:
+        """Return what the ranks have written, over all attempts."""
+        path = self.stage.folder / LOG
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def starts(self) -> list[int]:
+        """Return the step from which each attempt went on."""
+        return [int(step) for step in re.findall(r"from step (\d+)$", self.log(), re.MULTILINE)]
+
+    def steps(self) -> int:
+        """Return how many steps are done."""
+        return len(self.rows())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return the metrics of the steps that are done."""
+        path = self.stage.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 180) -> None:
+        """Return when something has come about; raise AssertionError with what was said when it does not."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"it did not come about: {self.said()[-1500:]} {self.log()[-1500:]}"
+            time.sleep(0.01)
+
+    def at_step(self, steps: int, attempt: int = 1) -> int:
+        """Wait until so many steps of an attempt are done, counted from the beginning; return how many are."""
+        self.wait_for(lambda: len(self.starts()) >= attempt and self.steps() >= steps)
+        return self.steps()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return what is alive of it."""
+        return [one for one in psutil.process_iter() if one.pid != os.getpid() and variable(one, "LORA_RUNS") == str(self.runs)]
+
+    def ranks(self) -> list[psutil.Process]:
+        """Return the processes that train, by rank."""
+        found = [one for one in self.processes() if variable(one, "LOCAL_RANK") is not None]
+        return sorted(found, key=lambda one: int(variable(one, "LOCAL_RANK") or 0))
+
+    def launcher(self) -> psutil.Process:
+        """Return the process that started the ranks."""
+        return next(one for one in self.processes() if "accelerate.commands.launch" in one.cmdline())
+
+    def nothing_left(self, seconds: float = GONE_SECONDS) -> bool:
+        """Wait until no process of it is alive; tell whether that came about in time."""
+        deadline = time.monotonic() + seconds
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return not self.processes()
+
+    def ended(self, seconds: float = 120) -> int:
+        """Wait for the run to end; return its status."""
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    def go_on(self, *, done: int, since: float, said: str, clear: bool = True, **environment: str) -> Outcome:
+        """Begin again after a fault at which `done` steps were done, to the end.
+
+        Args:
+            done: steps before the fault.
+            since: when it struck, on the monotonic clock.
+            said: what the user was told of it.
+            clear: whether what had to hold until here did.
+            environment: of the second attempt.
+        """
+        attempts = len(self.starts())
+        gone = self.nothing_left()
+        self.begin(**environment)
+        self.at_step(min(done + 1, STEPS), attempts + 1)
+        seconds = time.monotonic() - since
+        status = self.ended(300)
+        return Outcome(clear and gone and status == 0 and self.is_whole(), done - self.starts()[-1], seconds, said)
+
+    def is_whole(self) -> bool:
+        """Tell whether its losses and its adapter are those of the training that nothing disturbed, to the bit."""
+        files = [(one.folder / "adapter" / "adapter_model.safetensors") for one in (self.stage, self.site.expected)]
+        if not all(path.is_file() for path in files):
+            return False
+        return losses(self.stage) == losses(self.site.expected) and files[0].read_bytes() == files[1].read_bytes()
+
+    def checkpoints(self) -> list[Path]:
+        """Return the checkpoints that are there, the newest last."""
+        return sorted((self.stage.folder / "checkpoints").glob("step-*"))
+
+    def summary(self) -> dict[str, Any]:
+        """Return what a whole run ended with."""
+        values: dict[str, Any] = json.loads((self.runs / "pairs_tiny_cpu" / "summary.json").read_text())
+        return values
+
+
+def variable(process: psutil.Process, name: str) -> str | None:
+    """Return a variable of a process's environment; None where it has none, is gone, or is another user's."""
+    try:
+        return process.environ().get(name)
+    except (psutil.Error, OSError):
+        return None
+
+
+def last_line(text: str) -> str:
+    """Return what was said last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else ""
