@@ -92,10 +92,15 @@ def read_notes(folder: Path, after: int) -> list[str]:
 
 
 def culprit_words(beats: list[Beat]) -> list[str]:
-    """Name the ranks that hold the others up: those that are behind, or else at work while the rest waits, or else all."""
+    """Name the ranks that hold the others up: those that are behind, at work while the rest waits, or in an earlier collective.
+
+    All ranks go through the same phases, so of those that wait in one step the one with fewer beats has stopped before the others.
+    """
     if not beats:
         return ["no rank has begun"]
     first = min(beat["step"] for beat in beats)
     behind = [beat for beat in beats if beat["step"] == first]
+    fewest = min(beat["beats"] for beat in behind)
     at_work = [beat for beat in behind if beat["phase"] != COMMUNICATION]
-    return [f"rank {one['rank']} on {one['host']} is in {one['phase']} of step {one['step']}" for one in at_work or behind]
+    earlier = [beat for beat in behind if beat["beats"] == fewest]
+    return [f"rank {one['rank']} on {one['host']} is in {one['phase']} of step {one['step']}" for one in at_work or earlier]

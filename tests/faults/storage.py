@@ -38,8 +38,7 @@ def full_disk(site: Site, random: Random) -> Outcome:
         done, filled = trial.steps(), "no space left" in said
         kept = bool(trial.checkpoints())
         filler.unlink()
-        outcome = trial.go_on(done=done, since=since, said=said, clear=status != 0 and filled and kept)
-        return outcome
+        return trial.go_on(done=done, since=since, said=said, clear=status != 0 and filled and kept)
 
 
 def _damaged(site: Site, random: Random, harm: Harm) -> Outcome:

@@ -17,17 +17,17 @@ from typing import Any
 
 import psutil
 import yaml
-from tiny import tiny_recipe
-
 from distributed.trainings import Trainings, losses
 from distributed.two_hosts import RUN_TRAINING, pickled
+from tiny import tiny_recipe
+
 from pipelines.launch import REPOSITORY
 from pipelines.sections import LaunchSection
 from pipelines.stage import LOG, Stage
 
 STEPS, EVERY = 60, 4
 """Optimiser steps of a training, and between its checkpoints."""
-LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=4)
+LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=8)
 QUICK: dict[str, Any] = {
     "control": {"method": "none"},
     "lora": {"ranks": [4]},

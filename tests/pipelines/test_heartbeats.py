@@ -19,8 +19,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def beat(rank: int, step: int, phase: str) -> dict[str, Any]:
-    return {"rank": rank, "host": f"node-{rank}", "step": step, "phase": phase, "beats": 1}
+def beat(rank: int, step: int, phase: str, beats: int = 1) -> dict[str, Any]:
+    return {"rank": rank, "host": f"node-{rank}", "step": step, "phase": phase, "beats": beats}
 
 
 def test_a_beat_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -48,9 +48,10 @@ def test_a_file_that_is_being_written_is_passed_over(tmp_path: Path) -> None:
             [beat(0, 7, "communication"), beat(1, 7, "communication")],
             ["rank 0 on node-0 is in communication of step 7", "rank 1 on node-1 is in communication of step 7"],
         ),
+        ([beat(0, 7, "communication", 90), beat(1, 7, "communication", 88)], ["rank 1 on node-1 is in communication of step 7"]),
         ([], ["no rank has begun"]),
     ],
-    ids=["one at work while another waits", "one behind", "all wait", "nobody"],
+    ids=["one at work while another waits", "one behind", "all wait", "one in an earlier collective", "nobody"],
 )
 def test_who_holds_the_others_up(beats: list[dict[str, Any]], named: list[str]) -> None:
     assert culprit_words(beats) == named
