@@ -13,13 +13,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
+from tiny import tiny_recipe
 
 from distributed.trainings import LAUNCHES, METHODS, Trainings, embedded_stage, farthest, losses, outcome, train_all
 from distributed.two_hosts import objection, pickled, two_hosts
 from lora_core.files import write_json
+from pipelines.errors import RecipeError
 from pipelines.launch import REPOSITORY
+from pipelines.planning.sharding import check_launch
+from pipelines.recipe import parse_recipe
 from pipelines.sections import LaunchSection
 from pipelines.stage import Stage, read_result
 
@@ -35,6 +40,7 @@ def main() -> int:
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         sections: dict[str, Callable[[Path], Iterator[Row]]] = {
+            "What cannot work": refused,
             "Two ranks beside one, and a run that was broken off beside one that was not": launches,
             "The embedded model on two hosts beside two ranks of one": hosts,
             "What checkpoints cost": checkpoints,
@@ -62,6 +68,21 @@ def launches(folder: Path) -> Iterator[Row]:
             weights = farthest(outcome(alone[method]), outcome(whole[method]))
             yield within(f"{name}, {method}: largest difference of a trained tensor", weights, "of its norm", WEIGHTS)
             yield within(f"{name}, {method}: broken off and gone on with, loss", apart(broken[method], whole[method]), "nats", 0)
+
+
+def refused(folder: Path) -> Iterator[Row]:
+    """Ask for FSDP, as accelerate's own configs do, and see that it is refused before anything is started."""
+    for device, quantization in (("cpu", "nf4"), ("gpu", "nf4"), ("gpu", "none")):
+        config = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "use_cpu": device == "cpu", "num_processes": 2}
+        path = folder / f"fsdp_{device}.yaml"
+        path.write_text(yaml.safe_dump(config))
+        changes = {"launch": {"config": str(path), "processes": 2}, "base_model": {"quantization": quantization}}
+        try:
+            check_launch(parse_recipe(tiny_recipe(folder, folder, **changes)))
+            reason = None
+        except RecipeError as error:
+            reason = str(error).partition(" asks for ")[2]
+        yield row(f"FSDP2, {quantization}, {device}: {reason}", int(reason is not None), "refused", "1", holds=reason is not None)
 
 
 def hosts(folder: Path) -> Iterator[Row]:
