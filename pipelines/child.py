@@ -90,14 +90,14 @@ class errors_recorded:
             sys.exit(USER_ERROR)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel (Linux) to end this process when its parent ends, however the parent ends.
+def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel (Linux) to end this process, by a signal, when its parent ends, however the parent ends.
 
     The run that started the stage is looked for by its process id as well: it may have ended before the kernel was asked.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
     run = os.environ.get(PARENT)
     if run is not None and not Path(f"/proc/{run}").exists():
         os.kill(os.getpid(), signal.SIGKILL)

@@ -17,6 +17,8 @@ from pipelines.recipe import find_recipe, load_recipe
 
 AGAIN = 75
 """Exit status where nothing is wrong with what was asked, and running it again goes on: sysexits.h's EX_TEMPFAIL."""
+QUIET = "CRITICAL"
+"""Level of Prefect's own log on the terminal, unless the user names another."""
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Fine-tune with LoRA, and know what was forgotten."
 )
@@ -29,8 +31,13 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
     """Run a recipe: data, adapters, control, forgetting check, registration, report. Goes on where it was stopped."""
     load_recipe(recipe, ranks=rank)  # a bad recipe is refused before anything is started
     prepare_prefect()
+    from pipelines.cancelling import start_server
+    from pipelines.flow_log import log_for_pages_only
     from pipelines.flows import finetune
 
+    if os.environ["PREFECT_LOGGING_LEVEL"] == QUIET:
+        log_for_pages_only()
+    start_server()
     finetune(recipe, rank)
 
 
@@ -134,7 +141,9 @@ def prepare_prefect() -> None:
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    if "PREFECT_API_URL" not in os.environ:  # a server of the run's own that does not answer has ended with it
+        os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", QUIET)
 
 
 def _summary(name: str) -> Path:

@@ -13,6 +13,7 @@ from prefect import flow
 
 from pipelines import launch, tasks
 from pipelines.arms import CONTROL, Arm, Subject, control_arms, rank_arms, rate_arms
+from pipelines.cancelling import call_interruption_cancelled, end_what_is_left, end_with_worker
 from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, StageError
 from pipelines.incumbent import Champion, find_champion
 from pipelines.places import runs_root
@@ -29,7 +30,13 @@ from pipelines.summary import Tuning, summarise
 LEAST_TO_TUNE_ON = 4
 
 
-@flow(name="finetune", description=__doc__)
+@flow(
+    name="finetune",
+    description=__doc__,
+    on_running=[end_with_worker],
+    on_cancellation=[end_what_is_left],
+    on_crashed=[end_what_is_left, call_interruption_cancelled],
+)
 def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect's form wants a plain list
     """Run a recipe from data to registered adapter; return the path of its summary.json.
 
@@ -61,7 +68,7 @@ def train_one(run: Run, base: Figures, data: Data, arm: Arm) -> Trained:
     """Train one arm, which takes all processes; where its memory does not suffice, say what would need less."""
     stage = run.stages.train(base, data, arm)
     try:
-        return Trained(arm, stage, run.step(tasks.train, stage, run.recipe.launch))
+        return Trained(arm, stage, run.step(tasks.train, stage, run.recipe.launch, run.recipe.registry.experiment or run.recipe.name))
     except StageError as error:
         if error.kind != MemoryExceededError.__name__:
             raise
@@ -133,7 +140,7 @@ def evaluate_all(run: Run, base: Figures, data: Data, subjects: Sequence[Subject
     """Score every model; those over one base share a process, and a few processes work side by side."""
     stages = {subject: run.stages.evaluate(base, data, subject) for subject in subjects}
     at_once = run.recipe.launch.evaluations_at_once
-    with ThreadPoolExecutor(at_once) as pool:
+    with tasks.evaluation_slots(list(stages.values()), at_once), ThreadPoolExecutor(at_once) as pool:
         parts = shared_out(list(stages.values()), at_once)
         waiting = [
             pool.submit(copy_context().run, run.step_together, tasks.evaluate, part, at_once, place) for place, part in enumerate(parts)

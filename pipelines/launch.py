@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,8 +31,8 @@ CONFIGS = REPOSITORY / "infra" / "accelerate"
 POLL_SECONDS = 0.5
 ROOM_BYTES = 1 << 20
 """With less than this, a child that ended without a word had nowhere to leave one."""
-GRACE_SECONDS = 35
-"""torchrun gives its ranks 30 seconds to end."""
+GRACE_SECONDS = 20
+"""Before a child that was asked to end is ended by force, with its ranks: Prefect's worker forces the whole run after 30."""
 ALONE = ("--main_process_port", "0")
 """What accelerate's launcher is told where one host trains by itself: any free port will do."""
 Watch = Callable[[dict[str, Any]], None]
@@ -207,6 +208,12 @@ def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
         return figures
     if shutil.disk_usage(stage.folder).free < ROOM_BYTES:
         raise StageError(f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept")
+    if status < 0:
+        raise StageError(
+            f"stage {stage.kind} {stage.label} was ended by {signal.Signals(-status).name}, from outside or for want of memory; run again: "
+            "what is finished is kept, and a training goes on from its last checkpoint",
+            kind=PeerError.__name__,
+        )
     lines = log.read_text(errors="replace").splitlines()
     raise StageError(f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}")
 
@@ -278,7 +285,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _reap(folder: Path) -> None:
     """End what a former run left at work in this folder, such as ranks whose launcher was killed."""
     left = [process for process in psutil.process_iter(["cmdline"]) if str(folder) in (process.info["cmdline"] or [])]
-    _kill([process for process in left if process.pid != os.getpid()])
+    kill([process for process in left if process.pid != os.getpid()])
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:
@@ -289,13 +296,14 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
                 child.wait(GRACE_SECONDS)
-        _kill(descendants)
+        kill(descendants)
     if child.poll() is None:
         child.kill()
         child.wait()
 
 
-def _kill(processes: list[psutil.Process]) -> None:
+def kill(processes: list[psutil.Process]) -> None:
+    """End processes by force, and wait until they are gone."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()

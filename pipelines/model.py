@@ -67,3 +67,11 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
     """Return the output head's weight (V, D), tied or not."""
     weight: torch.Tensor = model.get_output_embeddings().weight
     return weight
+
+
+def attention_heads(model: PreTrainedModel) -> tuple[int, int, int]:
+    """Return the heads of the queries, those of keys and values, and the width of one, as the config says."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width

@@ -1,5 +1,6 @@
 """`lora ui`: the MLflow and Prefect pages over the folder of runs."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pipelines.places import tracking_uri
 from pipelines.progress import say
 
 HOST = "127.0.0.1"
+LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+"""Prefect's server forgets who holds a slot when it ends, unless it is told to write that down."""
 
 
 def serve(runs: Path, *, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
@@ -23,7 +26,8 @@ def serve(runs: Path, *, mlflow_port: int = 5000, prefect_port: int = 4200) -> N
     else:
         commands.append([*python, "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(mlflow)])
         say(f"MLflow   http://{HOST}:{mlflow}")
-    _until_signalled([subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for command in commands])
+    environment, quiet = {**LEASES, **os.environ}, subprocess.DEVNULL
+    _until_signalled([subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) for command in commands])
 
 
 def _until_signalled(servers: "list[subprocess.Popen[bytes]]") -> None:

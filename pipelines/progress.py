@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from typing import Any
 
 from rich.console import Console
@@ -16,14 +17,34 @@ LOG_WIDTH = 120
 console = Console(file=sys.stderr)
 
 
+Row = dict[str, Any]
+"""One line of a training's metrics.jsonl."""
+Watch = Callable[[Row], None]
+
+
 @contextmanager
-def training_progress(label: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield what takes each new row of metrics and shows step, loss, tokens/s and the time left."""
+def training_progress(label: str, *, lines: bool = True) -> Iterator[Watch]:
+    """Yield what takes each new row of metrics and shows step, loss, tokens/s and the time left.
+
+    Without a terminal it prints a line now and then, if `lines` are wanted.
+    """
     if console.is_terminal:
         with _bar() as bar:
             yield _Bar(bar, label)
+    elif lines:
+        yield Paced(lambda row: say(f"  {progress_line(label, row)}"))
     else:
-        yield _Lines(label)
+        yield all_of()
+
+
+def all_of(*watches: Watch) -> Watch:
+    """Return one that passes each row on to several."""
+
+    def watch(row: Row) -> None:
+        for one in watches:
+            one(row)
+
+    return watch
 
 
 def say(text: str) -> None:
@@ -47,21 +68,28 @@ class _Bar:
         self.bar = bar
         self.task = bar.add_task(label, total=None, figures="starting")
 
-    def __call__(self, row: dict[str, Any]) -> None:
+    def __call__(self, row: Row) -> None:
         self.bar.update(self.task, total=row["steps"], completed=row["step"], figures=_figures(row))
 
 
-class _Lines:
-    def __init__(self, label: str) -> None:
-        self.label, self.last, self.first = label, 0.0, None
+class Paced:
+    """Passes a row on now and then, and the last one."""
 
-    def __call__(self, row: dict[str, Any]) -> None:
+    def __init__(self, show: Watch) -> None:
+        self.show, self.last = show, -inf
+
+    def __call__(self, row: Row) -> None:
         if row["step"] < row["steps"] and time.monotonic() - self.last < SECONDS_BETWEEN_LINES:
             return
         self.last = time.monotonic()
-        left = (row["steps"] - row["step"]) * row["seconds"]
-        say(f"  {self.label}: step {row['step']}/{row['steps']}, {_figures(row)}, {left:.0f} s left")
+        self.show(row)
 
 
-def _figures(row: dict[str, Any]) -> str:
+def progress_line(label: str, row: Row) -> str:
+    """Say how far a training is, in a line of a log."""
+    left = (row["steps"] - row["step"]) * row["seconds"]
+    return f"{label}: step {row['step']}/{row['steps']}, {_figures(row)}, {left:.0f} s left"
+
+
+def _figures(row: Row) -> str:
     return f"loss {row['loss']:.3f}, {row['tokens'] / row['seconds']:.0f} tokens/s"

@@ -1,14 +1,17 @@
 """The stages as Prefect tasks: cached by their key, run as child processes, called directly so that they can be ended."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
-from pipelines import hosts, launch
-from pipelines.progress import say, training_progress
+from pipelines import flow_log, hosts, launch, slots
+from pipelines.cancelling import by_worker
+from pipelines.progress import all_of, say, training_progress
+from pipelines.reporting.live import live_run
 from pipelines.sections import LaunchSection
 from pipelines.stage import Stage
 
@@ -42,13 +45,19 @@ def plan(stage: Stage) -> Figures:
 
 
 @task(name="train", **CACHED)
-def train(stage: Stage, settings: LaunchSection) -> Figures:
-    """Train an adapter or the control on all ranks; goes on from the last checkpoint."""
+def train(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
+    """Train an adapter or the control on all ranks; goes on from the last checkpoint. MLflow's experiment shows it meanwhile."""
     found = stage.result()  # made by hand, or for another server
     if found is not None:
         return found
-    with training_progress(stage.label) as watch:
-        return hosts.train(stage, settings, watch, say)
+    here = slots.slot_names(settings.processes // settings.machines)
+    with (
+        slots.held(here, flow_log.tell),
+        training_progress(stage.label, lines=not by_worker()) as shown,
+        flow_log.reported(stage.label) as reported,
+        live_run(stage, experiment, say) as logged,
+    ):
+        return hosts.train(stage, settings, all_of(shown, reported, logged), flow_log.tell)
 
 
 @task(name="tune", **CACHED)
@@ -72,6 +81,12 @@ def evaluate(stages: list[Stage], at_once: int, place: int) -> list[Figures]:
     folders = [stage.begin() for stage in stages]
     argv = launch.python_argv("pipelines.evaluation.evaluate", *folders)
     return launch.run_together(stages, argv, threads=launch.threads_each(at_once), place=place % at_once)
+
+
+def evaluation_slots(stages: list[Stage], at_once: int) -> AbstractContextManager[None]:
+    """Hold the GPUs on which stages are scored, if any is to be; cores are shared as far as the recipe says."""
+    processes = min(at_once, sum(stage.result() is None for stage in stages))
+    return slots.held(slots.slot_names(processes) if slots.gpus() and processes else [], say)
 
 
 def show_comparison(table: str, decision: str) -> None:

@@ -39,7 +39,8 @@ POWER = ("items", "needed", "smallest_drop")
 LONGEST_NAME = 250
 UNFIT = r"[^\w./ -]|(?<![^/])[./]+|[./]+$"
 """What a metric's name may not hold: other signs, and parts that are empty or begin with a point, as of a path."""
-CURVES = ("loss", "learning_rate", "grad_norm")
+CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+"""Figures of a step that a training's run shows; beside them stand the seconds of each phase."""
 
 
 def parameters(summary: Values, label: str) -> dict[str, str]:
@@ -79,10 +80,15 @@ def metrics(model: Values) -> dict[str, float]:
 
 def curve(model: Values) -> Iterator[tuple[str, float, int, int]]:
     """Yield name, value, time (milliseconds since 1970) and step of each figure of a model's training."""
-    for row in training_rows(model):
-        for name in CURVES:
-            if row[name] is not None:
-                yield f"train/{name}", float(row[name]), int(1000 * row["time"]), row["step"]
+    return (point for row in training_rows(model) for point in points(row))
+
+
+def points(row: Values) -> Iterator[tuple[str, float, int, int]]:
+    """Yield name, value, time and step of each figure of a row of metrics.jsonl; what an older one lacks is left out."""
+    seconds = {f"seconds_{phase}": value for phase, value in row.get("seconds_of", {}).items()}
+    for name, value in ({name: row.get(name) for name in CURVES} | seconds).items():
+        if value is not None:
+            yield f"train/{name}", float(value), int(1000 * row["time"]), row["step"]
 
 
 def training_time(model: Values) -> tuple[int, int] | None:

@@ -7,8 +7,6 @@ move last: `champion` only to what passed, and only from the version that it was
 """
 
 import json
-import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -27,27 +25,26 @@ from pipelines.errors import RegistryError, UnreachableError
 from pipelines.judging.comparison import CONTROL
 from pipelines.places import tracking_uri
 from pipelines.reporting import card, logged, sections
+from pipelines.reporting.runs import (
+    PARENT_TAG,
+    STAGE_TAG,
+    TRAINING_TAG,
+    experiment_id,
+    find_run,
+    log_points,
+    mind_manners,
+    reason_of,
+    run_of,
+)
 from pipelines.reporting.tables import tables
 
 MAX_ADAPTER_SHARE = 0.5
 """An artefact larger than this share of the base's weights in 2 bytes is no adapter."""
-MAX_METRICS = 1000
-"""What a tracking server takes in one request."""
-TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
-"""MLflow shows runs and their metrics, not chats."""
-PARENT_TAG, STAGE_TAG, ADAPTER_TAG = "lora.comparison", "lora.stage", "adapter_sha256"
+ADAPTER_TAG = "adapter_sha256"
+TRAINING_RUN_TAG = "lora.training_run"
 TABLES_TAG, NOTE_TAG = "mlflow.loggedArtifacts", "mlflow.note.content"
 CANDIDATE, CHAMPION = "candidate", "champion"
 WEIGHTS = "adapter_model.safetensors"
-MANNERS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-}
-"""How long MLflow waits for a server, and that it draws nothing into our progress."""
-
-
 NO_ANSWER = "failed with exception"
 """What MLflow's client says of a server that it could not reach."""
 
@@ -78,7 +75,7 @@ def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) 
     """
     _refuse_a_doubtful_champion(summary)
     with _answering(runs) as client:
-        experiment = _experiment(client, summary["recipe"]["registry"]["experiment"] or summary["name"], runs)
+        experiment = experiment_id(client, summary["recipe"]["registry"]["experiment"] or summary["name"], runs)
         parent = _parent(client, experiment, summary)
         _describe(client, parent.info.run_id, files, note)
         children = {label: _child(client, experiment, parent, summary, label) for label in summary["models"]}
@@ -150,40 +147,21 @@ def download(uri: str, runs: Path, destination: Path) -> Path:
 @contextmanager
 def _answering(runs: Path) -> Iterator[MlflowClient]:
     """Yield a client, and turn MLflow's errors into one sentence that says nothing is lost."""
-    for name, value in MANNERS.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    mind_manners()
     uri = tracking_uri(runs)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
         yield MlflowClient()
     except (MlflowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        reason = reason_of(error)
         kind = UnreachableError if isinstance(error, ConnectionError) or NO_ANSWER in reason else RegistryError
         raise kind(f"MLflow at {uri}: {reason}; the adapters are kept, and the next run of the recipe registers them") from error
 
 
-def _experiment(client: MlflowClient, name: str, runs: Path) -> str:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    # a server says itself where artefacts go; MLflow's own default for a file is relative to where a command runs
-    local = (runs / "mlartifacts" / name).resolve().as_uri() if tracking_uri(runs).startswith("sqlite:") else None
-    return str(client.create_experiment(name, artifact_location=local, tags=TRAINING_PAGES))
-
-
-def _run(client: MlflowClient, experiment: str, name: str, tags: dict[str, str], began: int | None = None) -> Run:
-    """Return the run that bears the tags, or make it; `began` is its start in milliseconds since 1970."""
-    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
-    found = client.search_runs([experiment], query, max_results=1)
-    return found[0] if found else client.create_run(experiment, start_time=began, tags=tags, run_name=name)
-
-
 def _parent(client: MlflowClient, experiment: str, summary: dict[str, Any]) -> Run:
     """Make the comparison's own run, or find it; log its tables, and the recipe that repeats it."""
-    run = _run(client, experiment, summary["name"], {PARENT_TAG: summary["key"]}, int(1000 * (time.time() - summary["seconds"])))
+    run = run_of(client, experiment, summary["name"], {PARENT_TAG: summary["key"]}, int(1000 * (time.time() - summary["seconds"])))
     run_id = run.info.run_id
     found = tables(summary)
     for name, table in found.items():
@@ -207,19 +185,18 @@ def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str
     model = summary["models"][label]
     began, ended = logged.training_time(model) or (None, None)
     tags = {"mlflow.parentRunId": parent.info.run_id, STAGE_TAG: f"{summary['key'][:12]}/{label}"}
-    run = _run(client, experiment, label, tags, began)
+    run = run_of(client, experiment, label, tags, began)
     run_id = str(run.info.run_id)
     if run.info.status == "FINISHED":
         return run_id
+    link = _link(client, experiment, model, ended)
     client.log_batch(
         run_id,
         params=[] if run.data.params else [Param(name, value) for name, value in logged.parameters(summary, label).items()],
-        tags=[RunTag(key, value) for key, value in {**logged.run_tags(summary, label), **_source(summary)}.items()],
+        tags=[RunTag(key, value) for key, value in {**logged.run_tags(summary, label), **_source(summary), **link}.items()],
     )
-    metrics = [Metric(name, value, ended or 0, 0) for name, value in logged.metrics(model).items()]
-    metrics += [Metric(*point) for point in logged.curve(model)]
-    for start in range(0, len(metrics), MAX_METRICS):
-        client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+    log_points(client, run_id, [(name, value, ended or 0, 0) for name, value in logged.metrics(model).items()])
+    log_points(client, run_id, logged.curve(model))
     if "folder" in model:
         client.log_inputs(run_id, [DatasetInput(_dataset(summary))])
     client.log_artifact(run_id, summary["items"][label])
@@ -228,6 +205,16 @@ def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str
         _write_card(client, run_id, summary, label)
     client.set_terminated(run_id, end_time=ended)
     return run_id
+
+
+def _link(client: MlflowClient, experiment: str, model: dict[str, Any], ended: int | None) -> dict[str, str]:
+    """Return the tag that names the run of a model's training, where one lies in the experiment; one that nobody ended is ended."""
+    training = find_run(client, experiment, {TRAINING_TAG: model["key"]}) if "key" in model else None
+    if training is None:
+        return {}
+    if training.info.status == "RUNNING":
+        client.set_terminated(training.info.run_id, end_time=ended)
+    return {TRAINING_RUN_TAG: str(training.info.run_id)}
 
 
 def _write_card(client: MlflowClient, run_id: str, summary: dict[str, Any], label: str) -> None:

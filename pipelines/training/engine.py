@@ -17,11 +17,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from pipelines.errors import PipelineError
-from pipelines.hardware import Hardware
+from pipelines.hardware import Hardware, Optimizer
 from pipelines.training.objective import Objective, trained_parameters
-
-PEAK = "initial_lr"
-"""Key of an optimiser's group for its peak rate; PyTorch's schedules name it so."""
+from pipelines.training.optimizers import PEAK, build
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,10 @@ class Engine:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def gradient_norm(self, limit: float) -> float | None:
-        """Shorten the gradient to `limit` and return its former length, at the end of a step; DeepSpeed has shortened it itself."""
+        """Shorten the gradient to `limit` and return its former length, of all parts and ranks of a step, at its end; None before.
+
+        DeepSpeed has shortened it itself.
+        """
         if not self.accelerator.sync_gradients:
             return None
         if self.zero_stage:
@@ -101,21 +102,22 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator
     return accelerator
 
 
-def prepare(accelerator: Accelerator, model: PreTrainedModel, groups: list[dict[str, Any]], *, fused: bool, max_grad_norm: float) -> Engine:
+def prepare(
+    accelerator: Accelerator, model: PreTrainedModel, groups: list[dict[str, Any]], *, optimizer: Optimizer, max_grad_norm: float
+) -> Engine:
     """Hand a model and its optimiser to accelerate, which shards them as the launch config says.
 
     Args:
         accelerator: see `start`.
         model: frozen but for what is trained, whose weights the optimiser takes up.
         groups: what AdamW trains, each with its peak rate.
-        fused: use AdamW's fused kernel.
+        optimizer: see `pipelines.hardware.choose_optimizer`.
         max_grad_norm: gradients longer than this are shortened to it.
     """
     objective = Objective(model)
-    optimizer = torch.optim.AdamW([{**group, PEAK: group["lr"]} for group in groups], fused=fused)
     if zero_stage(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
-    wrapped, prepared = accelerator.prepare(objective, optimizer)
+    wrapped, prepared = accelerator.prepare(objective, build(optimizer, groups))
     return Engine(accelerator, objective, wrapped, prepared)
 
 

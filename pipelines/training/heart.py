@@ -2,7 +2,8 @@
 
 Phases lie in each other: while one runs inside another, the outer one's clock stands, so that the phases of a step add up to
 its time. Collectives are timed where Python calls them; under DDP and on GPUs they run beside the computation, and what is
-counted is the time that a rank waits for them.
+counted is the time that a rank waits for them. Every other phase begins and ends when the GPU has done what it was given, so
+that the backward pass is not counted where its end is waited for.
 """
 
 import functools
@@ -40,9 +41,11 @@ class Heart:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of a block, less that of phases inside it."""
+        _settle(name)
         self._turn(lambda: self._open.append(name))
         try:
             yield
+            _settle(name)
         finally:
             self._turn(self._open.pop)
 
@@ -57,7 +60,10 @@ class Heart:
         return call
 
     def lap(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last lap, and begin anew."""
+        """Return the seconds of each phase since the last lap, and begin anew.
+
+        What comes after a step, a checkpoint or a snapshot, so falls into the lap of the next one.
+        """
         seconds, self._seconds = self._seconds, {}
         return {name: round(value, 4) for name, value in seconds.items()}
 
@@ -74,3 +80,8 @@ class Heart:
         self._since = now
         if self.pulse is not None and self._open:
             self.pulse.beat(self.step, self._open[-1])
+
+
+def _settle(phase: str) -> None:
+    if phase != COMMUNICATION and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

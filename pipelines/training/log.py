@@ -1,4 +1,22 @@
-"""metrics.jsonl: one line a step, from rank 0, cut back to the checkpoint that a resumed run starts from."""
+"""metrics.jsonl: one line a step, from rank 0, cut back to the checkpoint that a resumed run starts from.
+
+Of the whole step, all ranks and all parts of it together:
+
+    step, steps          this one's number, from 1, and how many there are
+    loss                 nats per supervised token
+    learning_rate        of the first group of weights
+    grad_norm            length of the gradient before it was shortened
+    tokens               that were read, and supervised_tokens that were learnt from
+    tokens_per_second    tokens over seconds
+
+Of rank 0 alone:
+
+    seconds              of the step
+    seconds_of           of each phase since the row before: data, forward, backward, optimizer, communication; and checkpoint
+                         or snapshot where one followed the step before, beyond this one's seconds
+    peak_memory_bytes    so far; the largest of all ranks stands in the run's result
+    time                 of the step's end, seconds since 1970
+"""
 
 import json
 from collections.abc import Iterator

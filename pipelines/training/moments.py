@@ -2,6 +2,10 @@
 
     exp_avg, exp_avg_sq    running means of the gradient and of its square, each in its parameter's shape, float32
 
+Where the optimiser keeps 8 bits, a mean is its codes, uint8 in the parameter's shape, and beside them under NAME/absmax the
+scale of each block of 256, as the optimiser has them: to the bit. A run that goes on with another optimiser takes what they
+stand for; see `pipelines.training.eight_bit`.
+
 Without DeepSpeed every rank holds all of it. ZeRO keeps flat stretches of it, a share on each rank, and makes them in its
 first step; they are made here before that, where a run goes on from a checkpoint.
 """
@@ -12,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.training import eight_bit
 from pipelines.training.engine import Engine
 from pipelines.training.objective import trained_parameters
 
@@ -33,8 +38,11 @@ def whole_moments(engine: Engine, key: str) -> Iterator[tuple[str, Tensor]]:
 
     _link_state(engine)
     for name, parameter in trained_parameters(engine.objective).items():
-        whole = safe_get_full_optimizer_state(parameter, key) if engine.zero_stage else _plain(engine).state[parameter][key]
-        yield name, _copied(whole)
+        if engine.zero_stage:
+            yield name, _copied(safe_get_full_optimizer_state(parameter, key))
+        else:
+            parts = eight_bit.parts(_plain(engine).state[parameter], key)
+            yield from ((name + ending, _copied(part)) for ending, part in parts.items())
 
 
 def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
@@ -43,17 +51,20 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str,
     Args:
         engine: made over a model that holds the weights already.
         weights: by parameter name; what the optimiser keeps may be finer than what the model holds.
-        moments: exp_avg and exp_avg_sq, each by parameter name.
+        moments: exp_avg and exp_avg_sq, each by parameter name, as `whole_moments` yields them.
         step: steps that Adam has taken.
     """
     if engine.zero_stage:
         _make_flat_state(engine, step)
     for name, parameter in trained_parameters(engine.objective).items():
-        means = {key: moments[key][name] for key in KEYS}
+        if eight_bit.keeps(_plain(engine)):
+            eight_bit.restore(_plain(engine), parameter, {key: eight_bit.of(moments[key], name) for key in KEYS}, step)
+            continue
+        means = {key: eight_bit.whole(eight_bit.of(moments[key], name), key) for key in KEYS}
         if engine.zero_stage:
             _set_shares(engine, parameter, weights[name], means)
         else:
-            copies = {key: mean.to(parameter.device).clone() for key, mean in means.items()}
+            copies = {key: mean.to(parameter.device, parameter.dtype, copy=True) for key, mean in means.items()}
             _plain(engine).state[parameter] = {"step": torch.tensor(float(step)), **copies}
 
 

@@ -37,15 +37,16 @@ from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
 from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
-from pipelines.hardware import detect, peak_memory_bytes
+from pipelines.hardware import attention_kernel, detect, peak_memory_bytes
 from pipelines.heartbeats import Pulse
-from pipelines.model import load_model
+from pipelines.model import attention_heads, load_model
 from pipelines.planning.plan import lora_config
 from pipelines.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
 from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
 from pipelines.training.engine import Engine, prepare, start, whole_model
 from pipelines.training.heart import Heart
 from pipelines.training.log import METRICS, Log
+from pipelines.training.optimizers import optimizer_of
 from pipelines.training.output import output_of, save_trained
 from pipelines.training.peers import contact_kept, meet
 from pipelines.training.starts import inject_started
@@ -95,6 +96,11 @@ class Run:
         """Yield the examples of all steps and ranks, in the order of the steps."""
         return (self.dataset[i] for step in self.steps for i in step)
 
+    def most_tokens(self) -> int:
+        """Return the most tokens that any rank handles at once."""
+        parts = self.accelerator.num_processes * self.accelerator.gradient_accumulation_steps
+        return max(sum(self.lengths[i] for i in share) for step in self.steps for share in shares(step, self.lengths, parts))
+
     def supervised_tokens(self, step: int) -> int:
         """Count the supervised tokens of a step over all ranks."""
         return sum(sum(self.example(i, step)["supervised"]) for i in self.steps[step])
@@ -118,12 +124,14 @@ def train(folder: Path) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights, groups = trained_weights(model), parameter_groups(model, inputs)
     checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"], options["checkpoint_share"], weights)
-    engine = prepare(accelerator, model, groups, fused=hardware.fused_optimizer, max_grad_norm=run.max_grad_norm)
+    attention = attention_kernel(hardware, *attention_heads(model))
+    optimizer = optimizer_of(accelerator, hardware, model, (inputs, options), run.most_tokens)
+    engine = prepare(accelerator, model, groups, optimizer=optimizer, max_grad_norm=run.max_grad_norm)
     first = resume(engine, found, inputs["seed"])
     watch(engine, heart)
     log = Log(folder / METRICS if engine.is_first and done is None else None, first)
     if engine.is_first:
-        print(f"{weights} trained weights; {hardware.describe()}; {engine.ranks} ranks; from step {first}", flush=True)
+        print(f"{weights} trained weights; {hardware.describe(attention, optimizer)}; {engine.ranks} ranks; from step {first}", flush=True)
     peers = meet()
     lacking = options["snapshots"] if done is None else missing_snapshots(folder, options["snapshots"])
     with checkpoints, contact_kept(peers, heart):
@@ -138,8 +146,8 @@ def train(folder: Path) -> None:
                     if checkpoints.due():
                         checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
     if done is None:
-        figures = {"trained_weights": weights, "processor": hardware.name, "checkpoints": checkpoints.figures, **log.summary()}
-        done = finish(folder, engine, config, figures)
+        figures = {"trained_weights": weights, "processor": hardware.name, "optimizer": optimizer.name, "attention": attention}
+        done = finish(folder, engine, config, {**figures, "checkpoints": checkpoints.figures, **log.summary()})
     declare(folder, engine, config, done)
     if engine.is_first:
         checkpoints.discard()
@@ -219,9 +227,9 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     """Take one optimiser step; return its row of metrics. Every rank calls it."""
     started, accelerator, heart = time.perf_counter(), engine.accelerator, run.heart
     heart.step = step + 1
-    rate, supervised = engine.set_rate(rate_share(step, run.warmup, len(run.steps))), run.supervised_tokens(step)
+    rate = engine.set_rate(rate_share(step, run.warmup, len(run.steps)))
     with heart.phase("data"):
-        packs = run.packs(step)
+        supervised, packs = run.supervised_tokens(step), run.packs(step)
     weight = engine.ranks * len(packs) / supervised  # engines average over ranks and parts; the loss is a sum
     total = torch.zeros((), device=run.device)
     for part in packs:
@@ -235,15 +243,17 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
                 norm = engine.gradient_norm(run.max_grad_norm)
                 engine.optimizer.step()
                 engine.optimizer.zero_grad()
+    seconds, tokens = time.perf_counter() - started, sum(run.lengths[i] for i in run.steps[step])
     return {
         "step": step + 1,
         "steps": len(run.steps),
         "loss": float(total) / supervised,
         "learning_rate": rate,
         "grad_norm": norm,
-        "tokens": sum(run.lengths[i] for i in run.steps[step]),
+        "tokens": tokens,
         "supervised_tokens": supervised,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
+        "tokens_per_second": round(tokens / seconds, 1),
         "seconds_of": heart.lap(),
         "peak_memory_bytes": peak_memory_bytes(),
         "time": time.time(),

@@ -8,13 +8,15 @@ import pytest
 from safetensors import safe_open
 
 from distributed.trainings import LAUNCHES, METHODS, RANK, Trainings, farthest, losses, outcome, train_all
-from pipelines.stage import Stage
+from pipelines.stage import Stage, read_records
 
 pytestmark = pytest.mark.slow
 LOSS = 2e-6
 """Largest difference of any step's loss: a few units in the last place of float32 at about 5.7."""
 WEIGHTS = 5e-5
 """Largest difference of any trained tensor, as a share of its norm: Adam divides by the gradient's size, which lifts its noise."""
+NORM = 1e-4
+"""Largest difference of the gradient's length at any step, as a share of it."""
 BREAK = 3
 Runs = dict[str, tuple[Stage, Stage]]
 
@@ -31,10 +33,15 @@ def runs(request: pytest.FixtureRequest, trainings: Trainings) -> Runs:
     return {method: (whole[method], broken[method]) for method in METHODS}
 
 
+def gradient_norms(stage: Stage) -> list[float]:
+    return [row["grad_norm"] for row in read_records(stage.folder / "metrics.jsonl")]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_learn_what_one_process_learns(alone: dict[str, Stage], runs: Runs, method: str) -> None:
     whole, _ = runs[method]
     assert losses(whole) == pytest.approx(losses(alone[method]), abs=LOSS)
+    assert gradient_norms(whole) == pytest.approx(gradient_norms(alone[method]), rel=NORM)
     assert losses(whole)[-1] < losses(whole)[0] - 0.1
     assert farthest(outcome(alone[method]), outcome(whole)) < WEIGHTS
 

@@ -22,7 +22,7 @@ from pipelines.hardware import Hardware
 from pipelines.model import head_weight, hidden_states, load_model
 
 EXAMPLES = 8
-FLOAT32 = Hardware("cpu", torch.float32, "gloo", fused_optimizer=False)
+FLOAT32 = Hardware("cpu", torch.float32, "gloo")
 """What both sides compute on, also where there is a GPU."""
 TOLERANCE = 1e-3
 """Logits of float32 sums over 30 layers, formed in another order, differ by about 1e-4."""

@@ -1,4 +1,4 @@
-"""A deployment on a real Prefect server with a real worker: a schedule fires, an event fires, and the flow runs."""
+"""A deployment on a real Prefect server with a real worker: it is started, cancelled, bereft of its worker, and goes on."""
 
 import os
 import socket
@@ -33,17 +33,23 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the smallest recipe there is: one rank, one step, no second base."""
+    """Return a folder with the smallest recipe there is, one rank, one step, no second base, and one that takes a while."""
     folder = tmp_path_factory.mktemp("deploy")
-    recipe = tiny_recipe(
-        save_tiny_model(folder / "model"),
-        save_pairs(folder / "pairs.jsonl"),
-        base_model={"quantization": "none"},
-        lora={"ranks": [2]},
-        training={"steps": 1, "warmup_steps": 0},
-        evaluation={"general": ["piqa"], "items_per_benchmark": 2, "generations": 1},
-    )
+    model, pairs = save_tiny_model(folder / "model"), save_pairs(folder / "pairs.jsonl")
+    small: dict[str, Any] = {
+        "base_model": {"quantization": "none"},
+        "lora": {"ranks": [2]},
+        "evaluation": {"general": ["piqa"], "items_per_benchmark": 2, "generations": 1},
+    }
+    recipe = tiny_recipe(model, pairs, **small, training={"steps": 1, "warmup_steps": 0})
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    long: dict[str, Any] = {
+        "name": "long_tiny_cpu",
+        "control": {"method": "none"},
+        "training": {"steps": 600, "checkpoint_every": 10, "checkpoint_share": 1},
+        "launch": {"config": "cpu_ddp", "processes": 2},
+    }
+    (folder / "long.yaml").write_text(yaml.safe_dump(tiny_recipe(model, pairs, **small, **long)))
     return folder
 
 
@@ -61,21 +67,21 @@ def environment(place: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def server(place: Path, environment: dict[str, str]) -> Iterator[None]:
-    """Run a Prefect server, and a worker on the pool that `lora deploy` makes."""
+def server(place: Path, environment: dict[str, str]) -> "Iterator[list[subprocess.Popen[bytes]]]":
+    """Run a Prefect server, and a worker on the pool that `lora deploy` makes; what a test starts in its place is ended too."""
     (place / "prefect").mkdir()
     without_url = {name: value for name, value in environment.items() if name != "PREFECT_API_URL"}
     started = [_start(["server", "start", "--host", "127.0.0.1", "--port", str(PORT)], place / "server.txt", without_url)]
     try:
         _until(lambda: httpx.get(f"{API}/health").status_code == 200, seconds=120)
-        started.append(_start(["worker", "start", "--pool", "lora", "--type", "process"], place / "worker.txt", environment))
-        yield
+        started.append(_worker(place, environment))
+        yield started
     finally:
         for process in reversed(started):
             _end(process)
 
 
-def test_a_schedule_and_an_event_each_start_a_run_that_completes(place: Path, server: None, environment: dict[str, str]) -> None:
+def test_a_schedule_and_an_event_each_start_a_run_that_completes(place: Path, server: object, environment: dict[str, str]) -> None:
     deployed = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "* * * * *", "--interval", "3600", "--on-event", "data.arrived")
     assert deployed.returncode == 0, deployed.stderr
     assert "prefect worker start --pool lora" in deployed.stdout
@@ -95,7 +101,40 @@ def test_a_schedule_and_an_event_each_start_a_run_that_completes(place: Path, se
     assert by_event["created_by"]["type"] == "AUTOMATION"
 
 
-def test_a_malformed_cron_is_refused(place: Path, server: None, environment: dict[str, str]) -> None:
+def test_a_run_that_is_cut_short_leaves_nothing_and_goes_on(
+    place: Path, server: "list[subprocess.Popen[bytes]]", environment: dict[str, str]
+) -> None:
+    """Once it is cancelled, once its worker is killed; the third one goes on from the last checkpoint to the end."""
+    assert _lora(place, environment, "deploy", "long.yaml").returncode == 0
+    deployment = httpx.get(f"{API}/deployments/name/finetune/long_tiny_cpu").json()["id"]
+
+    run = _run(deployment)
+    _until(lambda: _steps_kept(place) > 0, seconds=120)
+    assert _slots() == [1] and len(_at_work(place)) >= 4  # the flow, the launcher, two ranks
+    cancelling = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+    assert httpx.post(f"{API}/flow_runs/{run}/set_state", json=cancelling).json()["status"] == "ACCEPT"
+    _until(lambda: _state(run) == "CANCELLED" and not _at_work(place) and _slots() == [0], seconds=45)
+    assert any("step 1/600" in line for line in _log(run))
+    assert "step" in httpx.post(f"{API}/artifacts/filter", json=_of(run)).json()[0]["description"]
+
+    kept = _steps_kept(place)
+    run = _run(deployment)
+    _until(lambda: _steps_kept(place) > kept, seconds=120)
+    worker = server.pop()
+    worker.kill()
+    worker.wait(10)
+    _until(lambda: _state(run) == "CRASHED" and not _at_work(place) and _slots() == [0], seconds=45)
+
+    kept = _steps_kept(place)
+    server.append(_worker(place, environment))
+    run = _run(deployment)
+    _until(lambda: _state(run) == "COMPLETED", seconds=200)
+    logs = [path.read_text() for path in (place / "runs").glob("train/rank-2-*/log.txt")]
+    assert kept > 0 and any(f"from step {kept}\n" in log for log in logs)
+    assert _slots() == [0]
+
+
+def test_a_malformed_cron_is_refused(place: Path, server: object, environment: dict[str, str]) -> None:
     refused = _lora(place, environment, "deploy", "tiny.yaml", "--cron", "every night")
     assert refused.returncode == 2
     assert "'every night' is malformed" in refused.stderr
@@ -104,6 +143,50 @@ def test_a_malformed_cron_is_refused(place: Path, server: None, environment: dic
 def _lora(place: Path, environment: dict[str, str], *arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [str(BIN / "lora"), *arguments]
     return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def _worker(place: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    return _start(["worker", "start", "--pool", "lora", "--type", "process"], place / "worker.txt", environment)
+
+
+def _run(deployment: str) -> str:
+    """Start a run of a deployment; return its id."""
+    return str(httpx.post(f"{API}/deployments/{deployment}/create_flow_run", json={}).json()["id"])
+
+
+def _state(run: str) -> str:
+    return str(httpx.get(f"{API}/flow_runs/{run}").json()["state"]["type"])
+
+
+def _log(run: str) -> list[str]:
+    return [line["message"] for line in httpx.post(f"{API}/logs/filter", json={"logs": {"flow_run_id": {"any_": [run]}}}).json()]
+
+
+def _of(run: str) -> dict[str, Any]:
+    return {"artifacts": {"type": {"any_": ["progress"]}, "flow_run_id": {"any_": [run]}}}
+
+
+def _slots() -> list[int]:
+    """Return the slots that are taken on this host, of one for its cores or for each GPU."""
+    limits = httpx.post(f"{API}/v2/concurrency_limits/filter", json={}).json()
+    return sorted({limit["active_slots"] for limit in limits if limit["name"].startswith(("cpu:", "gpu:"))})
+
+
+def _steps_kept(place: Path) -> int:
+    """Return the step of the newest checkpoint of the long recipe."""
+    kept = (place / "runs").glob("train/rank-2-*/checkpoints/step-*[0-9]")
+    return max((int(path.name.removeprefix("step-")) for path in kept), default=0)
+
+
+def _at_work(place: Path) -> list[str]:
+    """Return the commands of all processes of a run: a flow, and what works in the folder of runs."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            if process.environ().get("LORA_RUNS") == str(place / "runs") and {"prefect.engine", "pipelines.training.train"} & {*words}:
+                found.append(" ".join(words))
+    return found
 
 
 def _start(arguments: list[str], log: Path, environment: dict[str, str]) -> "subprocess.Popen[bytes]":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
@@ -21,6 +22,7 @@ from lora_core.starts.spectral import spectral_start
 from pipelines import launch
 from pipelines.arms import Arm, control_arms
 from pipelines.errors import StageError
+from pipelines.hardware import PAGED, Optimizer
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_records, read_result
 from pipelines.stages import Stages
@@ -64,16 +66,21 @@ def _train(stage: Stage, config: str = "cpu_single", processes: int = 1) -> dict
 
 
 def _losses(stage: Stage) -> list[float]:
-    return [row["loss"] for row in read_records(stage.folder / "metrics.jsonl")]
+    return _column(stage, "loss")
+
+
+def _column(stage: Stage, name: str) -> list[float]:
+    return [row[name] for row in read_records(stage.folder / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("rank", [4, None], ids=["adapter", "control"])
 def test_two_ranks_under_zero2_learn_what_one_process_learns(prepared: Prepared, rank: int | None) -> None:
-    """Same batches and the loss over all supervised tokens; what is left is the order of float32 sums."""
-    alone, together = prepared(rank, "alone"), prepared(rank, "together", launch=ZERO2)
+    """Same batches, in two parts each, and the loss over all supervised tokens; what is left is the order of float32 sums."""
+    alone, together = prepared(rank, "alone"), prepared(rank, "together", launch=ZERO2, training={"accumulation": 2})
     _train(alone)
     figures = _train(together, **ZERO2)
     assert _losses(together) == pytest.approx(_losses(alone), abs=2e-4)
+    assert _column(together, "grad_norm") == pytest.approx(_column(alone, "grad_norm"), rel=1e-2)  # of all parts and ranks
     assert _losses(together)[-1] < _losses(together)[0] - 0.1
     assert figures["steps"] == 6
     assert not (together.folder / "checkpoints").exists()
@@ -130,6 +137,42 @@ def test_a_resumed_run_keeps_the_start_of_its_checkpoint(prepared: Prepared, mon
     assert files[0] == files[1]
     figures = read_result(stopped.folder)
     assert (figures["file_rank"], figures["trained_weights"]) == (8, 4 * 2 * (4 * 64 + 2 * 32 + 2 * 64 + 64 + 128 + 128 + 64 + 128 + 64))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_a_control_whose_optimiser_keeps_8_bits_goes_on_bit_for_bit(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU its state lies in pages."""
+    whole, stopped = (prepared(None, runs) for runs in ("one-go", "two-goes"))
+    monkeypatch.setattr(train_module, "optimizer_of", lambda *_: Optimizer(PAGED, "the test asks for it"))
+    train(whole.begin())
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", _stopping_after(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped.begin())
+    newest = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
+    means = load_file(str(newest / "exp_avg.safetensors"))
+    assert means["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8
+    train(stopped.begin())
+    assert _losses(stopped) == _losses(whole)
+    files = [(stage.folder / "model" / "model.safetensors").read_bytes() for stage in (stopped, whole)]
+    assert files[0] == files[1]
+    figures = whole.result()
+    assert figures is not None and figures["optimizer"] == "paged 8-bit AdamW"
+
+
+def test_a_row_holds_what_a_step_took(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
+    stage = prepared(4, "one-go", lora={"alpha": 16}, training={"accumulation": 2})
+    train(stage.begin())
+    rows = read_records(stage.folder / "metrics.jsonl")
+    for row in rows:
+        assert row["grad_norm"] > 0 and row["peak_memory_bytes"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], abs=0.1)
+        assert {"data", "forward", "backward", "optimizer"} <= row["seconds_of"].keys()
+        assert sum(value for name, value in row["seconds_of"].items() if name != "checkpoint") <= row["seconds"] + 1e-3
+    assert "checkpoint" in rows[2]["seconds_of"] and "checkpoint" not in rows[1]["seconds_of"]  # it follows step 2's row
+    assert "device cpu, float32, gloo, flash attention, AdamW (on a CPU)" in capsys.readouterr().out
+    figures = stage.result()
+    assert figures is not None and (figures["optimizer"], figures["attention"]) == ("AdamW", "flash")
 
 
 def test_a_resumed_run_does_not_look_for_its_start_again(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pipelines.tokenizer import load_tokenizer
 
 SHARPER = 4.0
 """The weights' factor: a freshly drawn model hardly looks at its context, and any mask would do."""
-CPU = Hardware("cpu", torch.float32, "gloo", fused_optimizer=False)
+CPU = Hardware("cpu", torch.float32, "gloo")
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from pipelines.errors import RegistryError
 from pipelines.recipe import load_recipe
 from pipelines.reporting import logged
 from pipelines.reporting.card import card
+from pipelines.stage import Stage
 
 mlflow = pytest.importorskip("mlflow")
 from mlflow.utils.validation import _validate_metric_name  # noqa: E402
@@ -67,6 +68,12 @@ def write_training(folder: Path, steps: int = 2) -> Path:
     return folder
 
 
+def row_of(step: int) -> Summary:
+    """Return a row as training writes it."""
+    figures = {"loss": 3.0, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": 207.5, "peak_memory_bytes": 10**9}
+    return {"step": step, **figures, "seconds": 2.0, "seconds_of": {"data": 0.1, "backward": 0.9}, "time": 1000.0 + 2 * step}
+
+
 def write_adapter(folder: Path, content: str) -> str:
     """Write a file in the place of an adapter's weights; return its digest."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +117,34 @@ def test_runs_carry_what_people_compare(summary: Summary, runs: Path) -> None:
     assert (parent.tags["lora.decision"], parent.tags["mlflow.note.content"]) == (summary["decision"], "a table")
     champion = client.get_model_version_by_alias(summary["name"], "champion")
     assert champion.tags["adapter_sha256"] == summary["models"]["rank-16"]["figures"]["adapter_sha256"]
+
+
+def test_a_model_names_the_run_of_its_training(summary: Summary, runs: Path) -> None:
+    """What was told while it went on is no model of the comparison; a run that nobody ended, as after a kill, is ended."""
+    from pipelines.reporting.recorder import Recorder
+    from pipelines.reporting.registry import register
+
+    inputs = {"method": "lora", "rank": 4, "lora": {"alpha": 32.0}, "learning_rate": 0.002, "quantization": "nf4", "of": summary["name"]}
+    stage = Stage("train", "rank-4", inputs, runs)
+    model = summary["models"]["rank-4"]
+    model["key"] = stage.key
+    rows = [row_of(step) for step in (1, 2)]
+    (Path(model["folder"]) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recorder = Recorder(stage, summary["recipe"]["registry"]["experiment"] or summary["name"], began=0)
+    recorder.take(rows[:1])
+    assert recorder.send() is None
+
+    found = register(summary, runs, [], "")
+    assert register(summary, runs, [], "") == found
+    client = mlflow.MlflowClient()
+    rank_4 = client.get_run(found["runs"]["rank-4"]).data
+    training = client.get_run(rank_4.tags["lora.training_run"])
+    assert (training.info.run_name, training.info.status, training.info.end_time) == ("rank-4 training", "FINISHED", 1004 * 1000)
+    assert training.data.params == rank_4.params
+    curves = {name for name in rank_4.metrics if name.startswith("train/")}
+    assert curves == {name for name in training.data.metrics if name.startswith("train/")} and "train/seconds_backward" in curves
+    assert "lora.training_run" not in client.get_run(found["runs"]["rank-16"]).data.tags
+    assert len(client.search_runs([found["experiment_id"]])) == 1 + len(summary["models"]) + 1
 
 
 def test_the_frontier_is_a_table_and_no_run(summary: Summary, runs: Path) -> None:

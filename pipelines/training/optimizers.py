@@ -1,0 +1,63 @@
+"""The optimiser of a training: what its choice depends on, which `pipelines.hardware` makes, and how each is built."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+
+from lora_core.budget.budget import budget
+from lora_core.budget.setup import Setup
+from pipelines.hardware import FUSED, PAGED, Hardware, Optimizer, State, choose_optimizer
+from pipelines.planning.plan import gpu_setup
+
+PEAK = "initial_lr"
+"""Key of an optimiser's group for its peak rate; PyTorch's schedules name it so."""
+Values = Mapping[str, Any]
+
+
+def optimizer_of(
+    accelerator: Accelerator, hardware: Hardware, model: PreTrainedModel, stage: tuple[Values, Values], tokens: Callable[[], int]
+) -> Optimizer:
+    """Choose one for all ranks, by the smallest GPU among theirs. Every rank calls it.
+
+    Args:
+        accelerator: see `pipelines.training.engine.start`.
+        hardware: this rank's.
+        model: what is trained.
+        stage: inputs and options.
+        tokens: returns the most that a rank handles at once.
+    """
+    smallest = replace(hardware, gpu_bytes=min(gather_object([hardware.gpu_bytes])))
+    full = stage[0]["method"] == "full" and smallest.gpu_bytes > 0
+    return choose_optimizer(smallest, state_under(accelerator), full_bytes(model, stage[1], tokens()) if full else None)
+
+
+def full_bytes(model: PreTrainedModel, options: Values, tokens: int) -> int:
+    """Return what full fine-tuning without an engine is estimated to need of a GPU."""
+    setup = Setup("full", tokens, processes=options["processes"], checkpointing=options["gradient_checkpointing"])
+    return budget(model, gpu_setup(setup)).memory_bytes
+
+
+def state_under(accelerator: Accelerator) -> State:
+    """Return what the engine will do with Adam's state."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage == 0:
+        return "whole"
+    config = plugin.deepspeed_config
+    offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    return "replaced" if offloads and config.get("zero_force_ds_cpu_optimizer", True) else "shared"
+
+
+def build(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return an AdamW over groups of parameters, each with its peak rate."""
+    peaked = [{**group, PEAK: group["lr"]} for group in groups]
+    if optimizer.name == PAGED:
+        from bitsandbytes.optim.adamw import PagedAdamW8bit
+
+        paged: torch.optim.Optimizer = PagedAdamW8bit(peaked)  # type: ignore[no-untyped-call]
+        return paged
+    return torch.optim.AdamW(peaked, fused=optimizer.name == FUSED)
