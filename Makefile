@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench parity truth matrix ui clean setup
+.PHONY: run test check format bench parity truth matrix faults ui clean setup
 
 run: $(READY) ## the whole pipeline on a real model
 	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
@@ -40,6 +40,9 @@ truth: $(VENV)/.peers ## which figures see forgetting, and whether LoRA forgets 
 
 matrix: $(READY) ## every launch by every method, two hosts and a pulled cable, what checkpoints cost; about 15 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -m distributed
+
+faults: $(READY) ## kills, full disks, damaged checkpoints and absent servers, counted; about 40 minutes on two cores
+	PYTHONPATH=tests $(BIN)/python -m faults
 
 setup: $(READY)
 

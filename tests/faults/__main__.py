@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from faults.every import RUNS, TRAININGS, Fault
+from faults.every import ORCHESTRATED, RUNS, TRAININGS, Fault
 from faults.trial import EVERY, Outcome, Site
 from lora_core.files import write_json
 from pipelines.launch import REPOSITORY
@@ -34,9 +34,8 @@ def main() -> int:
     rows: list[Row] = []
     table = Table("fault", "times", "survived", "steps lost", "seconds to recover", "what was said, the last time")
     table.title = f"Faults, at the random steps of seed {seed}"
-    with TemporaryDirectory() as folder:
-        site = Site.prepare(Path(folder))
-        for fault in (*TRAININGS, *RUNS):
+    with TemporaryDirectory() as folder, Site.prepared(Path(folder)) as site:
+        for fault in (*TRAININGS, *RUNS, *ORCHESTRATED):
             if fault.objection is not None:
                 table.add_row(fault.name, "0", "", "", "", fault.objection)
                 rows.append(row(f"{fault.name}: {fault.objection}", 0, "times"))

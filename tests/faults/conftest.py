@@ -1,5 +1,6 @@
 """One site for all trials of a file, and the same random steps every time."""
 
+from collections.abc import Iterator
 from random import Random
 
 import pytest
@@ -8,8 +9,9 @@ from faults.trial import Site
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    return Site.prepare(tmp_path_factory.mktemp("faults"))
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with Site.prepared(tmp_path_factory.mktemp("faults")) as site:
+        yield site
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from faults import clocks, kills, servers, storage, within
+from faults import clocks, kills, orchestrated, servers, storage, within
 from faults.trial import Outcome, Site
 
 
@@ -40,3 +40,8 @@ RUNS = (
     Fault("the tracking server gone for good", servers.gone_for_good),
 )
 """Of a whole run."""
+ORCHESTRATED = (
+    Fault("kill -9 of the worker", orchestrated.killed_worker, 3),
+    Fault("a cancellation in Prefect", orchestrated.cancelled, 2),
+)
+"""Of a run that a worker started; the suite has them in test_deploy."""

@@ -1,6 +1,5 @@
 """A tracking server that is away when a run wants to publish: for a while, and for good."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import psutil
+from prefect_host import free_port
 
 from faults.trial import Outcome, Site, last_line
 
@@ -60,10 +60,3 @@ def tracking_server(folder: Path, port: int) -> Iterator[None]:
         for one in everything:
             one.terminate()
         server.wait(30)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,25 +20,25 @@ import psutil
 import yaml
 from distributed.trainings import Trainings, losses
 from distributed.two_hosts import RUN_TRAINING, pickled
+from prefect_host import LORA, PrefectHost, prefect_host
 from tiny import tiny_recipe
 
 from pipelines.launch import REPOSITORY
 from pipelines.sections import LaunchSection
 from pipelines.stage import LOG, Stage
 
-STEPS, EVERY = 60, 4
+STEPS, EVERY = 120, 4
 """Optimiser steps of a training, and between its checkpoints."""
 LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=8)
 QUICK: dict[str, Any] = {
     "control": {"method": "none"},
     "lora": {"ranks": [4]},
-    "training": {"steps": STEPS, "checkpoint_every": EVERY},
+    "training": {"steps": STEPS, "checkpoint_every": EVERY, "batch_size": 12},
     "launch": LAUNCH.model_dump(),
     "evaluation": {"general": ["piqa"], "items_per_benchmark": 2, "generations": 1, "chat_prompts": 0, "passages": 0},
 }
 """One rank, few questions."""
 STRUCK_RUN = Path(__file__).with_name("struck_run.py")
-LORA = str(Path(sys.executable).parent / "lora")
 STATED = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "LORA_RUNS")
 """Environment variables that a trial sets or does without."""
 GONE_SECONDS = 45
@@ -65,14 +66,28 @@ class Site:
     expected: Stage
     _trials: int = 0
 
+    _open: ExitStack = field(default_factory=ExitStack)
+    _host: PrefectHost | None = None
+
     @classmethod
-    def prepare(cls, root: Path) -> "Site":
-        """Prepare all, and train once."""
+    @contextmanager
+    def prepared(cls, root: Path) -> "Iterator[Site]":
+        """Prepare all, and train once; whatever the trials started is ended when the block ends."""
         trainings = Trainings.prepare(root)
         site = cls(trainings, trainings.stage("LoRA", "undisturbed", 2, **QUICK))
         undisturbed = Trial(site, site.expected, root / "undisturbed", [])
         assert undisturbed.begin().wait() == 0, undisturbed.said()
-        return site
+        with site._open:
+            yield site
+
+    @property
+    def host(self) -> PrefectHost:
+        """Return a Prefect server with a worker, which are started when they are first asked for."""
+        if self._host is None:
+            folder = self.trainings.root / "host"
+            folder.mkdir()
+            self._host = self._open.enter_context(prefect_host(folder))
+        return self._host
 
     def training(self) -> "Trial":
         """Return a training to be struck."""

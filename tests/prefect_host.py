@@ -1,0 +1,143 @@
+"""A team's host in small: a real Prefect server, and a real worker on the pool that `lora deploy` makes."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+LORA = str(Path(sys.executable).parent / "lora")
+CANCELLING = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+Answer = Any
+
+
+@dataclass
+class PrefectHost:
+    """Server and worker, with what is asked of them."""
+
+    folder: Path
+    """Where logs, state and runs are kept."""
+    port: int
+    processes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return a user's environment: the server by address, state in a folder of its own."""
+        return {
+            **os.environ,
+            "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "LORA_RUNS": str(self.folder / "runs"),
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def get(self, path: str) -> Answer:
+        return httpx.get(f"http://127.0.0.1:{self.port}/api/{path}", timeout=30).json()
+
+    def post(self, path: str, **values: Any) -> Answer:
+        return httpx.post(f"http://127.0.0.1:{self.port}/api/{path}", json=values, timeout=30).json()
+
+    def lora(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+        """Run the command line beside the recipes."""
+        return subprocess.run(
+            [LORA, *arguments],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def start_worker(self) -> None:
+        self.processes.append(self._start(["worker", "start", "--pool", "lora", "--type", "process"], "worker.txt", self.environment))
+
+    def kill_worker(self) -> None:
+        """Kill the worker with SIGKILL."""
+        worker = self.processes.pop()
+        worker.kill()
+        worker.wait(10)
+
+    def deployment(self, name: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.get(f"deployments/name/finetune/{name}")
+        return found
+
+    def run(self, deployment: str) -> str:
+        """Start a run of a deployment; return its id."""
+        return str(self.post(f"deployments/{deployment}/create_flow_run")["id"])
+
+    def cancel(self, run: str) -> None:
+        """Cancel a run, as its page does."""
+        assert self.post(f"flow_runs/{run}/set_state", **CANCELLING)["status"] == "ACCEPT"
+
+    def state(self, run: str) -> str:
+        return str(self.get(f"flow_runs/{run}")["state"]["type"])
+
+    def log(self, run: str) -> list[str]:
+        return [line["message"] for line in self.post("logs/filter", logs={"flow_run_id": {"any_": [run]}})]
+
+    def slots(self) -> list[int]:
+        """Return the slots that are taken on this host, of one for its cores or for each GPU."""
+        limits = self.post("v2/concurrency_limits/filter")
+        return sorted({limit["active_slots"] for limit in limits if limit["name"].startswith(("cpu:", "gpu:"))})
+
+    def start_server(self) -> None:
+        (self.folder / "prefect").mkdir()
+        without_url = {name: value for name, value in self.environment.items() if name != "PREFECT_API_URL"}
+        words = ["server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        self.processes.append(self._start(words, "server.txt", without_url))
+        until(lambda: self.get("health") is True, seconds=120)
+
+    def end(self) -> None:
+        """End both with all they started: a worker would wait for the runs it is at."""
+        for process in reversed(self.processes):
+            everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            process.terminate()
+            psutil.wait_procs(everything, timeout=5)
+            for one in everything:
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait(10)
+
+    def _start(self, arguments: list[str], log: str, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+        with (self.folder / log).open("wb") as stream:
+            return subprocess.Popen([sys.executable, "-m", "prefect", *arguments], env=environment, stdout=stream, stderr=stream)
+
+
+@contextmanager
+def prefect_host(folder: Path) -> Iterator[PrefectHost]:
+    """Run a server and a worker for the length of a block."""
+    host = PrefectHost(folder, free_port())
+    try:
+        host.start_server()
+        host.start_worker()
+        yield host
+    finally:
+        host.end()
+
+
+def until(condition: Callable[[], bool], *, seconds: float) -> None:
+    """Return when a condition holds; TimeoutError when it does not in time. A server may not answer yet."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            if condition():
+                return
+        time.sleep(0.5)
+    raise TimeoutError
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on; another run of these tests may be going on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
