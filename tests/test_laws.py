@@ -121,3 +121,33 @@ def test_no_argument_list_is_wide(path: Path) -> None:
         named = [argument for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs] if argument.arg not in ("self", "cls")]
         widths[function.name] = len(named) + len(extra)
     assert {name: width for name, width in widths.items() if width > MAX_ARGUMENTS} == {}
+
+
+SCRIPTS = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in ("benchmarks", "distributed", "faults", "parity", "truth")
+    for path in sorted((ROOT / "tests" / folder).glob("*.py"))
+}
+
+
+@pytest.mark.parametrize("path", SCRIPTS.values(), ids=SCRIPTS.keys())
+def test_what_no_test_runs_imports_names_that_exist(path: Path) -> None:
+    """Benchmarks and the long experiments are run seldom, and are not to find out then that a name has gone."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        module = FILES.get(f"{str(node.module).replace('.', '/')}.py") if isinstance(node, ast.ImportFrom) else None
+        if module is not None:
+            missing = {alias.name for alias in node.names} - names_of(module)
+            assert not missing, f"line {node.lineno}: {node.module} has no {', '.join(sorted(missing))}"
+
+
+def names_of(path: Path) -> set[str]:
+    """Return what a module binds at its top level."""
+    bound: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, Function | ast.ClassDef):
+            bound.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+        else:
+            bound |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    return bound

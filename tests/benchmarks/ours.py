@@ -1,4 +1,4 @@
-"""One contestant of the benchmark: the steps of pipelines.train, in a process of its own.
+"""One contestant of the benchmark: the steps of pipelines.training, in a process of its own.
 
     python tests/benchmarks/ours.py adapter|ours TASK.json RESULT.json
 
@@ -20,9 +20,11 @@ from transformers import PreTrainedModel
 from lora_core import Identity, save_adapter
 from lora_core.files import write_json
 from pipelines.batches import order
-from pipelines.hardware import detect, peak_memory_bytes
+from pipelines.hardware import choose_optimizer, detect, peak_memory_bytes
 from pipelines.model import load_model
-from pipelines.training.train import Run, adapt, parameter_groups, prepare_engine, start, train_step
+from pipelines.training.engine import prepare, start
+from pipelines.training.heart import Heart
+from pipelines.training.train import Run, adapt, parameter_groups, train_step
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,17 @@ Contestant = Callable[[Task], Record]
 
 
 def ours(task: Task) -> Record:
-    """Take the steps that pipelines.train takes; the seed draws the adapter that `write_adapter` saved."""
+    """Take the steps that pipelines.training takes; the seed draws the adapter that `write_adapter` saved."""
     hardware, record = detect(), Record()
-    model, dataset = task.model(), task.dataset()
-    adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]), resumes=False)
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    run = Run(start(task.inputs, hardware), task.inputs["training"], dataset, lengths, task.order(dataset), hardware.device)
-    engine, optimizer, schedule = prepare_engine(run, model, parameter_groups(model, task.inputs), hardware)
+    accelerator = start(task.inputs["seed"], {"accumulation": 1, "processes": 1, "timeout_seconds": 600}, hardware)
+    model, dataset, settings = task.model(), task.dataset(), task.inputs["training"]
+    adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]))
+    lengths, steps = [len(ids) for ids in dataset["input_ids"]], task.order(dataset)
+    run = Run(accelerator, dataset, lengths, steps, settings["warmup_steps"], settings["max_grad_norm"], hardware.device, Heart(None))
+    optimizer = choose_optimizer(hardware, "whole", None)
+    engine = prepare(accelerator, model, parameter_groups(model, task.inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm)
     for step in range(task.steps):
-        record.losses.append(train_step(run, engine, optimizer, schedule, step)["loss"])
+        record.losses.append(train_step(run, engine, step)["loss"])
         record.step_ended()
     return record
 
@@ -87,7 +91,7 @@ def ours(task: Task) -> Record:
 def write_adapter(task: Task) -> Record:
     """Write the untrained adapter."""
     model = task.model()
-    config = adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]), resumes=False)
+    config = adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]))
     assert config is not None
     save_adapter(model, Path(task.paths["adapter"]), config, Identity(base=task.paths["base"]))
     return Record()
