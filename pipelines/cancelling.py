@@ -26,8 +26,10 @@ from pipelines.progress import say
 
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 """Environment variable by which a worker names the run to the flow's process, and so to all that it starts."""
-GUARD = 'while kill -0 "$1" && kill -0 "$2"; do sleep 1; done; kill "$2"'
-"""Ends one process when another has ended: Prefect starts its server in a way that leaves no other hold on it."""
+GUARD = 'read _; kill "$1"'
+"""Ends the server when the pipe to it closes: Prefect starts its server in a way that leaves no other hold on it."""
+_guards: "list[subprocess.Popen[bytes]]" = []
+"""Held for as long as this process lives, for their pipes."""
 BY_HAND = (KeyboardInterrupt, TerminationSignal, SystemExit)
 
 
@@ -48,8 +50,22 @@ def start_server() -> None:
             pass
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for server in (child for child in psutil.Process().children() if "uvicorn" in child.cmdline()):
-        subprocess.Popen(["sh", "-c", GUARD, "guard", str(os.getpid()), str(server.pid)], stderr=subprocess.DEVNULL, start_new_session=True)
+    _guards.extend(_guard(child) for child in psutil.Process().children() if _is_server(child))
+
+
+def _guard(server: psutil.Process) -> "subprocess.Popen[bytes]":
+    """Start what ends the server when this process is gone, and with it the other end of the guard's pipe."""
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(
+        ["sh", "-c", GUARD, "guard", str(server.pid)], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+    )
+
+
+def _is_server(process: psutil.Process) -> bool:
+    try:
+        return "uvicorn" in process.cmdline()
+    except psutil.Error:  # it has ended
+        return False
 
 
 def end_with_worker(flow: Any, flow_run: FlowRun, state: State) -> None:

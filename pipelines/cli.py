@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.errors import PeerError, PipelineError, StageError
+from pipelines.errors import EndedError, PeerError, PipelineError, StageError, UnreachableError
 from pipelines.options import with_options
 from pipelines.places import runs_root
 from pipelines.planning.cluster import Cluster
@@ -17,6 +17,8 @@ from pipelines.recipe import find_recipe, load_recipe
 
 AGAIN = 75
 """Exit status where nothing is wrong with what was asked, and running it again goes on: sysexits.h's EX_TEMPFAIL."""
+PASSING = {error.__name__ for error in (PeerError, EndedError, UnreachableError)}
+"""Kinds of a stage's errors of which that is so."""
 QUIET = "CRITICAL"
 """Level of Prefect's own log on the terminal, unless the user names another."""
 app = typer.Typer(
@@ -125,7 +127,7 @@ def main() -> None:
         app()
     except (PipelineError, LoraError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(AGAIN if isinstance(error, StageError) and error.kind == PeerError.__name__ else 2)
+        sys.exit(AGAIN if isinstance(error, StageError) and error.kind in PASSING else 2)
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise

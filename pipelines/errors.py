@@ -36,6 +36,10 @@ class PeerError(PipelineError, ConnectionError):
     """A rank that ended, or does not answer in time."""
 
 
+class EndedError(PipelineError, RuntimeError):
+    """A process that was ended from outside, or for want of memory."""
+
+
 class StageError(PipelineError, RuntimeError):
     """A stage ended without a result."""
 

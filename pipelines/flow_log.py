@@ -20,7 +20,7 @@ from pipelines.cancelling import by_worker
 from pipelines.progress import Paced, Row, Watch, progress_line, say
 
 SECONDS_BETWEEN_BARS = 10
-SECONDS_TO_FINISH = 5
+SECONDS_TO_FINISH = 3
 """How long the end of a training waits for the last bar to be drawn."""
 
 

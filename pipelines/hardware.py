@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend
 
 from pipelines.child import PLACE
 
-State = Literal["whole", "shared", "replaced"]
-"""What an engine does with Adam's state: each rank has all of it, or a share (ZeRO), or DeepSpeed has put its own Adam in the place
-of what it was given, as it does where it offloads and its config says nothing of zero_force_ds_cpu_optimizer."""
+AdamState = Literal["whole", "shared", "replaced"]
+"""What an engine does with Adam's state: each rank has all of it, or a share (ZeRO), or DeepSpeed's own Adam takes the
+place of what was given, as where the launch offloads and says nothing of zero_force_ds_cpu_optimizer."""
 PLAIN, FUSED, PAGED, REPLACED = "AdamW", "fused AdamW", "paged 8-bit AdamW", "DeepSpeed's AdamW"
 """Names of what trains, for logs and results."""
 COMFORTABLE = 0.9
@@ -66,7 +66,7 @@ def detect() -> Hardware:
     return Hardware("cpu", torch.float32, "gloo")
 
 
-def choose_optimizer(hardware: Hardware, state: State, full_bytes: int | None) -> Optimizer:
+def choose_optimizer(hardware: Hardware, state: AdamState, full_bytes: int | None) -> Optimizer:
     """Choose the AdamW that trains.
 
     In 8 bits its state takes a quarter of float32's, and pages of it go to the host when the GPU is full (Dettmers et al.
@@ -89,15 +89,16 @@ def choose_optimizer(hardware: Hardware, state: State, full_bytes: int | None) -
     return Optimizer(FUSED if full_bytes <= COMFORTABLE * hardware.gpu_bytes else PAGED, needs)
 
 
-def attention_kernel(hardware: Hardware, heads: int, key_heads: int, width: int) -> str:
+def attention_kernel(hardware: Hardware, shape: tuple[int, int, int] | None) -> str:
     """Return the kernel by which PyTorch computes causal attention here: flash where device, dtype and heads allow it.
 
     Args:
         hardware: this process's.
-        heads: of the queries.
-        key_heads: of keys and values; fewer are shared.
-        width: of a head.
+        shape: heads of the queries, heads of keys and values (fewer are shared), width of a head; None for a model without.
     """
+    if shape is None:
+        return "no"
+    heads, key_heads, width = shape
     query, key = (torch.empty(1, count, 2, width, dtype=hardware.dtype, device=hardware.device) for count in (heads, key_heads))
     choice = torch._fused_sdp_choice(query.requires_grad_(), key, key, is_causal=True, enable_gqa=heads != key_heads)
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()

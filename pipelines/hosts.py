@@ -23,6 +23,7 @@ from uuid import uuid4
 from lora_core.files import write_json
 from pipelines import launch
 from pipelines.errors import PipelineError
+from pipelines.progress import Watch
 from pipelines.sections import LaunchSection
 from pipelines.stage import Stage
 
@@ -35,7 +36,7 @@ BACKEND_SECONDS = 30
 Call = dict[str, Any]
 
 
-def train(stage: Stage, settings: LaunchSection, watch: launch.Watch | None, say: Callable[[str], None]) -> dict[str, Any]:
+def train(stage: Stage, settings: LaunchSection, watch: Watch | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Train on this host and those that join it; return the figures.
 
     Raises:

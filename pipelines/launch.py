@@ -22,8 +22,9 @@ import psutil
 import yaml
 
 from pipelines.child import PARENT, PLACE, die_with_parent
-from pipelines.errors import PeerError, RecipeError, StageError, recorded_error
+from pipelines.errors import EndedError, PeerError, RecipeError, StageError, recorded_error
 from pipelines.heartbeats import Stalls, clear, read_notes
+from pipelines.progress import Watch
 from pipelines.stage import LOG, Stage, read_result
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -31,11 +32,12 @@ CONFIGS = REPOSITORY / "infra" / "accelerate"
 POLL_SECONDS = 0.5
 ROOM_BYTES = 1 << 20
 """With less than this, a child that ended without a word had nowhere to leave one."""
-GRACE_SECONDS = 20
+ENDING = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals by which a process is ended from outside, and not by a fault of its own."""
+GRACE_SECONDS = 15
 """Before a child that was asked to end is ended by force, with its ranks: Prefect's worker forces the whole run after 30."""
 ALONE = ("--main_process_port", "0")
 """What accelerate's launcher is told where one host trains by itself: any free port will do."""
-Watch = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -208,11 +210,11 @@ def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
         return figures
     if shutil.disk_usage(stage.folder).free < ROOM_BYTES:
         raise StageError(f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept")
-    if status < 0:
+    if -status in ENDING:
         raise StageError(
             f"stage {stage.kind} {stage.label} was ended by {signal.Signals(-status).name}, from outside or for want of memory; run again: "
             "what is finished is kept, and a training goes on from its last checkpoint",
-            kind=PeerError.__name__,
+            kind=EndedError.__name__,
         )
     lines = log.read_text(errors="replace").splitlines()
     raise StageError(f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}")

@@ -1,19 +1,29 @@
 """How much memory is left here. Imports no torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
-GROUPS = Path("/sys/fs/cgroup")
-"""Where Linux shows control groups; a container sees its own at the top."""
+GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Where Linux shows control groups, and which of them this process is in; a container sees its own at the top."""
 
 
-def free_memory_bytes(groups: Path = GROUPS) -> int:
-    """Return what the machine has left, or the container that this process is confined to where that is less."""
-    free = int(psutil.virtual_memory().available)
+def free_memory_bytes(groups: Path = GROUPS, own: Path = OWN) -> int:
+    """Return what the machine has left, or a group that this process is confined to where that is less."""
+    return min([int(psutil.virtual_memory().available), *_left_in_groups(groups, own)])
+
+
+def _left_in_groups(groups: Path, own: Path) -> Iterator[int]:
+    """Yield what each limited group has left, from the process's own up to the top."""
     try:
-        limit, used = ((groups / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-        stat = dict(line.split() for line in (groups / "memory.stat").read_text().splitlines())
-        return free if limit == "max" else min(free, int(limit) - int(used) + int(stat["inactive_file"]))
-    except (OSError, ValueError, KeyError):  # no control groups, or of another make
-        return free
+        place = own.read_text().rpartition("::/")[2].strip()
+    except OSError:  # no Linux
+        return
+    for group in (groups / place, *(groups / place).parents):
+        try:
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            yield limit - used + int(stat["inactive_file"])
+        except (OSError, ValueError, KeyError):  # not limited, or of another make
+            continue

@@ -69,9 +69,11 @@ def head_weight(model: PreTrainedModel) -> torch.Tensor:
     return weight
 
 
-def attention_heads(model: PreTrainedModel) -> tuple[int, int, int]:
-    """Return the heads of the queries, those of keys and values, and the width of one, as the config says."""
+def attention_heads(model: PreTrainedModel) -> tuple[int, int, int] | None:
+    """Return the heads of the queries, those of keys and values, and the width of one; None where the config has no heads."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        return None
+    width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
     return heads, getattr(config, "num_key_value_heads", None) or heads, width

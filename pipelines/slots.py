@@ -7,13 +7,15 @@ A limit is made by the host itself when it first trains, since only there the GP
 administrator changes it: 0 refuses trainings, inactive lets them all through. A slot is leased: it is free again at
 once when its holder ends in order, and LEASE_SECONDS later where the holder was killed or the host is gone.
 
+Hosts that join another's training (`lora join`) hold none: a pool of theirs is not to train beside it.
+
 A run that brings a Prefect server of its own asks nobody, so that plain `lora run` needs no server; two of them on one
 host are told apart by the lock of the stage only, which keeps them from training the same thing twice.
 """
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from socket import gethostname
 
@@ -25,8 +27,10 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL
 
-from pipelines.errors import PipelineError
+from pipelines.errors import PipelineError, StageError, UnreachableError
 
+REFUSED = 422
+"""HTTP status of a server on a limit that can never be had."""
 LEASE_SECONDS = 120
 """Renewed after three quarters of it: a server may be away for the rest, and a slot of a killed run waits for all of it."""
 
@@ -49,6 +53,8 @@ def gpus() -> list[str]:
 def held(names: list[str], say: Callable[[str], None]) -> Iterator[None]:
     """Hold slots for the length of a block, and say so where they must be waited for.
 
+    A server that does not answer at the end is of no account: the lease runs out by itself.
+
     Raises:
         PipelineError: the server does not answer or refuses.
     """
@@ -58,15 +64,40 @@ def held(names: list[str], say: Callable[[str], None]) -> Iterator[None]:
     try:
         with get_client(sync_client=True) as client:
             taken = [name for name in names if _is_taken(client, name)]
+        if taken:
+            say(f"waiting for {', '.join(taken)}, where another run is at work")
+        lease = ExitStack()
+        lease.enter_context(concurrency(names, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False))
     except httpx.HTTPError as error:
-        raise PipelineError(f"the Prefect server gives no slot on this host ({error}); check PREFECT_API_URL and run again") from error
-    if taken:
-        say(f"waiting for {', '.join(taken)}, where another run is at work")
-    try:
-        with concurrency(names, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False):
-            yield
+        raise _unanswered(error) from error
     except ConcurrencySlotAcquisitionError as error:
-        raise PipelineError(f"{error}; a limit of 0 refuses trainings here: raise it on the server's page of concurrency limits") from error
+        raise _refused(error) if _status(error) == REFUSED else _unanswered(error) from error
+    try:
+        yield
+    finally:
+        try:
+            lease.close()
+        except httpx.HTTPError as error:
+            say(f"the slots of {', '.join(names)} are free in {LEASE_SECONDS} s: the Prefect server does not answer ({error})")
+
+
+def _unanswered(error: Exception) -> StageError:
+    return StageError(
+        f"the Prefect server gives no slot on this host ({error}); see that it is well and run again", kind=UnreachableError.__name__
+    )
+
+
+def _refused(error: Exception) -> PipelineError:
+    return PipelineError(f"{error}; a limit of 0 refuses trainings here: raise it on the server's page of concurrency limits")
+
+
+def _status(error: BaseException | None) -> int | None:
+    """Return the status by which a server refused, of an error or what it came from."""
+    while error is not None:
+        if isinstance(error, httpx.HTTPStatusError):
+            return error.response.status_code
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _is_taken(client: SyncPrefectClient, name: str) -> bool:
@@ -74,4 +105,4 @@ def _is_taken(client: SyncPrefectClient, name: str) -> bool:
     with suppress(ObjectAlreadyExists):
         client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
     limit = client.read_global_concurrency_limit_by_name(name)
-    return limit.active and limit.active_slots >= limit.limit
+    return limit.active and limit.active_slots >= limit.limit > 0

@@ -50,9 +50,13 @@ def train(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
     found = stage.result()  # made by hand, or for another server
     if found is not None:
         return found
-    here = slots.slot_names(settings.processes // settings.machines)
+    with slots.held(slots.slot_names(settings.processes // settings.machines), flow_log.tell):
+        return stage.result() or _trained(stage, settings, experiment)  # another run may have trained it meanwhile
+
+
+def _trained(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
+    """Train, and show how far it is wherever that is looked for."""
     with (
-        slots.held(here, flow_log.tell),
         training_progress(stage.label, lines=not by_worker()) as shown,
         flow_log.reported(stage.label) as reported,
         live_run(stage, experiment, say) as logged,
@@ -63,7 +67,8 @@ def train(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
 @task(name="tune", **CACHED)
 def tune(stage: Stage) -> Figures:
     """Find the loss of a control at one rate."""
-    return _perform(stage, "pipelines.evaluation.tuning")
+    with slots.held(slots.slot_names(1) if slots.gpus() else [], flow_log.tell):
+        return _perform(stage, "pipelines.evaluation.tuning")
 
 
 @task(name="cut", **CACHED)
@@ -85,8 +90,8 @@ def evaluate(stages: list[Stage], at_once: int, place: int) -> list[Figures]:
 
 def evaluation_slots(stages: list[Stage], at_once: int) -> AbstractContextManager[None]:
     """Hold the GPUs on which stages are scored, if any is to be; cores are shared as far as the recipe says."""
-    processes = min(at_once, sum(stage.result() is None for stage in stages))
-    return slots.held(slots.slot_names(processes) if slots.gpus() and processes else [], say)
+    wanted = slots.gpus() and any(stage.result() is None for stage in stages)
+    return slots.held(slots.slot_names(at_once) if wanted else [], say)
 
 
 def show_comparison(table: str, decision: str) -> None:

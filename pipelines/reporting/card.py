@@ -165,6 +165,7 @@ def _training(summary: Summary, label: str) -> str:
         "Steps": f"{trained['steps']} of {recipe['training']['batch_size']} examples, {trained['tokens']:,} tokens "
         f"({trained['supervised_tokens']:,} supervised)",
         "Time": f"{duration(trained['training_seconds'])} on {summary['machine']}, {recipe['launch']['processes']} process(es)",
+        "Optimiser": trained.get("optimizer", "AdamW"),
         "Data": f"{recipe['data']['source']}, {data['train_examples']:,} training examples, digest `{data['digest']}`",
         "Weights' SHA-256": f"`{trained['adapter_sha256']}`",
         **{f"Fingerprint of the base, {kind}": f"`{value}`" for kind, value in summary["base"]["digests"].items()},

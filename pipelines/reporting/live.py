@@ -11,18 +11,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
-from typing import Any
 
-from pipelines.launch import Watch
+from pipelines.progress import Row, Watch
 from pipelines.stage import Stage
 
 SEND_SECONDS, LONGEST_PAUSE = 3.0, 30.0
 """Between two sendings, and at most where the server does not answer."""
-END_SECONDS = 5.0
+END_SECONDS = 4.0
 """How long the end of a training waits for what was not sent."""
 SAMPLING, SAMPLE_SECONDS = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", 10.0
 """MLflow's own variable that says how often the machine is looked at, and how often where it says nothing."""
-Row = dict[str, Any]
 
 
 @contextmanager
@@ -52,6 +50,14 @@ def live_run(stage: Stage, experiment: str, say: Callable[[str], None]) -> Itera
         thread.join(END_SECONDS)
 
 
+def sampling_seconds() -> float:
+    """Return how often the machine is looked at: no more than once a second, and as by default where the variable is no number."""
+    try:
+        return max(1.0, float(os.environ.get(SAMPLING) or SAMPLE_SECONDS))
+    except ValueError:
+        return SAMPLE_SECONDS
+
+
 class _Sender:
     """Works in a thread of its own until it is told how the training ended."""
 
@@ -68,7 +74,7 @@ class _Sender:
         from pipelines.reporting.recorder import Recorder  # imports MLflow, which takes seconds
 
         recorder = Recorder(*self._told)
-        between = float(os.environ.get(SAMPLING) or SAMPLE_SECONDS)
+        between = sampling_seconds()
         send_at, sample_at, pause, said = 0.0, time.monotonic() + between, SEND_SECONDS, False
         while True:
             over, now = self._over.is_set(), time.monotonic()

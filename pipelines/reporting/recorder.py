@@ -5,8 +5,10 @@ Nothing is lost by a server that is away: what it did not take is offered again,
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
+import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -52,8 +54,10 @@ class Recorder:
         Args:
             now: milliseconds since 1970; the step is that of the last row.
         """
-        if self._machine is not None:
-            step = self._rows[-1]["step"] if self._rows else self._step
+        if self._machine is None:
+            return
+        step = self._rows[-1]["step"] if self._rows else self._step
+        with suppress(psutil.Error, AttributeError):  # a machine may have no network to tell of
             self._samples += [(name, value, now, step) for name, value in self._machine.figures().items()]
 
     def send(self, status: str | None = None) -> str | None:
@@ -84,7 +88,10 @@ class Recorder:
         if self._run is None:
             experiment = experiment_id(client, self._experiment, self._stage.root)
             tags = {TRAINING_TAG: self._stage.key}
-            run = run_of(client, experiment, f"{self._stage.label} training", tags, self._began)
+            name = f"{self._stage.label} training"
+            run = run_of(client, experiment, name, tags, self._began)
+            if self._rows and self._rows[0]["step"] == 1 and STEP_TAG in run.data.tags:  # it begins anew, and so does its run
+                run = client.create_run(experiment, start_time=self._began, tags=tags, run_name=name)
             run_id = str(run.info.run_id)
             if run.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")

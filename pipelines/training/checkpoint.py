@@ -5,7 +5,7 @@
         exp_avg.safetensors       Adam's means, by parameter name
         exp_avg_sq.safetensors
         random.safetensors        each rank's random state
-        state.json                steps, the loss since the checkpoint before, the ranks; a digest of each file
+        state.json                steps, the loss of the last ones, the ranks; a digest of each file
 
 A checkpoint stands between two optimiser steps, so no part of an accumulation window is ever in it, and the order of the
 data follows from the number of steps. The frozen base is loaded again from where it lies. A run that was stopped on two
@@ -20,8 +20,8 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from errno import EIO, ENOSPC
 from math import inf
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ from typing import Any, Self
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -85,8 +86,11 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with suppress(*([OSError] if error is not None else [])):  # what ended the run says more
+        """Wait for what is being written: a run whose steps are done needs it no more, and what ended another says more."""
+        try:
             self.wait()
+        except OSError as failure:
+            note(self.folder.parent, f"the last checkpoint was not written ({failure})")
 
     @property
     def figures(self) -> dict[str, float]:
@@ -94,10 +98,16 @@ class Checkpoints:
         return {"written": self._written, "seconds": round(self._waited, 3), "seconds_beside": round(self._beside, 3)}
 
     def due(self) -> bool:
-        """Tell whether one more keeps them within their share of the time; every rank asks, and is told the same."""
+        """Tell whether one more keeps them within their share of the time; every rank asks, and is told the same.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        at_work = self._pending is not None and not self._pending.done()
+        if not at_work:
+            self.wait()
         spent = self._waited + self._beside
         each = spent / self._written if self._written else self._bytes / BYTES_PER_SECOND
-        at_work = self._pending is not None and not self._pending.done()
         choice = [self.share == 1 or (not at_work and spent + each <= self.share * (time.monotonic() - self._begun))]
         broadcast_object_list(choice)
         return bool(choice[0])
@@ -113,11 +123,11 @@ class Checkpoints:
         Raises:
             OSError: this one, or the one before it, could not be written.
         """
-        begun = time.monotonic()
         random = gather_object([random_state()])
+        begun = time.monotonic()
         files = _whole_state(engine, random)
         if not engine.is_first:
-            for _ in files:  # each is gathered from all ranks
+            for _ in files if engine.zero_stage else ():  # each is gathered from all ranks
                 pass
             return
         self.wait()
@@ -152,7 +162,7 @@ class Checkpoints:
     def _write(self, step: int, files: Iterable[tuple[str, Tensors]], values: dict[str, Any]) -> None:
         with folder_written_aside(self.folder / _name(step)) as aside:
             for name, tensors in files:
-                save_file(tensors, aside / f"{name}.safetensors", metadata={"format": "pt"})
+                _save(tensors, aside / f"{name}.safetensors")
             digests = {path.name: sha256_of_file(path) for path in sorted(aside.iterdir())}
             write_json(aside / STATE, {**values, "files": digests})
         self._let_old_ones_go()
@@ -250,6 +260,15 @@ def starts(model: nn.Module) -> Tensors:
 def _read(folder: Path) -> Found:
     state = read_json(folder / STATE)
     return Found(state["step"], state["ranks"], {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]})
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    """Write a file of tensors; what the system refuses is an OSError, which safetensors hides in an error of its own."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = ENOSPC if f"os error {ENOSPC}" in str(error) else EIO
+        raise OSError(number, str(error), str(path)) from error
 
 
 def _name(step: int) -> str:

@@ -10,6 +10,7 @@ A mean's parts: "" → the float32 mean, or the codes (uint8, in the parameter's
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def _place(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int]:
     )
 
 
+@cache
 def _code_book(key: str) -> Tensor:
     from bitsandbytes.functional import create_dynamic_map
 

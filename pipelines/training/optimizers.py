@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_core.budget.budget import budget
 from lora_core.budget.setup import Setup
-from pipelines.hardware import FUSED, PAGED, Hardware, Optimizer, State, choose_optimizer
+from pipelines.hardware import FUSED, PAGED, AdamState, Hardware, Optimizer, choose_optimizer
 from pipelines.planning.plan import gpu_setup
 
 PEAK = "initial_lr"
@@ -20,7 +20,7 @@ Values = Mapping[str, Any]
 
 
 def optimizer_of(
-    accelerator: Accelerator, hardware: Hardware, model: PreTrainedModel, stage: tuple[Values, Values], tokens: Callable[[], int]
+    accelerator: Accelerator, hardware: Hardware, model: PreTrainedModel, options: Values, *, full: bool, tokens: Callable[[], int]
 ) -> Optimizer:
     """Choose one for all ranks, by the smallest GPU among theirs. Every rank calls it.
 
@@ -28,12 +28,13 @@ def optimizer_of(
         accelerator: see `pipelines.training.engine.start`.
         hardware: this rank's.
         model: what is trained.
-        stage: inputs and options.
+        options: the stage's.
+        full: every weight is trained.
         tokens: returns the most that a rank handles at once.
     """
     smallest = replace(hardware, gpu_bytes=min(gather_object([hardware.gpu_bytes])))
-    full = stage[0]["method"] == "full" and smallest.gpu_bytes > 0
-    return choose_optimizer(smallest, state_under(accelerator), full_bytes(model, stage[1], tokens()) if full else None)
+    needed = full_bytes(model, options, tokens()) if full and smallest.gpu_bytes else None
+    return choose_optimizer(smallest, state_under(accelerator), needed)
 
 
 def full_bytes(model: PreTrainedModel, options: Values, tokens: int) -> int:
@@ -42,7 +43,7 @@ def full_bytes(model: PreTrainedModel, options: Values, tokens: int) -> int:
     return budget(model, gpu_setup(setup)).memory_bytes
 
 
-def state_under(accelerator: Accelerator) -> State:
+def state_under(accelerator: Accelerator) -> AdamState:
     """Return what the engine will do with Adam's state."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or plugin.zero_stage == 0:

@@ -11,7 +11,8 @@ from random import Random
 
 from faults.trial import EVERY, Outcome, Site, last_line
 
-DISK = "4m"
+DISK, LINES_BYTES = "4m", 64 << 10
+"""Size of a small disk, and what is left of it: room for lines of metrics, and none for a checkpoint."""
 Harm = Callable[[Path, int], None]
 
 
@@ -32,7 +33,7 @@ def full_disk(site: Site, random: Random) -> Outcome:
         trial.stage.begin()
         trial.begin()
         done = trial.at_step(2 * EVERY + 1)
-        filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free))
+        filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - LINES_BYTES))
         since = time.monotonic()
         status, said = trial.ended(), last_line(trial.said())
         done, filled = trial.steps(), "no space left" in said

@@ -47,8 +47,9 @@ def test_the_kernel_is_the_one_that_pytorch_takes(tiny_folder: Path) -> None:
     """Half as many heads of keys and values are no reason for another."""
     model = load_model(tiny_folder, "none", CPU)
     assert attention_heads(model) == (4, 2, 16)
-    assert attention_kernel(detect(), *attention_heads(model)) == "flash"
-    assert attention_kernel(CPU, 4, 4, 16) == "flash"
+    assert attention_kernel(detect(), attention_heads(model)) == "flash"
+    assert attention_kernel(CPU, (4, 4, 16)) == "flash"
+    assert attention_kernel(CPU, None) == "no"
 
 
 def test_full_fine_tuning_needs_more_for_more_tokens_and_for_copies_of_gradients(tiny_folder: Path) -> None:

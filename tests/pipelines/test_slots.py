@@ -1,7 +1,7 @@
 """Slots are named after what is computed on, made where they are missing, and asked of a server that several runs share only."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +22,8 @@ class Server:
         self.taken: dict[str, int] = {}
         self.acquired: list[Any] = []
         self.error: Exception | None = None
+        self.gone = False
+        """Whether it does not answer when a slot is given back."""
 
     def __enter__(self) -> "Server":
         if isinstance(self.error, httpx.HTTPError):
@@ -46,6 +48,8 @@ class Server:
         assert options["strict"] and not options["raise_on_lease_renewal_failure"]
         self.acquired.append(names)
         yield
+        if self.gone:
+            raise httpx.ConnectError("refused")
 
 
 @pytest.fixture
@@ -95,11 +99,39 @@ def test_who_waits_says_for_what(server: Server) -> None:
     assert said == ["waiting for gpu:node-a:1, where another run is at work"]
 
 
-@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), ConcurrencySlotAcquisitionError("422")])
-def test_a_server_that_gives_none_is_an_error_that_can_be_mended(server: Server, error: Exception) -> None:
+def refusal(status: int | None) -> ConcurrencySlotAcquisitionError:
+    """Return what Prefect raises for whatever went wrong, and what it came from."""
+    error = ConcurrencySlotAcquisitionError("Unable to acquire concurrency slots on ['cpu:node-a']")
+    request = httpx.Request("POST", "http://team/api")
+    error.__cause__ = httpx.ConnectError("refused")
+    if status is not None:
+        error.__cause__ = httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, request=request))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (httpx.ConnectError("refused"), "gives no slot on this host"),
+        (refusal(None), "gives no slot on this host"),
+        (refusal(500), "gives no slot on this host"),
+        (refusal(422), "a limit of 0 refuses trainings here"),
+    ],
+)
+def test_a_server_that_gives_none_is_an_error_that_can_be_mended(server: Server, error: Exception, words: str) -> None:
     server.error = error
-    with pytest.raises(PipelineError, match=r"Prefect server|limit of 0"), held(["cpu:node-a"], print):
+    with pytest.raises(PipelineError, match=words), held(["cpu:node-a"], print):
         pass
+
+
+@pytest.mark.parametrize("ended", [None, ArithmeticError])
+def test_a_server_that_is_away_at_the_end_changes_nothing(server: Server, ended: type[Exception] | None) -> None:
+    server.gone = True
+    said: list[str] = []
+    with pytest.raises(ended) if ended else nullcontext(), held(["cpu:node-a"], said.append):
+        if ended:
+            raise ended
+    assert "cpu:node-a are free in 120 s" in said[0]
 
 
 def test_a_server_of_the_runs_own_is_not_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,4 +147,4 @@ def test_scoring_holds_gpus_only_and_for_what_is_missing(server: Server, monkeyp
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         with tasks.evaluation_slots(stages, 3):  # type: ignore[arg-type]
             pass
-    assert server.acquired == [["gpu:node-a:0", "gpu:node-a:1"]]
+    assert server.acquired == [["gpu:node-a:0", "gpu:node-a:1", "gpu:node-a:2"]]

@@ -143,7 +143,7 @@ def test_a_resumed_run_keeps_the_start_of_its_checkpoint(prepared: Prepared, mon
 def test_a_control_whose_optimiser_keeps_8_bits_goes_on_bit_for_bit(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU its state lies in pages."""
     whole, stopped = (prepared(None, runs) for runs in ("one-go", "two-goes"))
-    monkeypatch.setattr(train_module, "optimizer_of", lambda *_: Optimizer(PAGED, "the test asks for it"))
+    monkeypatch.setattr(train_module, "optimizer_of", lambda *_, **__: Optimizer(PAGED, "the test asks for it"))
     train(whole.begin())
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "train_step", _stopping_after(3))
