@@ -10,6 +10,7 @@ are taken for a stall.
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,9 @@ def clear(folder: Path) -> None:
 
 
 def note(folder: Path, text: str) -> None:
-    """Leave a line for whoever watches the run; it stands in the log as well."""
+    """Leave a line for whoever watches the run; it stands in the log as well, and there alone where the disk is full."""
     print(text, flush=True)
-    with (folder / NOTES).open("a", encoding="utf-8") as stream:
+    with suppress(OSError), (folder / NOTES).open("a", encoding="utf-8") as stream:
         stream.write(text + "\n")
 
 

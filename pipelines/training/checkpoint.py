@@ -145,14 +145,14 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    @property
-    def _bytes(self) -> int:
-        return STATE_BYTES * self.trained_weights
-
     def discard(self) -> None:
         """Remove all: the run has ended and its outcome is saved."""
         self.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @property
+    def _bytes(self) -> int:
+        return STATE_BYTES * self.trained_weights
 
     def _write_beside(self, step: int, files: list[tuple[str, Tensors]], values: dict[str, Any]) -> None:
         begun = time.thread_time()
