@@ -80,5 +80,5 @@ def second_run(site: Site, random: Random) -> Outcome:
 
 
 def _some_step(random: Random) -> int:
-    """Return a step after the first checkpoint and before the end."""
-    return random.randrange(EVERY + 1, STEPS - EVERY)
+    """Return a step after the first checkpoint and well before the end, which comes soon on a quick machine."""
+    return random.randrange(EVERY + 1, STEPS // 2)

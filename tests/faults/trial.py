@@ -27,7 +27,7 @@ from pipelines.launch import REPOSITORY
 from pipelines.sections import LaunchSection
 from pipelines.stage import LOG, Stage
 
-STEPS, EVERY = 120, 4
+STEPS, EVERY = 240, 4
 """Optimiser steps of a training, and between its checkpoints."""
 LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=8)
 QUICK: dict[str, Any] = {
@@ -173,8 +173,10 @@ class Trial:
             time.sleep(0.01)
 
     def at_step(self, steps: int, attempt: int = 1) -> int:
-        """Wait until so many steps of an attempt are done, counted from the beginning; return how many are."""
-        self.wait_for(lambda: len(self.starts()) >= attempt and self.steps() >= steps)
+        """Wait until so many steps of an attempt are done, counted from the beginning, or the run has ended; return how many are."""
+        process = self.process
+        assert process is not None
+        self.wait_for(lambda: (len(self.starts()) >= attempt and self.steps() >= steps) or process.poll() is not None)
         return self.steps()
 
     def processes(self) -> list[psutil.Process]:
@@ -218,7 +220,8 @@ class Trial:
         self.at_step(min(done + 1, STEPS), attempts + 1)
         seconds = time.monotonic() - since
         status = self.ended(300)
-        return Outcome(clear and gone and status == 0 and self.is_whole(), done - self.starts()[-1], seconds, said)
+        lost = done - self.starts()[-1] if len(self.starts()) > attempts else 0  # none where the fault came after the last step
+        return Outcome(clear and gone and status == 0 and self.is_whole(), lost, seconds, said)
 
     def is_whole(self) -> bool:
         """Tell whether its losses and its adapter are those of the training that nothing disturbed, to the bit."""
