@@ -61,7 +61,12 @@ class Recorder:
             self._samples += [(name, value, now, step) for name, value in self._machine.figures().items()]
 
     def send(self, status: str | None = None) -> str | None:
-        """Send all that waits, and end the run with a status where one is given; return why that failed, None where it did not."""
+        """Send all that waits, and end the run with a status where one is given; return why that failed, None where it did not.
+
+        The run is opened with the first row, which says whether the training begins anew or goes on.
+        """
+        if self._run is None and not self._rows and status is None:
+            return None
         try:
             uri = tracking_uri(self._stage.root)
             client = MlflowClient(uri, uri)
@@ -90,7 +95,9 @@ class Recorder:
             tags = {TRAINING_TAG: self._stage.key}
             name = f"{self._stage.label} training"
             run = run_of(client, experiment, name, tags, self._began)
-            if self._rows and self._rows[0]["step"] == 1 and STEP_TAG in run.data.tags:  # it begins anew, and so does its run
+            if STEP_TAG in run.data.tags and self._begins_anew():
+                if run.info.status == "RUNNING":
+                    client.set_terminated(run.info.run_id, "KILLED")
                 run = client.create_run(experiment, start_time=self._began, tags=tags, run_name=name)
             run_id = str(run.info.run_id)
             if run.info.status != "RUNNING":
@@ -101,6 +108,11 @@ class Recorder:
             self._machine = Machine(run_id, uri)
             self._run = run
         return str(self._run.info.run_id)
+
+    def _begins_anew(self) -> bool:
+        """Tell whether the first step was taken since; one that goes on shows its earlier rows again."""
+        first = self._rows[0] if self._rows else None
+        return first is not None and first["step"] == 1 and 1000 * first["time"] >= self._began
 
 
 def parameters(stage: Stage) -> dict[str, str]:

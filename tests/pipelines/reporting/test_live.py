@@ -129,6 +129,18 @@ def test_a_training_that_goes_on_tells_no_step_twice(runs: Path) -> None:
     assert steps_of(client, one) == list(range(1, 9))
 
 
+def test_a_training_that_begins_anew_has_a_run_of_its_own(runs: Path) -> None:
+    one = stage(runs, "anew")
+    for loss in (3.0, 2.0):
+        with live_run(one, EXPERIMENT, silent) as tell:
+            tell(row(1, loss=loss, time=time.time()))
+    client = mlflow.MlflowClient(store(runs))
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    found = client.search_runs([experiment.experiment_id], f"tags.`lora.training` = '{one.key}'")
+    assert [run.data.metrics["train/loss"] for run in found] == [2.0, 3.0], "the newest comes first, by which a comparison links it"
+    assert [run.info.status for run in found] == ["FINISHED", "FINISHED"]
+
+
 def test_nobody_waits_for_a_server_that_does_not_answer(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the connection and says nothing: a request runs into its time limit."""
     said: list[str] = []
