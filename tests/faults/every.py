@@ -17,15 +17,17 @@ class Fault:
     times: int = 1
     objection: str | None = None
     """Why it cannot be injected here."""
+    elsewhere: str | None = None
+    """Which test of the suite has it, where that is not one of this folder's."""
 
 
 TRAININGS = (
     Fault("kill -9 of a rank", kills.rank, 8),
     Fault("kill -9 of the launcher", kills.launcher, 5),
-    Fault("a rank that hangs", kills.hanging_rank),
+    Fault("a rank that hangs", kills.hanging_rank, elsewhere="test_heartbeats, test_deploy"),
     Fault("a second run at the same time", kills.second_run, 2),
     Fault("a checkpoint with a flipped bit", storage.flipped_bit, 3),
-    Fault("a checkpoint cut short", storage.cut_short, 3),
+    Fault("a checkpoint cut short", storage.cut_short, 3, elsewhere="test_going_on"),
     Fault("a full disk while writing", storage.full_disk, 2, storage.small_disk_objection()),
     Fault("NaN in the loss of one rank", within.nan_on_one_rank, 3),
     Fault("a row that cannot be read", within.unreadable_row, 2),
@@ -37,11 +39,11 @@ RUNS = (
     Fault("Ctrl-C", kills.interrupt, 2),
     Fault("a step that exceeds memory", within.no_memory),
     Fault("the tracking server gone for a minute", servers.away_for_a_minute),
-    Fault("the tracking server gone for good", servers.gone_for_good),
+    Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),
 )
 """Of a whole run."""
 ORCHESTRATED = (
-    Fault("kill -9 of the worker", orchestrated.killed_worker, 3),
-    Fault("a cancellation in Prefect", orchestrated.cancelled, 2),
+    Fault("kill -9 of the worker", orchestrated.killed_worker, 3, elsewhere="test_deploy"),
+    Fault("a cancellation in Prefect", orchestrated.cancelled, 2, elsewhere="test_deploy"),
 )
-"""Of a run that a worker started; the suite has them in test_deploy."""
+"""Of a run that a worker started."""

@@ -27,13 +27,13 @@ from pipelines.launch import REPOSITORY
 from pipelines.sections import LaunchSection
 from pipelines.stage import LOG, Stage
 
-STEPS, EVERY = 240, 4
+STEPS, EVERY = 120, 4
 """Optimiser steps of a training, and between its checkpoints."""
 LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=8)
 QUICK: dict[str, Any] = {
     "control": {"method": "none"},
     "lora": {"ranks": [4]},
-    "training": {"steps": STEPS, "checkpoint_every": EVERY, "batch_size": 12},
+    "training": {"steps": STEPS, "checkpoint_every": EVERY, "batch_size": 48},
     "launch": LAUNCH.model_dump(),
     "evaluation": {"general": ["piqa"], "items_per_benchmark": 2, "generations": 1, "chat_prompts": 0, "passages": 0},
 }
