@@ -22,23 +22,23 @@ class Fault:
 
 
 TRAININGS = (
-    Fault("kill -9 of a rank", kills.rank, 8),
+    Fault("kill -9 of a rank", kills.rank, 7),
     Fault("kill -9 of the launcher", kills.launcher, 5),
-    Fault("a rank that hangs", kills.hanging_rank, elsewhere="test_heartbeats, test_deploy"),
-    Fault("a second run at the same time", kills.second_run, 2),
-    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 3),
-    Fault("a checkpoint cut short", storage.cut_short, 3, elsewhere="test_going_on"),
-    Fault("a full disk while writing", storage.full_disk, 2, storage.small_disk_objection()),
-    Fault("NaN in the loss of one rank", within.nan_on_one_rank, 3),
-    Fault("a row that cannot be read", within.unreadable_row, 2),
-    Fault("a clock that jumps", clocks.jumping_clock, 2, clocks.objection()),
+    Fault("a rank that hangs", kills.hanging_rank, elsewhere="test_heartbeats"),
+    Fault("a second run at the same time", kills.second_run),
+    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 2),
+    Fault("a checkpoint cut short", storage.cut_short, 2, elsewhere="test_going_on"),
+    Fault("a full disk while writing", storage.full_disk, objection=storage.small_disk_objection()),
+    Fault("NaN in the loss of one rank", within.nan_on_one_rank, 2),
+    Fault("a row that cannot be read", within.unreadable_row),
+    Fault("a clock that jumps", clocks.jumping_clock, objection=clocks.objection()),
 )
 """Of one training."""
 RUNS = (
     Fault("kill -9 of the flow process", kills.flow_process, 5),
     Fault("Ctrl-C", kills.interrupt, 2),
     Fault("a step that exceeds memory", within.no_memory),
-    Fault("the tracking server gone for a minute", servers.away_for_a_minute),
+    Fault("the tracking server gone for a minute", servers.away_for_a_minute, elsewhere="test_patience, test_live"),
     Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),
 )
 """Of a whole run."""

@@ -4,7 +4,6 @@ from random import Random
 
 import pytest
 
-from faults import servers
 from faults.every import RUNS, Fault
 from faults.trial import Site
 
@@ -12,9 +11,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
 @pytest.mark.parametrize("fault", [fault for fault in RUNS if fault.elsewhere is None], ids=lambda fault: fault.name)
-def test_a_run_survives(site: Site, random: Random, fault: Fault, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_survives(site: Site, random: Random, fault: Fault) -> None:
     if fault.objection is not None:
         pytest.skip(fault.objection)
-    monkeypatch.setattr(servers, "AWAY_SECONDS", 3)
     outcome = fault.inject(site, random)
     assert outcome.survived, outcome
