@@ -21,6 +21,7 @@ COLLECTIVES = (
     "all_gather",
     "all_gather_into_tensor",
     "all_gather_object",
+    "gather",
     "reduce_scatter_tensor",
     "reduce",
     "broadcast",

@@ -10,7 +10,7 @@ Without DeepSpeed every rank holds all of it. ZeRO keeps flat stretches of it, a
 first step; they are made here before that, where a run goes on from a checkpoint.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,28 +21,69 @@ from pipelines.training.engine import Engine
 from pipelines.training.objective import trained_parameters
 
 KEYS = ("exp_avg", "exp_avg_sq")
+PIECE = 1 << 24
+"""Elements of a rank's share that go to the first rank at once."""
 Tensors = dict[str, Tensor]
 
 
 def whole_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """Yield each trained weight by name, on the CPU, in the precision that the optimiser keeps; every rank asks for all."""
+    """Yield each trained weight by name, on the CPU, in the precision that the optimiser keeps; every rank asks for all.
+
+    Under ZeRO-1 and 2 only the first rank is given any.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if 0 < engine.zero_stage < 3:
+        yield from _whole_flat(engine, lambda flat: flat)
+        return
     for name, parameter in trained_parameters(engine.objective).items():
         yield name, _copied(safe_get_full_fp32_param(parameter) if engine.zero_stage else parameter)
 
 
 def whole_moments(engine: Engine, key: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield one of Adam's means by parameter name, on the CPU, after a first step; every rank asks for all."""
+    """Yield one of Adam's means by parameter name, on the CPU, after a first step; see `whole_weights`."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    _link_state(engine)
+    if 0 < engine.zero_stage < 3:
+        state = engine.wrapped.optimizer.optimizer.state
+        yield from _whole_flat(engine, lambda flat: state[flat][key])
+        return
     for name, parameter in trained_parameters(engine.objective).items():
         if engine.zero_stage:
             yield name, _copied(safe_get_full_optimizer_state(parameter, key))
         else:
             parts = eight_bit.parts(_plain(engine).state[parameter], key)
             yield from ((name + ending, _copied(part)) for ending, part in parts.items())
+
+
+def _whole_flat(engine: Engine, share_of: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield on the first rank what ZeRO-1 and 2 share out, by parameter name: a few large collectives, and not one for each.
+
+    Args:
+        engine: see `whole_weights`.
+        share_of: from this rank's flat stretch of the weights to the stretch that is asked for, of the same length.
+    """
+    zero = engine.wrapped.optimizer
+    names = {parameter: name for name, parameter in trained_parameters(engine.objective).items()}
+    for number, flat in enumerate(_flat_weights(zero, engine.zero_stage)):
+        whole = _on_first(engine, share_of(flat).detach())
+        if whole is not None:
+            for parameter, start in zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True):
+                yield names[parameter], whole.narrow(0, start, parameter.numel()).view(parameter.shape)
+
+
+def _on_first(engine: Engine, share: Tensor) -> Tensor | None:
+    """Return all ranks' stretches, one after the other, on the first rank's CPU; None elsewhere."""
+    size, device = share.numel(), engine.accelerator.device
+    whole = torch.empty(size * engine.ranks, dtype=share.dtype) if engine.is_first else None
+    for start in range(0, size, PIECE):
+        piece = share.narrow(0, start, min(PIECE, size - start)).to(device)
+        parts = [torch.empty_like(piece) for _ in range(engine.ranks)] if engine.is_first else None
+        torch.distributed.gather(piece, parts, dst=0)
+        for rank, part in enumerate(parts or []):
+            assert whole is not None
+            whole.narrow(0, rank * size + start, piece.numel()).copy_(part)
+    return whole
 
 
 def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
