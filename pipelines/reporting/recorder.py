@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipelines.places import tracking_uri
 from pipelines.reporting import logged
 from pipelines.reporting.machine import Machine
-from pipelines.reporting.runs import TRAINING_TAG, Point, experiment_id, log_points, mind_manners, reason_of, run_of
+from pipelines.reporting.runs import TRAINING_TAG, Point, experiment_id, log_points, make_store, mind_manners, reason_of, run_of
 from pipelines.stage import Stage
 
 KIND_TAG, STEP_TAG = "lora.kind", "lora.training_step"
@@ -69,6 +69,7 @@ class Recorder:
             return None
         try:
             uri = tracking_uri(self._stage.root)
+            make_store(uri)
             client = MlflowClient(uri, uri)
             run_id = self._opened(client, uri)
             self._tell(client, run_id)

@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from lora_core.files import sha256_of_file
 from pipelines.errors import RegistryError, UnreachableError
@@ -32,6 +33,7 @@ from pipelines.reporting.runs import (
     experiment_id,
     find_run,
     log_points,
+    make_store,
     mind_manners,
     reason_of,
     run_of,
@@ -152,8 +154,9 @@ def _answering(runs: Path) -> Iterator[MlflowClient]:
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     try:
+        make_store(uri)
         yield MlflowClient()
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = reason_of(error)
         kind = UnreachableError if isinstance(error, ConnectionError) or NO_ANSWER in reason else RegistryError
         raise kind(f"MLflow at {uri}: {reason}; the adapters are kept, and the next run of the recipe registers them") from error

@@ -7,13 +7,16 @@ Three kinds lie in one experiment, and each is known by a tag of its own: a comp
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
 from pipelines.places import tracking_uri
 
+SQLITE = "sqlite:///"
 MAX_METRICS = 1000
 """What a tracking server takes in one request."""
 TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
@@ -36,6 +39,22 @@ def mind_manners() -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def make_store(uri: str) -> None:
+    """Make MLflow's SQLite file where it is missing, whole or not at all.
+
+    One who is killed while the tables are made would leave a file that nobody can use any more.
+    """
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        aside = Path(folder) / path.name
+        MlflowClient(f"{SQLITE}{aside}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # another was quicker
+            os.link(aside, path)
 
 
 def experiment_id(client: MlflowClient, name: str, runs: Path) -> str:

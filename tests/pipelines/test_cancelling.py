@@ -93,8 +93,8 @@ def interrupted(error: BaseException) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux is asked")
 def test_a_flow_is_asked_to_end_when_its_worker_is_gone(started: Callable[..., Any]) -> None:
     flow = (
-        "import signal, sys, time; from pipelines.cancelling import end_with_worker\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit()))\n"
+        "import os, signal, sys, time; from pipelines.cancelling import end_with_worker\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'asked\\n'), sys.exit()))\n"
         "end_with_worker(None, None, None); print('ready', flush=True); time.sleep(60)"
     )
     worker = started(uuid4(), [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {flow!r}])"])

@@ -21,7 +21,7 @@ from pipelines.stage import Stage
 mlflow = pytest.importorskip("mlflow")
 from mlflow.entities import Run  # noqa: E402
 
-from pipelines.reporting.runs import log_points  # noqa: E402
+from pipelines.reporting.runs import log_points, make_store  # noqa: E402
 
 pytestmark = pytest.mark.server
 EXPERIMENT = "pairs"
@@ -204,3 +204,19 @@ def served(runs: Path, port: int) -> Iterator[None]:
             process.kill()
         server.wait(20)
         psutil.wait_procs(family, timeout=20)
+
+
+def test_a_store_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A process that is killed while MLflow makes its tables leaves nothing that the next one would stumble over."""
+    path = tmp_path / "runs" / "mlflow.db"
+    code = f"from pipelines.reporting.runs import make_store; print('begun', flush=True); make_store('sqlite:///{path}')"
+    maker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert maker.stdout is not None and maker.stdout.readline() == b"begun\n"
+    until(lambda: any(one.stat().st_size for one in path.parent.glob(".mlflow.db.*/mlflow.db")))
+    maker.kill()
+    maker.communicate()
+    assert not path.exists()
+    for _ in range(2):  # the second finds it there
+        make_store(f"sqlite:///{path}")
+    assert mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    assert [one.name for one in path.parent.iterdir() if not one.name.startswith(".")] == ["mlflow.db"]
