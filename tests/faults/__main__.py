@@ -45,6 +45,7 @@ def main() -> int:
             outcomes = [attempted(fault, site, random, console) for _ in range(fault.times)]
             rows += figures(fault, outcomes)
             table.add_row(*words(fault, outcomes))
+            write_json(RESULT, rows)
     kills = sum(one["value"] for one in rows if one["what"].startswith("kill -9") and one["what"].endswith(": injected"))
     rows.append(row("processes killed with kill -9", kills, "times", f">= {KILLS}", holds=kills >= KILLS))
     console.print(table)
