@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -139,7 +140,12 @@ class Trial:
         own = {"LORA_RUNS": str(self.runs), "HF_HUB_OFFLINE": "1", "COLUMNS": "300", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
         with (self.runs / "said.txt").open("wb") as stream:
             self.process = subprocess.Popen(
-                [*prefix, *argv], env={**clean, **own, **self.environment, **environment}, stdout=stream, stderr=stream, cwd=self.runs
+                [*prefix, *argv],
+                env={**clean, **own, **self.environment, **environment},
+                stdout=stream,
+                stderr=stream,
+                cwd=self.runs,
+                preexec_fn=hear_interrupts,
             )
         return self.process
 
@@ -174,9 +180,9 @@ class Trial:
 
     def at_step(self, steps: int, attempt: int = 1) -> int:
         """Wait until so many steps of an attempt are done, counted from the beginning, or the run has ended; return how many are."""
-        process = self.process
-        assert process is not None
-        self.wait_for(lambda: (len(self.starts()) >= attempt and self.steps() >= steps) or process.poll() is not None)
+        process = self.process  # None where a worker has started the run
+        ended = (lambda: False) if process is None else (lambda: process.poll() is not None)
+        self.wait_for(lambda: (len(self.starts()) >= attempt and self.steps() >= steps) or ended())
         return self.steps()
 
     def processes(self) -> list[psutil.Process]:
@@ -238,6 +244,11 @@ class Trial:
         """Return what a whole run ended with."""
         values: dict[str, Any] = json.loads((self.runs / "pairs_tiny_cpu" / "summary.json").read_text())
         return values
+
+
+def hear_interrupts() -> None:
+    """Let Ctrl-C reach the process, which a shell keeps from what it has started in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def variable(process: psutil.Process, name: str) -> str | None:
