@@ -14,7 +14,6 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
-from rich.text import Text
 
 from pipelines.cancelling import by_worker
 from pipelines.progress import Paced, Row, Watch, progress_line, say
@@ -34,7 +33,7 @@ def log_for_pages_only() -> None:
 
 def tell(text: str) -> None:
     """Say a line and put it into the log of the task; a worker shows that log, so there it is said once."""
-    get_run_logger().info(Text.from_markup(text).plain)
+    get_run_logger().info(text)
     if not by_worker():
         say(text)
 
@@ -90,7 +89,7 @@ class _Bar:
             self._write(100 * row["step"] / row["steps"], progress_line(self.label, row))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a page, the training goes on
             if not self._failed:
-                say(f"[yellow]…[/yellow] {self.label}: Prefect's page does not show how far it is ({type(error).__name__}: {error})")
+                say(f"{self.label}: Prefect's page does not show how far it is ({type(error).__name__}: {error})", mark="…")
             self._failed = True
             return
         self._drawn = row

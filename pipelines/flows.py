@@ -104,7 +104,7 @@ def train_or_diverge(run: Run, base: Figures, data: Data, arm: Arm) -> Trained |
     except StageError as error:
         if error.kind != DivergenceError.__name__:
             raise
-        say(f"[yellow]✗[/yellow] {arm.label} [dim]diverged: {error}[/dim]")
+        say(arm.label, mark="✗", aside=f"diverged: {error}")
         return None
 
 

@@ -29,6 +29,6 @@ def until_it_answers(ask: Callable[[], Result]) -> Result:
             left = patience - (time.monotonic() - begun)
             if left <= 0:
                 raise
-            say(f"[yellow]…[/yellow] {error} [dim](asking again for {left:.0f} s)[/dim]")
+            say(str(error), mark="…", aside=f"(asking again for {left:.0f} s)")
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)

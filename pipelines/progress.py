@@ -11,9 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 15
 LOG_WIDTH = 120
+MARKS = {"✓": "green", "✗": "yellow", "…": "yellow"}
 console = Console(file=sys.stderr)
 
 
@@ -47,9 +49,17 @@ def all_of(*watches: Watch) -> Watch:
     return watch
 
 
-def say(text: str) -> None:
-    """Print one line of what the run is doing, to stderr."""
-    console.print(text, highlight=False)
+def say(text: str, *, mark: str = "", aside: str = "") -> None:
+    """Print one line of what the run is doing, to stderr, as it is: an error's brackets are no markup.
+
+    Args:
+        text: the line.
+        mark: one of MARKS before it.
+        aside: what matters less, after it.
+    """
+    line = Text(f"{mark} ", style=MARKS[mark]) if mark else Text()
+    line.append(text, style="default")
+    console.print(line.append(f" {aside}", style="dim") if aside else line)
 
 
 def show(table: Table) -> None:

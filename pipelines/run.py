@@ -61,7 +61,7 @@ class Run:
         name, begun = f"{stage.kind} {stage.label}", time.monotonic()
         figures, reused = tasks.run_or_reuse(task, stage, *arguments)
         seconds = self.note(name, begun, cached=reused, folder=str(stage.folder))
-        say(f"[green]✓[/green] {name} [dim]{'found again' if reused else f'{seconds:.0f} s'}[/dim]")
+        say(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
         return figures
 
     def step_together(self, task: Any, stages: Sequence[Stage], *arguments: Any) -> None:
@@ -72,7 +72,7 @@ class Run:
         for stage in stages:
             name, reused = f"{stage.kind} {stage.label}", stage not in missing
             seconds = self.note(name, begun, cached=reused, folder=str(stage.folder)) if reused else self._own_time(name, stage)
-            say(f"[green]✓[/green] {name} [dim]{'found again' if reused else f'{seconds:.0f} s'}[/dim]")
+            say(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
 
     def note(self, name: str, begun: float, *, cached: bool = False, folder: str = "") -> float:
         """Keep how long a stage took since the clock stood at `begun`; return the seconds."""

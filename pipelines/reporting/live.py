@@ -90,7 +90,7 @@ class _Sender:
                 send_at = time.monotonic() + pause
                 if problem is not None and not said:
                     said = True
-                    self._say(f"[yellow]…[/yellow] MLflow takes no metrics now ({problem}); training goes on, and they are sent later")
+                    self._say(f"MLflow takes no metrics now ({problem}); training goes on, and they are sent later")
             self._over.wait(min(SEND_SECONDS, between))
 
     def _waiting(self) -> Iterator[Row]:

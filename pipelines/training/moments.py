@@ -66,13 +66,13 @@ def _whole_flat(engine: Engine, share_of: Callable[[Tensor], Tensor]) -> Iterato
     zero = engine.wrapped.optimizer
     names = {parameter: name for name, parameter in trained_parameters(engine.objective).items()}
     for number, flat in enumerate(_flat_weights(zero, engine.zero_stage)):
-        whole = _on_first(engine, share_of(flat).detach())
+        whole = _gathered(engine, share_of(flat).detach())
         if whole is not None:
             for parameter, start in zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True):
                 yield names[parameter], whole.narrow(0, start, parameter.numel()).view(parameter.shape)
 
 
-def _on_first(engine: Engine, share: Tensor) -> Tensor | None:
+def _gathered(engine: Engine, share: Tensor) -> Tensor | None:
     """Return all ranks' stretches, one after the other, on the first rank's CPU; None elsewhere."""
     size, device = share.numel(), engine.accelerator.device
     whole = torch.empty(size * engine.ranks, dtype=share.dtype) if engine.is_first else None
@@ -97,16 +97,18 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str,
     """
     if engine.zero_stage:
         _make_flat_state(engine, step)
+    optimizer = _plain(engine)
+    in_8_bits = eight_bit.keeps(optimizer)
     for name, parameter in trained_parameters(engine.objective).items():
-        if eight_bit.keeps(_plain(engine)):
-            eight_bit.restore(_plain(engine), parameter, {key: eight_bit.of(moments[key], name) for key in KEYS}, step)
+        if in_8_bits:
+            eight_bit.restore(optimizer, parameter, {key: eight_bit.of(moments[key], name) for key in KEYS}, step)
             continue
         means = {key: eight_bit.whole(eight_bit.of(moments[key], name), key) for key in KEYS}
         if engine.zero_stage:
             _set_shares(engine, parameter, weights[name], means)
         else:
             copies = {key: mean.to(parameter.device, parameter.dtype, copy=True) for key, mean in means.items()}
-            _plain(engine).state[parameter] = {"step": torch.tensor(float(step)), **copies}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **copies}
 
 
 def _plain(engine: Engine) -> torch.optim.Optimizer:

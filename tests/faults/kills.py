@@ -2,32 +2,22 @@
 
 import signal
 import time
+from collections.abc import Callable
 from random import Random
+
+from psutil import Process
 
 from faults.trial import EVERY, STEPS, Outcome, Site, Trial, last_line
 
 
 def rank(site: Site, random: Random) -> Outcome:
     """Kill one rank: the other cannot go on, and the run says which one was lost."""
-    trial = site.training()
-    trial.begin()
-    done = trial.at_step(_some_step(random))
-    victim = random.randrange(2)
-    trial.ranks()[victim].kill()
-    since = time.monotonic()
-    status, said = trial.ended(), last_line(trial.said())
-    return trial.go_on(done=done, since=since, said=said, clear=status != 0 and said.startswith("error: "))
+    return _without(site, random, lambda trial: trial.ranks()[random.randrange(2)])
 
 
 def launcher(site: Site, random: Random) -> Outcome:
     """Kill what started the ranks: they end with it."""
-    trial = site.training()
-    trial.begin()
-    done = trial.at_step(_some_step(random))
-    trial.launcher().kill()
-    since = time.monotonic()
-    status, said = trial.ended(), last_line(trial.said())
-    return trial.go_on(done=done, since=since, said=said, clear=status != 0 and said.startswith("error: "))
+    return _without(site, random, Trial.launcher)
 
 
 def flow_process(site: Site, random: Random) -> Outcome:
@@ -77,6 +67,17 @@ def second_run(site: Site, random: Random) -> Outcome:
     seconds = time.monotonic() - since
     refused = status != 0 and "another run is at work in" in said
     return Outcome(refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1, 0, seconds, said)
+
+
+def _without(site: Site, random: Random, victim: Callable[[Trial], Process]) -> Outcome:
+    """Kill a process of a training, which ends with an error of one sentence."""
+    trial = site.training()
+    trial.begin()
+    done = trial.at_step(_some_step(random))
+    victim(trial).kill()
+    since = time.monotonic()
+    status, said = trial.ended(), last_line(trial.said())
+    return trial.go_on(done=done, since=since, said=said, clear=status != 0 and said.startswith("error: "))
 
 
 def _some_step(random: Random) -> int:

@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Iterator
+from io import StringIO
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from rich.console import Console
 
 from pipelines import flow_log, progress
 from pipelines.cancelling import FLOW_RUN
@@ -23,7 +25,7 @@ def row(step: int) -> Row:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(flow_log, "say", lines.append)
+    monkeypatch.setattr(flow_log, "say", lambda text, **_: lines.append(text))
     return lines
 
 
@@ -112,11 +114,18 @@ def test_a_page_that_hangs_holds_nobody_up(log: pytest.LogCaptureFixture, bars: 
 def test_a_stall_is_told_to_both_and_under_a_worker_once(
     log: pytest.LogCaptureFixture, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell("[yellow]rank 1[/yellow] waits")
+    tell("rank 1 waits [Errno 11] [/tmp/lock]")  # brackets are no markup
     monkeypatch.setenv(FLOW_RUN, "a run")
     tell("rank 2 waits")
-    assert [record.message for record in log.records] == ["rank 1 waits", "rank 2 waits"]
-    assert said == ["[yellow]rank 1[/yellow] waits"]
+    assert [record.message for record in log.records] == ["rank 1 waits [Errno 11] [/tmp/lock]", "rank 2 waits"]
+    assert said == ["rank 1 waits [Errno 11] [/tmp/lock]"]
+
+
+def test_a_line_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=written, width=200))
+    progress.say("rank-4 in [/tmp/runs]", mark="✗", aside="diverged: [Errno 5] [bold] [parameters: 1]")
+    assert written.getvalue() == "✗ rank-4 in [/tmp/runs] diverged: [Errno 5] [bold] [parameters: 1]\n"
 
 
 def test_runs_log_to_pages_and_not_to_the_terminal() -> None:

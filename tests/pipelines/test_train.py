@@ -122,10 +122,7 @@ def test_a_resumed_run_keeps_the_start_of_its_checkpoint(prepared: Prepared, mon
     """Whatever start is found the second time, as by another machine's decomposition: what is taken off again is the first."""
     whole, stopped = (prepared(4, runs, lora={"init": "pissa"}) for runs in ("one-go", "two-goes"))
     train(whole.begin())
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", _stopping_after(3))
-        with pytest.raises(KeyboardInterrupt):
-            train(stopped.begin())
+    _break_off(stopped, monkeypatch, steps=3)
     newest = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
     held = {name.rpartition(".")[2] for name in load_file(str(newest / "weights.safetensors"))}
     assert held == {"lora_A", "lora_B", "start_A", "start_B"}  # and nothing of the base
@@ -145,10 +142,7 @@ def test_a_control_whose_optimiser_keeps_8_bits_goes_on_bit_for_bit(prepared: Pr
     whole, stopped = (prepared(None, runs) for runs in ("one-go", "two-goes"))
     monkeypatch.setattr(train_module, "optimizer_of", lambda *_, **__: Optimizer(PAGED, "the test asks for it"))
     train(whole.begin())
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", _stopping_after(3))
-        with pytest.raises(KeyboardInterrupt):
-            train(stopped.begin())
+    _break_off(stopped, monkeypatch, steps=3)
     newest = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
     means = load_file(str(newest / "exp_avg.safetensors"))
     assert means["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8
@@ -178,10 +172,7 @@ def test_a_row_holds_what_a_step_took(prepared: Prepared, capsys: pytest.Capture
 def test_a_resumed_run_does_not_look_for_its_start_again(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, stopped = (prepared(4, runs, lora={"init": "eva"}) for runs in ("one-go", "two-goes"))
     train(whole.begin())
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "train_step", _stopping_after(3))
-        with pytest.raises(KeyboardInterrupt):
-            train(stopped.begin())
+    _break_off(stopped, monkeypatch, steps=3)
     with monkeypatch.context() as patch:
         patch.setattr(given, "eva_starts", None)
         train(stopped.begin())
@@ -230,6 +221,14 @@ def test_a_launch_that_brings_up_too_few_ranks_is_refused(prepared: Prepared) ->
     stage = prepared(4, "too-few", launch=ZERO2)
     with pytest.raises(StageError, match=r"1 ranks came up where launch\.processes asks for 2"):
         _train(stage, "cpu_single", 1)
+
+
+def _break_off(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> None:
+    """Train in this process until so many steps are done."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "train_step", _stopping_after(steps))
+        with pytest.raises(KeyboardInterrupt):
+            train(stage.begin())
 
 
 def _stopping_after(steps: int) -> Callable[..., dict[str, Any]]:
