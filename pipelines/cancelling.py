@@ -3,22 +3,27 @@
     cancelled in Prefect        the worker sends SIGTERM, and SIGKILL after 30 s; Cancelled
     flow killed, as by memory   the worker sees it; Crashed
     worker killed               the kernel sends the flow SIGTERM; Crashed
-    Ctrl-C on `lora run`        the flow ends in order; Cancelled
+    Ctrl-C, SIGTERM, scancel    the flow ends in order; Cancelled
+    `lora run` killed           the next run tells Prefect; Crashed
 
 A run that is started again, by Retry on its page too, goes on from the last checkpoint.
 """
 
+import fcntl
 import os
 import signal
-import subprocess
 import sys
-from typing import Any
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+from uuid import UUID
 
 import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import TerminationSignal
-from prefect.states import Cancelled
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.settings import PREFECT_HOME
+from prefect.states import Cancelled, Crashed
 
 from pipelines import launch
 from pipelines.child import die_with_parent
@@ -26,46 +31,15 @@ from pipelines.progress import say
 
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 """Environment variable by which a worker names the run to the flow's process, and so to all that it starts."""
-GUARD = 'read _; kill "$1"'
-"""Ends the server when the pipe to it closes: Prefect starts its server in a way that leaves no other hold on it."""
-_guards: "list[subprocess.Popen[bytes]]" = []
-"""Held for as long as this process lives, for their pipes."""
+KILLED = "its process ended and could not say so; run again, it goes on from the last checkpoint"
+_held: list[IO[bytes]] = []
+"""Files, open for as long as this process lives."""
 BY_HAND = (KeyboardInterrupt, TerminationSignal, SystemExit)
 
 
 def by_worker() -> bool:
     """Tell whether a worker started this process."""
     return FLOW_RUN in os.environ
-
-
-def start_server() -> None:
-    """Start the server that Prefect brings along, where none is named, out of reach of Ctrl-C.
-
-    A terminal sends Ctrl-C to all that was started from it. A server that ended by it could not be told how the run ended,
-    and the run would ask it again for a minute. Nor may it outlive a run that is killed.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit the mask, whatever handlers they set
-    try:
-        with get_client(sync_client=True):
-            pass
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    _guards.extend(_guard(child) for child in psutil.Process().children() if _is_server(child))
-
-
-def _guard(server: psutil.Process) -> "subprocess.Popen[bytes]":
-    """Start what ends the server when this process is gone, and with it the other end of the guard's pipe."""
-    quiet = subprocess.DEVNULL
-    return subprocess.Popen(
-        ["sh", "-c", GUARD, "guard", str(server.pid)], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
-    )
-
-
-def _is_server(process: psutil.Process) -> bool:
-    try:
-        return "uvicorn" in process.cmdline()
-    except psutil.Error:  # it has ended
-        return False
 
 
 def end_with_worker(flow: Any, flow_run: FlowRun, state: State) -> None:
@@ -89,6 +63,40 @@ def call_interruption_cancelled(flow: Any, flow_run: FlowRun, state: State) -> N
     say(message)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run.id, Cancelled(message=message), force=True)
+
+
+def hold_lock(flow: Any, flow_run: FlowRun, state: State) -> None:
+    """Hold a lock on a file named after the run until this process ends; a worker watches over its runs itself.
+
+    The kernel lets go of it however the process ends, so that the run of a file that can be locked is over.
+    """
+    if by_worker():
+        return
+    _locks().mkdir(parents=True, exist_ok=True)
+    lock = (_locks() / str(flow_run.id)).open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    _held.append(lock)
+
+
+def call_killed_runs_crashed() -> None:
+    """Have Prefect call Crashed each run whose process is gone and that it does not know to be over."""
+    files = sorted(_locks().glob("*"))
+    if not files:
+        return
+    with get_client(sync_client=True) as client:
+        for path in files:
+            with path.open("r+b") as lock, suppress(BlockingIOError, ObjectNotFound):  # at work, or another server's
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                run = client.read_flow_run(UUID(path.name))
+                if run.state is None or not run.state.is_final():
+                    client.set_flow_run_state(run.id, Crashed(message=KILLED), force=True)
+                path.unlink()
+
+
+def _locks() -> Path:
+    """Return where locks are: beside the state of the server that a run brings along."""
+    home: Path = PREFECT_HOME.value()
+    return home / "at_work"
 
 
 def _is_of(process: psutil.Process, flow_run: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.errors import LoraError
-from pipelines.errors import PipelineError, StageError, record_error
+from pipelines.errors import PipelineError, StageError, no_space, record_error
 from pipelines.stage import read_inputs, read_result, write_result
 
 PR_SET_PDEATHSIG = 1
@@ -82,7 +82,7 @@ class errors_recorded:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
-            error = PipelineError(f"no space left on the disk of {self.folder}; free some and run again, what is finished is kept")
+            error = PipelineError(no_space(self.folder))
         if isinstance(error, (PipelineError, LoraError)):
             with suppress(OSError):  # a full disk has no room for it; the parent sees that by itself
                 record_error(self.folder, error)

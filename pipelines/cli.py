@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.errors import EndedError, PeerError, PipelineError, StageError, UnreachableError
+from pipelines.errors import EndedError, PeerError, PipelineError, StageError, UnreachableError, no_space
 from pipelines.options import with_options
 from pipelines.places import runs_root
 from pipelines.planning.cluster import Cluster
@@ -33,14 +33,16 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
     """Run a recipe: data, adapters, control, forgetting check, registration, report. Goes on where it was stopped."""
     load_recipe(recipe, ranks=rank)  # a bad recipe is refused before anything is started
     prepare_prefect()
-    from pipelines.cancelling import start_server
+    from pipelines.cancelling import call_killed_runs_crashed
     from pipelines.flow_log import log_for_pages_only
     from pipelines.flows import finetune
+    from pipelines.own_server import serving
 
     if os.environ["PREFECT_LOGGING_LEVEL"] == QUIET:
         log_for_pages_only()
-    start_server()
-    finetune(recipe, rank)
+    with serving():
+        call_killed_runs_crashed()
+        finetune(recipe, rank)
 
 
 @app.command()
@@ -131,9 +133,7 @@ def main() -> None:
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise
-        typer.secho(
-            f"error: no space left for {error.filename or 'a file'}; free some and run again, what is finished is kept", fg="red", err=True
-        )
+        typer.secho(f"error: {no_space(error.filename or runs_root())}", fg="red", err=True)
         sys.exit(2)
 
 

@@ -57,6 +57,11 @@ class UnreachableError(RegistryError):
     """The tracking server does not answer at all; it may in a while."""
 
 
+def no_space(where: object) -> str:
+    """Return what is said of a disk that is full; `where` is a file or folder on it."""
+    return f"no space left on the disk of {where}; free some and run again, what is finished is kept"
+
+
 def record_error(folder: Path, error: Exception) -> None:
     """Leave the error's text in a stage's folder, where the parent process finds it.
 

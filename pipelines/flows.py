@@ -13,7 +13,7 @@ from prefect import flow
 
 from pipelines import launch, tasks
 from pipelines.arms import CONTROL, Arm, Subject, control_arms, rank_arms, rate_arms
-from pipelines.cancelling import call_interruption_cancelled, end_what_is_left, end_with_worker
+from pipelines.cancelling import call_interruption_cancelled, end_what_is_left, end_with_worker, hold_lock
 from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, StageError
 from pipelines.incumbent import Champion, find_champion
 from pipelines.places import runs_root
@@ -33,7 +33,7 @@ LEAST_TO_TUNE_ON = 4
 @flow(
     name="finetune",
     description=__doc__,
-    on_running=[end_with_worker],
+    on_running=[end_with_worker, hold_lock],
     on_cancellation=[end_what_is_left],
     on_crashed=[end_what_is_left, call_interruption_cancelled],
 )

@@ -22,7 +22,7 @@ import psutil
 import yaml
 
 from pipelines.child import PARENT, PLACE, die_with_parent
-from pipelines.errors import EndedError, PeerError, RecipeError, StageError, recorded_error
+from pipelines.errors import EndedError, PeerError, RecipeError, StageError, no_space, recorded_error
 from pipelines.heartbeats import Stalls, clear, read_notes
 from pipelines.progress import Watch
 from pipelines.stage import LOG, Stage, read_result
@@ -209,7 +209,7 @@ def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
     if figures is not None:
         return figures
     if shutil.disk_usage(stage.folder).free < ROOM_BYTES:
-        raise StageError(f"no space left on the disk of {stage.folder}; free some and run again, what is finished is kept")
+        raise StageError(no_space(stage.folder))
     if -status in ENDING:
         raise StageError(
             f"stage {stage.kind} {stage.label} was ended by {signal.Signals(-status).name}, from outside or for want of memory; run again: "

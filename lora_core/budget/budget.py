@@ -206,7 +206,7 @@ def _gradient_bytes(sizes: _Sizes, setup: Setup) -> int:
 
 def _optimizer_bytes(sizes: _Sizes, setup: Setup) -> int:
     if not setup.engine:
-        return ADAM_MOMENTS * setup.held_bytes * sizes.trained
+        return int(ADAM_MOMENTS * setup.moment_bytes * sizes.trained)
     return (1 + ADAM_MOMENTS) * FLOAT32 * sizes.trained // setup.processes
 
 

@@ -10,6 +10,8 @@ from lora_core.training.losses import CHUNK_ROWS
 
 Method = Literal["full", "lora", "qlora"]
 METHODS: tuple[Method, ...] = get_args(Method)
+EIGHT_BIT_BYTES = 1 + 4 / 256
+"""A code of eight bits, and a float32 for each 256 of them (Dettmers et al. 2022, arXiv 2110.02861)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Setup:
     """Gradients that DeepSpeed reduces at once, as in infra/deepspeed."""
     fused_optimizer: bool = True
     """AdamW's fused kernel; without it a step forms two more numbers for each weight that it updates at once."""
+    eight_bit_optimizer: bool = False
+    """AdamW keeps its two moments in 8 bits where it trains every weight without an engine; elsewhere of no effect."""
     heap_slack: float = 1.0
     """Room that the allocator takes for each byte that comes and goes in small pieces, at least 1: 1 where it fills every gap
     and gives everything back, more for a heap that keeps what was freed."""
@@ -81,6 +85,11 @@ class Setup:
     def held_bytes(self) -> int:
         """In which a trained weight is held for the forward pass; adapters are float32 until an engine casts them."""
         return self.compute_bytes if self.engine or self.method == "full" else FLOAT32
+
+    @property
+    def moment_bytes(self) -> float:
+        """Of each of Adam's two moments of a weight, without an engine."""
+        return EIGHT_BIT_BYTES if self.eight_bit_optimizer and self.method == "full" else self.held_bytes
 
     def shares(self, first: Sharding) -> int:
         """Return among how many processes a thing is shared that `first` and the shardings after it share."""

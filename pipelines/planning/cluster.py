@@ -61,8 +61,9 @@ def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Tabl
     ways = {(way["method"], way["processes"], way["sharding"]): way for way in plan["scaling"]}
     counts = sorted({count for _, count, _ in ways})
     title = (
-        f"How much must be shared on GPUs of {gpu_gb:g} GB: the first that fits of {', '.join(SHARDINGS)} (c: with gradient "
-        f"checkpointing), and the seconds that a step's traffic takes at {cluster.gbit or GBIT:g} Gbit/s with nothing beside it"
+        f"How much must be shared on GPUs of {gpu_gb:g} GB: the first that fits of {', '.join(SHARDINGS)} (8: with the "
+        "paged 8-bit AdamW, c: with gradient checkpointing), and the seconds that a step's traffic takes at "
+        f"{cluster.gbit or GBIT:g} Gbit/s with nothing beside it"
     )
     table = Table("GPUs", *METHODS, title=title, title_justify="left", min_width=TITLE_WIDTH)
     for count in counts:
@@ -72,8 +73,12 @@ def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Tabl
 
 
 def first_that_fits(ways: list[dict[str, Any]], cluster: Cluster, gpu_gb: float) -> str:
-    """Return the first way that fits as it is, or else the first with checkpointing, and its seconds on the wire."""
-    for memory, sent, mark in (("memory_bytes", "sent_bytes", ""), ("checkpointed_bytes", "checkpointed_sent_bytes", " c")):
+    """Return the first way that fits as it is, or else with AdamW in 8 bits, or with checkpointing, and its seconds on the wire."""
+    for memory, sent, mark in (
+        ("memory_bytes", "sent_bytes", ""),
+        ("eight_bit_bytes", "sent_bytes", " 8"),
+        ("checkpointed_bytes", "checkpointed_sent_bytes", " c"),
+    ):
         for way in ways:
             if way[memory] <= gpu_gb * 1024**3:
                 return f"{way['sharding']}{mark}" + (f" {duration(cluster.seconds(way[sent]))}" if way[sent] else "")

@@ -85,7 +85,7 @@ def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
     counts = sorted(next(iter(ways.values())))
     title = (
         f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan['setup']['tokens']} tokens at once on each: GiB of a process; "
-        "✓ fits, c fits with gradient checkpointing, × does not"
+        "✓ fits, 8 fits with the paged 8-bit AdamW that is taken then, c fits with gradient checkpointing, × does not"
     )
     table = Table("method", "sharing", *(f"{count} GPU{'s' * (count > 1)}" for count in counts), title=title, title_justify="left")
     for (method, sharding), by_count in ways.items():
@@ -95,10 +95,10 @@ def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
 
 def _verdict(way: dict[str, Any], gpu_gb: float) -> str:
     """Say whether a way fits; a card sold as 24 GB holds 24 GiB."""
-    plain, smaller = way["memory_bytes"] / 1024**3, way["checkpointed_bytes"] / 1024**3
-    if plain <= gpu_gb:
-        return f"✓ {plain:.1f}"
-    return f"{'c' if smaller <= gpu_gb else '×'} {smaller:.1f}"
+    for mark, memory in (("✓", "memory_bytes"), ("8", "eight_bit_bytes"), ("c", "checkpointed_bytes")):
+        if way[memory] / 1024**3 <= gpu_gb:
+            return f"{mark} {way[memory] / 1024**3:.1f}"
+    return f"× {way['checkpointed_bytes'] / 1024**3:.1f}"
 
 
 def _megabytes(size: int) -> str:

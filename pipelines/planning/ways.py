@@ -55,18 +55,20 @@ def scaling(model: nn.Module, setup: Setup, targets: list[Target], engine: Engin
     """
     plain, smaller = (replace(setup, checkpointing=on) for on in (False, True))
     weights = {name: moved(model, replace(setup, method=name), targets, persistent_weights=engine.persistent_weights) for name in METHODS}
-    rows = zip(alternatives(model, plain, targets, PROCESSES), alternatives(model, smaller, targets, PROCESSES), strict=True)
+    setups = (plain, replace(plain, eight_bit_optimizer=True), smaller)
+    rows = zip(*(alternatives(model, one, targets, PROCESSES) for one in setups), strict=True)
     return [
         {
             "method": way.method,
             "sharding": way.sharding,
             "processes": way.processes,
             "memory_bytes": cost.memory_bytes,
+            "eight_bit_bytes": eight_bit.memory_bytes,
             "checkpointed_bytes": less.memory_bytes,
             "sent_bytes": wire_bytes(weights[way.method], engine.exchange(way)).wire_bytes,
             "checkpointed_sent_bytes": wire_bytes(weights[way.method], engine.exchange(checkpointed)).wire_bytes,
         }
-        for (way, cost), (checkpointed, less) in rows
+        for (way, cost), (_, eight_bit), (checkpointed, less) in rows
     ]
 
 

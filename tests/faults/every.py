@@ -37,6 +37,7 @@ TRAININGS = (
 RUNS = (
     Fault("kill -9 of the flow process", kills.flow_process, 5),
     Fault("Ctrl-C", kills.interrupt, 2),
+    Fault("SIGTERM to every process of a run", kills.everything),
     Fault("a step that exceeds memory", within.no_memory),
     Fault("the tracking server gone for a minute", servers.away_for_a_minute, elsewhere="test_patience, test_live"),
     Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),

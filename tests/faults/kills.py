@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
 
 from psutil import Process
@@ -28,7 +29,21 @@ def flow_process(site: Site, random: Random) -> Outcome:
     process.kill()
     since = time.monotonic()
     process.wait()
-    return trial.go_on(done=done, since=since, said="(nothing: it was killed)")
+    outcome = trial.go_on(done=done, since=since, said="(nothing: it was killed)")
+    return _if_called(outcome, trial, "CRASHED")
+
+
+def everything(site: Site, random: Random) -> Outcome:
+    """Send SIGTERM to all processes of `lora run` at once, its server too, as `scancel` and systemd do."""
+    trial = site.run()
+    trial.begin()
+    done = trial.at_step(_some_step(random))
+    for one in trial.processes():
+        one.terminate()
+    since = time.monotonic()
+    status = trial.ended()
+    said = f"(status {status}) {last_line(trial.said())}"
+    return _if_called(trial.go_on(done=done, since=since, said=said, clear=status == 143), trial, "CANCELLED")
 
 
 def interrupt(site: Site, random: Random) -> Outcome:
@@ -39,7 +54,8 @@ def interrupt(site: Site, random: Random) -> Outcome:
     process.send_signal(signal.SIGINT)
     since = time.monotonic()
     status = trial.ended()
-    return trial.go_on(done=done, since=since, said=last_line(trial.said()), clear=status not in (0, -9))
+    outcome = trial.go_on(done=done, since=since, said=last_line(trial.said()), clear=status not in (0, -9))
+    return _if_called(outcome, trial, "CANCELLED")
 
 
 def hanging_rank(site: Site, random: Random) -> Outcome:
@@ -67,6 +83,11 @@ def second_run(site: Site, random: Random) -> Outcome:
     seconds = time.monotonic() - since
     refused = status != 0 and "another run is at work in" in said
     return Outcome(refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1, 0, seconds, said)
+
+
+def _if_called(outcome: Outcome, trial: Trial, state: str) -> Outcome:
+    """Count a run as survived only if Prefect calls its first attempt by this state."""
+    return replace(outcome, survived=outcome.survived and trial.states() == [state, "COMPLETED"])
 
 
 def _without(site: Site, random: Random, victim: Callable[[Trial], Process]) -> Outcome:

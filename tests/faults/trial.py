@@ -8,11 +8,12 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,11 @@ class Trial:
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints that are there, the newest last."""
         return sorted((self.stage.folder / "checkpoints").glob("step-*"))
+
+    def states(self) -> list[str]:
+        """Return what Prefect calls each attempt at a whole run, in order, from the state that the run's own server kept."""
+        with closing(sqlite3.connect(self.runs / "prefect" / "prefect.db")) as kept:
+            return [state for (state,) in kept.execute("SELECT state_type FROM flow_run ORDER BY start_time")]
 
     def summary(self) -> dict[str, Any]:
         """Return what a whole run ended with."""

@@ -1,22 +1,34 @@
-"""What a run leaves behind is ended, whoever asks, and only that; Ctrl-C is called Cancelled."""
+"""What a run leaves behind is ended, whoever asks, and only that; Ctrl-C is called Cancelled, and a killed run Crashed."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Running
 
 from pipelines import cancelling
-from pipelines.cancelling import FLOW_RUN, call_interruption_cancelled, end_what_is_left, end_with_worker
+from pipelines.cancelling import (
+    FLOW_RUN,
+    call_interruption_cancelled,
+    call_killed_runs_crashed,
+    end_what_is_left,
+    end_with_worker,
+    hold_lock,
+)
 from pipelines.flows import finetune
 
+LOCKED = (
+    "import sys, time; from types import SimpleNamespace; from pipelines.cancelling import hold_lock\n"
+    "hold_lock(None, SimpleNamespace(id=sys.argv[1]), None); print('held', flush=True); time.sleep(60)"
+)
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
@@ -36,24 +48,46 @@ def started() -> "Iterator[Callable[..., subprocess.Popen[bytes]]]":
         process.communicate()
 
 
+class Server:
+    """A stand-in: the states of the runs that it knows, and those that it was told of others."""
+
+    def __init__(self) -> None:
+        self.states: dict[UUID, State] = {}
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def read_flow_run(self, run: UUID) -> Any:
+        if run not in self.states:
+            raise ObjectNotFound(Exception())
+        return SimpleNamespace(id=run, state=self.states[run])
+
+    def set_flow_run_state(self, run: UUID, state: State, force: bool) -> None:
+        assert force
+        self.states[run] = state
+
+    def called(self) -> list[str]:
+        """Return what each run is called."""
+        return [state.type.value for state in self.states.values()]
+
+
 @pytest.fixture
-def states(monkeypatch: pytest.MonkeyPatch) -> list[State]:
-    """Return the states that a stand-in of the server is told."""
-    told: list[State] = []
-
-    class Client:
-        def __enter__(self) -> "Client":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def set_flow_run_state(self, _: UUID, state: State, force: bool) -> None:
-            assert force
-            told.append(state)
-
-    monkeypatch.setattr(cancelling, "get_client", lambda sync_client: Client())
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Return a stand-in of the server, of runs that no worker started."""
+    one = Server()
+    monkeypatch.setattr(cancelling, "get_client", lambda sync_client: one)
     monkeypatch.delenv(FLOW_RUN, raising=False)
-    return told
+    return one
+
+
+@pytest.fixture
+def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of locks under a Prefect home of its own, which processes that are started have too."""
+    monkeypatch.setattr(cancelling, "PREFECT_HOME", SimpleNamespace(value=lambda: tmp_path))
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    return tmp_path / "at_work"
 
 
 def flow_run(name: UUID) -> Any:
@@ -70,16 +104,16 @@ def test_what_a_run_left_is_ended_and_nothing_else(started: Callable[..., Any], 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
-def test_an_interruption_is_called_cancelled(states: list[State], error: BaseException) -> None:
+def test_an_interruption_is_called_cancelled(server: Server, error: BaseException) -> None:
     interrupted(error)
-    assert [state.type for state in states] == ["CANCELLED"]
+    assert server.called() == ["CANCELLED"]
 
 
-def test_a_crash_is_not(states: list[State], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_is_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(MemoryError())
     monkeypatch.setenv(FLOW_RUN, str(uuid4()))  # under a worker, which tells for itself
     interrupted(KeyboardInterrupt())
-    assert states == []
+    assert server.called() == []
 
 
 def interrupted(error: BaseException) -> None:
@@ -104,23 +138,41 @@ def test_a_flow_is_asked_to_end_when_its_worker_is_gone(started: Callable[..., A
 
 
 def test_the_flow_has_its_hooks() -> None:
-    assert finetune.on_running_hooks == [end_with_worker]
+    assert finetune.on_running_hooks == [end_with_worker, hold_lock]
     assert finetune.on_cancellation_hooks == [end_what_is_left]
     assert finetune.on_crashed_hooks == [end_what_is_left, call_interruption_cancelled]
 
 
-def test_a_child_of_the_start_does_not_hear_ctrl_c(monkeypatch: pytest.MonkeyPatch, started: Callable[..., Any]) -> None:
-    class Client:
-        def __enter__(self) -> None:
-            self.server = started(None)
+def test_a_run_is_called_crashed_when_its_process_is_gone(server: Server, locks: Path, started: Callable[..., Any]) -> None:
+    run = uuid4()
+    server.states[run] = Running()
+    process = started(None, [sys.executable, "-c", LOCKED, str(run)])
+    assert process.stdout.readline() == b"held\n"
+    call_killed_runs_crashed()
+    assert server.called() == ["RUNNING"] and (locks / str(run)).is_file()
+    process.kill()
+    process.wait()
+    call_killed_runs_crashed()
+    assert server.called() == ["CRASHED"] and not list(locks.iterdir())
 
-        def __exit__(self, *_: object) -> None:
-            servers.append(self.server)
 
-    servers: list[Any] = []
-    monkeypatch.setattr(cancelling, "get_client", lambda sync_client: Client())
-    cancelling.start_server()
-    servers[0].send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    assert servers[0].poll() is None
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+def test_a_run_that_told_how_it_ended_is_left_at_that(server: Server, locks: Path) -> None:
+    run = uuid4()
+    locks.mkdir()
+    (locks / str(run)).touch()
+    server.states[run] = Cancelled()
+    call_killed_runs_crashed()
+    assert server.called() == ["CANCELLED"] and not list(locks.iterdir())
+
+
+def test_a_run_of_another_server_is_left_to_it(server: Server, locks: Path) -> None:
+    locks.mkdir()
+    (locks / str(uuid4())).touch()
+    call_killed_runs_crashed()
+    assert server.called() == [] and len(list(locks.iterdir())) == 1
+
+
+def test_a_worker_watches_over_its_runs_itself(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FLOW_RUN, str(uuid4()))
+    hold_lock(finetune, flow_run(uuid4()), Running())
+    assert not locks.exists()

@@ -3,13 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-from prefect_host import PrefectHost, prefect_host, until
+from prefect_host import LORA, PrefectHost, prefect_host, until
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -81,7 +81,12 @@ def test_a_run_that_is_cut_short_leaves_nothing_and_goes_on(host: PrefectHost) -
     kept = steps_kept(host)
     host.start_worker()
     run = host.run(deployment)
-    until(lambda: host.state(run) == "COMPLETED", seconds=200)
+    until(lambda: steps_kept(host) > kept, seconds=120)
+    with beside(host, "run", "tiny.yaml", "--rank", "4") as other:  # another recipe waits for its turn
+        until(lambda: "another run is at work" in (host.folder / "other.txt").read_text(), seconds=60)
+        assert host.state(run) == "RUNNING"
+        until(lambda: host.state(run) == "COMPLETED", seconds=200)
+        assert other.wait(120) == 0
     logs = [path.read_text() for path in (host.folder / "runs").glob("train/rank-2-*/log.txt")]
     assert kept > 0 and any(f"from step {kept}\n" in log for log in logs)
     assert host.slots() == [0]
@@ -91,6 +96,18 @@ def test_a_malformed_cron_is_refused(host: PrefectHost) -> None:
     refused = host.lora("deploy", "tiny.yaml", "--cron", "every night")
     assert refused.returncode == 2
     assert "'every night' is malformed" in refused.stderr
+
+
+@contextmanager
+def beside(host: PrefectHost, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
+    """Run the command line beside what else the host does; what it says goes to other.txt."""
+    with (host.folder / "other.txt").open("wb") as stream:
+        other = subprocess.Popen([LORA, *arguments], cwd=host.folder, env=host.environment, stdout=stream, stderr=stream)
+    try:
+        yield other
+    finally:
+        other.terminate()
+        other.wait(60)
 
 
 def steps_kept(host: PrefectHost) -> int:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausa
 
 from lora_core import Identity, LoraConfig, inject, plan_targets, save_adapter, trained_weights
 from lora_core.budget.budget import Budget, alternatives, budget, fits
-from lora_core.budget.setup import METHODS, Setup
-from lora_core.budget.wire import SHARDINGS
+from lora_core.budget.setup import METHODS, Method, Setup
+from lora_core.budget.wire import SHARDINGS, Sharding
 from lora_core.errors import ConfigError
 
 Build = Callable[..., LlamaForCausalLM]
@@ -93,6 +93,16 @@ def test_an_adapter_is_cast_by_an_engine_and_left_in_float32_without_one(meta: L
     assert alone.weight_bytes - engine.weight_bytes == 2 * weights
     assert alone.optimizer_bytes == 8 * weights
     assert engine.optimizer_bytes == 12 * weights  # masters beside the two moments
+
+
+@pytest.mark.parametrize(("method", "sharding", "changes"), [("full", "ddp", True), ("full", "zero2", False), ("lora", "ddp", False)])
+def test_eight_bits_are_of_full_fine_tuning_without_an_engine(
+    meta: LlamaForCausalLM, method: Method, sharding: Sharding, changes: bool
+) -> None:
+    plain, eight = (adapted(meta, Setup(method, 64, sharding, eight_bit_optimizer=on)) for on in (False, True))
+    expected = int(2 * (1 + 4 / 256) * plain.trained_weights) if changes else plain.optimizer_bytes
+    assert eight.optimizer_bytes == expected
+    assert plain.memory_bytes - eight.memory_bytes == plain.optimizer_bytes - expected
 
 
 def test_a_step_without_a_fused_kernel_holds_more(meta: LlamaForCausalLM) -> None:

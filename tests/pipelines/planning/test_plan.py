@@ -214,7 +214,12 @@ def test_every_way_is_weighed_up_to_512_gpus(planned: Callable[..., dict[str, An
     assert {way["processes"] for way in found["scaling"]} == {2**power for power in range(10)}
     assert found["alternatives"] == [way for way in found["scaling"] if way["processes"] <= 8]
     of_two = {way["sharding"]: way for way in found["scaling"] if way["method"] == "full" and way["processes"] == 2}
-    assert of_two["ddp"]["sent_bytes"] == 2 * found["runs"]["control"]["trained_weights"]  # bfloat16
+    trained = found["runs"]["control"]["trained_weights"]
+    assert of_two["ddp"]["memory_bytes"] - of_two["ddp"]["eight_bit_bytes"] == pytest.approx((2 - 1 - 4 / 256) * 2 * trained, abs=1)
+    assert all(
+        way["eight_bit_bytes"] == way["memory_bytes"] for way in found["scaling"] if (way["method"], way["sharding"]) != ("full", "ddp")
+    )
+    assert of_two["ddp"]["sent_bytes"] == 2 * trained  # bfloat16
 
 
 def test_the_message_quotes_the_plan(planned: Callable[..., dict[str, Any]]) -> None:

@@ -1,0 +1,114 @@
+"""The Prefect server that a run brings along where none is named: a child that outlives what ends the run, and not the run.
+
+    python -m pipelines.own_server SOCKET
+
+Prefect would start one itself. But Ctrl-C, a batch system and systemd signal every process of a run at once, and a server
+that ended by that could not be told how the run ended; nor would it end with a run that is killed. This one hears no signal,
+and ends when the pipe from the run closes, which the kernel does however the run ends.
+"""
+
+import atexit
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+
+from pipelines.errors import PipelineError
+
+HOST = "127.0.0.1"
+SECONDS_TO_START = 90
+"""A new home has its tables made first."""
+SECONDS_TO_END = 10
+_servers: "list[subprocess.Popen[bytes]]" = []
+"""Held for as long as this process lives, for their pipes."""
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Have a server at hand for the length of a block, unless the user has named one. It ends with this process.
+
+    Raises:
+        PipelineError: it does not start.
+    """
+    if PREFECT_API_URL.value() is not None:
+        yield
+        return
+    url = _start()
+    os.environ[PREFECT_API_URL.name] = url  # for threads without a context
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
+
+
+def is_own() -> bool:
+    """Tell whether the server is this process's own, which no other run asks."""
+    return bool(_servers)
+
+
+def _start() -> str:
+    """Start a server and wait until it answers; return its address."""
+    log = PREFECT_HOME.value() / "server.log"
+    with socket.create_server((HOST, 0)) as listener, log.open("wb") as stream:
+        url = f"http://{HOST}:{listener.getsockname()[1]}/api"
+        server = subprocess.Popen(
+            [sys.executable, "-m", "pipelines.own_server", str(listener.fileno())],
+            env={**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True), "PREFECT_SERVER_UI_ENABLED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=stream,
+            stderr=stream,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+    _servers.append(server)
+    atexit.register(_end, server)  # after all that Prefect has to say at the end
+    try:
+        httpx.get(f"{url}/health", timeout=SECONDS_TO_START).raise_for_status()  # waits in the socket's queue until it is up
+    except httpx.HTTPError as error:
+        raise PipelineError(f"Prefect's server did not start within {SECONDS_TO_START} s ({error}); {log} says why") from error
+    return url
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """Let the server write down what it holds, and end."""
+    assert server.stdin is not None
+    server.stdin.close()
+    try:
+        server.wait(SECONDS_TO_END)
+    except subprocess.TimeoutExpired:
+        server.kill()
+
+
+class _Server(uvicorn.Server):
+    """Ends when the pipe from its run closes, and by nothing else."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Leave it to the run to end."""
+
+    def end_with_run(self) -> None:
+        """Wait for the pipe to close, and end in order."""
+        sys.stdin.buffer.read()
+        self.should_exit = True
+
+
+def serve(listener: socket.socket) -> None:
+    """Serve Prefect's interface without its pages until the run is gone."""
+    from prefect.server.api.server import create_app
+
+    app = create_app(ephemeral=True, final=True)
+    server = _Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=SECONDS_TO_END))
+    threading.Thread(target=server.end_with_run, daemon=True).start()
+    server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.SIG_IGN)
+    serve(socket.socket(fileno=int(sys.argv[1])))

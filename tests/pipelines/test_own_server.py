@@ -1,0 +1,55 @@
+"""The server of a run's own, a real one: it hears no signal, and is gone with its run however that ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+
+import httpx
+import psutil
+import pytest
+from prefect_host import until
+
+from pipelines import own_server
+from pipelines.errors import PipelineError
+
+pytestmark = pytest.mark.server
+RUN = """
+import sys
+from prefect.client.orchestration import get_client
+from pipelines import own_server, slots
+with own_server.serving(), get_client(sync_client=True) as client, slots.held(["cpu:here"], print):
+    assert not client.read_global_concurrency_limits()  # of slots an own server is not asked
+    print(client.api_url, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_it_outlives_what_ends_a_run_and_not_the_run(tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    for kill in (False, True):
+        environment = {**clean, "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        with subprocess.Popen([sys.executable, "-c", RUN], env=environment, stdin=PIPE, stdout=PIPE, text=True) as run:
+            assert run.stdin is not None and run.stdout is not None
+            url = run.stdout.readline().strip()
+            (server,) = psutil.Process(run.pid).children()
+            for one in (signal.SIGINT, signal.SIGTERM):
+                server.send_signal(one)
+            assert httpx.get(f"{url}health", timeout=30).json() is True
+            if kill:
+                run.kill()
+            else:
+                run.stdin.close()
+            assert run.wait(30) == (-signal.SIGKILL if kill else 0)
+        until(lambda server=server: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, seconds=20)
+    assert (tmp_path / "server.log").read_text() == ""
+
+
+def test_one_that_does_not_start_is_an_error_that_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_server.sys, "executable", "false")
+    monkeypatch.setattr(own_server, "PREFECT_HOME", type("Home", (), {"value": staticmethod(lambda: tmp_path)}))
+    monkeypatch.setattr(own_server, "_servers", [])
+    with pytest.raises(PipelineError, match=r"did not start .*server\.log says why"):
+        own_server._start()
