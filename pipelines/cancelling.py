@@ -4,7 +4,7 @@
     flow killed, as by memory   the worker sees it; Crashed
     worker killed               the kernel sends the flow SIGTERM; Crashed
     Ctrl-C, SIGTERM, scancel    the flow ends in order; Cancelled
-    `lora run` killed           the next run tells Prefect; Crashed
+    `lora run` killed           the next run, or `lora ui`, tells Prefect; Crashed
 
 A run that is started again, by Retry on its page too, goes on from the last checkpoint.
 """
@@ -15,6 +15,7 @@ import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
+from socket import gethostname
 from typing import IO, Any
 from uuid import UUID
 
@@ -22,7 +23,7 @@ import psutil
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound, TerminationSignal
-from prefect.settings import PREFECT_HOME
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Crashed
 
 from pipelines import launch
@@ -32,8 +33,8 @@ from pipelines.progress import say
 FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 """Environment variable by which a worker names the run to the flow's process, and so to all that it starts."""
 KILLED = "its process ended and could not say so; run again, it goes on from the last checkpoint"
-_held: list[IO[bytes]] = []
-"""Files, open for as long as this process lives."""
+_held: dict[UUID, IO[bytes]] = {}
+"""Locked files by run, open for as long as this process lives."""
 BY_HAND = (KeyboardInterrupt, TerminationSignal, SystemExit)
 
 
@@ -70,22 +71,25 @@ def hold_lock(flow: Any, flow_run: FlowRun, state: State) -> None:
 
     The kernel lets go of it however the process ends, so that the run of a file that can be locked is over.
     """
-    if by_worker():
+    if by_worker() or flow_run.id in _held:
         return
-    _locks().mkdir(parents=True, exist_ok=True)
-    lock = (_locks() / str(flow_run.id)).open("wb")
+    path = _locks() / str(flow_run.id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}")  # nobody is to find it before it is locked
+    lock = aside.open("wb")
     fcntl.flock(lock, fcntl.LOCK_EX)
-    _held.append(lock)
+    aside.rename(path)
+    _held[flow_run.id] = lock
 
 
-def call_killed_runs_crashed() -> None:
-    """Have Prefect call Crashed each run whose process is gone and that it does not know to be over."""
-    files = sorted(_locks().glob("*"))
+def call_killed_runs_crashed(url: str) -> None:
+    """Have the server at `url` call Crashed each run of this host whose process is gone and that it does not know to be over."""
+    files = sorted(_locks().glob("[!.]*"))
     if not files:
         return
-    with get_client(sync_client=True) as client:
+    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         for path in files:
-            with path.open("r+b") as lock, suppress(BlockingIOError, ObjectNotFound):  # at work, or another server's
+            with suppress(BlockingIOError, ObjectNotFound, FileNotFoundError), path.open("r+b") as lock:  # at work, another server's, done
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 run = client.read_flow_run(UUID(path.name))
                 if run.state is None or not run.state.is_final():
@@ -94,9 +98,9 @@ def call_killed_runs_crashed() -> None:
 
 
 def _locks() -> Path:
-    """Return where locks are: beside the state of the server that a run brings along."""
+    """Return where locks of this host are, beside the state of the server that a run brings along; other hosts may not see them."""
     home: Path = PREFECT_HOME.value()
-    return home / "at_work"
+    return home / "at_work" / gethostname()
 
 
 def _is_of(process: psutil.Process, flow_run: str) -> bool:

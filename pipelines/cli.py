@@ -36,13 +36,12 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
     from pipelines.cancelling import call_killed_runs_crashed
     from pipelines.flow_log import log_for_pages_only
     from pipelines.flows import finetune
-    from pipelines.own_server import serving
+    from pipelines.own_server import server_url
 
     if os.environ["PREFECT_LOGGING_LEVEL"] == QUIET:
         log_for_pages_only()
-    with serving():
-        call_killed_runs_crashed()
-        finetune(recipe, rank)
+    call_killed_runs_crashed(server_url())
+    finetune(recipe, rank)
 
 
 @app.command()
@@ -114,9 +113,10 @@ def deploy(
 def ui() -> None:
     """Start the MLflow and Prefect pages on what the runs produced, and print their addresses; Ctrl-C ends both."""
     prepare_prefect()
+    from pipelines.cancelling import call_killed_runs_crashed
     from pipelines.pages import serve
 
-    serve(runs_root())
+    serve(runs_root(), call_killed_runs_crashed)
 
 
 def main() -> None:
@@ -142,7 +142,6 @@ def prepare_prefect() -> None:
     os.environ.setdefault("PREFECT_HOME", str(runs_root() / "prefect"))
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "90")
     if "PREFECT_API_URL" not in os.environ:  # a server of the run's own that does not answer has ended with it
         os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", QUIET)

@@ -8,19 +8,20 @@ and ends when the pipe from the run closes, which the kernel does however the ru
 """
 
 import atexit
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings, temporary_settings
+from prefect.context import refresh_global_settings_context
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 
 from pipelines.errors import PipelineError
 
@@ -28,24 +29,23 @@ HOST = "127.0.0.1"
 SECONDS_TO_START = 90
 """A new home has its tables made first."""
 SECONDS_TO_END = 10
+SECONDS_TO_ANSWER = 5
+"""Of them, for what is still being asked."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _servers: "list[subprocess.Popen[bytes]]" = []
 """Held for as long as this process lives, for their pipes."""
 
 
-@contextmanager
-def serving() -> Iterator[None]:
-    """Have a server at hand for the length of a block, unless the user has named one. It ends with this process.
+def server_url() -> str:
+    """Return the address of a server: the one that the user has named, or else a new one, which ends with this process.
 
     Raises:
         PipelineError: it does not start.
     """
-    if PREFECT_API_URL.value() is not None:
-        yield
-        return
-    url = _start()
-    os.environ[PREFECT_API_URL.name] = url  # for threads without a context
-    with temporary_settings({PREFECT_API_URL: url}):
-        yield
+    if PREFECT_API_URL.value() is None:
+        os.environ[PREFECT_API_URL.name] = _start()
+        refresh_global_settings_context()
+    return str(PREFECT_API_URL.value())
 
 
 def is_own() -> bool:
@@ -54,9 +54,15 @@ def is_own() -> bool:
 
 
 def _start() -> str:
-    """Start a server and wait until it answers; return its address."""
-    log = PREFECT_HOME.value() / "server.log"
-    with socket.create_server((HOST, 0)) as listener, log.open("wb") as stream:
+    """Start a server and wait until it answers; return its address. Two at once would both make the tables of a new home."""
+    home: Path = PREFECT_HOME.value()
+    log = home / "server.log"
+    with (
+        (home / "starting").open("wb") as turn,
+        socket.create_server((HOST, 0)) as listener,
+        log.open("ab") as stream,
+    ):
+        fcntl.flock(turn, fcntl.LOCK_EX)
         url = f"http://{HOST}:{listener.getsockname()[1]}/api"
         server = subprocess.Popen(
             [sys.executable, "-m", "pipelines.own_server", str(listener.fileno())],
@@ -66,14 +72,21 @@ def _start() -> str:
             stderr=stream,
             pass_fds=[listener.fileno()],
             start_new_session=True,
+            preexec_fn=_hear_nothing,  # system calls, no lock is taken
         )
-    _servers.append(server)
-    atexit.register(_end, server)  # after all that Prefect has to say at the end
-    try:
-        httpx.get(f"{url}/health", timeout=SECONDS_TO_START).raise_for_status()  # waits in the socket's queue until it is up
-    except httpx.HTTPError as error:
-        raise PipelineError(f"Prefect's server did not start within {SECONDS_TO_START} s ({error}); {log} says why") from error
+        _servers.append(server)
+        atexit.register(_end, server)  # after all that Prefect has to say at the end
+        listener.close()  # the server's alone, so that whoever asks one that has ended is refused
+        try:
+            httpx.get(f"{url}/health", timeout=SECONDS_TO_START).raise_for_status()  # waits in the socket's queue until it is up
+        except httpx.HTTPError as error:
+            raise PipelineError(f"Prefect's own server does not start ({error}); {log} says why") from error
     return url
+
+
+def _hear_nothing() -> None:
+    for one in ENDING:
+        signal.signal(one, signal.SIG_IGN)
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:
@@ -94,7 +107,7 @@ class _Server(uvicorn.Server):
 
     def end_with_run(self) -> None:
         """Wait for the pipe to close, and end in order."""
-        sys.stdin.buffer.read()
+        os.read(sys.stdin.fileno(), 1)
         self.should_exit = True
 
 
@@ -103,12 +116,10 @@ def serve(listener: socket.socket) -> None:
     from prefect.server.api.server import create_app
 
     app = create_app(ephemeral=True, final=True)
-    server = _Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=SECONDS_TO_END))
+    server = _Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=SECONDS_TO_ANSWER))
     threading.Thread(target=server.end_with_run, daemon=True).start()
     server.run(sockets=[listener])
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))

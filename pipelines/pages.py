@@ -4,34 +4,47 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import httpx
 
 from pipelines.places import tracking_uri
 from pipelines.progress import say
 
 HOST = "127.0.0.1"
+SECONDS_BETWEEN_LOOKS = 0.5
 LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 """Prefect's server forgets who holds a slot when it ends, unless it is told to write that down."""
 
 
-def serve(runs: Path, *, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
-    """Serve both pages until a signal; a port that is taken is replaced by a free one."""
+def serve(runs: Path, once_up: Callable[[str], None], *, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+    """Serve both pages until a signal; a port that is taken is replaced by a free one.
+
+    Args:
+        runs: the folder of runs.
+        once_up: called with the address of Prefect's interface when that answers.
+        mlflow_port: wanted for MLflow.
+        prefect_port: wanted for Prefect.
+    """
     mlflow, prefect = _free(mlflow_port), _free(prefect_port)
     store = tracking_uri(runs)
     python = [sys.executable, "-m"]
     commands = [[*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect)]]
-    say(f"Prefect  http://{HOST}:{prefect}   (export PREFECT_API_URL=http://{HOST}:{prefect}/api to deploy to it)")
+    url = f"http://{HOST}:{prefect}/api"
+    say(f"Prefect  http://{HOST}:{prefect}   (export PREFECT_API_URL={url} to deploy to it)")
     if store.startswith("http"):
         say(f"MLflow   {store}")
     else:
         commands.append([*python, "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(mlflow)])
         say(f"MLflow   http://{HOST}:{mlflow}")
     environment, quiet = {**LEASES, **os.environ}, subprocess.DEVNULL
-    _until_signalled([subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) for command in commands])
-
-
-def _until_signalled(servers: "list[subprocess.Popen[bytes]]") -> None:
+    servers = [subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) for command in commands]
     try:
+        if _answers(url, servers[0]):
+            once_up(url)
         for server in servers:
             server.wait()
     except KeyboardInterrupt:
@@ -41,6 +54,16 @@ def _until_signalled(servers: "list[subprocess.Popen[bytes]]") -> None:
             server.terminate()
         for server in servers:
             server.wait(30)
+
+
+def _answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
+    """Wait until Prefect's interface answers; False where its server has ended."""
+    while server.poll() is None:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/health").is_success:
+                return True
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    return False
 
 
 def _free(port: int) -> int:

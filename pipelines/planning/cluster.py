@@ -21,6 +21,10 @@ from pipelines.errors import PipelineError
 
 GBIT = 100.0
 DISK_GB_PER_SECOND = 1.0
+GIB = 1024**3
+"""A card sold as 24 GB holds 24 GiB."""
+LEVELS = ("", "checkpointed_")
+"""Without and with gradient checkpointing: how the plan's names of their figures begin."""
 METHODS = ("full", "lora", "qlora")
 TITLE_WIDTH = 78
 """Columns that a title of two lines needs; a table is as wide at least."""
@@ -67,22 +71,37 @@ def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Tabl
     )
     table = Table("GPUs", *METHODS, title=title, title_justify="left", min_width=TITLE_WIDTH)
     for count in counts:
-        cells = [first_that_fits([ways[method, count, sharding] for sharding in SHARDINGS], cluster, gpu_gb) for method in METHODS]
+        cells = [
+            first_that_fits([ways[method, count, sharding] for sharding in SHARDINGS], cluster, gpu_gb, plan["comfortable_share"])
+            for method in METHODS
+        ]
         table.add_row(str(count), *cells)
     return table
 
 
-def first_that_fits(ways: list[dict[str, Any]], cluster: Cluster, gpu_gb: float) -> str:
-    """Return the first way that fits as it is, or else with AdamW in 8 bits, or with checkpointing, and its seconds on the wire."""
-    for memory, sent, mark in (
-        ("memory_bytes", "sent_bytes", ""),
-        ("eight_bit_bytes", "sent_bytes", " 8"),
-        ("checkpointed_bytes", "checkpointed_sent_bytes", " c"),
-    ):
+def first_that_fits(ways: list[dict[str, Any]], cluster: Cluster, gpu_gb: float, comfortable: float) -> str:
+    """Return the first way that fits as it is, or else the first with checkpointing, and its seconds on the wire."""
+    for level in LEVELS:
         for way in ways:
-            if way[memory] <= gpu_gb * 1024**3:
-                return f"{way['sharding']}{mark}" + (f" {duration(cluster.seconds(way[sent]))}" if way[sent] else "")
+            used, mark = memory_of(way, level, gpu_gb, comfortable)
+            if used <= gpu_gb * GIB:
+                sent = way[level + "sent_bytes"]
+                return f"{way['sharding']}{mark and f' {mark}'}" + (f" {duration(cluster.seconds(sent))}" if sent else "")
     return "×"
+
+
+def memory_of(way: dict[str, Any], level: str, gpu_gb: float, comfortable: float) -> tuple[int, str]:
+    """Return what a way takes of a GPU in bytes, and its mark: 8 where AdamW in 8 bits is taken, c with checkpointing, 8c.
+
+    Args:
+        way: of the plan's `scaling`.
+        level: one of LEVELS.
+        gpu_gb: of the GPU.
+        comfortable: the share of it above which full fine-tuning takes the 8 bits; see `pipelines.hardware.choose_optimizer`.
+    """
+    plain, eight_bit = way["checkpointed_bytes" if level else "memory_bytes"], way[f"{level}eight_bit_bytes"]
+    takes_eight = eight_bit < plain and plain > comfortable * gpu_gb * GIB
+    return (eight_bit if takes_eight else plain), "8" * takes_eight + "c" * bool(level)
 
 
 def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:

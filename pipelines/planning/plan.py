@@ -22,6 +22,7 @@ from lora_core.starts.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
 from pipelines.child import run_stage
 from pipelines.errors import RecipeError
+from pipelines.hardware import COMFORTABLE
 from pipelines.planning.examples import Examples
 from pipelines.planning.ways import Engine, exchanged, in_less_memory, scaling, traffic
 
@@ -57,6 +58,7 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
         "tokens_of_a_step": examples.tokens_of_a_step(inputs),
         "alternatives": [way for way in scaled if way["processes"] in PROCESSES],
         "scaling": scaled,
+        "comfortable_share": COMFORTABLE,
         "exchanged": exchanged(model, on_gpu, largest, engine),
     }, []
 

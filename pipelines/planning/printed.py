@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import launch
-from pipelines.planning.cluster import Cluster, checkpoints_table, scaling_table, traffic_table
+from pipelines.planning.cluster import GIB, LEVELS, Cluster, checkpoints_table, memory_of, scaling_table, traffic_table
 from pipelines.planning.fitting import TERMS
 from pipelines.planning.sharding import check_launch
 from pipelines.recipe import Recipe
@@ -89,16 +89,17 @@ def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
     )
     table = Table("method", "sharing", *(f"{count} GPU{'s' * (count > 1)}" for count in counts), title=title, title_justify="left")
     for (method, sharding), by_count in ways.items():
-        table.add_row(method, sharding, *(_verdict(by_count[count], gpu_gb) for count in counts))
+        table.add_row(method, sharding, *(_verdict(by_count[count], gpu_gb, plan["comfortable_share"]) for count in counts))
     return table
 
 
-def _verdict(way: dict[str, Any], gpu_gb: float) -> str:
-    """Say whether a way fits; a card sold as 24 GB holds 24 GiB."""
-    for mark, memory in (("✓", "memory_bytes"), ("8", "eight_bit_bytes"), ("c", "checkpointed_bytes")):
-        if way[memory] / 1024**3 <= gpu_gb:
-            return f"{mark} {way[memory] / 1024**3:.1f}"
-    return f"× {way['checkpointed_bytes'] / 1024**3:.1f}"
+def _verdict(way: dict[str, Any], gpu_gb: float, comfortable: float) -> str:
+    """Say whether a way fits, and with what."""
+    for level in LEVELS:
+        used, mark = memory_of(way, level, gpu_gb, comfortable)
+        if used <= gpu_gb * GIB:
+            return f"{mark or '✓'} {used / GIB:.1f}"
+    return f"× {used / GIB:.1f}"
 
 
 def _megabytes(size: int) -> str:

@@ -55,7 +55,7 @@ def scaling(model: nn.Module, setup: Setup, targets: list[Target], engine: Engin
     """
     plain, smaller = (replace(setup, checkpointing=on) for on in (False, True))
     weights = {name: moved(model, replace(setup, method=name), targets, persistent_weights=engine.persistent_weights) for name in METHODS}
-    setups = (plain, replace(plain, eight_bit_optimizer=True), smaller)
+    setups = (plain, _in_eight_bits(plain), smaller, _in_eight_bits(smaller))
     rows = zip(*(alternatives(model, one, targets, PROCESSES) for one in setups), strict=True)
     return [
         {
@@ -65,11 +65,16 @@ def scaling(model: nn.Module, setup: Setup, targets: list[Target], engine: Engin
             "memory_bytes": cost.memory_bytes,
             "eight_bit_bytes": eight_bit.memory_bytes,
             "checkpointed_bytes": less.memory_bytes,
+            "checkpointed_eight_bit_bytes": least.memory_bytes,
             "sent_bytes": wire_bytes(weights[way.method], engine.exchange(way)).wire_bytes,
             "checkpointed_sent_bytes": wire_bytes(weights[way.method], engine.exchange(checkpointed)).wire_bytes,
         }
-        for (way, cost), (_, eight_bit), (checkpointed, less) in rows
+        for (way, cost), (_, eight_bit), (checkpointed, less), (_, least) in rows
     ]
+
+
+def _in_eight_bits(setup: Setup) -> Setup:
+    return replace(setup, eight_bit_optimizer=True)
 
 
 def exchanged(model: nn.Module, setup: Setup, targets: list[Target], engine: Engine) -> dict[str, Any]:

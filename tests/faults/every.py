@@ -18,7 +18,7 @@ class Fault:
     objection: str | None = None
     """Why it cannot be injected here."""
     elsewhere: str | None = None
-    """Which test of the suite has it, where that is not one of this folder's."""
+    """Which test of the suite has it, where that is not the one of all such faults."""
 
 
 TRAININGS = (
@@ -35,9 +35,9 @@ TRAININGS = (
 )
 """Of one training."""
 RUNS = (
-    Fault("kill -9 of the flow process", kills.flow_process, 5),
-    Fault("Ctrl-C", kills.interrupt, 2),
-    Fault("SIGTERM to every process of a run", kills.everything),
+    Fault("kill -9 of the flow process", kills.KILLED.inject, 5, elsewhere="test_runs"),
+    Fault("Ctrl-C", kills.INTERRUPTED.inject, 2, elsewhere="test_runs"),
+    Fault("SIGTERM to every process of a run", kills.ALL_ENDED.inject, elsewhere="test_runs"),
     Fault("a step that exceeds memory", within.no_memory),
     Fault("the tracking server gone for a minute", servers.away_for_a_minute, elsewhere="test_patience, test_live"),
     Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
 from psutil import Process
@@ -21,41 +21,35 @@ def launcher(site: Site, random: Random) -> Outcome:
     return _without(site, random, Trial.launcher)
 
 
-def flow_process(site: Site, random: Random) -> Outcome:
-    """Kill `lora run` itself: nothing that it started outlives it."""
-    trial = site.run()
-    process = trial.begin()
-    done = trial.at_step(_some_step(random))
-    process.kill()
-    since = time.monotonic()
-    process.wait()
-    outcome = trial.go_on(done=done, since=since, said="(nothing: it was killed)")
-    return _if_called(outcome, trial, "CRASHED")
+@dataclass(frozen=True)
+class End:
+    """A way in which a whole run is ended."""
+
+    strike: Callable[[Trial], None]
+    status: int
+    """Of `lora run`."""
+    state: str
+    """What Prefect calls it afterwards."""
+
+    def inject(self, site: Site, random: Random) -> Outcome:
+        """End a run and go on with it: nothing that it started outlives it, and Prefect knows what became of it."""
+        trial = site.run()
+        trial.begin()
+        done = trial.at_step(_some_step(random))
+        self.strike(trial)
+        since = time.monotonic()
+        status = trial.ended()
+        said = last_line(trial.said()) if status > 0 else "(nothing: it was killed)"
+        outcome = trial.go_on(done=done, since=since, said=said, clear=status == self.status)
+        return replace(outcome, survived=outcome.survived and trial.states() == [self.state, "COMPLETED"])
 
 
-def everything(site: Site, random: Random) -> Outcome:
-    """Send SIGTERM to all processes of `lora run` at once, its server too, as `scancel` and systemd do."""
-    trial = site.run()
-    trial.begin()
-    done = trial.at_step(_some_step(random))
-    for one in trial.processes():
-        one.terminate()
-    since = time.monotonic()
-    status = trial.ended()
-    said = f"(status {status}) {last_line(trial.said())}"
-    return _if_called(trial.go_on(done=done, since=since, said=said, clear=status == 143), trial, "CANCELLED")
-
-
-def interrupt(site: Site, random: Random) -> Outcome:
-    """Press Ctrl-C: every process ends in order."""
-    trial = site.run()
-    process = trial.begin()
-    done = trial.at_step(_some_step(random))
-    process.send_signal(signal.SIGINT)
-    since = time.monotonic()
-    status = trial.ended()
-    outcome = trial.go_on(done=done, since=since, said=last_line(trial.said()), clear=status not in (0, -9))
-    return _if_called(outcome, trial, "CANCELLED")
+KILLED = End(lambda trial: trial.signal(signal.SIGKILL), -signal.SIGKILL, "CRASHED")
+INTERRUPTED = End(lambda trial: trial.signal(signal.SIGINT), 130, "CANCELLED")
+"""Ctrl-C."""
+ALL_ENDED = End(lambda trial: trial.signal(signal.SIGTERM, everything=True), 128 + signal.SIGTERM, "CANCELLED")
+"""Each process of the run is asked to end, its server too, as by `scancel` and systemd."""
+ENDS = (ALL_ENDED, INTERRUPTED, KILLED)
 
 
 def hanging_rank(site: Site, random: Random) -> Outcome:
@@ -83,11 +77,6 @@ def second_run(site: Site, random: Random) -> Outcome:
     seconds = time.monotonic() - since
     refused = status != 0 and "another run is at work in" in said
     return Outcome(refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1, 0, seconds, said)
-
-
-def _if_called(outcome: Outcome, trial: Trial, state: str) -> Outcome:
-    """Count a run as survived only if Prefect calls its first attempt by this state."""
-    return replace(outcome, survived=outcome.survived and trial.states() == [state, "COMPLETED"])
 
 
 def _without(site: Site, random: Random, victim: Callable[[Trial], Process]) -> Outcome:

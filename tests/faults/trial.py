@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,12 @@ class Trial:
                 preexec_fn=hear_interrupts,
             )
         return self.process
+
+    def signal(self, one: signal.Signals, *, everything: bool = False) -> None:
+        """Send a signal to the process that was begun, or to each process of it."""
+        for process in self.processes() if everything else filter(None, [self.process]):
+            with suppress(psutil.NoSuchProcess):  # it ends because another has ended
+                process.send_signal(one)
 
     def said(self) -> str:
         """Return what the run has said to its user since it was last begun."""

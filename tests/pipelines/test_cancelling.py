@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from socket import gethostname
 from types import SimpleNamespace
 from typing import Any
 from uuid import UUID, uuid4
@@ -87,7 +88,7 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of locks under a Prefect home of its own, which processes that are started have too."""
     monkeypatch.setattr(cancelling, "PREFECT_HOME", SimpleNamespace(value=lambda: tmp_path))
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    return tmp_path / "at_work"
+    return tmp_path / "at_work" / gethostname()
 
 
 def flow_run(name: UUID) -> Any:
@@ -148,27 +149,27 @@ def test_a_run_is_called_crashed_when_its_process_is_gone(server: Server, locks:
     server.states[run] = Running()
     process = started(None, [sys.executable, "-c", LOCKED, str(run)])
     assert process.stdout.readline() == b"held\n"
-    call_killed_runs_crashed()
-    assert server.called() == ["RUNNING"] and (locks / str(run)).is_file()
+    call_killed_runs_crashed("http://team/api")
+    assert server.called() == ["RUNNING"] and [path.name for path in locks.iterdir()] == [str(run)]
     process.kill()
     process.wait()
-    call_killed_runs_crashed()
+    call_killed_runs_crashed("http://team/api")
     assert server.called() == ["CRASHED"] and not list(locks.iterdir())
 
 
 def test_a_run_that_told_how_it_ended_is_left_at_that(server: Server, locks: Path) -> None:
     run = uuid4()
-    locks.mkdir()
+    locks.mkdir(parents=True)
     (locks / str(run)).touch()
     server.states[run] = Cancelled()
-    call_killed_runs_crashed()
+    call_killed_runs_crashed("http://team/api")
     assert server.called() == ["CANCELLED"] and not list(locks.iterdir())
 
 
 def test_a_run_of_another_server_is_left_to_it(server: Server, locks: Path) -> None:
-    locks.mkdir()
+    locks.mkdir(parents=True)
     (locks / str(uuid4())).touch()
-    call_killed_runs_crashed()
+    call_killed_runs_crashed("http://team/api")
     assert server.called() == [] and len(list(locks.iterdir())) == 1
 
 
@@ -176,3 +177,13 @@ def test_a_worker_watches_over_its_runs_itself(locks: Path, monkeypatch: pytest.
     monkeypatch.setenv(FLOW_RUN, str(uuid4()))
     hold_lock(finetune, flow_run(uuid4()), Running())
     assert not locks.exists()
+
+
+def test_a_run_that_is_tried_again_holds_its_lock_already(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FLOW_RUN, raising=False)
+    monkeypatch.setattr(cancelling, "_held", {})
+    run = flow_run(uuid4())
+    for _ in range(2):
+        hold_lock(finetune, run, Running())
+    assert len(list(locks.iterdir())) == 1
+    cancelling._held[run.id].close()

@@ -20,7 +20,8 @@ RUN = """
 import sys
 from prefect.client.orchestration import get_client
 from pipelines import own_server, slots
-with own_server.serving(), get_client(sync_client=True) as client, slots.held(["cpu:here"], print):
+own_server.server_url()
+with get_client(sync_client=True) as client, slots.held(["cpu:here"], print):
     assert not client.read_global_concurrency_limits()  # of slots an own server is not asked
     print(client.api_url, flush=True)
     sys.stdin.read()
@@ -51,5 +52,5 @@ def test_one_that_does_not_start_is_an_error_that_names_its_log(tmp_path: Path, 
     monkeypatch.setattr(own_server.sys, "executable", "false")
     monkeypatch.setattr(own_server, "PREFECT_HOME", type("Home", (), {"value": staticmethod(lambda: tmp_path)}))
     monkeypatch.setattr(own_server, "_servers", [])
-    with pytest.raises(PipelineError, match=r"did not start .*server\.log says why"):
+    with pytest.raises(PipelineError, match=r"does not start .*server\.log says why"):
         own_server._start()

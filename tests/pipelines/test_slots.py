@@ -134,7 +134,7 @@ def test_a_server_that_is_away_at_the_end_changes_nothing(server: Server, ended:
     assert "cpu:node-a are free in 120 s" in said[0]
 
 
-def test_a_server_of_the_runs_own_is_not_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_nothing_is_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "PREFECT_API_URL", SimpleNamespace(value=lambda: None))
     with held(["cpu:node-a"], print):
         pass
