@@ -50,7 +50,7 @@ def all_of(*watches: Watch) -> Watch:
 
 
 def say(text: str, *, mark: str = "", aside: str = "") -> None:
-    """Print one line of what the run is doing, to stderr, as it is: an error's brackets are no markup.
+    """Print one line of what the run is doing, to stderr, as it is: an error's brackets are no markup, a log's lines stay whole.
 
     Args:
         text: the line.
@@ -59,7 +59,7 @@ def say(text: str, *, mark: str = "", aside: str = "") -> None:
     """
     line = Text(f"{mark} ", style=MARKS[mark]) if mark else Text()
     line.append(text, style="default")
-    console.print(line.append(f" {aside}", style="dim") if aside else line)
+    console.print(line.append(f" {aside}", style="dim") if aside else line, soft_wrap=not console.is_terminal)
 
 
 def show(table: Table) -> None:

@@ -121,11 +121,12 @@ def test_a_stall_is_told_to_both_and_under_a_worker_once(
     assert said == ["rank 1 waits [Errno 11] [/tmp/lock]"]
 
 
-def test_a_line_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["rank-4 in [/tmp/runs]: [Errno 5] [bold] [parameters: 1]", "word " * 40 + "end"])
+def test_a_line_is_printed_as_it_is_and_whole(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     written = StringIO()
-    monkeypatch.setattr(progress, "console", Console(file=written, width=200))
-    progress.say("rank-4 in [/tmp/runs]", mark="✗", aside="diverged: [Errno 5] [bold] [parameters: 1]")
-    assert written.getvalue() == "✗ rank-4 in [/tmp/runs] diverged: [Errno 5] [bold] [parameters: 1]\n"
+    monkeypatch.setattr(progress, "console", Console(file=written, width=80))
+    progress.say(text, mark="✗", aside=text)
+    assert written.getvalue() == f"✗ {text} {text}\n"
 
 
 def test_runs_log_to_pages_and_not_to_the_terminal() -> None:
