@@ -41,7 +41,7 @@ truth: $(VENV)/.peers ## which figures see forgetting, and whether LoRA forgets 
 matrix: $(READY) ## every launch by every method, two hosts and a pulled cable, what checkpoints cost; about 15 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -m distributed
 
-faults: $(READY) ## kills, full disks, damaged checkpoints and absent servers, counted; about half an hour on two cores
+faults: $(READY) ## kills, full disks, damaged checkpoints and absent servers, counted; about 40 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -m faults
 
 setup: $(READY)
