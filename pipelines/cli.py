@@ -36,12 +36,13 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
     from pipelines.cancelling import call_killed_runs_crashed
     from pipelines.flow_log import log_for_pages_only
     from pipelines.flows import finetune
-    from pipelines.own_server import server_url
+    from pipelines.own_server import serving
 
     if os.environ["PREFECT_LOGGING_LEVEL"] == QUIET:
         log_for_pages_only()
-    call_killed_runs_crashed(server_url())
-    finetune(recipe, rank)
+    with serving() as url:
+        call_killed_runs_crashed(url)
+        finetune(recipe, rank)
 
 
 @app.command()

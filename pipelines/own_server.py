@@ -15,15 +15,18 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+from prefect.client.orchestration import get_client
 from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 
-from pipelines.errors import PipelineError
+from pipelines.errors import PipelineError, StageError, UnreachableError
 
 HOST = "127.0.0.1"
 SECONDS_TO_START = 90
@@ -36,16 +39,30 @@ _servers: "list[subprocess.Popen[bytes]]" = []
 """Held for as long as this process lives, for their pipes."""
 
 
-def server_url() -> str:
-    """Return the address of a server: the one that the user has named, or else a new one, which ends with this process.
+@contextmanager
+def serving() -> Iterator[str]:
+    """Yield the address of a server: the one that the user has named, or else a new one, which ends with this process.
 
     Raises:
         PipelineError: it does not start.
+        StageError: it does not answer, now or while the block is at work.
     """
     if PREFECT_API_URL.value() is None:
         os.environ[PREFECT_API_URL.name] = _start()
         refresh_global_settings_context()
-    return str(PREFECT_API_URL.value())
+    url = str(PREFECT_API_URL.value())
+    try:
+        with get_client(sync_client=True) as client:
+            error = client.api_healthcheck()
+        if error is not None:
+            raise error
+        yield url
+    except httpx.HTTPError as error:
+        raise StageError(
+            f"the Prefect server at {httpx.URL(url).netloc.decode()} does not serve this run ({error}); see that it is well, or unset "
+            "PREFECT_API_URL for one of the run's own",
+            kind=UnreachableError.__name__,
+        ) from error
 
 
 def is_own() -> bool:

@@ -4,24 +4,27 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect_host import until
 
 from pipelines import own_server
-from pipelines.errors import PipelineError
+from pipelines.cli import PASSING
+from pipelines.errors import PipelineError, StageError
 
 pytestmark = pytest.mark.server
 RUN = """
 import sys
 from prefect.client.orchestration import get_client
 from pipelines import own_server, slots
-own_server.server_url()
-with get_client(sync_client=True) as client, slots.held(["cpu:here"], print):
+with own_server.serving(), get_client(sync_client=True) as client, slots.held(["cpu:here"], print):
     assert not client.read_global_concurrency_limits()  # of slots an own server is not asked
     print(client.api_url, flush=True)
     sys.stdin.read()
@@ -54,3 +57,20 @@ def test_one_that_does_not_start_is_an_error_that_names_its_log(tmp_path: Path, 
     monkeypatch.setattr(own_server, "_servers", [])
     with pytest.raises(PipelineError, match=r"does not start .*server\.log says why"):
         own_server._start()
+
+
+def test_a_named_server_that_is_away_is_an_error_that_passes() -> None:
+    gone = "http://user:word@127.0.0.1:9/api"
+    with (
+        temporary_settings({PREFECT_API_URL: gone, PREFECT_CLIENT_MAX_RETRIES: 0}),
+        pytest.raises(StageError, match=r"^the Prefect server at 127\.0\.0\.1:9 does not serve this run") as caught,
+        own_server.serving(),
+    ):
+        pass
+    assert caught.value.kind in PASSING
+
+
+def test_one_that_goes_away_meanwhile_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_server, "get_client", lambda sync_client: nullcontext(SimpleNamespace(api_healthcheck=lambda: None)))
+    with temporary_settings({PREFECT_API_URL: "http://team/api"}), pytest.raises(StageError, match="does not serve"), own_server.serving():
+        raise httpx.ReadTimeout("no answer in 60 s")
