@@ -46,6 +46,7 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     """
     settings = load_recipe(recipe, ranks=ranks)
     check_launch(settings)
+    launch.keep_to_device(settings.launch.config)
     run = Run(settings, Stages(settings, runs_root(), find_recipe(recipe).parent))
     base = run.step(tasks.prepare_base, run.stages.base())
     data_stage = run.stages.data(base)

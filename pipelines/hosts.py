@@ -141,8 +141,13 @@ class Joined:
         argv = launch.accelerate_argv(call["config"], call["processes"], folder, place_of(call, self.machine))
         self.say(f"joining {folder.name}")
         with (folder / f"log-{self.machine}.txt").open("ab") as log:
-            threads = launch.threads_each(call["processes"] // call["machines"])
-            status = launch.run_beside(argv, log, threads=threads, until=lambda: self.is_over(folder, call["attempt"]))
+            status = launch.run_beside(
+                argv,
+                log,
+                threads=launch.threads_each(call["processes"] // call["machines"]),
+                on_cpu=launch.is_on_cpu(call["config"]),
+                until=lambda: self.is_over(folder, call["attempt"]),
+            )
         self.say(f"{folder.name} ended with status {status}")
         return status
 

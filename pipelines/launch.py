@@ -12,10 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import psutil
@@ -36,6 +37,8 @@ ENDING = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals by which a process is ended from outside, and not by a fault of its own."""
 GRACE_SECONDS = 15
 """Before a child that was asked to end is ended by force, with its ranks: Prefect's worker forces the whole run after 30."""
+WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment in which neither PyTorch nor DeepSpeed sees a GPU; ROCm's PyTorch heeds it too."""
 ALONE = ("--main_process_port", "0")
 """What accelerate's launcher is told where one host trains by itself: any free port will do."""
 
@@ -113,6 +116,17 @@ def config_file(name: str) -> Path:
     raise RecipeError(f"launch.config {name!r} is no file and none of infra/accelerate: {known}")
 
 
+def is_on_cpu(config: str) -> bool:
+    """Tell whether a named accelerate config is for the CPU, which it then is on a host with GPUs too."""
+    return bool(yaml.safe_load(config_file(config).read_text()).get("use_cpu"))
+
+
+def keep_to_device(config: str) -> None:
+    """Have all that this process starts compute where a launch config says, scoring too: under one for the CPU no GPU is seen."""
+    if is_on_cpu(config):
+        os.environ.update(WITHOUT_GPUS)
+
+
 def run_child(
     stage: Stage, argv: list[str], *, threads: int, watch: Watch | None = None, patience: "Patience | None" = None
 ) -> dict[str, Any]:
@@ -161,9 +175,9 @@ def result_of(stage: Stage, module: str, *, threads: int) -> dict[str, Any]:
     return stage.result() or run_child(stage, python_argv(module, stage.begin()), threads=threads)
 
 
-def run_beside(argv: list[str], log: IO[bytes], *, threads: int, until: Callable[[], bool]) -> int:
+def run_beside(argv: list[str], log: IO[bytes], *, threads: int, on_cpu: bool, until: Callable[[], bool]) -> int:
     """Run ranks that belong to another host's training; return their status. Once `until` holds they have a moment to end."""
-    with _started(argv, log, threads) as child:
+    with _started(argv, log, threads, environment=WITHOUT_GPUS if on_cpu else {}) as child:
         while child.poll() is None and not until():
             time.sleep(POLL_SECONDS)
         with suppress(subprocess.TimeoutExpired):
@@ -183,11 +197,13 @@ def end_all() -> None:
 
 
 @contextmanager
-def _started(argv: list[str], log: IO[bytes], threads: int, place: int = 0) -> "Iterator[subprocess.Popen[bytes]]":
+def _started(
+    argv: list[str], log: IO[bytes], threads: int, place: int = 0, environment: Mapping[str, str] = MappingProxyType({})
+) -> "Iterator[subprocess.Popen[bytes]]":
     """Start a child for the length of a block, after which neither it nor anything it started is there."""
     child = subprocess.Popen(
         argv,
-        env=_environment(threads, place),
+        env={**_environment(threads, place), **environment},
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

@@ -100,6 +100,7 @@ class Stages:
             options={
                 **recipe.training.model_dump(mode="json", include=SPREAD),
                 "processes": recipe.launch.processes,
+                "device": sharding(recipe.launch.config)["device"],
                 "timeout_seconds": recipe.launch.timeout_seconds,
                 "snapshots": list(arm.snapshots),
             },

@@ -9,14 +9,17 @@ import os
 import sys
 from pathlib import Path
 
+from pipelines.launch import WITHOUT_GPUS
+
 
 def main() -> None:
-    """Compile where DeepSpeed runs on CPUs; elsewhere there is nothing to do."""
+    """Compile for the launches on the CPU, which a host with GPUs may run as well."""
+    os.environ.update(WITHOUT_GPUS)
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":
+    if accelerator.device_name() == "cpu":  # neither CUDA nor another that DeepSpeed would prefer
         accelerator.create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator
 
     Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of the data.
     """
+    if options["device"] == "gpu" and hardware.device == "cpu":
+        raise PipelineError(
+            f"launch.config is one for GPUs, and PyTorch {torch.__version__} sees none on {gethostname()}; see that driver and build are "
+            "for the same CUDA and CUDA_VISIBLE_DEVICES names what is there, or take the launch of the same name that begins with cpu_"
+        )
     torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
     accelerator = Accelerator(
         cpu=hardware.device == "cpu" and not _is_deepspeed(),

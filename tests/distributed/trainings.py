@@ -57,7 +57,7 @@ def train_all(config: str, processes: int, words: list[str], log: Path) -> None:
     argv = launch.accelerate_argv(config, processes, Path())
     argv = [*argv[: argv.index("-m", 3)], str(SEVERAL), *words]
     with log.open("wb") as stream:
-        status = launch.run_beside(argv, stream, threads=1, until=lambda: False)
+        status = launch.run_beside(argv, stream, threads=1, on_cpu=True, until=lambda: False)
     assert status == 0, log.read_text()[-3000:]
 
 

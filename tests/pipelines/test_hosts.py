@@ -39,7 +39,8 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Jo
     served = list[str]()
     host = Joined(1, tmp_path, lambda _: None)
 
-    def run_beside(argv: list[str], log: object, *, threads: int, until: Callable[[], bool]) -> int:
+    def run_beside(argv: list[str], log: object, *, threads: int, on_cpu: bool, until: Callable[[], bool]) -> int:
+        assert on_cpu  # as the call's config says
         served.append(argv[argv.index("--machine_rank") + 1])
         while not until():
             time.sleep(0.01)

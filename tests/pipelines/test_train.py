@@ -223,6 +223,12 @@ def test_a_launch_that_brings_up_too_few_ranks_is_refused(prepared: Prepared) ->
         _train(stage, "cpu_single", 1)
 
 
+def test_a_launch_for_gpus_is_refused_where_there_is_none(prepared: Prepared) -> None:
+    stage = prepared(4, "no-gpu", launch={"config": "gpu_ddp", "processes": 1})
+    with pytest.raises(StageError, match=r"launch\.config is one for GPUs, and PyTorch \S+ sees none on .*begins with cpu_"):
+        _train(stage, "gpu_ddp", 1)
+
+
 def _break_off(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> None:
     """Train in this process until so many steps are done."""
     with monkeypatch.context() as patch:
