@@ -4,6 +4,8 @@ Two ranks sum in another order than one, so float32 differs in its last digits; 
 in nothing at all.
 """
 
+from typing import Any
+
 import pytest
 from safetensors import safe_open
 
@@ -18,6 +20,8 @@ WEIGHTS = 5e-5
 NORM = 1e-4
 """Largest difference of the gradient's length at any step, as a share of it."""
 BREAK = 3
+IN_PARTS: dict[str, Any] = {"training": {"accumulation": 2}}
+"""What one process takes at once, two take in two parts each."""
 Runs = dict[str, tuple[Stage, Stage]]
 
 
@@ -25,8 +29,8 @@ Runs = dict[str, tuple[Stage, Stage]]
 def runs(request: pytest.FixtureRequest, trainings: Trainings) -> Runs:
     """Every method under one launch: in one go, and broken off after three steps and gone on with."""
     name = request.param
-    whole = {method: trainings.stage(method, name, 2) for method in METHODS}
-    broken = {method: trainings.stage(method, f"{name}-broken", 2) for method in METHODS}
+    whole = {method: trainings.stage(method, name, 2, **IN_PARTS) for method in METHODS}
+    broken = {method: trainings.stage(method, f"{name}-broken", 2, **IN_PARTS) for method in METHODS}
     words = [str(stage.folder) for stage in whole.values()]
     words += [word for stage in broken.values() for word in (f"{stage.folder}:{BREAK}", str(stage.folder))]
     train_all(name, 2, words, trainings.root / f"{name}.log")

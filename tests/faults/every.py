@@ -23,10 +23,10 @@ class Fault:
 
 TRAININGS = (
     Fault("kill -9 of a rank", kills.rank, 7),
-    Fault("kill -9 of the launcher", kills.launcher, 5),
+    Fault("kill -9 of the launcher", kills.launcher, 5, elsewhere="test_train"),
     Fault("a rank that hangs", kills.hanging_rank, elsewhere="test_heartbeats"),
     Fault("a second run at the same time", kills.second_run),
-    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 2),
+    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 2, elsewhere="test_checkpoint"),
     Fault("a checkpoint cut short", storage.cut_short, 2, elsewhere="test_going_on"),
     Fault("a full disk while writing", storage.full_disk, objection=storage.small_disk_objection()),
     Fault("NaN in the loss of one rank", within.nan_on_one_rank, 2),
@@ -38,7 +38,7 @@ RUNS = (
     Fault("kill -9 of the flow process", kills.KILLED.inject, 5, elsewhere="test_runs"),
     Fault("Ctrl-C", kills.INTERRUPTED.inject, 2, elsewhere="test_runs"),
     Fault("SIGTERM to every process of a run", kills.ALL_ENDED.inject, elsewhere="test_runs"),
-    Fault("a step that exceeds memory", within.no_memory),
+    Fault("a step that exceeds memory", within.no_memory, elsewhere="test_runs"),
     Fault("the tracking server gone for a minute", servers.away_for_a_minute, elsewhere="test_patience, test_live"),
     Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),
 )

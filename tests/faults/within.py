@@ -3,7 +3,7 @@
 import time
 from random import Random
 
-from faults.trial import EVERY, STEPS, Outcome, Site, last_line
+from faults.trial import EVERY, STEPS, Outcome, Site, Trial, last_line
 
 
 def nan_on_one_rank(site: Site, random: Random) -> Outcome:
@@ -22,13 +22,19 @@ def unreadable_row(site: Site, random: Random) -> Outcome:
 
 def no_memory(site: Site, random: Random) -> Outcome:
     """Let a rank get no more memory, in a whole run: what would need less is said."""
-    trial, step, rank = site.run(), random.randrange(EVERY + 1, STEPS), random.randrange(2)
+    trial, step = site.run(), random.randrange(EVERY + 1, STEPS)
+    clear, since = exceed_memory(trial, step, random.randrange(2))
+    return trial.go_on(done=step - 1, since=since, said=last_line(trial.said()), clear=clear)
+
+
+def exceed_memory(trial: Trial, step: int, rank: int) -> tuple[bool, float]:
+    """Begin a whole run whose memory does not suffice at a step; tell whether it says so with what would do, and when it struck."""
     trial.begin(strike=f"memory:{step}:{rank}")
     trial.wait_for(lambda: trial.steps() == step - 1)
     since = time.monotonic()
     status, said = trial.ended(), last_line(trial.said())
     named = f"step {step} needs more memory than there is, with" in said and "less would do with" in said
-    return trial.go_on(done=step - 1, since=since, said=said, clear=status == 2 and named)
+    return status == 2 and named, since
 
 
 def _struck(site: Site, strike: str, step: int, words: str) -> Outcome:
