@@ -62,5 +62,5 @@ $(VENV)/.peers: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peers]'
 	touch $(VENV)/.peers
 
-clean: ## everything made here but the runs
+clean: ## build and tool caches
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache

@@ -92,6 +92,7 @@ def _start() -> str:
             preexec_fn=_hear_nothing,  # system calls, no lock is taken
         )
         _servers.append(server)
+        reach_directly(HOST)
         atexit.register(_end, server)  # after all that Prefect has to say at the end
         listener.close()  # the server's alone, so that whoever asks one that has ended is refused
         try:
@@ -99,6 +100,12 @@ def _start() -> str:
         except httpx.HTTPError as error:
             raise PipelineError(f"Prefect's own server does not start ({error}); {log} says why") from error
     return url
+
+
+def reach_directly(host: str) -> None:
+    """Have no proxy stand between this process and a host, whatever the environment says of others."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
 
 
 def _hear_nothing() -> None:

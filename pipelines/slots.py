@@ -1,7 +1,7 @@
 """Runs that share a Prefect server take turns on a host: a global concurrency limit of 1 stands for each of its GPUs.
 
     gpu:node-a:0    the first GPU of node-a, gpu:node-a:1 the second: rank i computes on the i-th, so the name says which
-    cpu:node-a      the cores of a host without GPUs, all together
+    cpu:node-a      the cores of a host, all together, where none is used
 
 A limit is made by the host itself when it first trains, since only there the GPUs can be counted, and is kept as its
 administrator changes it: 0 refuses trainings, inactive lets them all through. A slot is leased: it is free again at

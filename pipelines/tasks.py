@@ -61,7 +61,7 @@ def _trained(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
         flow_log.reported(stage.label) as reported,
         live_run(stage, experiment, say) as logged,
     ):
-        return hosts.train(stage, settings, all_of(shown, reported, logged), flow_log.tell)
+        return hosts.train(stage, settings, all_of(shown, reported, logged), lambda text: flow_log.tell(f"{stage.label}: {text}"))
 
 
 @task(name="tune", **CACHED)

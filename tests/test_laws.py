@@ -20,9 +20,17 @@ FORBIDDEN_IN_LIBRARY = {"pipelines", "prefect", "mlflow", "accelerate", "dataset
 PREFECT_ROOMS = {f"pipelines/{name}.py" for name in ("tasks", "flows", "deploy", "slots", "cancelling", "own_server", "flow_log")}
 MLFLOW_ROOMS = {f"pipelines/reporting/{name}.py" for name in ("registry", "runs", "recorder", "machine")}
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 400, 80, 6
+FOLDERS = {"pipelines", "lora_core", "infra", "tests"}
+TOP_LEVEL = FOLDERS | {"pyproject.toml", "README.md", "Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 each_file = pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="this is no checkout")
+def test_nothing_else_lies_at_the_top() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in (path.partition("/")[0] for path in tracked) if not name.startswith(".")} == TOP_LEVEL
 
 
 def module_name(path: Path) -> str:

@@ -85,7 +85,7 @@ def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
     counts = sorted(next(iter(ways.values())))
     title = (
         f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan['setup']['tokens']} tokens at once on each: GiB of a process; "
-        "✓ fits, 8 fits with the paged 8-bit AdamW that is taken then, c fits with gradient checkpointing, × does not"
+        "✓ fits, 8 with the paged 8-bit AdamW that is taken then, c with gradient checkpointing, 8c with both, × does not"
     )
     table = Table("method", "sharing", *(f"{count} GPU{'s' * (count > 1)}" for count in counts), title=title, title_justify="left")
     for (method, sharding), by_count in ways.items():

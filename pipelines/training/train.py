@@ -38,7 +38,7 @@ from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
 from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
 from pipelines.hardware import attention_kernel, detect, peak_memory_bytes
-from pipelines.heartbeats import Pulse
+from pipelines.heartbeats import Pulse, note
 from pipelines.model import attention_heads, load_model
 from pipelines.planning.plan import lora_config
 from pipelines.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
@@ -131,7 +131,7 @@ def train(folder: Path) -> None:
     watch(engine, heart)
     log = Log(folder / METRICS if engine.is_first and done is None else None, first)
     if engine.is_first:
-        print(f"{weights} trained weights; {hardware.describe(attention, optimizer)}; {engine.ranks} ranks; from step {first}", flush=True)
+        note(folder, f"{weights} trained weights; {hardware.describe(attention, optimizer)}; {engine.ranks} ranks; from step {first}")
     peers = meet()
     lacking = options["snapshots"] if done is None else missing_snapshots(folder, options["snapshots"])
     with checkpoints, contact_kept(peers, heart):

@@ -20,6 +20,8 @@ from pipelines.cli import PASSING
 from pipelines.errors import PipelineError, StageError
 
 pytestmark = pytest.mark.server
+NOWHERE = "http://127.0.0.1:9"
+"""A proxy, as many companies set one, that is no way to a server on this host."""
 RUN = """
 import sys
 from prefect.client.orchestration import get_client
@@ -34,7 +36,7 @@ with own_server.serving(), get_client(sync_client=True) as client, slots.held(["
 def test_it_outlives_what_ends_a_run_and_not_the_run(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     for kill in (False, True):
-        environment = {**clean, "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+        environment = {**clean, "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HTTP_PROXY": NOWHERE}
         with subprocess.Popen([sys.executable, "-c", RUN], env=environment, stdin=PIPE, stdout=PIPE, text=True) as run:
             assert run.stdin is not None and run.stdout is not None
             url = run.stdout.readline().strip()
