@@ -132,7 +132,11 @@ def main() -> None:
         app()
     except (PipelineError, LoraError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
-        sys.exit(AGAIN if isinstance(error, StageError) and error.kind in PASSING else 2)
+        kind = error.kind if isinstance(error, StageError) else ""
+        if kind == UnreachableError.__name__:
+            sys.stdout.flush()
+            os._exit(AGAIN)  # all that was started has ended; Prefect would offer its events to a server that is away, for minutes
+        sys.exit(AGAIN if kind in PASSING else 2)
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise

@@ -54,7 +54,7 @@ class RegistryError(PipelineError, RuntimeError):
 
 
 class UnreachableError(RegistryError):
-    """The tracking server does not answer at all; it may in a while."""
+    """A server does not answer at all, MLflow's or Prefect's; it may in a while."""
 
 
 def no_space(where: object) -> str:

@@ -21,10 +21,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def lora(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the command line in `folder`."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     env.pop("PREFECT_API_URL", None)
+    env |= environment
     command = [str(Path(sys.executable).parent / "lora"), *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
 
@@ -110,6 +111,12 @@ def test_plan_says_what_fits_a_gpu(tmp_path: Path, recipe: dict[str, Any]) -> No
 
 def test_deploying_without_a_server_says_what_to_set(tmp_path: Path, recipe: dict[str, Any]) -> None:
     refused(lora(tmp_path, "deploy", write(tmp_path, recipe), "--cron", "0 2 * * *"), "PREFECT_API_URL")
+
+
+def test_a_run_whose_server_is_away_may_be_tried_again(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    ended = lora(tmp_path, "run", write(tmp_path, recipe), PREFECT_API_URL="http://127.0.0.1:9/api")
+    assert ended.returncode == 75, ended.stderr
+    assert "127.0.0.1:9 does not serve this run" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_comparing_an_unknown_run_names_those_there(tmp_path: Path) -> None:
