@@ -115,10 +115,8 @@ def ui() -> None:
     """Start the MLflow and Prefect pages on what the runs produced, and print their addresses; Ctrl-C ends both."""
     prepare_prefect()
     from pipelines.cancelling import call_killed_runs_crashed
-    from pipelines.own_server import HOST, reach_directly
     from pipelines.pages import serve
 
-    reach_directly(HOST)
     serve(runs_root(), call_killed_runs_crashed)
 
 

@@ -23,6 +23,7 @@ from uuid import uuid4
 from lora_core.files import write_json
 from pipelines import launch
 from pipelines.errors import PipelineError
+from pipelines.planning.sharding import Launch
 from pipelines.progress import Watch
 from pipelines.sections import LaunchSection
 from pipelines.stage import Stage
@@ -145,7 +146,7 @@ class Joined:
                 argv,
                 log,
                 threads=launch.threads_each(call["processes"] // call["machines"]),
-                on_cpu=launch.is_on_cpu(call["config"]),
+                on_cpu=Launch.read(call["config"]).on_cpu,
                 until=lambda: self.is_over(folder, call["attempt"]),
             )
         self.say(f"{folder.name} ended with status {status}")

@@ -12,11 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any
 
 import psutil
@@ -116,17 +115,6 @@ def config_file(name: str) -> Path:
     raise RecipeError(f"launch.config {name!r} is no file and none of infra/accelerate: {known}")
 
 
-def is_on_cpu(config: str) -> bool:
-    """Tell whether a named accelerate config is for the CPU, which it then is on a host with GPUs too."""
-    return bool(yaml.safe_load(config_file(config).read_text()).get("use_cpu"))
-
-
-def keep_to_device(config: str) -> None:
-    """Have all that this process starts compute where a launch config says, scoring too: under one for the CPU no GPU is seen."""
-    if is_on_cpu(config):
-        os.environ.update(WITHOUT_GPUS)
-
-
 def run_child(
     stage: Stage, argv: list[str], *, threads: int, watch: Watch | None = None, patience: "Patience | None" = None
 ) -> dict[str, Any]:
@@ -177,7 +165,7 @@ def result_of(stage: Stage, module: str, *, threads: int) -> dict[str, Any]:
 
 def run_beside(argv: list[str], log: IO[bytes], *, threads: int, on_cpu: bool, until: Callable[[], bool]) -> int:
     """Run ranks that belong to another host's training; return their status. Once `until` holds they have a moment to end."""
-    with _started(argv, log, threads, environment=WITHOUT_GPUS if on_cpu else {}) as child:
+    with _started(argv, log, threads, on_cpu=on_cpu) as child:
         while child.poll() is None and not until():
             time.sleep(POLL_SECONDS)
         with suppress(subprocess.TimeoutExpired):
@@ -197,13 +185,11 @@ def end_all() -> None:
 
 
 @contextmanager
-def _started(
-    argv: list[str], log: IO[bytes], threads: int, place: int = 0, environment: Mapping[str, str] = MappingProxyType({})
-) -> "Iterator[subprocess.Popen[bytes]]":
+def _started(argv: list[str], log: IO[bytes], threads: int, place: int = 0, *, on_cpu: bool = False) -> "Iterator[subprocess.Popen[bytes]]":
     """Start a child for the length of a block, after which neither it nor anything it started is there."""
     child = subprocess.Popen(
         argv,
-        env={**_environment(threads, place), **environment},
+        env=_environment(threads, place) | (WITHOUT_GPUS if on_cpu else {}),
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,

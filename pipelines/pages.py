@@ -11,10 +11,10 @@ from pathlib import Path
 
 import httpx
 
+from pipelines.own_server import HOST, reach_directly
 from pipelines.places import tracking_uri
 from pipelines.progress import say
 
-HOST = "127.0.0.1"
 SECONDS_BETWEEN_LOOKS = 0.5
 LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 """Prefect's server forgets who holds a slot when it ends, unless it is told to write that down."""
@@ -29,6 +29,7 @@ def serve(runs: Path, once_up: Callable[[str], None], *, mlflow_port: int = 5000
         mlflow_port: wanted for MLflow.
         prefect_port: wanted for Prefect.
     """
+    reach_directly(HOST)
     mlflow, prefect = _free(mlflow_port), _free(prefect_port)
     store = tracking_uri(runs)
     python = [sys.executable, "-m"]

@@ -1,6 +1,7 @@
 """What an accelerate config makes of the processes, and which of its combinations with a recipe cannot work. Imports no torch."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 
 from lora_core.budget.wire import PERSISTENT_WEIGHTS, REUSE_WEIGHTS
 from pipelines.errors import RecipeError
-from pipelines.launch import REPOSITORY, config_file
+from pipelines.launch import REPOSITORY, WITHOUT_GPUS, config_file
 from pipelines.recipe import Recipe
 
 DEEPSPEED_BUCKET = 500_000_000
@@ -80,6 +81,12 @@ def sharding(name: str) -> dict[str, Any]:
         "reuse_weights": _number(launch, "stage3_max_reuse_distance", REUSE_WEIGHTS),
         "reduces_to_owner": launch.zero.get("use_multi_rank_bucket_allreduce") is False,
     }
+
+
+def keep_to_device(config: str) -> None:
+    """Have all that this process starts compute where a launch config says, scoring too: under one for the CPU no GPU is seen."""
+    if Launch.read(config).on_cpu:
+        os.environ.update(WITHOUT_GPUS)
 
 
 def check_launch(recipe: Recipe) -> None:

@@ -26,7 +26,7 @@ TRAININGS = (
     Fault("kill -9 of the launcher", kills.launcher, 5, elsewhere="test_train"),
     Fault("a rank that hangs", kills.hanging_rank, elsewhere="test_heartbeats"),
     Fault("a second run at the same time", kills.second_run),
-    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 2, elsewhere="test_checkpoint"),
+    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 2, elsewhere="test_going_on"),
     Fault("a checkpoint cut short", storage.cut_short, 2, elsewhere="test_going_on"),
     Fault("a full disk while writing", storage.full_disk, objection=storage.small_disk_objection()),
     Fault("NaN in the loss of one rank", within.nan_on_one_rank, 2),

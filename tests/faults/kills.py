@@ -44,10 +44,10 @@ class End:
         return replace(outcome, survived=outcome.survived and trial.states() == [self.state, "COMPLETED"])
 
 
-KILLED = End(lambda trial: trial.signal(signal.SIGKILL), -signal.SIGKILL, "CRASHED")
-INTERRUPTED = End(lambda trial: trial.signal(signal.SIGINT), 130, "CANCELLED")
+KILLED = End(lambda trial: trial.send(signal.SIGKILL), -signal.SIGKILL, "CRASHED")
+INTERRUPTED = End(lambda trial: trial.send(signal.SIGINT), 130, "CANCELLED")
 """Ctrl-C."""
-ALL_ENDED = End(lambda trial: trial.signal(signal.SIGTERM, everything=True), 128 + signal.SIGTERM, "CANCELLED")
+ALL_ENDED = End(lambda trial: trial.send(signal.SIGTERM, everything=True), 128 + signal.SIGTERM, "CANCELLED")
 """Each process of the run is asked to end, its server too, as by `scancel` and systemd."""
 ENDS = (ALL_ENDED, INTERRUPTED, KILLED)
 

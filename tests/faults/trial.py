@@ -150,7 +150,7 @@ class Trial:
             )
         return self.process
 
-    def signal(self, one: signal.Signals, *, everything: bool = False) -> None:
+    def send(self, one: signal.Signals, *, everything: bool = False) -> None:
         """Send a signal to the process that was begun, or to each process of it."""
         for process in self.processes() if everything else filter(None, [self.process]):
             with suppress(psutil.NoSuchProcess):  # it ends because another has ended

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from pipelines import slots
-from pipelines.launch import keep_to_device
+from pipelines.planning.sharding import keep_to_device
 
 
 @pytest.mark.parametrize(("config", "names"), [("cpu_zero2", ["cpu:node-a"]), ("gpu_zero2", ["gpu:node-a:0", "gpu:node-a:1"])])

@@ -34,7 +34,7 @@ with own_server.serving(), get_client(sync_client=True) as client, slots.held(["
 
 
 def test_it_outlives_what_ends_a_run_and_not_the_run(tmp_path: Path) -> None:
-    clean = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    clean = {name: value for name, value in os.environ.items() if name.upper() not in ("PREFECT_API_URL", "NO_PROXY")}
     for kill in (False, True):
         environment = {**clean, "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HTTP_PROXY": NOWHERE}
         with subprocess.Popen([sys.executable, "-c", RUN], env=environment, stdin=PIPE, stdout=PIPE, text=True) as run:
