@@ -6,7 +6,7 @@ row without padding.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,50 @@ class Pack:
     """(N,) positions whose next token is supervised."""
     targets: Tensor
     """(N,) those next tokens."""
+
+    @property
+    def longest(self) -> int:
+        """Return the most tokens of one example."""
+        return int(self.position_ids.max()) + 1
+
+    def paths(self) -> "list[ExamplePath]":
+        """Return the examples one by one, as they would be read alone; of a tree, each answer with its whole prompt."""
+        predicts, begin = self.predicts.cpu(), 0
+        found = list[ExamplePath]()
+        for segment in self.segments:
+            rows = ((predicts >= begin) & (predicts < begin + segment.length)).nonzero()[:, 0]
+            found += _paths(segment, begin, rows, predicts)
+            begin += segment.length
+        return found
+
+
+@dataclass(frozen=True)
+class ExamplePath:
+    """One example of a pack: all tokens of it, and where it predicts."""
+
+    places: Tensor
+    """(L,) of its tokens in the pack."""
+    at: Tensor
+    """(M,) positions in the example whose predictions count."""
+    rows: Tensor
+    """(M,) which of the pack's predictions these are."""
+
+
+def _paths(segment: Segment, begin: int, rows: Tensor, predicts: Tensor) -> Iterator[ExamplePath]:
+    """Yield the paths of a segment from its root to each leaf, every prediction in one of them."""
+    if segment.mask is None:
+        if len(rows):
+            yield ExamplePath(torch.arange(begin, begin + segment.length), predicts[rows] - begin, rows)
+        return
+    mask = segment.mask.cpu()
+    left = rows
+    for leaf in (mask.sum(dim=0) == 1).nonzero()[:, 0].tolist():  # nothing follows from it but itself
+        places = mask[leaf].nonzero()[:, 0]
+        position = mask[leaf].cumsum(dim=0) - 1
+        own = mask[leaf][predicts[left] - begin]
+        if bool(own.any()):
+            yield ExamplePath(begin + places, position[predicts[left[own]] - begin], left[own])
+        left = left[~own]
 
 
 def order(examples: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:

@@ -1,0 +1,93 @@
+"""What can be told of a base from its config and its class, before any weight is loaded.
+
+A causal language model whose layers all attend through transformers' attention interface can be read in packs. Any other
+causal language model is read one example at a time, by its own forward. What is no causal language model is refused.
+The decision that counts is made at run time, by `pipelines.models.equivalence`: this one only spares what cannot work.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from pipelines.errors import BaseModelError
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers, as configs name them, whose past is read through an attention mask alone."""
+ENCODERS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
+ENCODER_DECODERS = {
+    *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+}
+
+
+def check_supported(config: PreTrainedConfig) -> None:
+    """Refuse a base that is no causal language model.
+
+    Raises:
+        BaseModelError: the family, what it does, and what to take in its place.
+    """
+    family = config.model_type
+    if getattr(config, "is_encoder_decoder", False) or family in ENCODER_DECODERS:
+        raise BaseModelError(
+            f"base model family {family!r} is an encoder-decoder, which reads a source with one half and writes with the other; "
+            "this pipeline trains causal language models only; take a decoder-only base such as Llama, Qwen or Mistral"
+        )
+    if family in ENCODERS:
+        raise BaseModelError(
+            f"base model family {family!r} is an encoder, whose tokens attend in both directions; this pipeline trains causal language "
+            "models only; take a decoder-only base such as Llama, Qwen or Mistral"
+        )
+    if family not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _has_custom_class(config):
+        kind = "a vision-language model" if family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else "no causal language model"
+        raise BaseModelError(
+            f"base model family {family!r} is {kind} for transformers, which has no class of it that reads text alone; take the language "
+            "model that it is built on, or a decoder-only base such as Llama, Qwen or Mistral"
+        )
+
+
+def why_not_packed(model: nn.Module) -> str | None:
+    """Return why a model cannot read several examples in one row; None where nothing speaks against it.
+
+    Args:
+        model: on any device, the meta device included.
+    """
+    family = getattr(model.config, "model_type", type(model).__name__)
+    if not isinstance(model, PreTrainedModel) or not _attends_by_interface(model):
+        return f"{family} does not attend through transformers' attention interface"
+    if getattr(model, "_is_stateful", False):
+        return f"{family} carries a recurrent state from token to token"
+    others = sorted(_layer_kinds(model.config) - ATTENTION_LAYERS)
+    if others:
+        return f"{family} has layers of kind {', '.join(others)}"
+    return None
+
+
+def is_wrapper(config: PreTrainedConfig) -> bool:
+    """Return whether a model holds its language model beside others, such as a vision tower."""
+    return config.get_text_config() is not config
+
+
+def _has_custom_class(config: PreTrainedConfig) -> bool:
+    return "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+def text_body(model: PreTrainedModel) -> nn.Module:
+    """Return what turns tokens into the hidden states that the head reads; of a wrapper its language model alone."""
+    body: nn.Module = model.base_model
+    if is_wrapper(model.config) or body is model:
+        body = model.get_decoder()
+    return body
+
+
+def _attends_by_interface(model: PreTrainedModel) -> bool:
+    """Return whether every part of the language model can be given another attention function."""
+    parts = (module for module in text_body(model).modules() if isinstance(module, PreTrainedModel))
+    return model._can_set_attn_implementation() and all(part._can_set_attn_implementation() for part in parts)
+
+
+def _layer_kinds(config: Any) -> set[str]:
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    return {str(kind) for kind in kinds}
