@@ -7,7 +7,7 @@ row without padding.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,26 @@ class Pack:
             found += _paths(segment, begin, rows, predicts)
             begin += segment.length
         return found
+
+    @property
+    def has_trees(self) -> bool:
+        """Return whether answers share a prompt in it."""
+        return any(segment.mask is not None for segment in self.segments)
+
+    def pieces(self) -> "list[Pack]":
+        """Return each segment as a pack by itself."""
+        found, begin = list[Pack](), 0
+        for segment in self.segments:
+            end = begin + segment.length
+            own = (self.predicts >= begin) & (self.predicts < end)
+            row = slice(begin, end)
+            found.append(Pack(self.input_ids[row], self.position_ids[row], [segment], self.predicts[own] - begin, self.targets[own]))
+            begin = end
+        return found
+
+    def only(self, rows: Tensor) -> "Pack":
+        """Return the same tokens with some of the predictions."""
+        return replace(self, predicts=self.predicts[rows], targets=self.targets[rows])
 
 
 @dataclass(frozen=True)
@@ -113,4 +133,16 @@ def pack(examples: Sequence[dict[str, Any]], device: str) -> Pack:
         segments=[Segment(len(one)) for one in ids],
         predicts=(targets_at - 1).to(device),
         targets=input_ids[targets_at].to(device),
+    )
+
+
+def join(packs: Sequence[Pack]) -> Pack:
+    """Put packs one after the other into one row."""
+    begins = torch.tensor([0, *(len(one.input_ids) for one in packs)]).cumsum(0).tolist()
+    return Pack(
+        input_ids=torch.cat([one.input_ids for one in packs]),
+        position_ids=torch.cat([one.position_ids for one in packs]),
+        segments=[segment for one in packs for segment in one.segments],
+        predicts=torch.cat([one.predicts + begin for one, begin in zip(packs, begins, strict=False)]),
+        targets=torch.cat([one.targets for one in packs]),
     )

@@ -11,6 +11,7 @@ from pipelines.errors import PipelineError
 from pipelines.evaluation.generation import generate
 from pipelines.hardware import detect
 from pipelines.model import load_model
+from pipelines.models.checked import CheckedReader
 from pipelines.stages import base_stage
 from pipelines.tokenizer import load_tokenizer
 
@@ -38,7 +39,7 @@ def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, run
         model = load_model(prepared, str((identity or {}).get("lineage", {}).get("quantization", "none")), hardware)
         load_adapter(model, folder)
     tokenizer = load_tokenizer(prepared)
-    return generate(model, tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens)[0].text.strip()
+    return generate(CheckedReader(model), tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens)[0].text.strip()
 
 
 def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:

@@ -15,10 +15,10 @@ Sources: attention sinks as gpt-oss has them (a logit for each head that takes p
 scores, cap · tanh(score / cap), as in Gemma 2 (2024, arXiv 2408.00118).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -90,18 +90,33 @@ def segments_being_read() -> Sequence[Segment]:
     return segments
 
 
+@dataclass(frozen=True)
+class AttentionOptions:
+    """What a model asks of its attention besides the mask."""
+
+    scaling: float | None = None
+    """Factor of the scores; 1/√E where it is left out."""
+    dropout: float = 0.0
+    """Probability of dropping an attention weight."""
+    softcap: float | None = None
+    """Bound of the scores."""
+    s_aux: Tensor | None = None
+    """(H,) logits of the sinks."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any], module: nn.Module) -> "AttentionOptions":
+        """Take from what a model passes; raise AttentionError where it asks for anything else."""
+        known = {field.name for field in fields(cls)}
+        for name, value in options.items():
+            if name not in known | WITHOUT_EFFECT and value is not None and value is not False:
+                raise AttentionError(f"{type(module).__name__} passes its attention {name}, which packed attention does not compute")
+        if options.get("is_causal") is False:
+            raise AttentionError(f"{type(module).__name__} attends in both directions, which packed attention does not compute")
+        return cls(**{name: value for name, value in options.items() if name in known})
+
+
 def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: "PackMask | Tensor | None",
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **options: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: "PackMask | Tensor | None", **options: Any
 ) -> tuple[Tensor, None]:
     """Attend within segments; the signature is Hugging Face's for attention functions.
 
@@ -109,45 +124,36 @@ def packed_attention(
         module: the attention module, which an error names.
         query, key, value: see the module's shapes.
         attention_mask: the pack's, for this kind of layer.
-        scaling: factor of the scores; 1/√E where it is left out.
-        dropout: probability of dropping an attention weight.
-        softcap: bound of the scores; see the module's sources.
-        s_aux: (H,) logits of the sinks.
-        options: anything else that a model passes.
+        options: see `AttentionOptions`; a model passes more.
 
     Raises:
         AttentionError: the mask is not a pack's, or an option is set that this does not compute.
     """
-    _check(module, query, attention_mask, options)
-    assert isinstance(attention_mask, PackMask)
-    grouped = query.shape[1] != key.shape[1]
-    pieces = zip(*(states.split(attention_mask.lengths, dim=2) for states in (query, key, value)), strict=True)
-    attended = []
-    for (q, k, v), mask in zip(pieces, attention_mask.masks, strict=True):
-        if softcap is not None:
-            one = _capped(q, k, v, mask, scaling=scaling, dropout=dropout, softcap=softcap, sinks=s_aux)
-        elif s_aux is not None:
-            one = _with_sinks(q, k, v, mask, scaling=scaling, dropout=dropout, sinks=s_aux)
-        else:
-            one = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-        attended.append(one.transpose(1, 2))
-    return torch.cat(attended, dim=1), None
+    asked = AttentionOptions.of(options, module)
+    mask = _mask_of_pack(module, query, attention_mask)
+    attend = _kernel(asked)
+    pieces = zip(*(states.split(mask.lengths, dim=2) for states in (query, key, value)), mask.masks, strict=True)
+    return torch.cat([attend(q, k, v, own, asked).transpose(1, 2) for q, k, v, own in pieces], dim=1), None
 
 
-def _check(module: nn.Module, query: Tensor, mask: object, options: dict[str, Any]) -> None:
-    """Refuse whatever would be computed otherwise than the model means it."""
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionOptions], Tensor]
+
+
+def _kernel(options: AttentionOptions) -> Kernel:
+    """Choose what computes the attention of a segment."""
+    if options.softcap is not None:
+        return _capped
+    return _plain if options.s_aux is None else _with_sinks
+
+
+def _mask_of_pack(module: nn.Module, query: Tensor, mask: object) -> PackMask:
+    """Return the mask; refuse one that is not this pack's."""
     where = type(module).__name__
     if not isinstance(mask, PackMask):
         raise AttentionError(f"{where} attends under {type(mask).__name__}, which is not the mask of a pack")
     if query.shape[0] != 1 or query.shape[2] != sum(mask.lengths):
         raise AttentionError(f"{where} attends over {tuple(query.shape)}, and the pack is one row of {sum(mask.lengths)} tokens")
-    for name, value in options.items():
-        if name not in WITHOUT_EFFECT and value is not None and value is not False:
-            raise AttentionError(f"{where} passes its attention {name}, which packed attention does not compute")
-    if options.get("is_causal") is False:
-        raise AttentionError(f"{where} attends in both directions")
+    return mask
 
 
 def _within(segment: Segment, visible: Tensor) -> Tensor | None:
@@ -161,39 +167,56 @@ def _within(segment: Segment, visible: Tensor) -> Tensor | None:
     return segment.mask & visible[depths[:, None], depths[None, :]]
 
 
-def _with_sinks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float | None, dropout: float, sinks: Tensor
-) -> Tensor:
-    """Attend with a sink: one more key, of zeros, whose score is the sink's logit, and whose value is zero."""
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """Attend by the fastest kernel that PyTorch has for the mask."""
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        dropout_p=options.dropout,
+        is_causal=mask is None,
+        scale=options.scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+    """Attend with sinks: one more key, of zeros, whose score is the sink's logit, and whose value is zero."""
     heads, length = q.shape[1], q.shape[2]
-    k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-    allowed = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    bias = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill(~allowed, -torch.inf)
-    column = sinks.to(q.dtype).view(heads, 1, 1).expand(heads, length, 1)
-    bias = torch.cat([bias.expand(heads, length, length), column], dim=2)[None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scaling, enable_gqa=heads != k.shape[1])
+    bias = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill(~_allowed(q, mask), -torch.inf)
+    bias = torch.cat([bias.expand(heads, length, length), _sink_column(q, options)[0]], dim=2)[None]
+    return F.scaled_dot_product_attention(
+        q,
+        F.pad(k, (0, 0, 0, 1)),
+        F.pad(v, (0, 0, 0, 1)),
+        attn_mask=bias,
+        dropout_p=options.dropout,
+        scale=options.scaling,
+        enable_gqa=heads != k.shape[1],
+    )
 
 
-def _capped(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    *,
-    scaling: float | None,
-    dropout: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
     """Attend under a bound of the scores, step by step: no kernel of PyTorch has one."""
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap)
-    allowed = torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    scores = scores.masked_fill(~allowed, -torch.inf)
-    if sinks is not None:
-        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(1, q.shape[1], length, 1)
-        scores = torch.cat([scores, column], dim=3)
+    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if options.scaling is None else options.scaling)
+    assert options.softcap is not None, "this kernel is chosen for it"
+    scores = (options.softcap * torch.tanh(scores / options.softcap)).masked_fill(~_allowed(q, mask), -torch.inf)
+    if options.s_aux is not None:
+        scores = torch.cat([scores, _sink_column(q, options)], dim=3)
     weights = torch.softmax(scores, dim=3, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, p=dropout)[..., :length] @ v
+    return F.dropout(weights, p=options.dropout)[..., :length] @ v
+
+
+def _allowed(q: Tensor, mask: Tensor | None) -> Tensor:
+    """Return a mask as a tensor (L, L)."""
+    length = q.shape[2]
+    return torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+
+
+def _sink_column(q: Tensor, options: AttentionOptions) -> Tensor:
+    """Return the sinks' logits as one more column of scores, (1, H, L, 1)."""
+    assert options.s_aux is not None, "a model with sinks has a logit for each head"
+    return options.s_aux.to(q.dtype).view(1, -1, 1, 1).expand(1, q.shape[1], q.shape[2], 1)

@@ -99,7 +99,7 @@ def target_log_likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - autograd takes positions only
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: LogitTransform, chunk_rows: int
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)

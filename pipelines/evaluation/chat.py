@@ -11,16 +11,15 @@ from collections.abc import Sequence
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipelines.errors import DataError
 from pipelines.evaluation.benchmarks import chats
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import Question, Record, head, left_out
-from pipelines.evaluation.scoring import PACK_TOKENS, states_before, targets
+from pipelines.evaluation.scoring import PACK_TOKENS, tree_pack
 from pipelines.evaluation.trees import packs
-from pipelines.model import head_weight
+from pipelines.models.checked import CheckedReader
 
 TENSOR = "log_probabilities"
 
@@ -40,15 +39,16 @@ def chat_items(tokenizer: PreTrainedTokenizerBase, count: int, seed: int, sample
 
 
 @torch.inference_mode()
-def chat_records(model: PreTrainedModel, questions: Sequence[Question]) -> tuple[list[Record], Tensor]:
+def chat_records(reader: CheckedReader, questions: Sequence[Question]) -> tuple[list[Record], Tensor]:
     """Return the records of chats, and the log-probabilities (N, V) in float16 that their `rows` point into."""
     asked = [question for question in questions if question.left_out is None]
     tables: dict[int, Tensor] = {}
     figures: dict[int, Record] = {}
     for places in packs([question.tree for question in asked], PACK_TOKENS):
         group = [asked[place].tree for place in places]
-        table = F.linear(states_before(model, group), head_weight(model)).float().log_softmax(dim=1)
-        chosen = table.gather(1, targets(model, group)[:, None])[:, 0]
+        pack = tree_pack(group, str(reader.model.device))
+        table = reader.logits(pack).log_softmax(dim=1)
+        chosen = table.gather(1, pack.targets[:, None])[:, 0]
         counts = [len(tree.answers[0].targets) for tree in group]
         for place, rows, values in zip(places, table.split(counts), chosen.split(counts), strict=True):
             tables[place], figures[place] = rows.half().cpu(), {"nll": -float(values.sum()), "tokens": len(values)}

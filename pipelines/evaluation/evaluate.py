@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from lora_core.files import file_written_aside, write_text
 from pipelines.child import run_stages
@@ -28,6 +27,7 @@ from pipelines.evaluation.questions import Question, Record, records
 from pipelines.evaluation.scoring import score, score_examples
 from pipelines.hardware import detect, peak_memory_bytes
 from pipelines.judging.records import left_out, unfinished
+from pipelines.models.checked import CheckedReader
 from pipelines.stage import digest
 
 ITEMS, DISTRIBUTIONS = "items.jsonl", "distributions.safetensors"
@@ -62,9 +62,11 @@ class Evaluation:
                 asked = self.asked(inputs, paths)
             with timings.of("load"):
                 model = stack.enter_context(self.models.use(paths, inputs["quantization"]))
-            found, files = answer(model, asked, folder, timings)
+            reader = CheckedReader(model)
+            found, files = answer(reader, asked, folder, timings)
         write_text(folder / ITEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
         counts = {"items": len(found), "left_out": left_out(found), "unfinished": unfinished(found)}
+        counts["forward"] = None if reader.verified is None else reader.verified.figures()
         return {**counts, "peak_memory_bytes": peak_memory_bytes(), "seconds_of": timings.seconds}, [ITEMS, *files]
 
     def asked(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
@@ -76,32 +78,32 @@ class Evaluation:
         return self._asked[1]
 
 
-def answer(model: PreTrainedModel, asked: Asked, folder: Path, timings: Timings) -> tuple[list[Record], list[str]]:
+def answer(reader: CheckedReader, asked: Asked, folder: Path, timings: Timings) -> tuple[list[Record], list[str]]:
     """Return the records of a model, and the names of the files that go with them, which are written."""
     found, files = list[Record](), list[str]()
     with timings.of("task"):
-        found += score_examples(model, asked.examples)
+        found += score_examples(reader, asked.examples)
     with timings.of("general"):
-        found += scored(model, asked.questions)
+        found += scored(reader, asked.questions)
     with timings.of("lm_eval"):
-        found += asked.tasks.records(model, asked.tokenizer, asked.judging.context) if asked.tasks is not None else []
+        found += asked.tasks.records(reader, asked.tokenizer, asked.judging.context) if asked.tasks is not None else []
     with timings.of("text"):
-        found += scored(model, asked.texts)
+        found += scored(reader, asked.texts)
     with timings.of("chat"):
-        chats, table = chat_records(model, asked.chats)
+        chats, table = chat_records(reader, asked.chats)
         found += chats
     if table.numel():
         with file_written_aside(folder / DISTRIBUTIONS) as aside:
             save_file({TENSOR: table}, str(aside))
         files.append(DISTRIBUTIONS)
     with timings.of("answers"):
-        found += answer_records(model, asked.tokenizer, asked.examples[: asked.answered], asked.judging)
+        found += answer_records(reader, asked.tokenizer, asked.examples[: asked.answered], asked.judging)
     return found, files
 
 
-def scored(model: PreTrainedModel, questions: Sequence[Question]) -> Iterator[Record]:
+def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[Record]:
     """Yield the record of each question."""
-    return records(questions, iter(score(model, [one.tree for one in questions if one.left_out is None])))
+    return records(questions, iter(score(reader, [one.tree for one in questions if one.left_out is None])))
 
 
 if __name__ == "__main__":

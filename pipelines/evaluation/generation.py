@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from pipelines.evaluation.execution import Verdict, execute
 from pipelines.evaluation.metrics import Metric, measure
 from pipelines.evaluation.questions import Record, too_long
+from pipelines.models.checked import CheckedReader, padded
+from pipelines.models.forward import attending_by
 from pipelines.stage import digest
 
 BATCH = 24
@@ -43,14 +45,14 @@ class Judging:
 
 
 def answer_records(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]], judging: Judging
+    reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]], judging: Judging
 ) -> Iterator[Record]:
     """Yield, for each example with a prompt, the greedy answer and its figures, or why it is not asked."""
     prompted = {place: one for place, one in enumerate(examples) if one["prompt_tokens"] > 0 and one["reference"]}
     reasons = {place: _unasked(one, judging) for place, one in prompted.items()}
     prompts = {place: one["input_ids"][: one["prompt_tokens"]] for place, one in prompted.items()}
     asked = [place for place, reason in reasons.items() if reason is None]
-    answers = dict(zip(asked, generate(model, tokenizer, [prompts[place] for place in asked], judging.max_new_tokens), strict=True))
+    answers = dict(zip(asked, generate(reader, tokenizer, [prompts[place] for place in asked], judging.max_new_tokens), strict=True))
     heads = {place: _head(place, prompts[place], one["reference"], tokenizer) for place, one in prompted.items()}
     judged = dict(zip(asked, _judged([{**heads[place], "answer": answers[place].text.strip()} for place in asked], judging), strict=True))
     for place, head in heads.items():
@@ -62,12 +64,12 @@ def answer_records(
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, until: Sequence[str] = ()
+    reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, until: Sequence[str] = ()
 ) -> list[Answer]:
-    """Answer token prompts greedily, in batches of about one length.
+    """Answer token prompts greedily, in batches of about one length where the model writes the same as on each alone.
 
     Args:
-        model: loaded by `load_model`.
+        reader: of the model.
         tokenizer: the base's; its end mark ends an answer, and so do those of the model's own settings.
         prompts: tokens of each prompt.
         max_new_tokens: longest answer.
@@ -75,14 +77,14 @@ def generate(
     """
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    packed = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        for start in range(0, len(order), BATCH):
-            part = order[start : start + BATCH]
-            answers |= zip(part, _batch(model, tokenizer, [prompts[place] for place in part], max_new_tokens, until), strict=True)
-    finally:
-        model.set_attn_implementation(packed)
+    if not prompts:
+        return []
+    way = reader.generation(prompts)
+    size = BATCH if way.batched else 1
+    with attending_by(reader.model, way.attention):
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+            answers |= zip(part, _batch(reader.model, tokenizer, [prompts[place] for place in part], max_new_tokens, until), strict=True)
     return [answers[place] for place in range(len(prompts))]
 
 
@@ -92,8 +94,7 @@ def _batch(
     """Answer one batch, padded on the left."""
     width, ends = max(len(prompt) for prompt in prompts), _end_marks(model, tokenizer)
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
-    ids = torch.tensor([[filler] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ids, mask = padded(prompts, filler=filler, device=str(model.device))
     output = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets.exceptions import DatasetsError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation.documents import check_documents, gold_place, said, scored_by_choice
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import Record, general_values, head
 from pipelines.lookup import find, listed
+from pipelines.models.checked import CheckedReader
 
 MEASURED_IN_BITS = "bits_per_byte"
 NEEDED = ("doc_to_text", "doc_to_target")
@@ -40,7 +41,7 @@ class Tasks:
     def names(self) -> list[str]:
         return list(self._tasks)
 
-    def records(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Record]:
+    def records(self, reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Record]:
         """Yield the record of each document of each task; see `load_tasks` for which kind."""
         from lm_eval.evaluator import evaluate
 
@@ -48,7 +49,7 @@ class Tasks:
 
         for task in self._tasks.values():
             task.set_fewshot_seed(self._seed)  # else the second model would be shown other examples than the first
-        asked = PackedModel(model, tokenizer, context, self._tokens)
+        asked = PackedModel(reader, tokenizer, context, self._tokens)
         answered = evaluate(
             asked, {"tasks": self._tasks, "groups": {}, "group_map": {}}, limit=self._limit, bootstrap_iters=0, log_samples=True
         )

@@ -10,13 +10,14 @@ from typing import Any
 from lm_eval.api.model import LM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pipelines.errors import DataError
 from pipelines.evaluation.generation import generate
 from pipelines.evaluation.questions import too_long
 from pipelines.evaluation.scoring import Score, score
 from pipelines.evaluation.trees import encode, grow, stands
+from pipelines.models.checked import CheckedReader
 
 TREE_TOKENS = 2048
 """Most tokens of a tree of several documents; each token is held against each, so that a wider one would cost more than it spares."""
@@ -37,10 +38,10 @@ class PackedModel(LM):  # type: ignore[misc]
         ended: (task, document) → whether each answer to it came to an end by itself.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int | None, tokens: Tokens) -> None:
+    def __init__(self, reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, context: int | None, tokens: Tokens) -> None:
         """Wrap a model; `tokens` are those of texts that were asked of a model before, and are added to."""
         super().__init__()
-        self.model, self.tokenizer, self.context = model, tokenizer, context
+        self.reader, self.tokenizer, self.context = reader, tokenizer, context
         self.left_out, self.ended = dict[tuple[str, int], str](), dict[tuple[str, int], bool]()
         self._tokens = tokens
 
@@ -72,7 +73,7 @@ class PackedModel(LM):  # type: ignore[misc]
                 kinds.setdefault((most, until), []).append(place)
         answers: dict[int, str] = {}
         for (most, until), places in kinds.items():
-            written = generate(self.model, self.tokenizer, [self._of(requests[place].args[0]) for place in places], most, until)
+            written = generate(self.reader, self.tokenizer, [self._of(requests[place].args[0]) for place in places], most, until)
             for place, one in zip(places, written, strict=True):
                 document = requests[place].task_name, requests[place].doc_id
                 answers[place], self.ended[document] = one.text, one.ended and self.ended.get(document, True)
@@ -90,7 +91,7 @@ class PackedModel(LM):  # type: ignore[misc]
         trees = [grow([read[place][0] for place in group], [read[place][1] for place in group]) for group in groups]
         if any(tree is None for tree in trees):
             raise DataError("a document of an lm-eval task has an empty context or answer; leave it out of the task's data")
-        scores = score(self.model, [tree for tree in trees if tree is not None])
+        scores = score(self.reader, [tree for tree in trees if tree is not None])
         found = {place: one for group, some in zip(groups, scores, strict=True) for place, one in zip(group, some, strict=True)}
         return [found[place] for place in range(len(read))]
 

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lora_core.training.attention import Segment
-from lora_core.training.losses import token_log_likelihoods
-from pipelines.batches import pack
+from pipelines.batches import Pack, join, pack
 from pipelines.evaluation.trees import Tree, mask, packs
-from pipelines.model import head_weight, hidden_states
+from pipelines.models.checked import CheckedReader
 from pipelines.stage import digest
 
 PACK_TOKENS = 1024
@@ -39,12 +37,12 @@ class Score:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Score]]:
+def score(reader: CheckedReader, trees: Sequence[Tree]) -> list[list[Score]]:
     """Return, for each tree, the score of each of its answers."""
     found: list[list[Score]] = [[] for _ in trees]
     for places in packs(trees, PACK_TOKENS):
         group = [trees[place] for place in places]
-        likelihoods, greedy = token_log_likelihoods(states_before(model, group), head_weight(model), targets(model, group), HEAD_ROWS)
+        likelihoods, greedy = reader.log_likelihoods(tree_pack(group, str(reader.model.device)), HEAD_ROWS)
         counts = [len(answer.targets) for tree in group for answer in tree.answers]
         parts = zip(likelihoods.split(counts), greedy.split(counts), strict=True)
         for place, tree in zip(places, group, strict=True):
@@ -53,38 +51,41 @@ def score(model: PreTrainedModel, trees: Sequence[Tree]) -> list[list[Score]]:
 
 
 @torch.inference_mode()
-def score_examples(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def score_examples(reader: CheckedReader, examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield, for each held-out example, the summed negative log-likelihood of its supervised tokens and their number.
 
     Its digest is that of the JSON of its token ids and of which of them are supervised, so that equal records are of equal items.
     """
+    check_examples(reader, examples)
     for start in range(0, len(examples), EXAMPLES):
         part = [examples[i] for i in range(start, min(start + EXAMPLES, len(examples)))]
-        packed = pack(part, str(model.device))
-        states = hidden_states(model, packed.input_ids, packed.position_ids, packed.segments)
-        likelihoods, _ = token_log_likelihoods(states[packed.predicts], head_weight(model), packed.targets, HEAD_ROWS)
+        likelihoods, _ = reader.log_likelihoods(pack(part, str(reader.model.device)), HEAD_ROWS)
         counts = [sum(example["supervised"]) for example in part]
         for offset, (count, values) in enumerate(zip(counts, likelihoods.split(counts), strict=True)):
             asked = digest([list(part[offset][name]) for name in ("input_ids", "supervised")])
             yield {"kind": "task", "id": start + offset, "prompt_sha256": asked, "nll": -float(values.sum()), "tokens": count}
 
 
-def states_before(model: PreTrainedModel, group: Sequence[Tree]) -> Tensor:
-    """Read a pack of trees; return the hidden states (N, D) of all positions that predict, answer by answer."""
-    device, begin = model.device, 0
-    predicts: list[int] = []
-    for tree in group:
-        predicts += [begin + place for answer in tree.answers for place in answer.predicts]
-        begin += len(tree.tokens)
-    segments = [Segment(len(tree.tokens), mask(tree).to(device)) for tree in group]
-    ids = torch.tensor([token for tree in group for token in tree.tokens], device=device)
-    positions = torch.tensor([depth for tree in group for depth in tree.depths], device=device)
-    return hidden_states(model, ids, positions, segments)[torch.tensor(predicts, device=device)]
+def check_examples(reader: CheckedReader, examples: Sequence[dict[str, Any]]) -> None:
+    """Verify the way of reading on the longest and the shortest example at once, so that no later one has to be."""
+    if examples:
+        by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
+        reader.check(pack([by_length[-1], by_length[0]], str(reader.model.device)))
 
 
-def targets(model: PreTrainedModel, group: Sequence[Tree]) -> Tensor:
-    """Return the tokens (N,) that the positions of `states_before` predict."""
-    return torch.tensor([token for tree in group for answer in tree.answers for token in answer.targets], device=model.device)
+def tree_pack(group: Sequence[Tree], device: str) -> Pack:
+    """Put trees one after the other into one row; what their answers' tokens predict comes answer by answer."""
+    return join([_alone(tree, device) for tree in group])
+
+
+def _alone(tree: Tree, device: str) -> Pack:
+    return Pack(
+        input_ids=torch.tensor(tree.tokens, device=device),
+        position_ids=torch.tensor(tree.depths, device=device),
+        segments=[Segment(len(tree.tokens), mask(tree).to(device))],
+        predicts=torch.tensor([place for answer in tree.answers for place in answer.predicts], device=device),
+        targets=torch.tensor([token for answer in tree.answers for token in answer.targets], device=device),
+    )
 
 
 def _score(likelihoods: Tensor, greedy: Tensor) -> Score:

@@ -14,6 +14,7 @@ from pipelines.errors import DataError
 from pipelines.evaluation.scoring import score_examples
 from pipelines.hardware import detect
 from pipelines.model import load_model
+from pipelines.models.checked import CheckedReader
 
 
 def tuning_loss(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -24,7 +25,7 @@ def tuning_loss(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> 
     model = load_model(Path(paths.get("model", paths["base"])), inputs["quantization"], detect())
     if "adapter" in paths:
         load_adapter(model, Path(paths["adapter"]))
-    scored = list(score_examples(model, list(load_from_disk(str(split)))))
+    scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(split)))))
     loss = sum(record["nll"] for record in scored) / sum(record["tokens"] for record in scored)
     return {"tuning_loss": loss, "examples": len(scored)}, []
 

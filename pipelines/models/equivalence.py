@@ -12,9 +12,10 @@ What must agree:
 Rounding alone makes both differ, by an amount that depends on the dtype; see TOLERANCES.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ class Verified:
     gradient_tolerance: float
     rejected: tuple[str, ...] = ()
     """Why faster ways were not taken."""
+    seconds: float = 0.0
+    """That the verification took."""
 
     def figures(self) -> dict[str, Any]:
         """Return plain values for a stage's result."""
@@ -109,6 +112,7 @@ def verified_reader(
     Raises:
         BaseModelError: the model's own forward fails, or reads a token's future.
     """
+    begun = time.perf_counter()
     tensors = _spread([one for one in trained if one.numel() <= LARGEST_TENSOR])
     tolerance = TOLERANCES.get(model.dtype, IN_16_BITS)
     own = PackReader(model, packed=False, head=None)
@@ -119,11 +123,12 @@ def verified_reader(
         for reader in _readers(model, packed=why is None):
             try:
                 difference = _difference(wanted, [_measured(reader, probe, tensors) for probe in probes])
-            except Exception as error:  # the family's own code may raise anything under a mask or an input that it does not expect
+            except Exception as error:  # noqa: BLE001 - a family's own code may raise anything under inputs that it does not expect
                 rejected.append(f"{_named(reader)} fails with {_one_line(error)}")
                 continue
             if difference.loss <= tolerance.loss and difference.gradient <= tolerance.gradient:
-                return reader, _verified(reader, probes, difference, tolerance, tuple(rejected), compared=bool(tensors))
+                verified = _verified(reader, probes, difference, tolerance, compared=bool(tensors))
+                return reader, replace(verified, rejected=tuple(rejected), seconds=round(time.perf_counter() - begun, 3))
             rejected.append(f"{_named(reader)} differs by {difference.loss:.1e} nats a token, gradients by {difference.gradient:.1e}")
     raise BaseModelError(
         f"base model family {model.config.model_type!r} gives different losses when it reads the same example twice "
@@ -233,9 +238,7 @@ def _with_gradient(tensors: Sequence[nn.Parameter], seen: Sequence[_Seen]) -> tu
     return [tensors[place] for place in places], [_Seen(one.losses, [one.gradients[place] for place in places]) for one in seen]
 
 
-def _verified(
-    reader: PackReader, probes: Sequence[Probe], difference: _Difference, tolerance: Tolerance, rejected: tuple[str, ...], *, compared: bool
-) -> Verified:
+def _verified(reader: PackReader, probes: Sequence[Probe], difference: _Difference, tolerance: Tolerance, *, compared: bool) -> Verified:
     return Verified(
         path=reader.path,
         own_head=reader.head is None,
@@ -245,7 +248,6 @@ def _verified(
         gradient_difference=difference.gradient if compared else None,
         loss_tolerance=tolerance.loss,
         gradient_tolerance=tolerance.gradient,
-        rejected=rejected,
     )
 
 

@@ -9,7 +9,7 @@ closed form, else the logits (N, V) as the model itself forms them.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -50,6 +50,7 @@ def packed_mask(*, mask_function: Any, device: Any, use_vmap: bool = False, **_:
         use_vmap=use_vmap,
         device=device,
     )
+    assert visible is not None, "a mask is always made where it may not be skipped"
     return PackMask(segments, visible[0, 0])
 
 
@@ -128,7 +129,7 @@ class PackReader:
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
     """Set the attention function of a model that has a choice; one that has none computes its own."""
-    if model.config._attn_implementation != name and _has_choice(type(model)):
+    if model.config._attn_implementation != name and model._can_set_attn_implementation():
         model.set_attn_implementation(name)
 
 
@@ -159,7 +160,7 @@ def _hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
 
 def _own_logits(model: PreTrainedModel, positions: Tensor, **inputs: Tensor) -> Tensor:
     """Return the logits (N, V) of some positions of one row, as the model forms them."""
-    if "logits_to_keep" in _parameters(type(model)):
+    if "logits_to_keep" in _parameters(type(model).forward):
         kept: Tensor = model(**inputs, **_without_cache(model), logits_to_keep=positions).logits[0]
         return kept
     every: Tensor = model(**inputs, **_without_cache(model)).logits[0]
@@ -167,15 +168,10 @@ def _own_logits(model: PreTrainedModel, positions: Tensor, **inputs: Tensor) -> 
 
 
 def _without_cache(module: nn.Module) -> dict[str, bool]:
-    return {"use_cache": False} if "use_cache" in _parameters(type(module)) else {}
+    return {"use_cache": False} if "use_cache" in _parameters(type(module).forward) else {}
 
 
 @cache
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
     """Return the names of what a module's forward takes."""
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
-@cache
-def _has_choice(kind: type[PreTrainedModel]) -> bool:
-    return kind._can_set_attn_implementation()
+    return frozenset(inspect.signature(forward).parameters)

@@ -43,13 +43,11 @@ class Head:
 
 
 def linear_head(model: PreTrainedModel) -> Head | None:
-    """Return a model's head where it is a linear layer; None where there is none."""
+    """Return a model's head where it is a plain linear layer; None where it is anything else, such as one with an adapter."""
     module = model.get_output_embeddings()
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return None
-    bias = getattr(module, "bias", None)
-    return Head(weight, bias if isinstance(bias, Tensor) else None, logit_transform(model.config.get_text_config()))
+    return Head(module.weight, module.bias, logit_transform(model.config.get_text_config()))
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:

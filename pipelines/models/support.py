@@ -40,7 +40,8 @@ def check_supported(config: PreTrainedConfig) -> None:
             "models only; take a decoder-only base such as Llama, Qwen or Mistral"
         )
     if family not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _has_custom_class(config):
-        kind = "a vision-language model" if family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else "no causal language model"
+        sees = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        kind = "a vision-language model" if sees else "no causal language model"
         raise BaseModelError(
             f"base model family {family!r} is {kind} for transformers, which has no class of it that reads text alone; take the language "
             "model that it is built on, or a decoder-only base such as Llama, Qwen or Mistral"

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from pipelines.errors import PipelineError
 from pipelines.hardware import Hardware, Optimizer
+from pipelines.models.forward import PackReader
 from pipelines.training.objective import Objective, trained_parameters
 from pipelines.training.optimizers import PEAK, build
 
@@ -109,18 +110,23 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator
 
 
 def prepare(
-    accelerator: Accelerator, model: PreTrainedModel, groups: list[dict[str, Any]], *, optimizer: Optimizer, max_grad_norm: float
+    accelerator: Accelerator, reader: PackReader, groups: list[dict[str, Any]], *, optimizer: Optimizer, max_grad_norm: float
 ) -> Engine:
     """Hand a model and its optimiser to accelerate, which shards them as the launch config says.
 
     Args:
         accelerator: see `start`.
-        model: frozen but for what is trained, whose weights the optimiser takes up.
+        reader: of a model that is frozen but for what is trained, whose weights the optimiser takes up.
         groups: what AdamW trains, each with its peak rate.
         optimizer: see `pipelines.hardware.choose_optimizer`.
         max_grad_norm: gradients longer than this are shortened to it.
     """
-    objective = Objective(model)
+    objective = Objective(reader.model, reader)
+    if zero_stage(accelerator) == 3 and not reader.packed and accelerator.num_processes > 1:
+        raise PipelineError(
+            f"base model family {reader.model.config.model_type!r} is read one example at a time, and under ZeRO-3 every rank would have "
+            "to read as many; take a launch.config with ddp, zero1 or zero2"
+        )
     if zero_stage(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
     wrapped, prepared = accelerator.prepare(objective, build(optimizer, groups))

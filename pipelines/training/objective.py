@@ -4,38 +4,45 @@ Shapes: states (N, D) of the positions that predict, weight (V, D), targets (N,)
 """
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lora_core.training.losses import linear_cross_entropy
 from pipelines.batches import Pack
-from pipelines.model import head_weight, hidden_states
+from pipelines.models.forward import PackReader
+from pipelines.models.head import Head
 
 
 class Objective(nn.Module):
     """A language model with its loss."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, reader: PackReader | None = None) -> None:
+        """Wrap a model; without a reader it is read by the fastest way that is not known to be wrong, unverified."""
         super().__init__()
         self.model = model
-        self.head = LossHead(head_weight(model))
+        self.reader = PackReader.default(model) if reader is None else reader
+        self.head = None if self.reader.head is None else LossHead(self.reader.head)
 
     def forward(self, part: Pack) -> Tensor:
         """Return the pack's summed negative log-likelihood in nats; the head sees the supervised positions only."""
-        states = hidden_states(self.model, part.input_ids, part.position_ids, part.segments)
-        loss: Tensor = self.head(states[part.predicts], part.targets)
+        rows = self.reader.rows(part)
+        if self.head is None:
+            return F.cross_entropy(rows.float(), part.targets, reduction="sum")
+        loss: Tensor = self.head(rows, part.targets)
         return loss
 
 
 class LossHead(nn.Module):
-    """The output head's weight and the loss in one module, so that an engine that shares out weights gathers this one."""
+    """The output head's weights and the loss in one module, so that an engine that shares out weights gathers these."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
-        assert isinstance(weight, nn.Parameter), "a language model's head holds a parameter"
-        self.weight = weight
+        assert isinstance(head.weight, nn.Parameter), "a language model's head holds a parameter"
+        self.weight = head.weight
+        self.bias = head.bias
+        self.transform = head.transform
 
     def forward(self, states: Tensor, targets: Tensor) -> Tensor:
-        return linear_cross_entropy(states, self.weight, targets)
+        return Head(self.weight, self.bias, self.transform).loss(states, targets)
 
 
 def trained_parameters(objective: nn.Module) -> dict[str, nn.Parameter]:

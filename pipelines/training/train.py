@@ -37,9 +37,11 @@ from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
 from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
-from pipelines.hardware import attention_kernel, detect, peak_memory_bytes
+from pipelines.hardware import Hardware, Optimizer, attention_kernel, detect, peak_memory_bytes
 from pipelines.heartbeats import Pulse, note
 from pipelines.model import attention_heads, load_model
+from pipelines.models.equivalence import Probe, Verified, verified_reader
+from pipelines.models.forward import PackReader
 from pipelines.planning.plan import lora_config
 from pipelines.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
 from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
@@ -92,6 +94,13 @@ class Run:
         dealt = shares(self.steps[step], self.lengths, ranks * self.accelerator.gradient_accumulation_steps)
         return dealt[self.accelerator.process_index :: ranks]
 
+    def probes(self) -> list[Probe]:
+        """Return what the way of reading is verified on: the longest example between short ones, and the gradient of the short ones."""
+        used = sorted({i for step in self.steps for i in step}, key=lambda i: (self.lengths[i], i))
+        short = [self.example(i, 0) for i in used[:2]]
+        longest = self.example(used[-1], 0)
+        return [Probe(pack(short, self.device), gradient=True), Probe(pack([short[0], longest, *short[1:]], self.device))]
+
     def examples(self) -> Iterator[dict[str, Any]]:
         """Yield the examples of all steps and ranks, in the order of the steps."""
         return (self.dataset[i] for step in self.steps for i in step)
@@ -122,16 +131,19 @@ def train(folder: Path) -> None:
     config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), found=found)
     if options["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    weights, groups = trained_weights(model), parameter_groups(model, inputs)
+    weights = trained_weights(model)
+    reader, verified = verify(run, model)
     checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"], options["checkpoint_share"], weights)
-    attention = attention_kernel(hardware, attention_heads(model))
     optimizer = optimizer_of(accelerator, hardware, model, options, full=inputs["method"] == "full", tokens=run.most_tokens)
-    engine = prepare(accelerator, model, groups, optimizer=optimizer, max_grad_norm=run.max_grad_norm)
+    engine = prepare(accelerator, reader, parameter_groups(model, inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm)
     first = resume(engine, found, inputs["seed"])
     watch(engine, heart)
     log = Log(folder / METRICS if engine.is_first and done is None else None, first)
+    facts = facts_of(hardware, reader, optimizer, weights)
     if engine.is_first:
-        note(folder, f"{weights} trained weights; {hardware.describe(attention, optimizer)}; {engine.ranks} ranks; from step {first}")
+        choices = hardware.describe(facts["attention"], optimizer)
+        note(folder, f"{weights} trained weights; {choices}; {engine.ranks} ranks; from step {first}")
+        note(folder, str(verified))
     peers = meet()
     lacking = options["snapshots"] if done is None else missing_snapshots(folder, options["snapshots"])
     with checkpoints, contact_kept(peers, heart):
@@ -146,11 +158,26 @@ def train(folder: Path) -> None:
                     if checkpoints.due():
                         checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
     if done is None:
-        figures = {"trained_weights": weights, "processor": hardware.name, "optimizer": optimizer.name, "attention": attention}
-        done = finish(folder, engine, config, {**figures, "checkpoints": checkpoints.figures, **log.summary()})
+        figures = {**facts, "forward": verified.figures(), "checkpoints": checkpoints.figures, **log.summary()}
+        done = finish(folder, engine, config, figures)
     declare(folder, engine, config, done)
     if engine.is_first:
         checkpoints.discard()
+
+
+def verify(run: Run, model: PreTrainedModel) -> tuple[PackReader, Verified]:
+    """Choose how the model is read, and see on examples of the run that this is the model's own forward; every rank does."""
+    with run.heart.phase("check"):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found = verified_reader(model, run.probes(), trained=trained)
+    run.heart.lap()  # it belongs to no step
+    return found
+
+
+def facts_of(hardware: Hardware, reader: PackReader, optimizer: Optimizer, weights: int) -> dict[str, Any]:
+    """Return what a result says of how its training was computed."""
+    attention = attention_kernel(hardware, attention_heads(reader.model)) if reader.packed else reader.attention
+    return {"trained_weights": weights, "processor": hardware.name, "optimizer": optimizer.name, "attention": attention}
 
 
 def watch(engine: Engine, heart: Heart) -> None:

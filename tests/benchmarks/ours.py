@@ -22,6 +22,7 @@ from lora_core.files import write_json
 from pipelines.batches import order
 from pipelines.hardware import choose_optimizer, detect, peak_memory_bytes
 from pipelines.model import load_model
+from pipelines.models.forward import PackReader
 from pipelines.training.engine import prepare, start
 from pipelines.training.heart import Heart
 from pipelines.training.train import Run, adapt, parameter_groups, train_step
@@ -81,7 +82,9 @@ def ours(task: Task) -> Record:
     lengths, steps = [len(ids) for ids in dataset["input_ids"]], task.order(dataset)
     run = Run(accelerator, dataset, lengths, steps, settings["warmup_steps"], settings["max_grad_norm"], hardware.device, Heart(None))
     optimizer = choose_optimizer(hardware, "whole", None)
-    engine = prepare(accelerator, model, parameter_groups(model, task.inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm)
+    engine = prepare(
+        accelerator, PackReader.default(model), parameter_groups(model, task.inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm
+    )
     for step in range(task.steps):
         record.losses.append(train_step(run, engine, step)["loss"])
         record.step_ended()

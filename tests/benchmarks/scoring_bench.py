@@ -36,6 +36,7 @@ from pipelines.evaluation.trees import Tree
 from pipelines.hardware import detect
 from pipelines.launch import result_of
 from pipelines.model import load_model
+from pipelines.models.checked import CheckedReader
 from pipelines.places import runs_root
 from pipelines.planning.plan import meta_model
 from pipelines.stages import base_stage
@@ -103,7 +104,7 @@ def contestants(base: Path, items: Sequence[Item], batches: Sequence[int]) -> tu
 
     def ours() -> Scores:
         trees = [question.tree for question in tokenise(items, tokenizer, None)]
-        return [(one.log_likelihood, one.greedy) for scores in score(model, trees) for one in scores]
+        return [(one.log_likelihood, one.greedy) for scores in score(CheckedReader(model), trees) for one in scores]
 
     def theirs(batch: int) -> Contestant:
         wrapped = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=batch, device="cpu")

@@ -14,11 +14,12 @@ from bench import Row, row
 
 from lora_core import Bank, LoraConfig
 from lora_core.bank.routing import TOKENS
-from lora_core.training.losses import token_log_likelihoods
-from pipelines.evaluation.scoring import HEAD_ROWS, PACK_TOKENS, score, states_before, targets
+from pipelines.evaluation.scoring import HEAD_ROWS, PACK_TOKENS, score, tree_pack
 from pipelines.evaluation.trees import Tree, packs
 from pipelines.hardware import detect
-from pipelines.model import head_weight, load_model
+from pipelines.model import load_model
+from pipelines.models.checked import CheckedReader
+from pipelines.models.forward import PackReader
 
 ADAPTER = LoraConfig(r=16, lora_alpha=32)
 NAMES = ("first", "second")
@@ -55,7 +56,7 @@ def bank_of_two(base: Path) -> Bank:
 def scored_alone(bank: Bank, name: str, trees: Sequence[Tree]) -> torch.Tensor:
     """Return the log-likelihood of each answer by one adapter, as the pipeline scores it."""
     with bank.using(name) as model:
-        return torch.tensor([one.log_likelihood for scores in score(model, trees) for one in scores])  # type: ignore[arg-type]
+        return torch.tensor([one.log_likelihood for scores in score(CheckedReader(model), trees) for one in scores])  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -66,8 +67,7 @@ def scored_together(bank: Bank, trees: Sequence[Tree]) -> dict[str, torch.Tensor
         keys = [(name, place) for name in NAMES for place in places]
         group = [trees[place] for _, place in keys]
         with bank.rows([name for name, _ in keys], dim=TOKENS, lengths=[len(tree.tokens) for tree in group]) as model:
-            states = states_before(model, group)  # type: ignore[arg-type]
-        likelihoods, _ = token_log_likelihoods(states, head_weight(bank.model), targets(bank.model, group), HEAD_ROWS)  # type: ignore[arg-type]
+            likelihoods, _ = PackReader.default(model).log_likelihoods(tree_pack(group, "cpu"), HEAD_ROWS)  # type: ignore[arg-type]
         counts = [len(answer.targets) for tree in group for answer in tree.answers]
         parts = iter(likelihoods.split(counts))
         for key, tree in zip(keys, group, strict=True):

@@ -18,8 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lora_core import load_adapter
 from lora_core.base.quant import keep_layout
 from lora_core.training.attention import Segment
+from pipelines.batches import Pack
 from pipelines.hardware import Hardware
-from pipelines.model import head_weight, hidden_states, load_model
+from pipelines.model import load_model
+from pipelines.models.forward import PackReader
 
 EXAMPLES = 8
 FLOAT32 = Hardware("cpu", torch.float32, "gloo")
@@ -78,11 +80,14 @@ def our_logits(base: Path, adapter: Path | None, quantization: str, sequences: l
     model = load_model(base, quantization, FLOAT32)
     if adapter is not None:
         load_adapter(model, adapter)
-    found = []
-    for tokens in sequences:
-        states = hidden_states(model, tokens, torch.arange(len(tokens)), [Segment(len(tokens))])
-        found.append(states @ head_weight(model).T)
-    return found
+    reader = PackReader.default(model)
+    return [reader.logits(every_position(tokens)) for tokens in sequences]
+
+
+def every_position(tokens: Tensor) -> Pack:
+    """Return a sequence as a pack of which each position predicts; what it predicts is not looked at."""
+    places = torch.arange(len(tokens))
+    return Pack(tokens, places, [Segment(len(tokens))], places, tokens)
 
 
 def largest(first: list[Tensor], second: list[Tensor]) -> float:

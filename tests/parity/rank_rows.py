@@ -13,6 +13,7 @@ from lora_core.spectrum.truncation import truncate_adapter, truncation_table
 from pipelines.evaluation.scoring import score_examples
 from pipelines.hardware import detect
 from pipelines.model import load_model
+from pipelines.models.checked import CheckedReader
 
 
 def rank_rows(summary: Row) -> Iterator[Row]:
@@ -40,5 +41,5 @@ def held_out_loss(summary: Row, adapter: Path) -> float:
     model = load_model(Path(summary["base"]["folder"]), summary["recipe"]["base_model"]["quantization"], hardware)
     load_adapter(model, adapter)
     dequantise(model, hardware.dtype)
-    scored = list(score_examples(model, list(load_from_disk(str(data / "validation")))))
+    scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(data / "validation")))))
     return sum(one["nll"] for one in scored) / sum(one["tokens"] for one in scored)

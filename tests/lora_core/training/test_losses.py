@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.training.losses import linear_cross_entropy, token_log_likelihoods
+from lora_core.training.losses import LogitTransform, linear_cross_entropy, token_log_likelihoods
 
 ROWS, WIDTH, VOCABULARY = 7, 16, 53
 CHUNKS = [1, 3, ROWS, 100]
@@ -122,3 +122,30 @@ def test_a_tie_counts_as_greedy() -> None:
 def test_no_position_gives_no_likelihood(inputs: Inputs) -> None:
     likelihoods, greedy = token_log_likelihoods(inputs[0][:0], inputs[1], inputs[2][:0])
     assert (likelihoods.shape, likelihoods.dtype, greedy.shape, greedy.dtype) == ((0,), torch.float32, (0,), torch.bool)
+
+
+TRANSFORMS = {
+    "a scale": LogitTransform(scale=0.25),
+    "a cap": LogitTransform(softcap=3.0),
+    "both": LogitTransform(scale=2.0, softcap=1.5),
+}
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
+def test_terms_of_the_head_equal_the_logits_written_out(inputs: Inputs, transform: LogitTransform, has_bias: bool) -> None:
+    hidden, weight, targets = inputs
+    bias = torch.randn(VOCABULARY, requires_grad=True) if has_bias else None
+    product = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    logits = transform.scale * product
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
+    trained = [hidden, weight, *([] if bias is None else [bias])]
+    for found, wanted in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    likelihoods, greedy = token_log_likelihoods(hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3)
+    torch.testing.assert_close(-likelihoods.double().sum(), expected.detach(), rtol=1e-5, atol=0)
+    assert greedy.tolist() == (logits.argmax(dim=1) == targets).tolist()

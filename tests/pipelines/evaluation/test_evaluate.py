@@ -23,6 +23,7 @@ from pipelines.evaluation.evaluate import DISTRIBUTIONS, ITEMS, Evaluation, scor
 from pipelines.evaluation.scoring import score_examples
 from pipelines.hardware import detect
 from pipelines.model import load_model
+from pipelines.models.checked import CheckedReader
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_inputs, read_records, read_result
 
@@ -101,7 +102,7 @@ def test_an_adapter_scores_as_if_it_had_been_loaded_by_hand(stage_of: StageOf, p
     load_adapter(model, place / "rank-4")
     dequantise(model, torch.float32)
     asked = evaluation.asked(*read_inputs(stage.folder))
-    expected = [*score_examples(model, asked.examples), *scored(model, asked.questions)]
+    expected = [*score_examples(CheckedReader(model), asked.examples), *scored(CheckedReader(model), asked.questions)]
     assert read_records(stage.folder / ITEMS)[: len(expected)] == expected
 
 

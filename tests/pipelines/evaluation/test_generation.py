@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pipelines.data import tokenise
 from pipelines.evaluation.generation import ANSWERS, EXECUTION, Judging, answer_records, generate
 from pipelines.evaluation.metrics import load_metrics
+from pipelines.models.checked import CheckedReader
 
 PROMPTS = ("The quick brown fox", "Say", "def area(width, height): return", "Question: What does this function do? Answer:")
 LENGTH = 12
@@ -42,11 +43,11 @@ def test_answers_are_those_of_each_prompt_alone(
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     expected = [tokenizer.decode(greedy(reference, prompt, LENGTH, tokenizer.eos_token_id), skip_special_tokens=True) for prompt in prompts]
     assert len(set(expected)) > 2
-    assert [one.text for one in generate(model, tokenizer, prompts, LENGTH)] == expected
+    assert [one.text for one in generate(CheckedReader(model), tokenizer, prompts, LENGTH)] == expected
 
 
 def test_an_answer_that_is_cut_has_not_ended(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    [one] = generate(model, tokenizer, [tokenizer(PROMPTS[0]).input_ids], LENGTH)
+    [one] = generate(CheckedReader(model), tokenizer, [tokenizer(PROMPTS[0]).input_ids], LENGTH)
     assert not one.ended
 
 
@@ -57,32 +58,32 @@ def test_an_answer_ends_at_an_end_mark(
     tokens = greedy(reference, prompt, LENGTH, None)
     place = next(place for place in range(3, LENGTH) if tokens[place] not in tokens[:place])
     monkeypatch.setattr(model.generation_config, "eos_token_id", [tokens[place]])
-    [one] = generate(model, tokenizer, [prompt], LENGTH)
+    [one] = generate(CheckedReader(model), tokenizer, [prompt], LENGTH)
     assert one.ended
     assert one.text.startswith(tokenizer.decode(tokens[:place], skip_special_tokens=True))
 
 
 def test_an_answer_ends_where_a_text_says_so(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    whole = [one.text for one in generate(model, tokenizer, prompts, LENGTH)]
+    whole = [one.text for one in generate(CheckedReader(model), tokenizer, prompts, LENGTH)]
     end = whole[0][4:7]
-    cut = generate(model, tokenizer, prompts, LENGTH, until=[end, "no text has this"])
+    cut = generate(CheckedReader(model), tokenizer, prompts, LENGTH, until=[end, "no text has this"])
     assert [one.text for one in cut] == [text.partition(end)[0] for text in whole]
     assert [one.ended for one in cut] == [end in text for text in whole]
 
 
 def test_the_models_attention_is_what_it_was(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     before = model.config._attn_implementation
-    generate(model, tokenizer, [tokenizer(PROMPTS[0]).input_ids], 2)
+    generate(CheckedReader(model), tokenizer, [tokenizer(PROMPTS[0]).input_ids], 2)
     assert model.config._attn_implementation == before
-    assert generate(model, tokenizer, [], 2) == []
+    assert generate(CheckedReader(model), tokenizer, [], 2) == []
 
 
 def test_a_record_holds_the_answer_and_its_figures(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
-    [record] = answer_records(model, tokenizer, [example], judging())
-    [answer] = generate(model, tokenizer, [example["input_ids"][:6]], LENGTH)
+    [record] = answer_records(CheckedReader(model), tokenizer, [example], judging())
+    [answer] = generate(CheckedReader(model), tokenizer, [example["input_ids"][:6]], LENGTH)
     assert (record["kind"], record["id"], record["benchmark"], record["reference"]) == ("generation", 0, ANSWERS, "red red.")
     assert record["answer"] == answer.text.strip()
     assert set(record["metrics"]) == {"chrf", "exact_match"}
@@ -96,14 +97,14 @@ def test_what_has_no_prompt_or_no_reference_is_not_answered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
     examples = [{**example, "prompt_tokens": 0}, {**example, "reference": ""}, example]
-    assert [record["id"] for record in answer_records(model, tokenizer, examples, judging())] == [2]
+    assert [record["id"] for record in answer_records(CheckedReader(model), tokenizer, examples, judging())] == [2]
 
 
 def test_a_prompt_without_room_for_an_answer_is_left_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
     longer = {**example, "prompt_tokens": 7}
-    records = list(answer_records(model, tokenizer, [longer, example], judging(context=6 + LENGTH, argv=["true"])))
+    records = list(answer_records(CheckedReader(model), tokenizer, [longer, example], judging(context=6 + LENGTH, argv=["true"])))
     assert records[0]["left_out"] == f"{7 + LENGTH} tokens exceed the context of {6 + LENGTH}"
     assert set(records[0]) == {"kind", "id", "benchmark", "prompt", "prompt_sha256", "reference", "left_out"}
     assert set(records[1]["metrics"]) == {"chrf", "exact_match", EXECUTION}
@@ -112,8 +113,11 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(
 def test_a_prompt_that_is_cut_is_left_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> None:
     whole, half = {**example, "prompt_tokens": 6}, {**example, "prompt_tokens": 7}
     cut = {"input_ids": example["input_ids"][:6]}
-    kept, left = answer_records(model, tokenizer, [whole | cut, half | cut], judging())
-    assert "left_out" not in kept and kept["answer"] == generate(model, tokenizer, [example["input_ids"][:6]], LENGTH)[0].text.strip()
+    kept, left = answer_records(CheckedReader(model), tokenizer, [whole | cut, half | cut], judging())
+    assert (
+        "left_out" not in kept
+        and kept["answer"] == generate(CheckedReader(model), tokenizer, [example["input_ids"][:6]], LENGTH)[0].text.strip()
+    )
     assert left["left_out"] == "its prompt of 7 tokens is cut to data.max_tokens 6"
     assert (left["id"], "answer" in left) == (1, False)
 
@@ -126,19 +130,19 @@ def test_a_conversation_that_is_cut_inside_its_last_question_is_not_answered(
     [whole] = tokenise(Dataset.from_list([{"messages": turns}]), tokenizer, settings)
     [cut] = tokenise(Dataset.from_list([{"messages": turns}]), tokenizer, {**settings, "max_tokens": whole.prompt_tokens - 1})
     assert any(cut.supervised)
-    left, kept = answer_records(model, tokenizer, [vars(cut), vars(whole)], judging())
+    left, kept = answer_records(CheckedReader(model), tokenizer, [vars(cut), vars(whole)], judging())
     assert ("left_out" in left, "left_out" in kept) == (True, False)
 
 
 def test_a_command_judges_beside_the_metrics(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]) -> None:
     for argv, value in ((["true"], 100), (["false"], 0)):
-        [record] = answer_records(model, tokenizer, [example], judging(argv=argv))
+        [record] = answer_records(CheckedReader(model), tokenizer, [example], judging(argv=argv))
         assert record["metrics"][EXECUTION] == value
 
 
 def test_a_command_that_fails_is_an_error_beside_the_metrics(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
-    [record] = answer_records(model, tokenizer, [example], judging(argv=["sh", "-c", "echo broken >&2; exit 5"]))
+    [record] = answer_records(CheckedReader(model), tokenizer, [example], judging(argv=["sh", "-c", "echo broken >&2; exit 5"]))
     assert record["errors"] == {EXECUTION: "ended with status 5: broken"}
     assert set(record["metrics"]) == {"chrf", "exact_match"}

@@ -16,6 +16,7 @@ from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation import harness
 from pipelines.evaluation.generation import generate
 from pipelines.evaluation.harness import load_tasks
+from pipelines.models.checked import CheckedReader
 
 NATS = 1e-4
 needs_library = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed; it is an extra")
@@ -93,7 +94,7 @@ def records_of(tasks_folder: Path, model: PreTrainedModel, tokenizer: PreTrained
     """Return a function from names of tasks to our records."""
 
     def records(*names: str, context: int | None = None, limit: int | None = None) -> list[Values]:
-        return list(load_tasks(settings(*names, limit=limit), 7, [tasks_folder]).records(model, tokenizer, context))
+        return list(load_tasks(settings(*names, limit=limit), 7, [tasks_folder]).records(CheckedReader(model), tokenizer, context))
 
     return records
 
@@ -160,7 +161,7 @@ def test_written_answers_are_those_of_the_library(
 
     samples = theirs(tasks_folder, "written", folder, tokenizer)
     requests = [Instance("generate_until", {}, tuple(sample["arguments"][0]), 0) for sample in samples]
-    assert PackedModel(model, tokenizer, None, {}).generate_until(requests) == [sample["resps"][0][0] for sample in samples]
+    assert PackedModel(CheckedReader(model), tokenizer, None, {}).generate_until(requests) == [sample["resps"][0][0] for sample in samples]
 
 
 @needs_library
@@ -186,9 +187,9 @@ def test_a_document_that_is_too_long_is_left_out(records_of: Callable[..., list[
 @needs_library
 def test_every_model_is_shown_the_same_examples(tasks_folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     tasks = load_tasks(settings("shown"), 7, [tasks_folder])
-    first, second = (list(tasks.records(model, tokenizer, None)) for _ in range(2))
+    first, second = (list(tasks.records(CheckedReader(model), tokenizer, None)) for _ in range(2))
     assert first == second
-    other = load_tasks(settings("shown"), 8, [tasks_folder]).records(model, tokenizer, None)
+    other = load_tasks(settings("shown"), 8, [tasks_folder]).records(CheckedReader(model), tokenizer, None)
     assert [record["prompt_sha256"] for record in other] != [record["prompt_sha256"] for record in first]
 
 
@@ -232,7 +233,7 @@ def test_a_value_keeps_the_likelihoods_that_it_comes_from(
 def test_a_written_answer_says_whether_it_came_to_an_end(
     tasks_folder: Path, records_of: Callable[..., list[Values]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    written = generate(model, tokenizer, [tokenizer(doc["question"]).input_ids for doc in DOCS], 8)
+    written = generate(CheckedReader(model), tokenizer, [tokenizer(doc["question"]).input_ids for doc in DOCS], 8)
     end = written[0].text[3]
     for name, until in (("cut", "no text has this"), ("ending", end)):
         write_task(tasks_folder, name, {**TASKS["written"], "generation_kwargs": {"until": [until], "max_gen_toks": 8}})

@@ -13,6 +13,7 @@ from pipelines.evaluation.chat import chat_items, chat_records
 from pipelines.evaluation.evaluate import scored
 from pipelines.evaluation.items import Choice, Item, choice_item
 from pipelines.evaluation.questions import tokenise
+from pipelines.models.checked import CheckedReader
 from pipelines.tokenizer import load_tokenizer
 
 NATS = 1e-4
@@ -21,7 +22,7 @@ PASSAGE = Item("passages", "lambada/3", "", (Choice("", "The quick brown fox jum
 
 
 def records(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *items: Item, context: int | None = None) -> list[dict[str, Any]]:
-    return list(scored(model, tokenise(items, tokenizer, context)))
+    return list(scored(CheckedReader(model), tokenise(items, tokenizer, context)))
 
 
 @torch.inference_mode()
@@ -89,7 +90,7 @@ def chats(tokenizer: PreTrainedTokenizerBase) -> list[Item]:
 def test_chats_are_scored_in_the_template(
     model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Item]
 ) -> None:
-    found, table = chat_records(model, tokenise(chats, tokenizer, None))
+    found, table = chat_records(CheckedReader(model), tokenise(chats, tokenizer, None))
     for item, record in zip(chats, found, strict=True):
         messages = [{"role": "user", "content": item.context.split("\n", 1)[1].rpartition("<|end|>\n")[0]}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -107,13 +108,13 @@ def test_chats_are_scored_in_the_template(
 def test_the_divergence_of_two_models_can_be_had_from_their_tables(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Item]
 ) -> None:
-    _, table = chat_records(model, tokenise(chats, tokenizer, None))
+    _, table = chat_records(CheckedReader(model), tokenise(chats, tokenizer, None))
     torch.testing.assert_close(table.float().exp().sum(dim=1), torch.ones(len(table)), atol=5e-3, rtol=0)
 
 
 def test_a_chat_that_is_too_long_has_no_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Item]) -> None:
     lengths = [len(tokenizer(item.context + item.choices[0].scored, add_special_tokens=False).input_ids) - 1 for item in chats]
-    found, table = chat_records(model, tokenise(chats, tokenizer, max(lengths) - 1))
+    found, table = chat_records(CheckedReader(model), tokenise(chats, tokenizer, max(lengths) - 1))
     place = lengths.index(max(lengths))
     assert "left_out" in found[place] and "rows" not in found[place]
     assert sum(record["tokens"] for record in found if "tokens" in record) == len(table)
@@ -124,5 +125,5 @@ def test_without_a_template_there_are_no_chats(plain_folder: Any) -> None:
 
 
 def test_no_chats_give_no_table(model: PreTrainedModel) -> None:
-    found, table = chat_records(model, [])
+    found, table = chat_records(CheckedReader(model), [])
     assert (found, table.numel()) == ([], 0)

@@ -18,6 +18,7 @@ from pipelines.evaluation.evaluate import scored
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import tokenise
 from pipelines.evaluation.scoring import score_examples
+from pipelines.models.checked import CheckedReader
 from pipelines.stage import digest
 
 NATS = 1e-4
@@ -59,7 +60,7 @@ def plain_scores(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 
 def score_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[dict[str, Any]]:
-    return list(scored(model, tokenise(items, tokenizer, None)))
+    return list(scored(CheckedReader(model), tokenise(items, tokenizer, None)))
 
 
 def scored_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def test_an_empty_side_is_refused_by_name(tokenizer: PreTrainedTokenizerBase, on
 
 def test_no_items_give_no_records(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert score_items(model, tokenizer, []) == []
-    assert list(score_examples(model, [])) == []
+    assert list(score_examples(CheckedReader(model), [])) == []
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +164,13 @@ def examples(tokenizer: PreTrainedTokenizerBase) -> Sequence[dict[str, Any]]:
 def test_an_example_is_known_by_its_tokens_and_what_is_supervised(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> None:
     [first, second] = examples[:2]
     others = [{**first, "input_ids": first["input_ids"][::-1]}, {**first, "supervised": [not one for one in first["supervised"]]}]
-    known = [record["prompt_sha256"] for record in score_examples(model, [first, second, *others, first])]
+    known = [record["prompt_sha256"] for record in score_examples(CheckedReader(model), [first, second, *others, first])]
     assert known[0] == known[4] == digest([first["input_ids"], first["supervised"]])
     assert len(set(known)) == 4
 
 
 def test_an_example_scores_its_plain_loss(model: PreTrainedModel, reference: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> None:
-    records = list(score_examples(model, examples))
+    records = list(score_examples(CheckedReader(model), examples))
     assert [(record["kind"], record["id"]) for record in records] == [("task", number) for number in range(len(examples))]
     for record, example in zip(records, examples, strict=True):
         with torch.inference_mode():

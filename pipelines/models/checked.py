@@ -1,0 +1,147 @@
+"""A model whose way of being read is verified on what it reads, before any number of it counts.
+
+What is read first is verified first, and so is any example longer than those before it: a window shows itself only there.
+Where a faster way no longer agrees, the model goes on by a slower one that does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipelines.batches import Pack, join
+from pipelines.models.equivalence import IN_16_BITS, TOLERANCES, Probe, Verified, verified_reader
+from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
+from pipelines.models.support import why_not_packed
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are written."""
+
+    attention: str
+    batched: bool
+    """Several prompts at once, padded on the left; else one after the other."""
+
+
+class CheckedReader:
+    """Reads packs, each by a way that is verified for examples of its length."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.verified: Verified | None = None
+        self._reader = PackReader.default(model)
+        self._longest = {False: 0, True: 0}
+        """Whether trees → tokens of the longest example that was verified."""
+        self._generation: tuple[int, Generation] | None = None
+
+    def log_likelihoods(self, pack: Pack, chunk_rows: int) -> tuple[Tensor, Tensor]:
+        """Return the log-likelihood of each target in nats, and whether it is the likeliest token there."""
+        self.check(pack)
+        return self._reader.log_likelihoods(pack, chunk_rows)
+
+    def logits(self, pack: Pack) -> Tensor:
+        """Return the logits (N, V) in float32 of the positions that predict."""
+        self.check(pack)
+        return self._reader.logits(pack)
+
+    def check(self, pack: Pack) -> None:
+        """Verify the way of reading on an excerpt of a pack, where it holds a longer example than any before.
+
+        Raises:
+            BaseModelError: see `verified_reader`.
+        """
+        if pack.longest <= self._longest[pack.has_trees] or not len(pack.predicts):
+            return
+        reader, verified = verified_reader(self.model, [Probe(excerpt(pack))])
+        self._longest[pack.has_trees] = pack.longest
+        if self.verified is None or self._is_slower(reader):
+            self._reader = reader
+        self.verified = verified if self.verified is None else _both(self.verified, verified, self._reader)
+
+    def generation(self, prompts: Sequence[list[int]]) -> Generation:
+        """Return the fastest way of writing answers that begins each as the model's own forward does on the prompt alone.
+
+        Args:
+            prompts: tokens of each, at least one.
+        """
+        longest, shortest = max(prompts, key=len), min(prompts, key=len)
+        if self._generation is None or len(longest) > self._generation[0]:
+            self._generation = len(longest), self._way_of_writing([shortest, longest])
+        return self._generation[1]
+
+    def _is_slower(self, reader: PackReader) -> bool:
+        return (not reader.packed, reader.head is None) > (not self._reader.packed, self._reader.head is None)
+
+    @torch.inference_mode()
+    def _way_of_writing(self, prompts: Sequence[list[int]]) -> Generation:
+        alone = Generation(EAGER, batched=False)
+        if why_not_packed(self.model) is not None:
+            return alone
+        with attending_by(self.model, EAGER):
+            wanted = torch.cat([self.model(input_ids=self._row(prompt)).logits[:, -1].float().log_softmax(dim=1) for prompt in prompts])
+        for attention in (SDPA, EAGER):
+            try:
+                with attending_by(self.model, attention):
+                    found = self._first_logits(prompts).float().log_softmax(dim=1)
+            except Exception:  # noqa: BLE001 - a family that refuses an attention function or a padded batch says so in its own way
+                continue
+            if float((found - wanted).abs().max()) <= 10 * TOLERANCES.get(self.model.dtype, IN_16_BITS).loss:
+                return Generation(attention, batched=True)
+        return alone
+
+    def _first_logits(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Return the logits (prompts, V) after each prompt of a padded batch, as generation computes them."""
+        ids, mask = padded(prompts, filler=prompts[0][0], device=str(self.model.device))
+        output = self.model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=1,
+            do_sample=False,
+            pad_token_id=prompts[0][0],
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _row(self, prompt: list[int]) -> Tensor:
+        return torch.tensor([prompt], device=self.model.device)
+
+
+def excerpt(pack: Pack) -> Pack:
+    """Return a small pack of the same kind: what holds the longest example and what is shortest, of a tree two answers."""
+    pieces = [one for one in pack.pieces() if len(one.predicts)]
+    longest, shortest = max(pieces, key=lambda one: one.longest), min(pieces, key=lambda one: len(one.input_ids))
+    return join([_two_answers(one) for one in ([longest] if longest is shortest else [longest, shortest])])
+
+
+def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[Tensor, Tensor]:
+    """Return prompts as one batch, padded on the left, and its mask, both (prompts, longest)."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return ids, mask
+
+
+def _two_answers(piece: Pack) -> Pack:
+    """Keep what the longest path of a segment and its first one predict."""
+    paths = piece.paths()
+    chosen = {id(path): path for path in (paths[0], max(paths, key=lambda path: len(path.places)))}
+    return piece.only(torch.cat([path.rows for path in chosen.values()]).sort().values)
+
+
+def _both(one: Verified, other: Verified, reader: PackReader) -> Verified:
+    """Return what two verifications say together."""
+    return replace(
+        one,
+        path=reader.path,
+        own_head=reader.head is None,
+        examples=one.examples + other.examples,
+        longest=max(one.longest, other.longest),
+        loss_difference=max(one.loss_difference, other.loss_difference),
+        rejected=tuple(dict.fromkeys([*one.rejected, *other.rejected])),
+        seconds=round(one.seconds + other.seconds, 3),
+    )
