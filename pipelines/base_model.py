@@ -87,6 +87,8 @@ def embedded_file(name: str) -> Path:
 def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Bring the base into Hugging Face format and fingerprint it in full precision."""
     from lora_core import fingerprint
+    from pipelines.models.equivalence import first_look
+    from pipelines.models.support import context_tokens
     from pipelines.tokenizer import load_tokenizer, quiet
 
     quiet()
@@ -100,6 +102,7 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
     else:
         model, tokenizer = _load(source)
     kind, base_digest = fingerprint(model)
+    verified = first_look(model)
     figures = {
         "folder": str(source.resolve()),
         "id": inputs["base"]["id"],
@@ -107,8 +110,9 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         "digests": {kind: base_digest},
         "tokenizer_sha256": digest(sorted(tokenizer.get_vocab().items())),
         "template_sha256": digest(tokenizer.chat_template or ""),
+        "forward": verified.figures(),
         "weights": sum(p.numel() for p in model.parameters()),
-        "context_tokens": getattr(model.config, "max_position_embeddings", None),
+        "context_tokens": context_tokens(model.config),
     }
     return figures, files
 
@@ -118,17 +122,37 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from pipelines.models.forward import EAGER
+    from pipelines.models.support import check_supported
     from pipelines.tokenizer import load_tokenizer
 
+    check_supported(load_config(folder))
     part = "tokenizer"
     try:
         tokenizer = load_tokenizer(folder)
         part = "weights"
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto"), tokenizer
+        return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", attn_implementation=EAGER), tokenizer
     except (OSError, ValueError, SafetensorError) as error:
         raise BaseModelError(
             f"the {part} of base model folder {str(folder)!r} cannot be loaded ({str(error).partition(chr(10))[0]}); "
             "give a folder to which both the model and its tokenizer were saved with save_pretrained"
+        ) from error
+
+
+def load_config(folder: Path) -> Any:
+    """Read a base's config.
+
+    Raises:
+        BaseModelError: it is not readable, or of a family that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"the config of base model folder {str(folder)!r} cannot be loaded ({str(error).partition(chr(10))[0]}); "
+            "give a folder that save_pretrained wrote, of a family that the installed transformers knows"
         ) from error
 
 

@@ -21,7 +21,7 @@ from lora_core.files import sha256_of_file, write_json
 from pipelines.errors import ERROR_FILE
 
 INPUTS, RESULT, LOG, SNAPSHOTS = "inputs.json", "result.json", "log.txt", "snapshots"
-FORMATS = {"base": 3, "data": 5, "plan": 6, "train": 5, "tune": 4, "cut": 3, "evaluate": 5}
+FORMATS = {"base": 4, "data": 5, "plan": 7, "train": 6, "tune": 5, "cut": 3, "evaluate": 6}
 """Kind of a stage → a number to raise when its outcome changes for the same inputs."""
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets")
 

@@ -8,6 +8,7 @@ An adapter asks for the base's own product, to the bit, and for the dense matrix
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -78,6 +79,17 @@ class DenseWeight:
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight
+
+
+@dataclass(frozen=True)
+class SubclassedWeight(DenseWeight):
+    """The weight of a subclass of `nn.Linear` that forms the same product in a way of its own, such as Falcon's."""
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not self.module.bias or self.module.weight.dtype != x.dtype:
+            return super().linear(x, bias)
+        y: Tensor = type(self.module).forward(self.module, x)
+        return y
 
 
 @dataclass(frozen=True)
@@ -214,9 +226,23 @@ def base_weight(module: nn.Module) -> BaseWeight | None:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise TargetError("a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that")
         return FourBitWeight(module)
-    if type(module) is nn.Linear:
-        return DenseWeight(module)
+    if isinstance(module, nn.Linear) and is_plain_product(type(module)):
+        return DenseWeight(module) if type(module) is nn.Linear else SubclassedWeight(module)
     return TurnedWeight(module) if _is_conv1d(module) else None
+
+
+@cache
+def is_plain_product(kind: Any) -> bool:
+    """Return whether a class computes what `nn.Linear` does: by its own forward, or as a small instance of it shows."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            small, x = kind(8, 6, device="cpu", dtype=torch.float32), torch.randn(5, 8)
+            found, expected = small(x), F.linear(x, small.weight, small.bias)
+    except Exception:  # noqa: BLE001 - its constructor may want anything else, and then it is none
+        return False
+    return isinstance(found, Tensor) and found.shape == expected.shape and bool((found - expected).abs().max() < 1e-5)
 
 
 def quantised_kind(module: nn.Module) -> Kind | None:

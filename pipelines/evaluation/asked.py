@@ -19,6 +19,7 @@ from pipelines.evaluation.metrics import load_metrics
 from pipelines.evaluation.probes import read_probes
 from pipelines.evaluation.questions import Question, tokenise
 from pipelines.lookup import folders
+from pipelines.models.support import context_tokens
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -49,7 +50,7 @@ def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
         RecipeError: a metric, a command or a task is not there.
     """
     settings, places = inputs["evaluation"], folders(paths)
-    tokenizer, context = load_tokenizer(Path(paths["base"])), context_tokens(Path(paths["base"]))
+    tokenizer, context = load_tokenizer(Path(paths["base"])), context_tokens(AutoConfig.from_pretrained(paths["base"]))
     judging = Judging(
         settings["max_new_tokens"],
         load_metrics(settings["metrics"], places),
@@ -74,13 +75,6 @@ def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
         judging,
         tasks,
     )
-
-
-def context_tokens(base: Path) -> int | None:
-    """Return how many tokens the base takes, as its config has it; None where it has none."""
-    config = AutoConfig.from_pretrained(str(base)).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 def _tasks(settings: Mapping[str, Any] | None, seed: int, places: Sequence[Path]) -> Any:

@@ -12,6 +12,7 @@ What must agree:
 Rounding alone makes both differ, by an amount that depends on the dtype; see TOLERANCES.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipelines.batches import Pack
+from pipelines.batches import Pack, pack
 from pipelines.errors import BaseModelError
 from pipelines.models.forward import PackReader
 from pipelines.models.head import linear_head
@@ -31,6 +32,8 @@ from pipelines.models.support import why_not_packed
 HEAD_ROWS = 128
 TENSORS = 6
 """Trained tensors whose gradients are compared."""
+FIRST_LENGTHS = (6, 16, 4)
+"""Tokens of the examples on which a base is looked at before there is any data."""
 LARGEST_TENSOR = 1 << 24
 """Elements of a tensor that may be one of them."""
 
@@ -136,6 +139,28 @@ def verified_reader(
     )
 
 
+def first_look(model: PreTrainedModel) -> Verified:
+    """Verify the way of reading on a few tokens drawn at random, before there is any data; later stages do so on their own.
+
+    Raises:
+        BaseModelError: see `verified_reader`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    words = ordinary_tokens(model)
+    drawn = [words[torch.randint(len(words), (length,), generator=generator)].tolist() for length in FIRST_LENGTHS]
+    examples = [{"input_ids": ids, "supervised": [False] + [True] * (len(ids) - 1)} for ids in drawn]
+    return verified_reader(model, [Probe(pack(examples, str(model.device)))])[1]
+
+
+def ordinary_tokens(model: PreTrainedModel) -> Tensor:
+    """Return the tokens that the config gives no part to, such as that of padding or of an image."""
+    config = model.config
+    values = {**config.to_dict(), **config.get_text_config().to_dict()}
+    special = {value for name, value in values.items() if "token" in name and isinstance(value, int)}
+    words = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
+    return torch.tensor([token for token in range(words) if token not in special])
+
+
 def _readers(model: PreTrainedModel, *, packed: bool) -> Iterator[PackReader]:
     """Yield the ways of reading, the fastest first; the last is the reference itself."""
     head = linear_head(model)
@@ -165,6 +190,11 @@ def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Pa
             f"base model family {family!r} cannot read text by its own forward ({_one_line(error)}); see that transformers "
             "supports it without further inputs, or take another base"
         ) from error
+    if not all(math.isfinite(loss) for one in seen for loss in one.losses):
+        raise BaseModelError(
+            f"base model family {family!r} gives a loss that is not finite on an example of this run by its own forward; see that the "
+            "files of the base are whole, and that its weights are finite in the dtype that it is loaded in"
+        )
     if leak > TOLERANCES.get(own.model.dtype, IN_16_BITS).loss * 10:
         raise BaseModelError(
             f"base model family {family!r} is no causal language model: a token's logits change by {leak:.1e} with the tokens after it; "

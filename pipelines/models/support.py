@@ -65,6 +65,12 @@ def why_not_packed(model: nn.Module) -> str | None:
     return None
 
 
+def context_tokens(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a base takes, as its config has it; None where it has none."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
 def is_wrapper(config: PreTrainedConfig) -> bool:
     """Return whether a model holds its language model beside others, such as a vision tower."""
     return config.get_text_config() is not config

@@ -123,14 +123,11 @@ def train(folder: Path) -> None:
     (inputs, paths), options = read_inputs(folder), read_options(folder)
     hardware = detect()
     accelerator = start(inputs["seed"], options, hardware)
-    with whole_model():
-        model = load_model(Path(paths["base"]), inputs["quantization"], hardware)
+    model = loaded(Path(paths["base"]), inputs["quantization"], hardware, checkpointing=options["gradient_checkpointing"])
     heart = Heart(Pulse(folder, accelerator.process_index, gethostname()))
     run = prepare_run(accelerator, inputs, Path(paths["data"]), heart)
     done, found = read_result(folder), agreed(accelerator.is_main_process, folder / "checkpoints")
     config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), found=found)
-    if options["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     weights = trained_weights(model)
     reader, verified = verify(run, model)
     checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"], options["checkpoint_share"], weights)
@@ -163,6 +160,15 @@ def train(folder: Path) -> None:
     declare(folder, engine, config, done)
     if engine.is_first:
         checkpoints.discard()
+
+
+def loaded(base: Path, quantization: str, hardware: Hardware, *, checkpointing: bool) -> PreTrainedModel:
+    """Load the base, whole on every rank."""
+    with whole_model():
+        model = load_model(base, quantization, hardware)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
 
 
 def verify(run: Run, model: PreTrainedModel) -> tuple[PackReader, Verified]:

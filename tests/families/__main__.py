@@ -1,0 +1,115 @@
+"""Hold every family of causal language models in transformers against its own forward: losses, gradients, trees, answers.
+
+    PYTHONPATH=tests python -m families [--quick] [NAME ...]
+
+Each family is measured in a process of its own, whose memory and time are limited. `--quick` measures one family of each
+kind. The figures go to build/families.json; returns 1 where a goal is missed: a family that is silently wrong or that ends
+with a traceback, or one that should be read in packs and is not.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from parity.rows import Row, at_most, show_grid
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from families.configs import VARIANTS, families
+from families.goals import EITHER, PACKED, QUICK
+from families.measure import Measured, measure
+from lora_core.files import write_json
+
+RESULT = Path(__file__).resolve().parents[2] / "build" / "families.json"
+MEMORY_BYTES, SECONDS = 8 << 30, 120
+LOSS, GRADIENT, TREE = 2e-5, 5e-4, 5e-4
+"""Nats a token, of a gradient's norm, nats an answer of up to 15 tokens: what float32 loses in models of such large weights."""
+CRASHED = "crashed"
+
+
+def main() -> int:
+    """Measure, print and write everything."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one family of each kind")
+    parser.add_argument("--result", type=Path, default=RESULT, help="where the figures go")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="families and variants; all when left out")
+    options = parser.parse_args()
+    names = options.names or (QUICK if options.quick else families())
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        found = dict(zip(names, pool.map(measured_apart, names), strict=True))
+    rows = [row for name, one in found.items() for row in rows_of(name, one)]
+    write_json(options.result, rows)
+    show_grid("Families read here and by their own forward", [row for row in rows if "unbuilt" not in row["what"]])
+    show_reasons(found)
+    missed = [row["what"] for row in rows if row["holds"] is False]
+    counts = Counter(one.path for one in found.values())
+    print(f"{', '.join(f'{count} {path}' for path, count in counts.most_common())}; goals missed: {', '.join(missed) or 'none'}")
+    return 1 if missed else 0
+
+
+def measured_apart(name: str) -> Measured:
+    """Measure a family in a process of its own."""
+    context = multiprocessing.get_context("fork")  # the libraries are loaded once
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure_into, args=(name, sender))
+    process.start()
+    sender.close()
+    try:
+        values = receiver.recv() if receiver.poll(SECONDS) else {"path": CRASHED, "reason": f"no end after {SECONDS} s"}
+    except EOFError:
+        values = {"path": CRASHED, "reason": "its process ended without a word"}
+    process.kill()
+    process.join()
+    return Measured(**values)
+
+
+def _measure_into(name: str, sender: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    logging.set_verbosity_error()
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        measured = measure(name)
+        values = {field.name: getattr(measured, field.name) for field in fields(measured)}
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is what the row reports
+        values = {"path": CRASHED, "reason": f"{type(error).__name__}: {str(error).strip()[:160]}"}
+    sender.send(values)
+
+
+def rows_of(name: str, one: Measured) -> list[Row]:
+    """Return the figures of a family; one that is refused or cannot be built has none but the goal that it may be so."""
+    wanted = (name in PACKED and not one.path.startswith("packed")) or (
+        name in EITHER and not one.path.startswith(("packed", "one by one"))
+    )
+    what = f"{name} ({one.path})"
+    right = {"what": f"{what}: right path", "value": 0 if wanted or one.path == CRASHED else 1, "unit": "", "goal": ">= 1"}
+    rows: list[Row] = [{**right, "holds": bool(right["value"])}]
+    if one.path.startswith(("packed", "one by one")):
+        rows += [
+            at_most(f"{what}: loss", one.loss, LOSS, "nats a token"),
+            at_most(f"{what}: gradient", one.gradient, GRADIENT, "of its norm"),
+            at_most(f"{what}: tree", one.tree, TREE, "nats"),
+            at_most(f"{what}: other answers", one.answers, 0),
+        ]
+    return rows
+
+
+def show_reasons(found: dict[str, Measured]) -> None:
+    """Print why families are not read in packs."""
+    table = Table("family", "path", "reason", title="Why not in packs", title_justify="left")
+    for name, one in found.items():
+        if one.reason and not (name in VARIANTS and one.path == "unbuilt"):
+            table.add_row(name, one.path, one.reason[:160])
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

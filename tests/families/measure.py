@@ -1,0 +1,181 @@
+"""One family, tiny and random, with an adapter: what the pipeline computes next to what the model's own forward computes.
+
+The reference is written out here and shares no code with `pipelines.models`: each example by itself, transformers' eager
+attention, a log-softmax over all logits, autograd through all of it, and `generate` on each prompt alone.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from families.configs import VOCABULARY, tiny_config
+from lora_core import LoraConfig, inject
+from pipelines.batches import pack
+from pipelines.errors import BaseModelError
+from pipelines.evaluation.generation import generate
+from pipelines.evaluation.scoring import score
+from pipelines.evaluation.trees import grow
+from pipelines.models.checked import CheckedReader
+from pipelines.models.equivalence import Probe, verified_reader
+from pipelines.models.support import check_supported
+from pipelines.training.objective import Objective
+
+SEED, SHARPER, NEW_TOKENS = 3, 0.1, 8
+LENGTHS = (9, 40, 17, 4)
+"""Tokens of the examples; the windows of the configs are of 8."""
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one family."""
+
+    path: str
+    """packed, one by one, refused, or unbuilt where transformers itself makes no such model or does not read text with it."""
+    reason: str = ""
+    """Why it is refused or unbuilt, or not packed."""
+    loss: float = 0.0
+    """Largest difference of an example's mean loss, nats a token."""
+    gradient: float = 0.0
+    """Largest difference of a trained tensor's gradient, of its norm."""
+    tree: float = 0.0
+    """Largest difference of an answer's log-likelihood, nats."""
+    answers: int = 0
+    """Greedy answers that differ."""
+
+
+class Tokens:
+    """Stands in for a tokenizer: words are numbers."""
+
+    eos_token_id = None
+    pad_token_id = 0
+
+    def batch_decode(self, rows: Sequence[list[int]], skip_special_tokens: bool = True) -> list[str]:
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def measure(name: str) -> Measured:
+    """Build a family and compare."""
+    try:
+        config = tiny_config(name)
+        check_supported(config)
+        model = built(config)
+    except BaseModelError as error:
+        return Measured("refused", str(error))
+    except Exception as error:
+        return Measured("unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
+    examples = drawn()
+    try:
+        inject(model, LoraConfig(r=2, lora_alpha=4), seed=SEED)
+    except Exception as error:
+        return Measured("refused", f"{type(error).__name__}: {error}")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    try:
+        reader, verified = verified_reader(model, [Probe(pack(examples[1:], "cpu"), gradient=True)], trained=trained)
+    except BaseModelError as error:
+        return Measured("refused", str(error))
+    losses, gradients = reference(model, examples, trained)
+    found = [Objective(model, reader)(pack([one], "cpu")) / sum(one["supervised"]) for one in examples]
+    packed = torch.autograd.grad(Objective(model, reader)(pack(examples, "cpu")), trained, allow_unused=True)
+    return Measured(
+        path=verified.path + (", own head" if verified.own_head else ""),
+        reason="; ".join(verified.rejected),
+        loss=max(abs(float(a.detach()) - b) for a, b in zip(found, losses, strict=True)),
+        gradient=max(relative(a, b) for a, b in zip(gradients, packed, strict=True)),
+        tree=tree_difference(model),
+        answers=answers_that_differ(model),
+    )
+
+
+def built(config: Any) -> PreTrainedModel:
+    """Return a random model whose weights are so large that what is attended to moves every logit."""
+    torch.manual_seed(SEED)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=SHARPER)
+    model.requires_grad_(True)
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 43)[None])
+    return model
+
+
+def drawn() -> list[Example]:
+    """Return examples of random words; the first third of each is its prompt."""
+    generator = torch.Generator().manual_seed(SEED)
+    rows = [torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [{"input_ids": row, "supervised": [place > len(row) // 3 for place in range(len(row))]} for row in rows]
+
+
+def own_log_likelihoods(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Return the log-likelihoods (T − 1, V) by the model's own forward on one example alone."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    logits: Tensor = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+    return logits.float().log_softmax(dim=1)
+
+
+def reference(model: PreTrainedModel, examples: list[Example], trained: list[Tensor]) -> tuple[list[float], list[Tensor | None]]:
+    """Return each example's mean loss, and the gradients of the summed loss of all."""
+    total, means = torch.zeros(()), []
+    for example in examples:
+        targets = torch.tensor(example["input_ids"])[1:]
+        counted = torch.tensor(example["supervised"])[1:]
+        loss = -own_log_likelihoods(model, example["input_ids"]).gather(1, targets[:, None])[:, 0][counted].sum()
+        means.append(float(loss.detach()) / int(counted.sum()))
+        total = total + loss
+    return means, list(torch.autograd.grad(total, trained, allow_unused=True))
+
+
+def relative(wanted: Tensor | None, found: Tensor | None) -> float:
+    if wanted is None or float(wanted.norm()) == 0:
+        return 0.0
+    return float("inf") if found is None else float((wanted - found).norm() / wanted.norm())
+
+
+@torch.no_grad()
+def tree_difference(model: PreTrainedModel) -> float:
+    """Score answers that share a prompt longer than the windows, and each alone."""
+    generator = torch.Generator().manual_seed(SEED + 1)
+    prompt, *answers = (torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist() for length in (20, 12, 3, 15))
+    answers.append(answers[0][:4] + answers[1])  # shares its beginning with another
+    wholes = [prompt + answer for answer in answers]
+    tree = grow(wholes, [len(prompt)] * len(wholes))
+    assert tree is not None
+    [found] = score(CheckedReader(model), [tree])
+    wanted = [
+        own_log_likelihoods(model, ids)[len(prompt) - 1 :].gather(1, torch.tensor(ids[len(prompt) :])[:, None]).sum() for ids in wholes
+    ]
+    return max(abs(one.log_likelihood - float(other)) for one, other in zip(found, wanted, strict=True))
+
+
+@torch.no_grad()
+def answers_that_differ(model: PreTrainedModel) -> int:
+    """Write greedy answers to prompts of several lengths, and to each alone."""
+    generator = torch.Generator().manual_seed(SEED + 2)
+    prompts = [torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist() for length in (5, 21, 12)]
+    found = generate(CheckedReader(model), Tokens(), prompts, NEW_TOKENS)  # type: ignore[arg-type]
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        wanted.append(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist())  # type: ignore[operator]
+    return sum(without_padding(one.text.split()) != without_padding(map(str, row)) for one, row in zip(found, wanted, strict=True))
+
+
+def without_padding(words: Iterable[str]) -> list[str]:
+    """Return the words of an answer but for the padding after its end."""
+    kept = list(words)
+    while kept and kept[-1] == "0":
+        kept.pop()
+    return kept
