@@ -40,7 +40,7 @@ class LoraConfig:
     lora_alpha: float
     """Numerator of the scale that multiplies B·A; above 0."""
     target_modules: Names = ALL_LINEAR
-    """`all-linear` (every linear layer but the output head), a regular expression, or names."""
+    """`all-linear` (every linear layer but the output head and gates of width 1), a regular expression, or names."""
     exclude_modules: Names = ()
     """Modules that are left out of the targets: a regular expression, or names."""
     layers_to_transform: tuple[int, ...] = ()

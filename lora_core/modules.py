@@ -47,6 +47,23 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return cast(nn.Module, head.base) if head is not None and hasattr(type(head), "adapter_tensors") else head
 
 
+def beside_the_language_model(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that a multimodal model holds next to its language model, such as a vision tower, by path.
+
+    Told as Hugging Face models tell it: their config holds that of a language model, and `get_decoder` returns the model.
+    """
+    model = unwrapped(model)
+    text = getattr(getattr(model, "config", None), "get_text_config", None)
+    if text is None or text() is model.config:
+        return {}
+    language, head = model.get_decoder(), output_head(model)  # type: ignore[operator]
+    inside = {id(module) for part in (language, head) if part is not None for module in part.modules()}
+    around = {id(module) for module in model.modules() if any(inner is language for inner in module.modules())}
+    own = inside | around
+    others = {plain_name(name): module for name, module in model.named_modules() if id(module) not in own}
+    return {name: module for name, module in others.items() if name.rpartition(".")[0] not in others}
+
+
 def adapter_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield each part of an adapter with the path of the module in whose place it stands, in model order."""
     for name, module in unwrapped(model).named_modules():

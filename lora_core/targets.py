@@ -15,7 +15,7 @@ from lora_core.base.quant import base_weight
 from lora_core.config import ALL_LINEAR, LoraConfig, Names, matches_end
 from lora_core.errors import TargetError
 from lora_core.layers.experts import expert_targets
-from lora_core.modules import adapter_parts, module_at, output_head, plain_modules, unwrapped
+from lora_core.modules import adapter_parts, beside_the_language_model, module_at, output_head, plain_modules, unwrapped
 
 Layer = Literal["linear", "embedding", "conv2d", "experts"]
 
@@ -127,9 +127,15 @@ def _candidate(module: nn.Module) -> Candidate | None:
 
 
 def _every_linear(model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig) -> list[str]:
-    """Return all linear layers but the output head and what is trained whole."""
+    """Return all linear layers of the language model but its head, what is trained whole, and gates of width 1.
+
+    Such a gate has no low rank. What a multimodal model holds next to its language model is adapted only by name.
+    """
     head, plain = output_head(unwrapped(model)), plain_modules(model)
-    linear = [name for name, one in candidates.items() if one.layer == "linear" and plain[name] is not head]
+    towers = tuple(f"{name}." for name in beside_the_language_model(model))
+    candidates = {name: one for name, one in candidates.items() if not f"{name}.".startswith(towers)} if towers else candidates
+    wide = {name: one for name, one in candidates.items() if min(one.in_features, one.out_features) > 1}
+    linear = [name for name, one in wide.items() if one.layer == "linear" and plain[name] is not head]
     names = [name for name in linear if not _is_named(name, config.modules_to_save)]
     if not names:
         raise TargetError(f"target_modules={ALL_LINEAR!r} matches no linear layer; linear layers here end in {_endings(candidates)}")
@@ -205,7 +211,7 @@ def _check_target(target: Target, config: LoraConfig) -> None:
     if target.rank > limit:
         raise TargetError(
             f"rank {target.rank} exceeds {target.name} of shape {target.out_features}×{target.in_features}; "
-            f"use a rank of at most {limit}, or leave that module out of target_modules"
+            f"use a rank of at most {limit}, or name that module in exclude_modules"
         )
     if target.layer == "embedding" and config.lora_bias:
         raise TargetError(f"lora_bias=True has no meaning for the embedding {target.name}; switch it off or leave the embedding out")

@@ -79,20 +79,29 @@ class ExamplePath:
 
 
 def _paths(segment: Segment, begin: int, rows: Tensor, predicts: Tensor) -> Iterator[ExamplePath]:
-    """Yield the paths of a segment from its root to each leaf, every prediction in one of them."""
+    """Yield what is read for the predictions of a segment: the example, or for each answer of a tree the way down to it."""
     if segment.mask is None:
         if len(rows):
             yield ExamplePath(torch.arange(begin, begin + segment.length), predicts[rows] - begin, rows)
         return
     mask = segment.mask.cpu()
-    left = rows
-    for leaf in (mask.sum(dim=0) == 1).nonzero()[:, 0].tolist():  # nothing follows from it but itself
-        places = mask[leaf].nonzero()[:, 0]
-        position = mask[leaf].cumsum(dim=0) - 1
-        own = mask[leaf][predicts[left] - begin]
-        if bool(own.any()):
-            yield ExamplePath(begin + places, position[predicts[left[own]] - begin], left[own])
-        left = left[~own]
+    for chain in _chains(mask, rows, predicts - begin):
+        read = mask[predicts[chain[-1]] - begin]  # up to the last token that predicts
+        yield ExamplePath(begin + read.nonzero()[:, 0], (read.cumsum(dim=0) - 1)[predicts[chain] - begin], chain)
+
+
+def _chains(mask: Tensor, rows: Tensor, places: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of each answer: a chain goes on as long as a token's parent is the token before it."""
+    begun = 0
+    for row in range(1, len(rows) + 1):
+        if row == len(rows) or not _is_parent(mask, int(places[rows[row - 1]]), int(places[rows[row]])):
+            yield rows[begun:row]
+            begun = row
+
+
+def _is_parent(mask: Tensor, place: int, child: int) -> bool:
+    ancestors = mask[child, :child].nonzero()[:, 0]
+    return len(ancestors) > 0 and int(ancestors[-1]) == place
 
 
 def order(examples: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:

@@ -78,7 +78,7 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0)] = 32
     """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the head), a regular expression, or a list of names."""
+    """`all-linear` (every linear layer but the head and gates of width 1), a regular expression, or a list of names."""
     exclude_modules: str | tuple[str, ...] = ()
     """Modules that are left out: a regular expression, or a list of names."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = ()

@@ -97,6 +97,11 @@ def target_log_likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     return chosen - largest - normalizer, chosen >= largest
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast has products with `x` computed; None where it is off."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: PLR0913 - autograd takes positions only
@@ -106,19 +111,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None
+        dtype = _autocast_dtype(hidden) or hidden.dtype
+        head = weight.to(dtype)  # of float32 masters a copy, as autocast would make
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = transform.apply_(F.linear(hidden[rows], weight, bias).float())
+            read = hidden[rows].to(dtype)
+            logits = transform.apply_(F.linear(read, head, bias).float())
             wanted = targets[rows, None]
             total += (logits.logsumexp(dim=1) - logits.gather(1, wanted)[:, 0]).sum()
             if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
             gradient = torch.softmax(logits, dim=1).scatter_add_(1, wanted, wanted.new_full(wanted.shape, -1, dtype=logits.dtype))
-            gradient = transform.chain_(gradient, logits).to(hidden.dtype)
-            if grad_hidden is not None:
-                torch.mm(gradient, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                grad_weight.addmm_(gradient.T, hidden[rows])
+            gradient = transform.chain_(gradient, logits).to(dtype)
+            if grad_hidden is not None and dtype == hidden.dtype:
+                torch.mm(gradient, head, out=grad_hidden[rows])
+            elif grad_hidden is not None:
+                grad_hidden[rows] = gradient @ head
+            if grad_weight is not None and dtype == weight.dtype:
+                grad_weight.addmm_(gradient.T, read)
+            elif grad_weight is not None:
+                grad_weight += gradient.T @ read
             if grad_bias is not None:
                 grad_bias += gradient.sum(dim=0)
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)

@@ -16,6 +16,9 @@ from pipelines.models.equivalence import IN_16_BITS, TOLERANCES, Probe, Verified
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
 from pipelines.models.support import why_not_packed
 
+FIRST_TOKENS = 3
+"""Tokens of an answer that are compared before answers are written in batches."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -77,38 +80,39 @@ class CheckedReader:
 
     @torch.inference_mode()
     def _way_of_writing(self, prompts: Sequence[list[int]]) -> Generation:
-        alone = Generation(EAGER, batched=False)
-        if why_not_packed(self.model) is not None:
-            return alone
-        with attending_by(self.model, EAGER):
-            wanted = torch.cat([self.model(input_ids=self._row(prompt)).logits[:, -1].float().log_softmax(dim=1) for prompt in prompts])
-        for attention in (SDPA, EAGER):
-            try:
-                with attending_by(self.model, attention):
-                    found = self._first_logits(prompts).float().log_softmax(dim=1)
-            except Exception:  # noqa: BLE001 - a family that refuses an attention function or a padded batch says so in its own way
-                continue
-            if float((found - wanted).abs().max()) <= 10 * TOLERANCES.get(self.model.dtype, IN_16_BITS).loss:
-                return Generation(attention, batched=True)
-        return alone
+        if why_not_packed(self.model) is None:
+            for attention in (SDPA, EAGER):
+                try:
+                    difference = self._difference_of_batch(prompts, attention)
+                except Exception:  # noqa: BLE001 - a family that refuses an attention function or padding says so in its own way
+                    continue
+                if difference <= 10 * TOLERANCES.get(self.model.dtype, IN_16_BITS).loss:
+                    return Generation(attention, batched=True)
+        return Generation(EAGER, batched=False)
 
-    def _first_logits(self, prompts: Sequence[list[int]]) -> Tensor:
-        """Return the logits (prompts, V) after each prompt of a padded batch, as generation computes them."""
+    def _difference_of_batch(self, prompts: Sequence[list[int]], attention: str) -> float:
+        """Return how far the log-probabilities of the first tokens of a padded batch are from those of each prompt alone."""
         ids, mask = padded(prompts, filler=prompts[0][0], device=str(self.model.device))
-        output = self.model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=1,
-            do_sample=False,
-            pad_token_id=prompts[0][0],
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        logits: Tensor = output.logits[0]
-        return logits
-
-    def _row(self, prompt: list[int]) -> Tensor:
-        return torch.tensor([prompt], device=self.model.device)
+        with attending_by(self.model, attention):
+            output = self.model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=FIRST_TOKENS,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=prompts[0][0],
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        found = torch.stack(output.logits, dim=1).float().log_softmax(dim=2)
+        written = output.sequences[:, ids.shape[1] : -1]
+        differences = []
+        with attending_by(self.model, EAGER):
+            for prompt, tokens, row in zip(prompts, written, found, strict=True):
+                whole = torch.cat([torch.tensor(prompt, device=tokens.device), tokens])
+                own = self.model(input_ids=whole[None]).logits[0, len(prompt) - 1 :]
+                differences.append(float((own.float().log_softmax(dim=1) - row).abs().max()))
+        return max(value if value == value else float("inf") for value in differences)
 
 
 def excerpt(pack: Pack) -> Pack:

@@ -14,7 +14,7 @@ Rounding alone makes both differ, by an amount that depends on the dtype; see TO
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -103,24 +103,30 @@ def sentence(figures: dict[str, Any]) -> str:
 
 
 def verified_reader(
-    model: PreTrainedModel, probes: Sequence[Probe], *, trained: Sequence[nn.Parameter] = ()
+    model: PreTrainedModel,
+    probes: Sequence[Probe],
+    *,
+    trained: Mapping[str, nn.Parameter] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[PackReader, Verified]:
     """Return the fastest way of reading packs that agrees with the model's own forward, and how well it does.
 
     Args:
         model: as it will be trained or scored, on its device; left as it is.
         probes: packs of the run's own examples, the longest among them.
-        trained: what is trained; without any no gradient is compared.
+        trained: what is trained, by name; without any no gradient is compared.
+        dtype: of the computation, where autocast makes it another than the weights'.
 
     Raises:
         BaseModelError: the model's own forward fails, or reads a token's future.
     """
     begun = time.perf_counter()
-    tensors = _spread([one for one in trained if one.numel() <= LARGEST_TENSOR])
-    tolerance = TOLERANCES.get(model.dtype, IN_16_BITS)
+    trained = trained or {}
+    tensors = _spread([one for one in trained.values() if one.numel() <= LARGEST_TENSOR])
+    tolerance = TOLERANCES.get(dtype or model.dtype, IN_16_BITS)
     own = PackReader(model, packed=False, head=None)
-    with _undisturbed(model):
-        wanted = _reference(own, probes, tensors)
+    with _undisturbed(model), _computing_in(model, dtype):
+        wanted = _reference(own, probes, tensors, tolerance)
         tensors, wanted = _with_gradient(tensors, wanted)
         rejected: list[str] = [] if (why := why_not_packed(model)) is None else [f"not packed: {why}"]
         for reader in _readers(model, packed=why is None):
@@ -179,7 +185,7 @@ class _Seen:
     gradients: list[Tensor | None]
 
 
-def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Parameter]) -> list[_Seen]:
+def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Parameter], tolerance: Tolerance) -> list[_Seen]:
     """Read the probes by the model's own forward, and see that it reads no token's future."""
     family = own.model.config.model_type
     try:
@@ -195,7 +201,7 @@ def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Pa
             f"base model family {family!r} gives a loss that is not finite on an example of this run by its own forward; see that the "
             "files of the base are whole, and that its weights are finite in the dtype that it is loaded in"
         )
-    if leak > TOLERANCES.get(own.model.dtype, IN_16_BITS).loss * 10:
+    if leak > 10 * tolerance.loss:
         raise BaseModelError(
             f"base model family {family!r} is no causal language model: a token's logits change by {leak:.1e} with the tokens after it; "
             "take a decoder-only base such as Llama, Qwen or Mistral"
@@ -279,6 +285,13 @@ def _verified(reader: PackReader, probes: Sequence[Probe], difference: _Differen
         loss_tolerance=tolerance.loss,
         gradient_tolerance=tolerance.gradient,
     )
+
+
+@contextmanager
+def _computing_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
+    """Compute in a dtype other than the weights', as training with float32 masters does."""
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype not in (None, torch.float32, model.dtype)):
+        yield
 
 
 @contextmanager

@@ -128,17 +128,20 @@ class PackReader:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Set the attention function of a model that has a choice; one that has none computes its own."""
-    if model.config._attn_implementation != name and model._can_set_attn_implementation():
-        model.set_attn_implementation(name)
+    """Set the attention function of a language model that has a choice; one that has none computes its own."""
+    body = text_body(model)
+    if not isinstance(body, PreTrainedModel):
+        body = model
+    if body.config._attn_implementation != name and body._can_set_attn_implementation():
+        body.set_attn_implementation(name)
 
 
 @contextmanager
 def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Let a model attend by another function inside a block."""
-    before = model.config._attn_implementation
-    set_attention(model, name)
+    before = model.config.get_text_config()._attn_implementation
     try:
+        set_attention(model, name)
         yield
     finally:
         set_attention(model, before)

@@ -15,6 +15,8 @@ from pipelines.errors import BaseModelError
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers, as configs name them, whose past is read through an attention mask alone."""
+BODIES = ("model", "transformer")
+"""Where a model holds its body that does not say where."""
 ENCODERS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
 ENCODER_DECODERS = {
     *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -82,10 +84,10 @@ def _has_custom_class(config: PreTrainedConfig) -> bool:
 
 def text_body(model: PreTrainedModel) -> nn.Module:
     """Return what turns tokens into the hidden states that the head reads; of a wrapper its language model alone."""
-    body: nn.Module = model.base_model
-    if is_wrapper(model.config) or body is model:
-        body = model.get_decoder()
-    return body
+    if is_wrapper(model.config):
+        return model.get_decoder()  # type: ignore[no-any-return]
+    bodies = (model.base_model, *(getattr(model, name, model) for name in BODIES), model.get_decoder())
+    return next((body for body in bodies if body is not model), model)
 
 
 def _attends_by_interface(model: PreTrainedModel) -> bool:

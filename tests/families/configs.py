@@ -16,7 +16,7 @@ VOCABULARY, WIDTH, LAYERS, HEADS, KEY_HEADS, HEAD_WIDTH, WINDOW = 200, 64, 4, 4,
 RULES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size(_per_layer_input)?|n_vocab", VOCABULARY),
     (r"(pad|eos|bos|sep|cls|decoder_start)_token_id", None),  # numbered below
-    (r"hidden_size|d_model|n_embd|dim|embedding_size|emb_dim|lru_width|mamba_d_ssm", WIDTH),
+    (r"hidden_size|d_model|n_embd|dim|embedding_size|emb_dim|lru_width", WIDTH),
     (
         r"(dense_)?intermediate_size(_mlp)?|ffn_dim|n_inner|d_inner|ffn_hidden_size|(decoder|encoder)_ffn_dim|prefix_dense_intermediate_size",
         96,
@@ -71,13 +71,21 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         for name in ("gemma2", "gemma3_text", "ministral", "gpt_oss", "dots1", "laguna", "mellum")
     },
     **{name: layers(SLIDING, SLIDING, SLIDING, FULL) for name in ("cohere2", "olmo3", "exaone4", "afmoe", "cohere_compass_text")},
-    **{
-        name: layers(LINEAR, LINEAR, LINEAR, FULL)
-        for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "kimi_linear", "olmo_hybrid")
-    },
+    **{name: layers(LINEAR, LINEAR, LINEAR, FULL) for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")},
     **{
         name: {"num_key_value_heads": HEADS}
-        for name in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "youtu", "minicpm3", "axk1", "axk2")
+        for name in (
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "dots3_note_text",
+            "youtu",
+            "minicpm3",
+            "axk1",
+            "axk2",
+        )
     },
     "lfm2": layers("conv", FULL, "conv", FULL),
     "lfm2_moe": layers("conv", FULL, "conv", FULL),
@@ -89,14 +97,20 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": KEY_HEADS, "new_decoder_architecture": True, "bias": True},
     "opt": {"word_embed_proj_dim": WIDTH},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "mpt": {"expansion_ratio": 2, "logit_scale": 0.5},
+    "mpt": {"expansion_ratio": 2, "logit_scale": 0.5, "attn_config": {"alibi": True}, "resid_pdrop": 0.0, "emb_pdrop": 0.0},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_expand": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "kimi_linear": {"num_key_value_heads": HEADS, **layers(LINEAR, LINEAR, LINEAR, FULL)},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {"num_hidden_layers": 5, "layers_block_type": [LINEAR, LINEAR, "hybrid", LINEAR, "hybrid"], "n_mamba_heads": 2},
+    "longcat_flash": {"num_layers": 2, "zero_expert_num": 2, "head_dim": 8, "num_key_value_heads": HEADS},
     "recurrent_gemma": {"block_types": ["recurrent", "recurrent", "attention"], "num_hidden_layers": 3},
     "stablelm": {"partial_rotary_factor": 0.25},
     "mamba2": {"num_heads": 8, "head_dim": HEAD_WIDTH, "expand": 2},
     "gemma3n_text": {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * LAYERS, **layers(SLIDING, FULL, SLIDING, FULL)},
     "zamba2": {"layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid"], "n_mamba_heads": 8},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 32, "hidden_size": WIDTH, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }
