@@ -65,14 +65,14 @@ def _attempted(work: Work, folder: Path) -> bool:
             write_result(folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files)
     except SystemExit:  # refused, and said so
         return False
-    except Exception as error:
-        record_error(folder, StageError(f"{folder} failed with {type(error).__name__}: {error}; its log holds the rest"))
-        raise
     return True
 
 
 class errors_recorded:
-    """Turn an error the user can mend into error.json, one sentence on stderr and exit status 2."""
+    """Turn an error the user can mend into error.json, one sentence on stderr and exit status 2.
+
+    Any other error is left there in one line as well, with the rank that it ended; its traceback goes to the log.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,6 +88,19 @@ class errors_recorded:
                 record_error(self.folder, error)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(USER_ERROR)
+        if isinstance(error, Exception):
+            with suppress(OSError):
+                record_error(self.folder, StageError(f"{self.folder} failed{_on_rank()} with {_one_line(error)}; its log holds the rest"))
+
+
+def _on_rank() -> str:
+    """Name the rank of several that this process is."""
+    return f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def _one_line(error: Exception) -> str:
+    """Return an error's kind and the first line of its text."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:

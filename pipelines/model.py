@@ -13,20 +13,25 @@ from pipelines.models.support import check_supported
 from pipelines.tokenizer import quiet
 
 
-def load_model(folder: Path, quantization: str, hardware: Hardware) -> PreTrainedModel:
+def load_model(folder: Path, quantization: str, hardware: Hardware, *, masters: bool = False) -> PreTrainedModel:
     """Load the causal language model in `folder`, in evaluation mode, on this process's device.
 
     Args:
         folder: Hugging Face format.
         quantization: nf4 (with double quantisation) or none.
         hardware: device and dtype.
+        masters: hold the weights in float32 whatever the dtype of the computation, since all of them are trained.
 
     Raises:
         BaseModelError: it is no causal language model.
     """
     quiet()
     check_supported(AutoConfig.from_pretrained(str(folder)))
-    options: dict[str, Any] = {"dtype": hardware.dtype, "device_map": {"": hardware.device}, "attn_implementation": EAGER}
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if masters else hardware.dtype,
+        "device_map": {"": hardware.device},
+        "attn_implementation": EAGER,
+    }
     if quantization == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

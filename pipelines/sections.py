@@ -79,6 +79,8 @@ class LoraSection(Section):
     """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """`all-linear` (every linear layer but the head and gates of width 1), a regular expression, or a list of names."""
+    target_parameters: tuple[str, ...] = ()
+    """Stacked weights of experts to adapt as well, such as `mlp.experts.gate_up_proj`; `lora plan` lists what is adapted and what not."""
     exclude_modules: str | tuple[str, ...] = ()
     """Modules that are left out: a regular expression, or a list of names."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = ()

@@ -58,9 +58,17 @@ def summarise(
         "base": base,
         "data": data,
         "items": paths,
+        "forward": _forward(trained, evaluated),
         "spectrum": {one.arm.label: one.figures["spectrum"] for one in trained if "spectrum" in one.figures},
         **compared,
     }
+
+
+def _forward(trained: Sequence[Trained], evaluated: Mapping[Subject, Stage]) -> dict[str, dict[str, Any]]:
+    """Return, for each model, how well the ways in which it was trained and scored agree with its own forward."""
+    training = {one.arm.label: one.figures.get("forward") for one in trained}
+    scoring = {subject.label: (stage.result() or {}).get("forward") for subject, stage in evaluated.items()}
+    return {label: {"training": training.get(label), "scoring": one} for label, one in scoring.items()}
 
 
 def _trained(one: Trained) -> Any:

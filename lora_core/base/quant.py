@@ -226,7 +226,8 @@ def base_weight(module: nn.Module) -> BaseWeight | None:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise TargetError("a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that")
         return FourBitWeight(module)
-    if isinstance(module, nn.Linear) and is_plain_product(type(module)):
+    kind_of_module: Any = type(module)
+    if isinstance(module, nn.Linear) and is_plain_product(kind_of_module):
         return DenseWeight(module) if type(module) is nn.Linear else SubclassedWeight(module)
     return TurnedWeight(module) if _is_conv1d(module) else None
 
@@ -234,6 +235,10 @@ def base_weight(module: nn.Module) -> BaseWeight | None:
 @cache
 def is_plain_product(kind: Any) -> bool:
     """Return whether a class computes what `nn.Linear` does: by its own forward, or as a small instance of it shows."""
+    if kind is nn.Linear:
+        return True
+    if kind.__module__.startswith("torch."):  # such as the projection whose weight nn.MultiheadAttention reads past its forward
+        return False
     if kind.forward is nn.Linear.forward:
         return True
     try:

@@ -49,9 +49,9 @@ class Budget:
     trained_weights: int
     """P."""
     file_bytes: int
-    """Of the saved adapter in float32, or of the saved model in the computation's dtype."""
+    """Of the saved adapter in float32, or of the saved model as its weights are held."""
     weight_bytes: int
-    """The base, dense or as 4-bit codes, and the trained weights beside it."""
+    """The base, dense or as 4-bit codes, and the trained weights; of float32 masters also the copies in which autocast computes."""
     quantization_bytes: int
     """Scales of the 4-bit codes; they are no parameters, so ZeRO-3 leaves them whole on each process."""
     gradient_bytes: int
@@ -126,6 +126,8 @@ class _Sizes:
     """Weights of a model, counted, and what its passes keep: whatever does not depend on the processes."""
 
     total: int
+    matrices: int
+    """In linear layers, the head among them."""
     quantized: int
     """In linear layers but the head, adapted or not, where the method is qlora; stacks of experts stay dense."""
     trained: int
@@ -147,6 +149,7 @@ class _Sizes:
         head = output_head(model)
         return cls(
             total=total,
+            matrices=sum(matrices) + (0 if head is None else sum(parameter.numel() for parameter in head.parameters())),
             quantized=sum(matrices) if setup.method == "qlora" else 0,
             trained=total if setup.method == "full" else sum(_trained_weights(target, setup) for target in targets),
             largest=max(matrices, default=0),
@@ -182,14 +185,16 @@ def _trained_weights(target: Target, setup: Setup) -> int:
 
 def _file_bytes(sizes: _Sizes, setup: Setup) -> int:
     if setup.method == "full":
-        return setup.compute_bytes * sizes.trained
+        return setup.held_bytes * sizes.trained
     return FLOAT32 * sizes.trained + TENSOR_HEADER * sizes.tensors
 
 
 def _weight_bytes(sizes: _Sizes, setup: Setup) -> int:
+    if setup.method == "full":
+        copies = setup.compute_bytes * sizes.matrices if setup.held_bytes > setup.compute_bytes else 0
+        return int((setup.held_bytes * sizes.total + copies) / setup.shares("zero3"))
     base = setup.compute_bytes * (sizes.total - sizes.quantized) + NF4_BYTES * sizes.quantized
-    adapters = 0 if setup.method == "full" else setup.held_bytes * sizes.trained
-    return int((base + adapters) / setup.shares("zero3"))
+    return int((base + setup.held_bytes * sizes.trained) / setup.shares("zero3"))
 
 
 def _loading_bytes(sizes: _Sizes, setup: Setup) -> int:
@@ -239,11 +244,11 @@ def _buffer_bytes(sizes: _Sizes, setup: Setup) -> int:
 def _pass_bytes(sizes: _Sizes, setup: Setup) -> int:
     """Return what forward and backward pass hold for a while, logits aside."""
     numbers = sizes.largest if setup.method == "qlora" else 0  # a 4-bit matrix, made dense
-    if setup.method == "full":
-        numbers += HEAD_GRADIENTS * sizes.head
     if setup.engine:
         numbers += BUCKET_COPIES * min(setup.bucket_weights, sizes.trained)
     held = setup.compute_bytes * numbers
+    if setup.method == "full":
+        held += setup.held_bytes * HEAD_GRADIENTS * sizes.head
     if setup.shares_weights:
         held += min(_weight_bytes(sizes, replace(setup, sharding="zero2")), setup.compute_bytes * LIVE_WEIGHTS)
     return held

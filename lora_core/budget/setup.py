@@ -83,8 +83,8 @@ class Setup:
 
     @property
     def held_bytes(self) -> int:
-        """In which a trained weight is held for the forward pass; adapters are float32 until an engine casts them."""
-        return self.compute_bytes if self.engine or self.method == "full" else FLOAT32
+        """In which a trained weight is held: float32, until an engine casts it and keeps a float32 master next to it."""
+        return self.compute_bytes if self.engine else FLOAT32
 
     @property
     def moment_bytes(self) -> float:

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.batches import Pack, join
-from pipelines.models.equivalence import IN_16_BITS, TOLERANCES, Probe, Verified, verified_reader
+from pipelines.models.equivalence import IN_16_BITS, TOLERANCES, Probe, verified_reader
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
 from pipelines.models.support import why_not_packed
+from pipelines.models.verified import Verified
 
 FIRST_TOKENS = 3
 """Tokens of an answer that are compared before answers are written in batches."""

@@ -16,8 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from pipelines.errors import BaseModelError
 from pipelines.models.forward import PackReader
 from pipelines.models.head import linear_head
 from pipelines.models.support import why_not_packed
+from pipelines.models.verified import Verified
 
 HEAD_ROWS = 128
 TENSORS = 6
@@ -61,47 +61,6 @@ class Probe:
     """Compare the gradient of its loss as well."""
 
 
-@dataclass(frozen=True)
-class Verified:
-    """The way that was taken, and how well it agrees."""
-
-    path: str
-    """packed, or one by one."""
-    own_head: bool
-    """The model forms its own logits; else the head is a product in closed form."""
-    examples: int
-    """That were read both ways."""
-    longest: int
-    """Tokens of the longest of them."""
-    loss_difference: float
-    """Largest of any example, nats a token."""
-    gradient_difference: float | None
-    """Largest of any tensor, of its norm; None where no gradient was compared."""
-    loss_tolerance: float
-    gradient_tolerance: float
-    rejected: tuple[str, ...] = ()
-    """Why faster ways were not taken."""
-    seconds: float = 0.0
-    """That the verification took."""
-
-    def figures(self) -> dict[str, Any]:
-        """Return plain values for a stage's result."""
-        return {**asdict(self), "rejected": list(self.rejected)}
-
-    def __str__(self) -> str:
-        return sentence(self.figures())
-
-
-def sentence(figures: dict[str, Any]) -> str:
-    """Return what a log, a report and a model card say of a verified way."""
-    way = "packed path" if figures["path"] == "packed" else "path of one example at a time"
-    many = f"{figures['examples']} example{'s' * (figures['examples'] != 1)} of up to {figures['longest']:,} tokens"
-    gradient = figures["gradient_difference"]
-    also = "" if gradient is None else f", gradients to {gradient:.0e} of their norm"
-    text = f"{way} matches the model's own forward: {figures['loss_difference']:.0e} nats a token on {many}{also}"
-    return text + "".join(f"; {reason}" for reason in figures["rejected"])
-
-
 def verified_reader(
     model: PreTrainedModel,
     probes: Sequence[Probe],
@@ -122,12 +81,12 @@ def verified_reader(
     """
     begun = time.perf_counter()
     trained = trained or {}
-    tensors = _spread([one for one in trained.values() if one.numel() <= LARGEST_TENSOR])
     tolerance = TOLERANCES.get(dtype or model.dtype, IN_16_BITS)
     own = PackReader(model, packed=False, head=None)
     with _undisturbed(model), _computing_in(model, dtype):
-        wanted = _reference(own, probes, tensors, tolerance)
-        tensors, wanted = _with_gradient(tensors, wanted)
+        every = _reference(own, probes, list(trained.values()), tolerance)
+        untouched = _without_gradient(list(trained), every)
+        tensors, wanted = _compared(list(trained.values()), every)
         rejected: list[str] = [] if (why := why_not_packed(model)) is None else [f"not packed: {why}"]
         for reader in _readers(model, packed=why is None):
             try:
@@ -137,7 +96,9 @@ def verified_reader(
                 continue
             if difference.loss <= tolerance.loss and difference.gradient <= tolerance.gradient:
                 verified = _verified(reader, probes, difference, tolerance, compared=bool(tensors))
-                return reader, replace(verified, rejected=tuple(rejected), seconds=round(time.perf_counter() - begun, 3))
+                return reader, replace(
+                    verified, rejected=tuple(rejected), without_gradient=untouched, seconds=round(time.perf_counter() - begun, 3)
+                )
             rejected.append(f"{_named(reader)} differs by {difference.loss:.1e} nats a token, gradients by {difference.gradient:.1e}")
     raise BaseModelError(
         f"base model family {model.config.model_type!r} gives different losses when it reads the same example twice "
@@ -163,7 +124,7 @@ def ordinary_tokens(model: PreTrainedModel) -> Tensor:
     config = model.config
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
     special = {value for name, value in values.items() if "token" in name and isinstance(value, int)}
-    words = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index, arg-type]
+    words = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     return torch.tensor([token for token in range(words) if token not in special])
 
 
@@ -183,6 +144,7 @@ class _Seen:
     losses: list[float]
     """Mean negative log-likelihood of each example."""
     gradients: list[Tensor | None]
+    has_gradients: bool = False
 
 
 def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Parameter], tolerance: Tolerance) -> list[_Seen]:
@@ -218,7 +180,7 @@ def _measured(reader: PackReader, probe: Probe, tensors: Sequence[nn.Parameter])
         return _Seen(losses, [None] * len(tensors))
     with torch.enable_grad():
         gradients = torch.autograd.grad(reader.loss(probe.pack), list(tensors), allow_unused=True)
-    return _Seen(losses, [None if one is None else one.detach().float() for one in gradients])
+    return _Seen(losses, [None if one is None else one.detach() for one in gradients], has_gradients=True)
 
 
 @torch.no_grad()
@@ -249,29 +211,34 @@ def _difference(wanted: Sequence[_Seen], found: Sequence[_Seen]) -> _Difference:
 def _relative(wanted: Tensor | None, found: Tensor | None) -> float:
     if wanted is None or not bool(wanted.any()):
         return 0.0
-    return float("inf") if found is None else float((found - wanted).norm() / wanted.norm())
+    return float("inf") if found is None else float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
 def _largest(values: Sequence[float]) -> float:
     return max((value if value == value else float("inf") for value in values), default=0.0)
 
 
-def _spread(parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    """Return a few parameters from the first to the last."""
-    if len(parameters) <= 2 * TENSORS:
-        return list(parameters)
-    step = (len(parameters) - 1) / (2 * TENSORS - 1)
-    return [parameters[round(place * step)] for place in range(2 * TENSORS)]
-
-
-def _with_gradient(tensors: Sequence[nn.Parameter], seen: Sequence[_Seen]) -> tuple[list[nn.Parameter], list[_Seen]]:
-    """Keep the tensors that the reference gives a gradient; A of an adapter has none while B is zero."""
-    places = [
+def _compared(parameters: Sequence[nn.Parameter], seen: Sequence[_Seen]) -> tuple[list[nn.Parameter], list[_Seen]]:
+    """Choose a few tensors, from the first to the last, that the reference gives a gradient; A of an adapter has none while B is zero."""
+    able = [
         place
-        for place in range(len(tensors))
-        if any((gradient := one.gradients[place]) is not None and bool(gradient.any()) for one in seen)
-    ][:TENSORS]
-    return [tensors[place] for place in places], [_Seen(one.losses, [one.gradients[place] for place in places]) for one in seen]
+        for place, parameter in enumerate(parameters)
+        if parameter.numel() <= LARGEST_TENSOR and any(_is_moved(one.gradients[place]) for one in seen)
+    ]
+    step = (len(able) - 1) / (TENSORS - 1)
+    places = able if len(able) <= TENSORS else [able[round(number * step)] for number in range(TENSORS)]
+    return [parameters[place] for place in places], [_Seen(one.losses, [one.gradients[place] for place in places]) for one in seen]
+
+
+def _is_moved(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+def _without_gradient(names: Sequence[str], seen: Sequence[_Seen]) -> tuple[str, ...]:
+    """Name what is trained and took no part in the loss of any example; nothing where no gradient was asked for."""
+    if not any(one.has_gradients for one in seen):
+        return ()
+    return tuple(name for place, name in enumerate(names) if all(one.gradients[place] is None for one in seen))
 
 
 def _verified(reader: PackReader, probes: Sequence[Probe], difference: _Difference, tolerance: Tolerance, *, compared: bool) -> Verified:

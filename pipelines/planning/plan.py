@@ -5,6 +5,7 @@
 Refuses a target that matches nothing and a rank larger than a layer, before any training.
 """
 
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_core import LoraConfig, Target
+from lora_core.base.quant import base_weight
 from lora_core.budget.activations import FLOAT32
 from lora_core.budget.budget import Budget, budget
 from lora_core.budget.setup import Setup
 from lora_core.effects import plan_adapter
+from lora_core.modules import output_head
 from lora_core.starts.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
 from pipelines.child import run_stage
@@ -52,6 +55,7 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
     on_gpu, largest, engine = gpu_setup(setup), targets[max(targets)], Engine.of(inputs)
     scaled = scaling(model, on_gpu, largest, engine)
     return {
+        "weights": stored_weights(model, largest, quantized=inputs["quantization"] == "nf4"),
         "targets": [kind for found in targets.values() for kind in _by_kind(found, lora["use_dora"])],
         "runs": runs,
         "setup": asdict(setup),
@@ -110,6 +114,7 @@ def lora_config(settings: dict[str, Any], rank: int) -> LoraConfig:
         r=rank,
         lora_alpha=settings["alpha"],
         target_modules=_names(settings["target_modules"]),
+        target_parameters=tuple(settings["target_parameters"]),
         exclude_modules=_names(settings["exclude_modules"]),
         layers_to_transform=tuple(settings["layers_to_transform"]),
         lora_dropout=settings["dropout"],
@@ -174,6 +179,24 @@ def _run(price: Price, setup: Setup, targets: list[Target]) -> dict[str, Any]:
     starts = sum(target.trained_weights for target in targets) if doubles else 0
     file_rank = 2 * rank if doubles else rank
     return {"rank": rank, "scale": targets[0].scale, "file_rank": file_rank, **price.of(setup, targets, starts)}
+
+
+def stored_weights(model: nn.Module, targets: list[Target], *, quantized: bool) -> list[dict[str, Any]]:
+    """Return all weights of the base by the last parts of their names: how each kind is stored, and whether it is adapted."""
+    head, adapted = output_head(model), {target.name for target in targets}
+    kinds: dict[tuple[str, str, bool], list[int]] = {}
+    for path, module in model.named_modules():
+        in_4_bits = quantized and module is not head and base_weight(module) is not None
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            what = re.sub(r"\.\d+\.", ".*.", full)
+            is_adapted = (path in adapted and name == "weight") or full in adapted
+            stored = "nf4" if in_4_bits and name == "weight" else "dense"
+            kinds.setdefault((what, stored, is_adapted), []).append(parameter.numel())
+    return [
+        {"name": name, "stored": stored, "adapted": is_adapted, "count": len(sizes), "weights": sum(sizes)}
+        for (name, stored, is_adapted), sizes in kinds.items()
+    ]
 
 
 def _by_kind(targets: list[Target], use_dora: bool) -> list[dict[str, Any]]:

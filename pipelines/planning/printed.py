@@ -6,12 +6,15 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines import launch
+from pipelines.models.verified import sentence
 from pipelines.planning.cluster import GIB, LEVELS, Cluster, checkpoints_table, memory_of, scaling_table, traffic_table
 from pipelines.planning.fitting import TERMS
 from pipelines.planning.sharding import check_launch
 from pipelines.recipe import Recipe
 from pipelines.stages import Stages
 
+LISTED = 0.001
+"""Part of all weights from which a kind of them has a line of its own."""
 console = Console()
 
 
@@ -22,7 +25,9 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     data_stage = stages.data(base)
     data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
     plan = launch.result_of(stages.plan(base, data), "pipelines.planning.plan", threads=1)
+    console.print(f"{base['id']}: {sentence(base['forward'])}", highlight=False)
     console.print(_targets_table(plan["targets"], recipe.lora.init))
+    console.print(_weights_table(plan["weights"]))
     console.print(_runs_table(recipe, plan, base["weights"]))
     uncounted = plan["runs"]["control"]["uncounted"]
     if uncounted:
@@ -47,6 +52,23 @@ def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
             f"{target['scale']:g}",
             f"{target['trained_weights']:,}",
         )
+    return table
+
+
+def _weights_table(weights: list[dict[str, Any]]) -> Table:
+    """Print how each kind of weight is stored and whether it is adapted, the most numerous first; small ones in one line."""
+    total = sum(kind["weights"] for kind in weights)
+    table = Table("weights of the base", "tensors", "weights", "share", "stored", "adapter", title="All weights", title_justify="left")
+    listed = sorted((kind for kind in weights if kind["weights"] >= LISTED * total), key=lambda kind: -kind["weights"])
+    rest = [kind for kind in weights if kind["weights"] < LISTED * total]
+    if rest:
+        sums = {name: sum(kind[name] for kind in rest) for name in ("count", "weights")}
+        stored = {kind["stored"] for kind in rest}
+        adapted = {kind["adapted"] for kind in rest}
+        listed.append({"name": "others", **sums, "stored": "/".join(sorted(stored)), "adapted": adapted == {True}})
+    for kind in listed:
+        share, adapter = f"{kind['weights'] / total:.1%}", "yes" if kind["adapted"] else "no"
+        table.add_row(kind["name"], f"{kind['count']:,}", f"{kind['weights']:,}", share, kind["stored"], adapter)
     return table
 
 

@@ -169,6 +169,7 @@ def _training(summary: Summary, label: str) -> str:
         "Data": f"{recipe['data']['source']}, {data['train_examples']:,} training examples, digest `{data['digest']}`",
         "Weights' SHA-256": f"`{trained['adapter_sha256']}`",
         **{f"Fingerprint of the base, {kind}": f"`{value}`" for kind, value in summary["base"]["digests"].items()},
+        **{f"Verified, {what.rpartition(', ')[2]}": text for what, text in sections.verified(summary, label)},
         "Seed": str(summary["seed"]),
         "Commit": f"`{summary['commit']}`",
         "Versions": ", ".join(f"{library} {version}" for library, version in summary["versions"].items()),

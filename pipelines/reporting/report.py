@@ -142,6 +142,7 @@ def _remarks(summary: Mapping[str, Any]) -> list[str]:
         *sections.undecided(summary),
         summary["control"]["words"],
         words.registered_text(summary),
+        words.verified_text(summary),
         words.legend(summary),
     ]
     return [text for text in texts if text]

@@ -9,6 +9,7 @@ import yaml
 
 from pipelines.judging.comparison import BASE, CONTROL, QUANTIZED_BASE
 from pipelines.judging.records import UNNAMED
+from pipelines.models.verified import sentence
 from pipelines.reporting.figures import Figure, general_change
 from pipelines.reporting.formats import is_clear
 
@@ -24,6 +25,18 @@ Summary = Mapping[str, Any]
 def against_base(model: Model) -> Any:
     """Return the comparison with the full-precision base; the base in 4 bits has no other."""
     return model.get("total", model.get("change", {}))
+
+
+def verified(summary: Summary, label: str | None = None) -> list[tuple[str, str]]:
+    """Return what each model, or one, was verified to be in training and in scoring: what was done, and how it agrees."""
+    found = summary.get("forward", {})  # summaries of before hold none
+    return [
+        (f"{name}, {what}", sentence(figures))
+        for name, ways in found.items()
+        if label in (None, name)
+        for what, figures in ways.items()
+        if figures is not None
+    ]
 
 
 def effects(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:

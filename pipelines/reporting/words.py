@@ -71,6 +71,17 @@ def registered_text(summary: Summary) -> str:
     return f"Registered in {registered['model']}: {versions}" + (f"; {aliases}." if aliases else "; no alias was moved.")
 
 
+def verified_text(summary: Summary) -> str:
+    """Return how far training and scoring are from the models' own forward, and what was read one example at a time."""
+    found = [one for ways in summary.get("forward", {}).values() for one in ways.values() if one is not None]
+    if not found:
+        return ""
+    largest = max(one["loss_difference"] for one in found)
+    slow = sorted({label for label, ways in summary["forward"].items() for one in ways.values() if one and one["path"] != "packed"})
+    path = f"; read one example at a time: {', '.join(slow)}" if slow else ""
+    return f"Training and scoring match the models' own forward within {largest:.0e} nats per token{path}."
+
+
 def legend(summary: Summary) -> str:
     """Return what the columns of the tables mean."""
     of_base = f"; of {QUANTIZED_BASE}: by quantisation" if QUANTIZED_BASE in summary["models"] else ""

@@ -23,6 +23,9 @@ from pipelines.models.forward import PackReader
 from pipelines.training.objective import Objective, trained_parameters
 from pipelines.training.optimizers import PEAK, build
 
+MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""Dtype of the computation → accelerate's name for it; fp16 comes with a scaled loss."""
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -58,6 +61,13 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = share * group[PEAK]
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def fill_gradients(self) -> None:
+        """Give what took no part in a step, such as an expert that no token was sent to, a gradient of zero, as ZeRO does."""
+        if self.accelerator.sync_gradients and not self.zero_stage:
+            for parameter in trained_parameters(self.objective).values():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def gradient_norm(self, limit: float) -> float | None:
         """Shorten the gradient to `limit` and return its former length, of all parts and ranks of a step, at its end; None before.
@@ -96,9 +106,9 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator
         )
     torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
     accelerator = Accelerator(
-        cpu=hardware.device == "cpu" and not _is_deepspeed(),
+        cpu=hardware.device == "cpu" and not is_deepspeed(),
         gradient_accumulation_steps=options["accumulation"],
-        mixed_precision="bf16" if hardware.dtype is torch.bfloat16 else "no",
+        mixed_precision=MIXED_PRECISION[hardware.dtype],
         kwargs_handlers=[_process_group(hardware, options["timeout_seconds"])] if "WORLD_SIZE" in os.environ else None,
     )
     if accelerator.num_processes != options["processes"]:
@@ -129,7 +139,7 @@ def prepare(
         )
     if zero_stage(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
-    wrapped, prepared = accelerator.prepare(objective, build(optimizer, groups))
+    wrapped, prepared = accelerator.prepare(objective, build(optimizer, groups, has_masters=bool(zero_stage(accelerator))))
     return Engine(accelerator, objective, wrapped, prepared)
 
 
@@ -161,5 +171,6 @@ def _process_group(hardware: Hardware, seconds: int) -> InitProcessGroupKwargs:
     return InitProcessGroupKwargs(backend=hardware.backend, timeout=timedelta(seconds=seconds))
 
 
-def _is_deepspeed() -> bool:
+def is_deepspeed() -> bool:
+    """Return whether the launch hands the training to DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lora_core.budget.budget import budget
 from lora_core.budget.setup import Setup
+from pipelines.errors import PipelineError
 from pipelines.hardware import FUSED, PAGED, AdamState, Hardware, Optimizer, choose_optimizer
 from pipelines.planning.plan import gpu_setup
 
@@ -37,6 +38,15 @@ def optimizer_of(
     return choose_optimizer(smallest, state_under(accelerator), needed)
 
 
+def _check_precision(groups: list[dict[str, Any]]) -> None:
+    held = {parameter.dtype for group in groups for parameter in group["params"]}
+    for dtype in sorted(held & {torch.bfloat16, torch.float16}, key=str):
+        raise PipelineError(
+            f"AdamW would train weights of {str(dtype).removeprefix('torch.')}, in which an update smaller than the spacing of "
+            "their values is lost; hold what is trained in float32 (load_model with masters=True) and compute in 16 bits under autocast"
+        )
+
+
 def full_bytes(model: PreTrainedModel, options: Values, tokens: int) -> int:
     """Return what full fine-tuning without an engine is estimated to need of a GPU."""
     setup = Setup("full", tokens, processes=options["processes"], checkpointing=options["gradient_checkpointing"])
@@ -53,8 +63,19 @@ def state_under(accelerator: Accelerator) -> AdamState:
     return "replaced" if offloads and config.get("zero_force_ds_cpu_optimizer", True) else "shared"
 
 
-def build(optimizer: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return an AdamW over groups of parameters, each with its peak rate."""
+def build(optimizer: Optimizer, groups: list[dict[str, Any]], *, has_masters: bool = False) -> torch.optim.Optimizer:
+    """Return an AdamW over groups of parameters, each with its peak rate.
+
+    Args:
+        optimizer: which one.
+        groups: what it trains.
+        has_masters: the engine keeps float32 weights next to those of 16 bits, as DeepSpeed does.
+
+    Raises:
+        PipelineError: AdamW would change weights of 16 bits themselves, which loses every update smaller than their spacing.
+    """
+    if not has_masters:
+        _check_precision(groups)
     peaked = [{**group, PEAK: group["lr"]} for group in groups]
     if optimizer.name == PAGED:
         from bitsandbytes.optim.adamw import PagedAdamW8bit

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from datasets import Dataset, load_from_disk
 from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
@@ -33,19 +33,21 @@ from transformers import PreTrainedModel
 from lora_core import LoraConfig, trained_weights
 from lora_core.adapter.files import read_json
 from lora_core.config import GIVEN
+from lora_core.modules import beside_the_language_model
 from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
 from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
-from pipelines.hardware import Hardware, Optimizer, attention_kernel, detect, peak_memory_bytes
+from pipelines.hardware import Hardware, attention_kernel, detect, peak_memory_bytes
 from pipelines.heartbeats import Pulse, note
 from pipelines.model import attention_heads, load_model
-from pipelines.models.equivalence import Probe, Verified, verified_reader
+from pipelines.models.equivalence import Probe, verified_reader
 from pipelines.models.forward import PackReader
+from pipelines.models.verified import Verified, sentence
 from pipelines.planning.plan import lora_config
 from pipelines.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
 from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
-from pipelines.training.engine import Engine, prepare, start, whole_model
+from pipelines.training.engine import Engine, is_deepspeed, prepare, start, whole_model
 from pipelines.training.heart import Heart
 from pipelines.training.log import METRICS, Log
 from pipelines.training.optimizers import optimizer_of
@@ -53,6 +55,8 @@ from pipelines.training.output import output_of, save_trained
 from pipelines.training.peers import contact_kept, meet
 from pipelines.training.starts import inject_started
 
+NAMED = 5
+"""How many of the tensors without a gradient are named."""
 FINAL_RATE = 0.1
 """The schedule ends at this share of the peak rate."""
 
@@ -123,24 +127,19 @@ def train(folder: Path) -> None:
     (inputs, paths), options = read_inputs(folder), read_options(folder)
     hardware = detect()
     accelerator = start(inputs["seed"], options, hardware)
-    model = loaded(Path(paths["base"]), inputs["quantization"], hardware, checkpointing=options["gradient_checkpointing"])
+    masters = inputs["method"] == "full" and not is_deepspeed()  # DeepSpeed keeps its own
+    model = loaded(Path(paths["base"]), inputs["quantization"], hardware, masters=masters)
     heart = Heart(Pulse(folder, accelerator.process_index, gethostname()))
     run = prepare_run(accelerator, inputs, Path(paths["data"]), heart)
     done, found = read_result(folder), agreed(accelerator.is_main_process, folder / "checkpoints")
     config = adapt(model, inputs, examples=run.examples(), base=Path(paths["base"]), found=found)
-    weights = trained_weights(model)
-    reader, verified = verify(run, model)
-    checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"], options["checkpoint_share"], weights)
-    optimizer = optimizer_of(accelerator, hardware, model, options, full=inputs["method"] == "full", tokens=run.most_tokens)
-    engine = prepare(accelerator, reader, parameter_groups(model, inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm)
+    engine, facts = equip(run, model, inputs, options, hardware)
+    checkpoints = Checkpoints(folder / "checkpoints", options["checkpoints_kept"], options["checkpoint_share"], facts["trained_weights"])
     first = resume(engine, found, inputs["seed"])
     watch(engine, heart)
     log = Log(folder / METRICS if engine.is_first and done is None else None, first)
-    facts = facts_of(hardware, reader, optimizer, weights)
     if engine.is_first:
-        choices = hardware.describe(facts["attention"], optimizer)
-        note(folder, f"{weights} trained weights; {choices}; {engine.ranks} ranks; from step {first}")
-        note(folder, str(verified))
+        announce(folder, facts, f"{engine.ranks} ranks; from step {first}")
     peers = meet()
     lacking = options["snapshots"] if done is None else missing_snapshots(folder, options["snapshots"])
     with checkpoints, contact_kept(peers, heart):
@@ -155,35 +154,58 @@ def train(folder: Path) -> None:
                     if checkpoints.due():
                         checkpoints.save(engine, step + 1, log.mean_loss(options["checkpoint_every"]))
     if done is None:
-        figures = {**facts, "forward": verified.figures(), "checkpoints": checkpoints.figures, **log.summary()}
-        done = finish(folder, engine, config, figures)
+        done = finish(folder, engine, config, {**facts, "checkpoints": checkpoints.figures, **log.summary()})
     declare(folder, engine, config, done)
     if engine.is_first:
         checkpoints.discard()
 
 
-def loaded(base: Path, quantization: str, hardware: Hardware, *, checkpointing: bool) -> PreTrainedModel:
+def loaded(base: Path, quantization: str, hardware: Hardware, *, masters: bool) -> PreTrainedModel:
     """Load the base, whole on every rank."""
     with whole_model():
-        model = load_model(base, quantization, hardware)
-    if checkpointing:
+        return load_model(base, quantization, hardware, masters=masters)
+
+
+def equip(
+    run: Run, model: PreTrainedModel, inputs: dict[str, Any], options: dict[str, Any], hardware: Hardware
+) -> tuple[Engine, dict[str, Any]]:
+    """Choose how the model is read and by what it is trained; return it under its engine, and what a result says of that."""
+    weights = trained_weights(model)
+    reader, verified = verify(run, model, hardware.dtype)
+    if options["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    optimizer = optimizer_of(run.accelerator, hardware, model, options, full=inputs["method"] == "full", tokens=run.most_tokens)
+    engine = prepare(run.accelerator, reader, parameter_groups(model, inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm)
+    attention = attention_kernel(hardware, attention_heads(model)) if reader.packed else reader.attention
+    return engine, {
+        "trained_weights": weights,
+        "processor": hardware.name,
+        "optimizer": optimizer.name,
+        "attention": attention,
+        "choices": hardware.describe(attention, optimizer),
+        "forward": verified.figures(),
+    }
 
 
-def verify(run: Run, model: PreTrainedModel) -> tuple[PackReader, Verified]:
+def verify(run: Run, model: PreTrainedModel, dtype: torch.dtype) -> tuple[PackReader, Verified]:
     """Choose how the model is read, and see on examples of the run that this is the model's own forward; every rank does."""
     with run.heart.phase("check"):
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        found = verified_reader(model, run.probes(), trained=trained)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        reader, verified = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
     run.heart.lap()  # it belongs to no step
-    return found
+    if verified.without_gradient:  # DDP waits for the gradients of all tensors, unless it is told to look which there are
+        run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return reader, verified
 
 
-def facts_of(hardware: Hardware, reader: PackReader, optimizer: Optimizer, weights: int) -> dict[str, Any]:
-    """Return what a result says of how its training was computed."""
-    attention = attention_kernel(hardware, attention_heads(reader.model)) if reader.packed else reader.attention
-    return {"trained_weights": weights, "processor": hardware.name, "optimizer": optimizer.name, "attention": attention}
+def announce(folder: Path, facts: dict[str, Any], where: str) -> None:
+    """Say how the training is computed, that it is computed rightly, and what it does not reach."""
+    note(folder, f"{facts['trained_weights']} trained weights; {facts['choices']}; {where}")
+    note(folder, sentence(facts["forward"]))
+    names = facts["forward"]["without_gradient"]
+    if names:
+        more = "" if len(names) <= NAMED else f" and {len(names) - NAMED} more"
+        note(folder, f"{len(names)} trained tensors got no gradient from the first examples: {', '.join(names[:NAMED])}{more}")
 
 
 def watch(engine: Engine, heart: Heart) -> None:
@@ -221,10 +243,18 @@ def adapt(
         config = lora_config(inputs["lora"], inputs["rank"])
         begin = replace(config, init_lora_weights="kaiming") if found is not None and config.init_lora_weights in GIVEN else config
         inject_started(model, begin, seed=inputs["seed"], examples=examples, base=base)
+    else:
+        freeze_towers(model)
     if found is not None:
         take_up(model, found.tensors["weights"])
     model.train()
     return config
+
+
+def freeze_towers(model: PreTrainedModel) -> None:
+    """Leave alone what a multimodal model holds next to its language model: nothing that it is trained on reaches it."""
+    for tower in beside_the_language_model(model).values():
+        tower.requires_grad_(False)
 
 
 def prepare_run(accelerator: Accelerator, inputs: dict[str, Any], data: Path, heart: Heart) -> Run:
@@ -273,6 +303,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
             with heart.phase("backward"):
                 accelerator.backward(negative_log_likelihood * weight)
             with heart.phase("optimizer"):
+                engine.fill_gradients()
                 norm = engine.gradient_norm(run.max_grad_norm)
                 engine.optimizer.step()
                 engine.optimizer.zero_grad()

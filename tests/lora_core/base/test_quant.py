@@ -127,7 +127,15 @@ def test_a_base_that_was_evaluated_is_refused_or_adapted_right(
 
 def test_what_lora_cannot_adapt_has_no_base_weight() -> None:
     class OwnLinear(nn.Linear):
-        """Its forward may do anything."""
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Built(nn.Linear):
+        def __init__(self, config: dict[str, int]) -> None:
+            super().__init__(config["in"], config["out"])
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input)
 
     foreign = [
         nn.Embedding(4, 4),
@@ -135,8 +143,28 @@ def test_what_lora_cannot_adapt_has_no_base_weight() -> None:
         nn.LayerNorm(4),
         nn.Bilinear(2, 2, 2),
         OwnLinear(4, 4),
+        Built({"in": 4, "out": 4}),  # nothing shows what it computes
     ]
     assert [base_weight(module) for module in foreign] == [None] * len(foreign)
+
+
+def test_a_subclass_that_forms_the_same_product_is_a_linear_layer() -> None:
+    """To the bit as the subclass forms it: Falcon adds the bias after the product has been rounded."""
+
+    class Falcon(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            product = input @ self.weight.T
+            return product if self.bias is None else product + self.bias
+
+    class Marked(nn.Linear):
+        """A subclass that changes nothing."""
+
+    x = torch.randn(5, 64)
+    for module in (Falcon(64, 96), Falcon(64, 96, bias=False), Marked(64, 96)):
+        weight = base_weight(module)
+        assert weight is not None and weight.kind == "dense" and weight.shape == (96, 64)
+        with torch.no_grad():
+            assert torch.equal(weight.linear(x, module.bias), module(x))
 
 
 def test_a_projection_that_attention_reads_directly_has_no_base_weight() -> None:
