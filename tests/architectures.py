@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from transformers import (
-    AttentionInterface,
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
     DeepseekV3Config,
@@ -21,10 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_core.training.attention import Segment, packed_attention
+from lora_core.training.attention import Segment, reading
+from pipelines.models.forward import PACKED
 
 Build = Callable[[], PreTrainedModel]
-AttentionInterface.register("packed-for-activations", packed_attention)
 SIZES = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 LATENT = {
     **SIZES,
@@ -76,7 +75,7 @@ def opt() -> OPTForCausalLM:
 
 def kept_per_token(model: PreTrainedModel) -> float:
     """Count the bytes that autograd keeps for a token more of a forward pass, the head aside."""
-    model.set_attn_implementation("packed-for-activations")
+    model.set_attn_implementation(PACKED)
     return (kept_bytes(model, 120) - kept_bytes(model, 40)) / 80
 
 
@@ -91,8 +90,9 @@ def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
         return tensor
 
     ids = torch.randint(0, 101, (1, tokens), generator=torch.Generator().manual_seed(2))
-    options = {"position_ids": torch.arange(tokens)[None], "segments": [Segment(tokens // 2)] * 2, "use_cache": False}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    options = {"position_ids": torch.arange(tokens)[None], "attention_mask": everywhere, "use_cache": False}
+    with reading([Segment(tokens // 2)] * 2), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model.base_model(input_ids=ids, **options)
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

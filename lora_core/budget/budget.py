@@ -191,7 +191,7 @@ def _file_bytes(sizes: _Sizes, setup: Setup) -> int:
 
 def _weight_bytes(sizes: _Sizes, setup: Setup) -> int:
     if setup.method == "full":
-        copies = setup.compute_bytes * sizes.matrices if setup.held_bytes > setup.compute_bytes else 0
+        copies = setup.compute_bytes * sizes.matrices if setup.copies else 0
         return int((setup.held_bytes * sizes.total + copies) / setup.shares("zero3"))
     base = setup.compute_bytes * (sizes.total - sizes.quantized) + NF4_BYTES * sizes.quantized
     return int((base + setup.held_bytes * sizes.trained) / setup.shares("zero3"))

@@ -45,6 +45,9 @@ class Setup:
     """Gradients that DeepSpeed reduces at once, as in infra/deepspeed."""
     fused_optimizer: bool = True
     """AdamW's fused kernel; without it a step forms two more numbers for each weight that it updates at once."""
+    masters: bool = False
+    """What is fully trained is held in float32, and computed in copies of the computation's dtype, as under autocast; an engine has
+    masters of its own, and in float32 there is nothing to copy."""
     eight_bit_optimizer: bool = False
     """AdamW keeps its two moments in 8 bits where it trains every weight without an engine; elsewhere of no effect."""
     heap_slack: float = 1.0
@@ -83,8 +86,13 @@ class Setup:
 
     @property
     def held_bytes(self) -> int:
-        """In which a trained weight is held: float32, until an engine casts it and keeps a float32 master next to it."""
-        return self.compute_bytes if self.engine else FLOAT32
+        """In which a trained weight is held; adapters and masters are float32 until an engine casts them."""
+        return self.compute_bytes if self.engine or (self.method == "full" and not self.masters) else FLOAT32
+
+    @property
+    def copies(self) -> bool:
+        """Autocast makes copies of the weights of linear layers, which last as long as a pass."""
+        return self.method == "full" and self.held_bytes > self.compute_bytes
 
     @property
     def moment_bytes(self) -> float:

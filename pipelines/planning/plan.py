@@ -104,8 +104,10 @@ def cpu_setup(setup: Setup) -> Setup:
 
 
 def gpu_setup(setup: Setup) -> Setup:
-    """Return the same training in bfloat16 on a GPU."""
-    return replace(setup, compute_bytes=2, fused_optimizer=True, heap_slack=1.0, mapped_checkpoint=False, process_bytes=GPU_PROCESS_BYTES)
+    """Return the same training in bfloat16 on a GPU, over float32 masters of what is fully trained."""
+    return replace(
+        setup, compute_bytes=2, masters=True, fused_optimizer=True, heap_slack=1.0, mapped_checkpoint=False, process_bytes=GPU_PROCESS_BYTES
+    )
 
 
 def lora_config(settings: dict[str, Any], rank: int) -> LoraConfig:

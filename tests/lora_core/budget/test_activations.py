@@ -12,6 +12,7 @@ from lora_core.budget.activations import activation_bytes, kept_bytes_per_token,
 from lora_core.budget.budget import budget
 from lora_core.budget.parts import Trained
 from lora_core.budget.setup import Setup
+from pipelines.models.forward import PACKED
 
 STACKS = ("gate_up_proj", "down_proj")
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -103,7 +104,7 @@ def test_a_checkpointed_pass_keeps_the_inputs_alone() -> None:
     """What autograd keeps until the backward pass begins: the inputs, the last norm, and nothing of a block."""
     model = llama().train()
     inject(model, ADAPTER, seed=0)
-    model.set_attn_implementation("packed-for-activations")
+    model.set_attn_implementation(PACKED)
     model.activation_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     kept = (kept_bytes(model, 120) - kept_bytes(model, 40)) / 80
