@@ -47,7 +47,7 @@ def moved(model: nn.Module, setup: Setup, targets: Sequence[Target] = (), *, per
     first = sum(one.size for one in shared)
     trained = sum(one.numbers for one in stored if one.trained)
     return Moved(
-        plain_bytes=trained * (setup.compute_bytes if full else FLOAT32),
+        plain_bytes=trained * (setup.compute_bytes if full and not setup.masters else FLOAT32),
         trained_bytes=trained * setup.compute_bytes,
         first_bytes=first,
         again_bytes=first + _embedding_again(model, setup, persistent_weights),

@@ -66,10 +66,20 @@ def test_the_peak_is_foreseen_within_ten_per_cent(smollm2: LlamaForCausalLM, lab
     assert budget(smollm2, way, targets).memory_bytes == pytest.approx(peak, rel=0.1)
 
 
-def test_a_gpu_computes_in_half_the_bytes(smollm2: LlamaForCausalLM) -> None:
+def test_a_gpu_computes_in_copies_of_half_the_bytes_next_to_float32_masters(smollm2: LlamaForCausalLM) -> None:
     full = Setup("full", tokens=703)
     on_cpu, on_gpu = (budget(smollm2, setup) for setup in (cpu_setup(full), gpu_setup(full)))
-    assert on_cpu.weight_bytes == 2 * on_gpu.weight_bytes
+    norms = 576 * (2 * 30 + 1)  # everything else lies in linear layers, the head tied to the embedding among them
+    assert on_gpu.weight_bytes == on_cpu.weight_bytes + 2 * (smollm2.num_parameters() - norms)
+    assert (on_gpu.gradient_bytes, on_gpu.optimizer_bytes) == (on_cpu.gradient_bytes, on_cpu.optimizer_bytes)
+    assert on_gpu.file_bytes == on_cpu.file_bytes == 4 * smollm2.num_parameters()
+
+
+def test_an_engine_on_gpus_has_masters_of_its_own(smollm2: LlamaForCausalLM) -> None:
+    sharded = gpu_setup(Setup("full", tokens=703, sharding="zero2", processes=2))
+    cost = budget(smollm2, sharded)
+    assert cost.weight_bytes == 2 * smollm2.num_parameters()
+    assert cost.optimizer_bytes == 3 * 4 * smollm2.num_parameters() // 2
 
 
 def test_the_largest_share_is_what_the_fullest_process_gets(tmp_path: Path) -> None:
@@ -215,11 +225,11 @@ def test_every_way_is_weighed_up_to_512_gpus(planned: Callable[..., dict[str, An
     assert found["alternatives"] == [way for way in found["scaling"] if way["processes"] <= 8]
     of_two = {way["sharding"]: way for way in found["scaling"] if way["method"] == "full" and way["processes"] == 2}
     trained = found["runs"]["control"]["trained_weights"]
-    assert of_two["ddp"]["memory_bytes"] - of_two["ddp"]["eight_bit_bytes"] == pytest.approx((2 - 1 - 4 / 256) * 2 * trained, abs=1)
+    assert of_two["ddp"]["memory_bytes"] - of_two["ddp"]["eight_bit_bytes"] == pytest.approx((4 - 1 - 4 / 256) * 2 * trained, abs=1)
     assert all(
         way["eight_bit_bytes"] == way["memory_bytes"] for way in found["scaling"] if (way["method"], way["sharding"]) != ("full", "ddp")
     )
-    assert of_two["ddp"]["sent_bytes"] == 2 * trained  # bfloat16
+    assert of_two["ddp"]["sent_bytes"] == 4 * trained  # gradients of float32 masters
 
 
 def test_the_message_quotes_the_plan(planned: Callable[..., dict[str, Any]]) -> None:

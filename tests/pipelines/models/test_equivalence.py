@@ -1,0 +1,144 @@
+"""A way of reading is taken where it agrees with the model's own forward, and only there."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_core import LoraConfig, inject
+from lora_core.training import attention
+from pipelines.batches import Pack
+from pipelines.errors import BaseModelError
+from pipelines.models import equivalence, head
+from pipelines.models.equivalence import Probe, first_look, verified_reader
+from pipelines.models.forward import PackReader
+from pipelines.models.verified import Verified, sentence
+
+Family = Callable[..., PreTrainedModel]
+SEED = 1
+
+
+def adapted(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    inject(model, LoraConfig(r=2, lora_alpha=4), seed=SEED)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def verify(model: PreTrainedModel, pack: Pack) -> tuple[PackReader, Verified]:
+    return verified_reader(model, [Probe(pack, gradient=True)], trained=adapted(model))
+
+
+def test_what_agrees_is_taken_and_its_differences_are_kept(family: Family, examples_pack: Pack) -> None:
+    reader, found = verify(family("gemma2"), examples_pack)
+    assert (reader.packed, found.path, found.own_head, found.rejected) == (True, "packed", False, ())
+    assert (found.examples, found.longest) == (4, 40)
+    assert found.loss_difference < 1e-5 and found.gradient_difference is not None and found.gradient_difference < 1e-4
+    assert "fast path (packed) matches the model's own forward" in str(found) and "4 examples of up to 40 tokens" in str(found)
+
+
+def test_a_window_that_is_not_honored_is_seen(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every mask taken for a causal one, as if windows were dropped, the model is read one example at a time."""
+    within = attention._within
+    monkeypatch.setattr(attention, "_within", lambda segment, visible: within(segment, torch.ones_like(visible).tril()))
+    reader, found = verify(family("mistral"), examples_pack)
+    assert not reader.packed
+    assert "packed with the head in closed form differs by" in found.rejected[0]
+    assert "slow path (one example at a time) matches" in str(found)
+    short = examples_pack.pieces()[3]  # 4 tokens, inside any window
+    assert verified_reader(family("mistral"), [Probe(short)])[0].packed
+
+
+def test_a_term_of_the_head_that_is_not_known_is_left_to_the_model(
+    family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "DIVISORS", ())
+    reader, found = verify(family("granite"), examples_pack)
+    assert reader.packed and reader.head is None and found.own_head
+    monkeypatch.undo()
+    assert verify(family("granite"), examples_pack)[0].head is not None
+
+
+def test_a_gradient_alone_that_differs_is_seen(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses agree to the bit; a backward pass that is wrong shows in the gradients only."""
+    loss = PackReader.loss
+
+    def detached(reader: PackReader, pack: Pack) -> Tensor:
+        return loss(reader, pack) * (0.5 if reader.packed else 1.0)
+
+    monkeypatch.setattr(PackReader, "loss", detached)
+    _, found = verify(family("llama"), examples_pack)
+    assert found.path == "one by one" and "gradients by 5.0e-01" in found.rejected[0]
+
+
+def test_a_recurrent_state_is_not_packed(family: Family, examples_pack: Pack) -> None:
+    reader, found = verify(family("lfm2"), examples_pack)
+    assert not reader.packed and found.rejected == ("not packed: lfm2 has layers of kind conv",)
+
+
+def test_a_state_that_nothing_announces_is_seen(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equivalence, "why_not_packed", lambda model: None)
+    reader, found = verify(family("lfm2"), examples_pack)
+    assert not reader.packed and "packed with" in found.rejected[0]
+
+
+def test_a_model_that_sees_the_future_is_refused(family: Family, examples_pack: Pack) -> None:
+    model = family("llama")
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.config.is_causal = False
+    with pytest.raises(
+        BaseModelError, match=r"'llama' is no causal language model: a token's logits change by .* with the tokens after it"
+    ):
+        verified_reader(model, [Probe(examples_pack)])
+
+
+def test_weights_that_are_not_finite_are_refused(family: Family, examples_pack: Pack) -> None:
+    model = family("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(BaseModelError, match="gives a loss that is not finite"):
+        verified_reader(model, [Probe(examples_pack)])
+
+
+def test_what_takes_no_part_in_the_loss_is_named(family: Family, examples_pack: Pack) -> None:
+    model = family("gpt2")
+    model.transformer.unused = nn.Linear(2, 2)
+    trained = dict(model.named_parameters())
+    _, found = verified_reader(model, [Probe(examples_pack, gradient=True)], trained=trained)
+    assert found.without_gradient == ("transformer.unused.weight", "transformer.unused.bias")
+    assert verified_reader(model, [Probe(examples_pack)], trained=trained)[1].without_gradient == ()
+
+
+def test_the_model_is_left_as_it_was(family: Family, examples_pack: Pack) -> None:
+    model = family("llama")
+    trained = adapted(model.train())
+    state = torch.get_rng_state()
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    verified_reader(model, [Probe(examples_pack, gradient=True)], trained=trained)
+    assert model.training and all(parameter.grad is None for parameter in trained.values())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[name], parameter) for name, parameter in trained.items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "mamba2"])
+def test_a_base_is_looked_at_before_there_is_data(family: Family, name: str) -> None:
+    found = first_look(family(name))
+    assert found.loss_difference < 1e-5 and found.gradient_difference is None
+
+
+def test_sixteen_bits_are_given_more_room(family: Family, examples_pack: Pack) -> None:
+    model = family("llama").to(torch.bfloat16)
+    _, found = verified_reader(model, [Probe(examples_pack)])
+    assert found.loss_tolerance == equivalence.IN_16_BITS.loss > equivalence.TOLERANCES[torch.float32].loss
+    masters = family("llama")
+    _, found = verified_reader(
+        masters, [Probe(examples_pack, gradient=True)], trained=dict(masters.named_parameters()), dtype=torch.bfloat16
+    )
+    assert found.path == "packed" and found.loss_difference > 1e-6  # it was computed in bfloat16
+
+
+def test_a_sentence_says_what_was_found() -> None:
+    found = Verified("one by one", False, 1, 1200, 3e-7, None, 1e-4, 1e-3, rejected=("not packed: it has a state",))
+    expected = "slow path (one example at a time) matches the model's own forward: 3e-07 nats per token on 1 example of up to 1,200 tokens"
+    assert sentence(found.figures()) == f"{expected}; not packed: it has a state"
