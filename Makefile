@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench parity truth matrix faults ui clean setup
+.PHONY: run test check format bench parity truth matrix faults families ui clean setup
 
 run: $(READY) ## the whole pipeline on a real model
 	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
@@ -43,6 +43,10 @@ matrix: $(READY) ## every launch by every method, two hosts and a pulled cable, 
 
 faults: $(READY) ## kills, full disks, damaged checkpoints and absent servers, counted; about 40 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -m faults
+
+families: $(READY) ## every family of causal language models next to its own forward; about 5 minutes on two cores
+	PYTHONPATH=tests $(BIN)/python -m families
+	PYTHONPATH=tests $(BIN)/python -m families.precision
 
 setup: $(READY)
 

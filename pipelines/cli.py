@@ -83,13 +83,14 @@ def generate(
     adapter: Annotated[str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or an adapter's folder.", show_default=False)],
     base: Annotated[str, typer.Option(help="Base model, where the adapter's own is elsewhere on this machine.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base.")] = False,
 ) -> None:
     """Answer a prompt with an adapter, on the base that it was trained on."""
     if not adapter.startswith("models:/") and not Path(adapter).is_dir():
         raise PipelineError(f"adapter {adapter!r} is no folder; give one, or models:/NAME@champion")
     from pipelines.generate import answer
 
-    typer.echo(answer(prompt, adapter, base or None, max_new_tokens, runs_root()))
+    typer.echo(answer(prompt, adapter, base or None, max_new_tokens, runs_root(), trust_remote_code=trust_remote_code))
 
 
 @app.command()

@@ -51,7 +51,7 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
     disable_progress_bars()
     settings = inputs["data"]
     rows = load_rows(settings | {name: paths[name] for name in ("source",) if name in paths})
-    tokenizer = load_tokenizer(Path(paths["base"]))
+    tokenizer = load_tokenizer(Path(paths["base"]), trust_remote_code=inputs.get("trust_remote_code", False))
     examples = list(tokenise(rows, tokenizer, settings))
     usable = [example for example in examples if any(example.supervised)]
     if not usable:

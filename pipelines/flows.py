@@ -18,7 +18,7 @@ from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, 
 from pipelines.incumbent import Champion, find_champion
 from pipelines.places import runs_root
 from pipelines.planning.fitting import what_would_fit
-from pipelines.planning.sharding import check_launch, keep_to_device
+from pipelines.planning.sharding import check_launch, check_path, keep_to_device
 from pipelines.progress import say
 from pipelines.publishing import publish
 from pipelines.recipe import find_recipe, load_recipe
@@ -49,6 +49,7 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     keep_to_device(settings.launch.config)
     run = Run(settings, Stages(settings, runs_root(), find_recipe(recipe).parent))
     base = run.step(tasks.prepare_base, run.stages.base())
+    check_path(settings, base)
     data_stage = run.stages.data(base)
     data = (data_stage, run.step(tasks.prepare_data, data_stage))
     run.plan = run.step(tasks.plan, run.stages.plan(base, data))

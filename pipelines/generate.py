@@ -18,7 +18,7 @@ from pipelines.tokenizer import load_tokenizer
 REGISTERED = "models:/"
 
 
-def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, runs: Path) -> str:
+def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, runs: Path, *, trust_remote_code: bool = False) -> str:
     """Return the greedy answer to `prompt`.
 
     Args:
@@ -27,6 +27,7 @@ def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, run
         base: replaces the base that the sidecar names; its weights must still be those of training.
         max_new_tokens: longest answer.
         runs: folder of all runs.
+        trust_remote_code: run the Python code that comes with the base.
 
     Raises:
         BaseMismatchError: the base is not the one the adapter was trained on.
@@ -34,11 +35,13 @@ def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, run
     with tempfile.TemporaryDirectory() as scratch:
         folder = _fetch(adapter, runs, Path(scratch))
         identity = read_identity(folder)
-        prepared = _prepared_base(base or (identity or {}).get("base", ""), (identity or {}).get("revision"), runs)
+        prepared = _prepared_base(base or (identity or {}).get("base", ""), (identity or {}).get("revision"), runs, trust_remote_code)
         hardware = detect()
-        model = load_model(prepared, str((identity or {}).get("lineage", {}).get("quantization", "none")), hardware)
+        model = load_model(
+            prepared, str((identity or {}).get("lineage", {}).get("quantization", "none")), hardware, trust_remote_code=trust_remote_code
+        )
         load_adapter(model, folder)
-    tokenizer = load_tokenizer(prepared)
+    tokenizer = load_tokenizer(prepared, trust_remote_code=trust_remote_code)
     return generate(CheckedReader(model), tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens)[0].text.strip()
 
 
@@ -50,10 +53,10 @@ def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
     return Path(adapter)
 
 
-def _prepared_base(base: str, revision: str | None, runs: Path) -> Path:
+def _prepared_base(base: str, revision: str | None, runs: Path, trusted: bool) -> Path:
     if not base:
         raise PipelineError("the adapter does not say which base it was trained on; name it with --base")
-    return Path(launch.result_of(base_stage(base, revision, runs), "pipelines.base_model", threads=1)["folder"])
+    return Path(launch.result_of(base_stage(base, revision, runs, trust_remote_code=trusted), "pipelines.base_model", threads=1)["folder"])
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:

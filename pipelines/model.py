@@ -13,20 +13,23 @@ from pipelines.models.support import check_supported
 from pipelines.tokenizer import quiet
 
 
-def load_model(folder: Path, quantization: str, hardware: Hardware, *, masters: bool = False) -> PreTrainedModel:
+def load_model(
+    folder: Path, quantization: str, hardware: Hardware, *, masters: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Load the causal language model in `folder`, in evaluation mode, on this process's device.
 
     Args:
         folder: Hugging Face format.
         quantization: nf4 (with double quantisation) or none.
         hardware: device and dtype.
+        trust_remote_code: run the code that comes with it.
         masters: hold the weights in float32 whatever the dtype of the computation, since all of them are trained.
 
     Raises:
         BaseModelError: it is no causal language model.
     """
     quiet()
-    check_supported(AutoConfig.from_pretrained(str(folder)))
+    check_supported(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {
         "dtype": torch.float32 if masters else hardware.dtype,
         "device_map": {"": hardware.device},
@@ -40,7 +43,7 @@ def load_model(folder: Path, quantization: str, hardware: Hardware, *, masters: 
             bnb_4bit_compute_dtype=hardware.dtype,
             bnb_4bit_quant_storage=torch.uint8,
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
     if quantization == "nf4":
         _let_go_of_the_file(model)
     keep_layout(model)

@@ -1,11 +1,13 @@
 """The sections of a recipe: what can be set, between which bounds, and what it means. Loading them imports no torch."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lora_core.config import INIT_WORDS, INITS
 
+COMMIT = re.compile(r"[0-9a-f]{40}")
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Sample = Annotated[int, Field(ge=2)]
@@ -47,8 +49,21 @@ class BaseModelSection(Section):
     """A hub id, a local folder, a .gguf file, or `embedded:SmolLM2-135M-Instruct`."""
     revision: str | None = None
     """Commit or tag of a hub model; pin it, so that a second run means the same."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base, which can do anything on this machine. A hub model is then pinned by `revision`, to the
+    commit whose code was read."""
     quantization: Literal["nf4", "none"] = "nf4"
     """How the adapters see the base: NF4 with double quantisation (QLoRA), or in full precision (LoRA)."""
+
+    @model_validator(mode="after")
+    def _trusted_code_is_pinned(self) -> "BaseModelSection":
+        is_hub_id = self.id.count("/") == 1 and not self.id.startswith((".", "/", "~"))
+        if self.trust_remote_code and is_hub_id and not COMMIT.fullmatch(self.revision or ""):
+            raise ValueError(
+                f"has trust_remote_code and revision {self.revision!r}: code is trusted at a commit only, as a branch or tag may get other "
+                "code; set revision to the 40 digits of the commit whose code was read"
+            )
+        return self
 
 
 class DataSection(Section):

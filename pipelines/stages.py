@@ -34,7 +34,8 @@ class Stages:
 
     def base(self) -> Stage:
         """The base model, in Hugging Face format and fingerprinted."""
-        return base_stage(self.recipe.base_model.id, self.recipe.base_model.revision, self.root)
+        section = self.recipe.base_model
+        return base_stage(section.id, section.revision, self.root, trust_remote_code=section.trust_remote_code)
 
     def data(self, base: dict[str, Any]) -> Stage:
         """The splits, tokenised for this base; raises RecipeError where it would be given longer examples than it takes."""
@@ -51,6 +52,7 @@ class Stages:
             "tokenizer": base["tokenizer_sha256"],
             "template": base["template_sha256"],
             "seed": self.recipe.seed,
+            **self._trust(),
         }
         paths = {"base": base["folder"]} | ({} if source is None else {"source": str(source.absolute())})
         return Stage("data", Path(section.source).stem, inputs, self.root, paths)
@@ -68,6 +70,7 @@ class Stages:
             "training": recipe.training.model_dump(mode="json"),
             "seed": recipe.seed,
             **sharding(recipe.launch.config),
+            **self._trust(),
         }
         return Stage("plan", recipe.name, inputs, self.root, {"base": base["folder"], "data": str(data_stage.folder)})
 
@@ -87,6 +90,7 @@ class Stages:
             "learning_rate": arm.learning_rate,
             "training": recipe.training.model_dump(mode="json", exclude=SPREAD),
             "seed": recipe.seed,
+            **self._trust(),
         }
         if arm.rank is not None:
             inputs |= {"rank": arm.rank, "lora": recipe.lora.model_dump(mode="json", exclude={"ranks", "learning_rate"})}
@@ -109,7 +113,7 @@ class Stages:
 
     def tune(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], trained: Stage) -> Stage:
         """The loss by which a control's rate is chosen."""
-        inputs = {"trained": trained.key, "quantization": trained.inputs["quantization"], "data_digest": data[1]["digest"]}
+        inputs = {"trained": trained.key, "quantization": trained.inputs["quantization"], "data_digest": data[1]["digest"], **self._trust()}
         output = "model" if trained.inputs["method"] == "full" else "adapter"
         paths = {"base": base["folder"], "data": str(data[0].folder), output: str(trained.folder / output)}
         return Stage("tune", trained.label, inputs, self.root, paths)
@@ -133,6 +137,7 @@ class Stages:
             "evaluation": settings | ({} if subject.whole else SHORT),
             "files": {name: _identity(path) for name, path in evaluation_files(settings, self.places).items()},
             "seed": recipe.seed,
+            **self._trust(),
         }
         if recipe.evaluation.lm_eval is not None:
             inputs["lm_eval"] = _version_of("lm_eval")
@@ -140,6 +145,10 @@ class Stages:
         if subject.output is not None:
             paths[subject.output] = subject.folder
         return Stage("evaluate", plain_label(subject.label), inputs, self.root, paths)
+
+    def _trust(self) -> dict[str, bool]:
+        """Return that code of the base may run, for the stages that load it; nothing where it may not."""
+        return {"trust_remote_code": True} if self.recipe.base_model.trust_remote_code else {}
 
     @property
     def places(self) -> list[Path]:
@@ -168,9 +177,10 @@ def plain_label(label: str) -> str:
     return label.replace(" ", "-").replace("@", "-step-").replace("→", "-to-")
 
 
-def base_stage(model_id: str, revision: str | None, root: Path) -> Stage:
+def base_stage(model_id: str, revision: str | None, root: Path, *, trust_remote_code: bool = False) -> Stage:
     """Return the stage of a base model, whoever asks for it: a recipe, or an adapter that was trained on it."""
-    return Stage("base", model_id.rpartition("/")[2].replace(":", "-"), {"base": identify(model_id, revision)}, root)
+    identity = identify(model_id, revision, trust_remote_code=trust_remote_code)
+    return Stage("base", model_id.rpartition("/")[2].replace(":", "-"), {"base": identity}, root)
 
 
 def _identity(path: Path) -> str:

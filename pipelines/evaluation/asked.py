@@ -50,7 +50,9 @@ def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
         RecipeError: a metric, a command or a task is not there.
     """
     settings, places = inputs["evaluation"], folders(paths)
-    tokenizer, context = load_tokenizer(Path(paths["base"])), context_tokens(AutoConfig.from_pretrained(paths["base"]))
+    trusted = inputs.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(Path(paths["base"]), trust_remote_code=trusted)
+    context = context_tokens(AutoConfig.from_pretrained(paths["base"], trust_remote_code=trusted))
     judging = Judging(
         settings["max_new_tokens"],
         load_metrics(settings["metrics"], places),

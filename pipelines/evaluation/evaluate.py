@@ -61,7 +61,9 @@ class Evaluation:
             with timings.of("prepare"):
                 asked = self.asked(inputs, paths)
             with timings.of("load"):
-                model = stack.enter_context(self.models.use(paths, inputs["quantization"]))
+                model = stack.enter_context(
+                    self.models.use(paths, inputs["quantization"], trust_remote_code=inputs.get("trust_remote_code", False))
+                )
             reader = CheckedReader(model)
             found, files = answer(reader, asked, folder, timings)
         write_text(folder / ITEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))

@@ -33,17 +33,18 @@ class Models:
         self._dense: Layers = {}
 
     @contextmanager
-    def use(self, paths: Mapping[str, str], quantization: str) -> Iterator[PreTrainedModel]:
+    def use(self, paths: Mapping[str, str], quantization: str, *, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
         """Yield the model of a stage, in evaluation mode.
 
         Args:
             paths: the base, or a `model` that was trained whole in its place; an `adapter`, where there is one.
             quantization: nf4 or none.
+            trust_remote_code: run the code that comes with the base.
 
         Raises:
             LoraError: the adapter does not belong to this base.
         """
-        model = self._loaded(paths.get("model", paths["base"]), quantization)
+        model = self._loaded(paths.get("model", paths["base"]), quantization, trust_remote_code)
         try:
             if "adapter" in paths:
                 self._adapt(model, Path(paths["adapter"]))
@@ -53,12 +54,12 @@ class Models:
             raise
         _strip(model)
 
-    def _loaded(self, folder: str, quantization: str) -> PreTrainedModel:
+    def _loaded(self, folder: str, quantization: str, trusted: bool) -> PreTrainedModel:
         if self._model is None or self._key != (folder, quantization):
             self._key = self._model = None
             self._stored, self._dense = {}, {}
             gc.collect()  # before the next one comes
-            self._model = load_model(Path(folder), quantization, self.hardware)
+            self._model = load_model(Path(folder), quantization, self.hardware, trust_remote_code=trusted)
             if self.hardware.device == "cpu":
                 self._stored = {name: module for name, module in self._model.named_modules() if quantised_kind(module) in ("nf4", "fp4")}
                 dequantise(self._model, self.hardware.dtype)

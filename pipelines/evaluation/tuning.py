@@ -22,7 +22,8 @@ def tuning_loss(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> 
     split = Path(paths["data"]) / "tuning"
     if not split.is_dir():
         raise DataError("the held-out groups leave no examples to choose a learning rate on; hold out fewer examples, or name one rate")
-    model = load_model(Path(paths.get("model", paths["base"])), inputs["quantization"], detect())
+    folder, trusted = Path(paths.get("model", paths["base"])), inputs.get("trust_remote_code", False)
+    model = load_model(folder, inputs["quantization"], detect(), trust_remote_code=trusted)
     if "adapter" in paths:
         load_adapter(model, Path(paths["adapter"]))
     scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(split)))))

@@ -27,6 +27,8 @@ from pipelines.batches import Pack
 from pipelines.models.head import Head, linear_head
 from pipelines.models.support import text_body, why_not_packed
 
+EAGER_TOKENS = 2048
+"""Longest example that is read by eager attention whatever the family offers."""
 PACKED, EAGER, SDPA = "packed", "eager", "sdpa"
 """Names of attention functions, as transformers knows them."""
 
@@ -80,12 +82,11 @@ class PackReader:
 
     @property
     def attention(self) -> str:
-        """Name the attention function that the model must be set to."""
+        """Name the attention function by which most examples are read."""
         return PACKED if self.packed else EAGER
 
     def rows(self, pack: Pack) -> Tensor:
         """Return hidden states (N, D) or logits (N, V) of the positions of a pack that predict."""
-        set_attention(self.model, self.attention)
         return self._packed(pack) if self.packed else self._one_by_one(pack)
 
     def loss(self, pack: Pack) -> Tensor:
@@ -109,6 +110,7 @@ class PackReader:
 
     def _packed(self, pack: Pack) -> Tensor:
         inputs = {"input_ids": pack.input_ids[None], "position_ids": pack.position_ids[None]}
+        set_attention(self.model, PACKED)
         everywhere = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # else positions would be taken for a pack's a second time
         with reading(pack.segments):
             if self.head is not None:
@@ -119,12 +121,24 @@ class PackReader:
         found, order = list[Tensor](), list[Tensor]()
         for path in pack.paths():
             ids = pack.input_ids[path.places][None]
+            set_attention(self.model, own_attention(self.model, len(path.places)))
             if self.head is None:
                 found.append(self.model(input_ids=ids, **_without_cache(self.model)).logits[0][path.at])
             else:
                 found.append(_hidden_states(self.model, input_ids=ids)[path.at])
             order.append(path.rows)
         return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def own_attention(model: PreTrainedModel, tokens: int) -> str:
+    """Name the attention function by which a model reads one example alone.
+
+    Eager attention is what transformers defines a family by, and takes memory by the square of the tokens: long examples are
+    read by PyTorch's kernels where the family offers them. They refuse capped scores, and families with sinks do not offer them.
+    """
+    text = model.config.get_text_config()
+    offered = bool(getattr(text_body(model), "_supports_sdpa", False)) and getattr(text, "attn_logit_softcapping", None) is None
+    return SDPA if tokens > EAGER_TOKENS and offered else EAGER
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
@@ -147,10 +161,11 @@ def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
         set_attention(model, before)
 
 
-def read_hidden_states(model: PreTrainedModel, pack: Pack) -> Tensor:
-    """Return the hidden states (N, D) of the positions of a pack that predict, whatever the head makes of them."""
-    reader = PackReader.default(model)
-    return PackReader(model, reader.packed, Head(torch.empty(0, 0))).rows(pack)
+def read_through(model: PreTrainedModel, pack: Pack) -> None:
+    """Push the examples of a pack through a model's own body, one by one, for what its layers are seen to read."""
+    for path in pack.paths():
+        set_attention(model, own_attention(model, len(path.places)))
+        _hidden_states(model, input_ids=pack.input_ids[path.places][None])
 
 
 def _hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ GPU_PROCESS_BYTES = 1 << 30
 
 def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Return targets by kind and rank, each run's cost by term and what would lower it, and every other way on GPUs."""
-    model, examples = meta_model(paths["base"]), Examples.read(Path(paths["data"]))
+    model, examples = (
+        meta_model(paths["base"], trust_remote_code=inputs.get("trust_remote_code", False)),
+        Examples.read(Path(paths["data"])),
+    )
     setup = run_setup(inputs, examples.largest_share(inputs))
     lora = inputs["lora"]
     targets = {rank: plan_adapter(model, lora_config(lora, rank)) for rank in inputs["ranks"]}
@@ -67,11 +70,11 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
     }, []
 
 
-def meta_model(base: str) -> nn.Module:
+def meta_model(base: str, *, trust_remote_code: bool = False) -> nn.Module:
     """Return the model that a folder's config describes, without weights."""
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

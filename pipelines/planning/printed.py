@@ -9,7 +9,7 @@ from pipelines import launch
 from pipelines.models.verified import sentence
 from pipelines.planning.cluster import GIB, LEVELS, Cluster, checkpoints_table, memory_of, scaling_table, traffic_table
 from pipelines.planning.fitting import TERMS
-from pipelines.planning.sharding import check_launch
+from pipelines.planning.sharding import check_launch, check_path
 from pipelines.recipe import Recipe
 from pipelines.stages import Stages
 
@@ -22,6 +22,7 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     """Prepare base and data, which are kept for the run, and print the plan, and what the options of a cluster ask for besides."""
     check_launch(recipe)
     base = launch.result_of(stages.base(), "pipelines.base_model", threads=1)
+    check_path(recipe, base)
     data_stage = stages.data(base)
     data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
     plan = launch.result_of(stages.plan(base, data), "pipelines.planning.plan", threads=1)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,24 @@ def keep_to_device(config: str) -> None:
     """Have all that this process starts compute where a launch config says, scoring too: under one for the CPU no GPU is seen."""
     if Launch.read(config).on_cpu:
         os.environ.update(WITHOUT_GPUS)
+
+
+def check_path(recipe: Recipe, base: Mapping[str, Any]) -> None:
+    """Refuse a base that is read one example at a time under a launch whose ranks must all read as many.
+
+    Args:
+        recipe: the recipe.
+        base: what the base's stage reported.
+
+    Raises:
+        RecipeError: the launch shares weights (ZeRO-3) among several processes.
+    """
+    is_shared = sharding(recipe.launch.config)["sharding"] in ("zero3", "zero3_offload")
+    if base["forward"]["path"] != "packed" and is_shared and recipe.launch.processes > 1:
+        raise RecipeError(
+            f"launch.config {recipe.launch.config!r} shares the weights of {base['id']}, which is read one example at a time "
+            f"({'; '.join(base['forward']['rejected'])}), and its ranks would have to read as many; use ddp, zero1 or zero2"
+        )
 
 
 def check_launch(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ def save_trained(engine: Engine, config: LoraConfig | None, inputs: dict[str, An
     folder, figures = place / output_of(config), dict[str, Any]()
     with engine.gathered():
         if engine.is_first:
-            figures = _save_model(engine, folder) if config is None else _save_adapter(engine, folder, config, inputs)
+            figures = _save_model(engine, folder, inputs) if config is None else _save_adapter(engine, folder, config, inputs)
             figures["file_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
     engine.accelerator.wait_for_everyone()
     return figures
@@ -36,9 +36,12 @@ def _save_adapter(engine: Engine, folder: Path, config: LoraConfig, inputs: dict
     return {"adapter_sha256": sha256, "file_rank": read_json(folder / CONFIG)["r"], "spectrum": spectrum(folder)}
 
 
-def _save_model(engine: Engine, folder: Path) -> dict[str, Any]:
+def _save_model(engine: Engine, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     engine.model.save_pretrained(folder)
+    if inputs.get("trust_remote_code"):  # what was written is loaded by the same code
+        for source in Path(engine.model.config._name_or_path).glob("*.py"):
+            shutil.copy(source, folder)
     return {}
 
 

@@ -18,7 +18,7 @@ from lora_core import LoraConfig, inject, lora_layers
 from lora_core.base.checkpoint import mapped_tensors, open_checkpoint
 from pipelines.batches import pack
 from pipelines.errors import BaseModelError
-from pipelines.models.forward import read_hidden_states
+from pipelines.models.forward import read_through
 
 EVA_TOKENS = 2048
 """Enough for the ranks in use, and a small part of what a run reads; the time for it grows with their number."""
@@ -54,7 +54,7 @@ def pushes(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> Iterat
             return
         read += len(example["input_ids"])
         one = pack([example], str(model.device))
-        yield partial(read_hidden_states, model, one)
+        yield partial(read_through, model, one)
 
 
 @contextmanager

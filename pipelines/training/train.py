@@ -127,8 +127,7 @@ def train(folder: Path) -> None:
     (inputs, paths), options = read_inputs(folder), read_options(folder)
     hardware = detect()
     accelerator = start(inputs["seed"], options, hardware)
-    masters = inputs["method"] == "full" and not is_deepspeed()  # DeepSpeed keeps its own
-    model = loaded(Path(paths["base"]), inputs["quantization"], hardware, masters=masters)
+    model = loaded(Path(paths["base"]), inputs, hardware)
     heart = Heart(Pulse(folder, accelerator.process_index, gethostname()))
     run = prepare_run(accelerator, inputs, Path(paths["data"]), heart)
     done, found = read_result(folder), agreed(accelerator.is_main_process, folder / "checkpoints")
@@ -160,10 +159,11 @@ def train(folder: Path) -> None:
         checkpoints.discard()
 
 
-def loaded(base: Path, quantization: str, hardware: Hardware, *, masters: bool) -> PreTrainedModel:
-    """Load the base, whole on every rank."""
+def loaded(base: Path, inputs: dict[str, Any], hardware: Hardware) -> PreTrainedModel:
+    """Load the base, whole on every rank; in float32 where all of it is trained, unless DeepSpeed keeps float32 masters."""
+    masters, trusted = inputs["method"] == "full" and not is_deepspeed(), inputs.get("trust_remote_code", False)
     with whole_model():
-        return load_model(base, quantization, hardware, masters=masters)
+        return load_model(base, inputs["quantization"], hardware, masters=masters, trust_remote_code=trusted)
 
 
 def equip(

@@ -1,8 +1,6 @@
 """The whole run on a tiny model: every stage real, a second run trains nothing, a stopped run goes on."""
 
 import json
-import os
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 from browser.rendered import BROWSER, NO_BROWSER, Rendered, dump
+from command import lora
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 pytestmark = pytest.mark.slow
-LORA = [str(Path(os.sys.executable).parent / "lora")]  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +26,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = lora(folder, "run", "tiny.yaml")
     assert ended.returncode == 0, ended.stderr
     return folder
-
-
-def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run the command line as a user does, in a folder of its own."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "LORA_RUNS": str(folder / "runs"), **environment}
-    for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
-        if name not in environment:
-            env.pop(name, None)
-    return subprocess.run([*LORA, *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=400, check=False)
 
 
 def summary(folder: Path) -> dict[str, Any]:
