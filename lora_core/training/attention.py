@@ -54,15 +54,16 @@ class Segment:
 class PackMask:
     """Who attends to whom in a pack, for the layers of one kind."""
 
-    def __init__(self, segments: Sequence[Segment], visible: Tensor) -> None:
+    def __init__(self, segments: Sequence[Segment], visible: Tensor | None = None) -> None:
         """Combine the segments with what the layer itself lets an example see.
 
         Args:
             segments: of the pack, in order.
-            visible: (L, L) of bool for an example of L tokens, at least the longest; True where a row may look at a column.
+            visible: (L, L) of bool for an example of L tokens, at least the longest; True where a row may look at a column. None
+                is plainly causal.
         """
         self.lengths = [segment.length for segment in segments]
-        self.masks = [_within(segment, visible) for segment in segments]
+        self.masks = [segment.mask if visible is None else _within(segment, visible) for segment in segments]
 
 
 _segments: ContextVar[Sequence[Segment] | None] = ContextVar("segments", default=None)

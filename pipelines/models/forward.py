@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lora_core.training.attention import PackMask, packed_attention, reading, segments_being_read
 from lora_core.training.losses import target_log_likelihoods
@@ -42,6 +42,8 @@ def packed_mask(*, mask_function: Any, device: Any, use_vmap: bool = False, **_:
         use_vmap: whether the mask function takes single positions only.
     """
     segments = segments_being_read()
+    if mask_function is causal_mask_function:
+        return PackMask(segments)
     longest = max(segment.length for segment in segments)
     visible = sdpa_mask(
         batch_size=1,
@@ -119,9 +121,9 @@ class PackReader:
 
     def _one_by_one(self, pack: Pack) -> Tensor:
         found, order = list[Tensor](), list[Tensor]()
+        set_attention(self.model, own_attention(self.model, pack.longest))  # of all: a block that is computed again finds the same
         for path in pack.paths():
             ids = pack.input_ids[path.places][None]
-            set_attention(self.model, own_attention(self.model, len(path.places)))
             if self.head is None:
                 found.append(self.model(input_ids=ids, **_without_cache(self.model)).logits[0][path.at])
             else:

@@ -114,6 +114,8 @@ def test_no_example_sees_another() -> None:
 def test_a_plainly_causal_segment_needs_no_mask() -> None:
     masks = PackMask(SEGMENTS, visible(PATTERNS["causal"])).masks
     assert [mask is None for mask in masks] == [True, False, True]
+    assert [mask is None for mask in PackMask(SEGMENTS).masks] == [True, False, True]
+    assert PackMask(SEGMENTS).masks[1] is SEGMENTS[1].mask
     windows = PackMask(SEGMENTS, visible(PATTERNS["window of 3"])).masks
     assert [mask is None for mask in windows] == [False, False, True]  # two tokens lie inside any window
 

@@ -39,8 +39,7 @@ def test_what_agrees_is_taken_and_its_differences_are_kept(family: Family, examp
 
 def test_a_window_that_is_not_honored_is_seen(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every mask taken for a causal one, as if windows were dropped, the model is read one example at a time."""
-    within = attention._within
-    monkeypatch.setattr(attention, "_within", lambda segment, visible: within(segment, torch.ones_like(visible).tril()))
+    monkeypatch.setattr(attention, "_within", lambda segment, visible: segment.mask)
     reader, found = verify(family("mistral"), examples_pack)
     assert not reader.packed
     assert "packed with the head in closed form differs by" in found.rejected[0]
