@@ -104,7 +104,7 @@ def built(config: Any) -> PreTrainedModel:
             torch.nn.init.normal_(parameter, std=SHARPER)
     model.requires_grad_(True)
     with torch.no_grad():
-        model(input_ids=torch.arange(3, 43)[None])
+        model(input_ids=torch.arange(3, 43)[None], use_cache=False)
     return model
 
 

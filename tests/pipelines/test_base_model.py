@@ -1,5 +1,6 @@
 """A base is named before it is loaded, what is not there is refused with a way out, and its digest is the model's own."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from lora_core import fingerprint
 from lora_core.files import sha256_of_file
 from pipelines.base_model import EMBEDDED, EMBEDDED_PREFIX, embedded_file, identify, locate, prepare
 from pipelines.errors import BaseModelError
+from pipelines.launch import result_of
 from pipelines.stage import Stage
 
 EMBEDDED_NAME, (EMBEDDED_PACKAGE, _) = next(iter(EMBEDDED.items()))
@@ -156,3 +158,49 @@ def test_a_folder_that_lacks_a_part_is_refused_by_name(prepared: Callable[[Path]
     (copied / lost).unlink()
     with pytest.raises(BaseModelError, match=str(copied)):
         prepared(copied)
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own-llama"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *arguments, **options):
+        output = super().forward(*arguments, **options)
+        output.logits = output.logits * 0.5  # nothing in the config says so
+        return output
+"""
+
+
+@pytest.fixture
+def with_code(copied: Path) -> Path:
+    """A base that brings Python code of its own, and whose head does what no config says."""
+    (copied / "own.py").write_text(CODE)
+    values = json.loads((copied / "config.json").read_text())
+    values |= {"model_type": "own-llama", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (copied / "config.json").write_text(json.dumps(values))
+    return copied
+
+
+def test_code_that_comes_with_a_base_is_not_run_unless_it_is_trusted(with_code: Path, prepared: Callable[[Path], dict[str, Any]]) -> None:
+    (with_code / "own.py").write_text("raise SystemExit('this code was run')")
+    with pytest.raises(BaseModelError, match=r"brings Python code of its own \(own\.OwnConfig, own\.OwnModel\).*trust_remote_code: true"):
+        prepared(with_code)
+
+
+def test_trusted_code_is_run_and_verified(with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    identity = identify(str(with_code), None, trust_remote_code=True)
+    figures = result_of(Stage("base", "own", {"base": identity}, tmp_path / "runs"), "pipelines.base_model", threads=1)
+    assert figures["trust_remote_code"]
+    assert (figures["forward"]["path"], figures["forward"]["own_head"]) == ("packed", True)
+    assert "differs by" in figures["forward"]["rejected"][0]
+
+
+def test_an_identity_says_only_of_trusted_code_that_it_is(with_code: Path) -> None:
+    plain, trusted = identify(str(with_code), None), identify(str(with_code), None, trust_remote_code=True)
+    assert trusted == {**plain, "trust_remote_code": True}

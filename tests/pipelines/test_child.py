@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.errors import recorded_error
+from pipelines.child import errors_recorded
+from pipelines.errors import PeerError, recorded_error
 from pipelines.stage import Stage
 
 WORK = """
@@ -86,3 +87,17 @@ def test_an_interrupted_batch_loses_the_stage_at_work(stages: dict[str, Stage]) 
     assert stages["works"].result() is not None
     assert run(stages, "works", "works too").returncode == 0
     assert log(stages) == ["works", "stops", "works", "too"]
+
+
+def test_a_rank_that_fails_leaves_its_own_error(stages: dict[str, Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no launcher's: that of another rank, which only lost its peer, does not take its place."""
+    folder = stages["fails"].begin()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TypeError), errors_recorded(folder):
+        raise TypeError("'PackMask' object is not subscriptable\nand more")
+    with pytest.raises(SystemExit), errors_recorded(folder):
+        raise PeerError("rank 0 lost rank 1")
+    error = recorded_error(folder)
+    assert error is not None
+    assert str(error).startswith(f"{folder} failed on rank 1 with TypeError: 'PackMask' object is not subscriptable; its log")

@@ -256,3 +256,15 @@ def test_a_loaded_recipe_cannot_be_changed(recipe_with: Maker) -> None:
 def test_its_plain_values_load_to_the_same_recipe(recipe_with: Maker) -> None:
     recipe = parse_recipe(recipe_with())
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", "0123abc"])
+def test_code_of_a_hub_model_is_trusted_at_a_commit_only(recipe_with: Maker, revision: str | None) -> None:
+    section = {"id": "owner/name", "trust_remote_code": True, "revision": revision}
+    with pytest.raises(RecipeError, match=r"trust_remote_code and revision .* set revision to the 40 digits of the commit"):
+        parse_recipe(recipe_with(base_model=section))
+
+
+def test_code_is_trusted_at_a_commit_and_in_a_folder(recipe_with: Maker) -> None:
+    for section in ({"id": "owner/name", "revision": "0123456789abcdef" * 2 + "01234567"}, {"id": "./models/own"}):
+        assert parse_recipe(recipe_with(base_model={**section, "trust_remote_code": True})).base_model.trust_remote_code
