@@ -14,7 +14,7 @@ Rounding alone makes both differ, by an amount that depends on the dtype; see TO
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -82,24 +82,38 @@ def verified_reader(
     begun = time.perf_counter()
     trained = trained or {}
     tolerance = TOLERANCES.get(dtype or model.dtype, IN_16_BITS)
-    own = PackReader(model, packed=False, head=None)
     with _undisturbed(model), _computing_in(model, dtype):
-        every = _reference(own, probes, list(trained.values()), tolerance)
-        untouched = _without_gradient(list(trained), every)
+        every = _reference(PackReader(model, packed=False, head=None), probes, list(trained.values()), tolerance)
         tensors, wanted = _compared(list(trained.values()), every)
-        rejected: list[str] = [] if (why := why_not_packed(model)) is None else [f"not packed: {why}"]
-        for reader in _readers(model, packed=why is None):
-            try:
-                difference = _difference(wanted, [_measured(reader, probe, tensors) for probe in probes])
-            except Exception as error:  # noqa: BLE001 - a family's own code may raise anything under inputs that it does not expect
-                rejected.append(f"{_named(reader)} fails with {_one_line(error)}")
-                continue
-            if difference.loss <= tolerance.loss and difference.gradient <= tolerance.gradient:
-                verified = _verified(reader, probes, difference, tolerance, compared=bool(tensors))
-                return reader, replace(
-                    verified, rejected=tuple(rejected), without_gradient=untouched, seconds=round(time.perf_counter() - begun, 3)
-                )
-            rejected.append(f"{_named(reader)} differs by {difference.loss:.1e} nats a token, gradients by {difference.gradient:.1e}")
+        reader, difference, rejected = _first_that_agrees(
+            model, tolerance, lambda one: _difference(wanted, [_measured(one, probe, tensors) for probe in probes])
+        )
+    verified = _verified(reader, probes, difference, tolerance, compared=bool(tensors))
+    return reader, replace(
+        verified,
+        rejected=rejected,
+        without_gradient=_without_gradient(list(trained), every),
+        seconds=round(time.perf_counter() - begun, 3),
+    )
+
+
+def _first_that_agrees(
+    model: PreTrainedModel, tolerance: Tolerance, compare: "Callable[[PackReader], _Difference]"
+) -> "tuple[PackReader, _Difference, tuple[str, ...]]":
+    """Return the first way of reading that agrees with the reference, how well it does, and why those before it were not taken."""
+    why = why_not_packed(model)
+    rejected = [] if why is None else [f"not packed: {why}"]
+    for reader in _readers(model, packed=why is None):
+        try:
+            difference = compare(reader)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a family's own code may raise anything under inputs that it does not expect
+            rejected.append(f"{_named(reader)} fails with {_one_line(error)}")
+            continue
+        if difference.loss <= tolerance.loss and difference.gradient <= tolerance.gradient:
+            return reader, difference, tuple(rejected)
+        rejected.append(f"{_named(reader)} differs by {difference.loss:.1e} nats a token, gradients by {difference.gradient:.1e}")
     raise BaseModelError(
         f"base model family {model.config.model_type!r} gives different losses when it reads the same example twice "
         f"({'; '.join(rejected)}); it cannot be trained or scored reliably here; take another base"
@@ -153,6 +167,8 @@ def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Pa
     try:
         seen = [_measured(own, probe, tensors) for probe in probes]
         leak = _future_seen(own, probes[0].pack)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise BaseModelError(
             f"base model family {family!r} cannot read text by its own forward ({_one_line(error)}); see that transformers "

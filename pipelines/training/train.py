@@ -193,6 +193,9 @@ def verify(run: Run, model: PreTrainedModel, dtype: torch.dtype) -> tuple[PackRe
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         reader, verified = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
     run.heart.lap()  # it belongs to no step
+    paths = gather_object([verified.path])
+    if len(set(paths)) > 1:
+        raise PipelineError(f"the ranks would read the base in different ways ({', '.join(paths)}); run them on hosts of one kind")
     if verified.without_gradient:  # DDP waits for the gradients of all tensors, unless it is told to look which there are
         run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     return reader, verified

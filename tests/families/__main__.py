@@ -48,9 +48,9 @@ def main() -> int:
     write_json(options.result, rows)
     show_grid("Families read here and by their own forward", [row for row in rows if "unbuilt" not in row["what"]])
     show_reasons(found)
+    show_paths(found)
     missed = [row["what"] for row in rows if row["holds"] is False]
-    counts = Counter(one.path for one in found.values())
-    print(f"{', '.join(f'{count} {path}' for path, count in counts.most_common())}; goals missed: {', '.join(missed) or 'none'}")
+    print(f"{len(found)} families and variants; goals missed: {', '.join(missed) or 'none'}")
     return 1 if missed else 0
 
 
@@ -100,6 +100,27 @@ def rows_of(name: str, one: Measured) -> list[Row]:
             at_most(f"{what}: other answers", one.answers, 0),
         ]
     return rows
+
+
+def show_paths(found: dict[str, Measured]) -> None:
+    """Print, for each path, how many families take it and the largest differences among them."""
+    table = Table(
+        "path",
+        "families",
+        "loss, nats/token",
+        "gradient, of its norm",
+        "tree, nats",
+        "other answers",
+        title="By path",
+        title_justify="left",
+    )
+    for path, count in Counter(one.path for one in found.values()).most_common():
+        some = [one for one in found.values() if one.path == path]
+        figures = [f"{max(getattr(one, name) for one in some):.0e}" for name in ("loss", "gradient", "tree")]
+        measured = path.startswith(("packed", "one by one"))
+        answers = str(sum(one.answers for one in some))
+        table.add_row(path, str(count), *([*figures, answers] if measured else ["–"] * 4))
+    Console(width=150).print(table)
 
 
 def show_reasons(found: dict[str, Measured]) -> None:
