@@ -190,10 +190,13 @@ def stored_weights(model: nn.Module, targets: list[Target], *, quantized: bool) 
     """Return all weights of the base by the last parts of their names: how each kind is stored, and whether it is adapted."""
     head, adapted = output_head(model), {target.name for target in targets}
     kinds: dict[tuple[str, str, bool], list[int]] = {}
+    own = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied weight is counted where it comes first
     for path, module in model.named_modules():
         in_4_bits = quantized and module is not head and base_weight(module) is not None
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}"
+            if own[id(parameter)] != full:
+                continue
             what = re.sub(r"\.\d+\.", ".*.", full)
             is_adapted = (path in adapted and name == "weight") or full in adapted
             stored = "nf4" if in_4_bits and name == "weight" else "dense"

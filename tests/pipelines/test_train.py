@@ -5,13 +5,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
@@ -22,7 +23,7 @@ from lora_core.starts.spectral import spectral_start
 from pipelines import launch
 from pipelines.arms import Arm, control_arms
 from pipelines.errors import StageError
-from pipelines.hardware import PAGED, Optimizer
+from pipelines.hardware import PAGED, Hardware, Optimizer
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_records, read_result
 from pipelines.stages import Stages
@@ -139,6 +140,39 @@ def test_a_control_whose_optimiser_keeps_8_bits_goes_on_bit_for_bit(prepared: Pr
     assert files[0] == files[1]
     figures = whole.result()
     assert figures is not None and figures["optimizer"] == "paged 8-bit AdamW"
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[Callable[[], None]]:
+    """Return what makes accelerate forget its precision, which it keeps for the length of a process."""
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    yield forget
+    forget()
+
+
+def test_a_control_that_computes_in_bfloat16_trains_float32_weights(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: Callable[[], None]
+) -> None:
+    """As on a GPU; only the device is another. A rate of 1e-5 is below the spacing of nearly all weights in bfloat16."""
+    rate = {"learning_rate": 1e-5}
+    stages = {dtype: prepared(None, str(dtype), control=rate) for dtype in (torch.float32, torch.bfloat16)}
+    moved = {}
+    for dtype, stage in stages.items():
+        fresh_accelerate()
+        monkeypatch.setattr(train_module, "detect", lambda dtype=dtype: Hardware("cpu", dtype, "gloo"))
+        train(stage.begin())
+        trained = load_file(str(stage.folder / "model" / "model.safetensors"))
+        base = load_file(str(Path(stage.paths["base"]) / "model.safetensors"))
+        assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+        moved[dtype] = {name: float((tensor != base[name]).float().mean()) for name, tensor in trained.items()}
+    for name, fraction in moved[torch.float32].items():
+        assert moved[torch.bfloat16][name] == pytest.approx(fraction, abs=0.02), name
+    assert min(fraction for name, fraction in moved[torch.bfloat16].items() if "embed" not in name) > 0.97
+    figures = stages[torch.bfloat16].result()
+    assert figures is not None and figures["forward"]["path"] == "packed" and figures["forward"]["loss_tolerance"] == 0.02
 
 
 def test_a_row_holds_what_a_step_took(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:

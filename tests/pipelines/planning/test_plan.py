@@ -237,3 +237,12 @@ def test_the_message_quotes_the_plan(planned: Callable[..., dict[str, Any]]) -> 
     assert said.startswith("rank-4 was expected to need 1.07 GB in each process")
     for word in ("training.gradient_checkpointing: true (", "training.accumulation: 2 (", "data.max_tokens: 10 ("):
         assert word in said
+
+
+def test_every_weight_of_the_base_is_listed_once(planned: Callable[..., dict[str, Any]]) -> None:
+    """With how it is stored and whether it is adapted; the tiny model's head is tied to its embedding."""
+    found = planned()
+    assert sum(kind["weights"] for kind in found["weights"]) == found["runs"]["control"]["trained_weights"]
+    adapted = {kind["name"].rpartition(".")[0].rpartition(".")[2] for kind in found["weights"] if kind["adapted"]}
+    assert adapted == {target["name"] for target in found["targets"]}
+    assert all(kind["stored"] == ("nf4" if kind["adapted"] else "dense") for kind in found["weights"])
