@@ -47,10 +47,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return cast(nn.Module, head.base) if head is not None and hasattr(type(head), "adapter_tensors") else head
 
 
-def beside_the_language_model(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that a multimodal model holds next to its language model, such as a vision tower, by path.
+def modules_outside_language_model(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a multimodal model that are not part of its language model, such as a vision tower, by path.
 
-    Told as Hugging Face models tell it: their config holds that of a language model, and `get_decoder` returns the model.
+    Hugging Face models identify it: their config contains that of the language model, and `get_decoder` returns the model.
     """
     model = unwrapped(model)
     text = getattr(getattr(model, "config", None), "get_text_config", None)

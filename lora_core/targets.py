@@ -15,7 +15,7 @@ from lora_core.base.quant import base_weight
 from lora_core.config import ALL_LINEAR, LoraConfig, Names, matches_end
 from lora_core.errors import TargetError
 from lora_core.layers.experts import expert_targets
-from lora_core.modules import adapter_parts, beside_the_language_model, module_at, output_head, plain_modules, unwrapped
+from lora_core.modules import adapter_parts, module_at, modules_outside_language_model, output_head, plain_modules, unwrapped
 
 Layer = Literal["linear", "embedding", "conv2d", "experts"]
 
@@ -132,7 +132,7 @@ def _every_linear(model: nn.Module, candidates: Mapping[str, Candidate], config:
     Such a gate has no low rank. What a multimodal model holds next to its language model is adapted only by name.
     """
     head, plain = output_head(unwrapped(model)), plain_modules(model)
-    towers = tuple(f"{name}." for name in beside_the_language_model(model))
+    towers = tuple(f"{name}." for name in modules_outside_language_model(model))
     candidates = {name: one for name, one in candidates.items() if not f"{name}.".startswith(towers)} if towers else candidates
     wide = {name: one for name, one in candidates.items() if min(one.in_features, one.out_features) > 1}
     linear = [name for name, one in wide.items() if one.layer == "linear" and plain[name] is not head]

@@ -1,8 +1,8 @@
-"""Hold the way in which a model is read against the model's own forward, on examples of the run itself.
+"""Compare the path by which a model is read with the model's own forward, on examples of the run itself.
 
-The reference is transformers' forward on one example alone, unpadded, with eager attention. Each way of reading, the
-fastest first, reads the same examples; the first that agrees is taken. The last way is the reference itself. So a family
-that nobody has tried, a window, a recurrent state or custom code costs speed at worst, and never a wrong number.
+The reference is transformers' forward on one example alone, unpadded, with eager attention. Each path, the fastest first,
+reads the same examples, and the first that agrees is used. The last path is the reference itself. A family that nobody has
+tried, a window, a recurrent state or custom code therefore costs speed at worst and never gives a wrong number.
 
 What must agree:
 

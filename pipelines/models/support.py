@@ -1,8 +1,8 @@
-"""What can be told of a base from its config and its class, before any weight is loaded.
+"""Which bases are supported, decided from config and class before any weight is loaded.
 
 A causal language model whose layers all attend through transformers' attention interface can be read in packs. Any other
-causal language model is read one example at a time, by its own forward. What is no causal language model is refused.
-The decision that counts is made at run time, by `pipelines.models.equivalence`: this one only spares what cannot work.
+causal language model is read one example at a time, by its own forward. A model that is not causal is refused. The final
+decision is made at run time by `pipelines.models.equivalence`; this one only skips what cannot work.
 """
 
 from typing import Any

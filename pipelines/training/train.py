@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from lora_core import LoraConfig, trained_weights
 from lora_core.adapter.files import read_json
 from lora_core.config import GIVEN
-from lora_core.modules import beside_the_language_model
+from lora_core.modules import modules_outside_language_model
 from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
@@ -256,7 +256,7 @@ def adapt(
 
 def freeze_towers(model: PreTrainedModel) -> None:
     """Leave alone what a multimodal model holds next to its language model: nothing that it is trained on reaches it."""
-    for tower in beside_the_language_model(model).values():
+    for tower in modules_outside_language_model(model).values():
         tower.requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ from families.configs import tiny_config
 from transformers import AutoConfig, PreTrainedModel
 
 from lora_core import LoraConfig, inject
-from lora_core.modules import beside_the_language_model
+from lora_core.modules import modules_outside_language_model
 from pipelines.errors import BaseModelError
 from pipelines.models.support import check_supported, context_tokens, text_body, why_not_packed
 
@@ -50,10 +50,10 @@ def test_why_a_family_is_not_packed(family: Callable[..., PreTrainedModel]) -> N
 def test_a_wrapper_is_read_and_adapted_by_its_language_model(family: Callable[..., PreTrainedModel]) -> None:
     model = family("gemma3")
     assert text_body(model) is model.model.language_model
-    assert set(beside_the_language_model(model)) == {"model.vision_tower", "model.multi_modal_projector"}
+    assert set(modules_outside_language_model(model)) == {"model.vision_tower", "model.multi_modal_projector"}
     targets = inject(model, LoraConfig(r=2, lora_alpha=4), seed=0)
     assert targets and all(target.name.startswith("model.language_model.layers.") for target in targets)
-    assert beside_the_language_model(family("llama")) == {}
+    assert modules_outside_language_model(family("llama")) == {}
 
 
 def test_the_context_is_the_language_models(family: Callable[..., PreTrainedModel]) -> None:
