@@ -159,10 +159,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     try:
         values = json.loads((folder / "config.json").read_text())
         if "auto_map" in values and not trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
-            names = ", ".join(sorted(map(str, values["auto_map"].values())))
+            names = ", ".join(sorted(_named_code(values)))
             raise BaseModelError(
                 f"base model folder {str(folder)!r} brings Python code of its own ({names}), which is not run unless it is trusted; "
                 "read it, then set base_model.trust_remote_code: true and, for a hub model, the commit as revision"
+            )
+        foreign = sorted(name for name in _named_code(values) if "--" in name)
+        if trust_remote_code and foreign:
+            raise BaseModelError(
+                f"base model folder {str(folder)!r} takes Python code from another repository ({', '.join(foreign)}), at whatever it holds "
+                "at the time; copy that code next to config.json, and name it in auto_map without the repository"
             )
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except BaseModelError:
@@ -172,6 +178,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             f"the config of base model folder {str(folder)!r} cannot be loaded ({str(error).partition(chr(10))[0]}); "
             "give a folder that save_pretrained wrote, of a family that the installed transformers knows"
         ) from error
+
+
+def _named_code(values: dict[str, Any]) -> list[str]:
+    """Return the classes that a config takes from code of its own."""
+    named = values.get("auto_map", {}).values()
+    return [one for name in named for one in (name if isinstance(name, list) else [name]) if one is not None]
 
 
 def _dequantise(file: Path, folder: Path) -> Any:

@@ -104,6 +104,13 @@ def attention_kernel(hardware: Hardware, shape: tuple[int, int, int] | None) -> 
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
+def reset_peak_memory() -> None:
+    """Begin anew to look for a GPU's peak; a process's resident peak is the system's and stays."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes() -> int:
     """Return this process's peak: GPU memory where there is one, resident memory otherwise."""
     if torch.cuda.is_available():

@@ -1,6 +1,7 @@
 """The sections of a recipe: what can be set, between which bounds, and what it means. Loading them imports no torch."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -57,7 +58,7 @@ class BaseModelSection(Section):
 
     @model_validator(mode="after")
     def _trusted_code_is_pinned(self) -> "BaseModelSection":
-        is_hub_id = self.id.count("/") == 1 and not self.id.startswith((".", "/", "~"))
+        is_hub_id = self.id.count("/") == 1 and not self.id.startswith((".", "/", "~")) and not Path(self.id).is_dir()
         if self.trust_remote_code and is_hub_id and not COMMIT.fullmatch(self.revision or ""):
             raise ValueError(
                 f"has trust_remote_code and revision {self.revision!r}: code is trusted at a commit only, as a branch or tag may get other "

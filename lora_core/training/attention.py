@@ -63,7 +63,12 @@ class PackMask:
                 is plainly causal.
         """
         self.lengths = [segment.length for segment in segments]
-        self.masks = [segment.mask if visible is None else _within(segment, visible) for segment in segments]
+        if visible is None:
+            self.masks = [segment.mask for segment in segments]
+            return
+        causal = _causal_length(visible)
+        is_causal = [segment.mask is None and segment.length <= causal for segment in segments]
+        self.masks = [None if plain else _within(segment, visible) for plain, segment in zip(is_causal, segments, strict=True)]
 
 
 _segments: ContextVar[Sequence[Segment] | None] = ContextVar("segments", default=None)
@@ -157,13 +162,16 @@ def _mask_of_pack(module: nn.Module, query: Tensor, mask: object) -> PackMask:
     return mask
 
 
-def _within(segment: Segment, visible: Tensor) -> Tensor | None:
-    """Return the mask (length, length) of a segment; None where it is plainly causal."""
-    length = segment.length
+def _causal_length(visible: Tensor) -> int:
+    """Return up to how many tokens an example sees as it would causally; synchronizes with a GPU, once for all segments."""
+    differs = (visible != torch.ones_like(visible).tril()).any(dim=1)
+    return int(torch.cat([differs, differs.new_ones(1)]).int().argmax())  # the first row that differs
+
+
+def _within(segment: Segment, visible: Tensor) -> Tensor:
+    """Return the mask (length, length) of a segment."""
     if segment.mask is None:
-        own = visible[:length, :length]
-        causal = torch.ones_like(own).tril()
-        return None if torch.equal(own, causal) else own
+        return visible[: segment.length, : segment.length]
     depths = segment.depths
     return segment.mask & visible[depths[:, None], depths[None, :]]
 

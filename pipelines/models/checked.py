@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.batches import Pack, join
+from pipelines.memory import is_out_of_memory
 from pipelines.models.equivalence import IN_16_BITS, TOLERANCES, Probe, verified_reader
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
 from pipelines.models.support import why_not_packed
@@ -61,8 +62,7 @@ class CheckedReader:
             return
         reader, verified = verified_reader(self.model, [Probe(excerpt(pack))])
         self._longest[pack.has_trees] = pack.longest
-        if self.verified is None or self._is_slower(reader):
-            self._reader = reader
+        self._reader = reader if self.verified is None else _slower_of(self._reader, reader)
         self.verified = verified if self.verified is None else _both(self.verified, verified, self._reader)
 
     def generation(self, prompts: Sequence[list[int]]) -> Generation:
@@ -76,17 +76,16 @@ class CheckedReader:
             self._generation = len(longest), self._way_of_writing([shortest, longest])
         return self._generation[1]
 
-    def _is_slower(self, reader: PackReader) -> bool:
-        return (not reader.packed, reader.head is None) > (not self._reader.packed, self._reader.head is None)
-
     @torch.inference_mode()
     def _way_of_writing(self, prompts: Sequence[list[int]]) -> Generation:
         if why_not_packed(self.model) is None:
             for attention in (SDPA, EAGER):
                 try:
                     difference = self._difference_of_batch(prompts, attention)
-                except Exception:  # noqa: BLE001 - a family that refuses an attention function or padding says so in its own way
-                    continue
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    continue  # a family that refuses an attention function or padding raises an error of its own
                 if difference <= 10 * TOLERANCES.get(self.model.dtype, IN_16_BITS).loss:
                     return Generation(attention, batched=True)
         return Generation(EAGER, batched=False)
@@ -136,6 +135,11 @@ def _two_answers(piece: Pack) -> Pack:
     paths = piece.paths()
     chosen = {id(path): path for path in (paths[0], max(paths, key=lambda path: len(path.places)))}
     return piece.only(torch.cat([path.rows for path in chosen.values()]).sort().values)
+
+
+def _slower_of(one: PackReader, other: PackReader) -> PackReader:
+    """Return the path that avoids whatever either verification rejected."""
+    return PackReader(one.model, one.packed and other.packed, None if one.head is None else other.head)
 
 
 def _both(one: Verified, other: Verified, reader: PackReader) -> Verified:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 
 from pipelines.batches import Pack, pack
 from pipelines.errors import BaseModelError
+from pipelines.memory import is_out_of_memory
 from pipelines.models.forward import PackReader
 from pipelines.models.head import linear_head
 from pipelines.models.support import why_not_packed
@@ -34,8 +36,8 @@ TENSORS = 6
 """Trained tensors whose gradients are compared."""
 FIRST_LENGTHS = (6, 16, 4)
 """Tokens of the examples on which a base is looked at before there is any data."""
-LARGEST_TENSOR = 1 << 24
-"""Elements of a tensor that may be one of them."""
+SMALL_TENSOR, LARGEST_TENSOR, LARGEST_TOTAL = 1 << 20, 1 << 24, 1 << 26
+"""Elements of a gradient that is always kept for that, of one that may be, and of all that are."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,10 @@ def _first_that_agrees(
     for reader in _readers(model, packed=why is None):
         try:
             difference = compare(reader)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001 - a family's own code may raise anything under inputs that it does not expect
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # a family's own code may raise anything under inputs that it does not expect
             rejected.append(f"{_named(reader)} fails with {_one_line(error)}")
             continue
         if difference.loss <= tolerance.loss and difference.gradient <= tolerance.gradient:
@@ -166,10 +169,10 @@ def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Pa
     family = own.model.config.model_type
     try:
         seen = [_measured(own, probe, tensors) for probe in probes]
-        leak = _future_seen(own, probes[0].pack)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
+        leak = _future_seen(own, probes)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise BaseModelError(
             f"base model family {family!r} cannot read text by its own forward ({_one_line(error)}); see that transformers "
             "supports it without further inputs, or take another base"
@@ -194,17 +197,45 @@ def _measured(reader: PackReader, probe: Probe, tensors: Sequence[nn.Parameter])
     losses = [float(-likelihoods[path.rows].mean()) for path in probe.pack.paths()]
     if not (probe.gradient and tensors):
         return _Seen(losses, [None] * len(tensors))
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(reader.loss(probe.pack), list(tensors), allow_unused=True)
-    return _Seen(losses, [None if one is None else one.detach() for one in gradients], has_gradients=True)
+    return _Seen(losses, _gradients(reader, probe.pack, tensors), has_gradients=True)
+
+
+def _gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Return the gradients of the loss of a pack: None where a tensor took no part, empty where it is not worth its memory.
+
+    Each is taken as soon as it is there, so that those of a whole model never exist together.
+    """
+    found: list[Tensor | None] = [None] * len(tensors)
+    room = [LARGEST_TOTAL]
+
+    def taken(place: int, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None, "the hook is called once there is one"
+        room[0] -= gradient.numel()
+        is_kept = gradient.numel() <= SMALL_TENSOR or (gradient.numel() <= LARGEST_TENSOR and room[0] > 0)
+        found[place] = gradient if is_kept else gradient.new_empty(0)
+
+    hooks = [tensor.register_post_accumulate_grad_hook(partial(taken, place)) for place, tensor in enumerate(tensors)]
+    try:
+        with torch.enable_grad():
+            torch.autograd.backward(reader.loss(pack), inputs=list(tensors))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for tensor in tensors:
+            tensor.grad = None
+    return found
 
 
 @torch.no_grad()
-def _future_seen(own: PackReader, pack: Pack) -> float:
-    """Return by how much the logits of an example change when its last token is another."""
-    ids = pack.input_ids[pack.paths()[0].places]
+def _future_seen(own: PackReader, probes: Sequence[Probe]) -> float:
+    """Return by how much the logits of the shortest example of two tokens or more change when its last token is another."""
+    examples = [probe.pack.input_ids[path.places] for probe in probes for path in probe.pack.paths() if len(path.places) > 1]
+    if not examples:
+        return 0.0
+    ids = min(examples, key=len)
     other = ids.clone()
-    other[-1] = ids[0] if ids[0] != ids[-1] else ids[len(ids) // 2]
+    other[-1] = ids[0] if ids[0] != ids[-1] else ids[-1] // 2  # any other token that the vocabulary surely has
     before, after = (own.model(input_ids=one[None]).logits[0, :-1].float().log_softmax(dim=1) for one in (ids, other))
     return float((before - after).abs().max())
 

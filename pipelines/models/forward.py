@@ -103,7 +103,9 @@ class PackReader:
         rows = self.rows(pack)
         if self.head is not None:
             return self.head.log_likelihoods(rows, pack.targets, chunk_rows)
-        return target_log_likelihoods(rows.float().clone(), pack.targets)
+        parts = zip(rows.split(chunk_rows), pack.targets.split(chunk_rows), strict=True)
+        likelihoods, greedy = zip(*(target_log_likelihoods(part.float().clone(), wanted) for part, wanted in parts), strict=True)
+        return torch.cat(likelihoods), torch.cat(greedy)
 
     def logits(self, pack: Pack) -> Tensor:
         """Return the logits (N, V) in float32 of the positions that predict."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from pipelines.errors import PipelineError
@@ -94,10 +94,11 @@ class Engine:
             yield
 
 
-def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator:
+def start(seed: int, options: dict[str, Any], hardware: Hardware, *, full: bool) -> Accelerator:
     """Join the process group and hold it against what was asked for.
 
-    Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of the data.
+    Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of the data. Float32 masters are
+    computed under autocast. Adapters choose their dtypes themselves, over a base that computes as it does when it is scored.
     """
     if options["device"] == "gpu" and hardware.device == "cpu":
         raise PipelineError(
@@ -108,8 +109,11 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware) -> Accelerator
     accelerator = Accelerator(
         cpu=hardware.device == "cpu" and not is_deepspeed(),
         gradient_accumulation_steps=options["accumulation"],
-        mixed_precision=MIXED_PRECISION[hardware.dtype],
-        kwargs_handlers=[_process_group(hardware, options["timeout_seconds"])] if "WORLD_SIZE" in os.environ else None,
+        mixed_precision=_mixed_precision(hardware, full=full),
+        kwargs_handlers=[
+            *([] if full or is_deepspeed() else [AutocastKwargs(enabled=False)]),
+            *([_process_group(hardware, options["timeout_seconds"])] if "WORLD_SIZE" in os.environ else []),
+        ],
     )
     if accelerator.num_processes != options["processes"]:
         raise PipelineError(
@@ -164,6 +168,12 @@ def whole_model() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
+def _mixed_precision(hardware: Hardware, *, full: bool) -> str:
+    """Return accelerate's name of the precision; in float16 it scales the loss of adapters as well."""
+    by_autocast = full or is_deepspeed() or hardware.dtype is torch.float16
+    return MIXED_PRECISION[hardware.dtype] if by_autocast else "no"
 
 
 def _process_group(hardware: Hardware, seconds: int) -> InitProcessGroupKwargs:

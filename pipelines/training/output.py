@@ -40,8 +40,10 @@ def _save_model(engine: Engine, folder: Path, inputs: dict[str, Any]) -> dict[st
     shutil.rmtree(folder, ignore_errors=True)
     engine.model.save_pretrained(folder)
     if inputs.get("trust_remote_code"):  # what was written is loaded by the same code
-        for source in Path(engine.model.config._name_or_path).glob("*.py"):
-            shutil.copy(source, folder)
+        base = Path(engine.model.config._name_or_path)
+        for source in base.rglob("*.py"):
+            (folder / source.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, folder / source.relative_to(base))
     return {}
 
 

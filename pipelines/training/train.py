@@ -37,9 +37,10 @@ from lora_core.modules import modules_outside_language_model
 from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
-from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
-from pipelines.hardware import Hardware, attention_kernel, detect, peak_memory_bytes
+from pipelines.errors import BaseModelError, DataError, DivergenceError, MemoryExceededError, PipelineError
+from pipelines.hardware import Hardware, attention_kernel, detect, peak_memory_bytes, reset_peak_memory
 from pipelines.heartbeats import Pulse, note
+from pipelines.memory import is_out_of_memory
 from pipelines.model import attention_heads, load_model
 from pipelines.models.equivalence import Probe, verified_reader
 from pipelines.models.forward import PackReader
@@ -126,7 +127,7 @@ def train(folder: Path) -> None:
     """
     (inputs, paths), options = read_inputs(folder), read_options(folder)
     hardware = detect()
-    accelerator = start(inputs["seed"], options, hardware)
+    accelerator = start(inputs["seed"], options, hardware, full=inputs["method"] == "full")
     model = loaded(Path(paths["base"]), inputs, hardware)
     heart = Heart(Pulse(folder, accelerator.process_index, gethostname()))
     run = prepare_run(accelerator, inputs, Path(paths["data"]), heart)
@@ -171,9 +172,9 @@ def equip(
 ) -> tuple[Engine, dict[str, Any]]:
     """Choose how the model is read and by what it is trained; return it under its engine, and what a result says of that."""
     weights = trained_weights(model)
-    reader, verified = verify(run, model, hardware.dtype)
     if options["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(model)
+    reader, verified = verify(run, model, hardware.dtype)
     optimizer = optimizer_of(run.accelerator, hardware, model, options, full=inputs["method"] == "full", tokens=run.most_tokens)
     engine = prepare(run.accelerator, reader, parameter_groups(model, inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm)
     attention = attention_kernel(hardware, attention_heads(model)) if reader.packed else reader.attention
@@ -187,16 +188,33 @@ def equip(
     }
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Have blocks computed again in the backward pass; refuse a family that cannot.
+
+    Raises:
+        BaseModelError: the family has no gradient checkpointing.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise BaseModelError(
+            f"training.gradient_checkpointing is true, and base model family {model.config.model_type!r} does not support it; set it to "
+            "false, and raise training.accumulation or lower data.max_tokens where memory is short"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def verify(run: Run, model: PreTrainedModel, dtype: torch.dtype) -> tuple[PackReader, Verified]:
     """Choose how the model is read, and see on examples of the run that this is the model's own forward; every rank does."""
     with run.heart.phase("check"):
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         reader, verified = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
     run.heart.lap()  # it belongs to no step
-    paths = gather_object([verified.path])
+    reset_peak_memory()
+    paths = gather_object([(verified.path, verified.own_head)])
     if len(set(paths)) > 1:
-        raise PipelineError(f"the ranks would read the base in different ways ({', '.join(paths)}); run them on hosts of one kind")
-    if verified.without_gradient:  # DDP waits for the gradients of all tensors, unless it is told to look which there are
+        raise PipelineError(f"the ranks would read the base in different ways ({paths}); run them on hosts of one kind")
+    if any(
+        gather_object([bool(verified.without_gradient)])
+    ):  # DDP waits for the gradients of all tensors, unless it is told to look which there are
         run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     return reader, verified
 
@@ -333,7 +351,7 @@ def memory_named(run: Run, step: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         tokens = max(sum(run.lengths[i] for i in share) for share in run.shares(step))
         raise MemoryExceededError(f"step {step + 1} needs more memory than there is, with {tokens:,} tokens at once") from error

@@ -76,7 +76,8 @@ Contestant = Callable[[Task], Record]
 def ours(task: Task) -> Record:
     """Take the steps that pipelines.training takes; the seed draws the adapter that `write_adapter` saved."""
     hardware, record = detect(), Record()
-    accelerator = start(task.inputs["seed"], {"accumulation": 1, "processes": 1, "device": "cpu", "timeout_seconds": 600}, hardware)
+    options = {"accumulation": 1, "processes": 1, "device": "cpu", "timeout_seconds": 600}
+    accelerator = start(task.inputs["seed"], options, hardware, full=False)
     model, dataset, settings = task.model(), task.dataset(), task.inputs["training"]
     adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]))
     lengths, steps = [len(ids) for ids in dataset["input_ids"]], task.order(dataset)

@@ -22,11 +22,13 @@ from lora_core.starts import given
 from lora_core.starts.spectral import spectral_start
 from pipelines import launch
 from pipelines.arms import Arm, control_arms
+from pipelines.batches import Pack
 from pipelines.errors import StageError
 from pipelines.hardware import PAGED, Hardware, Optimizer
 from pipelines.recipe import parse_recipe
 from pipelines.stage import Stage, read_records, read_result
 from pipelines.stages import Stages
+from pipelines.training import objective
 from pipelines.training import train as train_module
 from pipelines.training.train import train, train_step
 
@@ -173,6 +175,31 @@ def test_a_control_that_computes_in_bfloat16_trains_float32_weights(
     assert min(fraction for name, fraction in moved[torch.bfloat16].items() if "embed" not in name) > 0.97
     figures = stages[torch.bfloat16].result()
     assert figures is not None and figures["forward"]["path"] == "packed" and figures["forward"]["loss_tolerance"] == 0.02
+
+
+def test_an_adapter_computes_in_bfloat16_without_autocast(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, fresh_accelerate: Callable[[], None]
+) -> None:
+    """As on a GPU, and as the adapter is scored: a router or a norm that a model keeps in float32 stays so."""
+    forward, autocast = objective.Objective.forward, list[bool]()
+
+    def noted(self: objective.Objective, part: Pack) -> torch.Tensor:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return forward(self, part)
+
+    monkeypatch.setattr(objective.Objective, "forward", noted)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        fresh_accelerate()
+        stage = prepared(4, f"adapter-{dtype}")
+        monkeypatch.setattr(train_module, "detect", lambda dtype=dtype: Hardware("cpu", dtype, "gloo"))
+        train(stage.begin())
+        losses[dtype] = _losses(stage)
+        saved = load_file(str(stage.folder / "adapter" / "adapter_model.safetensors"))
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert autocast and not any(autocast)
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], abs=0.05)
+    assert losses[torch.bfloat16] != losses[torch.float32]
 
 
 def test_a_row_holds_what_a_step_took(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from lora_core.training import attention
 from pipelines.batches import Pack, join, pack
 from pipelines.evaluation.scoring import tree_pack
 from pipelines.evaluation.trees import grow
-from pipelines.models.checked import CheckedReader, Generation, excerpt
+from pipelines.models.checked import CheckedReader, Generation, _slower_of, excerpt
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
 from pipelines.training.objective import Objective
 
@@ -115,3 +115,27 @@ def test_attention_is_set_back_also_where_a_family_refuses_it(family: Family) ->
     with pytest.raises(ValueError, match="scaled_dot_product_attention"), attending_by(model, SDPA):
         pass
     assert model.config._attn_implementation == before
+
+
+def test_a_tree_of_one_token_is_scored(family: Family) -> None:
+    """Nothing follows a single token, so nothing of it can look ahead."""
+    reader = CheckedReader(family("llama"))
+    for tree in (tree_of([[3, 4]], 1), tree_of([[3, 4], [3, 5, 6, 7]], 1)):
+        found, _ = reader.log_likelihoods(tree, 8)
+        assert torch.isfinite(found).all() and len(found) == len(tree.targets)
+
+
+def test_what_either_verification_rejected_is_avoided(family: Family) -> None:
+    model = family("llama")
+    closed = PackReader.default(model).head
+    packed, alone = PackReader(model, packed=True, head=None), PackReader(model, packed=False, head=closed)
+    assert _slower_of(packed, alone) == PackReader(model, packed=False, head=None)
+
+
+def test_want_of_memory_is_not_taken_for_another_family(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(reader: PackReader, pack: Pack) -> torch.Tensor:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(PackReader, "rows", short)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        CheckedReader(family("llama")).log_likelihoods(examples_pack, 8)
