@@ -76,8 +76,15 @@ def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
     names = _every_linear(model, candidates, config) if config.target_modules == ALL_LINEAR else _chosen(model, candidates, config)
     if config.layers_to_transform:
         names = _in_layers(names, config.layers_to_transform)
-    if not config.exclude_modules:
-        return names
+    if config.exclude_modules:
+        names = _without_excluded(names, config)
+    if config.target_modules == ALL_LINEAR:  # gates of width 1, in which no update has a low rank
+        names = [name for name in names if min(candidates[name].in_features, candidates[name].out_features) > 1]
+    return names
+
+
+def _without_excluded(names: list[str], config: LoraConfig) -> list[str]:
+    """Leave out what a config excludes."""
     left = [name for name in names if not _is_named(name, config.exclude_modules)]
     if not left or len(left) == len(names):
         raise TargetError(
@@ -127,15 +134,14 @@ def _candidate(module: nn.Module) -> Candidate | None:
 
 
 def _every_linear(model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig) -> list[str]:
-    """Return all linear layers of the language model but its head, what is trained whole, and gates of width 1.
+    """Return all linear layers of the language model but its head and what is trained whole.
 
-    Such a gate has no low rank. What a multimodal model holds next to its language model is adapted only by name.
+    What a multimodal model holds next to its language model is adapted only by name.
     """
     head, plain = output_head(unwrapped(model)), plain_modules(model)
     towers = tuple(f"{name}." for name in modules_outside_language_model(model))
     candidates = {name: one for name, one in candidates.items() if not f"{name}.".startswith(towers)} if towers else candidates
-    wide = {name: one for name, one in candidates.items() if min(one.in_features, one.out_features) > 1}
-    linear = [name for name, one in wide.items() if one.layer == "linear" and plain[name] is not head]
+    linear = [name for name, one in candidates.items() if one.layer == "linear" and plain[name] is not head]
     names = [name for name in linear if not _is_named(name, config.modules_to_save)]
     if not names:
         raise TargetError(f"target_modules={ALL_LINEAR!r} matches no linear layer; linear layers here end in {_endings(candidates)}")
