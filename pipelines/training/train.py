@@ -56,6 +56,8 @@ from pipelines.training.output import output_of, save_trained
 from pipelines.training.peers import contact_kept, meet
 from pipelines.training.starts import inject_started
 
+OPENING = 16
+"""Tokens of a text whose gradient is compared before training."""
 NAMED = 5
 """How many of the tensors without a gradient are named."""
 FINAL_RATE = 0.1
@@ -100,11 +102,11 @@ class Run:
         return dealt[self.accelerator.process_index :: ranks]
 
     def probes(self) -> list[Probe]:
-        """Return what the way of reading is verified on: the longest example between short ones, and the gradient of the short ones."""
+        """Return what the path is verified on: the gradient of two short texts, and the loss of the longest example after one."""
         used = sorted({i for step in self.steps for i in step}, key=lambda i: (self.lengths[i], i))
-        short = [self.example(i, 0) for i in used[:2]]
+        first, second = (opening(self.example(i, 0)) for i in (used[0], used[len(used) // 2]))
         longest = self.example(used[-1], 0)
-        return [Probe(pack(short, self.device), gradient=True), Probe(pack([short[0], longest, *short[1:]], self.device))]
+        return [Probe(pack([first, second], self.device), gradient=True), Probe(pack([first, longest], self.device))]
 
     def examples(self) -> Iterator[dict[str, Any]]:
         """Yield the examples of all steps and ranks, in the order of the steps."""
@@ -118,6 +120,12 @@ class Run:
     def supervised_tokens(self, step: int) -> int:
         """Count the supervised tokens of a step over all ranks."""
         return sum(sum(self.example(i, step)["supervised"]) for i in self.steps[step])
+
+
+def opening(example: dict[str, Any]) -> dict[str, Any]:
+    """Return the first tokens of an example, each after the first supervised: gradients are compared on little text."""
+    ids = example["input_ids"][:OPENING]
+    return {"input_ids": ids, "supervised": [False] + [True] * (len(ids) - 1)}
 
 
 def train(folder: Path) -> None:
