@@ -63,7 +63,7 @@ def linear_cross_entropy(
 
     The gradient reaches `hidden`, and `weight` and `bias` where they are trained.
     """
-    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, bias, transform, chunk_rows)  # type: ignore[no-untyped-call]
+    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, bias, _Chunks(transform, chunk_rows))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -102,11 +102,18 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
 
+@dataclass(frozen=True)
+class _Chunks:
+    """How the logits of a chunk are formed, and of how many rows it is."""
+
+    transform: LogitTransform
+    rows: int
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # noqa: PLR0913 - autograd takes positions only
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, transform: LogitTransform, chunk_rows: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunks: "_Chunks") -> Tensor:
+        transform, chunk_rows = chunks.transform, chunks.rows
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -140,4 +147,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias = (None if g is None else g.mul(grad_total.to(g.dtype)) for g in ctx.saved_tensors)
-        return hidden, weight, None, bias, None, None
+        return hidden, weight, None, bias, None

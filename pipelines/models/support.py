@@ -73,6 +73,20 @@ def context_tokens(config: PreTrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Have blocks computed again in the backward pass; refuse a family that cannot.
+
+    Raises:
+        BaseModelError: the family has no gradient checkpointing.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise BaseModelError(
+            f"training.gradient_checkpointing is true, and base model family {model.config.model_type!r} does not support it; set it to "
+            "false, and raise training.accumulation or lower data.max_tokens where memory is short"
+        )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def is_wrapper(config: PreTrainedConfig) -> bool:
     """Return whether a model holds its language model beside others, such as a vision tower."""
     return config.get_text_config() is not config

@@ -37,13 +37,14 @@ from lora_core.modules import modules_outside_language_model
 from lora_core.training.optim import loraplus_groups
 from pipelines.batches import Pack, order, pack, shares
 from pipelines.child import die_with_parent, errors_recorded
-from pipelines.errors import BaseModelError, DataError, DivergenceError, MemoryExceededError, PipelineError
+from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
 from pipelines.hardware import Hardware, attention_kernel, detect, peak_memory_bytes, reset_peak_memory
 from pipelines.heartbeats import Pulse, note
 from pipelines.memory import is_out_of_memory
 from pipelines.model import attention_heads, load_model
 from pipelines.models.equivalence import Probe, verified_reader
 from pipelines.models.forward import PackReader
+from pipelines.models.support import enable_checkpointing
 from pipelines.models.verified import Verified, sentence
 from pipelines.planning.plan import lora_config
 from pipelines.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
@@ -194,20 +195,6 @@ def equip(
         "choices": hardware.describe(attention, optimizer),
         "forward": verified.figures(),
     }
-
-
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Have blocks computed again in the backward pass; refuse a family that cannot.
-
-    Raises:
-        BaseModelError: the family has no gradient checkpointing.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise BaseModelError(
-            f"training.gradient_checkpointing is true, and base model family {model.config.model_type!r} does not support it; set it to "
-            "false, and raise training.accumulation or lower data.max_tokens where memory is short"
-        )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def verify(run: Run, model: PreTrainedModel, dtype: torch.dtype) -> tuple[PackReader, Verified]:
