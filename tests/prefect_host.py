@@ -15,6 +15,7 @@ import httpx
 import psutil
 
 LORA = str(Path(sys.executable).parent / "lora")
+RETRIES = 20
 CANCELLING = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
 Answer = Any
 
@@ -41,10 +42,10 @@ class PrefectHost:
         }
 
     def get(self, path: str) -> Answer:
-        return httpx.get(f"http://127.0.0.1:{self.port}/api/{path}", timeout=30).json()
+        return self._answer("GET", path)
 
     def post(self, path: str, **values: Any) -> Answer:
-        return httpx.post(f"http://127.0.0.1:{self.port}/api/{path}", json=values, timeout=30).json()
+        return self._answer("POST", path, json=values)
 
     def lora(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run the command line beside the recipes."""
@@ -107,6 +108,16 @@ class PrefectHost:
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
             process.wait(10)
+
+    def _answer(self, method: str, path: str, **options: Any) -> Answer:
+        """Return the server's reply; while its database is locked it replies 503, after which Prefect's own client retries too."""
+        for _ in range(RETRIES):
+            reply = httpx.request(method, f"http://127.0.0.1:{self.port}/api/{path}", timeout=30, **options)
+            if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
+        reply.raise_for_status()
+        return reply.json()
 
     def _start(self, arguments: list[str], log: str, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
         with (self.folder / log).open("wb") as stream:

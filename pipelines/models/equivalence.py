@@ -4,10 +4,10 @@ The reference is transformers' forward on one example alone, unpadded, with eage
 reads the same examples, and the first that agrees is used. The last path is the reference itself. A family that nobody has
 tried, a window, a recurrent state or custom code therefore costs speed at worst and never gives a wrong number.
 
-What must agree:
+What is trained is read in training mode, as a step will be, where nothing in that is random. What must agree:
 
-    loss          mean negative log-likelihood of each example, nats a token
-    gradient      of the summed loss, in a few trained tensors: ‖g − g*‖ / ‖g*‖
+    loss          mean negative log-likelihood of each example, nats per token
+    gradient      of the summed loss, in a few trained tensors: ‖g − g*‖ / ‖g*‖; there the mean loss of the whole pack is compared
 
 Rounding alone makes both differ, by an amount that depends on the dtype; see TOLERANCES.
 """
@@ -15,7 +15,7 @@ Rounding alone makes both differ, by an amount that depends on the dtype; see TO
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -84,12 +84,15 @@ def verified_reader(
     begun = time.perf_counter()
     trained = trained or {}
     tolerance = TOLERANCES.get(dtype or model.dtype, IN_16_BITS)
+    as_trained = bool(trained) and not _is_random_in_training(model)
     with _undisturbed(model), _computing_in(model, dtype):
         every = _reference(PackReader(model, packed=False, head=None), probes, list(trained.values()), tolerance)
         tensors, wanted = _compared(list(trained.values()), every)
-        reader, difference, rejected = _first_that_agrees(
-            model, tolerance, lambda one: _difference(wanted, [_measured(one, probe, tensors) for probe in probes])
-        )
+        model.train(as_trained)
+        with _frozen_weights_unchanged(model) if as_trained else nullcontext():
+            reader, difference, rejected = _first_that_agrees(
+                model, tolerance, lambda one: _difference(wanted, [_measured(one, probe, tensors) for probe in probes])
+            )
     verified = _verified(reader, probes, difference, tolerance, compared=bool(tensors))
     return reader, replace(
         verified,
@@ -191,19 +194,20 @@ def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Pa
 
 
 def _measured(reader: PackReader, probe: Probe, tensors: Sequence[nn.Parameter]) -> _Seen:
-    """Read a probe one way."""
+    """Read a probe one way, in one pass."""
+    if probe.gradient and tensors:
+        loss, gradients = _loss_and_gradients(reader, probe.pack, tensors)
+        return _Seen([loss], gradients, has_gradients=True)
     with torch.no_grad():
         likelihoods, _ = reader.log_likelihoods(probe.pack, HEAD_ROWS)
     losses = [float(-likelihoods[path.rows].mean()) for path in probe.pack.paths()]
-    if not (probe.gradient and tensors):
-        return _Seen(losses, [None] * len(tensors))
-    return _Seen(losses, _gradients(reader, probe.pack, tensors), has_gradients=True)
+    return _Seen(losses, [None] * len(tensors))
 
 
-def _gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Return the gradients of the loss of a pack: None where a tensor took no part, empty where it is not worth its memory.
+def _loss_and_gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Parameter]) -> tuple[float, list[Tensor | None]]:
+    """Return the mean loss of a pack and its gradients: None where a tensor took no part, empty where it is not worth its memory.
 
-    Each is taken as soon as it is there, so that those of a whole model never exist together.
+    Each gradient is taken as soon as it is there, so that those of a whole model never exist together.
     """
     found: list[Tensor | None] = [None] * len(tensors)
     room = [LARGEST_TOTAL]
@@ -218,13 +222,14 @@ def _gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Parameter]) 
     hooks = [tensor.register_post_accumulate_grad_hook(partial(taken, place)) for place, tensor in enumerate(tensors)]
     try:
         with torch.enable_grad():
-            torch.autograd.backward(reader.loss(pack), inputs=list(tensors))
+            loss = reader.loss(pack)
+            torch.autograd.backward(loss, inputs=list(tensors))
     finally:
         for hook in hooks:
             hook.remove()
         for tensor in tensors:
             tensor.grad = None
-    return found
+    return float(loss.detach()) / len(pack.predicts), found
 
 
 @torch.no_grad()
@@ -236,7 +241,7 @@ def _future_seen(own: PackReader, probes: Sequence[Probe]) -> float:
     ids = min(examples, key=len)
     other = ids.clone()
     other[-1] = ids[0] if ids[0] != ids[-1] else ids[-1] // 2  # any other token that the vocabulary surely has
-    before, after = (own.model(input_ids=one[None]).logits[0, :-1].float().log_softmax(dim=1) for one in (ids, other))
+    before, after = own.model(input_ids=torch.stack([ids, other])).logits[:, :-1].float().log_softmax(dim=2)
     return float((before - after).abs().max())
 
 
@@ -301,6 +306,39 @@ def _verified(reader: PackReader, probes: Sequence[Probe], difference: _Differen
     )
 
 
+def _is_random_in_training(model: PreTrainedModel) -> bool:
+    """Return whether a forward in training mode draws anything: dropout, or noise in a router."""
+    settings = [vars(model.config), vars(model.config.get_text_config()), *(vars(module) for module in model.modules())]
+    named = [value for one in settings for name, value in one.items() if "drop" in name or "jitter" in name]
+    layers = [module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    return any(isinstance(value, float) and value > 0 for value in [*named, *layers])
+
+
+@contextmanager
+def _frozen_weights_unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Refuse a model whose forward in training mode writes to weights that are not trained, as Gemma 3n's clamps do to 4-bit codes.
+
+    Raises:
+        BaseModelError: the first such weight.
+    """
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    before = {name: _checksum(parameter) for name, parameter in frozen.items()}
+    try:
+        yield
+    finally:
+        changed = [name for name, parameter in frozen.items() if _checksum(parameter) != before[name]]
+        if changed:
+            raise BaseModelError(
+                f"base model family {model.config.model_type!r} changes {len(changed)} weights that are not trained when it is read in "
+                f"training mode, among them {changed[0]}; set base_model.quantization to none, or take another base"
+            )
+
+
+def _checksum(parameter: Tensor) -> float:
+    total = parameter.detach().double().sum() if parameter.is_floating_point() else parameter.detach().sum(dtype=torch.int64)
+    return float(total)
+
+
 @contextmanager
 def _computing_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
     """Compute in a dtype other than the weights', as training with float32 masters does."""
@@ -310,7 +348,7 @@ def _computing_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator
 
 @contextmanager
 def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Read without dropout, and leave the model and the random state as they were."""
+    """Read without dropout, and leave the model in the mode that it was in."""
     training = model.training
     model.eval()
     try:

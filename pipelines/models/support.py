@@ -73,8 +73,8 @@ def context_tokens(config: PreTrainedConfig) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Have blocks computed again in the backward pass; refuse a family that cannot.
+def check_checkpointing(model: PreTrainedModel) -> None:
+    """Refuse a family whose blocks cannot be computed again in the backward pass.
 
     Raises:
         BaseModelError: the family has no gradient checkpointing.
@@ -84,6 +84,15 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
             f"training.gradient_checkpointing is true, and base model family {model.config.model_type!r} does not support it; set it to "
             "false, and raise training.accumulation or lower data.max_tokens where memory is short"
         )
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Have blocks computed again in the backward pass.
+
+    Raises:
+        BaseModelError: see `check_checkpointing`.
+    """
+    check_checkpointing(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

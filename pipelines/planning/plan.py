@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lora_core import LoraConfig, Target
 from lora_core.base.quant import base_weight
@@ -26,6 +26,7 @@ from lora_core.training.losses import CHUNK_ROWS
 from pipelines.child import run_stage
 from pipelines.errors import RecipeError
 from pipelines.hardware import COMFORTABLE
+from pipelines.models.support import check_checkpointing
 from pipelines.planning.examples import Examples
 from pipelines.planning.ways import Engine, exchanged, in_less_memory, scaling, traffic
 
@@ -49,6 +50,8 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
         Examples.read(Path(paths["data"])),
     )
     setup = run_setup(inputs, examples.largest_share(inputs))
+    if setup.checkpointing:
+        check_checkpointing(model)
     lora = inputs["lora"]
     targets = {rank: plan_adapter(model, lora_config(lora, rank)) for rank in inputs["ranks"]}
     check_ratio(lora, targets[inputs["ranks"][0]])
@@ -70,11 +73,11 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
     }, []
 
 
-def meta_model(base: str, *, trust_remote_code: bool = False) -> nn.Module:
+def meta_model(base: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Return the model that a folder's config describes, without weights."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

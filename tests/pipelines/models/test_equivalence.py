@@ -14,6 +14,7 @@ from pipelines.errors import BaseModelError
 from pipelines.models import equivalence, head
 from pipelines.models.equivalence import Probe, first_look, verified_reader
 from pipelines.models.forward import PackReader
+from pipelines.models.support import enable_checkpointing
 from pipelines.models.verified import Verified, sentence
 
 Family = Callable[..., PreTrainedModel]
@@ -63,11 +64,48 @@ def test_a_gradient_alone_that_differs_is_seen(family: Family, examples_pack: Pa
     loss = PackReader.loss
 
     def detached(reader: PackReader, pack: Pack) -> Tensor:
-        return loss(reader, pack) * (0.5 if reader.packed else 1.0)
+        found = loss(reader, pack)
+        return found / 2 + found.detach() / 2 if reader.packed else found
 
     monkeypatch.setattr(PackReader, "loss", detached)
     _, found = verify(family("llama"), examples_pack)
     assert found.path == "one by one" and "gradients by 5.0e-01" in found.rejected[0]
+
+
+def test_a_backward_pass_that_differs_in_training_mode_alone_is_seen(
+    family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that are computed again in the backward pass are so in training mode only."""
+    rows = PackReader._packed
+
+    def scaled(reader: PackReader, pack: Pack) -> Tensor:
+        return rows(reader, pack) * (1.1 if reader.model.training else 1.0)
+
+    monkeypatch.setattr(PackReader, "_packed", scaled)
+    assert verify(family("llama"), examples_pack)[1].path == "one by one"
+    assert verify(family("llama", attention_dropout=0.1), examples_pack)[1].path == "packed"  # there it would be random
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # its other name is newer than 5.20
+def test_checkpointed_blocks_are_compared(family: Family, examples_pack: Pack) -> None:
+    model = family("gemma2")
+    enable_checkpointing(model)
+    _, found = verify(model, examples_pack)
+    assert found.path == "packed" and found.gradient_difference is not None and found.gradient_difference < 1e-4
+
+
+def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(family: Family, examples_pack: Pack) -> None:
+    model = family("llama")
+    layer = model.model.layers[0]
+
+    def clamp(*_: object) -> None:
+        if layer.training:
+            layer.input_layernorm.weight.data.clamp_(-0.5, 0.5)
+
+    layer.register_forward_pre_hook(clamp)
+    with pytest.raises(BaseModelError, match=r"'llama' changes 1 weights .* model\.layers\.0\.input_layernorm\.weight; set base_model"):
+        verify(model, examples_pack)
+    verified_reader(model, [Probe(examples_pack)])  # scoring is not in training mode
 
 
 def test_a_recurrent_state_is_not_packed(family: Family, examples_pack: Pack) -> None:

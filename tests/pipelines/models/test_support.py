@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedModel
 from lora_core import LoraConfig, inject
 from lora_core.modules import modules_outside_language_model
 from pipelines.errors import BaseModelError
-from pipelines.models.support import check_supported, context_tokens, text_body, why_not_packed
+from pipelines.models.support import check_checkpointing, check_supported, context_tokens, text_body, why_not_packed
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "electra", "bert-generation", "xlnet"])
@@ -45,6 +45,12 @@ def test_why_a_family_is_not_packed(family: Callable[..., PreTrainedModel]) -> N
         "mamba2": "mamba2 carries a recurrent state from token to token",
         "qwen3_next": "qwen3_next carries a recurrent state from token to token",
     }
+
+
+def test_a_family_without_gradient_checkpointing_is_refused_where_it_is_asked_for(family: Callable[..., PreTrainedModel]) -> None:
+    check_checkpointing(family("llama"))
+    with pytest.raises(BaseModelError, match="gradient_checkpointing is true, and base model family 'openai-gpt' does not support it"):
+        check_checkpointing(family("openai-gpt"))
 
 
 def test_a_wrapper_is_read_and_adapted_by_its_language_model(family: Callable[..., PreTrainedModel]) -> None:

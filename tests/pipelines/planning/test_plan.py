@@ -17,7 +17,7 @@ from lora_core.budget.budget import budget
 from lora_core.budget.setup import Setup
 from lora_core.errors import ConfigError, TargetError
 from lora_core.training.optim import loraplus_groups
-from pipelines.errors import RecipeError
+from pipelines.errors import BaseModelError, RecipeError
 from pipelines.planning.examples import Examples
 from pipelines.planning.fitting import what_would_fit
 from pipelines.planning.plan import check_ratio, cpu_setup, gpu_setup, lora_config, plan
@@ -106,8 +106,9 @@ def planned(tiny_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     Dataset.from_dict(rows).save_to_disk(tmp_path / "train")
 
     def make(config: str = "cpu_single", processes: int = 1, quantization: str = "nf4", **lora: Any) -> dict[str, Any]:
+        checkpointing = lora.pop("gradient_checkpointing", False)
         section = LoraSection(**{"ranks": (4,), "alpha": 8, **lora})
-        training = {"steps": 2, "batch_size": 2, "accumulation": 1, "gradient_checkpointing": False}
+        training = {"steps": 2, "batch_size": 2, "accumulation": 1, "gradient_checkpointing": checkpointing}
         inputs = {
             "ranks": list(section.ranks),
             "lora": section.model_dump(mode="json"),
@@ -230,6 +231,15 @@ def test_every_way_is_weighed_up_to_512_gpus(planned: Callable[..., dict[str, An
         way["eight_bit_bytes"] == way["memory_bytes"] for way in found["scaling"] if (way["method"], way["sharding"]) != ("full", "ddp")
     )
     assert of_two["ddp"]["sent_bytes"] == 4 * trained  # gradients of float32 masters
+
+
+def test_a_family_without_gradient_checkpointing_is_refused_before_anything_is_trained(
+    planned: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    assert planned()["runs"]
+    with pytest.raises(BaseModelError, match="'llama' does not support it"):
+        planned(gradient_checkpointing=True)
 
 
 def test_the_message_quotes_the_plan(planned: Callable[..., dict[str, Any]]) -> None:
