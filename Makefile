@@ -59,7 +59,7 @@ $(READY): pyproject.toml constraints.txt infra/embedded.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement infra/embedded.txt; \
 	echo "compiling DeepSpeed's shared-memory operator, once"; \
-	$(BIN)/python -m pipelines.warm_up; \
+	$(BIN)/python -m pipelines.runtime.warm_up; \
 	touch $(READY); echo "set up in $$(( $$(date +%s) - start )) s"
 
 $(VENV)/.peers: $(READY)

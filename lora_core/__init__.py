@@ -7,10 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_core.adapter.export import export_gguf, export_peft, export_vllm
     from lora_core.adapter.io import Identity, load_adapter, save_adapter
     from lora_core.bank.bank import Bank
     from lora_core.base.identity import fingerprint, fingerprint_of_folder
+    from lora_core.calibration.given import set_starts
+    from lora_core.calibration.ranks import eva_ranks
     from lora_core.config import LoraConfig
     from lora_core.errors import (
         AdapterError,
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
         RoutingError,
         TargetError,
     )
+    from lora_core.export.export import export_gguf, export_peft, export_vllm
     from lora_core.injection import inject, lora_layers, trained_weights
     from lora_core.layers.linear import LoraLinear
     from lora_core.merging.fidelity import logit_divergence, merge_fidelity
     from lora_core.merging.merge import merge, unmerge
     from lora_core.merging.streaming import merge_checkpoint
-    from lora_core.starts.given import set_starts
-    from lora_core.starts.ranks import eva_ranks
-    from lora_core.targets import Target, plan_targets
+    from lora_core.planning import plan_targets
+    from lora_core.targets import Target
 
 _HOMES = {
     "adapter.io": ("Identity", "load_adapter", "save_adapter"),

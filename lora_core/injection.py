@@ -7,8 +7,9 @@ from torch import nn
 
 from lora_core.base.quant import keep_layout
 from lora_core.base.sharing import memory_of
+from lora_core.calibration.eva import Batches
+from lora_core.calibration.given import Original, check_given, start_given
 from lora_core.config import LoraConfig
-from lora_core.effects import plan_adapter
 from lora_core.errors import TargetError
 from lora_core.layers.conv import LoraConv2d
 from lora_core.layers.embedding import LoraEmbedding
@@ -16,9 +17,9 @@ from lora_core.layers.experts import LoraExperts, expert_targets
 from lora_core.layers.linear import LoraLayer, LoraLinear
 from lora_core.layers.trained import TiedHead, TrainedBias, TrainedModule, TrainedRows
 from lora_core.modules import adapter_parts, module_at, output_head, plain_modules, replace_module, unwrapped
-from lora_core.starts.eva import Batches
-from lora_core.starts.given import Original, check_given, start_given
-from lora_core.targets import Target, named_modules
+from lora_core.planning import named_modules
+from lora_core.targets import Target
+from lora_core.validation import plan_adapter
 
 LAYERS = (LoraLinear, LoraEmbedding, LoraConv2d)
 Parts = dict[str, nn.Module]

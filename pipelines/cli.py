@@ -1,19 +1,20 @@
 """The `lora` command. Heavy libraries are imported by the command that needs them, so `lora --help` is quick."""
 
+import inspect
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from pipelines.config.recipe import find_recipe, load_recipe
 from pipelines.errors import EndedError, PeerError, PipelineError, StageError, UnreachableError, no_space
-from pipelines.options import with_options
-from pipelines.places import runs_root
+from pipelines.paths import runs_root
 from pipelines.planning.cluster import Cluster
-from pipelines.recipe import find_recipe, load_recipe
 
 AGAIN = 75
 """Exit status where nothing is wrong with what was asked, and running it again goes on: sysexits.h's EX_TEMPFAIL."""
@@ -28,15 +29,41 @@ RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of
 RanksOption = Annotated[list[int], typer.Option("--rank", help="Train this rank instead of the recipe's; may be given more than once.")]
 
 
+def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator that replaces the argument `name` of a typer command by the fields of a dataclass.
+
+    Args:
+        name: of the argument, which gets an instance.
+        options: a dataclass whose fields are annotated as typer's options and have defaults.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        fields = inspect.signature(options, eval_str=True).parameters
+
+        def call(**values: Any) -> None:
+            chosen = options(**{field: values.pop(field) for field in fields})
+            command(**values, **{name: chosen})
+
+        flat = [parameter for parameter in own.values() if parameter.name != name] + list(fields.values())
+        keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in flat]
+        call.__name__, call.__doc__ = command.__name__, command.__doc__
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+        vars(call)["__signature__"] = inspect.Signature(keyword_only)
+        return call
+
+    return decorate
+
+
 @app.command()
 def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 - typer reads the list as a default
     """Run a recipe: data, adapters, control, forgetting check, registration, report. Goes on where it was stopped."""
     load_recipe(recipe, ranks=rank)  # a bad recipe is refused before anything is started
     prepare_prefect()
-    from pipelines.cancelling import call_killed_runs_crashed
-    from pipelines.flow_log import log_for_pages_only
-    from pipelines.flows import finetune
-    from pipelines.own_server import serving
+    from pipelines.orchestration.cancellation import call_killed_runs_crashed
+    from pipelines.orchestration.flow_log import log_for_pages_only
+    from pipelines.orchestration.local_server import serving
+    from pipelines.workflow.flows import finetune
 
     if os.environ["PREFECT_LOGGING_LEVEL"] == QUIET:
         log_for_pages_only()
@@ -50,8 +77,8 @@ def join(
     machine: Annotated[int, typer.Option(min=1, help="This host's number; 0 is the one that runs the recipe.", show_default=False)],
 ) -> None:
     """Train beside another host that runs a recipe with launch.machines; needs its runs folder, and LORA_MAIN_ADDRESS."""
-    from pipelines.hosts import Joined
-    from pipelines.progress import say
+    from pipelines.console import say
+    from pipelines.runtime.hosts import Joined
 
     Joined(machine, runs_root(), say).serve()
 
@@ -61,8 +88,8 @@ def join(
 def plan(recipe: RecipeArgument, cluster: Cluster, rank: RanksOption = []) -> None:  # noqa: B006
     """Print the matched modules, trained weights, expected memory and file size, without training."""
     settings = load_recipe(recipe, ranks=rank)
-    from pipelines.planning.printed import print_plan
-    from pipelines.stages import Stages
+    from pipelines.workflow.print_plan import print_plan
+    from pipelines.workflow.stages import Stages
 
     print_plan(settings, Stages(settings, runs_root(), find_recipe(recipe).parent), cluster)
 
@@ -71,7 +98,7 @@ def plan(recipe: RecipeArgument, cluster: Cluster, rank: RanksOption = []) -> No
 def compare(name: Annotated[str, typer.Argument(help="A recipe's name, its file, or a summary.json.", show_default=False)]) -> None:
     """Print the table of an earlier run."""
     path = _summary(name)
-    from pipelines.progress import show
+    from pipelines.console import show
     from pipelines.reporting.report import terminal_table
 
     show(terminal_table(json.loads(path.read_text())))
@@ -88,7 +115,7 @@ def generate(
     """Answer a prompt with an adapter, on the base that it was trained on."""
     if not adapter.startswith("models:/") and not Path(adapter).is_dir():
         raise PipelineError(f"adapter {adapter!r} is no folder; give one, or models:/NAME@champion")
-    from pipelines.generate import answer
+    from pipelines.workflow.generate import answer
 
     typer.echo(answer(prompt, adapter, base or None, max_new_tokens, runs_root(), trust_remote_code=trust_remote_code))
 
@@ -106,7 +133,7 @@ def deploy(
     if not os.environ.get("PREFECT_API_URL"):
         raise PipelineError("PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` or name your server")
     prepare_prefect()
-    from pipelines.deploy import When, deploy_recipe
+    from pipelines.orchestration.deploy import When, deploy_recipe
 
     typer.echo(deploy_recipe(recipe, When(cron or None, interval or None, on_event or None), pool))
 
@@ -115,8 +142,8 @@ def deploy(
 def ui() -> None:
     """Start the MLflow and Prefect pages on what the runs produced, and print their addresses; Ctrl-C ends both."""
     prepare_prefect()
-    from pipelines.cancelling import call_killed_runs_crashed
-    from pipelines.pages import serve
+    from pipelines.orchestration.cancellation import call_killed_runs_crashed
+    from pipelines.orchestration.pages import serve
 
     serve(runs_root(), call_killed_runs_crashed)
 

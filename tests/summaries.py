@@ -8,7 +8,7 @@ from math import exp, log, sqrt
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import parse_recipe
+from pipelines.config.recipe import parse_recipe
 
 Summary = dict[str, Any]
 BENCHMARKS = ("hellaswag", "piqa", "lambada")

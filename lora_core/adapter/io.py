@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_core.adapter.files import (
+from lora_core.adapter.adapter_files import (
     CONFIG,
     IDENTITY,
     PREFIX,
@@ -32,13 +32,14 @@ from lora_core.base.identity import fingerprint
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
 from lora_core.files import folder_written_aside, write_json
+from lora_core.init.spectral import is_spectral
 from lora_core.injection import Parts, build_parts, lora_layers, place_parts
 from lora_core.layers.expert_layout import supports
 from lora_core.layers.experts import LoraExperts, expert_targets
 from lora_core.layers.linear import LoraLinear
 from lora_core.modules import adapter_parts, plain_modules, unwrapped
-from lora_core.starts.spectral import is_spectral
-from lora_core.targets import Target, matched_names, plan_targets
+from lora_core.planning import matched_names, plan_targets
+from lora_core.targets import Target
 
 CLASSIFIERS = ("classifier", "score")
 """Names under which PEFT looks for the head of any classifier."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_core.adapter.files import CONFIG, read_json
+from lora_core.adapter.adapter_files import CONFIG, read_json
 from lora_core.config import ALL_LINEAR, LoraConfig, Names
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.modules import plain_modules, unwrapped

@@ -16,10 +16,10 @@ from lora_core.bank.mixing import MixedExperts, mixed
 from lora_core.bank.routing import BATCH, Routing, routing
 from lora_core.base.quant import keep_layout
 from lora_core.config import LoraConfig
-from lora_core.effects import plan_adapter
 from lora_core.errors import AdapterError
 from lora_core.injection import Parts, build_parts
 from lora_core.modules import adapter_parts, module_at, replace_module
+from lora_core.validation import plan_adapter
 
 
 class Bank:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_core.base.checkpoint import mapped_tensors, open_checkpoint
 from lora_core.base.quant import Kind, kind_of
+from lora_core.base.weight_files import mapped_tensors, open_checkpoint
 from lora_core.modules import plain_parameters
 
 SAMPLES_PER_TENSOR = 256

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from lora_core.config import LoraConfig
 from lora_core.errors import TargetError
+from lora_core.init.random import generator_for
 from lora_core.layers.dora import row_norms, squared_row_norms
 from lora_core.layers.functional import dense_update
-from lora_core.starts.drawn import generator_for
 from lora_core.targets import Target
 
 

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from lora_core.base.quant import Kind
 from lora_core.config import InitMethod
 from lora_core.errors import TargetError
+from lora_core.init.random import generator_for, initial_a
 from lora_core.layers.expert_layout import EXPECTED, STACKS, factor_shapes, objection_to, peft_keys, supports
 from lora_core.layers.functional import lora_linear, without_autocast
-from lora_core.starts.drawn import generator_for, initial_a
 
 Factors = dict[str, list[tuple[Tensor, Tensor]]]
 

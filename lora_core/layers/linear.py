@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lora_core.base.quant import base_weight
 from lora_core.config import LoraConfig
 from lora_core.errors import MergeError
+from lora_core.init.random import generator_for, initial_a, orthogonal
+from lora_core.init.spectral import is_spectral, plain_pair, spectral_start
 from lora_core.layers.dora import row_norms, squared_row_norms
 from lora_core.layers.functional import dense_update, lora_linear
-from lora_core.starts.drawn import generator_for, initial_a, orthogonal
-from lora_core.starts.spectral import is_spectral, plain_pair, spectral_start
 from lora_core.targets import Target
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_core.base.checkpoint import HEADS, Checkpoint, module_name
+from lora_core.base.weight_files import HEADS, Checkpoint, module_name
 from lora_core.errors import MergeError
 from lora_core.spectrum.updates import Update
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.adapter.files import CONFIG as ADAPTER_CONFIG
-from lora_core.adapter.files import PREFIX, check_fingerprint, read_identity, read_json, read_tensors
-from lora_core.base.checkpoint import (
+from lora_core.adapter.adapter_files import CONFIG as ADAPTER_CONFIG
+from lora_core.adapter.adapter_files import PREFIX, check_fingerprint, read_identity, read_json, read_tensors
+from lora_core.base.identity import fingerprint_of_folder
+from lora_core.base.weight_files import (
     CONFIG,
     HEADS,
     INDEX,
@@ -29,7 +30,6 @@ from lora_core.base.checkpoint import (
     open_checkpoint,
     write_tensors,
 )
-from lora_core.base.identity import fingerprint_of_folder
 from lora_core.errors import CheckpointError, MergeError
 from lora_core.files import folder_written_aside, overlap, write_json
 from lora_core.merging.fidelity import Kept, kept

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from lora_core.errors import AdapterError, ConfigError
+from lora_core.init.random import generator_for
 from lora_core.spectrum.spectrum import factorise, singular_values, truncation_error
 from lora_core.spectrum.truncation import truncate
 from lora_core.spectrum.updates import Update
-from lora_core.starts.drawn import generator_for
 
 Method = Literal["cat", "svd", "ties", "dare"]
 

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_core.decomposition import Svd, check_matrix, check_rank, decompose
 from lora_core.errors import AdapterError, ConfigError
-from lora_core.spectrum.decomposition import Svd, check_matrix, check_rank, decompose
 from lora_core.spectrum.updates import Update
 
 Side = Literal["left", "right"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_core.adapter.files import pattern_for
+from lora_core.adapter.adapter_files import pattern_for
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.spectrum.spectrum import rank_for_energy, singular_values, thin_svd, truncation_error
 from lora_core.spectrum.updates import Update, read_updates, write_updates

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_core.adapter.files import (
+from lora_core.adapter.adapter_files import (
     CONFIG,
     IDENTITY,
     PREFIX,

@@ -18,17 +18,17 @@ from typing import Any
 from safetensors.torch import save_file
 
 from lora_core.files import file_written_aside, write_text
-from pipelines.child import run_stages
-from pipelines.evaluation.asked import Asked, prepare
+from pipelines.comparison.records import left_out, unfinished
 from pipelines.evaluation.chat import TENSOR, chat_records
+from pipelines.evaluation.eval_set import Asked, prepare
 from pipelines.evaluation.generation import answer_records
 from pipelines.evaluation.models import Models
 from pipelines.evaluation.questions import Question, Record, records
 from pipelines.evaluation.scoring import score, score_examples
-from pipelines.hardware import detect, peak_memory_bytes
-from pipelines.judging.records import left_out, unfinished
 from pipelines.models.checked import CheckedReader
-from pipelines.stage import digest
+from pipelines.models.hardware import detect, peak_memory_bytes
+from pipelines.runtime.child import run_stages
+from pipelines.runtime.stage import digest
 
 ITEMS, DISTRIBUTIONS = "items.jsonl", "distributions.safetensors"
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
 
-from pipelines.child import die_with_parent
 from pipelines.errors import RecipeError
-from pipelines.lookup import find, listed
+from pipelines.paths import find, listed
+from pipelines.runtime.child import die_with_parent
 
 RIGHT, WRONG = 100.0, 0.0
 SCRIPTS = (".py", ".sh", ".bash", ".pl", ".rb", ".js", ".mjs", ".ts", ".lua", ".r", ".jl", ".jar")

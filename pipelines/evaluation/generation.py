@@ -12,7 +12,7 @@ from pipelines.evaluation.metrics import Metric, measure
 from pipelines.evaluation.questions import Record, too_long
 from pipelines.models.checked import CheckedReader, padded
 from pipelines.models.forward import attending_by
-from pipelines.stage import digest
+from pipelines.runtime.stage import digest
 
 BATCH = 24
 EXECUTION = "execution"

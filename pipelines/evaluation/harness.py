@@ -18,8 +18,8 @@ from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation.documents import check_documents, gold_place, said, scored_by_choice
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import Record, general_values, head
-from pipelines.lookup import find, listed
 from pipelines.models.checked import CheckedReader
+from pipelines.paths import find, listed
 
 MEASURED_IN_BITS = "bits_per_byte"
 NEEDED = ("doc_to_text", "doc_to_target")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipelines.errors import RecipeError
-from pipelines.lookup import listed
+from pipelines.paths import listed
 
 Metric = Callable[[str, str, str], float]
 """(answer, reference, prompt) → value; higher is better."""

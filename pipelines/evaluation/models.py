@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_core import load_adapter
-from lora_core.base.dequantise import dequantise
 from lora_core.base.quant import quantised_kind
+from lora_core.merging.dequantize import dequantise
 from lora_core.modules import adapter_parts, module_at, replace_module
-from pipelines.hardware import Hardware
-from pipelines.model import load_model
+from pipelines.models.hardware import Hardware
+from pipelines.models.loading import load_model
 
 Layers = dict[str, nn.Module]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.errors import DataError
 from pipelines.evaluation.items import Choice, Item
-from pipelines.lookup import find, listed
+from pipelines.paths import find, listed
 
 LEAST = 2
 """Questions in a file; an interval over them needs two."""

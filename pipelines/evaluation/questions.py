@@ -10,7 +10,7 @@ from pipelines.errors import DataError
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.scoring import Score
 from pipelines.evaluation.trees import Tree, encode, grow
-from pipelines.stage import digest
+from pipelines.runtime.stage import digest
 
 Record = dict[str, Any]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lora_core.training.attention import Segment
-from pipelines.batches import Pack, join, pack
 from pipelines.evaluation.trees import Tree, mask, packs
 from pipelines.models.checked import CheckedReader
-from pipelines.stage import digest
+from pipelines.models.packs import Pack, join, pack
+from pipelines.runtime.stage import digest
 
 PACK_TOKENS = 1024
 HEAD_ROWS = 128

@@ -9,12 +9,12 @@ from typing import Any
 from datasets import load_from_disk
 
 from lora_core import load_adapter
-from pipelines.child import run_stage
 from pipelines.errors import DataError
 from pipelines.evaluation.scoring import score_examples
-from pipelines.hardware import detect
-from pipelines.model import load_model
 from pipelines.models.checked import CheckedReader
+from pipelines.models.hardware import detect
+from pipelines.models.loading import load_model
+from pipelines.runtime.child import run_stage
 
 
 def tuning_loss(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipelines.batches import Pack, join
-from pipelines.memory import is_out_of_memory
 from pipelines.models.equivalence import IN_16_BITS, TOLERANCES, Probe, verified_reader
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
+from pipelines.models.packs import Pack, join
 from pipelines.models.support import why_not_packed
 from pipelines.models.verified import Verified
+from pipelines.runtime.memory import is_out_of_memory
 
 FIRST_TOKENS = 3
 """Tokens of an answer that are compared before answers are written in batches."""

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipelines.batches import Pack, pack
 from pipelines.errors import BaseModelError
-from pipelines.memory import is_out_of_memory
 from pipelines.models.forward import PackReader
 from pipelines.models.head import linear_head
+from pipelines.models.packs import Pack, pack
 from pipelines.models.support import why_not_packed
 from pipelines.models.verified import Verified
+from pipelines.runtime.memory import is_out_of_memory
 
 HEAD_ROWS = 128
 TENSORS = 6

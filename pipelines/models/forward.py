@@ -23,8 +23,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from lora_core.training.attention import PackMask, packed_attention, reading, segments_being_read
 from lora_core.training.losses import target_log_likelihoods
-from pipelines.batches import Pack
 from pipelines.models.head import Head, linear_head
+from pipelines.models.packs import Pack
 from pipelines.models.support import text_body, why_not_packed
 
 EAGER_TOKENS = 2048

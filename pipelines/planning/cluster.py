@@ -97,7 +97,7 @@ def memory_of(way: dict[str, Any], level: str, gpu_gb: float, comfortable: float
         way: of the plan's `scaling`.
         level: one of LEVELS.
         gpu_gb: of the GPU.
-        comfortable: the share of it above which full fine-tuning takes the 8 bits; see `pipelines.hardware.choose_optimizer`.
+        comfortable: the share of it above which full fine-tuning takes the 8 bits; see `pipelines.models.hardware.choose_optimizer`.
     """
     plain, eight_bit = way["checkpointed_bytes" if level else "memory_bytes"], way[f"{level}eight_bit_bytes"]
     takes_eight = eight_bit < plain and plain > comfortable * gpu_gb * GIB

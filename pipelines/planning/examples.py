@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from pipelines.batches import order, shares
+from pipelines.data.batches import order, shares
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipelines.arms import CONTROL
+from pipelines.config.experiments import CONTROL
 
 TERMS = {
     "weight_bytes": "weights",

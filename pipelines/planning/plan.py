@@ -19,16 +19,16 @@ from lora_core.base.quant import base_weight
 from lora_core.budget.activations import FLOAT32
 from lora_core.budget.budget import Budget, budget
 from lora_core.budget.setup import Setup
-from lora_core.effects import plan_adapter
+from lora_core.init.spectral import is_spectral
 from lora_core.modules import output_head
-from lora_core.starts.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
-from pipelines.child import run_stage
+from lora_core.validation import plan_adapter
 from pipelines.errors import RecipeError
-from pipelines.hardware import COMFORTABLE
+from pipelines.models.hardware import COMFORTABLE
 from pipelines.models.support import check_checkpointing
 from pipelines.planning.examples import Examples
 from pipelines.planning.ways import Engine, exchanged, in_less_memory, scaling, traffic
+from pipelines.runtime.child import run_stage
 
 PROCESSES = (1, 2, 4, 8)
 """GPUs for which every way of training is printed."""

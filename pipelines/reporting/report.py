@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_core.files import write_text
-from pipelines.judging.comparison import BASE, QUANTIZED_BASE
-from pipelines.reporting import formats, sections, words
+from pipelines.comparison.comparison import BASE, QUANTIZED_BASE
+from pipelines.reporting import formats, page_sections, words
 from pipelines.reporting.figures import benchmark_figure, figures, general_change, unmeasured
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
-from pipelines.reporting.plots.frontier import plot_frontier, ways
-from pipelines.reporting.plots.ranks import plot_ranks
+from pipelines.reporting.plots.frontier_plot import plot_frontier, ways
+from pipelines.reporting.plots.rank_plot import plot_ranks
 from pipelines.reporting.plots.strips import SHADES, strips
 
 NOTHING = "–"
@@ -50,7 +50,7 @@ COLUMNS = (
     Column("trained_weights", "Trained weights", _trained("trained_weights"), short_count),
     Column("file_bytes", "File", _trained("file_bytes"), short_size),
     Column("task_loss", "Task loss", lambda model: model["scores"]["task_loss"], "{:.3f}".format),
-    Column("task_gain", "Task gain", lambda model: sections.against_base(model).get("task_gain"), lambda gain: signed(gain["mean"])),
+    Column("task_gain", "Task gain", lambda model: page_sections.against_base(model).get("task_gain"), lambda gain: signed(gain["mean"])),
     Column("general_change", "General change", general_change, interval_text),
     Column("verdict", "Verdict", lambda model: model.get("verdict", {}).get("status"), str),
     Column("tokens_per_second", "Tokens/s", _trained("tokens_per_second"), short_count),
@@ -104,16 +104,16 @@ def write_html(summary: dict[str, Any], path: Path) -> None:
             summary=summary,
             columns=COLUMNS,
             words=words,
-            sections=sections,
+            sections=page_sections,
             figures=figures(summary["models"]),
             unmeasured=unmeasured(summary["models"]),
             benchmark_figure=benchmark_figure,
             general_change=general_change,
-            left_out=sections.left_out(summary),
+            left_out=page_sections.left_out(summary),
             ways=ways(summary),
             spectra={label: strips(modules) for label, modules in summary["spectrum"].items()},
             shades=SHADES,
-            samples=sections.samples(summary),
+            samples=page_sections.samples(summary),
             plot_frontier=plot_frontier(summary) if ways(summary) else "",
             plot_ranks=plot_ranks(summary),
         )
@@ -139,7 +139,7 @@ def _remarks(summary: Mapping[str, Any]) -> list[str]:
     texts = [
         summary["decision"],
         words.recommended_text(summary),
-        *sections.undecided(summary),
+        *page_sections.undecided(summary),
         summary["control"]["words"],
         words.registered_text(summary),
         words.verified_text(summary),

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipelines.judging.comparison import CONTROL, QUANTIZED_BASE
-from pipelines.judging.frontier import percent
+from pipelines.comparison.comparison import CONTROL, QUANTIZED_BASE
+from pipelines.comparison.frontier import percent
 
 Summary = Mapping[str, Any]
 

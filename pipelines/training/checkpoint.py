@@ -33,12 +33,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_core.adapter.files import read_json
+from lora_core.adapter.adapter_files import read_json
 from lora_core.files import folder_written_aside, sha256_of_file, write_json
-from pipelines.heartbeats import note
-from pipelines.memory import free_memory_bytes
+from pipelines.runtime.heartbeats import note
+from pipelines.runtime.memory import free_memory_bytes
+from pipelines.training.adam_state import KEYS, restore, whole_moments, whole_weights
 from pipelines.training.engine import Engine
-from pipelines.training.moments import KEYS, restore, whole_moments, whole_weights
 
 STATE, WEIGHTS, RANDOM = "state.json", "weights", "random"
 ROOM = 2

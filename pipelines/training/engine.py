@@ -18,8 +18,8 @@ from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
 from transformers import PreTrainedModel
 
 from pipelines.errors import PipelineError
-from pipelines.hardware import Hardware, Optimizer
 from pipelines.models.forward import PackReader
+from pipelines.models.hardware import Hardware, Optimizer
 from pipelines.training.objective import Objective, trained_parameters
 from pipelines.training.optimizers import PEAK, build
 
@@ -132,7 +132,7 @@ def prepare(
         accelerator: see `start`.
         reader: of a model that is frozen but for what is trained, whose weights the optimiser takes up.
         groups: what AdamW trains, each with its peak rate.
-        optimizer: see `pipelines.hardware.choose_optimizer`.
+        optimizer: see `pipelines.models.hardware.choose_optimizer`.
         max_grad_norm: gradients longer than this are shortened to it.
     """
     objective = Objective(reader.model, reader)

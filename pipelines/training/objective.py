@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pipelines.batches import Pack
 from pipelines.models.forward import PackReader
 from pipelines.models.head import Head
+from pipelines.models.packs import Pack
 
 
 class Objective(nn.Module):

@@ -1,4 +1,4 @@
-"""The optimiser of a training: what its choice depends on, which `pipelines.hardware` makes, and how each is built."""
+"""The optimiser of a training: what its choice depends on, which `pipelines.models.hardware` makes, and how each is built."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lora_core.budget.budget import budget
 from lora_core.budget.setup import Setup
 from pipelines.errors import PipelineError
-from pipelines.hardware import FUSED, PAGED, AdamState, Hardware, Optimizer, choose_optimizer
+from pipelines.models.hardware import FUSED, PAGED, AdamState, Hardware, Optimizer, choose_optimizer
 from pipelines.planning.plan import gpu_setup
 
 PEAK = "initial_lr"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core import Identity, LoraConfig, save_adapter
-from lora_core.adapter.files import CONFIG, read_json
+from lora_core.adapter.adapter_files import CONFIG, read_json
 from lora_core.errors import AdapterError
 from lora_core.spectrum.spectrum import effective_rank, singular_values
 from lora_core.spectrum.updates import read_updates

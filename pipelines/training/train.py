@@ -31,31 +31,32 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, trained_weights
-from lora_core.adapter.files import read_json
+from lora_core.adapter.adapter_files import read_json
 from lora_core.config import GIVEN
 from lora_core.modules import modules_outside_language_model
 from lora_core.training.optim import loraplus_groups
-from pipelines.batches import Pack, order, pack, shares
-from pipelines.child import die_with_parent, errors_recorded
+from pipelines.data.batches import order, shares
 from pipelines.errors import DataError, DivergenceError, MemoryExceededError, PipelineError
-from pipelines.hardware import Hardware, attention_kernel, detect, peak_memory_bytes, reset_peak_memory
-from pipelines.heartbeats import Pulse, note
-from pipelines.memory import is_out_of_memory
-from pipelines.model import attention_heads, load_model
 from pipelines.models.equivalence import Probe, verified_reader
 from pipelines.models.forward import PackReader
+from pipelines.models.hardware import Hardware, attention_kernel, detect, peak_memory_bytes, reset_peak_memory
+from pipelines.models.loading import attention_heads, load_model
+from pipelines.models.packs import Pack, pack
 from pipelines.models.support import enable_checkpointing
 from pipelines.models.verified import Verified, sentence
 from pipelines.planning.plan import lora_config
-from pipelines.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
+from pipelines.runtime.child import die_with_parent, errors_recorded
+from pipelines.runtime.heartbeats import Pulse, note
+from pipelines.runtime.memory import is_out_of_memory
+from pipelines.runtime.stage import RESULT, SNAPSHOTS, read_inputs, read_options, read_result, snapshot, write_result
 from pipelines.training.checkpoint import Checkpoints, Found, agreed, resume, take_up
 from pipelines.training.engine import Engine, is_deepspeed, prepare, start, whole_model
-from pipelines.training.heart import Heart
+from pipelines.training.initialization import inject_started
 from pipelines.training.log import METRICS, Log
 from pipelines.training.optimizers import optimizer_of
 from pipelines.training.output import output_of, save_trained
-from pipelines.training.peers import contact_kept, meet
-from pipelines.training.starts import inject_started
+from pipelines.training.phase_timer import Heart
+from pipelines.training.rank_errors import contact_kept, meet
 
 OPENING = 16
 """Tokens of a text whose gradient is compared before training."""

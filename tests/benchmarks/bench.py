@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_core.files import write_json
-from pipelines.launch import result_of
-from pipelines.places import runs_root
-from pipelines.recipe import parse_recipe
-from pipelines.stages import Stages
+from pipelines.config.recipe import parse_recipe
+from pipelines.paths import runs_root
+from pipelines.runtime.launcher import result_of
+from pipelines.workflow.stages import Stages
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build"
@@ -133,9 +133,9 @@ def parse_options() -> argparse.Namespace:
 def prepare() -> tuple[Row, float]:
     """Bring base and data into place, where they are not yet; return the common task and its mean tokens in a step."""
     stages = Stages(parse_recipe(RECIPE), runs_root())
-    base = result_of(stages.base(), "pipelines.base_model", threads=threads())
+    base = result_of(stages.base(), "pipelines.models.base_model", threads=threads())
     data_stage = stages.data(base)
-    data = result_of(data_stage, "pipelines.data", threads=threads())
+    data = result_of(data_stage, "pipelines.data.preparation", threads=threads())
     training = stages.train(base, (data_stage, data), RANK)
     task = {"inputs": dict(training.inputs), "paths": {**training.paths, "adapter": str(WORK / "adapter")}}
     run("ours.py", "adapter", {**task, "steps": 1})

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from lora_core import Identity, save_adapter
 from lora_core.files import write_json
-from pipelines.batches import order
-from pipelines.hardware import choose_optimizer, detect, peak_memory_bytes
-from pipelines.model import load_model
+from pipelines.data.batches import order
 from pipelines.models.forward import PackReader
+from pipelines.models.hardware import choose_optimizer, detect, peak_memory_bytes
+from pipelines.models.loading import load_model
 from pipelines.training.engine import prepare, start
-from pipelines.training.heart import Heart
+from pipelines.training.phase_timer import Heart
 from pipelines.training.train import Run, adapt, parameter_groups, train_step
 
 

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from pipelines.tokenizer import load_tokenizer
+from pipelines.models.tokenizer import load_tokenizer
 
 IGNORED = -100
 """Label of a token that is not supervised."""

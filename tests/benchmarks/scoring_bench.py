@@ -33,14 +33,14 @@ from pipelines.evaluation.items import Item
 from pipelines.evaluation.questions import tokenise
 from pipelines.evaluation.scoring import score
 from pipelines.evaluation.trees import Tree
-from pipelines.hardware import detect
-from pipelines.launch import result_of
-from pipelines.model import load_model
 from pipelines.models.checked import CheckedReader
-from pipelines.places import runs_root
+from pipelines.models.hardware import detect
+from pipelines.models.loading import load_model
+from pipelines.models.tokenizer import load_tokenizer
+from pipelines.paths import runs_root
 from pipelines.planning.plan import meta_model
-from pipelines.stages import base_stage
-from pipelines.tokenizer import load_tokenizer
+from pipelines.runtime.launcher import result_of
+from pipelines.workflow.stages import base_stage
 
 BASE = "embedded:SmolLM2-135M-Instruct"
 SEED = 7
@@ -68,7 +68,7 @@ def main() -> None:
     if find_spec("lm_eval") is None:
         sys.exit("lm-eval is not installed; run: pip install 'lora-pipeline[lm-eval]'")
     torch.set_num_threads(threads())
-    base = options.base or Path(result_of(base_stage(BASE, None, runs_root()), "pipelines.base_model", threads=threads())["folder"])
+    base = options.base or Path(result_of(base_stage(BASE, None, runs_root()), "pipelines.models.base_model", threads=threads())["folder"])
     items = [item for name in READERS for item in sample(name, options.items, SEED)]
     console.print(f"{len(items)} items, {threads()} cores", style="bold")
     ours, theirs = contestants(base, items, options.batches)

@@ -16,10 +16,10 @@ from lora_core import Bank, LoraConfig
 from lora_core.bank.routing import TOKENS
 from pipelines.evaluation.scoring import HEAD_ROWS, PACK_TOKENS, score, tree_pack
 from pipelines.evaluation.trees import Tree, packs
-from pipelines.hardware import detect
-from pipelines.model import load_model
 from pipelines.models.checked import CheckedReader
 from pipelines.models.forward import PackReader
+from pipelines.models.hardware import detect
+from pipelines.models.loading import load_model
 
 ADAPTER = LoraConfig(r=16, lora_alpha=32)
 NAMES = ("first", "second")

@@ -21,12 +21,12 @@ from tiny import tiny_recipe
 from distributed.trainings import LAUNCHES, METHODS, Trainings, embedded_stage, farthest, losses, outcome, train_all
 from distributed.two_hosts import objection, pickled, two_hosts
 from lora_core.files import write_json
+from pipelines.config.recipe import parse_recipe
+from pipelines.config.sections import LaunchSection
 from pipelines.errors import RecipeError
-from pipelines.launch import REPOSITORY
-from pipelines.planning.sharding import check_launch
-from pipelines.recipe import parse_recipe
-from pipelines.sections import LaunchSection
-from pipelines.stage import Stage, read_result
+from pipelines.runtime.launcher import REPOSITORY
+from pipelines.runtime.sharding import check_launch
+from pipelines.runtime.stage import Stage, read_result
 
 RESULT = REPOSITORY / "build" / "matrix.json"
 LOSS, WEIGHTS, COST = 2e-6, 5e-5, 0.02

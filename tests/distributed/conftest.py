@@ -3,7 +3,7 @@
 import pytest
 
 from distributed.trainings import METHODS, Trainings, train_all
-from pipelines.stage import Stage
+from pipelines.runtime.stage import Stage
 
 
 @pytest.fixture(scope="session")

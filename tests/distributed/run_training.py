@@ -11,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from pipelines import hosts
 from pipelines.errors import PipelineError
+from pipelines.runtime import hosts
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipelines.child import die_with_parent
+from pipelines.runtime.child import die_with_parent
 from pipelines.training import train as training
 
 

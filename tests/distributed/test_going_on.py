@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distributed.trainings import Trainings, farthest, losses, outcome, train_all
-from pipelines.stage import Stage
+from pipelines.runtime.stage import Stage
 from pipelines.training import checkpoint
 
 pytestmark = pytest.mark.slow

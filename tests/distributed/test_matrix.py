@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from distributed.trainings import LAUNCHES, METHODS, RANK, Trainings, farthest, losses, outcome, train_all
-from pipelines.stage import Stage, read_records
+from pipelines.runtime.stage import Stage, read_records
 
 pytestmark = pytest.mark.slow
 LOSS = 2e-6

@@ -9,8 +9,8 @@ import pytest
 
 from distributed.trainings import Trainings, farthest, losses, outcome, train_all
 from distributed.two_hosts import TwoHosts, objection, pickled, processes_on, two_hosts
-from pipelines.sections import LaunchSection
-from pipelines.stage import Stage
+from pipelines.config.sections import LaunchSection
+from pipelines.runtime.stage import Stage
 
 REASON = objection()
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.xdist_group("two hosts")]

@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 from torch import Tensor
 
-from pipelines import launch
-from pipelines.arms import Arm, control_arms
-from pipelines.places import runs_root
-from pipelines.recipe import RECIPES, parse_recipe
-from pipelines.sections import LaunchSection
-from pipelines.stage import Stage, read_records
-from pipelines.stages import Stages
+from pipelines.config.experiments import Arm, control_arms
+from pipelines.config.recipe import RECIPES, parse_recipe
+from pipelines.config.sections import LaunchSection
+from pipelines.paths import runs_root
+from pipelines.runtime import launcher
+from pipelines.runtime.stage import Stage, read_records
+from pipelines.workflow.stages import Stages
 
 METHODS = {"LoRA": "none", "QLoRA": "nf4", "full": "none"}
 """Name → how the base is stored."""
@@ -43,9 +43,9 @@ class Trainings:
         changes = {"base_model": {"quantization": METHODS[method]}, "launch": {"processes": processes}, **changes}
         recipe = parse_recipe(tiny_recipe(self.root / "model", self.root / "pairs.jsonl", **changes))
         stages = Stages(recipe, self.root / runs)
-        base = launch.result_of(Stages(recipe, self.root / "shared").base(), "pipelines.base_model", threads=1)
+        base = launcher.result_of(Stages(recipe, self.root / "shared").base(), "pipelines.models.base_model", threads=1)
         data_stage = Stages(recipe, self.root / "shared").data(base)
-        data = (data_stage, launch.result_of(data_stage, "pipelines.data", threads=1))
+        data = (data_stage, launcher.result_of(data_stage, "pipelines.data.preparation", threads=1))
         arm = control_arms(recipe)[0] if method == "full" else Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
         stage = stages.train(base, data, arm)
         stage.begin()
@@ -54,10 +54,10 @@ class Trainings:
 
 def train_all(config: str, processes: int, words: list[str], log: Path) -> None:
     """Train what the words name (see `several`) in one group of processes; raise AssertionError with the log where that fails."""
-    argv = launch.accelerate_argv(config, processes, Path())
+    argv = launcher.accelerate_argv(config, processes, Path())
     argv = [*argv[: argv.index("-m", 3)], str(SEVERAL), *words]
     with log.open("wb") as stream:
-        status = launch.run_beside(argv, stream, threads=1, on_cpu=True, until=lambda: False)
+        status = launcher.run_beside(argv, stream, threads=1, on_cpu=True, until=lambda: False)
     assert status == 0, log.read_text()[-3000:]
 
 
@@ -84,8 +84,8 @@ def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training:
     values: dict[str, Any] = yaml.safe_load(DEFAULT.read_text())
     recipe = parse_recipe({**values, **{name: {**values[name], **change} for name, change in changes.items()}})
     shared = Stages(recipe, runs_root())
-    base = launch.result_of(shared.base(), "pipelines.base_model", threads=2)
-    data = (shared.data(base), launch.result_of(shared.data(base), "pipelines.data", threads=2))
+    base = launcher.result_of(shared.base(), "pipelines.models.base_model", threads=2)
+    data = (shared.data(base), launcher.result_of(shared.data(base), "pipelines.data.preparation", threads=2))
     arm = control_arms(recipe)[0] if method == "full" else Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
     stage = Stages(recipe, runs).train(base, data, arm)
     stage.begin()

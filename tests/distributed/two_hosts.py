@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.launch import REPOSITORY
-from pipelines.stage import Stage
+from pipelines.runtime.launcher import REPOSITORY
+from pipelines.runtime.stage import Stage
 
 NODES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 CABLE = "cable"

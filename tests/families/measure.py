@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from families.configs import VOCABULARY, tiny_config
 from lora_core import LoraConfig, inject
 from lora_core.errors import LoraError
-from pipelines.batches import pack
 from pipelines.errors import BaseModelError
 from pipelines.evaluation.generation import generate
 from pipelines.evaluation.scoring import score
 from pipelines.evaluation.trees import grow
 from pipelines.models.checked import CheckedReader
 from pipelines.models.equivalence import Probe, verified_reader
+from pipelines.models.packs import pack
 from pipelines.models.support import check_supported
 from pipelines.training.objective import Objective
 

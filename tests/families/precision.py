@@ -18,9 +18,9 @@ from parity.rows import Row, figure, near, show_grid
 from tiny import save_tiny_model
 
 from lora_core.files import write_json
-from pipelines.batches import Pack, pack
-from pipelines.hardware import PLAIN, Hardware, Optimizer
-from pipelines.model import load_model
+from pipelines.models.hardware import PLAIN, Hardware, Optimizer
+from pipelines.models.loading import load_model
+from pipelines.models.packs import Pack, pack
 from pipelines.training.objective import Objective
 from pipelines.training.optimizers import build
 

@@ -15,7 +15,7 @@ from families.goals import QUICK
 from families.measure import Measured
 from families.precision import CLOSE, RATES, trained
 from pipelines.errors import PipelineError
-from pipelines.hardware import PLAIN, Optimizer
+from pipelines.models.hardware import PLAIN, Optimizer
 from pipelines.training.optimizers import build
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from rich.table import Table
 from faults.every import ORCHESTRATED, RUNS, TRAININGS, Fault
 from faults.trial import EVERY, Outcome, Site
 from lora_core.files import write_json
-from pipelines.launch import REPOSITORY
+from pipelines.runtime.launcher import REPOSITORY
 
 RESULT = REPOSITORY / "build" / "faults.json"
 KILLS = 20

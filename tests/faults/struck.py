@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import torch
 
-from pipelines import launch
-from pipelines.child import die_with_parent, errors_recorded
+from pipelines.runtime import launcher
+from pipelines.runtime.child import die_with_parent, errors_recorded
 from pipelines.training import objective
 from pipelines.training import train as training
 
@@ -33,8 +33,8 @@ def strike(argv: list[str], word: str) -> list[str]:
 
 def strike_launches(word: str) -> None:
     """Strike every training that this process launches."""
-    plain = launch.accelerate_argv
-    launch.accelerate_argv = lambda *arguments: strike(plain(*arguments), word)
+    plain = launcher.accelerate_argv
+    launcher.accelerate_argv = lambda *arguments: strike(plain(*arguments), word)
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from distributed.two_hosts import RUN_TRAINING, pickled
 from prefect_host import LORA, PrefectHost, prefect_host
 from tiny import tiny_recipe
 
-from pipelines.launch import REPOSITORY
-from pipelines.sections import LaunchSection
-from pipelines.stage import LOG, Stage
+from pipelines.config.sections import LaunchSection
+from pipelines.runtime.launcher import REPOSITORY
+from pipelines.runtime.stage import LOG, Stage
 
 STEPS, EVERY = 120, 4
 """Optimiser steps of a training, and between its checkpoints."""

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from pipelines.launch import GRACE_SECONDS
+from pipelines.runtime.launcher import GRACE_SECONDS
 
 REPOSITORY = Path(__file__).parents[2]
 COMPOSE = REPOSITORY / "infra" / "compose.yaml"

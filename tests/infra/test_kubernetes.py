@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.launch import GRACE_SECONDS, config_file
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.config.recipe import Recipe, load_recipe
+from pipelines.runtime.launcher import GRACE_SECONDS, config_file
 
 FOLDER = Path(__file__).parents[2] / "infra" / "kubernetes"
 VERSIONS = ("1.31", "1.34", "1.37")

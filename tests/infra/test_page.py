@@ -14,10 +14,10 @@ import pytest
 import typer
 import yaml
 
-from pipelines.child import PARENT, PLACE
 from pipelines.cli import app
-from pipelines.launch import CONFIGS, config_file
-from pipelines.sections import LaunchSection
+from pipelines.config.sections import LaunchSection
+from pipelines.runtime.child import PARENT, PLACE
+from pipelines.runtime.launcher import CONFIGS, config_file
 
 REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"
@@ -150,7 +150,7 @@ def test_the_script_is_sound() -> None:
 
 
 def test_slurm_gives_the_run_time_to_end() -> None:
-    from pipelines.launch import GRACE_SECONDS
+    from pipelines.runtime.launcher import GRACE_SECONDS
 
     script = (INFRA / "slurm" / "finetune.sbatch").read_text()
     [(signal, seconds)] = re.findall(r"^#SBATCH --signal=B:(\w+)@(\d+)$", script, flags=re.MULTILINE)

@@ -26,8 +26,8 @@ from parity.rank_rows import rank_rows
 from parity.rows import LeftOut, Row, show_grid, show_list
 
 from lora_core.files import write_json
-from pipelines.places import runs_root
-from pipelines.tokenizer import quiet
+from pipelines.models.tokenizer import quiet
+from pipelines.paths import runs_root
 
 RESULT = Path(__file__).resolve().parents[2] / "build" / "parity.json"
 THREADS = torch.get_num_threads()

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftLoraConfig
 from torch import Tensor, nn
 
 from lora_core import LoraConfig
-from lora_core.starts.spectral import is_spectral
+from lora_core.init.spectral import is_spectral
 
 
 @dataclass(frozen=True)

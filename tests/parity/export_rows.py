@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lora_core import merge
-from lora_core.adapter.export import export_gguf, export_merged, export_peft, export_vllm
+from lora_core.export.export import export_gguf, export_merged, export_peft, export_vllm
 
 ONE = case(
     llama,

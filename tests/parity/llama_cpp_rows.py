@@ -17,8 +17,8 @@ from parity.peft_rows import TOLERANCE, held_out, largest, our_logits
 from parity.rows import LeftOut, Row, at_least, at_most
 from torch import Tensor
 
-from lora_core.adapter.export import export_gguf
-from pipelines.base_model import EMBEDDED_PREFIX, embedded_file
+from lora_core.export.export import export_gguf
+from pipelines.models.base_model import EMBEDDED_PREFIX, embedded_file
 
 EXAMPLES = 2
 

@@ -8,8 +8,8 @@ from statistics import fmean
 from parity.rows import Row, at_least, figure
 
 from lora_core import merge_fidelity
-from pipelines.hardware import detect
-from pipelines.model import load_model
+from pipelines.models.hardware import detect
+from pipelines.models.loading import load_model
 
 GOALS = {"float32": 0.999, "bfloat16": 0.95}
 """Least fraction of the update that a merge into the original weight keeps; what NF4 loses is what is reported."""

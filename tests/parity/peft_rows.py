@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from lora_core import load_adapter
 from lora_core.base.quant import keep_layout
 from lora_core.training.attention import Segment
-from pipelines.batches import Pack
-from pipelines.hardware import Hardware
-from pipelines.model import load_model
 from pipelines.models.forward import PackReader
+from pipelines.models.hardware import Hardware
+from pipelines.models.loading import load_model
+from pipelines.models.packs import Pack
 
 EXAMPLES = 8
 FLOAT32 = Hardware("cpu", torch.float32, "gloo")

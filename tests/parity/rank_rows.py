@@ -8,12 +8,12 @@ from datasets import load_from_disk
 from parity.rows import Row, figure
 
 from lora_core import load_adapter
-from lora_core.base.dequantise import dequantise
+from lora_core.merging.dequantize import dequantise
 from lora_core.spectrum.truncation import truncate_adapter, truncation_table
 from pipelines.evaluation.scoring import score_examples
-from pipelines.hardware import detect
-from pipelines.model import load_model
 from pipelines.models.checked import CheckedReader
+from pipelines.models.hardware import detect
+from pipelines.models.loading import load_model
 
 
 def rank_rows(summary: Row) -> Iterator[Row]:

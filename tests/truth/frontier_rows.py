@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.judging.differences import drop_beyond_control, task_gain
-from pipelines.stage import read_records
+from pipelines.comparison.differences import drop_beyond_control, task_gain
+from pipelines.runtime.stage import read_records
 
 Row = dict[str, Any]
 Values = dict[str, Any]

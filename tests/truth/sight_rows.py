@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.judging.differences import Change, change
-from pipelines.judging.divergence import Divergence, divergences
-from pipelines.judging.figures import scores
-from pipelines.judging.records import Records
-from pipelines.stage import read_records
+from pipelines.comparison.differences import Change, change
+from pipelines.comparison.divergence import Divergence, divergences
+from pipelines.comparison.records import Records
+from pipelines.comparison.scores import scores
+from pipelines.runtime.stage import read_records
 
 Row = dict[str, Any]
 Values = dict[str, Any]

@@ -22,7 +22,7 @@ from rich.table import Table
 from sight_rows import sight_rows
 
 from lora_core.files import write_json
-from pipelines.places import runs_root
+from pipelines.paths import runs_root
 
 RESULT = Path(__file__).resolve().parents[2] / "build" / "truth.json"
 FRONTIER, PUSHED = "frontier_smollm2_cpu", "pushed_smollm2_cpu"

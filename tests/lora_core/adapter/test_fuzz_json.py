@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, LoraError, export_gguf, export_vllm, load_adapter
-from lora_core.adapter.files import read_identity
+from lora_core.adapter.adapter_files import read_identity
 from lora_core.spectrum.truncation import truncate_adapter
 from lora_core.spectrum.updates import read_over_one_base, read_updates, write_updates
 

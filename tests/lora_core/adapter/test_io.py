@@ -30,7 +30,7 @@ from lora_core import (
     lora_layers,
     save_adapter,
 )
-from lora_core.adapter.files import read_identity
+from lora_core.adapter.adapter_files import read_identity
 from lora_core.adapter.peft_config import read_config
 
 Build = Callable[..., LlamaForCausalLM]

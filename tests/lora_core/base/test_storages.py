@@ -33,8 +33,8 @@ from lora_core import (
     save_adapter,
     unmerge,
 )
-from lora_core.base.dequantise import dequantise
 from lora_core.base.quant import base_weight, keep_layout
+from lora_core.merging.dequantize import dequantise
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 CONFIG = LoraConfig(r=4, lora_alpha=8)

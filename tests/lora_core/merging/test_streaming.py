@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from lora_core import AdapterError, BaseMismatchError, Identity, LoraConfig, MergeError, inject, merge, save_adapter
-from lora_core.base.checkpoint import mapped_tensors, open_checkpoint, write_tensors
+from lora_core.base.weight_files import mapped_tensors, open_checkpoint, write_tensors
 from lora_core.errors import CheckpointError, LoraError
 from lora_core.merging.streaming import merge_checkpoint
 

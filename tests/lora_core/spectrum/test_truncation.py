@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, ConfigError, Identity, LoraConfig, inject, load_adapter, lora_layers, plan_targets, save_adapter
-from lora_core.adapter.files import read_identity
+from lora_core.adapter.adapter_files import read_identity
 from lora_core.spectrum.spectrum import singular_values, truncation_error
 from lora_core.spectrum.truncation import rank_pattern, recommended_ranks, truncate, truncate_adapter, truncation_table
 from lora_core.spectrum.updates import Update, read_updates, write_updates

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, BaseMismatchError, Identity, LoraConfig, inject, load_adapter, lora_layers, save_adapter
-from lora_core.adapter.files import read_identity
+from lora_core.adapter.adapter_files import read_identity
 from lora_core.files import sha256_of_file
 from lora_core.spectrum.updates import Update, read_over_one_base, read_updates, write_updates
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.hardware import Hardware
-from pipelines.model import load_model
-from pipelines.tokenizer import load_tokenizer
+from pipelines.models.hardware import Hardware
+from pipelines.models.loading import load_model
+from pipelines.models.tokenizer import load_tokenizer
 
 SHARPER = 4.0
 """The weights' factor: a freshly drawn model hardly looks at its context, and any mask would do."""

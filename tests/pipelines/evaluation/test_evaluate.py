@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from tiny import save_tiny_model, tiny_recipe
 
 from lora_core import Identity, LoraConfig, inject, load_adapter, save_adapter
-from lora_core.base.dequantise import dequantise
-from pipelines.data import prepare
+from lora_core.merging.dequantize import dequantise
+from pipelines.config.recipe import parse_recipe
+from pipelines.data.preparation import prepare
 from pipelines.errors import DataError, RecipeError, recorded_error
 from pipelines.evaluation.benchmarks import PACKAGE
 from pipelines.evaluation.evaluate import DISTRIBUTIONS, ITEMS, Evaluation, scored
 from pipelines.evaluation.scoring import score_examples
-from pipelines.hardware import detect
-from pipelines.model import load_model
 from pipelines.models.checked import CheckedReader
-from pipelines.recipe import parse_recipe
-from pipelines.stage import Stage, read_inputs, read_records, read_result
+from pipelines.models.hardware import detect
+from pipelines.models.loading import load_model
+from pipelines.runtime.stage import Stage, read_inputs, read_records, read_result
 
 pytestmark = pytest.mark.skipif(find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed")
 LABELS = ("base", "base-nf4", "rank-2", "rank-4", "control")

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.data import tokenise
+from pipelines.data.preparation import tokenise
 from pipelines.evaluation.generation import ANSWERS, EXECUTION, Judging, answer_records, generate
 from pipelines.evaluation.metrics import load_metrics
 from pipelines.models.checked import CheckedReader

@@ -14,7 +14,7 @@ from pipelines.evaluation.evaluate import scored
 from pipelines.evaluation.items import Choice, Item, choice_item
 from pipelines.evaluation.questions import tokenise
 from pipelines.models.checked import CheckedReader
-from pipelines.tokenizer import load_tokenizer
+from pipelines.models.tokenizer import load_tokenizer
 
 NATS = 1e-4
 ANSWER = Item("mine", "mine/1", "2 + 2 =", (Choice("", " 4 or so"),), 0, "answer")

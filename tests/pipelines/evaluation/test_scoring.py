@@ -19,7 +19,7 @@ from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import tokenise
 from pipelines.evaluation.scoring import score_examples
 from pipelines.models.checked import CheckedReader
-from pipelines.stage import digest
+from pipelines.runtime.stage import digest
 
 NATS = 1e-4
 

@@ -9,7 +9,7 @@ from families.configs import tiny_config
 from families.measure import built, drawn
 from transformers import PreTrainedModel
 
-from pipelines.batches import Pack, pack
+from pipelines.models.packs import Pack, pack
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, inject
 from lora_core.training import attention
-from pipelines.batches import Pack
 from pipelines.errors import BaseModelError
 from pipelines.models import equivalence, head
 from pipelines.models.equivalence import Probe, first_look, verified_reader
 from pipelines.models.forward import PackReader
+from pipelines.models.packs import Pack
 from pipelines.models.support import enable_checkpointing
 from pipelines.models.verified import Verified, sentence
 

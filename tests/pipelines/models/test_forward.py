@@ -8,11 +8,11 @@ from families.measure import drawn
 from transformers import PreTrainedModel
 
 from lora_core.training import attention
-from pipelines.batches import Pack, join, pack
 from pipelines.evaluation.scoring import tree_pack
 from pipelines.evaluation.trees import grow
 from pipelines.models.checked import CheckedReader, Generation, _slower_of, excerpt
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
+from pipelines.models.packs import Pack, join, pack
 from pipelines.training.objective import Objective
 
 Family = Callable[..., PreTrainedModel]

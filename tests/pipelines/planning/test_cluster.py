@@ -8,8 +8,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lora_core.budget.wire import SHARDINGS
+from pipelines.cli import with_options
 from pipelines.errors import PipelineError
-from pipelines.options import with_options
 from pipelines.planning.cluster import (
     METHODS,
     Cluster,

@@ -12,17 +12,17 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_core import Identity, LoraConfig, inject, plan_targets, save_adapter, trained_weights
-from lora_core.adapter.files import read_json
+from lora_core.adapter.adapter_files import read_json
 from lora_core.budget.budget import budget
 from lora_core.budget.setup import Setup
 from lora_core.errors import ConfigError, TargetError
 from lora_core.training.optim import loraplus_groups
+from pipelines.config.sections import LoraSection
 from pipelines.errors import BaseModelError, RecipeError
 from pipelines.planning.examples import Examples
 from pipelines.planning.fitting import what_would_fit
 from pipelines.planning.plan import check_ratio, cpu_setup, gpu_setup, lora_config, plan
-from pipelines.planning.sharding import sharding
-from pipelines.sections import LoraSection
+from pipelines.runtime.sharding import sharding
 
 RUN = Setup("qlora", tokens=703, sharding="zero2", processes=2, logit_rows=85)
 """docstrings_smollm2_cpu: the largest pack and the most supervised tokens that a process gets, as its plan stage finds."""

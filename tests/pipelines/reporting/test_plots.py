@@ -9,8 +9,8 @@ from hypothesis import given
 from summaries import Summary, build, spectrum
 
 from pipelines.reporting.plots.drawing import RANK_COLOURS, colour_of
-from pipelines.reporting.plots.frontier import Way, plot_frontier, ways
-from pipelines.reporting.plots.ranks import plot_ranks
+from pipelines.reporting.plots.frontier_plot import Way, plot_frontier, ways
+from pipelines.reporting.plots.rank_plot import plot_ranks
 from pipelines.reporting.plots.strips import SHADES, Strip, strips
 
 

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from summaries import Summary, build
 
-from pipelines import publishing, tasks
+from pipelines.config.recipe import Recipe
 from pipelines.errors import RegistryError
-from pipelines.recipe import Recipe
-from pipelines.reporting import registry
-from pipelines.run import Run
-from pipelines.stages import Stages
+from pipelines.tracking import registry
+from pipelines.workflow import publishing, tasks
+from pipelines.workflow.run import Run
+from pipelines.workflow.stages import Stages
 
 REGISTERED = {"model": "tiny-model", "parent_run": "p", "versions": {"rank-16": 3}, "aliases": {"champion": 3}}
 TOLD = "Registered in tiny-model: rank-16 as version 3; champion is version 3."

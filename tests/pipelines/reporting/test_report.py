@@ -34,10 +34,10 @@ from summaries import (
     one_rank,
 )
 
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.config.recipe import Recipe, load_recipe
 from pipelines.reporting.figures import figures
+from pipelines.reporting.page_sections import commands, left_out, recipe_text, samples
 from pipelines.reporting.report import markdown_table, terminal_table, write_html
-from pipelines.reporting.sections import commands, left_out, recipe_text, samples
 from pipelines.reporting.words import headline, recommended_text, registered_text
 
 Cell = dict[str, str | None]

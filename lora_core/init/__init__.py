@@ -1,0 +1,1 @@
+"""How A and B start: at random, or from the singular vectors of the weight."""

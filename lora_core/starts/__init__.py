@@ -1,1 +1,0 @@
-"""How A and B start: drawn, from the weight, or from data."""

@@ -1,0 +1,68 @@
+"""Load a prepared base: dense or NF4, attending as its own code does; `pipelines.models` reads packs with it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from lora_core.base.quant import keep_layout
+from pipelines.models.forward import EAGER
+from pipelines.models.hardware import Hardware
+from pipelines.models.support import check_supported
+from pipelines.models.tokenizer import quiet
+
+
+def load_model(
+    folder: Path, quantization: str, hardware: Hardware, *, masters: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load the causal language model in `folder`, in evaluation mode, on this process's device.
+
+    Args:
+        folder: Hugging Face format.
+        quantization: nf4 (with double quantisation) or none.
+        hardware: device and dtype.
+        trust_remote_code: run the code that comes with it.
+        masters: hold the weights in float32 whatever the dtype of the computation, since all of them are trained.
+
+    Raises:
+        BaseModelError: it is no causal language model.
+    """
+    quiet()
+    check_supported(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
+    options: dict[str, Any] = {
+        "dtype": torch.float32 if masters else hardware.dtype,
+        "device_map": {"": hardware.device},
+        "attn_implementation": EAGER,
+    }
+    if quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=hardware.dtype,
+            bnb_4bit_quant_storage=torch.uint8,
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
+    if quantization == "nf4":
+        _let_go_of_the_file(model)
+    keep_layout(model)
+    model.eval()
+    return model
+
+
+def _let_go_of_the_file(model: PreTrainedModel) -> None:
+    """Copy what was not quantised: as views into the checkpoint, they would hold all of its dense weights in memory."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
+
+
+def attention_heads(model: PreTrainedModel) -> tuple[int, int, int] | None:
+    """Return the heads of the queries, those of keys and values, and the width of one; None where the config has no heads."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):  # some hold one number for each layer
+        return None
+    width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, width

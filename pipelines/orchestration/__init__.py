@@ -1,0 +1,1 @@
+"""Prefect: cancellation, concurrency limits, the local server, deployments."""

@@ -1,0 +1,1 @@
+"""MLflow: runs, registry, model card. The only package that imports mlflow."""

@@ -1,0 +1,78 @@
+"""Put the adapter into the model that a run trains: what its start is found from, and the same start on every rank.
+
+eva      the first examples of the run, one at a time, whatever the number of ranks
+loftq    the base's own files, one weight at a time: no second model is in memory
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lora_core import LoraConfig, inject, lora_layers
+from lora_core.base.weight_files import mapped_tensors, open_checkpoint
+from pipelines.errors import BaseModelError
+from pipelines.models.forward import read_through
+from pipelines.models.packs import pack
+
+EVA_TOKENS = 2048
+"""Enough for the ranks in use, and a small part of what a run reads; the time for it grows with their number."""
+
+
+def inject_started(model: PreTrainedModel, config: LoraConfig, *, seed: int, examples: Iterable[dict[str, Any]], base: Path) -> None:
+    """Inject an adapter and find its start; every rank then holds that of rank 0.
+
+    Args:
+        model: as it was loaded.
+        config: the adapter.
+        seed: draws what is drawn.
+        examples: in the order of the run, all of every step; an eva start reads the first of them.
+        base: folder of the unrounded base; a loftq start reads it.
+    """
+    if config.init_lora_weights == "eva":
+        inject(model, config, seed=seed, data=pushes(model, examples))
+    elif config.init_lora_weights == "loftq":
+        with unrounded(base) as original:
+            inject(model, config, seed=seed, original=original)
+    else:
+        inject(model, config, seed=seed)
+    for _, layer in lora_layers(model):  # engines hand out parameters, and not what a start from the weight takes off again
+        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):  # type: ignore[attr-defined]
+            broadcast(tensor.data)
+
+
+def pushes(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> Iterator[Callable[[], object]]:
+    """Yield a call that pushes each example through the model, until `EVA_TOKENS` were read."""
+    read = 0
+    for example in examples:
+        if read >= EVA_TOKENS:
+            return
+        read += len(example["input_ids"])
+        one = pack([example], str(model.device))
+        yield partial(read_through, model, one)
+
+
+@contextmanager
+def unrounded(base: Path) -> Iterator[Callable[[str], Tensor]]:
+    """Yield what reads a linear layer's weight by its path from the files in `base`.
+
+    Raises:
+        BaseModelError: the files hold no weight of that name.
+    """
+    checkpoint = open_checkpoint(base)
+    with mapped_tensors(base, checkpoint.entries) as tensors:
+
+        def weight(name: str) -> Tensor:
+            if f"{name}.weight" not in tensors:
+                raise BaseModelError(
+                    f"{base} holds no {name}.weight, from which lora.init 'loftq' starts; save the base anew with save_pretrained, "
+                    "or use another init"
+                )
+            return tensors[f"{name}.weight"]
+
+        yield weight

@@ -1,0 +1,125 @@
+"""The optimiser follows from the hardware, the engine and what fits; a mean in 8 bits comes back to the bit."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.models.hardware import FUSED, PAGED, PLAIN, REPLACED, Hardware, attention_kernel, choose_optimizer, detect
+from pipelines.models.loading import attention_heads, load_model
+from pipelines.training import eight_bit
+from pipelines.training.optimizers import build, full_bytes
+
+CPU, GPU = Hardware("cpu", torch.float32, "gloo"), Hardware("cuda:0", torch.bfloat16, "nccl", 24 << 30)
+FITS, LARGE = 20 << 30, 23 << 30
+"""Of 24 GiB, nine tenths are 21.6."""
+RATE = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("hardware", "state", "full_bytes", "name"),
+    [
+        (CPU, "whole", None, PLAIN),
+        (CPU, "whole", LARGE, PLAIN),
+        (CPU, "shared", None, PLAIN),
+        (GPU, "whole", None, FUSED),
+        (GPU, "whole", FITS, FUSED),
+        (GPU, "whole", LARGE, PAGED),
+        (GPU, "shared", LARGE, FUSED),
+        (GPU, "replaced", LARGE, REPLACED),
+    ],
+)
+def test_the_optimiser_follows_from_hardware_and_engine(hardware: Hardware, state: Any, full_bytes: int | None, name: str) -> None:
+    assert choose_optimizer(hardware, state, full_bytes).name == name
+
+
+def test_what_was_chosen_is_said_with_its_reason() -> None:
+    said = GPU.describe("flash", choose_optimizer(GPU, "whole", LARGE))
+    assert said.startswith(
+        "device cuda:0, bfloat16, nccl, flash attention, paged 8-bit AdamW (full fine-tuning needs about 23.0 of 24.0 GiB)"
+    )
+
+
+def test_the_kernel_is_the_one_that_pytorch_takes(tiny_folder: Path) -> None:
+    """Half as many heads of keys and values are no reason for another."""
+    model = load_model(tiny_folder, "none", CPU)
+    assert attention_heads(model) == (4, 2, 16)
+    assert attention_kernel(detect(), attention_heads(model)) == "flash"
+    assert attention_kernel(CPU, (4, 4, 16)) == "flash"
+    assert attention_kernel(CPU, None) == "no"
+
+
+def test_full_fine_tuning_needs_more_for_more_tokens_and_for_copies_of_gradients(tiny_folder: Path) -> None:
+    model = load_model(tiny_folder, "none", CPU)
+    options = {"processes": 1, "gradient_checkpointing": False}
+    needs = full_bytes(model, options, 64)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert needs > 4 * 4 * weights  # masters, gradients and two means, in 4 bytes
+    assert full_bytes(model, options, 6400) > needs
+    assert full_bytes(model, {**options, "processes": 2}, 64) == needs + 4 * weights  # gradients of float32 masters, once more
+
+
+@dataclass
+class Taught:
+    """Two matrices, one too small for 8 bits, and the optimiser that trains them."""
+
+    weights: list[nn.Parameter]
+    optimizer: Any
+
+    def step(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        for weight in self.weights:
+            weight.grad = torch.randn_like(weight)
+        self.optimizer.step()
+
+    def means(self) -> list[dict[str, eight_bit.Parts]]:
+        return [{key: eight_bit.parts(self.optimizer.state[weight], key) for key in eight_bit.NUMBERS} for weight in self.weights]
+
+
+def taught(name: str, steps: int = 3) -> Taught:
+    torch.manual_seed(0)
+    device = detect().device
+    weights = [nn.Parameter(torch.randn(*shape, device=device)) for shape in ((80, 70), (8, 8))]
+    groups = [{"params": weights, "lr": RATE, "weight_decay": 0.0}]
+    found = Taught(weights, build(replace(choose_optimizer(CPU, "whole", None), name=name), groups))
+    for seed in range(steps):
+        found.step(seed)
+    return found
+
+
+pages = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+
+
+@pages
+def test_an_8_bit_state_goes_on_to_the_bit() -> None:
+    whole, broken = taught(PAGED), taught(PAGED, steps=0)
+    assert [sorted(mean["exp_avg"]) for mean in whole.means()] == [["", "/absmax"], [""]]
+    for own, weight, mean in zip(broken.weights, whole.weights, whole.means(), strict=True):
+        own.data.copy_(weight.data)
+        eight_bit.restore(
+            broken.optimizer, own, {key: {e: t.to("cpu", copy=True) for e, t in parts.items()} for key, parts in mean.items()}, 3
+        )
+    for seed in (3, 4):
+        whole.step(seed)
+        broken.step(seed)
+    assert all(torch.equal(one, other) for one, other in zip(whole.weights, broken.weights, strict=True))
+
+
+@pages
+def test_a_run_goes_on_with_the_other_optimiser() -> None:
+    """8 bits stand for what float32 has but for their rounding, 1/127 of a block's largest at most where values are spread."""
+    plain, rounded = taught(PLAIN), taught(PAGED)
+    for one, other in zip(plain.means(), rounded.means(), strict=True):
+        for key, mean in one.items():
+            largest = float(mean[""].abs().max())
+            assert torch.allclose(eight_bit.whole(other[key], key), mean[""], atol=0.03 * largest), key
+    taken = taught(PAGED, steps=0)
+    for own, mean in zip(taken.weights, plain.means(), strict=True):
+        eight_bit.restore(taken.optimizer, own, mean, 3)
+    for one, other in zip(plain.means(), taken.means(), strict=True):
+        for key, mean in one.items():
+            largest = float(mean[""].abs().max())
+            assert torch.allclose(eight_bit.whole(other[key], key), mean[""], atol=0.02 * largest), key

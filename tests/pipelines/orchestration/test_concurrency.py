@@ -1,0 +1,151 @@
+"""Slots are named after what is computed on, made where they are missing, and asked of a server that several runs share only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.exceptions import ObjectAlreadyExists
+
+from pipelines.errors import PipelineError
+from pipelines.orchestration import concurrency
+from pipelines.orchestration.concurrency import gpus, held, slot_names
+from pipelines.workflow import tasks
+
+
+class Server:
+    """A stand-in: limits by name, and what was acquired."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}
+        self.acquired: list[Any] = []
+        self.error: Exception | None = None
+        self.gone = False
+        """Whether it does not answer when a slot is given back."""
+
+    def __enter__(self) -> "Server":
+        if isinstance(self.error, httpx.HTTPError):
+            raise self.error
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def create_global_concurrency_limit(self, limit: Any) -> None:
+        assert limit.limit == 1
+        if limit.name in self.taken:
+            raise ObjectAlreadyExists(Exception())
+        self.taken[limit.name] = 0
+
+    def read_global_concurrency_limit_by_name(self, name: str) -> Any:
+        return SimpleNamespace(active=True, active_slots=self.taken[name], limit=1)
+
+    @contextmanager
+    def concurrency(self, names: list[str], **options: Any) -> Iterator[None]:
+        if self.error is not None:
+            raise self.error
+        assert options["strict"] and not options["raise_on_lease_renewal_failure"]
+        self.acquired.append(names)
+        yield
+        if self.gone:
+            raise httpx.ConnectError("refused")
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    """Put a stand-in in the place of a server that is named by address."""
+    one = Server()
+    monkeypatch.setattr(concurrency, "PREFECT_API_URL", SimpleNamespace(value=lambda: "http://team/api"))
+    monkeypatch.setattr(concurrency, "get_client", lambda sync_client: one)
+    monkeypatch.setattr(concurrency, "concurrency", one.concurrency)
+    monkeypatch.setattr(concurrency, "gethostname", lambda: "node-a")
+    return one
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count", "names"),
+    [
+        ("0,1,2,3", 2, ["gpu:node-a:0", "gpu:node-a:1"]),
+        ("4,5", 2, ["gpu:node-a:4", "gpu:node-a:5"]),  # a second worker of the host, with GPUs of its own
+        ("2", 4, ["gpu:node-a:2"]),  # ranks that share one
+        ("", 2, ["cpu:node-a"]),
+        ("-1", 1, ["cpu:node-a"]),
+    ],
+)
+def test_a_slot_is_named_after_the_gpu(server: Server, monkeypatch: pytest.MonkeyPatch, chosen: str, count: int, names: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    assert slot_names(count) == names
+
+
+def test_gpus_are_counted_where_none_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert all(gpu.isdigit() for gpu in gpus())
+
+
+def test_slots_are_made_once_and_held(server: Server) -> None:
+    said: list[str] = []
+    for _ in range(2):
+        with held(["gpu:node-a:0", "gpu:node-a:1"], said.append):
+            pass
+    assert server.acquired == [["gpu:node-a:0", "gpu:node-a:1"]] * 2 and said == []
+
+
+def test_who_waits_says_for_what(server: Server) -> None:
+    server.taken["gpu:node-a:1"] = 1
+    said: list[str] = []
+    with held(["gpu:node-a:0", "gpu:node-a:1"], said.append):
+        pass
+    assert said == ["waiting for gpu:node-a:1, where another run is at work"]
+
+
+def refusal(status: int | None) -> ConcurrencySlotAcquisitionError:
+    """Return what Prefect raises for whatever went wrong, and what it came from."""
+    error = ConcurrencySlotAcquisitionError("Unable to acquire concurrency slots on ['cpu:node-a']")
+    request = httpx.Request("POST", "http://team/api")
+    error.__cause__ = httpx.ConnectError("refused")
+    if status is not None:
+        error.__cause__ = httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, request=request))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (httpx.ConnectError("refused"), "gives no slot on this host"),
+        (refusal(None), "gives no slot on this host"),
+        (refusal(500), "gives no slot on this host"),
+        (refusal(422), "a limit of 0 refuses trainings here"),
+    ],
+)
+def test_a_server_that_gives_none_is_an_error_that_can_be_mended(server: Server, error: Exception, words: str) -> None:
+    server.error = error
+    with pytest.raises(PipelineError, match=words), held(["cpu:node-a"], print):
+        pass
+
+
+@pytest.mark.parametrize("ended", [None, ArithmeticError])
+def test_a_server_that_is_away_at_the_end_changes_nothing(server: Server, ended: type[Exception] | None) -> None:
+    server.gone = True
+    said: list[str] = []
+    with pytest.raises(ended) if ended else nullcontext(), held(["cpu:node-a"], said.append):
+        if ended:
+            raise ended
+    assert "cpu:node-a are free in 120 s" in said[0]
+
+
+def test_without_a_server_nothing_is_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrency, "PREFECT_API_URL", SimpleNamespace(value=lambda: None))
+    with held(["cpu:node-a"], print):
+        pass
+    assert server.taken == {}
+
+
+def test_scoring_holds_gpus_only_and_for_what_is_missing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, missing = SimpleNamespace(result=dict), SimpleNamespace(result=lambda: None)
+    for chosen, stages in (("0,1,2", [done, missing, missing]), ("0,1,2", [done]), ("", [missing])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        with tasks.evaluation_slots(stages, 3):  # type: ignore[arg-type]
+            pass
+    assert server.acquired == [["gpu:node-a:0", "gpu:node-a:1", "gpu:node-a:2"]]

@@ -1,0 +1,174 @@
+"""A stage is named by its inputs, done when its result stands, and undone when a file that the result names has changed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pipelines.runtime.stage
+from pipelines.errors import StageError, record_error, recorded_error
+from pipelines.runtime.stage import Stage, digest, read_inputs, read_result, write_result
+
+Values = dict[str, Any]
+INPUTS: Values = {"rank": 4, "lora": {"alpha": 32, "init": "kaiming"}, "names": ["a", "b"]}
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Stage:
+    return Stage("train", "rank-4", INPUTS, tmp_path / "runs", {"base": "models/tiny"})
+
+
+@pytest.fixture
+def finished(stage: Stage) -> Stage:
+    """A stage with a result that names two files."""
+    folder = stage.begin()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "weights").write_bytes(b"\x00\x01")
+    (folder / "items.jsonl").write_text("{}\n")
+    write_result(folder, {"loss": 1.5}, ["items.jsonl", "adapter/weights"])
+    return stage
+
+
+@pytest.fixture
+def key_of(tmp_path: Path) -> Callable[..., str]:
+    """Return a function from changed fields of one stage to its key."""
+
+    def key(**changes: Any) -> str:
+        fields = {"kind": "train", "label": "rank-4", "inputs": INPUTS, "root": tmp_path, "paths": {"base": "models/tiny"}}
+        return Stage(**{**fields, **changes}).key
+
+    return key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "evaluate"},
+        {"inputs": {**INPUTS, "rank": 8}},
+        {"inputs": {**INPUTS, "lora": {"alpha": 32, "init": "gaussian"}}},
+        {"inputs": {**INPUTS, "names": ["b", "a"]}},
+        {"inputs": {**INPUTS, "more": None}},
+        {"inputs": {**INPUTS, "rank": "4"}},
+    ],
+    ids=["kind", "a value", "a nested value", "an order", "a further input", "a type"],
+)
+def test_the_key_changes_with_what_decides_the_outcome(key_of: Callable[..., str], changes: Values) -> None:
+    assert key_of(**changes) != key_of()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"paths": {"base": "elsewhere"}},
+        {"paths": {}},
+        {"options": {"checkpoint_every": 5}},
+        {"expects": ("adapter/weights",)},
+        {"root": Path("elsewhere")},
+        {"label": "other"},
+        {"inputs": dict(reversed(INPUTS.items()))},
+        {"inputs": {**INPUTS, "names": ("a", "b")}},
+    ],
+    ids=["a path", "no paths", "an option", "a file expected", "the root", "the label", "the order of the names", "a tuple for a list"],
+)
+def test_the_key_stays_whatever_else_changes(key_of: Callable[..., str], changes: Values) -> None:
+    assert key_of(**changes) == key_of()
+
+
+def test_the_key_changes_with_a_library(key_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of()
+    newer = pipelines.runtime.stage.library_versions() | {"torch": "0"}
+    monkeypatch.setattr(pipelines.runtime.stage, "library_versions", lambda: newer)
+    assert key_of() != before
+
+
+def test_the_folder_is_named_after_kind_label_and_key(stage: Stage) -> None:
+    assert stage.folder == stage.root / "train" / f"rank-4-{stage.key[:12]}"
+
+
+def test_begin_writes_what_decides_the_outcome_and_where_it_is(stage: Stage) -> None:
+    folder = stage.begin()
+    written = json.loads((folder / "inputs.json").read_text())
+    assert (written["kind"], written["label"], written["key"]) == ("train", "rank-4", stage.key)
+    assert read_inputs(folder) == (INPUTS, {"base": "models/tiny"})
+
+
+def test_begin_clears_a_former_error(stage: Stage) -> None:
+    record_error(stage.begin(), StageError("it broke"))
+    assert str(recorded_error(stage.folder)) == "it broke"
+    assert recorded_error(stage.begin()) is None
+
+
+def test_begin_leaves_what_a_stopped_run_left(stage: Stage) -> None:
+    (stage.begin() / "checkpoints").mkdir()
+    assert (stage.begin() / "checkpoints").is_dir()
+
+
+def test_a_stage_that_was_not_begun_has_no_result(stage: Stage) -> None:
+    assert stage.result() is None
+
+
+def test_a_stage_that_was_begun_has_no_result(stage: Stage) -> None:
+    stage.begin()
+    assert stage.result() is None
+
+
+def test_a_finished_stage_gives_its_figures(finished: Stage) -> None:
+    assert finished.result() == {"loss": 1.5}
+
+
+def test_an_equal_stage_finds_the_result(finished: Stage) -> None:
+    for label in ("rank-4", "called-otherwise"):
+        assert Stage("train", label, INPUTS, finished.root).result() == {"loss": 1.5}
+
+
+def test_a_stage_without_files_is_done_with_its_figures(stage: Stage) -> None:
+    write_result(stage.begin(), {"targets": []}, [])
+    assert stage.result() == {"targets": []}
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "adapter/weights"])
+def test_a_missing_file_undoes_the_result(finished: Stage, name: str) -> None:
+    (finished.folder / name).unlink()
+    assert finished.result() is None
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "adapter/weights"])
+def test_an_altered_file_undoes_the_result(finished: Stage, name: str) -> None:
+    path = finished.folder / name
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert finished.result() is None
+
+
+def test_a_file_that_the_result_does_not_name_may_change(finished: Stage) -> None:
+    (finished.folder / "log.txt").write_text("more\n")
+    assert finished.result() == {"loss": 1.5}
+
+
+def test_a_result_is_not_written_before_its_files(stage: Stage) -> None:
+    folder = stage.begin()
+    with pytest.raises(FileNotFoundError):
+        write_result(folder, {"loss": 1.5}, ["items.jsonl"])
+    assert stage.result() is None
+    assert {path.name for path in folder.iterdir()} == {"inputs.json"}
+
+
+def test_a_result_that_cannot_be_written_leaves_none(stage: Stage) -> None:
+    folder = stage.begin()
+    with pytest.raises(TypeError):
+        write_result(folder, {"loss": object()}, [])
+    assert read_result(folder) is None
+    assert {path.name for path in folder.iterdir()} == {"inputs.json"}
+
+
+def test_a_digest_is_that_of_the_value() -> None:
+    assert digest({"a": 1, "b": [2, None]}) == digest({"b": [2, None], "a": 1})
+    assert digest([1, 2]) != digest([2, 1])
+    assert len(digest("")) == 64
+
+
+def test_a_result_without_a_file_that_is_expected_is_not_the_whole_one(finished: Stage) -> None:
+    assert replace(finished, expects=("adapter/weights",)).result() == {"loss": 1.5}
+    assert replace(finished, expects=("snapshots/step-00002/adapter/weights",)).result() is None
