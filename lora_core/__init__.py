@@ -48,16 +48,17 @@ _HOMES = {
         "RoutingError",
         "TargetError",
     ),
-    "adapter.export": ("export_gguf", "export_peft", "export_vllm"),
+    "export.export": ("export_gguf", "export_peft", "export_vllm"),
     "merging.fidelity": ("logit_divergence", "merge_fidelity"),
     "base.identity": ("fingerprint", "fingerprint_of_folder"),
     "injection": ("inject", "lora_layers", "trained_weights"),
     "layers.linear": ("LoraLinear",),
     "merging.merge": ("merge", "unmerge"),
     "merging.streaming": ("merge_checkpoint",),
-    "starts.given": ("set_starts",),
-    "starts.ranks": ("eva_ranks",),
-    "targets": ("Target", "plan_targets"),
+    "calibration.given": ("set_starts",),
+    "calibration.ranks": ("eva_ranks",),
+    "planning": ("plan_targets",),
+    "targets": ("Target",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -26,7 +26,7 @@ from pipelines.config.sections import (
 )
 from pipelines.errors import RecipeError
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class Recipe(Section):

@@ -27,7 +27,7 @@ from pipelines.runtime.child import PARENT, PLACE, die_with_parent
 from pipelines.runtime.heartbeats import Stalls, clear, read_notes
 from pipelines.runtime.stage import LOG, Stage, read_result
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "infra" / "accelerate"
 POLL_SECONDS = 0.5
 ROOM_BYTES = 1 << 20
