@@ -39,6 +39,7 @@ class Score:
 @torch.inference_mode()
 def score(reader: CheckedReader, trees: Sequence[Tree]) -> list[list[Score]]:
     """Return, for each tree, the score of each of its answers."""
+    check_trees(reader, trees)
     found: list[list[Score]] = [[] for _ in trees]
     for places in packs(trees, PACK_TOKENS):
         group = [trees[place] for place in places]
@@ -71,6 +72,14 @@ def check_examples(reader: CheckedReader, examples: Sequence[dict[str, Any]]) ->
     if examples:
         by_length = sorted(examples, key=lambda example: len(example["input_ids"]))
         reader.check(pack([by_length[-1], by_length[0]], str(reader.model.device)))
+
+
+def check_trees(reader: CheckedReader, trees: Sequence[Tree]) -> None:
+    """Verify the way of reading on the deepest and the smallest tree at once, so that no later one has to be."""
+    scored = [tree for tree in trees if any(answer.predicts for answer in tree.answers)]
+    if scored:
+        deepest, smallest = max(scored, key=lambda tree: max(tree.depths)), min(scored, key=lambda tree: len(tree.tokens))
+        reader.check(tree_pack([deepest] if deepest is smallest else [deepest, smallest], str(reader.model.device)))
 
 
 def tree_pack(group: Sequence[Tree], device: str) -> Pack:

@@ -116,10 +116,12 @@ class CheckedReader:
 
 
 def excerpt(pack: Pack) -> Pack:
-    """Return a small pack of the same kind: what holds the longest example and what is shortest, of a tree two answers."""
+    """Return a small pack of the same kind: its longest example, and two answers of its shortest tree or its shortest example."""
     pieces = [one for one in pack.pieces() if len(one.predicts)]
     longest, shortest = max(pieces, key=lambda one: one.longest), min(pieces, key=lambda one: len(one.input_ids))
-    return join([_two_answers(one) for one in ([longest] if longest is shortest else [longest, shortest])])
+    if longest is shortest:
+        return _some_answers(longest, 2)
+    return join([_some_answers(longest, 1), _some_answers(shortest, 2)])
 
 
 def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[Tensor, Tensor]:
@@ -130,11 +132,10 @@ def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[T
     return ids, mask
 
 
-def _two_answers(piece: Pack) -> Pack:
-    """Keep what the longest path of a segment and its first one predict."""
-    paths = piece.paths()
-    chosen = {id(path): path for path in (paths[0], max(paths, key=lambda path: len(path.places)))}
-    return piece.only(torch.cat([path.rows for path in chosen.values()]).sort().values)
+def _some_answers(piece: Pack, number: int) -> Pack:
+    """Keep what the longest paths of a segment predict."""
+    chosen = sorted(piece.paths(), key=lambda path: -len(path.places))[:number]
+    return piece.only(torch.cat([path.rows for path in chosen]).sort().values)
 
 
 def _slower_of(one: PackReader, other: PackReader) -> PackReader:

@@ -34,6 +34,8 @@ from pipelines.runtime.memory import is_out_of_memory
 HEAD_ROWS = 128
 TENSORS = 6
 """Trained tensors whose gradients are compared."""
+OPENING = 16
+"""Tokens of an example on which it is seen that none reads its future."""
 FIRST_LENGTHS = (6, 16, 4)
 """Tokens of the examples on which a base is looked at before there is any data."""
 SMALL_TENSOR, LARGEST_TENSOR, LARGEST_TOTAL = 1 << 20, 1 << 24, 1 << 26
@@ -234,11 +236,11 @@ def _loss_and_gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Par
 
 @torch.no_grad()
 def _future_seen(own: PackReader, probes: Sequence[Probe]) -> float:
-    """Return by how much the logits of the shortest example of two tokens or more change when its last token is another."""
+    """Return by how much the logits of the first tokens of the shortest example change when the last of them is another."""
     examples = [probe.pack.input_ids[path.places] for probe in probes for path in probe.pack.paths() if len(path.places) > 1]
     if not examples:
         return 0.0
-    ids = min(examples, key=len)
+    ids = min(examples, key=len)[:OPENING]
     other = ids.clone()
     other[-1] = ids[0] if ids[0] != ids[-1] else ids[-1] // 2  # any other token that the vocabulary surely has
     before, after = own.model(input_ids=torch.stack([ids, other])).logits[:, :-1].float().log_softmax(dim=2)
