@@ -18,7 +18,7 @@ InitMethod = str
 """kaiming, gaussian, orthogonal, olora, pissa, pissa_niter_N for N steps of subspace iteration, eva, or loftq."""
 INITS = re.compile(r"kaiming|gaussian|orthogonal|olora|pissa(_niter_[1-9][0-9]*)?|eva|loftq")
 INIT_WORDS = "kaiming, gaussian, orthogonal, olora, pissa, pissa_niter_N, eva, loftq"
-GIVEN = {"eva": "data", "loftq": "original"}
+DATA_DRIVEN_INITS = {"eva": "data", "loftq": "original"}
 """Start that needs more than the model → the argument of `inject` that brings it."""
 Bias = Literal["none", "all", "lora_only"]
 Names = str | tuple[str, ...]
@@ -76,12 +76,20 @@ class LoraConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.bias not in get_args(Bias):
-            raise ConfigError(f"bias={self.bias!r} is unknown; use {' or '.join(map(repr, get_args(Bias)))}")
-        if not (isinstance(self.init_lora_weights, str) and INITS.fullmatch(self.init_lora_weights)):
-            raise ConfigError(f"init_lora_weights={self.init_lora_weights!r} is unknown; use {INIT_WORDS}")
+            raise ConfigError(
+                f"bias={self.bias!r} is unknown; use {' or '.join(map(repr, get_args(Bias)))}"
+            )
+        if not (
+            isinstance(self.init_lora_weights, str) and INITS.fullmatch(self.init_lora_weights)
+        ):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} is unknown; use {INIT_WORDS}"
+            )
         _check_names("target_parameters", self.target_parameters)
         if not (self.target_modules or self.target_parameters):
-            raise ConfigError(f"target_modules={self.target_modules!r} names nothing; use 'all-linear', a regular expression or names")
+            raise ConfigError(
+                f"target_modules={self.target_modules!r} names nothing; use 'all-linear', a regular expression or names"
+            )
         _check_names("target_modules", self.target_modules)
         _check_names("exclude_modules", self.exclude_modules)
         _check_names("modules_to_save", self.modules_to_save)
@@ -110,13 +118,19 @@ class LoraConfig:
     def _check_together(self) -> None:
         """Refuse settings that would take each other's meaning away."""
         if self.lora_bias and self.use_dora:
-            raise ConfigError("lora_bias=True has no meaning under use_dora=True, which scales rows and has no bias; switch one off")
+            raise ConfigError(
+                "lora_bias=True has no meaning under use_dora=True, which scales rows and has no bias; switch one off"
+            )
         if self.lora_dropout and self.target_parameters:
             raise ConfigError(
                 f"lora_dropout={self.lora_dropout!r} has no meaning for target_parameters, whose inputs are shared out; use 0"
             )
-        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values())):
-            raise ConfigError(f"init_lora_weights='orthogonal' halves the rank, and r={self.r!r} or a rank_pattern is odd; use even ranks")
+        if self.init_lora_weights == "orthogonal" and any(
+            rank % 2 for rank in (self.r, *self.rank_pattern.values())
+        ):
+            raise ConfigError(
+                f"init_lora_weights='orthogonal' halves the rank, and r={self.r!r} or a rank_pattern is odd; use even ranks"
+            )
 
 
 def matches_end(pattern: str, name: str) -> bool:
@@ -125,12 +139,16 @@ def matches_end(pattern: str, name: str) -> bool:
 
 
 def _first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for pattern, value in patterns.items() if matches_end(pattern, name)), default)
+    return next(
+        (value for pattern, value in patterns.items() if matches_end(pattern, name)), default
+    )
 
 
 def _check_rank(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least 1; common choices are 4 to 64")
+        raise ConfigError(
+            f"{name}={value!r} must be a whole number of at least 1; common choices are 4 to 64"
+        )
 
 
 def _check_alpha(name: str, value: Any) -> None:
@@ -146,7 +164,9 @@ def _check_dropout(value: Any) -> None:
 def _check_names(field_name: str, names: Any) -> None:
     listed = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
     if not (listed or isinstance(names, str)):
-        raise ConfigError(f"{field_name}={names!r} names nothing; use a regular expression or a tuple of module names")
+        raise ConfigError(
+            f"{field_name}={names!r} names nothing; use a regular expression or a tuple of module names"
+        )
     if isinstance(names, str):
         _check_pattern(field_name, names)
 
@@ -155,13 +175,20 @@ def _check_pattern(field_name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"{field_name}={pattern!r} is no regular expression ({error}); escape it or list names") from error
+        raise ConfigError(
+            f"{field_name}={pattern!r} is no regular expression ({error}); escape it or list names"
+        ) from error
 
 
 def _check_patterns(ranks: Any, alphas: Any) -> None:
-    for field_name, patterns, check in (("rank_pattern", ranks, _check_rank), ("alpha_pattern", alphas, _check_alpha)):
+    for field_name, patterns, check in (
+        ("rank_pattern", ranks, _check_rank),
+        ("alpha_pattern", alphas, _check_alpha),
+    ):
         if not isinstance(patterns, Mapping):
-            raise ConfigError(f"{field_name}={patterns!r} must map ends of module paths to values, such as {{'q_proj': 8}}")
+            raise ConfigError(
+                f"{field_name}={patterns!r} must map ends of module paths to values, such as {{'q_proj': 8}}"
+            )
         for pattern, value in patterns.items():
             _check_pattern(field_name, pattern)
             check(f"{field_name}[{pattern!r}]", value)
@@ -169,18 +196,30 @@ def _check_patterns(ranks: Any, alphas: Any) -> None:
 
 def _check_rows(layers: Any, tokens: Any) -> None:
     if not _are_places(layers):
-        raise ConfigError(f"layers_to_transform={layers!r} must be numbers of blocks, from 0, each once")
+        raise ConfigError(
+            f"layers_to_transform={layers!r} must be numbers of blocks, from 0, each once"
+        )
     if not isinstance(tokens, Mapping):
-        raise ConfigError(f"trainable_token_indices={tokens!r} must map an embedding's name to rows, such as {{'embed_tokens': (5, 6)}}")
+        raise ConfigError(
+            f"trainable_token_indices={tokens!r} must map an embedding's name to rows, such as {{'embed_tokens': (5, 6)}}"
+        )
     for name, rows in tokens.items():
         if not rows or not _are_places(rows):
-            raise ConfigError(f"trainable_token_indices[{name!r}]={rows!r} must be row numbers, from 0, each once and at least one")
+            raise ConfigError(
+                f"trainable_token_indices[{name!r}]={rows!r} must be row numbers, from 0, each once and at least one"
+            )
 
 
 def _are_places(values: Any) -> bool:
-    whole = isinstance(values, tuple) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
+    whole = isinstance(values, tuple) and all(
+        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
+    )
     return whole and len(set(values)) == len(values)
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    )

@@ -40,7 +40,9 @@ def decompose(matrix: Tensor) -> Svd:
     return Svd(*torch.linalg.svd(matrix.double(), full_matrices=False))
 
 
-def decompose_leading(matrix: Tensor, rank: int, iterations: int, generator: torch.Generator) -> Svd:
+def decompose_leading(
+    matrix: Tensor, rank: int, iterations: int, generator: torch.Generator
+) -> Svd:
     """Return about the `rank` strongest directions of `matrix`, and a few weaker ones that are known less well.
 
     The error of a direction falls by (σ of the first one not followed / its own σ)² with each iteration.
@@ -55,7 +57,9 @@ def decompose_leading(matrix: Tensor, rank: int, iterations: int, generator: tor
         ConfigError: the iterations are not a whole number of at least 0.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ConfigError(f"iterations={iterations!r} must be a whole number of at least 0; 4 to 16 are common, leave it out for all")
+        raise ConfigError(
+            f"iterations={iterations!r} must be a whole number of at least 0; 4 to 16 are common, leave it out for all"
+        )
     matrix = matrix.double()
     width = min(rank + OVERSAMPLING, *matrix.shape)
     start = torch.randn(matrix.shape[1], width, dtype=torch.float64, generator=generator)
@@ -69,7 +73,9 @@ def decompose_leading(matrix: Tensor, rank: int, iterations: int, generator: tor
 def check_matrix(matrix: Tensor) -> None:
     """Refuse what is no finite matrix."""
     if matrix.dim() != 2 or matrix.numel() == 0 or not torch.isfinite(matrix).all():
-        raise ConfigError(f"a tensor of shape {tuple(matrix.shape)} must be a matrix of finite values with at least one entry")
+        raise ConfigError(
+            f"a tensor of shape {tuple(matrix.shape)} must be a matrix of finite values with at least one entry"
+        )
 
 
 def check_rank(matrix: Tensor, rank: int) -> None:

@@ -5,7 +5,7 @@ from typing import cast
 
 from torch import nn
 
-from lora_core.base.quant import keep_layout
+from lora_core.base.quant import disable_cpu_repacking
 from lora_core.base.sharing import memory_of
 from lora_core.calibration.eva import Batches
 from lora_core.calibration.given import Original, check_given, start_given
@@ -16,7 +16,14 @@ from lora_core.layers.embedding import LoraEmbedding
 from lora_core.layers.experts import LoraExperts, expert_targets
 from lora_core.layers.linear import LoraLayer, LoraLinear
 from lora_core.layers.trained import TiedHead, TrainedBias, TrainedModule, TrainedRows
-from lora_core.modules import adapter_parts, module_at, output_head, plain_modules, replace_module, unwrapped
+from lora_core.modules import (
+    adapter_parts,
+    module_at,
+    output_head,
+    plain_modules,
+    replace_module,
+    unwrapped,
+)
 from lora_core.planning import named_modules
 from lora_core.targets import Target
 from lora_core.validation import plan_adapter
@@ -27,7 +34,12 @@ Parts = dict[str, nn.Module]
 
 
 def inject(
-    model: nn.Module, config: LoraConfig, *, seed: int, data: Batches | None = None, original: Original | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    seed: int,
+    data: Batches | None = None,
+    original: Original | None = None,
 ) -> list[Target]:
     """Put the adapter that `config` describes into `model` and freeze the rest; return the plan of its updates.
 
@@ -48,7 +60,12 @@ def inject(
     check_given(config, data, original)
     targets = plan_adapter(model, config)
     parts = _parts(model, config, targets, seed)
-    start_given(model, {name: part for name, part in parts.items() if isinstance(part, LoraLinear)}, data, original)
+    start_given(
+        model,
+        {name: part for name, part in parts.items() if isinstance(part, LoraLinear)},
+        data,
+        original,
+    )
     place_parts(model, parts)
     return targets
 
@@ -66,7 +83,11 @@ def build_parts(model: nn.Module, config: LoraConfig, targets: list[Target], see
 
 def _parts(model: nn.Module, config: LoraConfig, targets: list[Target], seed: int) -> Parts:
     """Build the parts; a start that is given is still to be put into them."""
-    layers = {one.name: _layer(module_at(model, one.name), one, config, seed) for one in targets if one.layer != "experts"}
+    layers = {
+        one.name: _layer(module_at(model, one.name), one, config, seed)
+        for one in targets
+        if one.layer != "experts"
+    }
     saved = named_modules(model, config.modules_to_save, "modules_to_save")
     wholes: Parts = {name: TrainedModule(module, name) for name, module in saved.items()}
     rows = _rows(model, config.trainable_token_indices)
@@ -80,7 +101,7 @@ def place_parts(model: nn.Module, parts: Parts) -> None:
     """Freeze `model` and put the parts into it."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    keep_layout(model)
+    disable_cpu_repacking(model)
     for name, part in parts.items():
         replace_module(model, name, part)
 
@@ -115,7 +136,10 @@ def _experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
         raise TargetError("target_parameters take neither use_dora nor lora_bias; switch these off")
     parts: Parts = {}
     for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
-        sizes = {stack: (config.rank_of(f"{path}.{stack}"), config.scale_of(f"{path}.{stack}")) for stack in stacks}
+        sizes = {
+            stack: (config.rank_of(f"{path}.{stack}"), config.scale_of(f"{path}.{stack}"))
+            for stack in stacks
+        }
         parts[path] = part = LoraExperts(module_at(model, path), sizes)
         part.reset(path, config.init_lora_weights, seed)
     return parts
@@ -129,8 +153,14 @@ def _rows(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> Parts:
         for path, module in named_modules(model, [name], "trainable_token_indices").items():
             trained = parts[path] = TrainedRows(module, path, rows)
             head = output_head(unwrapped(model))
-            if head is not None and head is not module and memory_of(head.weight) == memory_of(module.weight):
-                parts[next(other for other, one in plain.items() if one is head)] = TiedHead(head, trained)
+            if (
+                head is not None
+                and head is not module
+                and memory_of(head.weight) == memory_of(module.weight)
+            ):
+                parts[next(other for other, one in plain.items() if one is head)] = TiedHead(
+                    head, trained
+                )
     return parts
 
 
@@ -138,14 +168,26 @@ def _biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
     """Build the trained biases of modules that have no part of their own; the layers train theirs themselves."""
     if config.bias == "none":
         return {}
-    biased = {name: m for name, m in plain_modules(model).items() if isinstance(m._parameters.get("bias"), nn.Parameter)}
-    free = {name: module for name, module in biased.items() if config.bias == "all" and not _lies_in(name, parts)}
+    biased = {
+        name: m
+        for name, m in plain_modules(model).items()
+        if isinstance(m._parameters.get("bias"), nn.Parameter)
+    }
+    free = {
+        name: module
+        for name, module in biased.items()
+        if config.bias == "all" and not _lies_in(name, parts)
+    }
     if not free and all(getattr(part, "trained_bias", None) is None for part in parts.values()):
-        raise TargetError(f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'")
+        raise TargetError(
+            f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'"
+        )
     for name in free:
         inner = [other for other in (*parts, *free) if other.startswith(f"{name}.")]
         if inner:
-            raise TargetError(f"bias='all' would train the bias of {name} around {inner[0]}, which is trained as well; use 'lora_only'")
+            raise TargetError(
+                f"bias='all' would train the bias of {name} around {inner[0]}, which is trained as well; use 'lora_only'"
+            )
     return {name: TrainedBias(module) for name, module in free.items()}
 
 
@@ -159,4 +201,6 @@ def _refuse_twice(*groups: Parts) -> None:
     for name in names:
         outer = [other for other in names if other != name and name.startswith(f"{other}.")]
         if names.count(name) > 1 or outer:
-            raise TargetError(f"{name} is named by two settings, or lies in {(outer or [name])[0]}, which is trained whole; name it once")
+            raise TargetError(
+                f"{name} is named by two settings, or lies in {(outer or [name])[0]}, which is trained whole; name it once"
+            )

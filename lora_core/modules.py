@@ -44,7 +44,11 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """
     getter = getattr(model, "get_output_embeddings", None)
     head: nn.Module | None = getter() if getter is not None else None
-    return cast(nn.Module, head.base) if head is not None and hasattr(type(head), "adapter_tensors") else head
+    return (
+        cast(nn.Module, head.base)
+        if head is not None and hasattr(type(head), "adapter_tensors")
+        else head
+    )
 
 
 def modules_outside_language_model(model: nn.Module) -> dict[str, nn.Module]:
@@ -57,11 +61,21 @@ def modules_outside_language_model(model: nn.Module) -> dict[str, nn.Module]:
     if text is None or text() is model.config:
         return {}
     language, head = model.get_decoder(), output_head(model)  # type: ignore[operator]
-    inside = {id(module) for part in (language, head) if part is not None for module in part.modules()}
-    around = {id(module) for module in model.modules() if any(inner is language for inner in module.modules())}
+    inside = {
+        id(module) for part in (language, head) if part is not None for module in part.modules()
+    }
+    around = {
+        id(module)
+        for module in model.modules()
+        if any(inner is language for inner in module.modules())
+    }
     own = inside | around
-    others = {plain_name(name): module for name, module in model.named_modules() if id(module) not in own}
-    return {name: module for name, module in others.items() if name.rpartition(".")[0] not in others}
+    others = {
+        plain_name(name): module for name, module in model.named_modules() if id(module) not in own
+    }
+    return {
+        name: module for name, module in others.items() if name.rpartition(".")[0] not in others
+    }
 
 
 def adapter_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -81,7 +95,9 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(_without_parts(model, unwrapped(model).named_parameters()))
 
 
-def _without_parts(model: nn.Module, named: Iterable[tuple[str, Named]]) -> Iterator[tuple[str, Named]]:
+def _without_parts(
+    model: nn.Module, named: Iterable[tuple[str, Named]]
+) -> Iterator[tuple[str, Named]]:
     """Leave out what belongs to an adapter, and the `base` from the paths of what lies under one."""
     parts = {name for name, _ in adapter_parts(model)}
     for raw, value in named:
@@ -96,7 +112,10 @@ def _without_parts(model: nn.Module, named: Iterable[tuple[str, Named]]) -> Iter
 def _owner(name: str, parts: set[str]) -> str | None:
     """Return the path of the part that `name` is or lies in."""
     steps = name.split(".")
-    return next((path for path in (".".join(steps[:n]) for n in range(1, len(steps) + 1)) if path in parts), None)
+    return next(
+        (path for path in (".".join(steps[:n]) for n in range(1, len(steps) + 1)) if path in parts),
+        None,
+    )
 
 
 def _inside(module: nn.Module) -> nn.Module:

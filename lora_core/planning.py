@@ -14,7 +14,14 @@ from lora_core.base.quant import base_weight
 from lora_core.config import ALL_LINEAR, LoraConfig, Names, matches_end
 from lora_core.errors import TargetError
 from lora_core.layers.experts import expert_targets
-from lora_core.modules import adapter_parts, module_at, modules_outside_language_model, output_head, plain_modules, unwrapped
+from lora_core.modules import (
+    adapter_parts,
+    module_at,
+    modules_outside_language_model,
+    output_head,
+    plain_modules,
+    unwrapped,
+)
 from lora_core.targets import Layer, Target
 
 
@@ -47,13 +54,21 @@ def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
 def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
     """List the modules that `config` names in a model, whether adapted or not."""
     candidates = _candidates(model)
-    names = _every_linear(model, candidates, config) if config.target_modules == ALL_LINEAR else _chosen(model, candidates, config)
+    names = (
+        _every_linear(model, candidates, config)
+        if config.target_modules == ALL_LINEAR
+        else _chosen(model, candidates, config)
+    )
     if config.layers_to_transform:
         names = _in_layers(names, config.layers_to_transform)
     if config.exclude_modules:
         names = _without_excluded(names, config)
     if config.target_modules == ALL_LINEAR:  # gates of width 1, in which no update has a low rank
-        names = [name for name in names if min(candidates[name].in_features, candidates[name].out_features) > 1]
+        names = [
+            name
+            for name in names
+            if min(candidates[name].in_features, candidates[name].out_features) > 1
+        ]
     return names
 
 
@@ -76,9 +91,15 @@ def named_modules(model: nn.Module, names: Iterable[str], what: str) -> dict[str
     plain = plain_modules(model)
     found: dict[str, nn.Module] = {}
     for name in names:
-        hits = {path: module for path, module in plain.items() if path == name or path.endswith(f".{name}")}
+        hits = {
+            path: module
+            for path, module in plain.items()
+            if path == name or path.endswith(f".{name}")
+        }
         if not hits:
-            raise TargetError(f"{what} names {name!r}, which matches no module; name one by its path or the last part of it")
+            raise TargetError(
+                f"{what} names {name!r}, which matches no module; name one by its path or the last part of it"
+            )
         found |= hits
     return found
 
@@ -91,13 +112,17 @@ def block_number(name: str) -> int | None:
 
 def _candidates(model: nn.Module) -> dict[str, Candidate]:
     found = ((name, _candidate(module)) for name, module in plain_modules(model).items())
-    return {name: candidate for name, candidate in found if candidate is not None and name}  # the root has no place to be replaced in
+    return {
+        name: candidate for name, candidate in found if candidate is not None and name
+    }  # the root has no place to be replaced in
 
 
 def _candidate(module: nn.Module) -> Candidate | None:
     if type(module) is nn.Conv2d:
         places = module.kernel_size[0] * module.kernel_size[1]
-        return Candidate(module.in_channels // module.groups * places, module.out_channels, "dense", "conv2d")
+        return Candidate(
+            module.in_channels // module.groups * places, module.out_channels, "dense", "conv2d"
+        )
     if isinstance(module, nn.Embedding):
         return Candidate(module.num_embeddings, module.embedding_dim, "dense", "embedding")
     weight = base_weight(module)
@@ -107,28 +132,44 @@ def _candidate(module: nn.Module) -> Candidate | None:
     return Candidate(in_features, out_features, weight.kind, "linear")
 
 
-def _every_linear(model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig) -> list[str]:
+def _every_linear(
+    model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig
+) -> list[str]:
     """Return all linear layers of the language model but its head and what is trained whole.
 
     What a multimodal model holds next to its language model is adapted only by name.
     """
     head, plain = output_head(unwrapped(model)), plain_modules(model)
     towers = tuple(f"{name}." for name in modules_outside_language_model(model))
-    candidates = {name: one for name, one in candidates.items() if not f"{name}.".startswith(towers)} if towers else candidates
-    linear = [name for name, one in candidates.items() if one.layer == "linear" and plain[name] is not head]
+    candidates = (
+        {name: one for name, one in candidates.items() if not f"{name}.".startswith(towers)}
+        if towers
+        else candidates
+    )
+    linear = [
+        name
+        for name, one in candidates.items()
+        if one.layer == "linear" and plain[name] is not head
+    ]
     names = [name for name in linear if not _is_named(name, config.modules_to_save)]
     if not names:
-        raise TargetError(f"target_modules={ALL_LINEAR!r} matches no linear layer; linear layers here end in {_endings(candidates)}")
+        raise TargetError(
+            f"target_modules={ALL_LINEAR!r} matches no linear layer; linear layers here end in {_endings(candidates)}"
+        )
     return names
 
 
 def _chosen(model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig) -> list[str]:
     patterns = config.target_modules
-    rules: tuple[Names, ...] = (patterns,) if isinstance(patterns, str) else tuple((name,) for name in patterns)
+    rules: tuple[Names, ...] = (
+        (patterns,) if isinstance(patterns, str) else tuple((name,) for name in patterns)
+    )
     chosen: set[str] = set()
     for rule in rules:
         every = [name for name in plain_modules(model) if _is_named(name, rule)]
-        chosen.update(_only_adaptable(rule if isinstance(rule, str) else rule[0], every, candidates))
+        chosen.update(
+            _only_adaptable(rule if isinstance(rule, str) else rule[0], every, candidates)
+        )
     return [name for name in candidates if name in chosen]
 
 
@@ -138,12 +179,16 @@ def _is_named(name: str, names: Names) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in names)
 
 
-def _only_adaptable(pattern: str, names: list[str], candidates: Mapping[str, Candidate]) -> list[str]:
+def _only_adaptable(
+    pattern: str, names: list[str], candidates: Mapping[str, Candidate]
+) -> list[str]:
     """Return the layers among `names` that can be adapted; a pattern that finds none is an error of its own."""
     adaptable = [name for name in names if name in candidates]
     if not adaptable:
         what = f"matches {names[0]}, which can get no update" if names else "matches no module"
-        raise TargetError(f"target {pattern!r} {what}; linear layers here end in {_endings(candidates)}")
+        raise TargetError(
+            f"target {pattern!r} {what}; linear layers here end in {_endings(candidates)}"
+        )
     return adaptable
 
 
@@ -152,22 +197,35 @@ def _in_layers(names: list[str], layers: tuple[int, ...]) -> list[str]:
     present = {number for name in names if (number := block_number(name)) is not None}
     missing = sorted(set(layers) - present)
     if missing:
-        raise TargetError(f"layers_to_transform names block {missing[0]}, and the targets lie in blocks {sorted(present)}")
+        raise TargetError(
+            f"layers_to_transform names block {missing[0]}, and the targets lie in blocks {sorted(present)}"
+        )
     return [name for name in names if block_number(name) in layers]
 
 
 def _endings(candidates: Mapping[str, Candidate]) -> str:
-    linear = {name.rpartition(".")[2] for name, candidate in candidates.items() if candidate.layer == "linear"}
+    linear = {
+        name.rpartition(".")[2]
+        for name, candidate in candidates.items()
+        if candidate.layer == "linear"
+    }
     return ", ".join(sorted(linear)) or "nothing: the model has none"
 
 
 def _check_patterns(names: list[str], config: LoraConfig) -> None:
     """Refuse a key that decides nothing: it matches no target, or another key comes first wherever it does."""
-    for field_name, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        deciding = {next((key for key in patterns if matches_end(key, name)), None) for name in names}
+    for field_name, patterns in (
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
+        deciding = {
+            next((key for key in patterns if matches_end(key, name)), None) for name in names
+        }
         for key in patterns:
             if key not in deciding:
-                raise TargetError(f"{field_name} has {key!r}, which decides for no target; targets here are such as {names[0]}")
+                raise TargetError(
+                    f"{field_name} has {key!r}, which decides for no target; targets here are such as {names[0]}"
+                )
 
 
 def _target(name: str, found: Candidate, config: LoraConfig) -> Target:
@@ -180,7 +238,10 @@ def _stacks(model: nn.Module, config: LoraConfig) -> list[Target]:
     targets = []
     for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
         for stack in stacks:
-            name, (experts, out_features, in_features) = f"{path}.{stack}", getattr(module_at(model, path), stack).shape
+            name, (experts, out_features, in_features) = (
+                f"{path}.{stack}",
+                getattr(module_at(model, path), stack).shape,
+            )
             found = Candidate(in_features, out_features, "dense", "experts")
             targets.append(replace(_target(name, found, config), experts=experts))
     return targets
@@ -194,9 +255,13 @@ def _check_target(target: Target, config: LoraConfig) -> None:
             f"use a rank of at most {limit}, or name that module in exclude_modules"
         )
     if target.layer == "embedding" and config.lora_bias:
-        raise TargetError(f"lora_bias=True has no meaning for the embedding {target.name}; switch it off or leave the embedding out")
+        raise TargetError(
+            f"lora_bias=True has no meaning for the embedding {target.name}; switch it off or leave the embedding out"
+        )
 
 
 def _refuse_second_injection(model: nn.Module) -> None:
     if any(True for _ in adapter_parts(model)):
-        raise TargetError("the model already carries an adapter; load a fresh base, or merge the first adapter before adding another")
+        raise TargetError(
+            "the model already carries an adapter; load a fresh base, or merge the first adapter before adding another"
+        )

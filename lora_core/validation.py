@@ -39,14 +39,18 @@ def _check_parameters(config: LoraConfig) -> None:
             f"layers_to_transform={config.layers_to_transform!r} has no effect on target_parameters; name these by their whole paths"
         )
     if config.exclude_modules and not config.target_modules:
-        raise TargetError(f"exclude_modules={config.exclude_modules!r} has no effect on target_parameters; leave it out")
+        raise TargetError(
+            f"exclude_modules={config.exclude_modules!r} has no effect on target_parameters; leave it out"
+        )
 
 
 def _check_names(config: LoraConfig, names: list[str]) -> None:
     """Refuse a target of which exclusions and the choice of blocks leave nothing."""
     for one in config.target_modules if isinstance(config.target_modules, tuple) else ():
         if not _names_any(one, names):
-            raise TargetError(f"target {one!r} has no effect: exclude_modules and layers_to_transform leave nothing of it; leave it out")
+            raise TargetError(
+                f"target {one!r} has no effect: exclude_modules and layers_to_transform leave nothing of it; leave it out"
+            )
 
 
 def _check_exclusions(model: nn.Module, config: LoraConfig) -> None:
@@ -56,7 +60,9 @@ def _check_exclusions(model: nn.Module, config: LoraConfig) -> None:
     names = matched_names(model, replace(config, exclude_modules=()))
     for one in config.exclude_modules:
         if not _names_any(one, names):
-            raise TargetError(f"exclude_modules names {one!r}, which is no target and so leaves out nothing; check its spelling")
+            raise TargetError(
+                f"exclude_modules names {one!r}, which is no target and so leaves out nothing; check its spelling"
+            )
 
 
 def _check_only_embeddings(config: LoraConfig, targets: list[Target]) -> None:
@@ -64,9 +70,13 @@ def _check_only_embeddings(config: LoraConfig, targets: list[Target]) -> None:
     if any(target.layer != "embedding" for target in targets):
         return
     if config.lora_dropout:
-        raise TargetError(f"lora_dropout={config.lora_dropout!r} has no effect: an embedding reads no input that could be dropped; use 0")
+        raise TargetError(
+            f"lora_dropout={config.lora_dropout!r} has no effect: an embedding reads no input that could be dropped; use 0"
+        )
     if config.init_lora_weights == "gaussian":
-        raise TargetError("init_lora_weights='gaussian' has no effect: embeddings start from normal draws anyway; use 'kaiming'")
+        raise TargetError(
+            "init_lora_weights='gaussian' has no effect: embeddings start from normal draws anyway; use 'kaiming'"
+        )
 
 
 def _check_start(config: LoraConfig, target: Target) -> None:
@@ -87,7 +97,11 @@ def _starting(method: str) -> tuple[str, ...]:
     """Return the kinds of layers that know a start."""
     if method == "eva" or is_spectral(method):
         return ("linear",)
-    return ("linear", "conv2d") if method == "orthogonal" else ("linear", "conv2d", "embedding", "experts")
+    return (
+        ("linear", "conv2d")
+        if method == "orthogonal"
+        else ("linear", "conv2d", "embedding", "experts")
+    )
 
 
 def _names_any(one: str, names: Iterable[str]) -> bool:

@@ -12,7 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.config.recipe import find_recipe, load_recipe
-from pipelines.errors import EndedError, PeerError, PipelineError, StageError, UnreachableError, no_space
+from pipelines.errors import (
+    EndedError,
+    PeerError,
+    PipelineError,
+    StageError,
+    UnreachableError,
+    no_space,
+)
 from pipelines.paths import runs_root
 from pipelines.planning.cluster import Cluster
 
@@ -23,10 +30,23 @@ PASSING = {error.__name__ for error in (PeerError, EndedError, UnreachableError)
 QUIET = "CRITICAL"
 """Level of Prefect's own log on the terminal, unless the user names another."""
 app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Fine-tune with LoRA, and know what was forgotten."
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Fine-tune with LoRA, and know what was forgotten.",
 )
-RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.", show_default=False)]
-RanksOption = Annotated[list[int], typer.Option("--rank", help="Train this rank instead of the recipe's; may be given more than once.")]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A YAML file, or the name of a recipe that comes along.", show_default=False
+    ),
+]
+RanksOption = Annotated[
+    list[int],
+    typer.Option(
+        "--rank", help="Train this rank instead of the recipe's; may be given more than once."
+    ),
+]
 
 
 def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -45,8 +65,12 @@ def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Ca
             chosen = options(**{field: values.pop(field) for field in fields})
             command(**values, **{name: chosen})
 
-        flat = [parameter for parameter in own.values() if parameter.name != name] + list(fields.values())
-        keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in flat]
+        flat = [parameter for parameter in own.values() if parameter.name != name] + list(
+            fields.values()
+        )
+        keyword_only = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in flat
+        ]
         call.__name__, call.__doc__ = command.__name__, command.__doc__
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
         vars(call)["__signature__"] = inspect.Signature(keyword_only)
@@ -60,7 +84,7 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
     """Run a recipe: data, adapters, control, forgetting check, registration, report. Goes on where it was stopped."""
     load_recipe(recipe, ranks=rank)  # a bad recipe is refused before anything is started
     prepare_prefect()
-    from pipelines.orchestration.cancellation import call_killed_runs_crashed
+    from pipelines.orchestration.cancellation import mark_orphaned_runs_crashed
     from pipelines.orchestration.flow_log import log_for_pages_only
     from pipelines.orchestration.local_server import serving
     from pipelines.workflow.flows import finetune
@@ -68,19 +92,24 @@ def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 -
     if os.environ["PREFECT_LOGGING_LEVEL"] == QUIET:
         log_for_pages_only()
     with serving() as url:
-        call_killed_runs_crashed(url)
+        mark_orphaned_runs_crashed(url)
         finetune(recipe, rank)
 
 
 @app.command()
 def join(
-    machine: Annotated[int, typer.Option(min=1, help="This host's number; 0 is the one that runs the recipe.", show_default=False)],
+    machine: Annotated[
+        int,
+        typer.Option(
+            min=1, help="This host's number; 0 is the one that runs the recipe.", show_default=False
+        ),
+    ],
 ) -> None:
     """Train beside another host that runs a recipe with launch.machines; needs its runs folder, and LORA_MAIN_ADDRESS."""
-    from pipelines.console import say
+    from pipelines.console import print_status
     from pipelines.runtime.hosts import Joined
 
-    Joined(machine, runs_root(), say).serve()
+    Joined(machine, runs_root(), print_status).serve()
 
 
 @app.command()
@@ -95,7 +124,12 @@ def plan(recipe: RecipeArgument, cluster: Cluster, rank: RanksOption = []) -> No
 
 
 @app.command()
-def compare(name: Annotated[str, typer.Argument(help="A recipe's name, its file, or a summary.json.", show_default=False)]) -> None:
+def compare(
+    name: Annotated[
+        str,
+        typer.Argument(help="A recipe's name, its file, or a summary.json.", show_default=False),
+    ],
+) -> None:
     """Print the table of an earlier run."""
     path = _summary(name)
     from pipelines.console import show
@@ -107,17 +141,37 @@ def compare(name: Annotated[str, typer.Argument(help="A recipe's name, its file,
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer.", show_default=False)],
-    adapter: Annotated[str, typer.Option(help="models:/NAME@champion, models:/NAME/VERSION, or an adapter's folder.", show_default=False)],
-    base: Annotated[str, typer.Option(help="Base model, where the adapter's own is elsewhere on this machine.")] = "",
+    adapter: Annotated[
+        str,
+        typer.Option(
+            help="models:/NAME@champion, models:/NAME/VERSION, or an adapter's folder.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str, typer.Option(help="Base model, where the adapter's own is elsewhere on this machine.")
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the base.")] = False,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Run the Python code that comes with the base."),
+    ] = False,
 ) -> None:
     """Answer a prompt with an adapter, on the base that it was trained on."""
     if not adapter.startswith("models:/") and not Path(adapter).is_dir():
         raise PipelineError(f"adapter {adapter!r} is no folder; give one, or models:/NAME@champion")
     from pipelines.workflow.generate import answer
 
-    typer.echo(answer(prompt, adapter, base or None, max_new_tokens, runs_root(), trust_remote_code=trust_remote_code))
+    typer.echo(
+        answer(
+            prompt,
+            adapter,
+            base or None,
+            max_new_tokens,
+            runs_root(),
+            trust_remote_code=trust_remote_code,
+        )
+    )
 
 
 @app.command()
@@ -126,12 +180,16 @@ def deploy(
     cron: Annotated[str, typer.Option(help='When to run, such as "0 2 * * *".')] = "",
     interval: Annotated[int, typer.Option(help="Seconds between runs.", min=0)] = 0,
     on_event: Annotated[str, typer.Option(help="Name of a Prefect event that starts a run.")] = "",
-    pool: Annotated[str, typer.Option(help="Work pool that a worker on the GPU host serves.")] = "lora",
+    pool: Annotated[
+        str, typer.Option(help="Work pool that a worker on the GPU host serves.")
+    ] = "lora",
 ) -> None:
     """Make a recipe a Prefect deployment on the server of PREFECT_API_URL."""
     load_recipe(recipe)
     if not os.environ.get("PREFECT_API_URL"):
-        raise PipelineError("PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` or name your server")
+        raise PipelineError(
+            "PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` or name your server"
+        )
     prepare_prefect()
     from pipelines.orchestration.deploy import When, deploy_recipe
 
@@ -142,10 +200,10 @@ def deploy(
 def ui() -> None:
     """Start the MLflow and Prefect pages on what the runs produced, and print their addresses; Ctrl-C ends both."""
     prepare_prefect()
-    from pipelines.orchestration.cancellation import call_killed_runs_crashed
+    from pipelines.orchestration.cancellation import mark_orphaned_runs_crashed
     from pipelines.orchestration.pages import serve
 
-    serve(runs_root(), call_killed_runs_crashed)
+    serve(runs_root(), mark_orphaned_runs_crashed)
 
 
 def main() -> None:
@@ -161,7 +219,9 @@ def main() -> None:
         kind = error.kind if isinstance(error, StageError) else ""
         if kind == UnreachableError.__name__:
             sys.stdout.flush()
-            os._exit(AGAIN)  # all that was started has ended; Prefect would offer its events to a server that is away, for minutes
+            os._exit(
+                AGAIN
+            )  # all that was started has ended; Prefect would offer its events to a server that is away, for minutes
         sys.exit(AGAIN if kind in PASSING else 2)
     except OSError as error:
         if error.errno != 28:  # ENOSPC
@@ -175,7 +235,9 @@ def prepare_prefect() -> None:
     os.environ.setdefault("PREFECT_HOME", str(runs_root() / "prefect"))
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    if "PREFECT_API_URL" not in os.environ:  # a server of the run's own that does not answer has ended with it
+    if (
+        "PREFECT_API_URL" not in os.environ
+    ):  # a server of the run's own that does not answer has ended with it
         os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", QUIET)
 
@@ -186,7 +248,9 @@ def _summary(name: str) -> Path:
         if candidate.name == "summary.json" and candidate.is_file():
             return candidate
     known = sorted(p.parent.name for p in runs_root().glob("*/summary.json"))
-    raise PipelineError(f"no summary of {name!r} under {runs_root()}; runs here: {', '.join(known) or 'none yet'}")
+    raise PipelineError(
+        f"no summary of {name!r} under {runs_root()}; runs here: {', '.join(known) or 'none yet'}"
+    )
 
 
 if __name__ == "__main__":

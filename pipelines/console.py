@@ -9,7 +9,14 @@ from math import inf
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -34,12 +41,12 @@ def training_progress(label: str, *, lines: bool = True) -> Iterator[Watch]:
         with _bar() as bar:
             yield _Bar(bar, label)
     elif lines:
-        yield Paced(lambda row: say(f"  {progress_line(label, row)}"))
+        yield Throttled(lambda row: print_status(f"  {progress_line(label, row)}"))
     else:
-        yield all_of()
+        yield fan_out()
 
 
-def all_of(*watches: Watch) -> Watch:
+def fan_out(*watches: Watch) -> Watch:
     """Return one that passes each row on to several."""
 
     def watch(row: Row) -> None:
@@ -49,7 +56,7 @@ def all_of(*watches: Watch) -> Watch:
     return watch
 
 
-def say(text: str, *, mark: str = "", aside: str = "") -> None:
+def print_status(text: str, *, mark: str = "", aside: str = "") -> None:
     """Print one line of what the run is doing, to stderr, as it is: an error's brackets are no markup, a log's lines stay whole.
 
     Args:
@@ -59,7 +66,9 @@ def say(text: str, *, mark: str = "", aside: str = "") -> None:
     """
     line = Text(f"{mark} ", style=MARKS[mark]) if mark else Text()
     line.append(text, style="default")
-    console.print(line.append(f" {aside}", style="dim") if aside else line, soft_wrap=not console.is_terminal)
+    console.print(
+        line.append(f" {aside}", style="dim") if aside else line, soft_wrap=not console.is_terminal
+    )
 
 
 def show(table: Table) -> None:
@@ -69,8 +78,15 @@ def show(table: Table) -> None:
 
 
 def _bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    return Progress(
+        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console
+    )
 
 
 class _Bar:
@@ -82,7 +98,7 @@ class _Bar:
         self.bar.update(self.task, total=row["steps"], completed=row["step"], figures=_figures(row))
 
 
-class Paced:
+class Throttled:
     """Passes a row on now and then, and the last one."""
 
     def __init__(self, show: Watch) -> None:

@@ -59,7 +59,9 @@ class UnreachableError(RegistryError):
 
 def no_space(where: object) -> str:
     """Return what is said of a disk that is full; `where` is a file or folder on it."""
-    return f"no space left on the disk of {where}; free some and run again, what is finished is kept"
+    return (
+        f"no space left on the disk of {where}; free some and run again, what is finished is kept"
+    )
 
 
 def record_error(folder: Path, error: Exception) -> None:

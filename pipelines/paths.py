@@ -44,8 +44,16 @@ def evaluation_files(section: Mapping[str, Any], places: Sequence[Path]) -> dict
     Of a metric by import path it is the module's own file, or the whole package that holds it; what else a module imports
     is not looked for.
     """
-    modules = [name.partition(":")[0].partition(".")[0] for name in section["metrics"] if ":" in name]
+    modules = [
+        name.partition(":")[0].partition(".")[0] for name in section["metrics"] if ":" in name
+    ]
     tasks = (section["lm_eval"] or {}).get("include_path")
-    names = [*section["probes"], *(f"{module}.py" for module in modules), *modules, *section["execute"], *([tasks] if tasks else [])]
+    names = [
+        *section["probes"],
+        *(f"{module}.py" for module in modules),
+        *modules,
+        *section["execute"],
+        *([tasks] if tasks else []),
+    ]
     found = {name: find(name, places) for name in names}
     return {name: path for name, path in found.items() if path is not None}

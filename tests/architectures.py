@@ -44,16 +44,32 @@ LATENT = {
     "v_head_dim": 16,  # as wide as a key: elsewhere PyTorch's attention keeps a table on a CPU
     "experts_implementation": "eager",
 }
-GPT2 = {"vocab_size": 101, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0}
+GPT2 = {
+    "vocab_size": 101,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
 
 
 def llama(activation: str = "silu") -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=128, hidden_act=activation))
+    return LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_key_value_heads=2, intermediate_size=128, hidden_act=activation)
+    )
 
 
 def mixtral(kernel: str = "eager", *, experts: int = 4, chosen: int = 2) -> MixtralForCausalLM:
-    mixture = {"num_local_experts": experts, "num_experts_per_tok": chosen, "experts_implementation": kernel}
-    return MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, intermediate_size=96, **mixture))
+    mixture = {
+        "num_local_experts": experts,
+        "num_experts_per_tok": chosen,
+        "experts_implementation": kernel,
+    }
+    return MixtralForCausalLM(
+        MixtralConfig(**SIZES, num_key_value_heads=2, intermediate_size=96, **mixture)
+    )
 
 
 def deepseek_v3(query: int | None = 24) -> DeepseekV3ForCausalLM:
@@ -65,12 +81,18 @@ def deepseek_v2() -> DeepseekV2ForCausalLM:
 
 
 def gpt2(activation: str = "gelu_new") -> GPT2LMHeadModel:
-    config = GPT2Config(**GPT2, activation_function=activation, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    config = GPT2Config(
+        **GPT2, activation_function=activation, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    )
     return GPT2LMHeadModel(config)
 
 
 def opt() -> OPTForCausalLM:
-    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=256, word_embed_proj_dim=64, dropout=0.0, max_position_embeddings=256))
+    return OPTForCausalLM(
+        OPTConfig(
+            **SIZES, ffn_dim=256, word_embed_proj_dim=64, dropout=0.0, max_position_embeddings=256
+        )
+    )
 
 
 def kept_per_token(model: PreTrainedModel) -> float:
@@ -86,13 +108,22 @@ def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor  # held, so that no address is used twice
+            )
         return tensor
 
     ids = torch.randint(0, 101, (1, tokens), generator=torch.Generator().manual_seed(2))
     everywhere = torch.ones_like(ids, dtype=torch.bool)
-    options = {"position_ids": torch.arange(tokens)[None], "attention_mask": everywhere, "use_cache": False}
-    with reading([Segment(tokens // 2)] * 2), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    options = {
+        "position_ids": torch.arange(tokens)[None],
+        "attention_mask": everywhere,
+        "use_cache": False,
+    }
+    with (
+        reading([Segment(tokens // 2)] * 2),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         output = model.base_model(input_ids=ids, **options)
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

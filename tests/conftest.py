@@ -4,8 +4,12 @@ import os
 
 import pytest
 
-os.environ.setdefault("LORA_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # what tests marked gpu may use
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the others hold what is true on a CPU, on every machine
+os.environ.setdefault(
+    "LORA_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+)  # what tests marked gpu may use
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # before torch looks: the others hold what is true on a CPU, on every machine
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

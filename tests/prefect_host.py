@@ -60,7 +60,13 @@ class PrefectHost:
         )
 
     def start_worker(self) -> None:
-        self.processes.append(self._start(["worker", "start", "--pool", "lora", "--type", "process"], "worker.txt", self.environment))
+        self.processes.append(
+            self._start(
+                ["worker", "start", "--pool", "lora", "--type", "process"],
+                "worker.txt",
+                self.environment,
+            )
+        )
 
     def kill_worker(self) -> None:
         """Kill the worker with SIGKILL."""
@@ -84,16 +90,27 @@ class PrefectHost:
         return str(self.get(f"flow_runs/{run}")["state"]["type"])
 
     def log(self, run: str) -> list[str]:
-        return [line["message"] for line in self.post("logs/filter", logs={"flow_run_id": {"any_": [run]}})]
+        return [
+            line["message"]
+            for line in self.post("logs/filter", logs={"flow_run_id": {"any_": [run]}})
+        ]
 
     def slots(self) -> list[int]:
         """Return the slots that are taken on this host, of one for its cores or for each GPU."""
         limits = self.post("v2/concurrency_limits/filter")
-        return sorted({limit["active_slots"] for limit in limits if limit["name"].startswith(("cpu:", "gpu:"))})
+        return sorted(
+            {
+                limit["active_slots"]
+                for limit in limits
+                if limit["name"].startswith(("cpu:", "gpu:"))
+            }
+        )
 
     def start_server(self) -> None:
         (self.folder / "prefect").mkdir()
-        without_url = {name: value for name, value in self.environment.items() if name != "PREFECT_API_URL"}
+        without_url = {
+            name: value for name, value in self.environment.items() if name != "PREFECT_API_URL"
+        }
         words = ["server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
         self.processes.append(self._start(words, "server.txt", without_url))
         until(lambda: self.get("health") is True, seconds=120)
@@ -101,7 +118,10 @@ class PrefectHost:
     def end(self) -> None:
         """End both with all they started: a worker would wait for the runs it is at."""
         for process in reversed(self.processes):
-            everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+            everything = [
+                *psutil.Process(process.pid).children(recursive=True),
+                psutil.Process(process.pid),
+            ]
             process.terminate()
             psutil.wait_procs(everything, timeout=5)
             for one in everything:
@@ -112,16 +132,25 @@ class PrefectHost:
     def _answer(self, method: str, path: str, **options: Any) -> Answer:
         """Return the server's reply; while its database is locked it replies 503, after which Prefect's own client retries too."""
         for _ in range(RETRIES):
-            reply = httpx.request(method, f"http://127.0.0.1:{self.port}/api/{path}", timeout=30, **options)
+            reply = httpx.request(
+                method, f"http://127.0.0.1:{self.port}/api/{path}", timeout=30, **options
+            )
             if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(1)
         reply.raise_for_status()
         return reply.json()
 
-    def _start(self, arguments: list[str], log: str, environment: dict[str, str]) -> "subprocess.Popen[bytes]":
+    def _start(
+        self, arguments: list[str], log: str, environment: dict[str, str]
+    ) -> "subprocess.Popen[bytes]":
         with (self.folder / log).open("wb") as stream:
-            return subprocess.Popen([sys.executable, "-m", "prefect", *arguments], env=environment, stdout=stream, stderr=stream)
+            return subprocess.Popen(
+                [sys.executable, "-m", "prefect", *arguments],
+                env=environment,
+                stdout=stream,
+                stderr=stream,
+            )
 
 
 @contextmanager

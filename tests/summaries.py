@@ -25,7 +25,10 @@ def interval(mean: float, reach: float = 0.02) -> dict[str, float]:
 
 
 def change(gain: float, general: float, kl: float | None = 0.05) -> Summary:
-    tested = {name: {**interval(general), "p_value": 0.02, "adjusted_p": 0.06 - 0.05 * (name == "piqa")} for name in BENCHMARKS}
+    tested = {
+        name: {**interval(general), "p_value": 0.02, "adjusted_p": 0.06 - 0.05 * (name == "piqa")}
+        for name in BENCHMARKS
+    }
     return {
         "task_gain": interval(gain, 0.1),
         "choice_probability": interval(general),
@@ -33,7 +36,10 @@ def change(gain: float, general: float, kl: float | None = 0.05) -> Summary:
         "margin": interval(round(general / 2, 6), 0.01),
         "text_loss": interval(round(general / 4, 6), 0.004),
         "chat_loss": interval(round(general * 2, 6), 0.03),
-        "generation": {"chrf": interval(round(10 * gain, 6), 3.0), "exact_match": interval(0.0, 0.0)},
+        "generation": {
+            "chrf": interval(round(10 * gain, 6), 3.0),
+            "exact_match": interval(0.0, 0.0),
+        },
         "benchmarks": tested,
         "kl": kl,
         "kl_interval": None if kl is None else interval(kl, 0.01),
@@ -54,7 +60,9 @@ def scores(loss: float, general: float = 0.0) -> Summary:
         "margin": 0.04,
         "text_loss": 0.812,
         "chat_loss": 2.25,
-        "benchmarks": {name: {**one, "left_out": 2 if name == "lambada" else 0} for name in BENCHMARKS},
+        "benchmarks": {
+            name: {**one, "left_out": 2 if name == "lambada" else 0} for name in BENCHMARKS
+        },
         "errors": {},
     }
 
@@ -88,15 +96,29 @@ def trained(rank: int | None, gain: float, general: float) -> Summary:
 
 def adapter(rank: int, gain: float, general: float, status: str) -> Summary:
     rules = [
-        {"name": "learnt enough", "status": "pass", "reason": f"{gain / 0.86:.0%} of the control's gain (0.500 to 0.900; at least 50%)"},
-        {"name": "forgot little", "status": status, "reason": f"general change {general:+.3f} (−0.023 to +0.017; no less than −0.030)"},
+        {
+            "name": "learnt enough",
+            "status": "pass",
+            "reason": f"{gain / 0.86:.0%} of the control's gain (0.500 to 0.900; at least 50%)",
+        },
+        {
+            "name": "forgot little",
+            "status": status,
+            "reason": f"general change {general:+.3f} (−0.023 to +0.017; no less than −0.030)",
+        },
     ]
     verdict = {"status": status, "reason": f"forgot little: {general:+.3f}", "rules": rules}
     share = interval(round(gain / 0.86, 6), 0.1)
     one = {"items": 40, "needed": 30 + rank, "smallest_drop": 0.045, "enough": rank <= 10}
     power = {"items": 120, "needed": 90 + rank, "smallest_drop": 0.026, "enough": rank <= 30}
     power |= {"benchmarks": dict.fromkeys(BENCHMARKS, one)}
-    return {**trained(rank, gain, general), "gain_share": share, "beyond_control": interval(0.0), "verdict": verdict, "power": power}
+    return {
+        **trained(rank, gain, general),
+        "gain_share": share,
+        "beyond_control": interval(0.0),
+        "verdict": verdict,
+        "power": power,
+    }
 
 
 def recipe(ranks: list[int]) -> Summary:
@@ -120,25 +142,54 @@ def frontier(models: Summary) -> list[Summary]:
     for label, model in models.items():
         if "total" not in model:
             continue
-        gain, general, rank = model["total"]["task_gain"]["mean"], model["change"]["choice_probability"]["mean"], model["rank"]
-        lora = {"method": "lora" if rank else "full", "rank": rank, "learning_rate": 2e-3 if rank else 1e-4, "cut_from": None}
+        gain, general, rank = (
+            model["total"]["task_gain"]["mean"],
+            model["change"]["choice_probability"]["mean"],
+            model["rank"],
+        )
+        lora = {
+            "method": "lora" if rank else "full",
+            "rank": rank,
+            "learning_rate": 2e-3 if rank else 1e-4,
+            "cut_from": None,
+        }
         at = {5: (0.3 * gain - 0.15, 0.1 * general), 10: (0.75 * gain - 0.05, 0.5 * general)}
-        rows += [row(f"{label}@{step}", {**lora, "step": step}, *place) for step, place in at.items()]
-        ends = {"gain": model["total"]["task_gain"], "general": model["change"]["choice_probability"]}
+        rows += [
+            row(f"{label}@{step}", {**lora, "step": step}, *place) for step, place in at.items()
+        ]
+        ends = {
+            "gain": model["total"]["task_gain"],
+            "general": model["change"]["choice_probability"],
+        }
         rows.append({"label": label, **lora, "step": 15, "trained": True, **ends})
         if rank:
             slower = {**lora, "step": 15, "learning_rate": 5e-4}
             rows.append(row(f"{label} lr 0.0005", slower, 0.7 * gain, 0.3 * general))
     if "control" in models:
-        faster = {"method": "full", "rank": None, "step": 15, "learning_rate": 3e-4, "cut_from": None}
+        faster = {
+            "method": "full",
+            "rank": None,
+            "step": 15,
+            "learning_rate": 3e-4,
+            "cut_from": None,
+        }
         rows.append(row("control lr 0.0003", faster, 0.9, -0.045))
     cut = {"method": "lora", "step": 15, "learning_rate": 2e-3, "cut_from": 64}
-    rows += [row(f"rank-64→{rank}", {**cut, "rank": rank}, gain, -0.01 * rank**0.5) for rank, gain in ((2, 0.31), (8, 0.55))]
+    rows += [
+        row(f"rank-64→{rank}", {**cut, "rank": rank}, gain, -0.01 * rank**0.5)
+        for rank, gain in ((2, 0.31), (8, 0.55))
+    ]
     return rows
 
 
 def row(label: str, settings: Summary, gain: float, general: float) -> Summary:
-    return {"label": label, **settings, "trained": False, "gain": interval(round(gain, 6), 0.1), "general": interval(round(general, 6))}
+    return {
+        "label": label,
+        **settings,
+        "trained": False,
+        "gain": interval(round(gain, 6), 0.1),
+        "general": interval(round(general, 6)),
+    }
 
 
 def spectrum(rank: int) -> list[Summary]:
@@ -149,13 +200,24 @@ def spectrum(rank: int) -> list[Summary]:
             values = [0.5 * (place + 1) * exp(-number / (2 + layer)) for number in range(rank)]
             shares = [value / sum(values) for value in values]
             effective = exp(-sum(share * log(share) for share in shares))
-            modules.append({"module": f"model.layers.{layer}.{kind}", "rank": rank, "effective_rank": effective, "values": values})
+            modules.append(
+                {
+                    "module": f"model.layers.{layer}.{kind}",
+                    "rank": rank,
+                    "effective_rank": effective,
+                    "values": values,
+                }
+            )
     return modules
 
 
 def build(folder: Path) -> Summary:
     """Return a comparison over a 4-bit base whose ranks stand out of order, with its item files in the folder."""
-    adapters = [adapter(64, 0.7, -0.06, "reject"), adapter(4, 0.6, -0.004, "can't tell"), adapter(16, 0.723456, -0.0031, "pass")]
+    adapters = [
+        adapter(64, 0.7, -0.06, "reject"),
+        adapter(4, 0.6, -0.004, "can't tell"),
+        adapter(16, 0.723456, -0.0031, "pass"),
+    ]
     models: Summary = {
         "base": {"scores": scores(3.6)},
         "base-nf4": {"scores": scores(4.0, -0.01), "change": change(-0.4, -0.01)},
@@ -226,12 +288,18 @@ def write_items(path: Path, label: str) -> Path:
     ]
     long = {"left_out": "613 tokens exceed the context of 512"}
     left_out = [
-        *({"kind": "general", "benchmark": "lambada", "id": f"lambada/{place}", **long} for place in range(2)),
+        *(
+            {"kind": "general", "benchmark": "lambada", "id": f"lambada/{place}", **long}
+            for place in range(2)
+        ),
         {"kind": "text", "benchmark": "passages", "id": "passages/0", **long},
         {"kind": "generation", "id": 6, "left_out": f"its answer had no end {HOSTILE}"},
     ]
     records = [{"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}, *answers, *left_out]
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    path.write_text(
+        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -255,7 +323,9 @@ def nothing_kept(summary: Summary) -> None:
 
 def no_answers(summary: Summary) -> None:
     path = Path(summary["items"]["rank-4"])
-    path.write_text(json.dumps({"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}) + "\n", encoding="utf-8"
+    )
 
 
 def no_prompts(summary: Summary) -> None:
@@ -274,10 +344,17 @@ def no_chat(summary: Summary) -> None:
 
 
 def no_control(summary: Summary) -> None:
-    summary["control"] = {"method": "none", "rates": {}, "chosen": None, "words": "There is no control."}
+    summary["control"] = {
+        "method": "none",
+        "rates": {},
+        "chosen": None,
+        "words": "There is no control.",
+    }
     summary["recipe"]["control"]["method"] = "none"
     del summary["models"]["control"], summary["items"]["control"]
-    summary["frontier"] = [row for row in summary["frontier"] if not row["label"].startswith("control")]
+    summary["frontier"] = [
+        row for row in summary["frontier"] if not row["label"].startswith("control")
+    ]
     for label in ("rank-64", "rank-4", "rank-16"):
         summary["models"][label] |= {"gain_share": None, "beyond_control": None}
 
@@ -300,17 +377,43 @@ def figures_of_any_scale(summary: Summary) -> None:
     """Give a metric of one's own, and a task that rates itself, names and values that nobody foresaw."""
     for place, model in enumerate(summary["models"].values()):
         model["scores"]["generation"]["my|metrics:a<b>"] = (-1.0) ** place * 1e30
-        model["scores"]["benchmarks"][ODD] = {"choice_probability": None, "accuracy": -123456.789, "items": 12, "left_out": 0}
+        model["scores"]["benchmarks"][ODD] = {
+            "choice_probability": None,
+            "accuracy": -123456.789,
+            "items": 12,
+            "left_out": 0,
+        }
         for effect in {"change", "total"} & model.keys():
-            model[effect]["generation"]["my|metrics:a<b>"] = {"mean": -2e30, "low": -3e30, "high": 1e-9}
-            model[effect]["benchmarks"][ODD] = {"mean": -98765.4, "low": -2e9, "high": 0.0, "p_value": 0.5, "adjusted_p": 0.5}
+            model[effect]["generation"]["my|metrics:a<b>"] = {
+                "mean": -2e30,
+                "low": -3e30,
+                "high": 1e-9,
+            }
+            model[effect]["benchmarks"][ODD] = {
+                "mean": -98765.4,
+                "low": -2e9,
+                "high": 0.0,
+                "p_value": 0.5,
+                "adjusted_p": 0.5,
+            }
 
 
 def questions_without_choices(summary: Summary) -> None:
     for model in summary["models"].values():
-        model["scores"]["benchmarks"]["mine"] = {"choice_probability": None, "accuracy": None, "items": 12, "left_out": 0}
+        model["scores"]["benchmarks"]["mine"] = {
+            "choice_probability": None,
+            "accuracy": None,
+            "items": 12,
+            "left_out": 0,
+        }
         for effect in {"change", "total"} & model.keys():
-            model[effect]["benchmarks"]["mine"] = {"mean": 0.1, "low": 0.0, "high": 0.2, "p_value": 0.0004, "adjusted_p": 0.0004}
+            model[effect]["benchmarks"]["mine"] = {
+                "mean": 0.1,
+                "low": 0.0,
+                "high": 0.2,
+                "p_value": 0.0004,
+                "adjusted_p": 0.0004,
+            }
 
 
 def a_gate_that_allows_no_drop(summary: Summary) -> None:

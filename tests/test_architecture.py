@@ -16,7 +16,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lora_core", "pipelines")
-FILES = {path.relative_to(ROOT).as_posix(): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+FILES = {
+    path.relative_to(ROOT).as_posix(): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 FORBIDDEN_IN_LIBRARY = {"pipelines", "prefect", "mlflow", "accelerate", "datasets", "transformers"}
 WRAPPED = {"prefect": {"orchestration", "workflow"}, "mlflow": {"tracking"}}
 """External library → the packages that may import it."""
@@ -36,7 +40,14 @@ LEVELS = (
 WITHOUT_TORCH = ("config.recipe", "runtime.launcher", "workflow.stages", "orchestration.deploy")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 400, 80, 6
 FOLDERS = {"pipelines", "lora_core", "infra", "tests"}
-TOP_LEVEL = FOLDERS | {"pyproject.toml", "README.md", "Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE"}
+TOP_LEVEL = FOLDERS | {
+    "pyproject.toml",
+    "README.md",
+    "Makefile",
+    "constraints.txt",
+    "CHANGELOG.md",
+    "LICENSE",
+}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 each_file = pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
@@ -44,8 +55,12 @@ each_file = pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_nothing_else_is_at_the_top_level() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert {name for name in (path.partition("/")[0] for path in tracked) if not name.startswith(".")} == TOP_LEVEL
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert {
+        name for name in (path.partition("/")[0] for path in tracked) if not name.startswith(".")
+    } == TOP_LEVEL
 
 
 def module_name(path: Path) -> str:
@@ -59,7 +74,9 @@ def imported_names(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} line {node.lineno} imports relatively; name the package"
+            assert node.level == 0, (
+                f"{path} line {node.lineno} imports relatively; name the package"
+            )
             names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
@@ -73,17 +90,36 @@ def files_importing(library: str) -> set[str]:
 
 
 def functions_in(path: Path) -> list[Function]:
-    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, Function)]
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, Function)
+    ]
 
 
 def run_python(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     return result
 
 
-@pytest.mark.parametrize("path", [path for name, path in FILES.items() if name.startswith("lora_core/")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [path for name, path in FILES.items() if name.startswith("lora_core/")],
+    ids=lambda path: path.name,
+)
 def test_the_library_imports_nothing_above_it(path: Path) -> None:
     assert not imported_libraries(path) & FORBIDDEN_IN_LIBRARY
 
@@ -95,7 +131,9 @@ def test_reference_implementations_are_not_imported(library: str) -> None:
 
 @pytest.mark.parametrize("library", WRAPPED)
 def test_external_servers_are_called_from_their_packages_only(library: str) -> None:
-    assert {package_of(module_name(FILES[name])) for name in files_importing(library)} == WRAPPED[library]
+    assert {package_of(module_name(FILES[name])) for name in files_importing(library)} == WRAPPED[
+        library
+    ]
 
 
 def package_of(module: str) -> str:
@@ -123,8 +161,13 @@ def mutual(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 def imports_of(root: str) -> dict[str, set[str]]:
     """Return what each module of a root imports of the same root."""
-    modules = {module_name(path): path for name, path in FILES.items() if name.startswith(f"{root}/")}
-    return {module: (imported_names(path) & modules.keys()) - {module} for module, path in modules.items()}
+    modules = {
+        module_name(path): path for name, path in FILES.items() if name.startswith(f"{root}/")
+    }
+    return {
+        module: (imported_names(path) & modules.keys()) - {module}
+        for module, path in modules.items()
+    }
 
 
 def test_packages_import_downward_only() -> None:
@@ -147,12 +190,17 @@ def test_a_violation_is_found() -> None:
     edges = edges_between(broken)
     assert upward(edges) == {("config", "workflow")}
     assert mutual(edges) == {("config", "workflow")}
-    assert upward(edges_between({"pipelines.data.batches": {"pipelines.reporting.report"}})) == {("data", "reporting")}
+    assert upward(edges_between({"pipelines.data.batches": {"pipelines.reporting.report"}})) == {
+        ("data", "reporting")
+    }
 
 
 def test_no_import_cycle() -> None:
     modules = {module_name(path) for path in FILES.values()}
-    graph = {module_name(path): (imported_names(path) & modules) - {module_name(path)} for path in FILES.values()}
+    graph = {
+        module_name(path): (imported_names(path) & modules) - {module_name(path)}
+        for path in FILES.values()
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -161,13 +209,19 @@ def test_no_import_cycle() -> None:
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_loading_imports_no_torch(module: str, tmp_path: Path) -> None:
-    output = run_python("-c", f"import sys, pipelines.{module}; print('torch' in sys.modules)", home=tmp_path).stdout
+    output = run_python(
+        "-c", f"import sys, pipelines.{module}; print('torch' in sys.modules)", home=tmp_path
+    ).stdout
     assert output.strip() == "False"
 
 
 def test_help_imports_no_torch(tmp_path: Path) -> None:
     result = run_python("-X", "importtime", "-m", "pipelines.cli", "--help", home=tmp_path)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0]
+        for line in result.stderr.splitlines()
+        if line.startswith("import time:")
+    }
     assert "Usage" in result.stdout
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "prefect", "mlflow"}
@@ -180,7 +234,10 @@ def test_no_file_is_long(path: Path) -> None:
 
 @each_file
 def test_no_function_is_long(path: Path) -> None:
-    lengths = {function.name: (function.end_lineno or 0) - function.lineno + 1 for function in functions_in(path)}
+    lengths = {
+        function.name: (function.end_lineno or 0) - function.lineno + 1
+        for function in functions_in(path)
+    }
     assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
 
 
@@ -190,7 +247,11 @@ def test_no_argument_list_is_wide(path: Path) -> None:
     for function in functions_in(path):
         given = function.args
         extra = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
-        named = [argument for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs] if argument.arg not in ("self", "cls")]
+        named = [
+            argument
+            for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            if argument.arg not in ("self", "cls")
+        ]
         widths[function.name] = len(named) + len(extra)
     assert {name: width for name, width in widths.items() if width > MAX_ARGUMENTS} == {}
 
@@ -206,10 +267,16 @@ SCRIPTS = {
 def test_what_no_test_runs_imports_names_that_exist(path: Path) -> None:
     """Benchmarks and the long experiments are run seldom, and are not to find out then that a name has gone."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        module = FILES.get(f"{str(node.module).replace('.', '/')}.py") if isinstance(node, ast.ImportFrom) else None
+        module = (
+            FILES.get(f"{str(node.module).replace('.', '/')}.py")
+            if isinstance(node, ast.ImportFrom)
+            else None
+        )
         if module is not None:
             missing = {alias.name for alias in node.names} - names_of(module)
-            assert not missing, f"line {node.lineno}: {node.module} has no {', '.join(sorted(missing))}"
+            assert not missing, (
+                f"line {node.lineno}: {node.module} has no {', '.join(sorted(missing))}"
+            )
 
 
 def names_of(path: Path) -> set[str]:
@@ -221,5 +288,9 @@ def names_of(path: Path) -> set[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         else:
-            bound |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+            bound |= {
+                name.id
+                for name in ast.walk(node)
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+            }
     return bound

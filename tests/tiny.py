@@ -23,8 +23,12 @@ def save_tiny_model(folder: Path, *, seed: int = 0, template: bool = True) -> Pa
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     bytes_and_merges = ByteLevelBPETokenizer()
-    bytes_and_merges.train_from_iterator(TEXT, vocab_size=VOCABULARY, special_tokens=["<|start|>", "<|end|>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_and_merges._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    bytes_and_merges.train_from_iterator(
+        TEXT, vocab_size=VOCABULARY, special_tokens=["<|start|>", "<|end|>"], show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_and_merges._tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    )
     if template:
         tokenizer.chat_template = TEMPLATE
     torch.manual_seed(seed)
@@ -48,7 +52,10 @@ def save_tiny_model(folder: Path, *, seed: int = 0, template: bool = True) -> Pa
 def save_pairs(path: Path, rows: int = 60) -> Path:
     """Write a jsonl of prompts and completions that a tiny model can learn: the word repeats."""
     words = ["red", "green", "blue", "left", "right", "north", "south", "east", "west", "up"]
-    lines = [{"prompt": f"Say {words[i % 10]} {i}.", "completion": f"{words[i % 10]} {words[i % 10]}."} for i in range(rows)]
+    lines = [
+        {"prompt": f"Say {words[i % 10]} {i}.", "completion": f"{words[i % 10]} {words[i % 10]}."}
+        for i in range(rows)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -61,7 +68,12 @@ def tiny_recipe(model: Path, data: Path, **changes: dict[str, Any]) -> dict[str,
         "data": {"source": str(data), "validation_examples": 8, "max_tokens": 64},
         "lora": {"ranks": [2, 4], "alpha": 8, "learning_rate": 0.01},
         "control": {"learning_rate": 0.001},
-        "training": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "checkpoint_share": 1},
+        "training": {
+            "steps": 6,
+            "batch_size": 4,
+            "checkpoint_every": 2,
+            "checkpoint_time_fraction": 1,
+        },
         "launch": {"config": "cpu_single", "processes": 1, "evaluations_at_once": 2},
         "evaluation": {"items_per_benchmark": 4, "generations": 2, "max_new_tokens": 4},
         "registry": {"model": "pairs-tiny"},

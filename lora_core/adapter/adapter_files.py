@@ -22,7 +22,11 @@ from torch import Tensor
 from lora_core.errors import AdapterError, BaseMismatchError
 from lora_core.files import sha256_of_file
 
-WEIGHTS, CONFIG, IDENTITY = "adapter_model.safetensors", "adapter_config.json", "adapter_identity.json"
+WEIGHTS, CONFIG, IDENTITY = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "adapter_identity.json",
+)
 PREFIX = "base_model.model."
 TEXTS = ("base", "revision", "adapter_sha256", "config_sha256")
 OBJECTS = ("base_digests", "lineage", "tensor_sha256")
@@ -41,7 +45,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{path} is damaged ({error}); fetch or train the adapter again") from error
+        raise AdapterError(
+            f"{path} is damaged ({error}); fetch or train the adapter again"
+        ) from error
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:
@@ -54,12 +60,21 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     values = read_json(path)
-    for key, kind, what in (*((key, str, "text") for key in TEXTS), *((key, dict, "an object") for key in OBJECTS)):
-        if not isinstance(values.get(key, kind()), kind) and not (kind is str and values[key] is None):
-            raise AdapterError(f"{path} has {key}={values[key]!r}, where {what} belongs; fetch or train the adapter again")
+    for key, kind, what in (
+        *((key, str, "text") for key in TEXTS),
+        *((key, dict, "an object") for key in OBJECTS),
+    ):
+        if not isinstance(values.get(key, kind()), kind) and not (
+            kind is str and values[key] is None
+        ):
+            raise AdapterError(
+                f"{path} has {key}={values[key]!r}, where {what} belongs; fetch or train the adapter again"
+            )
     for kind_of_storage, digest in values.get("base_digests", {}).items():
         if not isinstance(digest, str):
-            raise AdapterError(f"{path} has the {kind_of_storage} digest {digest!r}, where text belongs; fetch or train the adapter again")
+            raise AdapterError(
+                f"{path} has the {kind_of_storage} digest {digest!r}, where text belongs; fetch or train the adapter again"
+            )
     return values
 
 
@@ -70,9 +85,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise AdapterError(f"{path} is missing; give the folder of a saved adapter") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read ({error}); fetch or train the adapter again") from error
+        raise AdapterError(
+            f"{path} cannot be read ({error}); fetch or train the adapter again"
+        ) from error
     if not isinstance(value, dict):
-        raise AdapterError(f"{path} holds {type(value).__name__} where an object belongs; fetch or train the adapter again")
+        raise AdapterError(
+            f"{path} holds {type(value).__name__} where an object belongs; fetch or train the adapter again"
+        )
     return value
 
 
@@ -96,16 +115,24 @@ def pattern_for(name: str, names: Collection[str]) -> str:
     PEFT matches the end of a module path and takes the first hit, and a file's keys are sorted.
     """
     ending = re.compile(rf"(.*\.)?({name})")
-    return name if [other for other in names if ending.fullmatch(other)] == [name] else f"^{re.escape(name)}"
+    return (
+        name
+        if [other for other in names if ending.fullmatch(other)] == [name]
+        else f"^{re.escape(name)}"
+    )
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuse a tensor that holds no floats or what is not finite."""
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise AdapterError(f"{key} of {where} is {tensor.dtype} of shape {tuple(tensor.shape)}; floats belong there")
+            raise AdapterError(
+                f"{key} of {where} is {tensor.dtype} of shape {tuple(tensor.shape)}; floats belong there"
+            )
         if not torch.isfinite(tensor.float()).all():
-            raise AdapterError(f"{key} of {where} holds values that are not finite; train again with a lower learning rate")
+            raise AdapterError(
+                f"{key} of {where} holds values that are not finite; train again with a lower learning rate"
+            )
 
 
 def check_digests(folder: Path, identity: Mapping[str, Any]) -> None:

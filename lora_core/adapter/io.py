@@ -90,11 +90,16 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
         base = {"base_model_name_or_path": identity.base, "revision": identity.revision or None}
         write_json(aside / CONFIG, {**peft_config(model, config, names), **base})
         digests = file_digests(aside, tensors)
-        write_json(aside / IDENTITY, {**described, "base_digests": {**identity.base_digests, kind: digest}, **digests})
+        write_json(
+            aside / IDENTITY,
+            {**described, "base_digests": {**identity.base_digests, kind: digest}, **digests},
+        )
     return str(digests["adapter_sha256"])
 
 
-def load_adapter(model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True) -> list[Target]:
+def load_adapter(
+    model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True
+) -> list[Target]:
     """Put the adapter in `folder` into `model`; return the plan of its updates.
 
     Everything is checked before the model is touched. Its weights can be trained on.
@@ -116,7 +121,9 @@ def load_adapter(model: nn.Module, folder: Path, *, check_base: bool = True, che
     return targets
 
 
-def open_adapter(model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True) -> tuple[LoraConfig, Parts]:
+def open_adapter(
+    model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True
+) -> tuple[LoraConfig, Parts]:
     """Read an adapter, hold it against `model`, and return its parts, filled; see `load_adapter`. `model` is not changed."""
     config, tensors = _without_peft_guesses(read_config(folder), model), read_tensors(folder)
     _refuse_single_experts(tensors, model, folder)
@@ -140,15 +147,23 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's tensors under PEFT's keys, on the CPU in float32."""
     found: dict[str, Tensor] = dict(tensors_of(dict(adapter_parts(model))))
     for name, layer in lora_layers(model):
-        if isinstance(layer, LoraLinear):  # with a start from the weight, what is written is the trained pair less the start
+        if isinstance(
+            layer, LoraLinear
+        ):  # with a start from the weight, what is written is the trained pair less the start
             a, b = layer.factors()
             found |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
-    return {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in found.items()}
+    return {
+        key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in found.items()
+    }
 
 
 def tensors_of(parts: Parts) -> dict[str, nn.Parameter]:
     """Return the parameters of an adapter's parts under PEFT's keys."""
-    return {f"{PREFIX}{name}.{key}": parameter for name, part in parts.items() for key, parameter in _own(part).items()}
+    return {
+        f"{PREFIX}{name}.{key}": parameter
+        for name, part in parts.items()
+        for key, parameter in _own(part).items()
+    }
 
 
 def _own(part: nn.Module) -> dict[str, nn.Parameter]:
@@ -182,26 +197,50 @@ def _in_any_order(config: LoraConfig, names: list[str]) -> LoraConfig:
 
     The first pattern that matches decides: where another would come first, each target is named by its whole path.
     """
-    ranks, alphas = dict(sorted(config.rank_pattern.items())), dict(sorted(config.alpha_pattern.items()))
+    ranks, alphas = (
+        dict(sorted(config.rank_pattern.items())),
+        dict(sorted(config.alpha_pattern.items())),
+    )
     ordered = replace(config, rank_pattern=ranks, alpha_pattern=alphas)
-    if all((ordered.rank_of(name), ordered.alpha_of(name)) == (config.rank_of(name), config.alpha_of(name)) for name in names):
+    if all(
+        (ordered.rank_of(name), ordered.alpha_of(name))
+        == (config.rank_of(name), config.alpha_of(name))
+        for name in names
+    ):
         return config
     return replace(
         config,
-        rank_pattern={pattern_for(name, names): config.rank_of(name) for name in names if config.rank_of(name) != config.r},
-        alpha_pattern={pattern_for(name, names): config.alpha_of(name) for name in names if config.alpha_of(name) != config.lora_alpha},
+        rank_pattern={
+            pattern_for(name, names): config.rank_of(name)
+            for name in names
+            if config.rank_of(name) != config.r
+        },
+        alpha_pattern={
+            pattern_for(name, names): config.alpha_of(name)
+            for name in names
+            if config.alpha_of(name) != config.lora_alpha
+        },
     )
 
 
 def _stacks(model: nn.Module) -> list[str]:
     """Return the paths of the adapted stacks of experts."""
-    return [f"{name}.{stack}" for name, part in adapter_parts(model) if isinstance(part, LoraExperts) for stack in part.scales]
+    return [
+        f"{name}.{stack}"
+        for name, part in adapter_parts(model)
+        if isinstance(part, LoraExperts)
+        for stack in part.scales
+    ]
 
 
 def _warn_of_peft(model: nn.Module, names: list[str]) -> None:
     """Say so where PEFT would put an adapter on other weights than it was trained on."""
     unnamed = [name for name in names if name.rpartition(".")[2] in MEANT_FOR_STACKS]
-    if unnamed and _has_stacks(model) and getattr(getattr(unwrapped(model), "config", None), "model_type", None) != "qwen2_moe":
+    if (
+        unnamed
+        and _has_stacks(model)
+        and getattr(getattr(unwrapped(model), "config", None), "model_type", None) != "qwen2_moe"
+    ):
         warnings.warn(
             f"PEFT takes {unnamed[0]} to mean the model's stacks of experts and would load this adapter wrongly, with a warning of "
             f"missing keys; load it with lora_core, merge it for others, or leave {', '.join(sorted(MEANT_FOR_STACKS))} out of the targets",
@@ -225,33 +264,59 @@ def _has_stacks(model: nn.Module) -> bool:
 def _without_peft_guesses(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """Leave out of modules_to_save what PEFT names for every classifier on the chance that it has such a head."""
     plain = plain_modules(model)
-    there = [name for name in CLASSIFIERS if any(path == name or path.endswith(f".{name}") for path in plain)]
+    there = [
+        name
+        for name in CLASSIFIERS
+        if any(path == name or path.endswith(f".{name}") for path in plain)
+    ]
     guessed = set(CLASSIFIERS) <= set(config.modules_to_save) and there
     return (
-        replace(config, modules_to_save=tuple(n for n in config.modules_to_save if n not in CLASSIFIERS or n in there))
+        replace(
+            config,
+            modules_to_save=tuple(
+                n for n in config.modules_to_save if n not in CLASSIFIERS or n in there
+            ),
+        )
         if guessed
         else config
     )
 
 
-def _without_base_copies(tensors: dict[str, Tensor], parts: Parts, folder: Path) -> dict[str, Tensor]:
+def _without_base_copies(
+    tensors: dict[str, Tensor], parts: Parts, folder: Path
+) -> dict[str, Tensor]:
     """Leave out the base's own weight, which PEFT saves beside an adapted embedding; another weight is refused."""
     kept = dict(tensors)
     for name, part in parts.items():
-        copy, own = kept.pop(f"{PREFIX}{name}.base_layer.weight", None), getattr(part.base, "weight", None)
-        if copy is not None and not (isinstance(own, Tensor) and torch.equal(copy.to(own.dtype), own.cpu())):
-            raise AdapterError(f"{folder} holds a base weight of {name} that is not this model's; load it on the base it was trained on")
+        copy, own = (
+            kept.pop(f"{PREFIX}{name}.base_layer.weight", None),
+            getattr(part.base, "weight", None),
+        )
+        if copy is not None and not (
+            isinstance(own, Tensor) and torch.equal(copy.to(own.dtype), own.cpu())
+        ):
+            raise AdapterError(
+                f"{folder} holds a base weight of {name} that is not this model's; load it on the base it was trained on"
+            )
     return kept
 
 
 def _check_injected(model: nn.Module, config: LoraConfig) -> None:
     """Refuse a config that is not what the model carries: it would be written beside weights it does not describe."""
-    layers, experts = dict(lora_layers(model)), {name for name, part in adapter_parts(model) if isinstance(part, LoraExperts)}
+    layers, experts = (
+        dict(lora_layers(model)),
+        {name for name, part in adapter_parts(model) if isinstance(part, LoraExperts)},
+    )
     if not (layers or experts):
         raise AdapterError("the model carries no adapter; inject one before saving")
     matched = set(matched_names(model, config)) if config.target_modules else set()
-    if matched != set(layers) or set(expert_targets(unwrapped(model), config.target_parameters)) != experts:
-        raise AdapterError(f"the config's target_modules={config.target_modules!r} are not what is adapted; pass the config injected")
+    if (
+        matched != set(layers)
+        or set(expert_targets(unwrapped(model), config.target_parameters)) != experts
+    ):
+        raise AdapterError(
+            f"the config's target_modules={config.target_modules!r} are not what is adapted; pass the config injected"
+        )
     for name, layer in layers.items():
         rank, found = config.rank_of(name), _rank(layer.adapter_tensors())
         if found != rank:
@@ -271,22 +336,39 @@ def _rank(tensors: dict[str, nn.Parameter]) -> Any:
     return a.shape[0] if whole else (tuple(a.shape), tuple(b.shape))
 
 
-def _check_keys(tensors: dict[str, Tensor], expected: dict[str, nn.Parameter], folder: Path) -> None:
+def _check_keys(
+    tensors: dict[str, Tensor], expected: dict[str, nn.Parameter], folder: Path
+) -> None:
     """Refuse a difference between the file and the model, and name the first of each kind."""
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    misshapen = [key for key in expected.keys() & tensors.keys() if tensors[key].shape != expected[key].shape]
-    problems = [f"{len(keys)} {what}, such as {keys[0]}" for what, keys in (("missing", missing), ("extra", extra)) if keys]
+    missing, extra = (
+        sorted(expected.keys() - tensors.keys()),
+        sorted(tensors.keys() - expected.keys()),
+    )
+    misshapen = [
+        key for key in expected.keys() & tensors.keys() if tensors[key].shape != expected[key].shape
+    ]
+    problems = [
+        f"{len(keys)} {what}, such as {keys[0]}"
+        for what, keys in (("missing", missing), ("extra", extra))
+        if keys
+    ]
     if misshapen:
         key = min(misshapen)
         belongs = f"{tuple(tensors[key].shape)} where {tuple(expected[key].shape)} belongs"
         problems.append(f"{len(misshapen)} misshapen, such as {key} of {belongs}")
     if problems:
-        raise AdapterError(f"the tensors of {folder} do not fit this model: {'; '.join(problems)}; load it on the base it was trained on")
+        raise AdapterError(
+            f"the tensors of {folder} do not fit this model: {'; '.join(problems)}; load it on the base it was trained on"
+        )
 
 
 def _check_trained(tensors: dict[str, Tensor], folder: Path) -> None:
     """Refuse an adapter of which a part was trained and a part was not, as a save of scattered tensors leaves it."""
-    zero = [key for key, tensor in tensors.items() if key.endswith(".lora_B.weight") and not tensor.any()]
+    zero = [
+        key
+        for key, tensor in tensors.items()
+        if key.endswith(".lora_B.weight") and not tensor.any()
+    ]
     trained = sum(key.endswith(".lora_B.weight") for key in tensors) - len(zero)
     if zero and trained:
         raise AdapterError(

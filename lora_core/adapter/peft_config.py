@@ -15,17 +15,49 @@ from lora_core.config import ALL_LINEAR, LoraConfig, Names
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.modules import plain_modules, unwrapped
 
-PLAIN = ("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+PLAIN = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "lora_bias",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+)
 """Fields that both sides call and mean the same."""
-NAMES = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save", "layers_to_transform")
+NAMES = (
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+)
 """Fields that hold a list in JSON."""
 HONOURED = frozenset(
     {*PLAIN, *NAMES, "trainable_token_indices", "init_lora_weights", "fan_in_fan_out"}
-    | {"peft_type", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"}
+    | {
+        "peft_type",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+    }
 )
-NO_EFFECT: tuple[Any, ...] = (None, False, "none", [], {}, "lora")  # what PEFT writes for a feature that is off
+NO_EFFECT: tuple[Any, ...] = (
+    None,
+    False,
+    "none",
+    [],
+    {},
+    "lora",
+)  # what PEFT writes for a feature that is off
 INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base weight as it is
-WITHOUT_MEANING_HERE = frozenset({"auto_mapping", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"})
+WITHOUT_MEANING_HERE = frozenset(
+    {"auto_mapping", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
+)
 """What says how PEFT ran, or (eva_config) how it found a start that the file no longer needs."""
 EMBEDDING = "embed_tokens"
 """What PEFT takes a bare list of token rows to mean."""
@@ -39,10 +71,14 @@ def read_config(folder: Path) -> LoraConfig:
     """
     values = read_json(folder / CONFIG)
     if values.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder / CONFIG} has peft_type {values.get('peft_type')!r}; only LORA adapters can be loaded")
+        raise AdapterError(
+            f"{folder / CONFIG} has peft_type {values.get('peft_type')!r}; only LORA adapters can be loaded"
+        )
     for key, value in values.items():
         if key not in HONOURED | WITHOUT_MEANING_HERE and not _is_off(value):
-            raise AdapterError(f"{folder / CONFIG} sets {key}={value!r}, a feature that would be ignored here, so it is refused")
+            raise AdapterError(
+                f"{folder / CONFIG} sets {key}={value!r}, a feature that would be ignored here, so it is refused"
+            )
     if values.get("init_lora_weights", True) not in INITS:
         raise AdapterError(
             f"{folder / CONFIG} sets init_lora_weights={values['init_lora_weights']!r}, which changes the base; save it as plain LoRA"
@@ -50,7 +86,9 @@ def read_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig(**_fields(values))
     except (KeyError, ConfigError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{folder / CONFIG} is no usable LoRA configuration: {error}; save the adapter again") from error
+        raise AdapterError(
+            f"{folder / CONFIG} is no usable LoRA configuration: {error}; save the adapter again"
+        ) from error
 
 
 def peft_config(model: nn.Module, config: LoraConfig, names: list[str]) -> dict[str, Any]:
@@ -68,7 +106,10 @@ def peft_config(model: nn.Module, config: LoraConfig, names: list[str]) -> dict[
         "target_modules": _targets(model, config, names),
         "target_parameters": sorted(config.target_parameters) or None,
         "modules_to_save": sorted(config.modules_to_save) or None,
-        "trainable_token_indices": {name: list(rows) for name, rows in config.trainable_token_indices.items()} or None,
+        "trainable_token_indices": {
+            name: list(rows) for name, rows in config.trainable_token_indices.items()
+        }
+        or None,
         "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in model.modules()),
         "init_lora_weights": _init_word(config),
         "inference_mode": True,
@@ -92,20 +133,34 @@ def _task_type(model: nn.Module, config: LoraConfig) -> str | None:
     if hasattr(model, "prepare_inputs_for_generation"):
         return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
     heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
-    return next((kind for name, kind in heads.items() if type(model).__name__.endswith(name) and config.modules_to_save), None)
+    return next(
+        (
+            kind
+            for name, kind in heads.items()
+            if type(model).__name__.endswith(name) and config.modules_to_save
+        ),
+        None,
+    )
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a LoraConfig that a file's values mean."""
     fields = {name: values[name] for name in PLAIN if values.get(name) is not None}
-    fields |= {name: _names(values[name]) for name in NAMES if values.get(name) not in (None, [], "")}
+    fields |= {
+        name: _names(values[name]) for name in NAMES if values.get(name) not in (None, [], "")
+    }
     for name in ("r", "lora_alpha"):
         fields[name] = values[name]
     fields["target_modules"] = _names(values.get("target_modules") or ())
     tokens = values.get("trainable_token_indices") or {}
     by_name = tokens if isinstance(tokens, dict) else {EMBEDDING: tokens}
     fields["trainable_token_indices"] = {name: tuple(rows) for name, rows in by_name.items()}
-    return {**fields, "init_lora_weights": "gaussian" if values.get("init_lora_weights") == "gaussian" else "kaiming"}
+    return {
+        **fields,
+        "init_lora_weights": "gaussian"
+        if values.get("init_lora_weights") == "gaussian"
+        else "kaiming",
+    }
 
 
 def _names(value: Any) -> Any:
@@ -125,9 +180,15 @@ def _targets(model: nn.Module, config: LoraConfig, names: list[str]) -> str | li
         return []
     plain = plain_modules(model)
     if isinstance(targets, tuple):
-        by_end = {name for name in plain if any(name == one or name.endswith(f".{one}") for one in targets)}
+        by_end = {
+            name
+            for name in plain
+            if any(name == one or name.endswith(f".{one}") for one in targets)
+        }
         return sorted(targets) if by_end == set(names) else sorted(_spelt_out(plain, names))
-    if targets != ALL_LINEAR and {name for name in plain if re.fullmatch(targets, name)} == set(names):
+    if targets != ALL_LINEAR and {name for name in plain if re.fullmatch(targets, name)} == set(
+        names
+    ):
         return targets
     return sorted(_spelt_out(plain, names))
 

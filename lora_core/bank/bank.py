@@ -14,7 +14,7 @@ from torch import nn
 from lora_core.adapter.io import Identity, open_adapter, save_adapter
 from lora_core.bank.mixing import MixedExperts, mixed
 from lora_core.bank.routing import BATCH, Routing, routing
-from lora_core.base.quant import keep_layout
+from lora_core.base.quant import disable_cpu_repacking
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
 from lora_core.injection import Parts, build_parts
@@ -34,7 +34,9 @@ class Bank:
     def __init__(self, model: nn.Module) -> None:
         """Start a bank over `model`, which carries no adapter."""
         if any(True for _ in adapter_parts(model)):
-            raise AdapterError("the model carries an adapter that no bank owns; load a fresh base, or merge it first")
+            raise AdapterError(
+                "the model carries an adapter that no bank owns; load a fresh base, or merge it first"
+            )
         self.model = model
         self.active: str | None = None
         self._layers: dict[str, Parts] = {}
@@ -55,7 +57,11 @@ class Bank:
         """
         self._refuse_taken(name)
         with self._bare():
-            self._take_in(name, config, build_parts(self.model, config, plan_adapter(self.model, config), seed))
+            self._take_in(
+                name,
+                config,
+                build_parts(self.model, config, plan_adapter(self.model, config), seed),
+            )
 
     def load(self, name: str, folder: Path, *, check_base: bool = True) -> None:
         """Read an adapter's files, checked as `load_adapter` checks them.
@@ -92,7 +98,9 @@ class Bank:
             yield self.model
 
     @contextmanager
-    def rows(self, names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None) -> Iterator[nn.Module]:
+    def rows(
+        self, names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None
+    ) -> Iterator[nn.Module]:
         """Give each row of the batches inside a block an adapter of its own; for inference and for training.
 
         Under gradient checkpointing the backward pass, which computes blocks again, belongs inside the block as well.
@@ -109,7 +117,9 @@ class Bank:
         route = routing(names, dim=dim, lengths=lengths)
         chosen = {name: self._layers_of(name) for name in route.places}
         with self._restored():
-            placed = {target: _mixed(base, target, chosen, route) for target, base in self._bases.items()}
+            placed = {
+                target: _mixed(base, target, chosen, route) for target, base in self._bases.items()
+            }
             self._place(placed)
             self.active = None
             with self._rows_checked(placed):
@@ -117,11 +127,19 @@ class Bank:
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Return an adapter's trained weights."""
-        return [parameter for layer in self._layers_of(name).values() for parameter in layer.parameters() if parameter.requires_grad]
+        return [
+            parameter
+            for layer in self._layers_of(name).values()
+            for parameter in layer.parameters()
+            if parameter.requires_grad
+        ]
 
     def parameter_groups(self, learning_rates: Mapping[str, float]) -> list[dict[str, object]]:
         """Return an optimiser's groups, one for each adapter with its own rate."""
-        return [{"params": self.parameters(name), "lr": rate, "name": name} for name, rate in learning_rates.items()]
+        return [
+            {"params": self.parameters(name), "lr": rate, "name": name}
+            for name, rate in learning_rates.items()
+        ]
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
@@ -148,13 +166,15 @@ class Bank:
             for target, module in placed.items():
                 if isinstance(module, MixedExperts):
                     around = module_at(self.model, target.rpartition(".")[0])
-                    hooks.callback(around.register_forward_pre_hook(module.check_rows, with_kwargs=True).remove)
+                    hooks.callback(
+                        around.register_forward_pre_hook(module.check_rows, with_kwargs=True).remove
+                    )
             yield
 
     def _take_in(self, name: str, config: LoraConfig, parts: Parts) -> None:
         """Keep the parts of an adapter, and what stands in their places without it; the base is frozen."""
         _refuse_nested(name, parts, self._bases)
-        keep_layout(self.model)
+        disable_cpu_repacking(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._bases |= {target: module_at(self.model, target) for target in parts}
@@ -172,12 +192,16 @@ class Bank:
 
     def _layers_of(self, name: str) -> Parts:
         if name not in self._layers:
-            raise AdapterError(f"the bank has no adapter {name!r}; it has {', '.join(self._layers) or 'none'}")
+            raise AdapterError(
+                f"the bank has no adapter {name!r}; it has {', '.join(self._layers) or 'none'}"
+            )
         return self._layers[name]
 
     def _refuse_taken(self, name: str) -> None:
         if name in self._layers:
-            raise AdapterError(f"the bank has an adapter {name!r}; remove it first, or take another name")
+            raise AdapterError(
+                f"the bank has an adapter {name!r}; remove it first, or take another name"
+            )
 
 
 def _mixed(base: nn.Module, target: str, chosen: Mapping[str, Parts], route: Routing) -> nn.Module:
@@ -190,7 +214,14 @@ def _refuse_nested(name: str, parts: Iterable[str], others: Iterable[str]) -> No
     """Refuse a part that lies inside a module which another adapter replaces, or around one: they could not be mixed."""
     taken = list(others)
     for part in parts:
-        inside = next((other for other in taken if part.startswith(f"{other}.") or other.startswith(f"{part}.")), None)
+        inside = next(
+            (
+                other
+                for other in taken
+                if part.startswith(f"{other}.") or other.startswith(f"{part}.")
+            ),
+            None,
+        )
         if inside is not None:
             raise AdapterError(
                 f"adapter {name!r} changes {part}, and another of the bank changes {inside}; one lies inside the other, so give them "

@@ -24,7 +24,9 @@ from lora_core.layers.linear import LoraLinear
 
 def mixed(base: nn.Module, layers: Mapping[str, nn.Module], route: Routing) -> nn.Module:
     """Return the module of the base with the updates that several adapters, by name, have there."""
-    kind = MixedExperts if any(isinstance(layer, LoraExperts) for layer in layers.values()) else Mixed
+    kind = (
+        MixedExperts if any(isinstance(layer, LoraExperts) for layer in layers.values()) else Mixed
+    )
     return kind(base, layers, route)
 
 
@@ -72,13 +74,19 @@ class MixedExperts(nn.Module):
         free = torch.ones(count, dtype=torch.bool, device=device)
         free[torch.cat(owned)] = False
         shares = [(free.nonzero()[:, 0], self.base), *zip(owned, self.layers, strict=True)]
-        answers = [expert(hidden_states[own], top_k_index[own], top_k_weights[own]) for own, expert in shares if len(own)]
+        answers = [
+            expert(hidden_states[own], top_k_index[own], top_k_weights[own])
+            for own, expert in shares
+            if len(own)
+        ]
         order = torch.cat([own for own, _ in shares])
         return torch.cat(answers)[order.argsort()] if answers else torch.zeros_like(hidden_states)
 
     def check_rows(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Hold the input of the module around the experts against the routing; a forward pre-hook."""
-        self.route.check_features(next(value for value in (*arguments, *options.values()) if isinstance(value, Tensor)))
+        self.route.check_features(
+            next(value for value in (*arguments, *options.values()) if isinstance(value, Tensor))
+        )
 
 
 def _mixed_linear(x: Tensor, layers: list[LoraLinear], rows: list[Rows]) -> Tensor:
@@ -93,11 +101,16 @@ def _mixed_linear(x: Tensor, layers: list[LoraLinear], rows: list[Rows]) -> Tens
     y: Tensor = _MixedLinear.apply(x.to(dtype), (first.frozen, inside, parts), *factors)  # type: ignore[no-untyped-call]
     if apart:
         y = _finished(y, bias, apart)
-    return y if first.frozen.kind == "dense" else y.to(x.dtype)  # bitsandbytes answers in its input's dtype under autocast too
+    return (
+        y if first.frozen.kind == "dense" else y.to(x.dtype)
+    )  # bitsandbytes answers in its input's dtype under autocast too
 
 
 def _finished(y: Tensor, bias: Tensor | None, apart: Sequence[tuple[Rows, LoraLinear]]) -> Tensor:
-    own = [layer.finished(rows.of(y), None if layer.bias is None else layer.bias.to(y.dtype)) for rows, layer in apart]
+    own = [
+        layer.finished(rows.of(y), None if layer.bias is None else layer.bias.to(y.dtype))
+        for rows, layer in apart
+    ]
     whole, dim = y if bias is None else y + bias, apart[0][0].dim
     return whole.index_copy(dim, torch.cat([rows.places for rows, _ in apart]), torch.cat(own, dim))
 
@@ -125,7 +138,11 @@ def _part(rows: Rows, layer: LoraLinear, x: Tensor) -> _Part:
     """Return an adapter's part in a product with `x`, its inputs drawn where some are dropped."""
     dropout = layer.dropout if layer.training else 0.0
     # drawn as booleans: in x's dtype the chance itself would be rounded
-    keep = torch.empty_like(_flat(rows.of(x)), dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
+    keep = (
+        torch.empty_like(_flat(rows.of(x)), dtype=torch.bool).bernoulli_(1 - dropout)
+        if dropout > 0
+        else None
+    )
     return _Part(rows, layer.scale, dropout, keep)
 
 

@@ -29,11 +29,18 @@ class Rows:
 
     def of(self, x: Tensor) -> Tensor:
         """Return these rows of `x`, as a view where they lie together."""
-        return x.index_select(self.dim, self.places) if self.start is None else x.narrow(self.dim, self.start, len(self.places))
+        return (
+            x.index_select(self.dim, self.places)
+            if self.start is None
+            else x.narrow(self.dim, self.start, len(self.places))
+        )
 
     def add_to(self, whole: Tensor, own: Tensor) -> None:
         """Add a matrix (N, F), a line for each token of these rows, to these rows of `whole` (…, F), in place."""
-        shape = [len(self.places) if place == self.dim else size for place, size in enumerate(whole.shape)]
+        shape = [
+            len(self.places) if place == self.dim else size
+            for place, size in enumerate(whole.shape)
+        ]
         if self.start is None:
             whole.index_add_(self.dim, self.places, own.view(shape))
         else:
@@ -50,7 +57,9 @@ class Routing:
     """Adapter → its rows, (n,) of int64, rising; a row that is nobody's is the base's."""
     length: int
     """Rows in all."""
-    _rows: dict[tuple[str, torch.device], Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _rows: dict[tuple[str, torch.device], Rows] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def rows(self, name: str, device: torch.device) -> Rows:
         """Return the rows of an adapter for inputs on `device`, where they are sent once."""
@@ -86,14 +95,18 @@ class Routing:
         """
         other, rest = divmod(count, self.length)
         if rest:
-            raise RoutingError(f"the routing names {self.length} rows and {count} tokens are no multiple of that; name every row once")
+            raise RoutingError(
+                f"the routing names {self.length} rows and {count} tokens are no multiple of that; name every row once"
+            )
         rows, others = self.rows(name, device).places, torch.arange(other, device=device)
         if self.dim == BATCH:
             return (rows[:, None] * other + others).flatten()
         return (others[:, None] * self.length + rows).flatten()
 
 
-def routing(names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None) -> Routing:
+def routing(
+    names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None
+) -> Routing:
     """Return the routing of rows that bear these names.
 
     Args:
@@ -108,8 +121,13 @@ def routing(names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[
     if dim not in (BATCH, TOKENS):
         raise RoutingError(f"rows cannot lie along dimension {dim}; use BATCH (0) or TOKENS (1)")
     if len(lengths) != len(names) or any(length < 0 for length in lengths) or not sum(lengths):
-        raise RoutingError(f"lengths={list(lengths)} do not fit {len(names)} names; give one for each, none below 0 and not all 0")
+        raise RoutingError(
+            f"lengths={list(lengths)} do not fit {len(names)} names; give one for each, none below 0 and not all 0"
+        )
     spread = [name for name, count in zip(names, lengths, strict=True) for _ in range(count)]
     present = dict.fromkeys(name for name in spread if name is not None)
-    places = {name: torch.tensor([place for place, one in enumerate(spread) if one == name]) for name in present}
+    places = {
+        name: torch.tensor([place for place, one in enumerate(spread) if one == name])
+        for name in present
+    }
     return Routing(dim, places, len(spread))

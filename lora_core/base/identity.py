@@ -25,7 +25,9 @@ def fingerprint(model: nn.Module) -> tuple[Kind, str]:
 
     An injected adapter does not count: the model under it is what is identified.
     """
-    return kind_of(model), digest_of({name: parameter.detach() for name, parameter in plain_parameters(model).items()})
+    return kind_of(model), digest_of(
+        {name: parameter.detach() for name, parameter in plain_parameters(model).items()}
+    )
 
 
 def fingerprint_of_folder(folder: Path) -> tuple[Kind, str]:
@@ -37,7 +39,11 @@ def fingerprint_of_folder(folder: Path) -> tuple[Kind, str]:
         CheckpointError: the folder holds no whole checkpoint.
     """
     checkpoint = open_checkpoint(folder)
-    entries = {name: entry for name, entry in checkpoint.entries.items() if not checkpoint.is_tied_copy(name)}
+    entries = {
+        name: entry
+        for name, entry in checkpoint.entries.items()
+        if not checkpoint.is_tied_copy(name)
+    }
     with mapped_tensors(folder, entries) as tensors:
         return "dense", digest_of(tensors)
 

@@ -47,7 +47,9 @@ def requantised(weight: Any, dense: Tensor) -> Any:
 
     Neither argument is changed.
     """
-    codes, state = _quantised(dense, settings_of(weight), weight.quant_state.quant_type, weight.dtype)
+    codes, state = _quantised(
+        dense, settings_of(weight), weight.quant_state.quant_type, weight.dtype
+    )
     state.dtype = weight.quant_state.dtype
     result = copy(weight)
     result.data, result.quant_state = codes, state
@@ -61,9 +63,15 @@ def rounded_to_nf4(dense: Tensor, settings: Nf4Settings) -> Tensor:
     return dequantize_4bit(*_quantised(dense, settings, "nf4", torch.uint8))
 
 
-def _quantised(dense: Tensor, settings: Nf4Settings, codes: str, storage: torch.dtype) -> tuple[Tensor, Any]:
+def _quantised(
+    dense: Tensor, settings: Nf4Settings, codes: str, storage: torch.dtype
+) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import quantize_4bit
 
     return quantize_4bit(
-        dense.contiguous(), blocksize=settings.block_size, compress_statistics=settings.double, quant_type=codes, quant_storage=storage
+        dense.contiguous(),
+        blocksize=settings.block_size,
+        compress_statistics=settings.double,
+        quant_type=codes,
+        quant_storage=storage,
     )

@@ -93,7 +93,7 @@ class SubclassedWeight(DenseWeight):
 
 
 @dataclass(frozen=True)
-class TurnedWeight:
+class TransposedWeight:
     """The weight of a Hugging Face `Conv1D`, a linear layer that stores (in, out)."""
 
     module: Any
@@ -220,16 +220,20 @@ def base_weight(module: nn.Module) -> BaseWeight | None:
     kind = quantised_kind(module)
     if kind == "int8":
         if module.state.has_fp16_weights:  # type: ignore[union-attr]
-            raise TargetError("an 8-bit layer has has_fp16_weights=True and rounds its weight at every call; load the base with it off")
+            raise TargetError(
+                "an 8-bit layer has has_fp16_weights=True and rounds its weight at every call; load the base with it off"
+            )
         return Int8Weight(module)
     if kind is not None:
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-            raise TargetError("a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that")
+            raise TargetError(
+                "a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that"
+            )
         return FourBitWeight(module)
     kind_of_module: Any = type(module)
     if isinstance(module, nn.Linear) and is_plain_product(kind_of_module):
         return DenseWeight(module) if type(module) is nn.Linear else SubclassedWeight(module)
-    return TurnedWeight(module) if _is_conv1d(module) else None
+    return TransposedWeight(module) if _is_conv1d(module) else None
 
 
 @cache
@@ -237,7 +241,9 @@ def is_plain_product(kind: Any) -> bool:
     """Return whether a class computes what `nn.Linear` does: by its own forward, or as a small instance of it shows."""
     if kind is nn.Linear:
         return True
-    if kind.__module__.startswith("torch."):  # such as the projection whose weight nn.MultiheadAttention reads past its forward
+    if kind.__module__.startswith(
+        "torch."
+    ):  # such as the projection whose weight nn.MultiheadAttention reads past its forward
         return False
     if kind.forward is nn.Linear.forward:
         return True
@@ -247,7 +253,11 @@ def is_plain_product(kind: Any) -> bool:
             found, expected = small(x), F.linear(x, small.weight, small.bias)
     except Exception:  # noqa: BLE001 - its constructor may want anything else, and then it is none
         return False
-    return isinstance(found, Tensor) and found.shape == expected.shape and bool((found - expected).abs().max() < 1e-5)
+    return (
+        isinstance(found, Tensor)
+        and found.shape == expected.shape
+        and bool((found - expected).abs().max() < 1e-5)
+    )
 
 
 def quantised_kind(module: nn.Module) -> Kind | None:
@@ -266,7 +276,7 @@ def kind_of(model: nn.Module) -> Kind:
     return next((kind for kind in kinds if kind is not None), "dense")
 
 
-def keep_layout(model: nn.Module) -> None:
+def disable_cpu_repacking(model: nn.Module) -> None:
     """Stop bitsandbytes from storing a 4-bit layer anew, rounded and in another order, when it is first evaluated.
 
     It does so on processors with AVX512-BF16; the codes would no longer be those that the fingerprint names.

@@ -32,18 +32,28 @@ class Slot(NamedTuple):
 def slots(module: nn.Module) -> Iterator[Slot]:
     """Yield every place in `module` that holds a parameter; a tied one has several."""
     for owner in module.modules():
-        yield from (Slot(owner, name) for name, parameter in owner._parameters.items() if parameter is not None)
+        yield from (
+            Slot(owner, name)
+            for name, parameter in owner._parameters.items()
+            if parameter is not None
+        )
 
 
 def memory_of(parameter: Any) -> Hashable:
     """Return what two parameters have in common exactly when they are one weight; without memory, each is its own."""
     place = parameter.data_ptr() if parameter.numel() else 0
-    return (parameter.device, place, parameter.dtype, parameter.shape, parameter.stride()) if place else id(parameter)
+    return (
+        (parameter.device, place, parameter.dtype, parameter.shape, parameter.stride())
+        if place
+        else id(parameter)
+    )
 
 
 def is_head_tied(model: nn.Module) -> bool:
     """Tell whether the output head of a Hugging Face model, adapted or not, has the weight of the embedding."""
-    head, embedding = (_plain(_asked(model, f"get_{which}_embeddings")) for which in ("output", "input"))
+    head, embedding = (
+        _plain(_asked(model, f"get_{which}_embeddings")) for which in ("output", "input")
+    )
     weights = [getattr(module, "weight", None) for module in (head, embedding)]
     if head is embedding or not all(isinstance(weight, Tensor) for weight in weights):
         return False
@@ -52,19 +62,31 @@ def is_head_tied(model: nn.Module) -> bool:
 
 def models_of_tied_heads(model: nn.Module) -> list[nn.Module]:
     """Return the modules in `model` whose head is tied and whose config says so."""
-    return [module for module in model.modules() if getattr(getattr(module, "config", None), FLAG, None) is True and is_head_tied(module)]
+    return [
+        module
+        for module in model.modules()
+        if getattr(getattr(module, "config", None), FLAG, None) is True and is_head_tied(module)
+    ]
 
 
 def configs_to_untie(models: list[nn.Module]) -> tuple[Any, ...]:
     """Return the configs that no longer say what is: of those `models`, tied before, in which no weight is shared now."""
-    stale = [m.config for m in models if not getattr(m.config, "is_encoder_decoder", False) and not _shares_any(m)]
+    stale = [
+        m.config
+        for m in models
+        if not getattr(m.config, "is_encoder_decoder", False) and not _shares_any(m)
+    ]
     nested = [getattr(config, "text_config", None) for config in stale]
-    found = {id(config): config for config in (*stale, *nested) if getattr(config, FLAG, None) is True}
+    found = {
+        id(config): config for config in (*stale, *nested) if getattr(config, FLAG, None) is True
+    }
     return tuple(found.values())
 
 
 def _shares_any(model: nn.Module) -> bool:
-    return any(users > 1 for users in Counter(memory_of(slot.parameter) for slot in slots(model)).values())
+    return any(
+        users > 1 for users in Counter(memory_of(slot.parameter) for slot in slots(model)).values()
+    )
 
 
 def _asked(model: nn.Module, getter: str) -> nn.Module | None:

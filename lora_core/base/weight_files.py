@@ -86,7 +86,14 @@ class Checkpoint:
     @property
     def stored_head(self) -> str | None:
         """The output head's weight, where the files hold one."""
-        return next((name for name in self.entries if name.endswith(".weight") and module_name(name) in HEADS), None)
+        return next(
+            (
+                name
+                for name in self.entries
+                if name.endswith(".weight") and module_name(name) in HEADS
+            ),
+            None,
+        )
 
 
 def module_name(tensor: str) -> str:
@@ -105,12 +112,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return Checkpoint(folder, config, dict(_entries(folder / SINGLE)), None)
     if not (folder / INDEX).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"{pickles[0]} is a pickle, which can run code: convert it to safetensors" if pickles else "give the folder of a saved model"
+        hint = (
+            f"{pickles[0]} is a pickle, which can run code: convert it to safetensors"
+            if pickles
+            else "give the folder of a saved model"
+        )
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {hint}")
     index = read_object(folder / INDEX)
     places = _weight_map(folder, index)
-    entries = {name: entry for file in sorted(set(places.values())) for name, entry in _entries(folder / file)}
-    wrong = sorted(name for name in places.keys() | entries.keys() if name not in entries or entries[name].file != places.get(name))
+    entries = {
+        name: entry
+        for file in sorted(set(places.values()))
+        for name, entry in _entries(folder / file)
+    }
+    wrong = sorted(
+        name
+        for name in places.keys() | entries.keys()
+        if name not in entries or entries[name].file != places.get(name)
+    )
     if wrong:
         raise CheckpointError(
             f"{folder / INDEX} and the files disagree about {len(wrong)} tensors, such as {wrong[0]}; fetch the base again"
@@ -140,7 +159,9 @@ def mapped_tensors(folder: Path, entries: Mapping[str, Entry]) -> Iterator[Tenso
     """Map the files of `entries` into memory while the block runs."""
     with ExitStack() as stack:
         files = {entry.file for entry in entries.values()}
-        yield Tensors({file: stack.enter_context(_opened(folder / file)) for file in sorted(files)}, entries)
+        yield Tensors(
+            {file: stack.enter_context(_opened(folder / file)) for file in sorted(files)}, entries
+        )
 
 
 def write_tensors(path: Path, entries: Mapping[str, Entry], tensors: Iterable[Tensor]) -> None:
@@ -154,7 +175,11 @@ def write_tensors(path: Path, entries: Mapping[str, Entry], tensors: Iterable[Te
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, entry in entries.items():
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [place, place + entry.bytes]}
+        header[name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [place, place + entry.bytes],
+        }
         place += entry.bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -170,8 +195,13 @@ def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
         for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
             described = handle.get_slice(name)
             if described.get_dtype() not in DTYPES:
-                raise CheckpointError(f"{name} of {path} is stored as {described.get_dtype()}, which is no plain dtype; use a dense base")
-            yield name, Entry(path.name, tuple(described.get_shape()), DTYPES[described.get_dtype()])
+                raise CheckpointError(
+                    f"{name} of {path} is stored as {described.get_dtype()}, which is no plain dtype; use a dense base"
+                )
+            yield (
+                name,
+                Entry(path.name, tuple(described.get_shape()), DTYPES[described.get_dtype()]),
+            )
 
 
 @contextmanager
@@ -189,8 +219,14 @@ def _opened(path: Path) -> Iterator[Any]:
 def _weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
     """Return tensor name → file name; a name that leaves the folder is refused."""
     places = index.get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(file, str) and Path(file).name == file for file in places.values()):
-        raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to file names; fetch the base again")
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(file, str) and Path(file).name == file for file in places.values())
+    ):
+        raise CheckpointError(
+            f"{folder / INDEX} has no weight_map of tensor names to file names; fetch the base again"
+        )
     return places
 
 
@@ -203,5 +239,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); fetch the base again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__} where an object belongs; fetch the base again")
+        raise CheckpointError(
+            f"{path} holds {type(value).__name__} where an object belongs; fetch the base again"
+        )
     return value

@@ -27,12 +27,16 @@ def kept_bytes_per_token(model: nn.Module, *, compute_bytes: int, trained: Train
         compute_bytes: of a number in the computation's dtype.
         trained: what is.
     """
-    normed = sum(norm.width * _norm_bytes(norm.upcast, compute_bytes, trained) for norm in norms(model))
+    normed = sum(
+        norm.width * _norm_bytes(norm.upcast, compute_bytes, trained) for norm in norms(model)
+    )
     routed = sum(FLOAT32 * (experts + stream * trained.full) for experts, stream in routers(model))
     return normed + routed + compute_bytes * sum(part.kept(trained) for part in parts(model))
 
 
-def activation_bytes(model: nn.Module, *, tokens: int, compute_bytes: int, trained: Trained, checkpointing: bool) -> int:
+def activation_bytes(
+    model: nn.Module, *, tokens: int, compute_bytes: int, trained: Trained, checkpointing: bool
+) -> int:
     """Return what is kept for the backward pass of `tokens` tokens, and the gradients in flight through one part.
 
     Args:
@@ -43,9 +47,18 @@ def activation_bytes(model: nn.Module, *, tokens: int, compute_bytes: int, train
     """
     kept = kept_bytes_per_token(model, compute_bytes=compute_bytes, trained=trained)
     if checkpointing:
-        by_block = [kept_bytes_per_token(block, compute_bytes=compute_bytes, trained=trained) for block in blocks(model)]
-        kept += max(by_block, default=0) - sum(by_block) + compute_bytes * len(by_block) * _stream(model)
-    return tokens * (kept + compute_bytes * max((part.in_flight for part in parts(model)), default=0))
+        by_block = [
+            kept_bytes_per_token(block, compute_bytes=compute_bytes, trained=trained)
+            for block in blocks(model)
+        ]
+        kept += (
+            max(by_block, default=0)
+            - sum(by_block)
+            + compute_bytes * len(by_block) * _stream(model)
+        )
+    return tokens * (
+        kept + compute_bytes * max((part.in_flight for part in parts(model)), default=0)
+    )
 
 
 def loss_bytes(model: nn.Module, *, rows: int, compute_bytes: int) -> int:

@@ -110,13 +110,19 @@ def fits(cost: Budget, gpu_bytes: int) -> bool:
     return cost.memory_bytes <= gpu_bytes
 
 
-def alternatives(model: nn.Module, setup: Setup, targets: Sequence[Target], processes: Iterable[int]) -> list[tuple[Setup, Budget]]:
+def alternatives(
+    model: nn.Module, setup: Setup, targets: Sequence[Target], processes: Iterable[int]
+) -> list[tuple[Setup, Budget]]:
     """Return the cost of every method under every sharding on each number of processes, all else as in `setup`."""
     counts = list(processes)
     found = []
     for method in METHODS:
         sizes = _Sizes.of(model, replace(setup, method=method), targets)
-        ways = [replace(setup, method=method, sharding=sharding, processes=count) for sharding in SHARDINGS for count in counts]
+        ways = [
+            replace(setup, method=method, sharding=sharding, processes=count)
+            for sharding in SHARDINGS
+            for count in counts
+        ]
         found += [(way, _priced(sizes, way)) for way in ways]
     return found
 
@@ -143,20 +149,27 @@ class _Sizes:
     @classmethod
     def of(cls, model: nn.Module, setup: Setup, targets: Sequence[Target]) -> "_Sizes":
         if setup.method != "full" and not targets:
-            raise ConfigError(f"method {setup.method} trains adapters and there is no target; pass what plan_targets returns")
+            raise ConfigError(
+                f"method {setup.method} trains adapters and there is no target; pass what plan_targets returns"
+            )
         total = sum(parameter.numel() for parameter in model.parameters())
         matrices = [out * wide for out, wide in linear_shapes(model)]
         head = output_head(model)
         return cls(
             total=total,
-            matrices=sum(matrices) + (0 if head is None else sum(parameter.numel() for parameter in head.parameters())),
+            matrices=sum(matrices)
+            + (0 if head is None else sum(parameter.numel() for parameter in head.parameters())),
             quantized=sum(matrices) if setup.method == "qlora" else 0,
-            trained=total if setup.method == "full" else sum(_trained_weights(target, setup) for target in targets),
+            trained=total
+            if setup.method == "full"
+            else sum(_trained_weights(target, setup) for target in targets),
             largest=max(matrices, default=0),
             head=0 if head is None else sum(parameter.numel() for parameter in head.parameters()),
             tensors=(3 if setup.dora else 2) * len(targets),
             activation_bytes=_activation_bytes(model, setup, targets),
-            logits_bytes=loss_bytes(model, rows=min(setup.logit_rows, setup.tokens), compute_bytes=setup.compute_bytes),
+            logits_bytes=loss_bytes(
+                model, rows=min(setup.logit_rows, setup.tokens), compute_bytes=setup.compute_bytes
+            ),
             uncounted=uncounted(model),
         )
 
@@ -198,8 +211,17 @@ def _weight_bytes(sizes: _Sizes, setup: Setup) -> int:
 
 
 def _loading_bytes(sizes: _Sizes, setup: Setup) -> int:
-    mapped = setup.compute_bytes * sizes.total if setup.mapped_checkpoint and setup.method == "qlora" else 0
-    return setup.process_bytes + _weight_bytes(sizes, setup) + int(sizes.quantized * NF4_SCALE_BYTES) + mapped
+    mapped = (
+        setup.compute_bytes * sizes.total
+        if setup.mapped_checkpoint and setup.method == "qlora"
+        else 0
+    )
+    return (
+        setup.process_bytes
+        + _weight_bytes(sizes, setup)
+        + int(sizes.quantized * NF4_SCALE_BYTES)
+        + mapped
+    )
 
 
 def _gradient_bytes(sizes: _Sizes, setup: Setup) -> int:
@@ -217,10 +239,18 @@ def _optimizer_bytes(sizes: _Sizes, setup: Setup) -> int:
 
 def _activation_bytes(model: nn.Module, setup: Setup, targets: Sequence[Target]) -> int:
     full = setup.method == "full"
-    stacks = () if full else (target.name.rpartition(".")[2] for target in targets if target.layer == "experts")
+    stacks = (
+        ()
+        if full
+        else (target.name.rpartition(".")[2] for target in targets if target.layer == "experts")
+    )
     trained = Trained(full, frozenset(stacks))
     kept = activation_bytes(
-        model, tokens=setup.tokens, compute_bytes=setup.compute_bytes, trained=trained, checkpointing=setup.checkpointing
+        model,
+        tokens=setup.tokens,
+        compute_bytes=setup.compute_bytes,
+        trained=trained,
+        checkpointing=setup.checkpointing,
     )
     if not full:
         beside = sum(_beside(target, setup) for target in targets if target.layer == "linear")
@@ -230,7 +260,9 @@ def _activation_bytes(model: nn.Module, setup: Setup, targets: Sequence[Target])
 
 def _beside(target: Target, setup: Setup) -> int:
     """Return the bytes that an adapter adds to what a linear layer keeps for a token: a mask, and DoRA's product before it is scaled."""
-    return target.in_features * setup.dropout + setup.compute_bytes * target.out_features * setup.dora
+    return (
+        target.in_features * setup.dropout + setup.compute_bytes * target.out_features * setup.dora
+    )
 
 
 def _buffer_bytes(sizes: _Sizes, setup: Setup) -> int:
@@ -250,7 +282,10 @@ def _pass_bytes(sizes: _Sizes, setup: Setup) -> int:
     if setup.method == "full":
         held += setup.held_bytes * HEAD_GRADIENTS * sizes.head
     if setup.shares_weights:
-        held += min(_weight_bytes(sizes, replace(setup, sharding="zero2")), setup.compute_bytes * LIVE_WEIGHTS)
+        held += min(
+            _weight_bytes(sizes, replace(setup, sharding="zero2")),
+            setup.compute_bytes * LIVE_WEIGHTS,
+        )
     return held
 
 
@@ -258,9 +293,15 @@ def _step_bytes(sizes: _Sizes, setup: Setup) -> int:
     """Return what the optimiser's step holds: an engine lays gradients flat in float32, then lets go of the first ones."""
     if setup.offloads:
         return 0
-    updated = sizes.trained // setup.processes if setup.engine else min(sizes.trained, sizes.head)  # DDP: matrix by matrix
+    updated = (
+        sizes.trained // setup.processes if setup.engine else min(sizes.trained, sizes.head)
+    )  # DDP: matrix by matrix
     flat = FLOAT32 * updated if setup.engine else 0
     if setup.fused_optimizer:
         return flat
     temporaries = ADAM_TEMPORARIES * FLOAT32 * updated
-    return max(flat, flat + temporaries - _gradient_bytes(sizes, setup)) if setup.engine else temporaries
+    return (
+        max(flat, flat + temporaries - _gradient_bytes(sizes, setup))
+        if setup.engine
+        else temporaries
+    )

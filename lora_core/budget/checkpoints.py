@@ -31,7 +31,11 @@ def seconds_between_failures(failures_per_gpu_year: float, gpus: int) -> float:
 
 def best_interval_seconds(write_seconds: float, between_failures: float) -> float:
     """Return the seconds from one checkpoint to the next that lose least; see the module's text."""
-    return between_failures if write_seconds >= between_failures / 2 else sqrt(2 * write_seconds * between_failures)
+    return (
+        between_failures
+        if write_seconds >= between_failures / 2
+        else sqrt(2 * write_seconds * between_failures)
+    )
 
 
 def lost_share(interval_seconds: float, write_seconds: float, between_failures: float) -> float:

@@ -32,7 +32,13 @@ class _Stored:
         return self.numbers * self.number_bytes
 
 
-def moved(model: nn.Module, setup: Setup, targets: Sequence[Target] = (), *, persistent_weights: int = PERSISTENT_WEIGHTS) -> Moved:
+def moved(
+    model: nn.Module,
+    setup: Setup,
+    targets: Sequence[Target] = (),
+    *,
+    persistent_weights: int = PERSISTENT_WEIGHTS,
+) -> Moved:
     """Return what the collectives of a training move.
 
     Args:
@@ -59,7 +65,11 @@ def moved(model: nn.Module, setup: Setup, targets: Sequence[Target] = (), *, per
 
 def _base(model: nn.Module, setup: Setup) -> Iterator[_Stored]:
     head, full = output_head(model), setup.method == "full"
-    matrices = (base_weight(module) for module in model.modules() if module is not head) if setup.method == "qlora" else ()
+    matrices = (
+        (base_weight(module) for module in model.modules() if module is not head)
+        if setup.method == "qlora"
+        else ()
+    )
     coded = {id(matrix.stored) for matrix in matrices if matrix is not None}
     inside = {id(parameter) for block in blocks(model) for parameter in block.parameters()}
     for parameter in model.parameters():
@@ -72,7 +82,9 @@ def _base(model: nn.Module, setup: Setup) -> Iterator[_Stored]:
 
 def _adapters(model: nn.Module, setup: Setup, targets: Sequence[Target]) -> Iterator[_Stored]:
     in_blocks = {id(block) for block in blocks(model)}
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in in_blocks)
+    prefixes = tuple(
+        f"{name}." for name, module in model.named_modules() if id(module) in in_blocks
+    )
     for target in targets:
         in_block = target.name.startswith(prefixes)
         for width in (target.in_features, target.out_features):

@@ -85,7 +85,13 @@ class Plain:
         shared = self.readers[0][1] if self.readers else 0
         between = written_from if self.readers and given != written_from else 0
         activated = written_from if self.readers else 0
-        return shared + given + written_from + between + activated * (self.activation.others - (not self.activation.input))
+        return (
+            shared
+            + given
+            + written_from
+            + between
+            + activated * (self.activation.others - (not self.activation.input))
+        )
 
     @property
     def in_flight(self) -> int:
@@ -137,7 +143,11 @@ class Experts:
         """
         stream, inner = self.writer
         answers = KERNELS["eager" if trained.stacks else self.kernel]
-        inputs = sum(width for name, width in zip(STACKS, (stream, inner), strict=True) if trained.full or name in trained.stacks)
+        inputs = sum(
+            width
+            for name, width in zip(STACKS, (stream, inner), strict=True)
+            if trained.full or name in trained.stacks
+        )
         return self.chosen * ((3 + self.activation.others) * inner + answers * stream + inputs)
 
     @property
@@ -188,7 +198,11 @@ def routers(model: nn.Module) -> Iterator[Shape]:
     """Yield the shapes (E, D) of the routers that are no linear layers."""
     for parent in model.modules():
         if _holds_experts(parent):
-            weights = (child.weight for child in parent.children() if _is_router(child) and isinstance(child.weight, Tensor))
+            weights = (
+                child.weight
+                for child in parent.children()
+                if _is_router(child) and isinstance(child.weight, Tensor)
+            )
             yield from ((weight.shape[0], weight.shape[1]) for weight in weights)
 
 
@@ -200,8 +214,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def uncounted(model: nn.Module) -> tuple[str, ...]:
     """Name the kinds of modules whose activations the shapes don't tell; what they keep is in no figure."""
-    routing = {id(child) for parent in model.modules() if _holds_experts(parent) for child in parent.children()}
-    unknown = (module for module in model.modules() if not _is_known(module, routed=id(module) in routing))
+    routing = {
+        id(child)
+        for parent in model.modules()
+        if _holds_experts(parent)
+        for child in parent.children()
+    }
+    unknown = (
+        module for module in model.modules() if not _is_known(module, routed=id(module) in routing)
+    )
     return tuple(sorted({type(module).__name__ for module in unknown}))
 
 
@@ -238,30 +259,50 @@ def _chosen(parent: nn.Module) -> int | None:
 
 
 def _linears(parent: nn.Module, head: nn.Module | None) -> dict[str, Shape]:
-    weights = {name: base_weight(child) for name, child in parent.named_children() if child is not head}
+    weights = {
+        name: base_weight(child) for name, child in parent.named_children() if child is not head
+    }
     return {name: weight.shape for name, weight in weights.items() if weight is not None}
 
 
 def _is_known(module: nn.Module, *, routed: bool) -> bool:
     own = list(module.parameters(recurse=False))
     if not own:
-        return not type(module).__name__.endswith("Norm")  # without a weight it does not tell its width
+        return not type(module).__name__.endswith(
+            "Norm"
+        )  # without a weight it does not tell its width
     known = base_weight(module) is not None or isinstance(module, nn.Embedding) or _is_norm(module)
     return known or (routed and (supports(module) or _is_router(module)))
 
 
 def _is_norm(module: nn.Module) -> bool:
     own = dict(module.named_parameters(recurse=False))
-    return "weight" in own and own.keys() <= {"weight", "bias"} and all(parameter.dim() == 1 for parameter in own.values())
+    return (
+        "weight" in own
+        and own.keys() <= {"weight", "bias"}
+        and all(parameter.dim() == 1 for parameter in own.values())
+    )
 
 
 def _is_router(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return base_weight(module) is None and weight is not None and weight.dim() == 2 and hasattr(module, "top_k")
+    return (
+        base_weight(module) is None
+        and weight is not None
+        and weight.dim() == 2
+        and hasattr(module, "top_k")
+    )
 
 
 def _activation(parent: nn.Module) -> Activation:
-    module = next((found for name in ACTIVATIONS if isinstance(found := getattr(parent, name, None), nn.Module)), None)
+    module = next(
+        (
+            found
+            for name in ACTIVATIONS
+            if isinstance(found := getattr(parent, name, None), nn.Module)
+        ),
+        None,
+    )
     return SMOOTH if module is None or any(True for _ in module.parameters()) else _probed(module)
 
 

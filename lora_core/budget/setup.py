@@ -64,7 +64,9 @@ class Setup:
                 f"{self.method!r} under {self.sharding!r} is unknown; methods are {', '.join(METHODS)}, shardings {', '.join(SHARDINGS)}"
             )
         if self.compute_bytes not in (2, 4):
-            raise ConfigError(f"compute_bytes is {self.compute_bytes}; give 2 for bfloat16 and float16, 4 for float32")
+            raise ConfigError(
+                f"compute_bytes is {self.compute_bytes}; give 2 for bfloat16 and float16, 4 for float32"
+            )
         for name in ("tokens", "processes", "logit_rows", "bucket_weights", "heap_slack"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -87,7 +89,11 @@ class Setup:
     @property
     def held_bytes(self) -> int:
         """In which a trained weight is held; adapters and masters are float32 until an engine casts them."""
-        return self.compute_bytes if self.engine or (self.method == "full" and not self.masters) else FLOAT32
+        return (
+            self.compute_bytes
+            if self.engine or (self.method == "full" and not self.masters)
+            else FLOAT32
+        )
 
     @property
     def copies(self) -> bool:
@@ -97,7 +103,11 @@ class Setup:
     @property
     def moment_bytes(self) -> float:
         """Of each of Adam's two moments of a weight, without an engine."""
-        return EIGHT_BIT_BYTES if self.eight_bit_optimizer and self.method == "full" else self.held_bytes
+        return (
+            EIGHT_BIT_BYTES
+            if self.eight_bit_optimizer and self.method == "full"
+            else self.held_bytes
+        )
 
     def shares(self, first: Sharding) -> int:
         """Return among how many processes a thing is shared that `first` and the shardings after it share."""

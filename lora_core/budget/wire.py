@@ -6,7 +6,7 @@ Rajbhandari et al. 2020 (arXiv 1910.02054, section 7) count 2 P for data paralle
 where P weights are trained. What DeepSpeed 0.19 does departs from the paper in four places, each of which was counted:
 
     ZeRO-1, 2   reduce the gradient everywhere and not to its owner, unless use_multi_rank_bucket_allreduce is false: 3 P
-    ZeRO-2, 3   reduce the gradient of every accumulation part; DDP and ZeRO-1 once, with the last
+    ZeRO-2, 3   reduce the gradient of every micro-batches; DDP and ZeRO-1 once, with the last
     ZeRO-3      gathers frozen weights too: for an adapter they are nearly all, and the gradient is next to nothing
     ZeRO-3      keeps small weights whole for a step, and others from one use to the next where that is near enough
 
@@ -24,7 +24,13 @@ PERSISTENT_WEIGHTS = 100_000
 """DeepSpeed's stage3_param_persistence_threshold where its config does not say."""
 REUSE_WEIGHTS = 1_000_000_000
 """DeepSpeed's stage3_max_reuse_distance where its config does not say."""
-RING = {"all_reduce": 2, "all_gather": 1, "all_gather_into_tensor": 1, "reduce_scatter": 1, "reduce_scatter_tensor": 1}
+RING = {
+    "all_reduce": 2,
+    "all_gather": 1,
+    "all_gather_into_tensor": 1,
+    "reduce_scatter": 1,
+    "reduce_scatter_tensor": 1,
+}
 """Collective → how often a rank sends (n−1)/n of the whole tensor."""
 
 
@@ -54,7 +60,7 @@ class Exchange:
 
     sharding: Sharding
     processes: int
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     """Parts in which each rank takes its share of a step."""
     checkpointing: bool = False
     """Gradient checkpointing."""
@@ -88,23 +94,33 @@ def wire_bytes(moved: Moved, exchange: Exchange) -> Traffic:
     if exchange.sharding == "ddp":
         return Traffic(ring_bytes({"all_reduce": moved.plain_bytes}, exchange.processes), 0, 0)
     once = ring_bytes({"all_gather": moved.trained_bytes}, exchange.processes)
-    parts = 1 if exchange.sharding == "zero1" else exchange.accumulation
+    parts = 1 if exchange.sharding == "zero1" else exchange.gradient_accumulation_steps
     if exchange.sharding in ("zero1", "zero2"):
         return Traffic((1 if exchange.reduces_to_owner else 2) * parts * once, once, 0)
-    gathered = ring_bytes({"all_gather": parts * gathered_bytes(moved, exchange)}, exchange.processes)
+    gathered = ring_bytes(
+        {"all_gather": parts * gathered_bytes(moved, exchange)}, exchange.processes
+    )
     kept = ring_bytes({"all_gather": moved.persistent_bytes}, exchange.processes)
-    host = (parts + 1) * moved.trained_bytes // exchange.processes if exchange.sharding == "zero3_offload" else 0
+    host = (
+        (parts + 1) * moved.trained_bytes // exchange.processes
+        if exchange.sharding == "zero3_offload"
+        else 0
+    )
     return Traffic(parts * once, kept, gathered, host)
 
 
 def gathered_bytes(moved: Moved, exchange: Exchange) -> int:
-    """Return what ZeRO-3 makes whole for one accumulation part, in bytes of whole tensors.
+    """Return what ZeRO-3 makes whole for one micro-batches, in bytes of whole tensors.
 
     Of the weights that are needed again, those at the end of the forward pass are needed soonest: with R numbers after it, a
     weight is back after 2 R, and after 3 R where blocks are computed twice.
     """
     passes = 3 if exchange.checkpointing else 2
-    kept = min(1.0, exchange.reuse_weights / (passes * moved.shared_numbers)) if moved.shared_numbers else 1.0
+    kept = (
+        min(1.0, exchange.reuse_weights / (passes * moved.shared_numbers))
+        if moved.shared_numbers
+        else 1.0
+    )
     recomputed = moved.block_bytes if exchange.checkpointing else 0
     return moved.first_bytes + int((1 - kept) * moved.again_bytes) + recomputed
 

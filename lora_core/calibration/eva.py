@@ -24,7 +24,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from lora_core.base.quant import base_weight, keep_layout
+from lora_core.base.quant import base_weight, disable_cpu_repacking
 from lora_core.errors import ConfigError, TargetError
 from lora_core.layers.linear import LoraLinear
 from lora_core.modules import module_at, plain_modules
@@ -69,11 +69,15 @@ def eva_starts(model: nn.Module, targets: Mapping[str, int], batches: Batches) -
     spectra = input_spectra(model, targets, batches, rank=max(targets.values()))
     for name, rank in targets.items():
         if rank > len(spectra[name].values):
-            raise ConfigError(f"{name} received {len(spectra[name].values)} rows, fewer than its rank {rank}; push more tokens")
+            raise ConfigError(
+                f"{name} received {len(spectra[name].values)} rows, fewer than its rank {rank}; push more tokens"
+            )
     return {name: spectra[name].right[:rank].clone() for name, rank in targets.items()}
 
 
-def input_spectra(model: nn.Module, names: Collection[str], batches: Batches, *, rank: int) -> dict[str, InputSpectrum]:
+def input_spectra(
+    model: nn.Module, names: Collection[str], batches: Batches, *, rank: int
+) -> dict[str, InputSpectrum]:
     """Return the strongest `rank` directions of each module's inputs, or as many as the inputs have.
 
     Every row counts, so push batches without padding. Processes that are to start alike must push the same batches.
@@ -89,14 +93,18 @@ def input_spectra(model: nn.Module, names: Collection[str], batches: Batches, *,
         ConfigError: the rank is below 1, or an input is not finite.
     """
     if rank < 1:
-        raise ConfigError(f"rank={rank!r} must be at least 1; follow as many directions as the largest rank wanted")
+        raise ConfigError(
+            f"rank={rank!r} must be at least 1; follow as many directions as the largest rank wanted"
+        )
     readers = _readers(model, names)
-    keep_layout(model)  # running a 4-bit base must not store it anew
+    disable_cpu_repacking(model)  # running a 4-bit base must not store it anew
     listener = _Listener(rank, {name: width for name, (_, width) in readers.items()})
     # a compiled block looks at hooks only when it is compiled
     with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for name, (module, _) in readers.items():
-            hooks.enter_context(module.register_forward_pre_hook(partial(_hear, listener, name), with_kwargs=True))
+            hooks.enter_context(
+                module.register_forward_pre_hook(partial(_hear, listener, name), with_kwargs=True)
+            )
         for push in batches:
             push()
     return listener.spectra()
@@ -120,7 +128,9 @@ def redistributed(explained: Mapping[str, Tensor], budget: int) -> dict[str, int
         raise ConfigError(
             f"budget={budget!r} must lie in 1 to {len(offers)}, the directions there are; compute more of them, or ask for less"
         )
-    strongest = sorted(offers, key=lambda offer: -offer[0])[:budget]  # stable: equal shares go to the layer named first
+    strongest = sorted(offers, key=lambda offer: -offer[0])[
+        :budget
+    ]  # stable: equal shares go to the layer named first
     ranks = Counter(name for _, name in strongest)
     return {name: ranks[name] for name in explained}
 
@@ -145,8 +155,13 @@ class _Stream:
         if self.kept is not None:
             values, right = self.kept
             rows = torch.cat([values[:, None] * right, rows])
-        left, values, _ = torch.linalg.svd(rows.T, full_matrices=False)  # turned: a wide matrix takes three times as long
-        self.kept = values[: self.rank].clone(), left.T[: self.rank].clone()  # a slice would keep the whole
+        left, values, _ = torch.linalg.svd(
+            rows.T, full_matrices=False
+        )  # turned: a wide matrix takes three times as long
+        self.kept = (
+            values[: self.rank].clone(),
+            left.T[: self.rank].clone(),
+        )  # a slice would keep the whole
         self.absorbed += 1
         self.latest = (ref(x), _version(x))
 
@@ -172,7 +187,9 @@ class _Listener:
                 f"{name} received {tuple(x.shape)} of {x.dtype}, not rows of {self.widths[name]}; only linear layers start from data"
             )
         if not torch.isfinite(x).all():
-            raise ConfigError(f"an input of {name} is not finite; look at the batch and the model before starting from them")
+            raise ConfigError(
+                f"an input of {name} is not finite; look at the batch and the model before starting from them"
+            )
         if name not in self.streams:
             sharing = (stream for stream in self.streams.values() if stream.holds(x))
             self.streams[name] = next(sharing, None) or _Stream(self.rank)
@@ -183,13 +200,19 @@ class _Listener:
     def spectra(self) -> dict[str, InputSpectrum]:
         for name in self.widths:
             if self.received[name] == 0 or self.streams[name].squared_norm == 0:
-                raise TargetError(f"{name} received no input other than zero; push batches that reach it, or leave it out of the targets")
+                raise TargetError(
+                    f"{name} received no input other than zero; push batches that reach it, or leave it out of the targets"
+                )
             if self.received[name] < self.streams[name].absorbed:
-                raise TargetError(f"{name} shares its input with another target in some batches only; start the two in separate calls")
+                raise TargetError(
+                    f"{name} shares its input with another target in some batches only; start the two in separate calls"
+                )
         return {name: self.streams[name].spectrum() for name in self.widths}
 
 
-def _hear(listener: _Listener, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _hear(
+    listener: _Listener, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     listener.receive(name, (*args, *kwargs.values())[0])
 
 
@@ -203,7 +226,9 @@ def _readers(model: nn.Module, names: Collection[str]) -> dict[str, tuple[nn.Mod
     known = plain_modules(model)
     for name in names:
         if name not in known:
-            raise TargetError(f"the model has no module {name!r}; give paths as `plan_targets` names them")
+            raise TargetError(
+                f"the model has no module {name!r}; give paths as `plan_targets` names them"
+            )
     modules = {name: module_at(model, name) for name in names}
     return {name: (module, _width(name, module)) for name, module in modules.items()}
 
@@ -211,10 +236,14 @@ def _readers(model: nn.Module, names: Collection[str]) -> dict[str, tuple[nn.Mod
 def _width(name: str, module: nn.Module) -> int:
     weight = module.frozen if isinstance(module, LoraLinear) else base_weight(module)
     if weight is None:
-        raise TargetError(f"{name} is no linear layer ({type(module).__name__}); only linear layers start from data")
+        raise TargetError(
+            f"{name} is no linear layer ({type(module).__name__}); only linear layers start from data"
+        )
     return weight.shape[1]
 
 
 def _check_rank(name: str, rank: int, in_features: int) -> None:
     if not 1 <= rank <= in_features:
-        raise ConfigError(f"rank {rank} of {name}, which reads {in_features} features, must lie in 1 to {in_features}; choose another")
+        raise ConfigError(
+            f"rank {rank} of {name}, which reads {in_features} features, must lie in 1 to {in_features}; choose another"
+        )

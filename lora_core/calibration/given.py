@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.calibration.eva import Batches, eva_starts
-from lora_core.config import GIVEN, LoraConfig
+from lora_core.config import DATA_DRIVEN_INITS, LoraConfig
 from lora_core.errors import ConfigError, TargetError
 from lora_core.init.spectral import Pair, residual_start
 from lora_core.layers.dora import row_norms
@@ -52,18 +52,22 @@ def check_given(config: LoraConfig, data: Batches | None, original: Original | N
     """Refuse a start that lacks what it is found from, and what no start is found from."""
     method = config.init_lora_weights
     for argument, value in (("data", data), ("original", original)):
-        wanted = GIVEN.get(method) == argument
+        wanted = DATA_DRIVEN_INITS.get(method) == argument
         if wanted and value is None:
             raise ConfigError(
                 f"init_lora_weights={method!r} is found from {argument!r}, and none is given; pass {argument}= to `inject`, "
                 "or inject with 'kaiming' and use `set_starts`"
             )
         if not wanted and value is not None:
-            word = next(word for word, brought in GIVEN.items() if brought == argument)
-            raise ConfigError(f"{argument!r} has no effect on init_lora_weights={method!r}; leave it out, or use {word!r}")
+            word = next(word for word, brought in DATA_DRIVEN_INITS.items() if brought == argument)
+            raise ConfigError(
+                f"{argument!r} has no effect on init_lora_weights={method!r}; leave it out, or use {word!r}"
+            )
 
 
-def start_given(model: nn.Module, layers: Layers, data: Batches | None, original: Original | None) -> None:
+def start_given(
+    model: nn.Module, layers: Layers, data: Batches | None, original: Original | None
+) -> None:
     """Start layers that do not stand in `model` yet from its data or from its unrounded weights; without either, do nothing.
 
     Raises:
@@ -71,7 +75,9 @@ def start_given(model: nn.Module, layers: Layers, data: Batches | None, original
     """
     starts: Iterable[tuple[str, Start]] = ()
     if data is not None:
-        starts = eva_starts(model, {name: layer.lora_A.shape[0] for name, layer in layers.items()}, data).items()
+        starts = eva_starts(
+            model, {name: layer.lora_A.shape[0] for name, layer in layers.items()}, data
+        ).items()
     elif original is not None:
         starts = loftq_starts(layers, original)
     for name, start in starts:
@@ -91,32 +97,46 @@ def loftq_starts(layers: Layers, original: Original) -> Iterable[tuple[str, Pair
     """
     rounded = {name: layer for name, layer in layers.items() if layer.frozen.kind != "dense"}
     if not rounded:
-        raise TargetError("init_lora_weights='loftq' has no effect: no target is quantised; load the base in 4 or 8 bits, or use 'kaiming'")
+        raise TargetError(
+            "init_lora_weights='loftq' has no effect: no target is quantised; load the base in 4 or 8 bits, or use 'kaiming'"
+        )
     return ((name, _towards(name, layer, original)) for name, layer in rounded.items())
 
 
 def _towards(name: str, layer: LoraLinear, original: Original) -> Pair:
     """Return the start of one rounded layer towards its original."""
     if isinstance(original, Mapping) and name not in original:
-        raise TargetError(f"no original weight is given for {name}; give one for every quantised target")
+        raise TargetError(
+            f"no original weight is given for {name}; give one for every quantised target"
+        )
     weight = original[name] if isinstance(original, Mapping) else original(name)
     if tuple(weight.shape) != layer.frozen.shape:
-        raise ConfigError(f"the original of {name} is {tuple(weight.shape)} and its layer {layer.frozen.shape}; give the base's own weight")
+        raise ConfigError(
+            f"the original of {name} is {tuple(weight.shape)} and its layer {layer.frozen.shape}; give the base's own weight"
+        )
     stored = layer.frozen.dense(torch.float32)
     return residual_start(weight.to(stored.device), stored, layer.lora_A.shape[0], layer.scale)
 
 
 def _check_names(layers: Layers, starts: Mapping[str, Start]) -> None:
     if not layers:
-        raise TargetError("the model carries no update of a linear layer; inject an adapter before its starts are set")
+        raise TargetError(
+            "the model carries no update of a linear layer; inject an adapter before its starts are set"
+        )
     missing, extra = sorted(layers.keys() - starts.keys()), sorted(starts.keys() - layers.keys())
     if missing:
-        raise TargetError(f"{len(missing)} adapted layers have no start, such as {missing[0]}; give one for each, or none")
+        raise TargetError(
+            f"{len(missing)} adapted layers have no start, such as {missing[0]}; give one for each, or none"
+        )
     if extra:
-        raise TargetError(f"{len(extra)} starts have no adapted linear layer, such as {extra[0]!r}; name layers as `lora_layers` does")
+        raise TargetError(
+            f"{len(extra)} starts have no adapted linear layer, such as {extra[0]!r}; name layers as `lora_layers` does"
+        )
     for name, layer in layers.items():
-        if layer.start_A is not None:
-            raise TargetError(f"{name} starts from its weight, which is taken off again; inject with another init_lora_weights")
+        if layer.init_A is not None:
+            raise TargetError(
+                f"{name} starts from its weight, which is taken off again; inject with another init_lora_weights"
+            )
 
 
 def _pair(name: str, layer: LoraLinear, start: Start) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,9 @@ from lora_core.targets import Target
 from lora_core.validation import plan_adapter
 
 
-def eva_ranks(model: nn.Module, config: LoraConfig, data: Batches, *, rho: float = 2.0) -> LoraConfig:
+def eva_ranks(
+    model: nn.Module, config: LoraConfig, data: Batches, *, rho: float = 2.0
+) -> LoraConfig:
     """Return `config` with its ranks moved to the layers whose inputs have more strong directions.
 
     The sum of the ranks and the scale of each layer stay; a layer that gets no rank is no target of the new config.
@@ -46,12 +48,17 @@ def _limit(target: Target, rho: float) -> int:
 
 def _with_ranks(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
     """Spell the targets out, with patterns for those whose rank or alpha is not the config's own."""
-    alphas = {name: config.scale_of(name) * (math.sqrt(rank) if config.use_rslora else rank) for name, rank in ranks.items()}
+    alphas = {
+        name: config.scale_of(name) * (math.sqrt(rank) if config.use_rslora else rank)
+        for name, rank in ranks.items()
+    }
     return replace(
         config,
         target_modules=tuple(ranks),
         exclude_modules=(),
         layers_to_transform=(),
         rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != config.r},
-        alpha_pattern={re.escape(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha},
+        alpha_pattern={
+            re.escape(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha
+        },
     )

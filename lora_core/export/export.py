@@ -18,10 +18,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, PREFIX, WEIGHTS, file_digests, read_identity, read_json, read_tensors
+from lora_core.adapter.adapter_files import (
+    CONFIG,
+    IDENTITY,
+    PREFIX,
+    WEIGHTS,
+    file_digests,
+    read_identity,
+    read_json,
+    read_tensors,
+)
 from lora_core.errors import ExportError
 from lora_core.export.gguf import base_values, gguf_tensors, read_gguf, write_gguf
-from lora_core.files import file_written_aside, folder_written_aside, overlap, sha256_of_file, write_json
+from lora_core.files import (
+    file_written_aside,
+    folder_written_aside,
+    overlap,
+    sha256_of_file,
+    write_json,
+)
 from lora_core.merging.streaming import merge_checkpoint
 from lora_core.spectrum.updates import Update, read_updates
 
@@ -53,7 +68,9 @@ def export_peft(adapter: Path, destination: Path) -> str:
             if (adapter / name).is_file():
                 (aside / name).write_bytes((adapter / name).read_bytes())
         if sha256_of_file(aside / WEIGHTS) != sha256:
-            raise ExportError(f"the copy of {adapter / WEIGHTS} differs from it; check the disk and export again")
+            raise ExportError(
+                f"the copy of {adapter / WEIGHTS} differs from it; check the disk and export again"
+            )
     return sha256
 
 
@@ -75,8 +92,19 @@ def export_vllm(adapter: Path, destination: Path, *, max_rank: int) -> str:
     _refuse_for_vllm(adapter)
     updates = read_updates(adapter)
     rank = _common_rank(updates, max_rank)
-    tensors = {key: tensor for name, update in updates.items() for key, tensor in _padded(name, update, rank).items()}
-    config = {**read_json(adapter / CONFIG), "r": rank, "lora_alpha": rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    tensors = {
+        key: tensor
+        for name, update in updates.items()
+        for key, tensor in _padded(name, update, rank).items()
+    }
+    config = {
+        **read_json(adapter / CONFIG),
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
     with folder_written_aside(destination) as aside:
         save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
         write_json(aside / CONFIG, config)
@@ -86,7 +114,9 @@ def export_vllm(adapter: Path, destination: Path, *, max_rank: int) -> str:
     return sha256
 
 
-def export_gguf(adapter: Path, destination: Path, *, base_config: Path, architecture: str = "llama") -> str:
+def export_gguf(
+    adapter: Path, destination: Path, *, base_config: Path, architecture: str = "llama"
+) -> str:
     """Write an adapter as a GGUF file in float32, for a base converted by llama.cpp; return the file's SHA-256.
 
     Args:
@@ -112,7 +142,9 @@ def export_gguf(adapter: Path, destination: Path, *, base_config: Path, architec
 
 def _refuse_overlap(destination: Path, adapter: Path) -> None:
     if overlap(destination, adapter):
-        raise ExportError(f"{destination} overlaps {adapter}, which is only read; choose a place apart from it")
+        raise ExportError(
+            f"{destination} overlaps {adapter}, which is only read; choose a place apart from it"
+        )
 
 
 def _refuse_for_vllm(adapter: Path) -> None:
@@ -132,10 +164,16 @@ def _refuse_for_vllm(adapter: Path) -> None:
 
 def _common_rank(updates: Mapping[str, Update], max_rank: int) -> int:
     if max_rank not in VLLM_RANKS:
-        raise ExportError(f"max_rank={max_rank} is no max_lora_rank of vLLM; choose one of {', '.join(map(str, VLLM_RANKS))}")
-    name, largest = max(((name, update.rank) for name, update in updates.items()), key=lambda item: item[1])
+        raise ExportError(
+            f"max_rank={max_rank} is no max_lora_rank of vLLM; choose one of {', '.join(map(str, VLLM_RANKS))}"
+        )
+    name, largest = max(
+        ((name, update.rank) for name, update in updates.items()), key=lambda item: item[1]
+    )
     if largest > max_rank:
-        raise ExportError(f"{name} has rank {largest} and max_rank is {max_rank}; start vLLM with more, or reduce the rank of the adapter")
+        raise ExportError(
+            f"{name} has rank {largest} and max_rank is {max_rank}; start vLLM with more, or reduce the rank of the adapter"
+        )
     return next(rank for rank in VLLM_RANKS if rank >= largest)
 
 
@@ -153,15 +191,24 @@ def _write_identity(adapter: Path, aside: Path, tensors: dict[str, Tensor]) -> N
     """Hand on what the adapter was trained on, where that is known."""
     identity = read_identity(adapter)
     if identity is not None:
-        lineage = {**identity.get("lineage", {}), "exported_from": identity.get("adapter_sha256", "")}
-        write_json(aside / IDENTITY, {**identity, "lineage": lineage, **file_digests(aside, tensors)})
+        lineage = {
+            **identity.get("lineage", {}),
+            "exported_from": identity.get("adapter_sha256", ""),
+        }
+        write_json(
+            aside / IDENTITY, {**identity, "lineage": lineage, **file_digests(aside, tensors)}
+        )
 
 
-def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], destination: Path) -> None:
+def _compare(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], destination: Path
+) -> None:
     different = [
         key
         for key in found.keys() | expected.keys()
         if key not in found or key not in expected or not torch.equal(found[key], expected[key])
     ]
     if different:
-        raise ExportError(f"{min(different)}, read again, is not what was written for {destination}; check the disk and export again")
+        raise ExportError(
+            f"{min(different)}, read again, is not what was written for {destination}; check the disk and export again"
+        )

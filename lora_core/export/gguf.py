@@ -21,7 +21,13 @@ from lora_core.spectrum.updates import Update
 
 GGUF_MODELS = {"llama": ("llama", "mistral"), "qwen2": ("qwen2",), "qwen3": ("qwen3",)}
 """Architecture in GGUF → the model_type of Hugging Face configs whose weights llama.cpp stores under it."""
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 GGUF_INTERLEAVES = frozenset({"llama"})
 
 
@@ -44,7 +50,9 @@ def base_values(base_config: Path, architecture: str) -> dict[str, Any]:
     return values
 
 
-def gguf_tensors(updates: Mapping[str, Update], base: dict[str, Any], architecture: str, *, alpha: float) -> dict[str, Tensor]:
+def gguf_tensors(
+    updates: Mapping[str, Update], base: dict[str, Any], architecture: str, *, alpha: float
+) -> dict[str, Tensor]:
     """Return the file's tensors: llama.cpp forms alpha / r · B A, so what the scale differs by goes into B."""
     tensors, shapes = {}, _gguf_shapes(base)
     for module, update in updates.items():
@@ -57,7 +65,9 @@ def gguf_tensors(updates: Mapping[str, Update], base: dict[str, Any], architectu
         b = update.b.float() * (update.scale * update.rank / alpha)
         heads = _heads(module, base) if architecture in GGUF_INTERLEAVES else None
         tensors[f"{name}.lora_a"] = update.a.float().contiguous()
-        tensors[f"{name}.lora_b"] = (b if heads is None else b[interleaved(b.shape[0], heads)]).contiguous()
+        tensors[f"{name}.lora_b"] = (
+            b if heads is None else b[interleaved(b.shape[0], heads)]
+        ).contiguous()
     return tensors
 
 
@@ -72,13 +82,19 @@ def _gguf_name(module: str, base: dict[str, Any], architecture: str) -> str:
             f"llama.cpp's {architecture} has no tensor for {module}; leave it out of target_modules, or export a merged model"
         )
     if name == "output.weight" and base.get("tie_word_embeddings"):
-        raise ExportError(f"{module} is tied to the embedding and has no tensor in GGUF; leave it out of target_modules")
+        raise ExportError(
+            f"{module} is tied to the embedding and has no tensor in GGUF; leave it out of target_modules"
+        )
     return name
 
 
 def _gguf_shapes(base: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Return what each linear layer of a block is in GGUF, and its (out, in)."""
-    hidden, inner, heads = base["hidden_size"], base["intermediate_size"], base["num_attention_heads"]
+    hidden, inner, heads = (
+        base["hidden_size"],
+        base["intermediate_size"],
+        base["num_attention_heads"],
+    )
     width = base.get("head_dim") or hidden // heads
     keys = (base.get("num_key_value_heads") or heads) * width
     attention = {
@@ -87,13 +103,20 @@ def _gguf_shapes(base: dict[str, Any]) -> dict[str, tuple[int, int]]:
         "attn_v": (keys, hidden),
         "attn_output": (hidden, heads * width),
     }
-    feed_forward = {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+    feed_forward = {
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
     return {**attention, **feed_forward, "output": (base["vocab_size"], hidden)}
 
 
 def _heads(module: str, base: dict[str, Any]) -> int | None:
     """Return the number of heads whose rows llama.cpp interleaves in this module; None where it keeps the order."""
-    counts = {"q_proj": base["num_attention_heads"], "k_proj": base.get("num_key_value_heads") or base["num_attention_heads"]}
+    counts = {
+        "q_proj": base["num_attention_heads"],
+        "k_proj": base.get("num_key_value_heads") or base["num_attention_heads"],
+    }
     return counts.get(module.rpartition(".")[2])
 
 
@@ -125,4 +148,7 @@ def read_gguf(path: Path) -> dict[str, Tensor]:
     """Read the tensors of an adapter's file."""
     import gguf
 
-    return {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors}
+    return {
+        tensor.name: torch.from_numpy(tensor.data.copy())
+        for tensor in gguf.GGUFReader(path).tensors
+    }

@@ -16,7 +16,9 @@ from lora_core.config import InitMethod
 from lora_core.errors import ConfigError
 
 
-def initial_a(rank: int, in_features: int, method: InitMethod, generator: torch.Generator) -> Tensor:
+def initial_a(
+    rank: int, in_features: int, method: InitMethod, generator: torch.Generator
+) -> Tensor:
     """Return A of shape (rank, in_features) in float32."""
     a = torch.empty(rank, in_features)
     if method == "gaussian":
@@ -25,7 +27,9 @@ def initial_a(rank: int, in_features: int, method: InitMethod, generator: torch.
     return a.uniform_(-bound, bound, generator=generator)
 
 
-def orthogonal(rank: int, shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def orthogonal(
+    rank: int, shape: tuple[int, int], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank), both other than zero and with B A = 0, in float32.
 
     The columns of A lie in one half of a random orthonormal basis of ℝʳ and the rows of B in the other; each half is
@@ -43,7 +47,9 @@ def orthogonal(rank: int, shape: tuple[int, int], generator: torch.Generator) ->
         ConfigError: the rank is odd or below 2.
     """
     if rank < 2 or rank % 2:
-        raise ConfigError(f"rank {rank} must be even for an orthogonal start, half of it for A and half for B; use {max(rank, 1) + 1}")
+        raise ConfigError(
+            f"rank {rank} must be even for an orthogonal start, half of it for A and half for B; use {max(rank, 1) + 1}"
+        )
     out_features, in_features = shape
     basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
     a = basis[:, 0::2] @ torch.randn(rank // 2, in_features, generator=generator) / 10

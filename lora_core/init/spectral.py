@@ -34,7 +34,9 @@ def is_spectral(method: str) -> bool:
     return method == "olora" or method.startswith("pissa")
 
 
-def spectral_start(weight: Tensor, size: tuple[int, float], method: str, generator: torch.Generator) -> Pair:
+def spectral_start(
+    weight: Tensor, size: tuple[int, float], method: str, generator: torch.Generator
+) -> Pair:
     """Return the start that a config's init_lora_weights names.
 
     Args:
@@ -51,7 +53,14 @@ def spectral_start(weight: Tensor, size: tuple[int, float], method: str, generat
 
 
 @torch.no_grad()
-def pissa(weight: Tensor, rank: int, scale: float, *, iterations: int | None = None, generator: torch.Generator) -> Pair:
+def pissa(
+    weight: Tensor,
+    rank: int,
+    scale: float,
+    *,
+    iterations: int | None = None,
+    generator: torch.Generator,
+) -> Pair:
     """Return the start of PiSSA: scale · B A is the best approximation of `weight` of that rank, and ‖A‖ = ‖B‖.
 
     Args:
@@ -65,7 +74,11 @@ def pissa(weight: Tensor, rank: int, scale: float, *, iterations: int | None = N
         ConfigError: the rank or the iterations break their rule, or the weight is not finite.
     """
     check_rank(weight, rank)
-    svd = decompose(weight) if iterations is None else decompose_leading(weight, rank, iterations, generator)
+    svd = (
+        decompose(weight)
+        if iterations is None
+        else decompose_leading(weight, rank, iterations, generator)
+    )
     return _stored(*svd.factors(rank, scale))
 
 
@@ -111,7 +124,9 @@ def residual_start(original: Tensor, stored: Tensor, rank: int, scale: float) ->
     residual = original.double() - stored.double()
     check_rank(residual, rank)
     if not residual.any():
-        raise ConfigError("the stored weight is the original, so there is no rounding to make up for; start with 'kaiming'")
+        raise ConfigError(
+            "the stored weight is the original, so there is no rounding to make up for; start with 'kaiming'"
+        )
     return _stored(*decompose(residual).factors(rank, scale))
 
 

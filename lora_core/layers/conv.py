@@ -49,9 +49,19 @@ class LoraConv2d(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(target.rank, *base.weight.shape[1:], device=device))
         self.lora_B = nn.Parameter(torch.zeros(out, target.rank, 1, 1, device=device))
         self.lora_bias = nn.Parameter(torch.zeros(out, device=device)) if config.lora_bias else None
-        self.trained_bias = None if base.bias is None or config.bias == "none" else nn.Parameter(base.bias.detach().clone())
-        self.magnitude = nn.Parameter(torch.zeros(1, out, 1, 1, device=device)) if config.use_dora else None
-        self.register_buffer("row_squares", torch.zeros(out, device=device) if config.use_dora else None, persistent=False)
+        self.trained_bias = (
+            None
+            if base.bias is None or config.bias == "none"
+            else nn.Parameter(base.bias.detach().clone())
+        )
+        self.magnitude = (
+            nn.Parameter(torch.zeros(1, out, 1, 1, device=device)) if config.use_dora else None
+        )
+        self.register_buffer(
+            "row_squares",
+            torch.zeros(out, device=device) if config.use_dora else None,
+            persistent=False,
+        )
 
     @torch.no_grad()
     def reset(self, name: str, config: LoraConfig, seed: int) -> None:
@@ -66,9 +76,21 @@ class LoraConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H', W')."""
         conv = self._base()
-        y = F.conv2d(x, conv.weight, None if self.magnitude is not None else self.bias, conv.stride, conv.padding, conv.dilation)
+        y = F.conv2d(
+            x,
+            conv.weight,
+            None if self.magnitude is not None else self.bias,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+        )
         seen = F.conv2d(
-            F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A, None, conv.stride, conv.padding, conv.dilation
+            F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype),
+            self.lora_A,
+            None,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
         )
         update = F.conv2d(seen, self.lora_B, self.lora_bias) * self.scale
         y = y + update.to(y.dtype)
@@ -80,8 +102,14 @@ class LoraConv2d(nn.Module):
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, under PEFT's names after the module's path."""
         tensors = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-        optional = {"lora_B.bias": self.lora_bias, "base_layer.bias": self.trained_bias, "lora_magnitude_vector": self.magnitude}
-        return tensors | {name: parameter for name, parameter in optional.items() if parameter is not None}
+        optional = {
+            "lora_B.bias": self.lora_bias,
+            "base_layer.bias": self.trained_bias,
+            "lora_magnitude_vector": self.magnitude,
+        }
+        return tensors | {
+            name: parameter for name, parameter in optional.items() if parameter is not None
+        }
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -112,12 +140,16 @@ class LoraConv2d(nn.Module):
         if self.lora_bias is None:
             return self.trained_bias
         if self.bias is None:
-            raise MergeError("lora_bias=True gives a bias to a convolution that has none; export the adapter unmerged")
+            raise MergeError(
+                "lora_bias=True gives a bias to a convolution that has none; export the adapter unmerged"
+            )
         return self.bias.float() + self.scale * self.lora_bias
 
     def _row_factors(self) -> Tensor:
         assert self.magnitude is not None and self.row_squares is not None
-        return self.magnitude.flatten() / row_norms(self._weight(), self.row_squares, *self._factors(), self.scale)
+        return self.magnitude.flatten() / row_norms(
+            self._weight(), self.row_squares, *self._factors(), self.scale
+        )
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B as matrices, (r, in·kh·kw) and (out, r), over the same memory."""

@@ -35,16 +35,26 @@ class LoraEmbedding(nn.Module):
         self.base = base
         self.scale = target.scale
         self.dropout = 0.0  # as in PEFT: there is no input whose parts could be dropped
-        self.lora_embedding_A = nn.Parameter(torch.zeros(target.rank, base.num_embeddings, device=device))
-        self.lora_embedding_B = nn.Parameter(torch.zeros(base.embedding_dim, target.rank, device=device))
-        self.magnitude = nn.Parameter(torch.zeros(base.embedding_dim, device=device)) if config.use_dora else None
+        self.lora_embedding_A = nn.Parameter(
+            torch.zeros(target.rank, base.num_embeddings, device=device)
+        )
+        self.lora_embedding_B = nn.Parameter(
+            torch.zeros(base.embedding_dim, target.rank, device=device)
+        )
+        self.magnitude = (
+            nn.Parameter(torch.zeros(base.embedding_dim, device=device))
+            if config.use_dora
+            else None
+        )
         squares = torch.zeros(base.embedding_dim, device=device) if config.use_dora else None
         self.register_buffer("row_squares", squares, persistent=False)
 
     @torch.no_grad()
     def reset(self, name: str, config: LoraConfig, seed: int) -> None:
         """Draw B anew and set A to zero: the layer is its base again."""
-        drawn = torch.empty(self.lora_embedding_B.shape).normal_(generator=generator_for(name, seed))
+        drawn = torch.empty(self.lora_embedding_B.shape).normal_(
+            generator=generator_for(name, seed)
+        )
         self.lora_embedding_A.zero_()
         self.lora_embedding_B.copy_(drawn)
         if self.magnitude is not None and self.row_squares is not None:
@@ -61,8 +71,15 @@ class LoraEmbedding(nn.Module):
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, under PEFT's names after the module's path."""
-        tensors = {"lora_embedding_A": self.lora_embedding_A, "lora_embedding_B": self.lora_embedding_B}
-        return tensors if self.magnitude is None else {**tensors, "lora_magnitude_vector": self.magnitude}
+        tensors = {
+            "lora_embedding_A": self.lora_embedding_A,
+            "lora_embedding_B": self.lora_embedding_B,
+        }
+        return (
+            tensors
+            if self.magnitude is None
+            else {**tensors, "lora_magnitude_vector": self.magnitude}
+        )
 
     @torch.no_grad()
     def delta(self) -> Tensor:

@@ -23,7 +23,14 @@ from lora_core.base.quant import Kind
 from lora_core.config import InitMethod
 from lora_core.errors import TargetError
 from lora_core.init.random import generator_for, initial_a
-from lora_core.layers.expert_layout import EXPECTED, STACKS, factor_shapes, objection_to, peft_keys, supports
+from lora_core.layers.expert_layout import (
+    EXPECTED,
+    STACKS,
+    factor_shapes,
+    objection_to,
+    peft_keys,
+    supports,
+)
 from lora_core.layers.functional import lora_linear, without_autocast
 
 Factors = dict[str, list[tuple[Tensor, Tensor]]]
@@ -59,8 +66,14 @@ class LoraExperts(nn.Module):
         self.base = base
         self.scales = {name: sizes[name][1] for name in shapes}
         # in pairs: a ParameterDict would sort a mapping, and the keys in the file depend on the module's order
-        self.lora_A = nn.ParameterDict((name, torch.empty(a, device=device, dtype=torch.float32)) for name, (a, _) in shapes.items())
-        self.lora_B = nn.ParameterDict((name, torch.zeros(b, device=device, dtype=torch.float32)) for name, (_, b) in shapes.items())
+        self.lora_A = nn.ParameterDict(
+            (name, torch.empty(a, device=device, dtype=torch.float32))
+            for name, (a, _) in shapes.items()
+        )
+        self.lora_B = nn.ParameterDict(
+            (name, torch.zeros(b, device=device, dtype=torch.float32))
+            for name, (_, b) in shapes.items()
+        )
 
     @torch.no_grad()
     def reset(self, path: str, method: InitMethod, seed: int) -> None:
@@ -68,7 +81,9 @@ class LoraExperts(nn.Module):
         for name, a in self.lora_A.items():
             generator, experts = generator_for(f"{path}.{name}", seed), self._stack(name).shape[0]
             rank, in_features = a.shape[0] // experts, a.shape[1]
-            a.copy_(torch.cat([initial_a(rank, in_features, method, generator) for _ in range(experts)]))
+            a.copy_(
+                torch.cat([initial_a(rank, in_features, method, generator) for _ in range(experts)])
+            )
             self.lora_B[name].zero_()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -77,7 +92,9 @@ class LoraExperts(nn.Module):
         total = torch.zeros_like(hidden_states)
         rows, slots, counts = _grouped(top_k_index, self._stack("down_proj").shape[0])
         routed = (hidden_states[rows], top_k_weights[rows, slots, None], rows)
-        for expert, (x, weights, own) in enumerate(zip(*(whole.split(counts) for whole in routed), strict=True)):
+        for expert, (x, weights, own) in enumerate(
+            zip(*(whole.split(counts) for whole in routed), strict=True)
+        ):
             if len(own):
                 gate_up = self._product("gate_up_proj", x, expert, factors)
                 inner = self.base._apply_gate(gate_up)  # type: ignore[operator]
@@ -93,7 +110,11 @@ class LoraExperts(nn.Module):
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors under PEFT's keys, less the module's path and its dot."""
         keys = peft_keys(self.lora_A)
-        return {key: factor[name] for name, pair in keys.items() for key, factor in zip(pair, (self.lora_A, self.lora_B), strict=True)}
+        return {
+            key: factor[name]
+            for name, pair in keys.items()
+            for key, factor in zip(pair, (self.lora_A, self.lora_B), strict=True)
+        }
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """What a merge puts into the base, by the parameter's name."""
@@ -111,7 +132,10 @@ class LoraExperts(nn.Module):
 
     def extra_repr(self) -> str:
         experts = self._stack("down_proj").shape[0]
-        return ", ".join(f"{name}: rank={a.shape[0] // experts}, scale={self.scales[name]:g}" for name, a in self.lora_A.items())
+        return ", ".join(
+            f"{name}: rank={a.shape[0] // experts}, scale={self.scales[name]:g}"
+            for name, a in self.lora_A.items()
+        )
 
     def _stack(self, name: str) -> Tensor:
         stack: Tensor = getattr(self.base, name)
@@ -161,7 +185,11 @@ class ExpertWeight:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype in which autocast has products with `x` computed; None where it is off."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    return (
+        torch.get_autocast_dtype(x.device.type)
+        if torch.is_autocast_enabled(x.device.type)
+        else None
+    )
 
 
 def expert_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -184,13 +212,17 @@ def expert_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, tup
     unused = set(patterns)
     for path, module in _plain_modules(model):
         for name, _ in module.named_parameters(recurse=False):
-            matching = {pattern for pattern in patterns if f".{path}.{name}".endswith(f".{pattern}")}
+            matching = {
+                pattern for pattern in patterns if f".{path}.{name}".endswith(f".{pattern}")
+            }
             if matching:
                 _check_target(path, name, module)
                 found[path] = (*found.get(path, ()), name)
             unused -= matching
     if unused:
-        raise TargetError(f"target parameter {min(unused)!r} matches no parameter; stacks of experts here end in {_endings(model)}")
+        raise TargetError(
+            f"target parameter {min(unused)!r} matches no parameter; stacks of experts here end in {_endings(model)}"
+        )
     return found
 
 
@@ -207,10 +239,16 @@ def _grouped(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, list[in
 
 
 def _check_target(path: str, name: str, module: nn.Module) -> None:
-    objection = objection_to(module) if path else "it is a weight of the model itself, which has no place to be replaced in"
+    objection = (
+        objection_to(module)
+        if path
+        else "it is a weight of the model itself, which has no place to be replaced in"
+    )
     if objection is not None:
         where = f"{path}.{name} of {type(module).__name__}".lstrip(".")
-        raise TargetError(f"target parameter {where} cannot be adapted: {objection}; {EXPECTED}; leave it out")
+        raise TargetError(
+            f"target parameter {where} cannot be adapted: {objection}; {EXPECTED}; leave it out"
+        )
 
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

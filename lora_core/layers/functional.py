@@ -22,7 +22,13 @@ from torch.autograd.function import once_differentiable
 from lora_core.base.quant import BaseWeight
 
 
-def lora_linear(x: Tensor, base: BaseWeight, bias: Tensor | None, update: tuple[Tensor, Tensor, float], dropout: float = 0.0) -> Tensor:
+def lora_linear(
+    x: Tensor,
+    base: BaseWeight,
+    bias: Tensor | None,
+    update: tuple[Tensor, Tensor, float],
+    dropout: float = 0.0,
+) -> Tensor:
     """Return x W0ᵀ + bias + s · dropout(x) Aᵀ Bᵀ.
 
     Args:

@@ -55,13 +55,13 @@ class LoraLinear(nn.Module):
         lora_B: (out, r), trained; zero at the start.
         scale: the factor of B·A.
         lora_bias: (out,), trained, inside the scale; None where the config has none.
-        start_A, start_B: the frozen start that a spectral init takes off again; None for the others.
+        init_A, start_B: the frozen start that a spectral init takes off again; None for the others.
         trained_bias: (out,), in the place of the base's bias; None where the config leaves that alone.
         magnitude: (out,), the length of each row under DoRA; None without.
     """
 
     row_squares: Tensor | None
-    start_A: Tensor | None
+    init_A: Tensor | None
     start_B: Tensor | None
 
     def __init__(self, base: nn.Module, target: Target, config: LoraConfig) -> None:
@@ -76,12 +76,20 @@ class LoraLinear(nn.Module):
         self.dropout = config.lora_dropout
         self.lora_A = _empty(target.rank, in_features, device=device)
         self.lora_B = _empty(out_features, target.rank, device=device)
-        self.register_buffer("start_A", None)
+        self.register_buffer("init_A", None)
         self.register_buffer("start_B", None)
         self.lora_bias = _empty(out_features, device=device) if config.lora_bias else None
-        self.trained_bias = None if self.bias is None or config.bias == "none" else nn.Parameter(self.bias.detach().clone())
+        self.trained_bias = (
+            None
+            if self.bias is None or config.bias == "none"
+            else nn.Parameter(self.bias.detach().clone())
+        )
         self.magnitude = _empty(out_features, device=device) if config.use_dora else None
-        self.register_buffer("row_squares", torch.zeros(out_features, device=device) if config.use_dora else None, persistent=False)
+        self.register_buffer(
+            "row_squares",
+            torch.zeros(out_features, device=device) if config.use_dora else None,
+            persistent=False,
+        )
 
     @torch.no_grad()
     def reset(self, name: str, config: LoraConfig, seed: int) -> None:
@@ -109,24 +117,39 @@ class LoraLinear(nn.Module):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the whole update: of a spectral start the trained pair less the start, of twice the rank."""
-        if self.start_A is None or self.start_B is None:
+        if self.init_A is None or self.start_B is None:
             return self.lora_A, self.lora_B
-        return plain_pair(self.lora_A, self.lora_B, self.start_A, self.start_B)
+        return plain_pair(self.lora_A, self.lora_B, self.init_A, self.start_B)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """What is trained and saved, under PEFT's names after the module's path."""
         tensors = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-        optional = {"lora_B.bias": self.lora_bias, "base_layer.bias": self.trained_bias, "lora_magnitude_vector": self.magnitude}
-        return tensors | {name: parameter for name, parameter in optional.items() if parameter is not None}
+        optional = {
+            "lora_B.bias": self.lora_bias,
+            "base_layer.bias": self.trained_bias,
+            "lora_magnitude_vector": self.magnitude,
+        }
+        return tensors | {
+            name: parameter for name, parameter in optional.items() if parameter is not None
+        }
 
     @property
     def is_plain(self) -> bool:
         """Whether the layer adds s · B A to a frozen layer and nothing more, so that all is done in one function."""
-        return self.lora_bias is None and self.trained_bias is None and self.magnitude is None and self.start_A is None
+        return (
+            self.lora_bias is None
+            and self.trained_bias is None
+            and self.magnitude is None
+            and self.init_A is None
+        )
 
     @property
     def _is_finished_apart(self) -> bool:
-        return self.lora_bias is not None or self.trained_bias is not None or self.magnitude is not None
+        return (
+            self.lora_bias is not None
+            or self.trained_bias is not None
+            or self.magnitude is not None
+        )
 
     @property
     def bias(self) -> Tensor | None:
@@ -164,7 +187,9 @@ class LoraLinear(nn.Module):
             return self.trained_bias
         own = self.bias
         if own is None:
-            raise MergeError("lora_bias=True gives a bias to a layer that has none; export the adapter unmerged")
+            raise MergeError(
+                "lora_bias=True gives a bias to a layer that has none; export the adapter unmerged"
+            )
         return own.float() + self.scale * self.lora_bias
 
     def finished(self, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,10 +209,12 @@ class LoraLinear(nn.Module):
     def _start_from_weight(self, name: str, config: LoraConfig, seed: int) -> None:
         """Start A and B from the weight itself, and keep that start, which is taken off again in every product."""
         weight, rank = self.frozen.dense(torch.float32), self.lora_A.shape[0]
-        a, b = spectral_start(weight, (rank, self.scale), config.init_lora_weights, generator_for(name, seed))
+        a, b = spectral_start(
+            weight, (rank, self.scale), config.init_lora_weights, generator_for(name, seed)
+        )
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.init_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, base={self.frozen.kind}"

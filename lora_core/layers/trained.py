@@ -24,11 +24,20 @@ class TrainedModule(nn.Module):
         """Copy `base`; raises TargetError where it has no weights that could be trained."""
         super().__init__()
         if any(quantised_kind(module) for module in base.modules()):
-            raise TargetError(f"modules_to_save names {name}, which is quantised and cannot be trained; leave it out or load it dense")
+            raise TargetError(
+                f"modules_to_save names {name}, which is quantised and cannot be trained; leave it out or load it dense"
+            )
         if not any(True for _ in base.parameters()):
-            raise TargetError(f"modules_to_save names {name}, which has no weights to train; leave it out")
-        if any(isinstance(module, _NormBase) and module.track_running_stats for module in base.modules()):
-            raise TargetError(f"modules_to_save names {name}, whose running statistics no adapter's file holds; leave their layers out")
+            raise TargetError(
+                f"modules_to_save names {name}, which has no weights to train; leave it out"
+            )
+        if any(
+            isinstance(module, _NormBase) and module.track_running_stats
+            for module in base.modules()
+        ):
+            raise TargetError(
+                f"modules_to_save names {name}, whose running statistics no adapter's file holds; leave their layers out"
+            )
         self.base = base
         self.trained = deepcopy(base)
         self.trained.requires_grad_(True)
@@ -68,23 +77,31 @@ class TrainedRows(nn.Module):
         """Copy the rows of `base`; raises TargetError where it is no embedding, more than a table, or has no such row."""
         super().__init__()
         if not isinstance(base, nn.Embedding):
-            raise TargetError(f"trainable_token_indices names {name}, a {type(base).__name__}; name an embedding")
+            raise TargetError(
+                f"trainable_token_indices names {name}, a {type(base).__name__}; name an embedding"
+            )
         check_table(base, name)
         if max(rows) >= base.num_embeddings:
-            raise TargetError(f"trainable_token_indices names row {max(rows)} of {name}, which has {base.num_embeddings}; resize it first")
+            raise TargetError(
+                f"trainable_token_indices names row {max(rows)} of {name}, which has {base.num_embeddings}; resize it first"
+            )
         self.base = base
         numbers = torch.tensor(rows, device=base.weight.device)
         self.register_buffer("rows", numbers, persistent=False)
         self.register_buffer("order", numbers.argsort(), persistent=False)
         self.register_buffer("sorted_rows", numbers.sort().values, persistent=False)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.trainable_tokens_delta = nn.Parameter(base.weight.detach()[numbers].to(dtype, copy=True))
+        self.trainable_tokens_delta = nn.Parameter(
+            base.weight.detach()[numbers].to(dtype, copy=True)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map (…) of row numbers to (…, D)."""
         y: Tensor = self.base(ids)
         place = torch.searchsorted(self.sorted_rows, ids).clamp(max=len(self.rows) - 1)
-        trained = self.trainable_tokens_delta[self.order[place]].to(y.dtype) * factor_of(self._base())
+        trained = self.trainable_tokens_delta[self.order[place]].to(y.dtype) * factor_of(
+            self._base()
+        )
         return torch.where((self.sorted_rows[place] == ids)[..., None], trained, y)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:

@@ -33,7 +33,7 @@ ROWS_AT_ONCE = 256  # positions whose full table of logits is held in float32
 
 
 @dataclass(frozen=True)
-class Kept:
+class Retention:
     """How much of one update a stored weight holds."""
 
     fraction: float
@@ -50,11 +50,11 @@ class Fidelity:
     """The weight that was merged into and that the change is measured from."""
     storage: Storage
     """How the merged weight is stored."""
-    kept: Kept
+    kept: Retention
 
 
 @torch.no_grad()
-def kept(delta: Tensor, *, base: Tensor, merged: Tensor) -> Kept:
+def kept(delta: Tensor, *, base: Tensor, merged: Tensor) -> Retention:
     """Compare the change from `base` to `merged` with the update `delta`; all (out, in) in float32.
 
     An update of zero is kept whole where nothing changed. Where the storage could not hold the sum, the fraction is
@@ -63,14 +63,18 @@ def kept(delta: Tensor, *, base: Tensor, merged: Tensor) -> Kept:
     realised = merged - base
     size, error = _norm(delta), _norm(realised - delta)
     if not math.isfinite(error):
-        return Kept(math.nan, math.inf, _ratio(size, _norm(base)))
+        return Retention(math.nan, math.inf, _ratio(size, _norm(base)))
     fraction = float((realised * delta).sum(dtype=torch.float64)) / size**2 if size else 1.0
-    return Kept(fraction, _ratio(error, size), _ratio(size, _norm(base)))
+    return Retention(fraction, _ratio(error, size), _ratio(size, _norm(base)))
 
 
 @torch.no_grad()
 def merge_fidelity(
-    model: nn.Module, folder: Path, *, original: nn.Module | None = None, storages: tuple[Storage, ...] = STORAGES
+    model: nn.Module,
+    folder: Path,
+    *,
+    original: nn.Module | None = None,
+    storages: tuple[Storage, ...] = STORAGES,
 ) -> list[Fidelity]:
     """Merge each layer of an adapter aside, into every storage, and report what is kept; no model is changed.
 
@@ -90,9 +94,15 @@ def merge_fidelity(
     for name, update in read_updates(folder).items():
         delta = update.dense()
         bases = _bases(name, delta, model, original)
-        settings = next((settings_of(weight.stored) for _, weight in bases if weight.kind == "nf4"), Nf4Settings())
+        settings = next(
+            (settings_of(weight.stored) for _, weight in bases if weight.kind == "nf4"),
+            Nf4Settings(),
+        )
         for kind, weight in bases:
-            rows += [Fidelity(name, kind, storage, found) for storage, found in _ways(weight, delta, storages, settings)]
+            rows += [
+                Fidelity(name, kind, storage, found)
+                for storage, found in _ways(weight, delta, storages, settings)
+            ]
     return rows
 
 
@@ -111,7 +121,9 @@ def logit_divergence(logits: Tensor, other_logits: Tensor) -> float:
             f"logits of {tuple(logits.shape)} and {tuple(other_logits.shape)} cannot be compared; "
             "give two tensors of one shape with at least one position"
         )
-    rows, others = (each.reshape(-1, each.shape[-1]).split(ROWS_AT_ONCE) for each in (logits, other_logits))
+    rows, others = (
+        each.reshape(-1, each.shape[-1]).split(ROWS_AT_ONCE) for each in (logits, other_logits)
+    )
     total = sum(_divergences(row, other) for row, other in zip(rows, others, strict=True))
     return total / (logits.numel() // logits.shape[-1])
 
@@ -120,7 +132,9 @@ def _bases(
     name: str, delta: Tensor, model: nn.Module, original: nn.Module | None
 ) -> list[tuple[Literal["original", "dequantised"], BaseWeight]]:
     own = _weight(name, delta, model)
-    found: list[tuple[Literal["original", "dequantised"], BaseWeight]] = [("original" if own.kind == "dense" else "dequantised", own)]
+    found: list[tuple[Literal["original", "dequantised"], BaseWeight]] = [
+        ("original" if own.kind == "dense" else "dequantised", own)
+    ]
     if original is not None:
         found.append(("original", _weight(name, delta, original)))
     return found
@@ -132,13 +146,19 @@ def _weight(name: str, delta: Tensor, model: nn.Module) -> BaseWeight:
     except AttributeError:
         weight = None
     if weight is None:
-        raise AdapterError(f"the adapter's target {name} is no linear layer of this model; give the base it was trained on")
+        raise AdapterError(
+            f"the adapter's target {name} is no linear layer of this model; give the base it was trained on"
+        )
     if weight.shape != tuple(delta.shape):
-        raise AdapterError(f"the update of {name} is {tuple(delta.shape)} and the weight {weight.shape}; give the base it was trained on")
+        raise AdapterError(
+            f"the update of {name} is {tuple(delta.shape)} and the weight {weight.shape}; give the base it was trained on"
+        )
     return weight
 
 
-def _ways(weight: BaseWeight, delta: Tensor, storages: tuple[Storage, ...], settings: Nf4Settings) -> Iterator[tuple[Storage, Kept]]:
+def _ways(
+    weight: BaseWeight, delta: Tensor, storages: tuple[Storage, ...], settings: Nf4Settings
+) -> Iterator[tuple[Storage, Retention]]:
     base = weight.dense(torch.float32)
     delta = delta.to(base.device)
     for storage in storages:

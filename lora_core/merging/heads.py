@@ -17,7 +17,12 @@ from lora_core.spectrum.updates import Update
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
 """What language models call the embedding that a head can be tied to."""
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration")
-WITHOUT_HEAD = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+WITHOUT_HEAD = (
+    "Model",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
 """How the classes are called that have an output head over the vocabulary, and those that have none."""
 MERGE_IN_MEMORY = "merge it in memory and save the model"
 
@@ -36,7 +41,11 @@ class Parting:
         if not self.is_told:
             return dict(values)
         text = values.get("text_config")
-        nested = {"text_config": {**text, "tie_word_embeddings": False}} if isinstance(text, dict) else {}
+        nested = (
+            {"text_config": {**text, "tie_word_embeddings": False}}
+            if isinstance(text, dict)
+            else {}
+        )
         return {**values, **nested, "tie_word_embeddings": False}
 
 
@@ -47,21 +56,38 @@ def parting(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> Parting:
         MergeError: the checkpoint may tie weights in a way that is not known here.
     """
     head = next((module for module in updates if module_name(module) in HEADS), None)
-    tied = checkpoint.head_is_tied if checkpoint.head_is_tied is not None else checkpoint.stored_head is None
+    tied = (
+        checkpoint.head_is_tied
+        if checkpoint.head_is_tied is not None
+        else checkpoint.stored_head is None
+    )
     if not tied or not (head or any(update.embedding for update in updates.values())):
         return Parting({})
     embedding = _embedding(checkpoint)
-    parted = [module for module, update in updates.items() if update.embedding and _is_of(module, embedding)]
+    parted = [
+        module
+        for module, update in updates.items()
+        if update.embedding and _is_of(module, embedding)
+    ]
     if not (head or (parted and _has_head(checkpoint, parted[0], embedding))):
         return Parting({})
-    return Parting({} if checkpoint.stored_head else {_head_tensor(checkpoint, head or ""): embedding}, is_told=True)
+    return Parting(
+        {} if checkpoint.stored_head else {_head_tensor(checkpoint, head or ""): embedding},
+        is_told=True,
+    )
 
 
 def _embedding(checkpoint: Checkpoint) -> str:
     """Return the tensor that the head is tied to."""
-    found = [name for name in checkpoint.entries if name.endswith(".weight") and module_name(name) in EMBEDDINGS]
+    found = [
+        name
+        for name in checkpoint.entries
+        if name.endswith(".weight") and module_name(name) in EMBEDDINGS
+    ]
     strange = [
-        name for name in checkpoint.entries if name.startswith(("cls.", "lm_head.")) and name not in ("lm_head.weight", "lm_head.bias")
+        name
+        for name in checkpoint.entries
+        if name.startswith(("cls.", "lm_head.")) and name not in ("lm_head.weight", "lm_head.bias")
     ]
     if len(found) != 1 or strange or checkpoint.config.get("is_encoder_decoder"):
         raise MergeError(
@@ -80,7 +106,9 @@ def _has_head(checkpoint: Checkpoint, module: str, embedding: str) -> bool:
         return True
     if str(names[0]).endswith(WITHOUT_HEAD):
         return False
-    raise MergeError(f"{checkpoint.folder} holds a {names[0]}, whose output head may be tied to {module}; {MERGE_IN_MEMORY}")
+    raise MergeError(
+        f"{checkpoint.folder} holds a {names[0]}, whose output head may be tied to {module}; {MERGE_IN_MEMORY}"
+    )
 
 
 def _head_tensor(checkpoint: Checkpoint, module: str) -> str:

@@ -21,11 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.base.nf4 import dequantised, requantised
-from lora_core.base.sharing import FLAG, Slot, configs_to_untie, memory_of, models_of_tied_heads, slots
+from lora_core.base.sharing import (
+    FLAG,
+    Slot,
+    configs_to_untie,
+    memory_of,
+    models_of_tied_heads,
+    slots,
+)
 from lora_core.errors import MergeError
 from lora_core.layers.linear import LoraLinear
 from lora_core.layers.trained import TiedHead
-from lora_core.merging.fidelity import Kept, kept
+from lora_core.merging.fidelity import Retention, kept
 from lora_core.modules import adapter_parts, replace_module
 
 Held = list[tuple[Slot, nn.Parameter]]
@@ -40,7 +47,7 @@ class Merged:
     """Module path → the adapter's part that stood there."""
     originals: dict[str, Tensor]
     """Parameter's path → what it held before the merge, bit for bit."""
-    kept: dict[str, Kept] = field(default_factory=dict)
+    kept: dict[str, Retention] = field(default_factory=dict)
     """Module path → what survived of the update, for the layers that were rounded to 4 bits."""
     held: dict[str, Held] = field(default_factory=dict)
     """Parameter's path → where it stood, and the very object, which others may hold as well."""
@@ -74,7 +81,11 @@ def merge(model: nn.Module, *, force: bool = False) -> Merged:
         raise MergeError("the model carries no adapter; inject or load one before merging")
     _refuse_other_places(model, parts)
     sums = {path: total for name, part in parts.items() for path, total in _sums(name, part, force)}
-    rounded = {name: _kept(part, sums[f"{name}.weight"]) for name, part in parts.items() if _is_four_bit(part)}
+    rounded = {
+        name: _kept(part, sums[f"{name}.weight"])
+        for name, part in parts.items()
+        if _is_four_bit(part)
+    }
     held, tied = {path: _held(parts, path) for path in sums}, models_of_tied_heads(model)
     shared = _shared(model, held)
     originals = {path: _original(own[0][1]) for path, own in held.items()}
@@ -86,7 +97,9 @@ def merge(model: nn.Module, *, force: bool = False) -> Merged:
     except BaseException:
         _undo(model, merged)
         raise
-    return replace(merged, stored={path: memory_of(own[0][0].parameter) for path, own in held.items()})
+    return replace(
+        merged, stored={path: memory_of(own[0][0].parameter) for path, own in held.items()}
+    )
 
 
 @torch.no_grad()
@@ -97,7 +110,9 @@ def unmerge(model: nn.Module, merged: Merged) -> None:
         MergeError: what was done to the model since would be lost or mixed in; it is unchanged.
     """
     if any(True for _ in adapter_parts(model)):
-        raise MergeError("the model carries an adapter that came after the merge, or was never merged; take that out first")
+        raise MergeError(
+            "the model carries an adapter that came after the merge, or was never merged; take that out first"
+        )
     for path, memory in merged.stored.items():
         if memory_of(merged.held[path][0][0].parameter) != memory:
             raise MergeError(
@@ -123,7 +138,10 @@ def _sums(name: str, part: nn.Module, force: bool) -> Iterator[tuple[str, Tensor
     """Yield the path of each parameter of the base that changes, and what it becomes."""
     for own, value in _dense_tensors(name, part).items():
         dtype = _base(part).get_parameter(own).dtype
-        yield f"{name}.{own}", _finite(name, value.detach().to(dtype, copy=isinstance(value, nn.Parameter)))
+        yield (
+            f"{name}.{own}",
+            _finite(name, value.detach().to(dtype, copy=isinstance(value, nn.Parameter))),
+        )
     if _is_four_bit(part):
         yield f"{name}.weight", _rounded(name, cast(LoraLinear, part), force)
 
@@ -131,7 +149,9 @@ def _sums(name: str, part: nn.Module, force: bool) -> Iterator[tuple[str, Tensor
 def _dense_tensors(name: str, part: nn.Module) -> dict[str, Tensor]:
     """Return what becomes of the base's parameters but of codes."""
     if isinstance(part, LoraLinear) and part.frozen.kind == "int8":
-        raise MergeError(f"{name} is stored in int8, which has no merge without losses; load the base in full precision and merge there")
+        raise MergeError(
+            f"{name} is stored in int8, which has no merge without losses; load the base in full precision and merge there"
+        )
     if _is_four_bit(part):
         bias = cast(LoraLinear, part).merged_bias()
         return {} if bias is None else {"bias": bias}
@@ -146,17 +166,21 @@ def _rounded(name: str, layer: LoraLinear, force: bool) -> Tensor:
             f"{name} is stored in {layer.frozen.kind}: rounding to 4 bits would erase most of a small update; "
             "load the base in full precision and merge there, or pass force=True and look at what was kept"
         )
-    rounded: Tensor = requantised(layer.frozen.stored, _finite(name, layer.frozen.dense(torch.float32) + layer.delta()))
+    rounded: Tensor = requantised(
+        layer.frozen.stored, _finite(name, layer.frozen.dense(torch.float32) + layer.delta())
+    )
     return rounded
 
 
 def _finite(name: str, total: Tensor) -> Tensor:
     if not torch.isfinite(total).all():
-        raise MergeError(f"{name}: the merged weight is not finite in {total.dtype}; merge in float32")
+        raise MergeError(
+            f"{name}: the merged weight is not finite in {total.dtype}; merge in float32"
+        )
     return total
 
 
-def _kept(part: nn.Module, total: Tensor) -> Kept:
+def _kept(part: nn.Module, total: Tensor) -> Retention:
     layer = cast(LoraLinear, part)
     return kept(layer.delta(), base=layer.frozen.dense(torch.float32), merged=dequantised(total))
 
@@ -172,10 +196,16 @@ def _base(part: nn.Module) -> nn.Module:
 
 def _held(parts: Mapping[str, nn.Module], path: str) -> Held:
     """Return where the parameter at `path` stands in the base under its part; a head that follows trained rows is among it."""
-    name = next(name for name in sorted(parts, key=len, reverse=True) if path.startswith(f"{name}."))
+    name = next(
+        name for name in sorted(parts, key=len, reverse=True) if path.startswith(f"{name}.")
+    )
     parameter = _base(parts[name]).get_parameter(path.removeprefix(f"{name}."))
     own = [slot for slot in slots(_base(parts[name])) if slot.parameter is parameter]
-    following = [Slot(_base(part), "weight") for part in parts.values() if isinstance(part, TiedHead) and part.embedding is parts[name]]
+    following = [
+        Slot(_base(part), "weight")
+        for part in parts.values()
+        if isinstance(part, TiedHead) and part.embedding is parts[name]
+    ]
     return [(slot, slot.parameter) for slot in (*own, *following)]
 
 
@@ -198,7 +228,12 @@ def _refuse_other_places(model: nn.Module, parts: Mapping[str, nn.Module]) -> No
 
 def _standing(module: nn.Module) -> Counter[int]:
     """Count at how many places under `module` each module stands."""
-    return Counter(id(child) for parent in module.modules() for child in parent._modules.values() if child is not None)
+    return Counter(
+        id(child)
+        for parent in module.modules()
+        for child in parent._modules.values()
+        if child is not None
+    )
 
 
 def _shared(model: nn.Module, held: Mapping[str, Held]) -> dict[str, list[Slot]]:
@@ -207,18 +242,29 @@ def _shared(model: nn.Module, held: Mapping[str, Held]) -> dict[str, list[Slot]]
     for slot in slots(model):
         users[memory_of(slot.parameter)].append(slot)
     own = {path: [slot for slot, _ in places] for path, places in held.items()}
-    shared = {path: [slot for slot in users[memory_of(places[0].parameter)] if slot not in places] for path, places in own.items()}
+    shared = {
+        path: [slot for slot in users[memory_of(places[0].parameter)] if slot not in places]
+        for path, places in own.items()
+    }
     return {path: found for path, found in shared.items() if found}
 
 
 def _to_part(shared: Mapping[str, list[Slot]], held: Mapping[str, Held]) -> Held:
     """Return who has to leave a tie of more than two when one has left: a file would take some of the rest for the one that changed."""
     changed = [slot for places in held.values() for slot, _ in places]
-    left = {slot: slot.parameter for found in shared.values() if len(found) > 1 for slot in found if slot not in changed}
+    left = {
+        slot: slot.parameter
+        for found in shared.values()
+        if len(found) > 1
+        for slot in found
+        if slot not in changed
+    }
     return list(left.items())
 
 
-def _put_in(model: nn.Module, merged: Merged, sums: Mapping[str, Tensor], apart: Collection[str]) -> None:
+def _put_in(
+    model: nn.Module, merged: Merged, sums: Mapping[str, Tensor], apart: Collection[str]
+) -> None:
     """Store the sums and put the base's modules back; a weight that others have too is left to them."""
     for path, held in merged.held.items():
         for slot, parameter in held:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from lora_core.adapter.adapter_files import CONFIG as ADAPTER_CONFIG
-from lora_core.adapter.adapter_files import PREFIX, check_fingerprint, read_identity, read_json, read_tensors
+from lora_core.adapter.adapter_files import (
+    PREFIX,
+    check_fingerprint,
+    read_identity,
+    read_json,
+    read_tensors,
+)
 from lora_core.base.identity import fingerprint_of_folder
 from lora_core.base.weight_files import (
     CONFIG,
@@ -32,11 +38,13 @@ from lora_core.base.weight_files import (
 )
 from lora_core.errors import CheckpointError, MergeError
 from lora_core.files import folder_written_aside, overlap, write_json
-from lora_core.merging.fidelity import Kept, kept
+from lora_core.merging.fidelity import Retention, kept
 from lora_core.merging.heads import parting
 from lora_core.spectrum.updates import BASE_COPY, Update, read_updates
 
-OTHER_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"})
+OTHER_WEIGHTS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
+)
 """Endings of weight files that nobody merged into: copied, they would pass for the merged model."""
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +53,7 @@ MERGEABLE = (torch.float32, torch.bfloat16, torch.float16)
 class MergeReport:
     """What `merge_checkpoint` has done."""
 
-    kept: dict[str, Kept]
+    kept: dict[str, Retention]
     """Module path → what the rounding kept of its update."""
     files: tuple[str, ...]
     """The weight files that were written."""
@@ -63,7 +71,12 @@ class _Step:
 
 
 def merge_checkpoint(
-    base: Path, adapter: Path, destination: Path, *, dtype: torch.dtype | None = None, check_base: bool = True
+    base: Path,
+    adapter: Path,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    check_base: bool = True,
 ) -> MergeReport:
     """Write to `destination` the checkpoint `base` with `adapter` merged into it.
 
@@ -87,14 +100,18 @@ def merge_checkpoint(
     checkpoint, updates = open_checkpoint(base), read_updates(adapter, embeddings=True)
     _refuse_quantised(checkpoint)
     parted = parting(checkpoint, updates)
-    checkpoint = replace(checkpoint, entries=checkpoint.entries | {name: checkpoint.entries[one] for name, one in parted.copies.items()})
+    checkpoint = replace(
+        checkpoint,
+        entries=checkpoint.entries
+        | {name: checkpoint.entries[one] for name, one in parted.copies.items()},
+    )
     steps = _plan(checkpoint, updates, _stored_as_in_out(adapter))
     entries = _entries(checkpoint, steps, dtype)
     identity = read_identity(adapter)
     if check_base and identity is not None:
         check_fingerprint(fingerprint_of_folder(base), adapter, identity)
     _check_base_copies(adapter, checkpoint, steps)
-    found: dict[str, Kept] = {}
+    found: dict[str, Retention] = {}
     with folder_written_aside(destination) as aside:
         left_out = _copy_rest(checkpoint, aside)
         for file in checkpoint.files:
@@ -104,7 +121,11 @@ def merge_checkpoint(
                 write_tensors(aside / file, part, _merged(tensors, part, sources, steps, found))
         if dtype is not None or parted.is_told:
             _declare(checkpoint, entries, parted.config(_declared(checkpoint.config, dtype)), aside)
-    return MergeReport({step.module: found[step.module] for step in steps.values()}, tuple(checkpoint.files), left_out)
+    return MergeReport(
+        {step.module: found[step.module] for step in steps.values()},
+        tuple(checkpoint.files),
+        left_out,
+    )
 
 
 def _stored_as_in_out(adapter: Path) -> bool:
@@ -115,7 +136,9 @@ def _stored_as_in_out(adapter: Path) -> bool:
 def _refuse_overlap(destination: Path, sources: tuple[Path, ...]) -> None:
     for source in sources:
         if overlap(destination, source):
-            raise MergeError(f"{destination} overlaps {source}, which is only read; choose a folder apart from it")
+            raise MergeError(
+                f"{destination} overlaps {source}, which is only read; choose a folder apart from it"
+            )
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -126,12 +149,16 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def _plan(checkpoint: Checkpoint, updates: dict[str, Update], fan_in_fan_out: bool) -> dict[str, _Step]:
+def _plan(
+    checkpoint: Checkpoint, updates: dict[str, Update], fan_in_fan_out: bool
+) -> dict[str, _Step]:
     """Return tensor name → what is added to it."""
     steps = {}
     for module, update in updates.items():
         name = _tensor_name(module, checkpoint)
-        steps[name] = _Step(module, update, _is_transposed(module, update, checkpoint.entries[name], fan_in_fan_out))
+        steps[name] = _Step(
+            module, update, _is_transposed(module, update, checkpoint.entries[name], fan_in_fan_out)
+        )
     return steps
 
 
@@ -156,17 +183,31 @@ def _tensor_name(module: str, checkpoint: Checkpoint) -> str:
 def _is_transposed(module: str, update: Update, entry: Entry, fan_in_fan_out: bool) -> bool:
     shape = update.shape
     if entry.dtype not in MERGEABLE:
-        raise MergeError(f"the weight of {module} is stored as {entry.dtype}; merge into a base in float32, bfloat16 or float16")
+        raise MergeError(
+            f"the weight of {module} is stored as {entry.dtype}; merge into a base in float32, bfloat16 or float16"
+        )
     if entry.shape not in (shape, shape[::-1]):
-        raise MergeError(f"the update of {module} is {shape} and its weight {entry.shape}; give the base the adapter was trained on")
+        raise MergeError(
+            f"the update of {module} is {shape} and its weight {entry.shape}; give the base the adapter was trained on"
+        )
     return entry.shape != shape or (shape[0] == shape[1] and (fan_in_fan_out or update.embedding))
 
 
 def _check_base_copies(adapter: Path, checkpoint: Checkpoint, steps: dict[str, _Step]) -> None:
     """Refuse an adapter that brings another weight of an adapted embedding than the base has."""
-    adapted = {f"{PREFIX}{step.module}{BASE_COPY}": name for name, step in steps.items() if step.update.embedding}
-    brought = {name: one for key, one in (read_tensors(adapter) if adapted else {}).items() if (name := adapted.get(key)) is not None}
-    with mapped_tensors(checkpoint.folder, {name: checkpoint.entries[name] for name in brought}) as tensors:
+    adapted = {
+        f"{PREFIX}{step.module}{BASE_COPY}": name
+        for name, step in steps.items()
+        if step.update.embedding
+    }
+    brought = {
+        name: one
+        for key, one in (read_tensors(adapter) if adapted else {}).items()
+        if (name := adapted.get(key)) is not None
+    }
+    with mapped_tensors(
+        checkpoint.folder, {name: checkpoint.entries[name] for name in brought}
+    ) as tensors:
         for name, copy in brought.items():
             if not torch.equal(copy.to(tensors[name].dtype), tensors[name]):
                 raise MergeError(
@@ -174,19 +215,29 @@ def _check_base_copies(adapter: Path, checkpoint: Checkpoint, steps: dict[str, _
                 )
 
 
-def _entries(checkpoint: Checkpoint, steps: dict[str, _Step], dtype: torch.dtype | None) -> dict[str, Entry]:
+def _entries(
+    checkpoint: Checkpoint, steps: dict[str, _Step], dtype: torch.dtype | None
+) -> dict[str, Entry]:
     """Return what is written: widest dtype first, as safetensors aligns its tensors."""
     if dtype is not None and dtype not in MERGEABLE:
-        raise MergeError(f"dtype={dtype} cannot hold a merged weight; use float32, bfloat16 or float16")
+        raise MergeError(
+            f"dtype={dtype} cannot hold a merged weight; use float32, bfloat16 or float16"
+        )
     entries = {
-        name: replace(entry, dtype=dtype) if dtype is not None and entry.dtype.is_floating_point else entry
+        name: replace(entry, dtype=dtype)
+        if dtype is not None and entry.dtype.is_floating_point
+        else entry
         for name, entry in checkpoint.entries.items()
     }
     return dict(sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
 
 
 def _merged(
-    tensors: Tensors, entries: dict[str, Entry], sources: dict[str, str], steps: dict[str, _Step], found: dict[str, Kept]
+    tensors: Tensors,
+    entries: dict[str, Entry],
+    sources: dict[str, str],
+    steps: dict[str, _Step],
+    found: dict[str, Retention],
 ) -> Iterator[Tensor]:
     """Yield each tensor of one file as it is written; what was kept of each update goes into `found`."""
     for name, entry in entries.items():
@@ -195,11 +246,13 @@ def _merged(
         if name in steps:
             total, found[steps[name].module] = _sum(weight, steps[name], entry.dtype)
         if not torch.equal(torch.isfinite(total), torch.isfinite(weight)):
-            raise MergeError(f"{name}: the merged weight is not finite in {entry.dtype}; pass dtype=torch.float32")
+            raise MergeError(
+                f"{name}: the merged weight is not finite in {entry.dtype}; pass dtype=torch.float32"
+            )
         yield total
 
 
-def _sum(weight: Tensor, step: _Step, dtype: torch.dtype) -> tuple[Tensor, Kept]:
+def _sum(weight: Tensor, step: _Step, dtype: torch.dtype) -> tuple[Tensor, Retention]:
     """Return W + s·B·A, formed in float32 and rounded once, and what the rounding kept."""
     delta = step.update.dense().T if step.transposed else step.update.dense()
     base = weight.float()
@@ -212,9 +265,15 @@ def _copy_rest(checkpoint: Checkpoint, aside: Path) -> tuple[str, ...]:
     left_out = []
     for path in sorted(checkpoint.folder.rglob("*")):
         inner = path.relative_to(checkpoint.folder)
-        if not path.is_file() or any(part.startswith(".") for part in inner.parts) or str(inner) in checkpoint.files:
+        if (
+            not path.is_file()
+            or any(part.startswith(".") for part in inner.parts)
+            or str(inner) in checkpoint.files
+        ):
             continue
-        if path.suffix in OTHER_WEIGHTS or (path.name.endswith(".index.json") and not (path.name == INDEX and checkpoint.index)):
+        if path.suffix in OTHER_WEIGHTS or (
+            path.name.endswith(".index.json") and not (path.name == INDEX and checkpoint.index)
+        ):
             left_out.append(str(inner))
             continue
         (aside / inner).parent.mkdir(parents=True, exist_ok=True)
@@ -228,10 +287,15 @@ def _declared(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, An
     return config if dtype is None else {**config, key: str(dtype).removeprefix("torch.")}
 
 
-def _declare(checkpoint: Checkpoint, entries: dict[str, Entry], config: dict[str, Any], aside: Path) -> None:
+def _declare(
+    checkpoint: Checkpoint, entries: dict[str, Entry], config: dict[str, Any], aside: Path
+) -> None:
     """Write the new config.json, and into the index the new size and what tensors there are."""
     write_json(aside / CONFIG, config)
     if checkpoint.index is not None:
-        metadata = {**checkpoint.index.get("metadata", {}), "total_size": sum(entry.bytes for entry in entries.values())}
+        metadata = {
+            **checkpoint.index.get("metadata", {}),
+            "total_size": sum(entry.bytes for entry in entries.values()),
+        }
         places = {name: entry.file for name, entry in entries.items()}
         write_json(aside / INDEX, {**checkpoint.index, "metadata": metadata, "weight_map": places})

@@ -90,14 +90,24 @@ def combine(
     make = _maker(method, rank=rank, density=density, seed=seed)
     _check_weights(adapters, weights)
     options = _Options(rank or 0, density or 0.0, seed or 0)
-    results = {name: make(name, _parts(name, adapters, weights), options) for name in sorted(set().union(*adapters))}
-    return Combined({name: update for name, (update, _) in results.items()}, {name: error for name, (_, error) in results.items()})
+    results = {
+        name: make(name, _parts(name, adapters, weights), options)
+        for name in sorted(set().union(*adapters))
+    }
+    return Combined(
+        {name: update for name, (update, _) in results.items()},
+        {name: error for name, (_, error) in results.items()},
+    )
 
 
 def _cat(name: str, parts: list[_Part], options: _Options) -> _Result:
     """Put the factors side by side; a rank above the smaller side of the weight comes down to it without loss."""
     folded = [(part.weight, part.update.folded()) for part in parts]
-    whole = Update(torch.cat([update.a for _, update in folded]), torch.cat([weight * update.b for weight, update in folded], dim=1), 1.0)
+    whole = Update(
+        torch.cat([update.a for _, update in folded]),
+        torch.cat([weight * update.b for weight, update in folded], dim=1),
+        1.0,
+    )
     return truncate(whole, min(whole.rank, *whole.shape)), 0.0
 
 
@@ -137,7 +147,11 @@ def _trimmed(delta: Tensor, density: float) -> Tensor:
 
 def _dropped(name: str, part: _Part, options: _Options) -> Tensor:
     delta, generator = part.dense(), generator_for(f"{part.adapter}:{name}", options.seed)
-    return delta * torch.empty_like(delta, dtype=torch.bool).bernoulli_(options.density, generator=generator) / options.density
+    return (
+        delta
+        * torch.empty_like(delta, dtype=torch.bool).bernoulli_(options.density, generator=generator)
+        / options.density
+    )
 
 
 def _cut(delta: Tensor, rank: int) -> _Result:
@@ -145,12 +159,20 @@ def _cut(delta: Tensor, rank: int) -> _Result:
     return Update(factors.a, factors.b, 1.0), factors.relative_error
 
 
-def _parts(name: str, adapters: Sequence[Mapping[str, Update]], weights: Sequence[float]) -> list[_Part]:
+def _parts(
+    name: str, adapters: Sequence[Mapping[str, Update]], weights: Sequence[float]
+) -> list[_Part]:
     present = enumerate(zip(adapters, weights, strict=True))
-    parts = [_Part(number, weight, adapter[name]) for number, (adapter, weight) in present if name in adapter]
+    parts = [
+        _Part(number, weight, adapter[name])
+        for number, (adapter, weight) in present
+        if name in adapter
+    ]
     shapes = {part.update.shape for part in parts}
     if len(shapes) > 1:
-        raise AdapterError(f"{name} is updated with the shapes {sorted(shapes)}; combine adapters of one base")
+        raise AdapterError(
+            f"{name} is updated with the shapes {sorted(shapes)}; combine adapters of one base"
+        )
     return parts
 
 
@@ -166,10 +188,14 @@ def _maker(method: str, **options: float | None) -> Callable[[str, list[_Part], 
     make, taken = _METHODS[method]
     given = {name for name, value in options.items() if value is not None}
     if given != taken:
-        raise ConfigError(f"method {method!r} takes {_spelt(taken)} and was given {_spelt(given)}; give exactly what it takes")
+        raise ConfigError(
+            f"method {method!r} takes {_spelt(taken)} and was given {_spelt(given)}; give exactly what it takes"
+        )
     rank, density = options["rank"], options["density"]
     if rank is not None and rank < 1:
-        raise ConfigError(f"rank {rank} must be at least 1; the largest rank of the adapters is a common choice")
+        raise ConfigError(
+            f"rank {rank} must be at least 1; the largest rank of the adapters is a common choice"
+        )
     if density is not None and not 0 < density <= 1:
         raise ConfigError(
             f"density={density} must lie above 0 and at most at 1; TIES keeps 0.2 and DARE 0.1 of the entries in their papers"
@@ -179,7 +205,9 @@ def _maker(method: str, **options: float | None) -> Callable[[str, list[_Part], 
 
 def _check_weights(adapters: Sequence[Mapping[str, Update]], weights: Sequence[float]) -> None:
     if not adapters or len(adapters) != len(weights):
-        raise ConfigError(f"{len(weights)} weights for {len(adapters)} adapters; give one weight for each of at least one adapter")
+        raise ConfigError(
+            f"{len(weights)} weights for {len(adapters)} adapters; give one weight for each of at least one adapter"
+        )
     if not all(math.isfinite(weight) for weight in weights):
         raise ConfigError(f"weights={list(weights)} must be finite; choose numbers such as 0.5")
 

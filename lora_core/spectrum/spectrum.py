@@ -43,10 +43,14 @@ def numerical_rank(matrix: Tensor, tolerance: float | None = None) -> int:
     """
     check_matrix(matrix)
     if tolerance is not None and not tolerance >= 0:
-        raise ConfigError(f"tolerance={tolerance!r} must be at least 0; leave it out for the usual rule")
+        raise ConfigError(
+            f"tolerance={tolerance!r} must be at least 0; leave it out for the usual rule"
+        )
     values = torch.linalg.svdvals(matrix.double())
     precision = torch.finfo(torch.promote_types(matrix.dtype, torch.float32)).eps
-    return _count_above(values, max(matrix.shape) * precision * values[0].item() if tolerance is None else tolerance)
+    return _count_above(
+        values, max(matrix.shape) * precision * values[0].item() if tolerance is None else tolerance
+    )
 
 
 def factorise(matrix: Tensor, rank: int) -> Factors:
@@ -94,7 +98,9 @@ def rank_for_energy(values: Tensor, share: float) -> int:
         ConfigError: the share does not lie in (0, 1].
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"share={share!r} of the energy must lie above 0 and at most at 1; 0.9 is a common choice")
+        raise ConfigError(
+            f"share={share!r} of the energy must lie above 0 and at most at 1; 0.9 is a common choice"
+        )
     return int((energy(values) < share).sum()) + 1
 
 
@@ -120,12 +126,18 @@ def subspace_similarity(first: Update, second: Update, *, side: Side = "right") 
         AdapterError: the updates are not of the same size on that side.
     """
     if side not in ("left", "right"):
-        raise ConfigError(f"side={side!r} is unknown; use 'right' for the row spaces or 'left' for the column spaces")
+        raise ConfigError(
+            f"side={side!r} is unknown; use 'right' for the row spaces or 'left' for the column spaces"
+        )
     one, other = _directions(first, side), _directions(second, side)
     if one.shape[1] != other.shape[1]:
-        raise AdapterError(f"the {side} side has {one.shape[1]} and {other.shape[1]} entries; compare updates of the same weight")
+        raise AdapterError(
+            f"the {side} side has {one.shape[1]} and {other.shape[1]} entries; compare updates of the same weight"
+        )
     shared = (one @ other.T).square().cumsum(0).cumsum(1)
-    smaller = torch.minimum(*torch.meshgrid(*(torch.arange(1, len(u) + 1) for u in (one, other)), indexing="ij"))
+    smaller = torch.minimum(
+        *torch.meshgrid(*(torch.arange(1, len(u) + 1) for u in (one, other)), indexing="ij")
+    )
     return (shared / smaller).clamp(max=1)  # rounding can exceed 1 by 1e-15
 
 

@@ -42,14 +42,18 @@ def truncate(update: Update, rank: int) -> Update:
         ConfigError: the rank is below 1 or above the update's.
     """
     if not 1 <= rank <= update.rank:
-        raise ConfigError(f"rank {rank} for an update of rank {update.rank} must lie in 1 to {update.rank}; a cut cannot add directions")
+        raise ConfigError(
+            f"rank {rank} for an update of rank {update.rank} must lie in 1 to {update.rank}; a cut cannot add directions"
+        )
     if rank == update.rank:
         return update
     b, a = thin_svd(update).factors(rank, update.scale)
     return Update(a.float(), b.float(), update.scale)
 
 
-def truncate_adapter(folder: Path, destination: Path, rank: int | Mapping[str, int]) -> dict[str, float]:
+def truncate_adapter(
+    folder: Path, destination: Path, rank: int | Mapping[str, int]
+) -> dict[str, float]:
     """Write the adapter of `folder`, cut to `rank`, to `destination` in PEFT's format.
 
     Args:
@@ -65,10 +69,17 @@ def truncate_adapter(folder: Path, destination: Path, rank: int | Mapping[str, i
         ConfigError: a rank is below 1 or above its layer's, or one for all that cuts nothing.
     """
     updates = read_updates(folder)
-    ranks = _ranks_for_all(updates, rank, folder) if isinstance(rank, int) else _ranks_by_name(updates, rank, folder)
+    ranks = (
+        _ranks_for_all(updates, rank, folder)
+        if isinstance(rank, int)
+        else _ranks_by_name(updates, rank, folder)
+    )
     cut = {name: truncate(update, ranks[name]) for name, update in updates.items()}
     write_updates(destination, cut, like=folder, done=f"truncated to rank {_spelt(ranks)}")
-    return {name: truncation_error(singular_values(update), ranks[name]) for name, update in updates.items()}
+    return {
+        name: truncation_error(singular_values(update), ranks[name])
+        for name, update in updates.items()
+    }
 
 
 def recommended_ranks(folder: Path, share: float = 0.9) -> dict[str, int]:
@@ -76,7 +87,10 @@ def recommended_ranks(folder: Path, share: float = 0.9) -> dict[str, int]:
 
     The result can be given to `truncate_adapter`, or, by `rank_pattern`, to the config of a next training.
     """
-    return {name: rank_for_energy(singular_values(update), share) for name, update in read_updates(folder).items()}
+    return {
+        name: rank_for_energy(singular_values(update), share)
+        for name, update in read_updates(folder).items()
+    }
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
@@ -93,7 +107,9 @@ def truncation_table(folder: Path, ranks: Iterable[int]) -> list[TruncationRow]:
 
 def _row(rank: int, updates: Mapping[str, Update], values: Mapping[str, Tensor]) -> TruncationRow:
     if rank < 1:
-        raise ConfigError(f"rank {rank} must be at least 1; give the ranks to compare, such as 1, 2, 4, 8")
+        raise ConfigError(
+            f"rank {rank} must be at least 1; give the ranks to compare, such as 1, 2, 4, 8"
+        )
     errors = [truncation_error(each, rank) for each in values.values()]
     total = sum(float(each.square().sum()) for each in values.values())
     lost = sum(float(each[rank:].square().sum()) for each in values.values())
@@ -109,14 +125,20 @@ def _row(rank: int, updates: Mapping[str, Update], values: Mapping[str, Tensor])
 def _ranks_for_all(updates: Mapping[str, Update], rank: int, folder: Path) -> dict[str, int]:
     largest = max(update.rank for update in updates.values())
     if rank >= largest:
-        raise ConfigError(f"rank {rank} cuts nothing from {folder}, whose largest is {largest}; choose a lower one")
+        raise ConfigError(
+            f"rank {rank} cuts nothing from {folder}, whose largest is {largest}; choose a lower one"
+        )
     return {name: min(rank, update.rank) for name, update in updates.items()}
 
 
-def _ranks_by_name(updates: Mapping[str, Update], ranks: Mapping[str, int], folder: Path) -> dict[str, int]:
+def _ranks_by_name(
+    updates: Mapping[str, Update], ranks: Mapping[str, int], folder: Path
+) -> dict[str, int]:
     unknown = sorted(ranks.keys() - updates.keys())
     if unknown:
-        raise AdapterError(f"{folder} has no update of {unknown[0]}; it has {len(updates)}, such as {next(iter(updates))}")
+        raise AdapterError(
+            f"{folder} has no update of {unknown[0]}; it has {len(updates)}, such as {next(iter(updates))}"
+        )
     return {name: ranks.get(name, update.rank) for name, update in updates.items()}
 
 

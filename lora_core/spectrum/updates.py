@@ -67,7 +67,9 @@ class Update:
                 f"A of {tuple(self.a.shape)} and B of {tuple(self.b.shape)} are not the factors of one weight; give A (r, in), B (out, r)"
             )
         if not (math.isfinite(self.scale) and self.scale > 0):
-            raise AdapterError(f"the scale {self.scale} of an update must be finite and above 0; put a sign or a zero into B")
+            raise AdapterError(
+                f"the scale {self.scale} of an update must be finite and above 0; put a sign or a zero into B"
+            )
 
     @property
     def rank(self) -> int:
@@ -106,13 +108,19 @@ def read_updates(folder: Path, *, embeddings: bool = False) -> dict[str, Update]
         )
     turned = {key.rpartition(".")[0] for key in tensors if embeddings and EMBEDDING.search(key)}
     copies = {f"{module}{BASE_COPY}" for module in turned}
-    tensors = {EMBEDDING.sub(r".lora_\1.weight", key) if embeddings else key: one for key, one in tensors.items() if key not in copies}
+    tensors = {
+        EMBEDDING.sub(r".lora_\1.weight", key) if embeddings else key: one
+        for key, one in tensors.items()
+        if key not in copies
+    }
     names = _module_paths(tensors, folder)
     check_values(tensors, str(folder))
     if identity is not None:
         check_digests(folder, identity)
     found = {name: _update(name, tensors, config, folder) for name in names}
-    return {name: replace(update, embedding=PREFIX + name in turned) for name, update in found.items()}
+    return {
+        name: replace(update, embedding=PREFIX + name in turned) for name, update in found.items()
+    }
 
 
 def read_over_one_base(folders: Sequence[Path]) -> list[dict[str, Update]]:
@@ -132,7 +140,14 @@ def read_over_one_base(folders: Sequence[Path]) -> list[dict[str, Update]]:
     return [read_updates(folder) for folder in folders]
 
 
-def write_updates(folder: Path, updates: Mapping[str, Update], *, like: Path, done: str, parents: Sequence[Path] = ()) -> str:
+def write_updates(
+    folder: Path,
+    updates: Mapping[str, Update],
+    *,
+    like: Path,
+    done: str,
+    parents: Sequence[Path] = (),
+) -> str:
     """Write `updates` as a PEFT adapter; return the SHA-256 of its weights file.
 
     The scale is written as alpha/r, also where `like` had alpha/√r. A layer whose rank or alpha differs from those of
@@ -153,14 +168,19 @@ def write_updates(folder: Path, updates: Mapping[str, Update], *, like: Path, do
     tensors = _tensors(updates)
     check_values(tensors, "the updates")
     config, identity = _peft_config(updates, like), read_identity(like)
-    history = {"derived_by": done, "derived_from": ", ".join(sha256_of_file(parent / WEIGHTS) for parent in parents or [like])}
+    history = {
+        "derived_by": done,
+        "derived_from": ", ".join(sha256_of_file(parent / WEIGHTS) for parent in parents or [like]),
+    }
     with folder_written_aside(folder) as aside:
         save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
         sha256 = sha256_of_file(aside / WEIGHTS)
         write_json(aside / CONFIG, config)
         if identity is not None:
             lineage = {**identity.get("lineage", {}), **history}
-            write_json(aside / IDENTITY, {**identity, "lineage": lineage, **file_digests(aside, tensors)})
+            write_json(
+                aside / IDENTITY, {**identity, "lineage": lineage, **file_digests(aside, tensors)}
+            )
     return sha256
 
 
@@ -170,11 +190,15 @@ def _module_paths(tensors: Mapping[str, Tensor], folder: Path) -> list[str]:
     for key in sorted(tensors):
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
         if match is None:
-            raise AdapterError(f"{folder} holds {key}, which is no factor of a low-rank update; only plain LoRA of linear layers is read")
+            raise AdapterError(
+                f"{folder} holds {key}, which is no factor of a low-rank update; only plain LoRA of linear layers is read"
+            )
         letters.setdefault(match[1], set()).add(match[2])
     for name, found in letters.items():
         if found != {"A", "B"}:
-            raise AdapterError(f"{folder} holds lora_{found.pop()} of {name} alone; fetch or train the adapter again")
+            raise AdapterError(
+                f"{folder} holds lora_{found.pop()} of {name} alone; fetch or train the adapter again"
+            )
     if not letters:
         raise AdapterError(f"{folder} holds no tensor; fetch or train the adapter again")
     return sorted(letters)
@@ -191,7 +215,9 @@ def _update(name: str, tensors: Mapping[str, Tensor], config: LoraConfig, folder
 def _scale(name: str, rank: int, config: LoraConfig) -> float:
     """Return the factor of one module's B·A."""
     if rank != config.rank_of(name):
-        raise AdapterError(f"its rank is {rank} where the config says {config.rank_of(name)}; fetch or train the adapter again")
+        raise AdapterError(
+            f"its rank is {rank} where the config says {config.rank_of(name)}; fetch or train the adapter again"
+        )
     return config.scale_of(name)
 
 
@@ -207,7 +233,9 @@ def _same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 def _tensors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
     """Return the factors under PEFT's keys, each in memory of its own, as safetensors demands."""
     return {
-        f"{PREFIX}{name}.lora_{letter}.weight": factor.detach().to("cpu", torch.float32, copy=True).contiguous()
+        f"{PREFIX}{name}.lora_{letter}.weight": factor.detach()
+        .to("cpu", torch.float32, copy=True)
+        .contiguous()
         for name, update in updates.items()
         for letter, factor in (("A", update.a), ("B", update.b))
     }
@@ -219,9 +247,14 @@ def _peft_config(updates: Mapping[str, Update], like: Path) -> dict[str, Any]:
     values = read_json(like / CONFIG)
     widest = max(updates.values(), key=lambda update: update.rank)
     ranks = {name: update.rank for name, update in updates.items() if update.rank != widest.rank}
-    alphas = {name: _alpha(update) for name, update in updates.items() if _alpha(update) != _alpha(widest)}
+    alphas = {
+        name: _alpha(update) for name, update in updates.items() if _alpha(update) != _alpha(widest)
+    }
     if set(updates) != set(_module_paths(read_tensors(like), like)):
-        values |= {"target_modules": sorted(updates), **{key: None for key in NARROWING if key in values}}
+        values |= {
+            "target_modules": sorted(updates),
+            **{key: None for key in NARROWING if key in values},
+        }
     return {
         **values,
         "r": widest.rank,

@@ -28,7 +28,9 @@ from torch.nn import functional as F
 
 from lora_core.errors import LoraError
 
-WITHOUT_EFFECT = frozenset({"sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"})
+WITHOUT_EFFECT = frozenset(
+    {"sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"}
+)
 """Options that change nothing here: windows and causality are in the mask, and there is no cache."""
 
 
@@ -68,7 +70,10 @@ class PackMask:
             return
         causal = _causal_length(visible)
         is_causal = [segment.mask is None and segment.length <= causal for segment in segments]
-        self.masks = [None if plain else _within(segment, visible) for plain, segment in zip(is_causal, segments, strict=True)]
+        self.masks = [
+            None if plain else _within(segment, visible)
+            for plain, segment in zip(is_causal, segments, strict=True)
+        ]
 
 
 _segments: ContextVar[Sequence[Segment] | None] = ContextVar("segments", default=None)
@@ -92,7 +97,9 @@ def segments_being_read() -> Sequence[Segment]:
     """
     segments = _segments.get()
     if segments is None:
-        raise AttentionError("a mask is asked for while no pack is being read; read the pack inside `reading`")
+        raise AttentionError(
+            "a mask is asked for while no pack is being read; read the pack inside `reading`"
+        )
     return segments
 
 
@@ -115,14 +122,23 @@ class AttentionOptions:
         known = {field.name for field in fields(cls)}
         for name, value in options.items():
             if name not in known | WITHOUT_EFFECT and value is not None and value is not False:
-                raise AttentionError(f"{type(module).__name__} passes its attention {name}, which packed attention does not compute")
+                raise AttentionError(
+                    f"{type(module).__name__} passes its attention {name}, which packed attention does not compute"
+                )
         if options.get("is_causal") is False:
-            raise AttentionError(f"{type(module).__name__} attends in both directions, which packed attention does not compute")
+            raise AttentionError(
+                f"{type(module).__name__} attends in both directions, which packed attention does not compute"
+            )
         return cls(**{name: value for name, value in options.items() if name in known})
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: "PackMask | Tensor | None", **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: "PackMask | Tensor | None",
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend within segments; the signature is Hugging Face's for attention functions.
 
@@ -138,8 +154,14 @@ def packed_attention(
     asked = AttentionOptions.of(options, module)
     mask = _mask_of_pack(module, query, attention_mask)
     attend = _kernel(asked)
-    pieces = zip(*(states.split(mask.lengths, dim=2) for states in (query, key, value)), mask.masks, strict=True)
-    return torch.cat([attend(q, k, v, own, asked).transpose(1, 2) for q, k, v, own in pieces], dim=1), None
+    pieces = zip(
+        *(states.split(mask.lengths, dim=2) for states in (query, key, value)),
+        mask.masks,
+        strict=True,
+    )
+    return torch.cat(
+        [attend(q, k, v, own, asked).transpose(1, 2) for q, k, v, own in pieces], dim=1
+    ), None
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionOptions], Tensor]
@@ -156,16 +178,22 @@ def _mask_of_pack(module: nn.Module, query: Tensor, mask: object) -> PackMask:
     """Return the mask; refuse one that is not this pack's."""
     where = type(module).__name__
     if not isinstance(mask, PackMask):
-        raise AttentionError(f"{where} attends under {type(mask).__name__}, which is not the mask of a pack")
+        raise AttentionError(
+            f"{where} attends under {type(mask).__name__}, which is not the mask of a pack"
+        )
     if query.shape[0] != 1 or query.shape[2] != sum(mask.lengths):
-        raise AttentionError(f"{where} attends over {tuple(query.shape)}, and the pack is one row of {sum(mask.lengths)} tokens")
+        raise AttentionError(
+            f"{where} attends over {tuple(query.shape)}, and the pack is one row of {sum(mask.lengths)} tokens"
+        )
     return mask
 
 
 def _causal_length(visible: Tensor) -> int:
     """Return up to how many tokens an example sees as it would causally; synchronizes with a GPU, once for all segments."""
     differs = (visible != torch.ones_like(visible).tril()).any(dim=1)
-    return int(torch.cat([differs, differs.new_ones(1)]).int().argmax())  # the first row that differs
+    return int(
+        torch.cat([differs, differs.new_ones(1)]).int().argmax()
+    )  # the first row that differs
 
 
 def _within(segment: Segment, visible: Tensor) -> Tensor:
@@ -176,7 +204,9 @@ def _within(segment: Segment, visible: Tensor) -> Tensor:
     return segment.mask & visible[depths[:, None], depths[None, :]]
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
     """Attend by the fastest kernel that PyTorch has for the mask."""
     return F.scaled_dot_product_attention(
         q,
@@ -190,10 +220,14 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Attent
     )
 
 
-def _with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
     """Attend with sinks: one more key, of zeros, whose score is the sink's logit, and whose value is zero."""
     heads, length = q.shape[1], q.shape[2]
-    bias = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill(~_allowed(q, mask), -torch.inf)
+    bias = torch.zeros(length, length, dtype=q.dtype, device=q.device).masked_fill(
+        ~_allowed(q, mask), -torch.inf
+    )
     bias = torch.cat([bias.expand(heads, length, length), _sink_column(q, options)[0]], dim=2)[None]
     return F.scaled_dot_product_attention(
         q,
@@ -206,13 +240,19 @@ def _with_sinks(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: A
     )
 
 
-def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+def _capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
+) -> Tensor:
     """Attend under a bound of the scores, step by step: no kernel of PyTorch has one."""
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if options.scaling is None else options.scaling)
+    scores = (
+        q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if options.scaling is None else options.scaling)
+    )
     assert options.softcap is not None, "this kernel is chosen for it"
-    scores = (options.softcap * torch.tanh(scores / options.softcap)).masked_fill(~_allowed(q, mask), -torch.inf)
+    scores = (options.softcap * torch.tanh(scores / options.softcap)).masked_fill(
+        ~_allowed(q, mask), -torch.inf
+    )
     if options.s_aux is not None:
         scores = torch.cat([scores, _sink_column(q, options)], dim=3)
     weights = torch.softmax(scores, dim=3, dtype=torch.float32).to(q.dtype)
@@ -222,7 +262,11 @@ def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Atten
 def _allowed(q: Tensor, mask: Tensor | None) -> Tensor:
     """Return a mask as a tensor (L, L)."""
     length = q.shape[2]
-    return torch.ones(length, length, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    return (
+        torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        if mask is None
+        else mask
+    )
 
 
 def _sink_column(q: Tensor, options: AttentionOptions) -> Tensor:

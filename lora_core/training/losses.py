@@ -63,7 +63,9 @@ def linear_cross_entropy(
 
     The gradient reaches `hidden`, and `weight` and `bias` where they are trained.
     """
-    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, bias, _Chunks(transform, chunk_rows))  # type: ignore[no-untyped-call]
+    result: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, targets, bias, _Chunks(transform, chunk_rows)
+    )  # type: ignore[no-untyped-call]
     return result
 
 
@@ -93,13 +95,19 @@ def target_log_likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Ten
     """Return the log-likelihood of each row's target and whether it is the likeliest; logits (N, V) of float32 are used up."""
     chosen = logits.gather(1, targets[:, None])[:, 0]
     largest = logits.amax(dim=1)
-    normalizer = logits.sub_(largest[:, None]).exp_().sum(dim=1).log()  # in place: the table is wide
+    normalizer = (
+        logits.sub_(largest[:, None]).exp_().sum(dim=1).log()
+    )  # in place: the table is wide
     return chosen - largest - normalizer, chosen >= largest
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype in which autocast has products with `x` computed; None where it is off."""
-    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    return (
+        torch.get_autocast_dtype(x.device.type)
+        if torch.is_autocast_enabled(x.device.type)
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,14 @@ class _Chunks:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, chunks: "_Chunks") -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        bias: Tensor | None,
+        chunks: "_Chunks",
+    ) -> Tensor:
         transform, chunk_rows = chunks.transform, chunks.rows
         total = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -128,7 +143,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += (logits.logsumexp(dim=1) - logits.gather(1, wanted)[:, 0]).sum()
             if grad_hidden is None and grad_weight is None and grad_bias is None:
                 continue
-            gradient = torch.softmax(logits, dim=1).scatter_add_(1, wanted, wanted.new_full(wanted.shape, -1, dtype=logits.dtype))
+            gradient = torch.softmax(logits, dim=1).scatter_add_(
+                1, wanted, wanted.new_full(wanted.shape, -1, dtype=logits.dtype)
+            )
             gradient = transform.chain_(gradient, logits).to(dtype)
             if grad_hidden is not None and dtype == hidden.dtype:
                 torch.mm(gradient, head, out=grad_hidden[rows])
@@ -146,5 +163,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = (None if g is None else g.mul(grad_total.to(g.dtype)) for g in ctx.saved_tensors)
+        hidden, weight, bias = (
+            None if g is None else g.mul(grad_total.to(g.dtype)) for g in ctx.saved_tensors
+        )
         return hidden, weight, None, bias, None

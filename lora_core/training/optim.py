@@ -45,14 +45,20 @@ def loraplus_groups(
     _check_values(learning_rate, ratio, weight_decay, embedding_rate)
     members = _by_role(named_parameters)
     if embedding_rate is not None and "embedding" not in members:
-        raise ConfigError(f"embedding_rate={embedding_rate!r} has no effect: no embedding is adapted; leave it out")
+        raise ConfigError(
+            f"embedding_rate={embedding_rate!r} has no effect: no embedding is adapted; leave it out"
+        )
     rates = {
         "a": (learning_rate, weight_decay),
         "b": (learning_rate * ratio, weight_decay),
         "vector": (learning_rate * ratio, 0.0),
         "embedding": (learning_rate if embedding_rate is None else embedding_rate, weight_decay),
     }
-    return [{"params": members[role], "lr": rate, "weight_decay": decay} for role, (rate, decay) in rates.items() if role in members]
+    return [
+        {"params": members[role], "lr": rate, "weight_decay": decay}
+        for role, (rate, decay) in rates.items()
+        if role in members
+    ]
 
 
 def _by_role(named_parameters: Named) -> dict[str, list[nn.Parameter]]:
@@ -77,10 +83,20 @@ def _role(name: str, parameter: nn.Parameter) -> Role:
     return "b" if "lora_B" in parts else "a"
 
 
-def _check_values(learning_rate: float, ratio: float, weight_decay: float, embedding_rate: float | None) -> None:
-    rates = {"learning_rate": learning_rate, "ratio": ratio, "embedding_rate": 1.0 if embedding_rate is None else embedding_rate}
+def _check_values(
+    learning_rate: float, ratio: float, weight_decay: float, embedding_rate: float | None
+) -> None:
+    rates = {
+        "learning_rate": learning_rate,
+        "ratio": ratio,
+        "embedding_rate": 1.0 if embedding_rate is None else embedding_rate,
+    }
     for name, value in rates.items():
         if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name}={value!r} must be finite and above 0; a common learning rate is 2e-4, a common ratio 16")
+            raise ConfigError(
+                f"{name}={value!r} must be finite and above 0; a common learning rate is 2e-4, a common ratio 16"
+            )
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise ConfigError(f"weight_decay={weight_decay!r} must be finite and at least 0; use 0 to switch it off")
+        raise ConfigError(
+            f"weight_decay={weight_decay!r} must be finite and at least 0; use 0 to switch it off"
+        )

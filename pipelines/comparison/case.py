@@ -91,15 +91,28 @@ class Case:
     def twin(self) -> Trained | None:
         """Return the adapter that is the registered champion, byte for byte."""
         known = self.beside.incumbent
-        return next((model for model in self.adapters if known and model.figures["adapter_sha256"] == known.adapter_sha256), None)
+        return next(
+            (
+                model
+                for model in self.adapters
+                if known and model.figures["adapter_sha256"] == known.adapter_sha256
+            ),
+            None,
+        )
 
     @cached_property
     def divergences(self) -> dict[tuple[str, str], Divergence]:
         """Return the KL divergence of every judged model, and of the base in 4 bits, from what it is held against."""
-        pairs = [(BASE, label) for label in (QUANTIZED_BASE, *(model.label for model in self.trained))]
+        pairs = [
+            (BASE, label) for label in (QUANTIZED_BASE, *(model.label for model in self.trained))
+        ]
         pairs += [(self.base_of(self.variant(model)), model.label) for model in self.trained]
         files = self.beside.distributions
-        return divergences(self.items[BASE], files, [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(files)])
+        return divergences(
+            self.items[BASE],
+            files,
+            [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(files)],
+        )
 
     def base_of(self, variant: Variant) -> str:
         """Return the label of what a model was trained on."""
@@ -109,5 +122,7 @@ class Case:
         """Return how a judged model was trained, in the terms of those that are scored for the picture."""
         steps = self.recipe.training.steps
         if model.label == CONTROL:
-            return Variant(CONTROL, self.control["method"], model.rank, steps, self.control["chosen"])
+            return Variant(
+                CONTROL, self.control["method"], model.rank, steps, self.control["chosen"]
+            )
         return Variant(model.label, "lora", model.rank, steps, self.recipe.lora.learning_rate)

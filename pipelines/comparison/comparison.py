@@ -8,7 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.comparison.case import BASE, CONTROL, QUANTIZED_BASE, Beside, Case, Incumbent, Trained
+from pipelines.comparison.case import (
+    BASE,
+    CONTROL,
+    QUANTIZED_BASE,
+    Beside,
+    Case,
+    Incumbent,
+    Trained,
+)
 from pipelines.comparison.differences import (
     change,
     drop_beyond_control,
@@ -28,11 +36,25 @@ from pipelines.comparison.resampling import Interval, mean_interval
 from pipelines.comparison.scores import metric_errors, scores
 from pipelines.config.recipe import Recipe
 
-__all__ = ["BASE", "CONTROL", "QUANTIZED_BASE", "Beside", "Incumbent", "Trained", "Variant", "compare"]
+__all__ = [
+    "BASE",
+    "CONTROL",
+    "QUANTIZED_BASE",
+    "Beside",
+    "Incumbent",
+    "Trained",
+    "Variant",
+    "compare",
+]
 Values = dict[str, Any]
 
 
-def compare(recipe: Recipe, trained: Sequence[Trained], items: Mapping[str, Records], beside: Beside | None = None) -> Values:
+def compare(
+    recipe: Recipe,
+    trained: Sequence[Trained],
+    items: Mapping[str, Records],
+    beside: Beside | None = None,
+) -> Values:
     """Return the figures of the base, the control and each adapter, and the decision.
 
     Args:
@@ -67,7 +89,11 @@ def compare(recipe: Recipe, trained: Sequence[Trained], items: Mapping[str, Reco
 def _base(case: Case, label: str) -> Values:
     """Return a base's figures; the change of the one in 4 bits is what quantisation costs."""
     own = {"scores": _scores(case, label)}
-    return own if label == BASE else {**own, "change": _effect(case, BASE, label), "power": _power(case, BASE, label)}
+    return (
+        own
+        if label == BASE
+        else {**own, "change": _effect(case, BASE, label), "power": _power(case, BASE, label)}
+    )
 
 
 def _trained(case: Case, model: Trained) -> Values:
@@ -88,21 +114,29 @@ def _judged(case: Case, model: Trained) -> Values:
     evidence = _evidence(case, model)
     return {
         "gain_share": asdict(evidence.gain_share) if evidence.gain_share is not None else None,
-        "beyond_control": asdict(evidence.beyond_control) if evidence.beyond_control is not None else None,
+        "beyond_control": asdict(evidence.beyond_control)
+        if evidence.beyond_control is not None
+        else None,
         "verdict": asdict(decide(evidence, case.recipe.gate.model_dump())),
     }
 
 
 def _scores(case: Case, label: str) -> Values:
     section = case.recipe.evaluation
-    return asdict(scores(case.items[label], (*section.metrics, *(["execution"] if section.execute else []))))
+    return asdict(
+        scores(case.items[label], (*section.metrics, *(["execution"] if section.execute else [])))
+    )
 
 
 def _effect(case: Case, before: str, after: str) -> Values:
     """Return how one model differs from another; the KL divergence only where both have distributions."""
     moved = case.divergences.get((before, after))
     known = {"mean": None, "interval": None} if moved is None else asdict(moved)
-    return {**asdict(change(case.items[before], case.items[after])), "kl": known["mean"], "kl_interval": known["interval"]}
+    return {
+        **asdict(change(case.items[before], case.items[after])),
+        "kl": known["mean"],
+        "kl_interval": known["interval"],
+    }
 
 
 def _power(case: Case, before: str, after: str) -> Values | None:
@@ -111,18 +145,27 @@ def _power(case: Case, before: str, after: str) -> Values | None:
     Of a benchmark that rates itself, drops are in its own score; scores of several have no common bound.
     """
     first, second, drop = case.items[before], case.items[after], case.recipe.gate.max_general_drop
-    general, apart, scales = general_samples(first, second), open_samples(first, second), score_scales(first)
+    general, apart, scales = (
+        general_samples(first, second),
+        open_samples(first, second),
+        score_scales(first),
+    )
     every = {**general, **apart}
     if not every:
         return None
     pooled = power_of(list((general or apart).values()), drop if general else 0)
-    single = {name: asdict(power_of([values], drop * scales.get(name, 1))) for name, values in every.items()}
+    single = {
+        name: asdict(power_of([values], drop * scales.get(name, 1)))
+        for name, values in every.items()
+    }
     return {**asdict(pooled), "benchmarks": single}
 
 
 def _evidence(case: Case, model: Trained) -> Evidence:
     assert model.rank is not None, "an adapter has a rank"
-    own, base, before = (case.items[label] for label in (model.label, BASE, case.base_of(case.variant(model))))
+    own, base, before = (
+        case.items[label] for label in (model.label, BASE, case.base_of(case.variant(model)))
+    )
     share, beyond = _beside_control(case, before, own)
     rival = _rival(case)
     return Evidence(
@@ -134,7 +177,9 @@ def _evidence(case: Case, model: Trained) -> Evidence:
         beyond_control=beyond,
         open_changes=_open_changes(before, own),
         file_bytes=model.figures["file_bytes"],
-        rank=model.figures.get("file_rank", model.rank),  # a start from the weight doubles it in the file
+        rank=model.figures.get(
+            "file_rank", model.rank
+        ),  # a start from the weight doubles it in the file
         over_champion=_over_champion(case, model),
         champion_objection=None if rival is None else rival.objection,
         errors=metric_errors(own),
@@ -144,20 +189,27 @@ def _evidence(case: Case, model: Trained) -> Evidence:
     )
 
 
-def _beside_control(case: Case, before: Records, own: Records) -> tuple[Interval | None, Interval | None]:
+def _beside_control(
+    case: Case, before: Records, own: Records
+) -> tuple[Interval | None, Interval | None]:
     """Return an adapter's share of the control's gain and its change beyond the control's; None and None without one."""
     control = next((model for model in case.trained if model.label == CONTROL), None)
     if control is None:
         return None, None
     records, control_base = case.items[CONTROL], case.items[case.base_of(case.variant(control))]
-    return gain_share(case.items[BASE], records, own), drop_beyond_control((control_base, before), records, own)
+    return gain_share(case.items[BASE], records, own), drop_beyond_control(
+        (control_base, before), records, own
+    )
 
 
 def _open_changes(before: Records, own: Records) -> tuple[OpenChange, ...]:
     """Return the change of each benchmark of open questions, unless one of them is all there is to general abilities."""
     samples, scales = open_samples(before, own), score_scales(before)
     held = [name for name in samples if list(general_samples(before, own)) != [name]]
-    return tuple(OpenChange(name, mean_interval(samples[name]), scales.get(name), len(samples[name])) for name in held)
+    return tuple(
+        OpenChange(name, mean_interval(samples[name]), scales.get(name), len(samples[name]))
+        for name in held
+    )
 
 
 def _rival(case: Case) -> Incumbent | None:
@@ -172,7 +224,11 @@ def _rival(case: Case) -> Incumbent | None:
 def _over_champion(case: Case, model: Trained) -> Interval | None:
     """Return the task gain over the registered champion; None where it need not be beaten, or cannot be compared."""
     rival = _rival(case)
-    return None if rival is None or rival.objection is not None else task_gain(case.items[rival.label], case.items[model.label])
+    return (
+        None
+        if rival is None or rival.objection is not None
+        else task_gain(case.items[rival.label], case.items[model.label])
+    )
 
 
 def _incumbent(case: Case) -> Values | None:
@@ -181,9 +237,7 @@ def _incumbent(case: Case) -> Values | None:
     if known is None:
         return None
     if case.twin is not None:
-        words = (
-            f"The registered champion, version {known.version}, is {case.twin.label} of this run, byte for byte, and need not be beaten."
-        )
+        words = f"The registered champion, version {known.version}, is {case.twin.label} of this run, byte for byte, and need not be beaten."
     elif known.objection is not None:
         words = f"The registered champion, version {known.version}, could not be compared: {known.objection}."
     else:
@@ -194,22 +248,39 @@ def _incumbent(case: Case) -> Values | None:
 
 def _points(case: Case) -> list[Point]:
     """Place every model that was scored between learning and forgetting, those that are judged first."""
-    every = [*((case.variant(model), True) for model in case.trained), *((variant, False) for variant in case.beside.variants)]
+    every = [
+        *((case.variant(model), True) for model in case.trained),
+        *((variant, False) for variant in case.beside.variants),
+    ]
     items = case.items
     return [
-        place(variant, (items[BASE], items[case.base_of(variant)]), items[variant.label], trained=trained) for variant, trained in every
+        place(
+            variant,
+            (items[BASE], items[case.base_of(variant)]),
+            items[variant.label],
+            trained=trained,
+        )
+        for variant, trained in every
     ]
 
 
 def _decision(adapters: Mapping[str, Any]) -> Values:
     """Put forward the newest adapter that was not rejected and, of those that pass, the one that learnt most."""
     kept = _with_status(adapters, "pass", "can't tell")
-    champion = max(_with_status(adapters, "pass"), key=lambda label: adapters[label]["total"]["task_gain"]["mean"], default=None)
+    champion = max(
+        _with_status(adapters, "pass"),
+        key=lambda label: adapters[label]["total"]["task_gain"]["mean"],
+        default=None,
+    )
     if champion is not None:
         gain = adapters[champion]["total"]["task_gain"]["mean"]
-        reason = f"{champion} passes and gains most on the task ({gain:+.3f} nats a token over the base)"
+        reason = (
+            f"{champion} passes and gains most on the task ({gain:+.3f} nats a token over the base)"
+        )
     else:
-        reason = "no adapter passes: " + "; ".join(f"{label}: {adapters[label]['verdict']['reason']}" for label in adapters)
+        reason = "no adapter passes: " + "; ".join(
+            f"{label}: {adapters[label]['verdict']['reason']}" for label in adapters
+        )
     return {"candidate": kept[-1] if kept else None, "champion": champion, "decision": reason}
 
 

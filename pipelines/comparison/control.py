@@ -28,10 +28,14 @@ def describe(section: ControlSection, rates: Mapping[float, float | None]) -> di
         words = "There is no control: what full fine-tuning would have learnt and forgotten is not known."
         return {"method": "none", "rates": {}, "chosen": None, "words": words}
     if len(section.learning_rate) > 1 and not rates:
-        raise ValueError(f"control.learning_rate names {len(section.learning_rate)} rates and no loss is known; pass the loss of each")
+        raise ValueError(
+            f"control.learning_rate names {len(section.learning_rate)} rates and no loss is known; pass the loss of each"
+        )
     losses = {rate: loss for rate, loss in rates.items() if loss is not None and isfinite(loss)}
     if rates and not losses:
-        raise ValueError(f"training diverged at every rate of control.learning_rate ({_listed(rates)}); name lower ones")
+        raise ValueError(
+            f"training diverged at every rate of control.learning_rate ({_listed(rates)}); name lower ones"
+        )
     chosen = min(losses, key=losses.__getitem__) if losses else section.learning_rate[0]
     words = f"The control is {_method(section)} at a learning rate of {chosen:g}{_search(list(rates), losses, chosen)}."
     return {
@@ -55,13 +59,19 @@ def _search(tried: list[float], losses: Losses, chosen: float) -> str:
     diverged = [rate for rate in tried if rate not in losses]
     failed = f"; training diverged at {_listed(diverged)}" if diverged else ""
     end = "lowest" if chosen == min(tried) else "highest" if chosen == max(tried) else None
-    return _found(len(tried), losses, chosen) + failed + (f"; it is the {end} tried, and a better one may lie beyond" if end else "")
+    return (
+        _found(len(tried), losses, chosen)
+        + failed
+        + (f"; it is the {end} tried, and a better one may lie beyond" if end else "")
+    )
 
 
 def _found(tried: int, losses: Losses, chosen: float) -> str:
     if len(losses) == 1:
         return f", the only one of {tried} at which training did not diverge (a loss of {losses[chosen]:.3f})"
-    others = ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in sorted(losses.items()) if rate != chosen)
+    others = ", ".join(
+        f"{loss:.3f} at {rate:g}" for rate, loss in sorted(losses.items()) if rate != chosen
+    )
     return f", the best of {tried} by the loss on examples kept for that ({losses[chosen]:.3f}; {others})"
 
 

@@ -20,9 +20,29 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import false_discovery_control
 
-from pipelines.comparison.records import ABILITIES, Record, Records, by_benchmark, check_paired, scored
-from pipelines.comparison.resampling import Array, Interval, mean_interval, mean_intervals, ratio_interval, sign_flip_p_value
-from pipelines.comparison.scores import accuracy, choice_probability, margin, metric_names, right_or_wrong
+from pipelines.comparison.records import (
+    ABILITIES,
+    Record,
+    Records,
+    by_benchmark,
+    check_paired,
+    scored,
+)
+from pipelines.comparison.resampling import (
+    Array,
+    Interval,
+    mean_interval,
+    mean_intervals,
+    ratio_interval,
+    sign_flip_p_value,
+)
+from pipelines.comparison.scores import (
+    accuracy,
+    choice_probability,
+    margin,
+    metric_names,
+    right_or_wrong,
+)
 
 Samples = dict[str, Array]
 """Benchmark → the paired differences of its items."""
@@ -67,7 +87,11 @@ def change(before: Records, after: Records) -> Change:
         ValueError: the two were not scored on the same items in the same order.
     """
     check_paired(before, after)
-    choices = _differences(by_benchmark(before, "general"), by_benchmark(after, "general"), (choice_probability, margin))
+    choices = _differences(
+        by_benchmark(before, "general"),
+        by_benchmark(after, "general"),
+        (choice_probability, margin),
+    )
     correct = _differences(right_or_wrong(before), right_or_wrong(after), (accuracy,))
     smooth = mean_intervals(list(choices.values())) if choices else (None, None)
     return Change(
@@ -78,13 +102,17 @@ def change(before: Records, after: Records) -> Change:
         text_loss=_fall(before, after, "text", "bytes"),
         chat_loss=_fall(before, after, "chat", "tokens"),
         generation=_generation(before, after),
-        benchmarks=_benchmarks({name: values[0] for name, values in choices.items()}, before, after),
+        benchmarks=_benchmarks(
+            {name: values[0] for name, values in choices.items()}, before, after
+        ),
     )
 
 
 def task_gain(before: Records, after: Records) -> Interval:
     """Return the fall of the task loss, in nats per supervised token."""
-    return ratio_interval(task_differences(before, after), _column(scored(before, "task"), "tokens"))
+    return ratio_interval(
+        task_differences(before, after), _column(scored(before, "task"), "tokens")
+    )
 
 
 def task_differences(before: Records, after: Records) -> Array:
@@ -122,7 +150,10 @@ def open_samples(before: Records, after: Records) -> Samples:
 
 def score_scales(records: Records) -> dict[str, float]:
     """Return, for each benchmark that rates itself, the mean absolute score of a model: what a drop is a share of."""
-    return {name: float(np.mean([abs(accuracy(one)) for one in rows])) for name, rows in by_benchmark(records, "score").items()}
+    return {
+        name: float(np.mean([abs(accuracy(one)) for one in rows]))
+        for name, rows in by_benchmark(records, "score").items()
+    }
 
 
 def general_change(before: Records, after: Records) -> Interval | None:
@@ -140,7 +171,9 @@ def pictured_change(before: Records, after: Records) -> Interval | None:
     return mean_interval(*samples.values()) if samples else None
 
 
-def drop_beyond_control(bases: tuple[Records, Records], control: Records, adapter: Records) -> Interval | None:
+def drop_beyond_control(
+    bases: tuple[Records, Records], control: Records, adapter: Records
+) -> Interval | None:
     """Return the adapter's change of general abilities less the control's, each over the base it was trained on.
 
     Args:
@@ -154,20 +187,30 @@ def drop_beyond_control(bases: tuple[Records, Records], control: Records, adapte
 
 
 def _differences(
-    before: dict[str, list[Record]], after: dict[str, list[Record]], figures: Sequence[Callable[[Record], float]]
+    before: dict[str, list[Record]],
+    after: dict[str, list[Record]],
+    figures: Sequence[Callable[[Record], float]],
 ) -> dict[str, Array]:
     """Return, for each benchmark with two items or more, how much each figure of each item rose, (figures, n)."""
-    return {name: _table(after[name], figures) - _table(rows, figures) for name, rows in before.items() if len(rows) > 1}
+    return {
+        name: _table(after[name], figures) - _table(rows, figures)
+        for name, rows in before.items()
+        if len(rows) > 1
+    }
 
 
-def _samples(before: Records, after: Records, kinds: Sequence[str], figure: Callable[[Record], float]) -> Samples:
+def _samples(
+    before: Records, after: Records, kinds: Sequence[str], figure: Callable[[Record], float]
+) -> Samples:
     """Return, for each benchmark of some kinds, how much one figure of each item rose."""
     differences = _differences(by_benchmark(before, *kinds), by_benchmark(after, *kinds), (figure,))
     return {name: values[0] for name, values in differences.items()}
 
 
 def _table(records: Records, figures: Sequence[Callable[[Record], float]]) -> Array:
-    return np.array([[figure(record) for record in records] for figure in figures], dtype=np.float64)
+    return np.array(
+        [[figure(record) for record in records] for figure in figures], dtype=np.float64
+    )
 
 
 def _benchmarks(smooth: Samples, before: Records, after: Records) -> dict[str, BenchmarkChange]:
@@ -176,9 +219,13 @@ def _benchmarks(smooth: Samples, before: Records, after: Records) -> dict[str, B
     p_values = [sign_flip_p_value(values) for values in samples.values()]
     adjusted = false_discovery_control(p_values, method="bh") if p_values else []
     changes = {}
-    for (name, values), p_value, adjusted_p in zip(samples.items(), p_values, adjusted, strict=True):
+    for (name, values), p_value, adjusted_p in zip(
+        samples.items(), p_values, adjusted, strict=True
+    ):
         found = mean_interval(values)
-        changes[name] = BenchmarkChange(found.mean, found.low, found.high, round(p_value, 6), round(float(adjusted_p), 6))
+        changes[name] = BenchmarkChange(
+            found.mean, found.low, found.high, round(p_value, 6), round(float(adjusted_p), 6)
+        )
     return changes
 
 
@@ -187,8 +234,15 @@ def _generation(before: Records, after: Records) -> dict[str, Interval]:
     if not (first and second):  # a model that only the picture shows wrote no answers
         return {}
     pairs = [(one["metrics"], other["metrics"]) for one, other in zip(first, second, strict=True)]
-    rises = {name: [b[name] - a[name] for a, b in pairs if name in a and name in b] for name in metric_names([*first, *second])}
-    return {name: mean_interval(np.array(values, dtype=np.float64)) for name, values in rises.items() if len(values) > 1}
+    rises = {
+        name: [b[name] - a[name] for a, b in pairs if name in a and name in b]
+        for name in metric_names([*first, *second])
+    }
+    return {
+        name: mean_interval(np.array(values, dtype=np.float64))
+        for name, values in rises.items()
+        if len(values) > 1
+    }
 
 
 def _fall(before: Records, after: Records, kind: str, unit: str) -> Interval | None:

@@ -37,7 +37,9 @@ class Divergence:
     """The same with its interval, which never reaches below 0; None for a single chat."""
 
 
-def divergences(chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]) -> dict[Pair, Divergence]:
+def divergences(
+    chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]
+) -> dict[Pair, Divergence]:
     """Return the KL divergence of some models from others, nats per token; none where no chat was scored.
 
     Args:
@@ -51,14 +53,20 @@ def divergences(chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]
     rows = [record["rows"] for record in scored(chats, "chat")]
     totals: dict[Pair, list[float]] = {pair: [] for pair in (pairs if rows else [])}
     with ExitStack() as stack:
-        opened = {label: stack.enter_context(safe_open(files[label], framework="np")) for pair in totals for label in pair}
+        opened = {
+            label: stack.enter_context(safe_open(files[label], framework="np"))
+            for pair in totals
+            for label in pair
+        }
         tables = {label: file.get_slice(TENSOR) for label, file in opened.items()}
         _check_shapes({label: tuple(table.get_shape()) for label, table in tables.items()})
         for first, end in rows:
             logarithms = {label: _logarithms(table[first:end]) for label, table in tables.items()}
             chances = {before: np.exp(logarithms[before]) for before, _ in totals}
             for before, after in totals:
-                totals[before, after].append(float(np.vdot(chances[before], logarithms[before] - logarithms[after])))
+                totals[before, after].append(
+                    float(np.vdot(chances[before], logarithms[before] - logarithms[after]))
+                )
     positions = np.array([end - first for first, end in rows], dtype=np.float64)
     return {pair: _divergence(np.array(sums), positions) for pair, sums in totals.items()}
 
@@ -66,7 +74,10 @@ def divergences(chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]
 def _divergence(sums: Array, positions: Array) -> Divergence:
     found = ratio_interval(sums, positions)
     floor = min(found.mean, 0.0)  # of halves, what did not move may be found a hair below 0
-    return Divergence(found.mean, Interval(found.mean, max(found.low, floor), found.high) if len(sums) > 1 else None)
+    return Divergence(
+        found.mean,
+        Interval(found.mean, max(found.low, floor), found.high) if len(sums) > 1 else None,
+    )
 
 
 def _logarithms(halves: NDArray[Any]) -> NDArray[np.float32]:
@@ -75,4 +86,6 @@ def _logarithms(halves: NDArray[Any]) -> NDArray[np.float32]:
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
     if len(set(shapes.values())) > 1:
-        raise ValueError(f"the distributions have unlike shapes ({shapes}); score all models with the same tokenizer and settings")
+        raise ValueError(
+            f"the distributions have unlike shapes ({shapes}); score all models with the same tokenizer and settings"
+        )

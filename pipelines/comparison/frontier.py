@@ -66,7 +66,9 @@ class Recommendation:
     """The most that it gives up, as a share of the best one's gain; None for the best itself."""
 
 
-def place(variant: Variant, bases: tuple[Records, Records], records: Records, *, trained: bool) -> Point:
+def place(
+    variant: Variant, bases: tuple[Records, Records], records: Records, *, trained: bool
+) -> Point:
     """Place a model between learning and forgetting.
 
     Args:
@@ -79,7 +81,9 @@ def place(variant: Variant, bases: tuple[Records, Records], records: Records, *,
     return Point(**asdict(variant), trained=trained, gain=gain, general=general)
 
 
-def recommend(points: Sequence[Point], passed: Sequence[str], items: Mapping[str, Records]) -> Recommendation | None:
+def recommend(
+    points: Sequence[Point], passed: Sequence[str], items: Mapping[str, Records]
+) -> Recommendation | None:
     """Return the adapter of the lowest rank that surely gives up little of the best one's gain; None where none passes.
 
     Args:
@@ -91,8 +95,15 @@ def recommend(points: Sequence[Point], passed: Sequence[str], items: Mapping[str
     if not adapters:
         return None
     best = max(adapters, key=lambda one: one.gain.mean)
-    behind = {one.label: task_gain(items[one.label], items[best.label]) for one in adapters if _rank(one) < _rank(best)}
-    chosen = next((one for one in adapters if one.label in behind and _is_little(behind[one.label], best)), best)
+    behind = {
+        one.label: task_gain(items[one.label], items[best.label])
+        for one in adapters
+        if _rank(one) < _rank(best)
+    }
+    chosen = next(
+        (one for one in adapters if one.label in behind and _is_little(behind[one.label], best)),
+        best,
+    )
     reason = _reason(chosen, best, behind, alone=len(adapters) == 1)
     given_up = None if chosen is best else round(_share(behind[chosen.label], best), 6)
     return Recommendation(chosen.label, reason + _shorter(chosen, best, points, items), given_up)
@@ -119,9 +130,7 @@ def _reason(chosen: Point, best: Point, behind: Mapping[str, Interval], *, alone
     if not behind:
         return f"{chosen.label} gains most of those that pass ({chosen.gain.mean:+.3f}) and has the lowest rank of them"
     lower = "; ".join(f"{label} {_less(interval)}" for label, interval in behind.items())
-    return (
-        f"{chosen.label} gains most ({chosen.gain.mean:+.3f}), and no lower rank that passes surely gives up at most {LITTLE:.0%}: {lower}"
-    )
+    return f"{chosen.label} gains most ({chosen.gain.mean:+.3f}), and no lower rank that passes surely gives up at most {LITTLE:.0%}: {lower}"
 
 
 def percent(share: float) -> int:
@@ -129,13 +138,22 @@ def percent(share: float) -> int:
     return ceil(round(100 * share, 4))
 
 
-def _shorter(chosen: Point, best: Point, points: Sequence[Point], items: Mapping[str, Records]) -> str:
+def _shorter(
+    chosen: Point, best: Point, points: Sequence[Point], items: Mapping[str, Records]
+) -> str:
     """Name the shortest cut below the chosen rank that surely gives up little too, if there is one."""
-    cuts = sorted((one for one in points if one.cut_from is not None and _rank(one) < _rank(chosen)), key=_rank)
+    cuts = sorted(
+        (one for one in points if one.cut_from is not None and _rank(one) < _rank(chosen)),
+        key=_rank,
+    )
     for one in cuts:
         behind = task_gain(items[one.label], items[best.label])
         if _is_little(behind, best):
-            general = f", with a general change of {one.general.mean:+.3f}" if one.general is not None else ""
+            general = (
+                f", with a general change of {one.general.mean:+.3f}"
+                if one.general is not None
+                else ""
+            )
             little = f"at most {percent(_share(behind, best))}% ({_less(behind)})"
             return f"; rank {one.cut_from} cut to {one.rank} would give up {little}{general}, but is not registered"
     return ""

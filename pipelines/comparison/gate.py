@@ -111,7 +111,9 @@ class Question:
 
     def hold(self, interval: Interval, bound: float) -> Rule:
         """Hold an interval against the bound: it passes from the bound up, is rejected below, and between cannot be told."""
-        value = f"{self.found.format(value=interval.mean)} ({interval.low:.3f} to {interval.high:.3f}"
+        value = (
+            f"{self.found.format(value=interval.mean)} ({interval.low:.3f} to {interval.high:.3f}"
+        )
         wanted = self.wanted.format(bound=bound)
         if interval.low >= bound:
             return Rule(self.name, "pass", f"{value}; {wanted})")
@@ -129,35 +131,66 @@ def decide(evidence: Evidence, gate: Mapping[str, Any]) -> Verdict:
         evidence: what is known of the adapter.
         gate: the recipe's gate section as plain values.
     """
-    forgetting = (*_forgetting(evidence, gate), *_forgetting_apart(evidence, gate["max_general_drop"]))
-    rules = (_learning(evidence, gate), *forgetting, *_serving(evidence, gate), *_beside(evidence, gate))
+    forgetting = (
+        *_forgetting(evidence, gate),
+        *_forgetting_apart(evidence, gate["max_general_drop"]),
+    )
+    rules = (
+        _learning(evidence, gate),
+        *forgetting,
+        *_serving(evidence, gate),
+        *_beside(evidence, gate),
+    )
     statuses = {rule.status for rule in rules}
-    status: Status = "reject" if "reject" in statuses else "pass" if statuses <= {"pass"} else "can't tell"
+    status: Status = (
+        "reject" if "reject" in statuses else "pass" if statuses <= {"pass"} else "can't tell"
+    )
     return Verdict(status, "; ".join(rule.reason for rule in rules if rule.status == status), rules)
 
 
 def _learning(evidence: Evidence, gate: Mapping[str, Any]) -> Rule:
     sample = (evidence.examples, "held-out examples")
     if evidence.control == "none":
-        question = Question("surely learnt", "a task gain of {value:+.3f} over the base", "above 0", sample)
+        question = Question(
+            "surely learnt", "a task gain of {value:+.3f} over the base", "above 0", sample
+        )
         return question.hold(evidence.task_gain, SOMETHING)
     if evidence.gain_share is None:
-        reason = "the control did not surely learn, so no share of it can be asked: give it more steps"
+        reason = (
+            "the control did not surely learn, so no share of it can be asked: give it more steps"
+        )
         return Rule("learnt enough", "can't tell", reason, beyond_items=True)
-    question = Question("learnt enough", "{value:.0%} of the control's gain", "at least {bound:.0%}", sample)
+    question = Question(
+        "learnt enough", "{value:.0%} of the control's gain", "at least {bound:.0%}", sample
+    )
     return question.hold(evidence.gain_share, gate["min_gain_share"])
 
 
 def _forgetting(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
     wanted, sample = "no less than {bound:+.3f}", (evidence.items, "items")
-    found = "general change {value:+.3f}" if evidence.general_figure == "choice_probability" else "general change of accuracy {value:+.3f}"
+    found = (
+        "general change {value:+.3f}"
+        if evidence.general_figure == "choice_probability"
+        else "general change of accuracy {value:+.3f}"
+    )
     if evidence.general is None:
         reason = "no question of general ability could be scored: ask some that fit the context"
-        yield from () if evidence.open_changes else [Rule("forgot little", "can't tell", reason, beyond_items=True)]
+        yield from (
+            ()
+            if evidence.open_changes
+            else [Rule("forgot little", "can't tell", reason, beyond_items=True)]
+        )
         return
-    yield Question("forgot little", found, wanted, sample).hold(evidence.general, -gate["max_general_drop"])
+    yield Question("forgot little", found, wanted, sample).hold(
+        evidence.general, -gate["max_general_drop"]
+    )
     if evidence.beyond_control is not None:
-        question = Question("forgot hardly more than the control", "{value:+.3f} against the control", wanted, sample)
+        question = Question(
+            "forgot hardly more than the control",
+            "{value:+.3f} against the control",
+            wanted,
+            sample,
+        )
         yield question.hold(evidence.beyond_control, -gate["max_drop_beyond_control"])
 
 
@@ -166,15 +199,28 @@ def _forgetting_apart(evidence: Evidence, drop: float) -> Iterator[Rule]:
     for one in evidence.open_changes:
         figure, scale = ("accuracy", 1.0) if one.scale is None else ("score", one.scale)
         found = f"change of {figure} on {_literal(one.benchmark)} {{value:+.3f}}"
-        wanted = "no less than {bound:+.3f}" + ("" if one.scale is None else f", {100 * drop:g}% of the base's {scale:.3f}")
-        question = Question(f"forgot little of {one.benchmark}", found, wanted, (one.items, f"items of {one.benchmark}"))
+        wanted = "no less than {bound:+.3f}" + (
+            "" if one.scale is None else f", {100 * drop:g}% of the base's {scale:.3f}"
+        )
+        question = Question(
+            f"forgot little of {one.benchmark}",
+            found,
+            wanted,
+            (one.items, f"items of {one.benchmark}"),
+        )
         yield question.hold(one.change, -drop * scale)
 
 
 def _serving(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
     largest, highest = gate["max_file_mb"], gate["max_rank"]
     if largest is not None:
-        yield _limit("the file is small enough", f"a file of {evidence.file_bytes / 1e6:.3g} MB", evidence.file_bytes / 1e6, largest, " MB")
+        yield _limit(
+            "the file is small enough",
+            f"a file of {evidence.file_bytes / 1e6:.3g} MB",
+            evidence.file_bytes / 1e6,
+            largest,
+            " MB",
+        )
     if highest is not None:
         yield _limit("the rank can be served", f"rank {evidence.rank}", evidence.rank, highest, "")
 
@@ -183,18 +229,31 @@ def _beside(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
     margin = gate["min_gain_over_champion"]
     if evidence.champion_objection is not None and margin is not None:
         way_out = "set gate.min_gain_over_champion to null to do without"
-        reason = f"the registered champion cannot be compared: {evidence.champion_objection}; {way_out}"
+        reason = (
+            f"the registered champion cannot be compared: {evidence.champion_objection}; {way_out}"
+        )
         yield Rule("beats the champion", "can't tell", reason, beyond_items=True)
     elif evidence.over_champion is not None and margin is not None:
         sample = (evidence.examples, "held-out examples")
-        question = Question("beats the champion", "{value:+.3f} over the registered champion", "at least {bound:+.3f}", sample)
+        question = Question(
+            "beats the champion",
+            "{value:+.3f} over the registered champion",
+            "at least {bound:+.3f}",
+            sample,
+        )
         yield question.hold(evidence.over_champion, margin)
     if evidence.errors:
         named, more = "; ".join(evidence.errors[:NAMED_ERRORS]), len(evidence.errors) - NAMED_ERRORS
-        reason = f"not every metric could be computed: {named}" + (f"; and {more} more" if more > 0 else "")
+        reason = f"not every metric could be computed: {named}" + (
+            f"; and {more} more" if more > 0 else ""
+        )
         yield Rule("all metrics could be computed", "can't tell", reason, beyond_items=True)
     elif evidence.answers:
-        yield Rule("all metrics could be computed", "pass", f"every metric of {evidence.answers} answers could be computed")
+        yield Rule(
+            "all metrics could be computed",
+            "pass",
+            f"every metric of {evidence.answers} answers could be computed",
+        )
 
 
 def _limit(name: str, found: str, value: float, limit: float, unit: str) -> Rule:

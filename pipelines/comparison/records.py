@@ -45,7 +45,9 @@ def left_out(records: Records) -> dict[str, int]:
 
 def unfinished(records: Records) -> dict[str, int]:
     """Return how many answers of each benchmark stopped only because they reached the longest length; see `left_out`."""
-    return _counts([record for record in records if record.get("ended") is False and "left_out" not in record])
+    return _counts(
+        [record for record in records if record.get("ended") is False and "left_out" not in record]
+    )
 
 
 def align(items: Mapping[str, Records]) -> dict[str, list[Record]]:
@@ -57,8 +59,16 @@ def align(items: Mapping[str, Records]) -> dict[str, list[Record]]:
     first = next(iter(items.values()))
     for records in items.values():
         check_paired(first, records)
-    reasons = {_identity(record): record["left_out"] for records in items.values() for record in records if "left_out" in record}
-    return {label: [_with_reason(record, reasons) for record in records] for label, records in items.items()}
+    reasons = {
+        _identity(record): record["left_out"]
+        for records in items.values()
+        for record in records
+        if "left_out" in record
+    }
+    return {
+        label: [_with_reason(record, reasons) for record in records]
+        for label, records in items.items()
+    }
 
 
 def check_paired(before: Records, after: Records) -> None:
@@ -67,9 +77,14 @@ def check_paired(before: Records, after: Records) -> None:
     A model that only the picture shows may lack answers, texts and chats; what both have must be the same.
     """
     lacking = {record["kind"] for record in before} ^ {record["kind"] for record in after}
-    first, second = ([_identity(record) for record in records if record["kind"] not in lacking] for records in (before, after))
+    first, second = (
+        [_identity(record) for record in records if record["kind"] not in lacking]
+        for records in (before, after)
+    )
     if first != second or not lacking <= set(OPTIONAL):
-        raise ValueError("the two models were scored on different items; score both with the same seed and settings")
+        raise ValueError(
+            "the two models were scored on different items; score both with the same seed and settings"
+        )
 
 
 def _counts(records: Records) -> dict[str, int]:

@@ -50,8 +50,13 @@ class Interval:
 
 def ratio_interval(numerator: Array, denominator: Array) -> Interval:
     """Return the interval of Σ numerator / Σ denominator over the same items."""
-    sums, ratio = _resampled_sums(np.stack([numerator, denominator]), 0), numerator.sum() / denominator.sum()
-    return _interval(ratio, sums[0] / sums[1], stretches([(numerator - ratio * denominator)[None]])[0])
+    sums, ratio = (
+        _resampled_sums(np.stack([numerator, denominator]), 0),
+        numerator.sum() / denominator.sum(),
+    )
+    return _interval(
+        ratio, sums[0] / sums[1], stretches([(numerator - ratio * denominator)[None]])[0]
+    )
 
 
 def mean_intervals(samples: Sequence[Array]) -> list[Interval]:
@@ -61,7 +66,10 @@ def mean_intervals(samples: Sequence[Array]) -> list[Interval]:
         samples: for each benchmark its values, (figures, n); items are drawn within their benchmark.
     """
     means = np.mean([values.mean(axis=-1) for values in samples], axis=0)
-    resampled = np.mean([_resampled_sums(values, place) / values.shape[-1] for place, values in enumerate(samples)], axis=0)
+    resampled = np.mean(
+        [_resampled_sums(values, place) / values.shape[-1] for place, values in enumerate(samples)],
+        axis=0,
+    )
     return [_interval(*one) for one in zip(means, resampled, stretches(samples), strict=True)]
 
 
@@ -78,7 +86,9 @@ def stretches(samples: Sequence[Array]) -> Array:
     """
     of_resamples = sum(values.var(axis=-1) / values.shape[-1] for values in samples)
     of_items = squared_errors(samples).sum(axis=0)
-    unbiased = np.sqrt(np.divide(of_items, of_resamples, out=np.ones_like(of_items), where=of_items > 0))
+    unbiased = np.sqrt(
+        np.divide(of_items, of_resamples, out=np.ones_like(of_items), where=of_items > 0)
+    )
     return np.asarray(t_quantile(samples) / norm.ppf((1 + LEVEL) / 2) * unbiased)
 
 
@@ -112,7 +122,9 @@ def sign_flip_p_value(differences: Array) -> float:
 def draws(items: int, stream: int) -> Counts:
     """Return how often each item is drawn in each resample, (R, items); samples of unlike streams are drawn independently."""
     rng = np.random.default_rng((items, stream))
-    return np.concatenate([_counts(rng, min(BLOCK, RESAMPLES - start), items) for start in range(0, RESAMPLES, BLOCK)])
+    return np.concatenate(
+        [_counts(rng, min(BLOCK, RESAMPLES - start), items) for start in range(0, RESAMPLES, BLOCK)]
+    )
 
 
 @lru_cache(maxsize=64)
@@ -137,9 +149,13 @@ def _resampled_sums(values: Array, stream: int) -> Array:
 
 def _products(values: Array, table: Counts) -> Array:
     """Return values times each row of a table, (…, rows)."""
-    return np.concatenate([values @ table[start : start + BLOCK].T for start in range(0, len(table), BLOCK)], axis=-1)
+    return np.concatenate(
+        [values @ table[start : start + BLOCK].T for start in range(0, len(table), BLOCK)], axis=-1
+    )
 
 
 def _interval(value: float, resampled: Array, stretch: float) -> Interval:
-    low, high = value + stretch * (np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - value)
+    low, high = value + stretch * (
+        np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - value
+    )
     return Interval(round(float(value), 6), round(float(low), 6), round(float(high), 6))

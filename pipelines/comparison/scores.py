@@ -80,16 +80,27 @@ def scores(records: Records, metrics: Sequence[str] = ()) -> Scores:
     return Scores(
         task_loss=loss,
         perplexity=exp(loss),
-        generation={**dict.fromkeys(metrics), **{name: _mean(metric_values(answers, name)) for name in metric_names(answers)}},
+        generation={
+            **dict.fromkeys(metrics),
+            **{name: _mean(metric_values(answers, name)) for name in metric_names(answers)},
+        },
         corpus=_corpus(answers),
         unfinished_answers=sum(not answer["ended"] for answer in answers),
-        choice_probability=_mean([_mean([choice_probability(one) for one in rows]) for rows in choices.values()]),
-        accuracy=_mean([_mean([accuracy(one) for one in rows]) for rows in right_or_wrong(records).values()]),
+        choice_probability=_mean(
+            [_mean([choice_probability(one) for one in rows]) for rows in choices.values()]
+        ),
+        accuracy=_mean(
+            [_mean([accuracy(one) for one in rows]) for rows in right_or_wrong(records).values()]
+        ),
         margin=_mean([_mean([margin(one) for one in rows]) for rows in choices.values()]),
         text_loss=_loss_per(scored(records, "text"), "bytes"),
         chat_loss=_loss_per(scored(records, "chat"), "tokens"),
         benchmarks=_benchmarks(records),
-        errors={name: count for name in metric_names(answers) if (count := sum(name in answer["errors"] for answer in answers))},
+        errors={
+            name: count
+            for name in metric_names(answers)
+            if (count := sum(name in answer["errors"] for answer in answers))
+        },
     )
 
 
@@ -112,7 +123,9 @@ def accuracy(record: Record) -> float:
         return float(record["greedy"])
     if record["benchmark"] == "lambada":
         return float(record["greedy"][record["gold"]])
-    values = _per_byte(record) if record["benchmark"] in LENGTH_NORMALISED else record["log_likelihoods"]
+    values = (
+        _per_byte(record) if record["benchmark"] in LENGTH_NORMALISED else record["log_likelihoods"]
+    )
     return float(values.index(max(values)) == record["gold"])
 
 
@@ -133,7 +146,11 @@ def right_or_wrong(records: Records) -> dict[str, list[Record]]:
 
 def metric_names(answers: Records) -> list[str]:
     """Return the metrics of some generated answers, those that failed as well, in the order of their first appearance."""
-    return list(dict.fromkeys(name for answer in answers for name in (*answer["metrics"], *answer["errors"])))
+    return list(
+        dict.fromkeys(
+            name for answer in answers for name in (*answer["metrics"], *answer["errors"])
+        )
+    )
 
 
 def metric_values(answers: Records, name: str) -> list[float]:
@@ -144,11 +161,19 @@ def metric_values(answers: Records, name: str) -> list[float]:
 def metric_errors(records: Records) -> tuple[str, ...]:
     """Return which metric could not be computed of which answer, and why."""
     answers = scored(records, "generation")
-    return tuple(f"{name} of answer {answer['id']}: {message}" for answer in answers for name, message in answer["errors"].items())
+    return tuple(
+        f"{name} of answer {answer['id']}: {message}"
+        for answer in answers
+        for name, message in answer["errors"].items()
+    )
 
 
 def _benchmarks(records: Records) -> dict[str, Benchmark]:
-    every, choices, missing = by_benchmark(records, *ABILITIES), by_benchmark(records, "general"), left_out(records)
+    every, choices, missing = (
+        by_benchmark(records, *ABILITIES),
+        by_benchmark(records, "general"),
+        left_out(records),
+    )
     names = dict.fromkeys(record["benchmark"] for record in records if record["kind"] in ABILITIES)
     return {
         name: Benchmark(
@@ -165,12 +190,22 @@ def _corpus(answers: Records) -> dict[str, float | None]:
     """Rate all answers at once, which weighs long ones more (Papineni et al. 2002; Popović 2015)."""
     if not answers:
         return {"bleu": None, "chrf": None}
-    said, wanted = [answer["answer"] for answer in answers], [[answer["reference"] for answer in answers]]
-    return {"bleu": float(BLEU(force=True).corpus_score(said, wanted).score), "chrf": float(CHRF().corpus_score(said, wanted).score)}
+    said, wanted = (
+        [answer["answer"] for answer in answers],
+        [[answer["reference"] for answer in answers]],
+    )
+    return {
+        "bleu": float(BLEU(force=True).corpus_score(said, wanted).score),
+        "chrf": float(CHRF().corpus_score(said, wanted).score),
+    }
 
 
 def _loss_per(records: Records, unit: str) -> float | None:
-    return float(sum(record["nll"] for record in records) / sum(record[unit] for record in records)) if records else None
+    return (
+        float(sum(record["nll"] for record in records) / sum(record[unit] for record in records))
+        if records
+        else None
+    )
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -178,4 +213,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _per_byte(record: Record) -> list[float]:
-    return [value / size for value, size in zip(record["log_likelihoods"], record["bytes"], strict=True)]
+    return [
+        value / size for value, size in zip(record["log_likelihoods"], record["bytes"], strict=True)
+    ]

@@ -18,7 +18,7 @@ CONTROL = "control"
 
 
 @dataclass(frozen=True)
-class Arm:
+class Experiment:
     """One training."""
 
     label: str
@@ -33,11 +33,11 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """One model that is scored."""
 
     label: str
-    quantised: bool
+    quantized: bool
     """Whether its base is stored in NF4, and not in full precision."""
     weights: str | None = None
     """Digest of what was trained, or the key of its training; None for a base."""
@@ -45,7 +45,7 @@ class Subject:
     """adapter or model; None for a base."""
     folder: str = ""
     """Where that output lies."""
-    arm: Arm | None = None
+    arm: Experiment | None = None
     """What it was trained as; None for a base, and for what an earlier run registered."""
     step: int | None = None
     """After how many steps; None for its last."""
@@ -55,7 +55,7 @@ class Subject:
     """Whether it answers everything; what only the frontier shows answers the task's examples and the benchmarks."""
 
 
-def control_arms(recipe: Recipe) -> list[Arm]:
+def control_experiments(recipe: Recipe) -> list[Experiment]:
     """Return the control at each of its rates; nothing where the recipe wants none."""
     section = recipe.control
     if section.method == "none":
@@ -63,15 +63,27 @@ def control_arms(recipe: Recipe) -> list[Arm]:
     rates = section.learning_rate
     labels = [CONTROL] if len(rates) == 1 else [f"{CONTROL} lr {rate:g}" for rate in rates]
     steps = recipe.frontier.snapshots
-    return [Arm(label, section.method, rate, section.rank, steps) for label, rate in zip(labels, rates, strict=True)]
+    return [
+        Experiment(label, section.method, rate, section.rank, steps)
+        for label, rate in zip(labels, rates, strict=True)
+    ]
 
 
-def rank_arms(recipe: Recipe) -> list[Arm]:
+def rank_experiments(recipe: Recipe) -> list[Experiment]:
     """Return the adapters that are compared and may be registered."""
-    return [Arm(f"rank-{rank}", "lora", recipe.lora.learning_rate, rank, recipe.frontier.snapshots) for rank in recipe.lora.ranks]
+    return [
+        Experiment(
+            f"rank-{rank}", "lora", recipe.lora.learning_rate, rank, recipe.frontier.snapshots
+        )
+        for rank in recipe.lora.ranks
+    ]
 
 
-def rate_arms(recipe: Recipe) -> list[Arm]:
+def learning_rate_experiments(recipe: Recipe) -> list[Experiment]:
     """Return the adapters at other rates."""
     rates = recipe.frontier.learning_rates
-    return [Arm(f"rank-{rank} lr {rate:g}", "lora", rate, rank) for rank in recipe.lora.ranks for rate in rates]
+    return [
+        Experiment(f"rank-{rank} lr {rate:g}", "lora", rate, rank)
+        for rank in recipe.lora.ranks
+        for rate in rates
+    ]

@@ -49,11 +49,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _batch_fits(self) -> "Recipe":
-        parts = self.launch.processes * self.training.accumulation
+        parts = self.launch.processes * self.training.gradient_accumulation_steps
         if self.training.batch_size < parts:
             raise ValueError(
                 f"training.batch_size {self.training.batch_size} gives {self.launch.processes} processes × "
-                f"{self.training.accumulation} parts less than one example each; use at least {parts}"
+                f"{self.training.gradient_accumulation_steps} parts less than one example each; use at least {parts}"
             )
         return self
 
@@ -72,15 +72,21 @@ class Recipe(Section):
         late = [step for step in self.frontier.snapshots if step >= self.training.steps]
         high = [rank for rank in self.frontier.cuts if rank >= max(self.lora.ranks)]
         if late:
-            raise ValueError(f"frontier.snapshots names step {late[0]} of training.steps {self.training.steps}; use earlier ones")
+            raise ValueError(
+                f"frontier.snapshots names step {late[0]} of training.steps {self.training.steps}; use earlier ones"
+            )
         if high:
-            raise ValueError(f"frontier.cuts names rank {high[0]}, and the highest rank is {max(self.lora.ranks)}; use lower ones")
+            raise ValueError(
+                f"frontier.cuts names rank {high[0]}, and the highest rank is {max(self.lora.ranks)}; use lower ones"
+            )
         if self.lora.learning_rate in self.frontier.learning_rates:
-            raise ValueError(f"frontier.learning_rates repeats lora.learning_rate {self.lora.learning_rate:g}; name others")
+            raise ValueError(
+                f"frontier.learning_rates repeats lora.learning_rate {self.lora.learning_rate:g}; name others"
+            )
         return self
 
     @model_validator(mode="after")
-    def _rounding_is_there_to_be_made_up_for(self) -> "Recipe":
+    def _check_loftq_is_quantized(self) -> "Recipe":
         if self.lora.init == "loftq" and self.base_model.quantization == "none":
             raise ValueError(
                 "lora.init 'loftq' has no effect under base_model.quantization 'none', which rounds nothing; use 'nf4', or another init"
@@ -88,7 +94,7 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _answers_are_held_out(self) -> "Recipe":
+    def _check_generations(self) -> "Recipe":
         asked, held_out = self.evaluation.generations, self.data.validation_examples
         if asked <= held_out:
             return self
@@ -97,7 +103,9 @@ class Recipe(Section):
                 f"evaluation.generations {asked} is more than data.validation_examples {held_out}, whose prompts it answers; "
                 f"use at most {held_out}, or hold out more"
             )
-        return self.model_copy(update={"evaluation": self.evaluation.model_copy(update={"generations": held_out})})
+        return self.model_copy(
+            update={"evaluation": self.evaluation.model_copy(update={"generations": held_out})}
+        )
 
 
 def local_path(name: str) -> Path:
@@ -126,7 +134,9 @@ def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is no UTF-8 text ({error}); save it as UTF-8") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{file} holds {type(values).__name__} where settings by name belong; start from {RECIPES}")
+        raise RecipeError(
+            f"{file} holds {type(values).__name__} where settings by name belong; start from {RECIPES}"
+        )
     lora = values.get("lora", {})
     if ranks and isinstance(lora, dict):  # any other section is refused with the rest
         values = {**values, "lora": {**lora, "ranks": ranks}}

@@ -27,7 +27,9 @@ def _alone(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else (value,)
 
 
-Rates = Annotated[tuple[Rate, ...], BeforeValidator(_alone), Field(min_length=1), AfterValidator(_distinct)]
+Rates = Annotated[
+    tuple[Rate, ...], BeforeValidator(_alone), Field(min_length=1), AfterValidator(_distinct)
+]
 """One rate, or several."""
 
 
@@ -40,7 +42,9 @@ def _init_word(word: str) -> str:
 class Section(BaseModel):
     """Settings that cannot be changed after loading and refuse what they do not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class BaseModelSection(Section):
@@ -58,7 +62,11 @@ class BaseModelSection(Section):
 
     @model_validator(mode="after")
     def _trusted_code_is_pinned(self) -> "BaseModelSection":
-        is_hub_id = self.id.count("/") == 1 and not self.id.startswith((".", "/", "~")) and not Path(self.id).is_dir()
+        is_hub_id = (
+            self.id.count("/") == 1
+            and not self.id.startswith((".", "/", "~"))
+            and not Path(self.id).is_dir()
+        )
         if self.trust_remote_code and is_hub_id and not COMMIT.fullmatch(self.revision or ""):
             raise ValueError(
                 f"has trust_remote_code and revision {self.revision!r}: code is trusted at a commit only, as a branch or tag may get other "
@@ -129,7 +137,9 @@ class ControlSection(Section):
     @model_validator(mode="after")
     def _rank_belongs_to_lora(self) -> "ControlSection":
         if (self.rank is None) == (self.method == "lora"):
-            raise ValueError(f"has rank {self.rank} and method {self.method!r}: give a rank to 'lora', and to nothing else")
+            raise ValueError(
+                f"has rank {self.rank} and method {self.method!r}: give a rank to 'lora', and to nothing else"
+            )
         return self
 
 
@@ -151,7 +161,7 @@ class TrainingSection(Section):
     """Optimiser steps."""
     batch_size: Count = 8
     """Examples in one step, over all processes."""
-    accumulation: Count = 1
+    gradient_accumulation_steps: Count = 1
     """Parts in which each process takes its share of a step; more parts need less memory."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2
     """Steps in which the rate rises linearly; after them it falls along a cosine to a tenth."""
@@ -163,7 +173,7 @@ class TrainingSection(Section):
     """Compute activations twice instead of keeping them: slower, smaller."""
     checkpoint_every: Count = 10
     """Steps between checkpoints, from which a stopped run goes on."""
-    checkpoint_share: Annotated[float, Field(gt=0, le=1)] = 0.02
+    checkpoint_time_fraction: Annotated[float, Field(gt=0, le=1)] = 0.02
     """Of the training's time, what writing checkpoints may take: one that would take more waits for a later turn; 1 writes all."""
     checkpoints_kept: Count = 2
     """How many of the newest checkpoints stay beside the best."""
@@ -188,7 +198,9 @@ class LaunchSection(Section):
     @model_validator(mode="after")
     def _ranks_are_shared_out(self) -> "LaunchSection":
         if self.processes % self.machines:
-            raise ValueError(f"has {self.processes} processes on {self.machines} machines; give each machine as many")
+            raise ValueError(
+                f"has {self.processes} processes on {self.machines} machines; give each machine as many"
+            )
         return self
 
 
@@ -233,7 +245,12 @@ class EvaluationSection(Section):
     """Held-out prompts that are answered greedily, for the metrics; left out, no more than are held out."""
     max_new_tokens: Count = 40
     """Longest answer."""
-    metrics: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = ("chrf", "rouge_l", "bleu", "exact_match")
+    metrics: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = (
+        "chrf",
+        "rouge_l",
+        "bleu",
+        "exact_match",
+    )
     """Of each answer against its reference: chrf, rouge_l, bleu, exact_match, or `module:function` of one's own, of
     (answer, reference, prompt); higher is better."""
     execute: tuple[str, ...] = ()
@@ -279,7 +296,9 @@ class GateSection(Section):
 
 def _registry_name(name: str) -> str:
     if "/" in name or ":" in name or not name.strip():
-        raise ValueError(f"is {name!r}: a registered name has no '/' and no ':'; use letters, digits, '-' and '_'")
+        raise ValueError(
+            f"is {name!r}: a registered name has no '/' and no ':'; use letters, digits, '-' and '_'"
+        )
     return name
 
 

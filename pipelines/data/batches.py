@@ -25,7 +25,7 @@ def shares(indices: Sequence[int], lengths: Sequence[int], parts: int) -> list[l
     Args:
         indices: examples of one step; at least `parts` of them.
         lengths: tokens of every example, by index.
-        parts: processes × accumulation parts.
+        parts: processes × micro-batches.
     """
     dealt: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(indices, key=lambda i: (-lengths[i], i)):

@@ -46,13 +46,17 @@ class Example:
     was_cut: bool
 
 
-def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+def prepare(
+    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """Write the splits."""
     disable_progress_bars()
     settings = inputs["data"]
     rows = load_rows(settings | {name: paths[name] for name in ("source",) if name in paths})
-    tokenizer = load_tokenizer(Path(paths["base"]), trust_remote_code=inputs.get("trust_remote_code", False))
-    examples = list(tokenise(rows, tokenizer, settings))
+    tokenizer = load_tokenizer(
+        Path(paths["base"]), trust_remote_code=inputs.get("trust_remote_code", False)
+    )
+    examples = list(tokenize(rows, tokenizer, settings))
     usable = [example for example in examples if any(example.supervised)]
     if not usable:
         raise DataError(
@@ -72,24 +76,35 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         "tuning_examples": len(splits["tuning"]),
         "train_tokens": sum(len(example.input_ids) for example in train),
         "supervised_tokens": sum(sum(example.supervised) for example in train),
-        "digest": digest({split: [[one.input_ids, one.supervised] for one in part] for split, part in splits.items()}),
+        "digest": digest(
+            {
+                split: [[one.input_ids, one.supervised] for one in part]
+                for split, part in splits.items()
+            }
+        ),
     }
     return figures, files
 
 
-def tokenise(rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> Iterator[Example]:
+def tokenize(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+) -> Iterator[Example]:
     """Yield an Example for each row, cut on the right to `max_tokens`."""
     shape = shape_of(rows.column_names, settings["source"])
     group_column = settings["group_column"] or ("group" if "group" in rows.column_names else None)
     if group_column and group_column not in rows.column_names:
-        raise DataError(f"group_column {group_column!r} is none of {', '.join(rows.column_names)}; name a column or leave it out")
+        raise DataError(
+            f"group_column {group_column!r} is none of {', '.join(rows.column_names)}; name a column or leave it out"
+        )
     for number, row in enumerate(rows, start=1):
         pieces = _pieces(row, shape, tokenizer, number)
         group = str(row[group_column]) if group_column else _asked(pieces)
         yield _example(pieces, tokenizer, group, settings["max_tokens"])
 
 
-def split_by_group(examples: list[Example], validation_examples: int, seed: int) -> dict[str, list[Example]]:
+def split_by_group(
+    examples: list[Example], validation_examples: int, seed: int
+) -> dict[str, list[Example]]:
     """Hold out `validation_examples` from groups drawn by seed, and of what is left of those groups up to as many for tuning.
 
     No group is in `train` and in another split. Seed and group alone decide on which side a group lies, so that rows which
@@ -101,8 +116,11 @@ def split_by_group(examples: list[Example], validation_examples: int, seed: int)
     """
     members = Counter(example.group for example in examples)
     held_out: set[str] = set()
-    for place, group in sorted((lot(seed, group), group) for group in members):
-        if place >= HELD_OUT_SHARE and sum(members[name] for name in held_out) >= validation_examples:
+    for place, group in sorted((hash_uniform(seed, group), group) for group in members):
+        if (
+            place >= HELD_OUT_SHARE
+            and sum(members[name] for name in held_out) >= validation_examples
+        ):
             break
         held_out.add(group)
     candidates = [example for example in examples if example.group in held_out]
@@ -112,21 +130,32 @@ def split_by_group(examples: list[Example], validation_examples: int, seed: int)
             f"{len(examples)} usable rows in {len(members)} groups are too few to hold out validation_examples={validation_examples} "
             f"and train on at least as many; lower validation_examples or bring more rows"
         )
-    drawn = sorted(candidates, key=lambda example: lot(seed, example.input_ids, example.supervised))[: 2 * validation_examples]
-    return {"train": train, "validation": drawn[:validation_examples], "tuning": drawn[validation_examples:]}
+    drawn = sorted(
+        candidates, key=lambda example: hash_uniform(seed, example.input_ids, example.supervised)
+    )[: 2 * validation_examples]
+    return {
+        "train": train,
+        "validation": drawn[:validation_examples],
+        "tuning": drawn[validation_examples:],
+    }
 
 
 def _asked(pieces: list[Piece]) -> str:
     """Return a digest of what is asked, or of the text where nothing is: rows that share it are a group."""
-    return digest([text for text, is_supervised in pieces if not is_supervised] or [text for text, _ in pieces])
+    return digest(
+        [text for text, is_supervised in pieces if not is_supervised]
+        or [text for text, _ in pieces]
+    )
 
 
-def lot(seed: int, *what: Any) -> float:
+def hash_uniform(seed: int, *what: Any) -> float:
     """Return a number in [0, 1) that seed and thing decide, whatever stands beside it."""
     return int(digest([seed, *what])[:13], 16) / 16**13
 
 
-def _pieces(row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:
+def _pieces(
+    row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, number: int
+) -> list[Piece]:
     """Cut a row into stretches that are learnt or not."""
     values = [row[name] for name in shape]
     for name, value in zip(shape, values, strict=True):
@@ -137,7 +166,11 @@ def _pieces(row: dict[str, Any], shape: tuple[str, ...], tokenizer: PreTrainedTo
     if shape == ("messages",):
         return _turns(values[0], tokenizer, number)
     if tokenizer.chat_template:
-        return _turns([{"role": "user", "content": values[0]}, {"role": "assistant", "content": values[1]}], tokenizer, number)
+        return _turns(
+            [{"role": "user", "content": values[0]}, {"role": "assistant", "content": values[1]}],
+            tokenizer,
+            number,
+        )
     return [(values[0], False), (values[1] + end, True)]
 
 
@@ -147,18 +180,24 @@ def _check_cell(name: str, value: Any, number: int) -> None:
         raise DataError(f"row {number} has an empty {name}; fill or remove it")
     kind, words = (list, "a list of role and content") if name == "messages" else (str, "text")
     if not isinstance(value, kind):
-        raise DataError(f"row {number} has {shortened(value)} as its {name}, where {words} belongs; write it so or remove the row")
+        raise DataError(
+            f"row {number} has {shortened(value)} as its {name}, where {words} belongs; write it so or remove the row"
+        )
 
 
 def _check_messages(messages: list[Any], number: int) -> None:
     """Refuse a conversation that opens with an answer, or has an answer without text."""
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise DataError(f"row {number} has {shortened(message)} among its messages; each is a role and a content, so write it as both")
+            raise DataError(
+                f"row {number} has {shortened(message)} among its messages; each is a role and a content, so write it as both"
+            )
         if message.get("role") != "assistant":
             continue
         if index == 0:
-            raise DataError(f"row {number} opens with the assistant, which then answers nothing; put a message of role 'user' before it")
+            raise DataError(
+                f"row {number} opens with the assistant, which then answers nothing; put a message of role 'user' before it"
+            )
         if not isinstance(message.get("content"), str) or not message["content"]:
             content = shortened(message.get("content"))
             raise DataError(
@@ -166,17 +205,33 @@ def _check_messages(messages: list[Any], number: int) -> None:
             )
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], number: int, *, opens_answer: bool = False) -> str:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    number: int,
+    *,
+    opens_answer: bool = False,
+) -> str:
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens_answer))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=opens_answer
+            )
+        )
     except (TypeError, ValueError, TemplateError) as error:
-        raise DataError(f"row {number} does not fit the base's chat template ({error}); mend or remove it") from error
+        raise DataError(
+            f"row {number} does not fit the base's chat template ({error}); mend or remove it"
+        ) from error
 
 
-def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, number: int) -> list[Piece]:
+def _turns(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, number: int
+) -> list[Piece]:
     """Render a conversation so that only what the assistant says, up to its end mark, is supervised."""
     if not tokenizer.chat_template:
-        raise DataError("the rows are conversations but the base's tokenizer has no chat template; use prompt and completion instead")
+        raise DataError(
+            "the rows are conversations but the base's tokenizer has no chat template; use prompt and completion instead"
+        )
     _check_messages(messages, number)
     pieces: list[Piece] = []
     done = ""
@@ -190,15 +245,24 @@ def _turns(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, n
                 f"row {number}: the chat template rewrites earlier turns, so its answers cannot be told apart; use prompt and completion"
             )
         answer, mark, _ = after[len(before) :].rpartition(str(tokenizer.eos_token))
-        pieces += [(before[len(done) :], False), (answer + mark if mark else after[len(before) :], True)]
+        pieces += [
+            (before[len(done) :], False),
+            (answer + mark if mark else after[len(before) :], True),
+        ]
         done = before + pieces[-1][0]
     if not pieces:
-        raise DataError(f"row {number} has no message of role 'assistant'; there is nothing to learn from it")
+        raise DataError(
+            f"row {number} has no message of role 'assistant'; there is nothing to learn from it"
+        )
     return pieces
 
 
-def _example(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, group: str, max_tokens: int) -> Example:
-    opening = [] if tokenizer.chat_template else tokenizer("").input_ids  # a template writes its own beginning mark
+def _example(
+    pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, group: str, max_tokens: int
+) -> Example:
+    opening = (
+        [] if tokenizer.chat_template else tokenizer("").input_ids
+    )  # a template writes its own beginning mark
     input_ids, supervised, prompt_tokens = list(opening), [False] * len(opening), 0
     for text, is_supervised in pieces:
         prompt_tokens = len(input_ids) if is_supervised else prompt_tokens
@@ -208,7 +272,9 @@ def _example(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase, group: str
     supervised[0] = False  # nothing comes before the first token that could predict it
     reference = pieces[-1][0].removesuffix(str(tokenizer.eos_token or "")).strip()
     was_cut = len(input_ids) > max_tokens
-    return Example(input_ids[:max_tokens], supervised[:max_tokens], prompt_tokens, reference, group, was_cut)
+    return Example(
+        input_ids[:max_tokens], supervised[:max_tokens], prompt_tokens, reference, group, was_cut
+    )
 
 
 def _save(examples: list[Example], folder: Path, split: str) -> list[str]:

@@ -60,14 +60,22 @@ def _from_file(path: Path) -> Dataset:
     if path.suffix == ".jsonl":
         _check_lines(path)
     try:
-        with TemporaryDirectory() as cache:  # the usual cache knows a file by path and time, not by what is in it
-            builder = load_dataset_builder(BUILDERS[path.suffix], data_files=str(path), cache_dir=cache)
+        with (
+            TemporaryDirectory() as cache
+        ):  # the usual cache knows a file by path and time, not by what is in it
+            builder = load_dataset_builder(
+                BUILDERS[path.suffix], data_files=str(path), cache_dir=cache
+            )
             builder.download_and_prepare()
             has_rows = builder.info.splits["train"].num_examples > 0
-            return builder.as_dataset("train", in_memory=True) if has_rows else Dataset.from_list([])
+            return (
+                builder.as_dataset("train", in_memory=True) if has_rows else Dataset.from_list([])
+            )
     except (DatasetsError, ValueError, OSError) as error:
         reason = error.__cause__ or error
-        raise DataError(f"data file {str(path)!r} cannot be read as {BUILDERS[path.suffix]}: {_first_line(reason)}; mend it") from error
+        raise DataError(
+            f"data file {str(path)!r} cannot be read as {BUILDERS[path.suffix]}: {_first_line(reason)}; mend it"
+        ) from error
 
 
 def _from_hub(source: str, revision: str | None, split: str) -> Dataset:
@@ -86,13 +94,21 @@ def _check_lines(path: Path) -> None:
     with path.open("rb") as stream:
         for number, content in enumerate(stream, start=1):
             try:
-                line = content.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors mark a file's start
+                line = content.decode(
+                    "utf-8-sig" if number == 1 else "utf-8"
+                )  # some editors mark a file's start
                 if line.strip() and not isinstance(json.loads(line), dict):
-                    raise DataError(f'line {number} of {str(path)!r} is no JSON object; each line is one, such as {{"text": …}}')
+                    raise DataError(
+                        f'line {number} of {str(path)!r} is no JSON object; each line is one, such as {{"text": …}}'
+                    )
             except UnicodeDecodeError as error:
-                raise DataError(f"line {number} of {str(path)!r} is no UTF-8 ({error}); save the file as UTF-8") from error
+                raise DataError(
+                    f"line {number} of {str(path)!r} is no UTF-8 ({error}); save the file as UTF-8"
+                ) from error
             except json.JSONDecodeError as error:
-                raise DataError(f"line {number} of {str(path)!r} is no JSON ({error}); mend or remove it") from error
+                raise DataError(
+                    f"line {number} of {str(path)!r} is no JSON ({error}); mend or remove it"
+                ) from error
 
 
 def _first_line(error: BaseException) -> str:

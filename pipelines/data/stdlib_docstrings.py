@@ -29,10 +29,16 @@ def harvest(max_characters: int) -> Iterator[dict[str, str]]:
         if any(part in LEFT_OUT for part in parts):
             continue
         for source, summary in _functions(path):
-            usable = MIN_LINES <= source.count("\n") + 1 <= MAX_LINES and len(source) <= max_characters
+            usable = (
+                MIN_LINES <= source.count("\n") + 1 <= MAX_LINES and len(source) <= max_characters
+            )
             if usable and summary not in seen and _is_python(source):
                 seen.add(summary)
-                yield {"prompt": INSTRUCTION + source, "completion": summary, "group": parts[0].removesuffix(".py")}
+                yield {
+                    "prompt": INSTRUCTION + source,
+                    "completion": summary,
+                    "group": parts[0].removesuffix(".py"),
+                }
 
 
 def _functions(path: Path) -> Iterator[tuple[str, str]]:
@@ -41,7 +47,9 @@ def _functions(path: Path) -> Iterator[tuple[str, str]]:
         tree = ast.parse(text)
     except (SyntaxError, UnicodeDecodeError):
         return
-    lines = text.split("\n")  # as the parser counts them; splitlines also ends a line at a form feed
+    lines = text.split(
+        "\n"
+    )  # as the parser counts them; splitlines also ends a line at a form feed
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             summary = _summary(ast.get_docstring(node))

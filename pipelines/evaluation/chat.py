@@ -24,7 +24,9 @@ from pipelines.models.checked import CheckedReader
 TENSOR = "log_probabilities"
 
 
-def chat_items(tokenizer: PreTrainedTokenizerBase, count: int, seed: int, sampled: int) -> list[Item]:
+def chat_items(
+    tokenizer: PreTrainedTokenizerBase, count: int, seed: int, sampled: int
+) -> list[Item]:
     """Return general questions in the base's chat template, none of which is asked otherwise; none without a template.
 
     Raises:
@@ -39,7 +41,9 @@ def chat_items(tokenizer: PreTrainedTokenizerBase, count: int, seed: int, sample
 
 
 @torch.inference_mode()
-def chat_records(reader: CheckedReader, questions: Sequence[Question]) -> tuple[list[Record], Tensor]:
+def chat_records(
+    reader: CheckedReader, questions: Sequence[Question]
+) -> tuple[list[Record], Tensor]:
     """Return the records of chats, and the log-probabilities (N, V) in float16 that their `rows` point into."""
     asked = [question for question in questions if question.left_out is None]
     tables: dict[int, Tensor] = {}
@@ -50,17 +54,35 @@ def chat_records(reader: CheckedReader, questions: Sequence[Question]) -> tuple[
         table = reader.logits(pack).log_softmax(dim=1)
         chosen = table.gather(1, pack.targets[:, None])[:, 0]
         counts = [len(tree.answers[0].targets) for tree in group]
-        for place, rows, values in zip(places, table.split(counts), chosen.split(counts), strict=True):
-            tables[place], figures[place] = rows.half().cpu(), {"nll": -float(values.sum()), "tokens": len(values)}
-    ends = torch.tensor([0, *(len(tables[place]) for place in range(len(asked)))]).cumsum(0).tolist()
-    answered = iter([{**head(one.item), **figures[place], "rows": ends[place : place + 2]} for place, one in enumerate(asked)])
+        for place, rows, values in zip(
+            places, table.split(counts), chosen.split(counts), strict=True
+        ):
+            tables[place], figures[place] = (
+                rows.half().cpu(),
+                {"nll": -float(values.sum()), "tokens": len(values)},
+            )
+    ends = (
+        torch.tensor([0, *(len(tables[place]) for place in range(len(asked)))]).cumsum(0).tolist()
+    )
+    answered = iter(
+        [
+            {**head(one.item), **figures[place], "rows": ends[place : place + 2]}
+            for place, one in enumerate(asked)
+        ]
+    )
     found = [left_out(one) if one.left_out is not None else next(answered) for one in questions]
-    return found, torch.cat([tables[place] for place in range(len(asked))]) if asked else torch.empty(0, 0, dtype=torch.float16)
+    return found, torch.cat(
+        [tables[place] for place in range(len(asked))]
+    ) if asked else torch.empty(0, 0, dtype=torch.float16)
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     try:
-        return str(tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True))
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+        )
     except (TypeError, ValueError, TemplateError) as error:
         raise DataError(
             f"the base's chat template takes no single question of a user ({error}); mend it, or set evaluation.chat_prompts to 0"

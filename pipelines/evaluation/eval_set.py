@@ -13,18 +13,18 @@ from pipelines.errors import DataError
 from pipelines.evaluation.benchmarks import passages, sample
 from pipelines.evaluation.chat import chat_items
 from pipelines.evaluation.execution import command
-from pipelines.evaluation.generation import ANSWERS, Judging
+from pipelines.evaluation.generation import ANSWERS, GenerationConfig
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.metrics import load_metrics
 from pipelines.evaluation.probes import read_probes
-from pipelines.evaluation.questions import Question, tokenise
+from pipelines.evaluation.questions import Question, tokenize
 from pipelines.models.support import context_tokens
 from pipelines.models.tokenizer import load_tokenizer
 from pipelines.paths import folders
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalSet:
     """What each model is to do."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,12 +37,12 @@ class Asked:
     chats: list[Question]
     answered: int
     """How many of the examples are answered."""
-    judging: Judging
+    judging: GenerationConfig
     tasks: Any
     """Tasks of lm-eval (`harness.Tasks`); None where the recipe has none."""
 
 
-def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
+def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
     """Read what a stage's evaluation section names.
 
     Raises:
@@ -53,26 +53,37 @@ def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
     trusted = inputs.get("trust_remote_code", False)
     tokenizer = load_tokenizer(Path(paths["base"]), trust_remote_code=trusted)
     context = context_tokens(AutoConfig.from_pretrained(paths["base"], trust_remote_code=trusted))
-    judging = Judging(
+    judging = GenerationConfig(
         settings["max_new_tokens"],
         load_metrics(settings["metrics"], places),
         command(settings["execute"], places) if settings["execute"] else [],
         settings["execute_seconds"],
         context,
     )
-    sampled = {name: settings["items_per_benchmark"] if name in settings["general"] else 0 for name in ("arc_easy", "lambada")}
+    sampled = {
+        name: settings["items_per_benchmark"] if name in settings["general"] else 0
+        for name in ("arc_easy", "lambada")
+    }
     own = read_probes(settings["probes"], places)
-    general = [item for name in settings["general"] for item in sample(name, settings["items_per_benchmark"], inputs["seed"])]
-    plain = passages(settings["passages"], inputs["seed"], sampled["lambada"]) if settings["passages"] else []
+    general = [
+        item
+        for name in settings["general"]
+        for item in sample(name, settings["items_per_benchmark"], inputs["seed"])
+    ]
+    plain = (
+        passages(settings["passages"], inputs["seed"], sampled["lambada"])
+        if settings["passages"]
+        else []
+    )
     chats = chat_items(tokenizer, settings["chat_prompts"], inputs["seed"], sampled["arc_easy"])
     tasks = _tasks(settings["lm_eval"], inputs["seed"], places)
     _refuse_shared_names(general, own, tasks)
-    return Asked(
+    return EvalSet(
         tokenizer,
         list(load_from_disk(str(Path(paths["data"]) / "validation"))),
-        tokenise([*general, *own], tokenizer, context),
-        tokenise(plain, tokenizer, context),
-        tokenise(chats, tokenizer, context),
+        tokenize([*general, *own], tokenizer, context),
+        tokenize(plain, tokenizer, context),
+        tokenize(chats, tokenizer, context),
         settings["generations"],
         judging,
         tasks,
@@ -89,7 +100,13 @@ def _tasks(settings: Mapping[str, Any] | None, seed: int, places: Sequence[Path]
 
 def _refuse_shared_names(general: Sequence[Item], own: Sequence[Item], tasks: Any) -> None:
     """Refuse two sources of questions under one name; their figures would be one."""
-    names = [*{item.benchmark for item in general}, *{item.benchmark for item in own}, *(tasks.names if tasks is not None else [])]
+    names = [
+        *{item.benchmark for item in general},
+        *{item.benchmark for item in own},
+        *(tasks.names if tasks is not None else []),
+    ]
     for name, count in Counter([*names, "passages", "chat", ANSWERS]).items():
         if count > 1:
-            raise DataError(f"{name!r} names the questions of two sources in evaluation; rename the probe file or the task")
+            raise DataError(
+                f"{name!r} names the questions of two sources in evaluation; rename the probe file or the task"
+            )

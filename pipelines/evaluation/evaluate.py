@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from lora_core.files import file_written_aside, write_text
 from pipelines.comparison.records import left_out, unfinished
 from pipelines.evaluation.chat import TENSOR, chat_records
-from pipelines.evaluation.eval_set import Asked, prepare
+from pipelines.evaluation.eval_set import EvalSet, prepare
 from pipelines.evaluation.generation import answer_records
 from pipelines.evaluation.models import Models
 from pipelines.evaluation.questions import Question, Record, records
@@ -52,9 +52,11 @@ class Evaluation:
 
     def __init__(self) -> None:
         self.models = Models(detect())
-        self._asked: tuple[str, Asked] | None = None
+        self._asked: tuple[str, EvalSet] | None = None
 
-    def __call__(self, folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    def __call__(
+        self, folder: Path, inputs: dict[str, Any], paths: dict[str, str]
+    ) -> tuple[dict[str, Any], list[str]]:
         """Write items.jsonl, and where there are chats distributions.safetensors, for the model that the inputs name."""
         timings = Timings()
         with ExitStack() as stack:
@@ -62,16 +64,27 @@ class Evaluation:
                 asked = self.asked(inputs, paths)
             with timings.of("load"):
                 model = stack.enter_context(
-                    self.models.use(paths, inputs["quantization"], trust_remote_code=inputs.get("trust_remote_code", False))
+                    self.models.use(
+                        paths,
+                        inputs["quantization"],
+                        trust_remote_code=inputs.get("trust_remote_code", False),
+                    )
                 )
             reader = CheckedReader(model)
             found, files = answer(reader, asked, folder, timings)
-        write_text(folder / ITEMS, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
+        write_text(
+            folder / ITEMS,
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found),
+        )
         counts = {"items": len(found), "left_out": left_out(found), "unfinished": unfinished(found)}
         counts["forward"] = None if reader.verified is None else reader.verified.figures()
-        return {**counts, "peak_memory_bytes": peak_memory_bytes(), "seconds_of": timings.seconds}, [ITEMS, *files]
+        return {
+            **counts,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "seconds_of": timings.seconds,
+        }, [ITEMS, *files]
 
-    def asked(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> Asked:
+    def asked(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
         """Return what a stage asks; the former stage's where it is the same."""
         own = {name: path for name, path in paths.items() if name not in ("model", "adapter")}
         key = digest([inputs["evaluation"], inputs["seed"], own])
@@ -80,7 +93,9 @@ class Evaluation:
         return self._asked[1]
 
 
-def answer(reader: CheckedReader, asked: Asked, folder: Path, timings: Timings) -> tuple[list[Record], list[str]]:
+def answer(
+    reader: CheckedReader, asked: EvalSet, folder: Path, timings: Timings
+) -> tuple[list[Record], list[str]]:
     """Return the records of a model, and the names of the files that go with them, which are written."""
     found, files = list[Record](), list[str]()
     with timings.of("task"):
@@ -88,7 +103,11 @@ def answer(reader: CheckedReader, asked: Asked, folder: Path, timings: Timings) 
     with timings.of("general"):
         found += scored(reader, asked.questions)
     with timings.of("lm_eval"):
-        found += asked.tasks.records(reader, asked.tokenizer, asked.judging.context) if asked.tasks is not None else []
+        found += (
+            asked.tasks.records(reader, asked.tokenizer, asked.judging.context)
+            if asked.tasks is not None
+            else []
+        )
     with timings.of("text"):
         found += scored(reader, asked.texts)
     with timings.of("chat"):
@@ -99,13 +118,17 @@ def answer(reader: CheckedReader, asked: Asked, folder: Path, timings: Timings) 
             save_file({TENSOR: table}, str(aside))
         files.append(DISTRIBUTIONS)
     with timings.of("answers"):
-        found += answer_records(reader, asked.tokenizer, asked.examples[: asked.answered], asked.judging)
+        found += answer_records(
+            reader, asked.tokenizer, asked.examples[: asked.answered], asked.judging
+        )
     return found, files
 
 
 def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[Record]:
     """Yield the record of each question."""
-    return records(questions, iter(score(reader, [one.tree for one in questions if one.left_out is None])))
+    return records(
+        questions, iter(score(reader, [one.tree for one in questions if one.left_out is None]))
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ READ_OF_ERRORS = 65536
 """Bytes from the end of standard error that are looked at."""
 LONGEST_LINE = 200
 """Characters of its last line that are kept."""
-TRACEBACK = re.compile(r'^.*Traceback \(most recent call last\):$|\A  File ".*", line \d+$', re.MULTILINE)
+TRACEBACK = re.compile(
+    r'^.*Traceback \(most recent call last\):$|\A  File ".*", line \d+$', re.MULTILINE
+)
 """Opens what Python prints when it fails; where a file is no Python at all there is no heading."""
 Verdict = float | str
 """100 or 0; or in words why the command says neither."""
@@ -51,7 +53,9 @@ def command(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
     first, *rest = words
     program = shutil.which(first) or _file(first, folders)
     if program is None or not os.access(program, os.X_OK):
-        raise RecipeError(f"evaluation.execute names the program {first!r}, which is neither on the path nor in {listed(folders)}")
+        raise RecipeError(
+            f"evaluation.execute names the program {first!r}, which is neither on the path nor in {listed(folders)}"
+        )
     for word in rest:
         if _reads_like_a_file(word) and find(word, folders) is None:
             raise RecipeError(
@@ -61,7 +65,9 @@ def command(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
     return [str(Path(program).absolute()), *(_file(word, folders) or word for word in rest)]
 
 
-def execute(argv: Sequence[str], answers: Sequence[dict[str, str]], seconds: float) -> list[Verdict]:
+def execute(
+    argv: Sequence[str], answers: Sequence[dict[str, str]], seconds: float
+) -> list[Verdict]:
     """Return what the command says of each answer.
 
     Args:
@@ -74,7 +80,10 @@ def execute(argv: Sequence[str], answers: Sequence[dict[str, str]], seconds: flo
 
 
 def _run(argv: Sequence[str], answer: dict[str, Any], seconds: float) -> Verdict:
-    with TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True) as folder, TemporaryFile() as errors:
+    with (
+        TemporaryDirectory(prefix="answer-", ignore_cleanup_errors=True) as folder,
+        TemporaryFile() as errors,
+    ):
         child = _started(argv, folder, errors)
         try:
             child.communicate(json.dumps(answer, ensure_ascii=False).encode(), timeout=seconds)
@@ -121,7 +130,9 @@ def _started(argv: Sequence[str], folder: str, errors: IO[bytes]) -> "subprocess
             preexec_fn=die_with_parent,
         )
     except OSError as error:
-        raise RecipeError(f"evaluation.execute {' '.join(argv)!r} cannot be started ({error}); name a program") from error
+        raise RecipeError(
+            f"evaluation.execute {' '.join(argv)!r} cannot be started ({error}); name a program"
+        ) from error
 
 
 def _reads_like_a_file(word: str) -> bool:

@@ -5,7 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from pipelines.evaluation.execution import Verdict, execute
 from pipelines.evaluation.metrics import Metric, measure
@@ -31,7 +36,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Judging:
+class GenerationConfig:
     """How answers are had and judged; the same for every model."""
 
     max_new_tokens: int
@@ -45,16 +50,43 @@ class Judging:
 
 
 def answer_records(
-    reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Mapping[str, Any]], judging: Judging
+    reader: CheckedReader,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    judging: GenerationConfig,
 ) -> Iterator[Record]:
     """Yield, for each example with a prompt, the greedy answer and its figures, or why it is not asked."""
-    prompted = {place: one for place, one in enumerate(examples) if one["prompt_tokens"] > 0 and one["reference"]}
+    prompted = {
+        place: one
+        for place, one in enumerate(examples)
+        if one["prompt_tokens"] > 0 and one["reference"]
+    }
     reasons = {place: _unasked(one, judging) for place, one in prompted.items()}
     prompts = {place: one["input_ids"][: one["prompt_tokens"]] for place, one in prompted.items()}
     asked = [place for place, reason in reasons.items() if reason is None]
-    answers = dict(zip(asked, generate(reader, tokenizer, [prompts[place] for place in asked], judging.max_new_tokens), strict=True))
-    heads = {place: _head(place, prompts[place], one["reference"], tokenizer) for place, one in prompted.items()}
-    judged = dict(zip(asked, _judged([{**heads[place], "answer": answers[place].text.strip()} for place in asked], judging), strict=True))
+    answers = dict(
+        zip(
+            asked,
+            generate(
+                reader, tokenizer, [prompts[place] for place in asked], judging.max_new_tokens
+            ),
+            strict=True,
+        )
+    )
+    heads = {
+        place: _head(place, prompts[place], one["reference"], tokenizer)
+        for place, one in prompted.items()
+    }
+    judged = dict(
+        zip(
+            asked,
+            _judged(
+                [{**heads[place], "answer": answers[place].text.strip()} for place in asked],
+                judging,
+            ),
+            strict=True,
+        )
+    )
     for place, head in heads.items():
         if place in judged:
             yield {**judged[place], "ended": answers[place].ended}
@@ -64,7 +96,11 @@ def answer_records(
 
 @torch.inference_mode()
 def generate(
-    reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, until: Sequence[str] = ()
+    reader: CheckedReader,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    until: Sequence[str] = (),
 ) -> list[Answer]:
     """Answer token prompts greedily, in batches of about one length where the model writes the same as on each alone.
 
@@ -84,12 +120,26 @@ def generate(
     with attending_by(reader.model, way.attention):
         for start in range(0, len(order), size):
             part = order[start : start + size]
-            answers |= zip(part, _batch(reader.model, tokenizer, [prompts[place] for place in part], max_new_tokens, until), strict=True)
+            answers |= zip(
+                part,
+                _batch(
+                    reader.model,
+                    tokenizer,
+                    [prompts[place] for place in part],
+                    max_new_tokens,
+                    until,
+                ),
+                strict=True,
+            )
     return [answers[place] for place in range(len(prompts))]
 
 
 def _batch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, until: Sequence[str]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    until: Sequence[str],
 ) -> list[Answer]:
     """Answer one batch, padded on the left."""
     width, ends = max(len(prompt) for prompt in prompts), _end_marks(model, tokenizer)
@@ -105,13 +155,18 @@ def _batch(
         stopping_criteria=StoppingCriteriaList([_Until(tokenizer, width, until)] if until else []),
     )[:, width:].tolist()
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [_answer(text, any(token in ends for token in tokens), until) for text, tokens in zip(texts, output, strict=True)]
+    return [
+        _answer(text, any(token in ends for token in tokens), until)
+        for text, tokens in zip(texts, output, strict=True)
+    ]
 
 
 class _Until(StoppingCriteria):
     """Ends an answer whose text holds one of several texts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, width: int, until: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, width: int, until: Sequence[str]
+    ) -> None:
         self.tokenizer, self.width, self.until = tokenizer, width, until
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
@@ -132,7 +187,7 @@ def _end_marks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return list(dict.fromkeys(int(token) for token in named if token is not None))
 
 
-def _unasked(example: Mapping[str, Any], judging: Judging) -> str | None:
+def _unasked(example: Mapping[str, Any], judging: GenerationConfig) -> str | None:
     """Return why a prompt is not answered; None where it is. Half a question has another answer than the whole one."""
     whole, kept = example["prompt_tokens"], len(example["input_ids"])
     if whole > kept:
@@ -140,7 +195,9 @@ def _unasked(example: Mapping[str, Any], judging: Judging) -> str | None:
     return too_long(whole + judging.max_new_tokens, judging.context)
 
 
-def _head(place: int, prompt: list[int], reference: str, tokenizer: PreTrainedTokenizerBase) -> Record:
+def _head(
+    place: int, prompt: list[int], reference: str, tokenizer: PreTrainedTokenizerBase
+) -> Record:
     shown = str(tokenizer.decode(prompt, skip_special_tokens=True)).strip()
     return {
         "kind": "generation",
@@ -152,12 +209,18 @@ def _head(place: int, prompt: list[int], reference: str, tokenizer: PreTrainedTo
     }
 
 
-def _judged(records: Sequence[Record], judging: Judging) -> Iterator[Record]:
+def _judged(records: Sequence[Record], judging: GenerationConfig) -> Iterator[Record]:
     """Yield the records with each answer's figures, and what went wrong."""
-    asked = [{name: record[name] for name in ("prompt", "answer", "reference")} for record in records]
-    verdicts: Sequence[Verdict | None] = execute(judging.argv, asked, judging.seconds) if judging.argv else [None] * len(asked)
+    asked = [
+        {name: record[name] for name in ("prompt", "answer", "reference")} for record in records
+    ]
+    verdicts: Sequence[Verdict | None] = (
+        execute(judging.argv, asked, judging.seconds) if judging.argv else [None] * len(asked)
+    )
     for record, verdict in zip(records, verdicts, strict=True):
-        values, errors = measure(judging.metrics, record["answer"], record["reference"], record["prompt"])
+        values, errors = measure(
+            judging.metrics, record["answer"], record["reference"], record["prompt"]
+        )
         if isinstance(verdict, str):
             errors[EXECUTION] = verdict
         elif verdict is not None:

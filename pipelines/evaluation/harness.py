@@ -41,17 +41,25 @@ class Tasks:
     def names(self) -> list[str]:
         return list(self._tasks)
 
-    def records(self, reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Iterator[Record]:
+    def records(
+        self, reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, context: int | None
+    ) -> Iterator[Record]:
         """Yield the record of each document of each task; see `load_tasks` for which kind."""
         from lm_eval.evaluator import evaluate
 
         from pipelines.evaluation.harness_model import PackedModel
 
         for task in self._tasks.values():
-            task.set_fewshot_seed(self._seed)  # else the second model would be shown other examples than the first
+            task.set_fewshot_seed(
+                self._seed
+            )  # else the second model would be shown other examples than the first
         asked = PackedModel(reader, tokenizer, context, self._tokens)
         answered = evaluate(
-            asked, {"tasks": self._tasks, "groups": {}, "group_map": {}}, limit=self._limit, bootstrap_iters=0, log_samples=True
+            asked,
+            {"tasks": self._tasks, "groups": {}, "group_map": {}},
+            limit=self._limit,
+            bootstrap_iters=0,
+            log_samples=True,
         )
         for name, task in self._tasks.items():
             samples = answered["samples"][name]
@@ -59,7 +67,11 @@ class Tasks:
                 if sample["filter"] == samples[0]["filter"]:
                     document = name, sample["doc_id"]
                     record = _record(name, task, sample, asked.left_out.get(document))
-                    yield record if "left_out" in record or document not in asked.ended else {**record, "ended": asked.ended[document]}
+                    yield (
+                        record
+                        if "left_out" in record or document not in asked.ended
+                        else {**record, "ended": asked.ended[document]}
+                    )
 
 
 def load_tasks(settings: Mapping[str, Any], seed: int, places: Sequence[Path]) -> Tasks:
@@ -78,7 +90,9 @@ def load_tasks(settings: Mapping[str, Any], seed: int, places: Sequence[Path]) -
         DataError: a task's data cannot be had, or a document that would be asked cannot be; see `documents`.
     """
     if find_spec("lm_eval") is None:
-        raise RecipeError("evaluation.lm_eval needs the lm-eval library, which is not installed; run: pip install 'lora-pipeline[lm-eval]'")
+        raise RecipeError(
+            "evaluation.lm_eval needs the lm-eval library, which is not installed; run: pip install 'lora-pipeline[lm-eval]'"
+        )
     manager = _manager(settings["tasks"], settings["include_path"], places)
     _refuse_unknown(settings["tasks"], manager.all_tasks)
     tasks: dict[str, Any] = {}
@@ -116,13 +130,20 @@ def _loaded(manager: Any, name: str) -> dict[str, Any]:
 def _lacking(entry: Any, error: Exception) -> str:
     """Return which field a task's file lacks where lm-eval found no field in its place, and says no more than that."""
     settings = entry.cfg or {}
-    is_whole = isinstance(error, TypeError) and not str(error) and "include" not in settings and entry.kind.name == "TASK"
+    is_whole = (
+        isinstance(error, TypeError)
+        and not str(error)
+        and "include" not in settings
+        and entry.kind.name == "TASK"
+    )
     return "".join(f"; it has no {field}" for field in NEEDED if is_whole and field not in settings)
 
 
 def _refuse_twice(name: str, tasks: Sequence[str]) -> None:
     if tasks:
-        raise RecipeError(f"evaluation.lm_eval.tasks names {tasks[0]!r} already where {name!r} brings it again; leave one of the two out")
+        raise RecipeError(
+            f"evaluation.lm_eval.tasks names {tasks[0]!r} already where {name!r} brings it again; leave one of the two out"
+        )
 
 
 def _manager(names: Sequence[str], include_path: str | None, places: Sequence[Path]) -> Any:
@@ -131,7 +152,9 @@ def _manager(names: Sequence[str], include_path: str | None, places: Sequence[Pa
 
     folder = find(include_path, places) if include_path is not None else None
     if include_path is not None and (folder is None or not folder.is_dir()):
-        raise RecipeError(f"evaluation.lm_eval.include_path {include_path!r} is no folder in {listed(places)}; give one with task files")
+        raise RecipeError(
+            f"evaluation.lm_eval.include_path {include_path!r} is no folder in {listed(places)}; give one with task files"
+        )
     if folder is not None:
         manager = TaskManager(include_path=str(folder), include_defaults=False)
         if set(names) <= set(manager.all_tasks):
@@ -143,7 +166,11 @@ def _refuse_unknown(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            guess = f"did you mean {near[0]!r}?" if near else "`lm-eval ls tasks` lists them, and include_path adds your own"
+            guess = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else "`lm-eval ls tasks` lists them, and include_path adds your own"
+            )
             raise RecipeError(f"evaluation.lm_eval.tasks has no {name!r}; {guess}")
 
 
@@ -151,9 +178,13 @@ def _check(name: str, task: Any) -> None:
     """Refuse a task that would draw at random, run code that a model wrote, show pictures, or has a metric that is not there."""
     settings = task.get_config("generation_kwargs") or {}
     if settings.get("do_sample") or float(settings.get("temperature") or 0) > 0:
-        raise RecipeError(f"the lm-eval task {name!r} draws answers at random, and the comparison is greedy; set do_sample to false in it")
+        raise RecipeError(
+            f"the lm-eval task {name!r} draws answers at random, and the comparison is greedy; set do_sample to false in it"
+        )
     if getattr(task, "UNSAFE_CODE", False):
-        raise RecipeError(f"the lm-eval task {name!r} runs code that a model wrote, unguarded; use evaluation.execute instead")
+        raise RecipeError(
+            f"the lm-eval task {name!r} runs code that a model wrote, unguarded; use evaluation.execute instead"
+        )
     if getattr(task, "MULTIMODAL", False):
         raise RecipeError(f"the lm-eval task {name!r} shows more than text; leave it out")
     _check_metrics(name, task)
@@ -161,10 +192,14 @@ def _check(name: str, task: Any) -> None:
 
 def _check_metrics(name: str, task: Any) -> None:
     """Refuse a metric or an aggregation that lm-eval has not, which it takes without a word."""
-    metrics = {} if callable(task.get_config("process_results")) else getattr(task, "_metric_fn_list", {})
+    metrics = (
+        {} if callable(task.get_config("process_results")) else getattr(task, "_metric_fn_list", {})
+    )
     for kind, functions in (("metric", metrics), ("aggregation of the metric", task.aggregation())):
         for metric in (metric for metric, function in functions.items() if function is None):
-            raise RecipeError(f"the lm-eval task {name!r} has no {kind} {metric!r}; mend metric_list in its file, or leave the task out")
+            raise RecipeError(
+                f"the lm-eval task {name!r} has no {kind} {metric!r}; mend metric_list in its file, or leave the task out"
+            )
 
 
 def _record(name: str, task: Any, sample: Mapping[str, Any], left_out: str | None) -> Record:
@@ -178,7 +213,12 @@ def _record(name: str, task: Any, sample: Mapping[str, Any], left_out: str | Non
     answers = [responses[0] for responses in sample["resps"]][: len(item.choices)]
     return {
         **head(item),
-        **general_values(gold, [likelihood for likelihood, _ in answers], [greedy for _, greedy in answers], item.choices),
+        **general_values(
+            gold,
+            [likelihood for likelihood, _ in answers],
+            [greedy for _, greedy in answers],
+            item.choices,
+        ),
     }
 
 
@@ -187,7 +227,14 @@ def _item(name: str, sample: Mapping[str, Any], gold: int | None) -> Item:
     pairs = [tuple(map(str, arguments[:2])) for arguments in sample["arguments"]]
     with_context = [pair for pair in pairs if pair[0]] or pairs
     choices = tuple(Choice(pair[0], "".join(pair[1:])) for pair in with_context)
-    return Item(name, f"{name}/{sample['doc_id']}", "", choices, gold or 0, "general" if gold is not None else "score")
+    return Item(
+        name,
+        f"{name}/{sample['doc_id']}",
+        "",
+        choices,
+        gold or 0,
+        "general" if gold is not None else "score",
+    )
 
 
 def _value(item: Item, task: Any, sample: Mapping[str, Any]) -> Record:
@@ -198,7 +245,13 @@ def _value(item: Item, task: Any, sample: Mapping[str, Any]) -> Record:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return {**head(item), "left_out": f"its {metric} is {value!r}, which is no finite number"}
     better = bool(task.higher_is_better().get(metric, True))
-    return {**head(item), "metric": metric, "value": float(value), "higher_is_better": better, **_likelihoods(item, sample)}
+    return {
+        **head(item),
+        "metric": metric,
+        "value": float(value),
+        "higher_is_better": better,
+        **_likelihoods(item, sample),
+    }
 
 
 def _likelihoods(item: Item, sample: Mapping[str, Any]) -> Record:
@@ -207,13 +260,22 @@ def _likelihoods(item: Item, sample: Mapping[str, Any]) -> Record:
     if all(isinstance(answer, float) for answer in answers):
         return {"log_likelihoods": [round(answer, 6) for answer in answers]}
     if all(isinstance(answer, tuple) for answer in answers):
-        return {"log_likelihoods": [round(value, 6) for value, _ in answers], "greedy": [greedy for _, greedy in answers]}
+        return {
+            "log_likelihoods": [round(value, 6) for value, _ in answers],
+            "greedy": [greedy for _, greedy in answers],
+        }
     return {}
 
 
 def _metric(item: Item, task: Any, metrics: Sequence[str]) -> str:
     """Choose the metric by which a document is valued: one that is averaged, else bits per byte, else the first."""
     if not metrics:
-        raise RecipeError(f"the lm-eval task {item.benchmark!r} computes none of its metrics for {item.id}; mend its metric_list")
-    averaged = [name for name in metrics if getattr(task.aggregation().get(name), "__name__", "") == "mean"]
-    return next(iter([*averaged, *(name for name in metrics if name == MEASURED_IN_BITS), *metrics]))
+        raise RecipeError(
+            f"the lm-eval task {item.benchmark!r} computes none of its metrics for {item.id}; mend its metric_list"
+        )
+    averaged = [
+        name for name in metrics if getattr(task.aggregation().get(name), "__name__", "") == "mean"
+    ]
+    return next(
+        iter([*averaged, *(name for name in metrics if name == MEASURED_IN_BITS), *metrics])
+    )

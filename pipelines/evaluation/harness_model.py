@@ -16,7 +16,7 @@ from pipelines.errors import DataError
 from pipelines.evaluation.generation import generate
 from pipelines.evaluation.questions import too_long
 from pipelines.evaluation.scoring import Score, score
-from pipelines.evaluation.trees import encode, grow, stands
+from pipelines.evaluation.trees import build_prefix_tree, encode, group_by_prefix
 from pipelines.models.checked import CheckedReader
 
 TREE_TOKENS = 2048
@@ -38,7 +38,13 @@ class PackedModel(LM):  # type: ignore[misc]
         ended: (task, document) → whether each answer to it came to an end by itself.
     """
 
-    def __init__(self, reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, context: int | None, tokens: Tokens) -> None:
+    def __init__(
+        self,
+        reader: CheckedReader,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        tokens: Tokens,
+    ) -> None:
         """Wrap a model; `tokens` are those of texts that were asked of a model before, and are added to."""
         super().__init__()
         self.reader, self.tokenizer, self.context = reader, tokenizer, context
@@ -49,9 +55,18 @@ class PackedModel(LM):  # type: ignore[misc]
         """Return, for each pair of context and answer, the answer's log-likelihood and whether it is greedy."""
         pairs = [request.args[:2] for request in requests]
         read = self._pairs(pairs)
-        asked = [place for place, (ids, _) in enumerate(read) if not self._is_too_long(requests[place], len(ids) - 1)]
-        scores = self._scores([read[place] for place in asked], [pairs[place][0] for place in asked])
-        found = {place: (one.log_likelihood, one.greedy) for place, one in zip(asked, scores, strict=True)}
+        asked = [
+            place
+            for place, (ids, _) in enumerate(read)
+            if not self._is_too_long(requests[place], len(ids) - 1)
+        ]
+        scores = self._scores(
+            [read[place] for place in asked], [pairs[place][0] for place in asked]
+        )
+        found = {
+            place: (one.log_likelihood, one.greedy)
+            for place, one in zip(asked, scores, strict=True)
+        }
         return [found.get(place, NOT_ASKED) for place in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -73,10 +88,19 @@ class PackedModel(LM):  # type: ignore[misc]
                 kinds.setdefault((most, until), []).append(place)
         answers: dict[int, str] = {}
         for (most, until), places in kinds.items():
-            written = generate(self.reader, self.tokenizer, [self._of(requests[place].args[0]) for place in places], most, until)
+            written = generate(
+                self.reader,
+                self.tokenizer,
+                [self._of(requests[place].args[0]) for place in places],
+                most,
+                until,
+            )
             for place, one in zip(places, written, strict=True):
                 document = requests[place].task_name, requests[place].doc_id
-                answers[place], self.ended[document] = one.text, one.ended and self.ended.get(document, True)
+                answers[place], self.ended[document] = (
+                    one.text,
+                    one.ended and self.ended.get(document, True),
+                )
         return [answers.get(place, "") for place in range(len(requests))]
 
     @property
@@ -85,19 +109,39 @@ class PackedModel(LM):  # type: ignore[misc]
         own = self.tokenizer.bos_token_id
         return int(own if own is not None else self.tokenizer.eos_token_id)
 
-    def _scores(self, read: Sequence[tuple[list[int], int]], contexts: Sequence[str]) -> list[Score]:
+    def _scores(
+        self, read: Sequence[tuple[list[int], int]], contexts: Sequence[str]
+    ) -> list[Score]:
         """Score token sequences, each from a place on; those that share a context are read as one tree."""
-        groups = list(stands([ids for ids, _ in read], contexts, TREE_TOKENS))
-        trees = [grow([read[place][0] for place in group], [read[place][1] for place in group]) for group in groups]
+        groups = list(group_by_prefix([ids for ids, _ in read], contexts, TREE_TOKENS))
+        trees = [
+            build_prefix_tree(
+                [read[place][0] for place in group], [read[place][1] for place in group]
+            )
+            for group in groups
+        ]
         if any(tree is None for tree in trees):
-            raise DataError("a document of an lm-eval task has an empty context or answer; leave it out of the task's data")
+            raise DataError(
+                "a document of an lm-eval task has an empty context or answer; leave it out of the task's data"
+            )
         scores = score(self.reader, [tree for tree in trees if tree is not None])
-        found = {place: one for group, some in zip(groups, scores, strict=True) for place, one in zip(group, some, strict=True)}
+        found = {
+            place: one
+            for group, some in zip(groups, scores, strict=True)
+            for place, one in zip(group, some, strict=True)
+        }
         return [found[place] for place in range(len(read))]
 
     def _pairs(self, pairs: Sequence[Texts]) -> list[tuple[list[int], int]]:
         """Return the tokens of each context with its answer, and where the answer begins."""
-        self._encode([text for context, answer in pairs if context for text in (context.rstrip(), context + answer)])
+        self._encode(
+            [
+                text
+                for context, answer in pairs
+                if context
+                for text in (context.rstrip(), context + answer)
+            ]
+        )
         self._encode([answer for context, answer in pairs if not context], special=False)
         return [self._pair(*pair) for pair in pairs]
 
@@ -110,8 +154,16 @@ class PackedModel(LM):  # type: ignore[misc]
     def _encode(self, texts: Sequence[str], *, special: bool = True) -> None:
         """Note the tokens of texts; one that opens with the mark of a beginning is given no other."""
         for kind in (True, False):
-            new = [text for text in texts if (special and not self._is_opened(text)) is kind and (text, special) not in self._tokens]
-            self._tokens |= {(text, special): ids for text, ids in encode(new, self.tokenizer, special=kind).items()}
+            new = [
+                text
+                for text in texts
+                if (special and not self._is_opened(text)) is kind
+                and (text, special) not in self._tokens
+            ]
+            self._tokens |= {
+                (text, special): ids
+                for text, ids in encode(new, self.tokenizer, special=kind).items()
+            }
 
     def _of(self, text: str) -> list[int]:
         return self._tokens[(text, True)]
@@ -121,7 +173,9 @@ class PackedModel(LM):  # type: ignore[misc]
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
         longest = self.context or LONGEST_WINDOW
-        cut = get_rolling_token_windows(token_list=ids, prefix_token=self._opening, max_seq_len=longest, context_len=1)
+        cut = get_rolling_token_windows(
+            token_list=ids, prefix_token=self._opening, max_seq_len=longest, context_len=1
+        )
         return [make_disjoint_window(window) for window in cut]
 
     def _limits(self, settings: dict[str, Any]) -> tuple[int, tuple[str, ...]]:

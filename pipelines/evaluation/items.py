@@ -33,4 +33,10 @@ class Item:
 
 def choice_item(benchmark: str, name: str, context: str, answers: list[str], gold: int) -> Item:
     """Return a question whose answers follow its context after one blank."""
-    return Item(benchmark, name, context, tuple(Choice("", f" {answer.strip()}") for answer in answers), gold)
+    return Item(
+        benchmark,
+        name,
+        context,
+        tuple(Choice("", f" {answer.strip()}") for answer in answers),
+        gold,
+    )

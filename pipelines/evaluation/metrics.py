@@ -41,7 +41,9 @@ def load_metrics(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Met
     return {name: _imported(name, folders) if ":" in name else _ours(name) for name in names}
 
 
-def measure(metrics: Mapping[str, Metric], answer: str, reference: str, prompt: str) -> tuple[dict[str, float], dict[str, str]]:
+def measure(
+    metrics: Mapping[str, Metric], answer: str, reference: str, prompt: str
+) -> tuple[dict[str, float], dict[str, str]]:
     """Return each metric's value, and for those that gave none what went wrong."""
     values: dict[str, float] = {}
     errors: dict[str, str] = {}
@@ -66,7 +68,9 @@ def _ours(name: str) -> Metric:
     if name not in OURS:
         near = difflib.get_close_matches(name, OURS, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(f"evaluation.metrics has no {name!r}; {guess}it knows {', '.join(OURS)}, or `module:function` of your own")
+        raise RecipeError(
+            f"evaluation.metrics has no {name!r}; {guess}it knows {', '.join(OURS)}, or `module:function` of your own"
+        )
     return OURS[name]()
 
 
@@ -81,7 +85,9 @@ def _imported(name: str, folders: Sequence[Path]) -> Metric:
             f"put {module}.py into {listed(folders)}, or install the package"
         ) from error
     if not callable(metric):
-        raise RecipeError(f"evaluation.metrics {name!r} is {metric!r}; name a function of answer, reference and prompt")
+        raise RecipeError(
+            f"evaluation.metrics {name!r} is {metric!r}; name a function of answer, reference and prompt"
+        )
     return metric
 
 
@@ -117,4 +123,9 @@ def _exact_match() -> Metric:
     return lambda answer, reference, prompt: 100.0 * (answer.strip() == reference.strip())
 
 
-OURS: dict[str, Callable[[], Metric]] = {"chrf": _chrf, "rouge_l": _rouge_l, "bleu": _bleu, "exact_match": _exact_match}
+OURS: dict[str, Callable[[], Metric]] = {
+    "chrf": _chrf,
+    "rouge_l": _rouge_l,
+    "bleu": _bleu,
+    "exact_match": _exact_match,
+}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lora_core import load_adapter
 from lora_core.base.quant import quantised_kind
-from lora_core.merging.dequantize import dequantise
+from lora_core.merging.dequantize import dequantize
 from lora_core.modules import adapter_parts, module_at, replace_module
 from pipelines.models.hardware import Hardware
 from pipelines.models.loading import load_model
@@ -33,7 +33,9 @@ class Models:
         self._dense: Layers = {}
 
     @contextmanager
-    def use(self, paths: Mapping[str, str], quantization: str, *, trust_remote_code: bool = False) -> Iterator[PreTrainedModel]:
+    def use(
+        self, paths: Mapping[str, str], quantization: str, *, trust_remote_code: bool = False
+    ) -> Iterator[PreTrainedModel]:
         """Yield the model of a stage, in evaluation mode.
 
         Args:
@@ -50,7 +52,9 @@ class Models:
                 self._adapt(model, Path(paths["adapter"]))
             yield model
         except BaseException:
-            self._key = self._model = None  # whatever state it is in, no other stage computes with it
+            self._key = self._model = (
+                None  # whatever state it is in, no other stage computes with it
+            )
             raise
         _strip(model)
 
@@ -59,10 +63,16 @@ class Models:
             self._key = self._model = None
             self._stored, self._dense = {}, {}
             gc.collect()  # before the next one comes
-            self._model = load_model(Path(folder), quantization, self.hardware, trust_remote_code=trusted)
+            self._model = load_model(
+                Path(folder), quantization, self.hardware, trust_remote_code=trusted
+            )
             if self.hardware.device == "cpu":
-                self._stored = {name: module for name, module in self._model.named_modules() if quantised_kind(module) in ("nf4", "fp4")}
-                dequantise(self._model, self.hardware.dtype)
+                self._stored = {
+                    name: module
+                    for name, module in self._model.named_modules()
+                    if quantised_kind(module) in ("nf4", "fp4")
+                }
+                dequantize(self._model, self.hardware.dtype)
                 self._dense = {name: module_at(self._model, name) for name in self._stored}
             self._key = (folder, quantization)
         return self._model
@@ -72,8 +82,16 @@ class Models:
         _place(model, self._stored)
         load_adapter(model, folder)
         parts = dict(adapter_parts(model))
-        _place(model, {f"{name}.base" if name in parts else name: module for name, module in self._dense.items()})
-        dequantise(model, self.hardware.dtype)  # nothing is left to be made dense; the updates take note of their new bases
+        _place(
+            model,
+            {
+                f"{name}.base" if name in parts else name: module
+                for name, module in self._dense.items()
+            },
+        )
+        dequantize(
+            model, self.hardware.dtype
+        )  # nothing is left to be made dense; the updates take note of their new bases
 
 
 def _place(model: PreTrainedModel, layers: Layers) -> None:

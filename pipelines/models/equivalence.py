@@ -88,12 +88,18 @@ def verified_reader(
     tolerance = TOLERANCES.get(dtype or model.dtype, IN_16_BITS)
     as_trained = bool(trained) and not _is_random_in_training(model)
     with _undisturbed(model), _computing_in(model, dtype):
-        every = _reference(PackReader(model, packed=False, head=None), probes, list(trained.values()), tolerance)
+        every = _reference(
+            PackReader(model, packed=False, head=None), probes, list(trained.values()), tolerance
+        )
         tensors, wanted = _compared(list(trained.values()), every)
         model.train(as_trained)
         with _frozen_weights_unchanged(model) if as_trained else nullcontext():
             reader, difference, rejected = _first_that_agrees(
-                model, tolerance, lambda one: _difference(wanted, [_measured(one, probe, tensors) for probe in probes])
+                model,
+                tolerance,
+                lambda one: _difference(
+                    wanted, [_measured(one, probe, tensors) for probe in probes]
+                ),
             )
     verified = _verified(reader, probes, difference, tolerance, compared=bool(tensors))
     return reader, replace(
@@ -121,7 +127,9 @@ def _first_that_agrees(
             continue
         if difference.loss <= tolerance.loss and difference.gradient <= tolerance.gradient:
             return reader, difference, tuple(rejected)
-        rejected.append(f"{_named(reader)} differs by {difference.loss:.1e} nats a token, gradients by {difference.gradient:.1e}")
+        rejected.append(
+            f"{_named(reader)} differs by {difference.loss:.1e} nats a token, gradients by {difference.gradient:.1e}"
+        )
     raise BaseModelError(
         f"base model family {model.config.model_type!r} gives different losses when it reads the same example twice "
         f"({'; '.join(rejected)}); it cannot be trained or scored reliably here; take another base"
@@ -136,8 +144,13 @@ def first_look(model: PreTrainedModel) -> Verified:
     """
     generator = torch.Generator().manual_seed(0)
     words = ordinary_tokens(model)
-    drawn = [words[torch.randint(len(words), (length,), generator=generator)].tolist() for length in FIRST_LENGTHS]
-    examples = [{"input_ids": ids, "supervised": [False] + [True] * (len(ids) - 1)} for ids in drawn]
+    drawn = [
+        words[torch.randint(len(words), (length,), generator=generator)].tolist()
+        for length in FIRST_LENGTHS
+    ]
+    examples = [
+        {"input_ids": ids, "supervised": [False] + [True] * (len(ids) - 1)} for ids in drawn
+    ]
     return verified_reader(model, [Probe(pack(examples, str(model.device)))])[1]
 
 
@@ -145,7 +158,9 @@ def ordinary_tokens(model: PreTrainedModel) -> Tensor:
     """Return the tokens that the config gives no part to, such as that of padding or of an image."""
     config = model.config
     values = {**config.to_dict(), **config.get_text_config().to_dict()}
-    special = {value for name, value in values.items() if "token" in name and isinstance(value, int)}
+    special = {
+        value for name, value in values.items() if "token" in name and isinstance(value, int)
+    }
     words = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
     return torch.tensor([token for token in range(words) if token not in special])
 
@@ -169,7 +184,9 @@ class _Seen:
     has_gradients: bool = False
 
 
-def _reference(own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Parameter], tolerance: Tolerance) -> list[_Seen]:
+def _reference(
+    own: PackReader, probes: Sequence[Probe], tensors: Sequence[nn.Parameter], tolerance: Tolerance
+) -> list[_Seen]:
     """Read the probes by the model's own forward, and see that it reads no token's future."""
     family = own.model.config.model_type
     try:
@@ -206,7 +223,9 @@ def _measured(reader: PackReader, probe: Probe, tensors: Sequence[nn.Parameter])
     return _Seen(losses, [None] * len(tensors))
 
 
-def _loss_and_gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Parameter]) -> tuple[float, list[Tensor | None]]:
+def _loss_and_gradients(
+    reader: PackReader, pack: Pack, tensors: Sequence[nn.Parameter]
+) -> tuple[float, list[Tensor | None]]:
     """Return the mean loss of a pack and its gradients: None where a tensor took no part, empty where it is not worth its memory.
 
     Each gradient is taken as soon as it is there, so that those of a whole model never exist together.
@@ -218,10 +237,15 @@ def _loss_and_gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Par
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None, "the hook is called once there is one"
         room[0] -= gradient.numel()
-        is_kept = gradient.numel() <= SMALL_TENSOR or (gradient.numel() <= LARGEST_TENSOR and room[0] > 0)
+        is_kept = gradient.numel() <= SMALL_TENSOR or (
+            gradient.numel() <= LARGEST_TENSOR and room[0] > 0
+        )
         found[place] = gradient if is_kept else gradient.new_empty(0)
 
-    hooks = [tensor.register_post_accumulate_grad_hook(partial(taken, place)) for place, tensor in enumerate(tensors)]
+    hooks = [
+        tensor.register_post_accumulate_grad_hook(partial(taken, place))
+        for place, tensor in enumerate(tensors)
+    ]
     try:
         with torch.enable_grad():
             loss = reader.loss(pack)
@@ -237,13 +261,22 @@ def _loss_and_gradients(reader: PackReader, pack: Pack, tensors: Sequence[nn.Par
 @torch.no_grad()
 def _future_seen(own: PackReader, probes: Sequence[Probe]) -> float:
     """Return by how much the logits of the first tokens of the shortest example change when the last of them is another."""
-    examples = [probe.pack.input_ids[path.places] for probe in probes for path in probe.pack.paths() if len(path.places) > 1]
+    examples = [
+        probe.pack.input_ids[path.places]
+        for probe in probes
+        for path in probe.pack.paths()
+        if len(path.places) > 1
+    ]
     if not examples:
         return 0.0
     ids = min(examples, key=len)[:OPENING]
     other = ids.clone()
-    other[-1] = ids[0] if ids[0] != ids[-1] else ids[-1] // 2  # any other token that the vocabulary surely has
-    before, after = own.model(input_ids=torch.stack([ids, other])).logits[:, :-1].float().log_softmax(dim=2)
+    other[-1] = (
+        ids[0] if ids[0] != ids[-1] else ids[-1] // 2
+    )  # any other token that the vocabulary surely has
+    before, after = (
+        own.model(input_ids=torch.stack([ids, other])).logits[:, :-1].float().log_softmax(dim=2)
+    )
     return float((before - after).abs().max())
 
 
@@ -255,9 +288,15 @@ class _Difference:
 
 def _difference(wanted: Sequence[_Seen], found: Sequence[_Seen]) -> _Difference:
     """Return the largest differences; what is not finite differs by infinity."""
-    losses = [abs(a - b) for one, other in zip(wanted, found, strict=True) for a, b in zip(one.losses, other.losses, strict=True)]
+    losses = [
+        abs(a - b)
+        for one, other in zip(wanted, found, strict=True)
+        for a, b in zip(one.losses, other.losses, strict=True)
+    ]
     gradients = [
-        _relative(a, b) for one, other in zip(wanted, found, strict=True) for a, b in zip(one.gradients, other.gradients, strict=True)
+        _relative(a, b)
+        for one, other in zip(wanted, found, strict=True)
+        for a, b in zip(one.gradients, other.gradients, strict=True)
     ]
     return _Difference(_largest(losses), _largest(gradients))
 
@@ -265,23 +304,34 @@ def _difference(wanted: Sequence[_Seen], found: Sequence[_Seen]) -> _Difference:
 def _relative(wanted: Tensor | None, found: Tensor | None) -> float:
     if wanted is None or not bool(wanted.any()):
         return 0.0
-    return float("inf") if found is None else float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    return (
+        float("inf")
+        if found is None
+        else float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    )
 
 
 def _largest(values: Sequence[float]) -> float:
     return max((value if value == value else float("inf") for value in values), default=0.0)
 
 
-def _compared(parameters: Sequence[nn.Parameter], seen: Sequence[_Seen]) -> tuple[list[nn.Parameter], list[_Seen]]:
+def _compared(
+    parameters: Sequence[nn.Parameter], seen: Sequence[_Seen]
+) -> tuple[list[nn.Parameter], list[_Seen]]:
     """Choose a few tensors, from the first to the last, that the reference gives a gradient; A of an adapter has none while B is zero."""
     able = [
         place
         for place, parameter in enumerate(parameters)
-        if parameter.numel() <= LARGEST_TENSOR and any(_is_moved(one.gradients[place]) for one in seen)
+        if parameter.numel() <= LARGEST_TENSOR
+        and any(_is_moved(one.gradients[place]) for one in seen)
     ]
     step = (len(able) - 1) / (TENSORS - 1)
-    places = able if len(able) <= TENSORS else [able[round(number * step)] for number in range(TENSORS)]
-    return [parameters[place] for place in places], [_Seen(one.losses, [one.gradients[place] for place in places]) for one in seen]
+    places = (
+        able if len(able) <= TENSORS else [able[round(number * step)] for number in range(TENSORS)]
+    )
+    return [parameters[place] for place in places], [
+        _Seen(one.losses, [one.gradients[place] for place in places]) for one in seen
+    ]
 
 
 def _is_moved(gradient: Tensor | None) -> bool:
@@ -292,10 +342,21 @@ def _without_gradient(names: Sequence[str], seen: Sequence[_Seen]) -> tuple[str,
     """Name what is trained and took no part in the loss of any example; nothing where no gradient was asked for."""
     if not any(one.has_gradients for one in seen):
         return ()
-    return tuple(name for place, name in enumerate(names) if all(one.gradients[place] is None for one in seen))
+    return tuple(
+        name
+        for place, name in enumerate(names)
+        if all(one.gradients[place] is None for one in seen)
+    )
 
 
-def _verified(reader: PackReader, probes: Sequence[Probe], difference: _Difference, tolerance: Tolerance, *, compared: bool) -> Verified:
+def _verified(
+    reader: PackReader,
+    probes: Sequence[Probe],
+    difference: _Difference,
+    tolerance: Tolerance,
+    *,
+    compared: bool,
+) -> Verified:
     return Verified(
         path=reader.path,
         own_head=reader.head is None,
@@ -310,9 +371,20 @@ def _verified(reader: PackReader, probes: Sequence[Probe], difference: _Differen
 
 def _is_random_in_training(model: PreTrainedModel) -> bool:
     """Return whether a forward in training mode draws anything: dropout, or noise in a router."""
-    settings = [vars(model.config), vars(model.config.get_text_config()), *(vars(module) for module in model.modules())]
-    named = [value for one in settings for name, value in one.items() if "drop" in name or "jitter" in name]
-    layers = [module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    settings = [
+        vars(model.config),
+        vars(model.config.get_text_config()),
+        *(vars(module) for module in model.modules()),
+    ]
+    named = [
+        value
+        for one in settings
+        for name, value in one.items()
+        if "drop" in name or "jitter" in name
+    ]
+    layers = [
+        module.p for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)
+    ]
     return any(isinstance(value, float) and value > 0 for value in [*named, *layers])
 
 
@@ -323,12 +395,18 @@ def _frozen_weights_unchanged(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         BaseModelError: the first such weight.
     """
-    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
     before = {name: _checksum(parameter) for name, parameter in frozen.items()}
     try:
         yield
     finally:
-        changed = [name for name, parameter in frozen.items() if _checksum(parameter) != before[name]]
+        changed = [
+            name for name, parameter in frozen.items() if _checksum(parameter) != before[name]
+        ]
         if changed:
             raise BaseModelError(
                 f"base model family {model.config.model_type!r} changes {len(changed)} weights that are not trained when it is read in "
@@ -337,14 +415,20 @@ def _frozen_weights_unchanged(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _checksum(parameter: Tensor) -> float:
-    total = parameter.detach().double().sum() if parameter.is_floating_point() else parameter.detach().sum(dtype=torch.int64)
+    total = (
+        parameter.detach().double().sum()
+        if parameter.is_floating_point()
+        else parameter.detach().sum(dtype=torch.int64)
+    )
     return float(total)
 
 
 @contextmanager
 def _computing_in(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[None]:
     """Compute in a dtype other than the weights', as training with float32 masters does."""
-    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype not in (None, torch.float32, model.dtype)):
+    with torch.autocast(
+        model.device.type, dtype=dtype, enabled=dtype not in (None, torch.float32, model.dtype)
+    ):
         yield
 
 

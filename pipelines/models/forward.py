@@ -104,7 +104,10 @@ class PackReader:
         if self.head is not None:
             return self.head.log_likelihoods(rows, pack.targets, chunk_rows)
         parts = zip(rows.split(chunk_rows), pack.targets.split(chunk_rows), strict=True)
-        likelihoods, greedy = zip(*(target_log_likelihoods(part.float().clone(), wanted) for part, wanted in parts), strict=True)
+        likelihoods, greedy = zip(
+            *(target_log_likelihoods(part.float().clone(), wanted) for part, wanted in parts),
+            strict=True,
+        )
         return torch.cat(likelihoods), torch.cat(greedy)
 
     def logits(self, pack: Pack) -> Tensor:
@@ -115,19 +118,27 @@ class PackReader:
     def _packed(self, pack: Pack) -> Tensor:
         inputs = {"input_ids": pack.input_ids[None], "position_ids": pack.position_ids[None]}
         set_attention(self.model, PACKED)
-        everywhere = torch.ones_like(inputs["input_ids"], dtype=torch.bool)  # else positions would be taken for a pack's a second time
+        everywhere = torch.ones_like(
+            inputs["input_ids"], dtype=torch.bool
+        )  # else positions would be taken for a pack's a second time
         with reading(pack.segments):
             if self.head is not None:
-                return _hidden_states(self.model, **inputs, attention_mask=everywhere)[pack.predicts]
+                return _hidden_states(self.model, **inputs, attention_mask=everywhere)[
+                    pack.predicts
+                ]
             return _own_logits(self.model, pack.predicts, **inputs, attention_mask=everywhere)
 
     def _one_by_one(self, pack: Pack) -> Tensor:
         found, order = list[Tensor](), list[Tensor]()
-        set_attention(self.model, own_attention(self.model, pack.longest))  # of all: a block that is computed again finds the same
+        set_attention(
+            self.model, own_attention(self.model, pack.longest)
+        )  # of all: a block that is computed again finds the same
         for path in pack.paths():
             ids = pack.input_ids[path.places][None]
             if self.head is None:
-                found.append(self.model(input_ids=ids, **_without_cache(self.model)).logits[0][path.at])
+                found.append(
+                    self.model(input_ids=ids, **_without_cache(self.model)).logits[0][path.at]
+                )
             else:
                 found.append(_hidden_states(self.model, input_ids=ids)[path.at])
             order.append(path.rows)
@@ -141,7 +152,10 @@ def own_attention(model: PreTrainedModel, tokens: int) -> str:
     read by PyTorch's kernels where the family offers them. They refuse capped scores, and families with sinks do not offer them.
     """
     text = model.config.get_text_config()
-    offered = bool(getattr(text_body(model), "_supports_sdpa", False)) and getattr(text, "attn_logit_softcapping", None) is None
+    offered = (
+        bool(getattr(text_body(model), "_supports_sdpa", False))
+        and getattr(text, "attn_logit_softcapping", None) is None
+    )
     return SDPA if tokens > EAGER_TOKENS and offered else EAGER
 
 

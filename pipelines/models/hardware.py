@@ -60,9 +60,13 @@ def detect() -> Hardware:
     """
     if torch.cuda.is_available():
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        place = os.environ.get("LOCAL_RANK") or os.environ.get(PLACE, "0")  # a rank's, or that of an evaluation beside others
+        place = os.environ.get("LOCAL_RANK") or os.environ.get(
+            PLACE, "0"
+        )  # a rank's, or that of an evaluation beside others
         device = int(place) % torch.cuda.device_count()
-        return Hardware(f"cuda:{device}", dtype, "nccl", torch.cuda.get_device_properties(device).total_memory)
+        return Hardware(
+            f"cuda:{device}", dtype, "nccl", torch.cuda.get_device_properties(device).total_memory
+        )
     return Hardware("cpu", torch.float32, "gloo")
 
 
@@ -85,7 +89,9 @@ def choose_optimizer(hardware: Hardware, state: AdamState, full_bytes: int | Non
         return Optimizer(FUSED, "ZeRO shares out its state")
     if full_bytes is None:
         return Optimizer(FUSED, "an adapter's state is small")
-    needs = f"full fine-tuning needs about {full_bytes / GIB:.1f} of {hardware.gpu_bytes / GIB:.1f} GiB"
+    needs = (
+        f"full fine-tuning needs about {full_bytes / GIB:.1f} of {hardware.gpu_bytes / GIB:.1f} GiB"
+    )
     return Optimizer(FUSED if full_bytes <= COMFORTABLE * hardware.gpu_bytes else PAGED, needs)
 
 
@@ -99,8 +105,13 @@ def attention_kernel(hardware: Hardware, shape: tuple[int, int, int] | None) -> 
     if shape is None:
         return "no"
     heads, key_heads, width = shape
-    query, key = (torch.empty(1, count, 2, width, dtype=hardware.dtype, device=hardware.device) for count in (heads, key_heads))
-    choice = torch._fused_sdp_choice(query.requires_grad_(), key, key, is_causal=True, enable_gqa=heads != key_heads)
+    query, key = (
+        torch.empty(1, count, 2, width, dtype=hardware.dtype, device=hardware.device)
+        for count in (heads, key_heads)
+    )
+    choice = torch._fused_sdp_choice(
+        query.requires_grad_(), key, key, is_causal=True, enable_gqa=heads != key_heads
+    )
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lora_core.training.losses import PLAIN, LogitTransform, linear_cross_entropy, token_log_likelihoods
+from lora_core.training.losses import (
+    PLAIN,
+    LogitTransform,
+    linear_cross_entropy,
+    token_log_likelihoods,
+)
 
 FACTORS = ("logit_scale", "lm_head_multiplier")
 """Names under which configs hold a factor of the logits (Cohere; Falcon-H1)."""
@@ -30,9 +35,13 @@ class Head:
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the summed negative log-likelihood of targets (N,) after hidden states (N, D), in nats."""
-        return linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, transform=self.transform)
+        return linear_cross_entropy(
+            hidden, self.weight, targets, bias=self.bias, transform=self.transform
+        )
 
-    def log_likelihoods(self, hidden: Tensor, targets: Tensor, chunk_rows: int) -> tuple[Tensor, Tensor]:
+    def log_likelihoods(
+        self, hidden: Tensor, targets: Tensor, chunk_rows: int
+    ) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood of each target and whether it is the likeliest."""
         terms = {"bias": self.bias, "transform": self.transform}
         return token_log_likelihoods(hidden, self.weight, targets, chunk_rows=chunk_rows, **terms)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from lora_core.base.quant import keep_layout
+from lora_core.base.quant import disable_cpu_repacking
 from pipelines.models.forward import EAGER
 from pipelines.models.hardware import Hardware
 from pipelines.models.support import check_supported
@@ -14,7 +14,12 @@ from pipelines.models.tokenizer import quiet
 
 
 def load_model(
-    folder: Path, quantization: str, hardware: Hardware, *, masters: bool = False, trust_remote_code: bool = False
+    folder: Path,
+    quantization: str,
+    hardware: Hardware,
+    *,
+    masters: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load the causal language model in `folder`, in evaluation mode, on this process's device.
 
@@ -43,15 +48,17 @@ def load_model(
             bnb_4bit_compute_dtype=hardware.dtype,
             bnb_4bit_quant_storage=torch.uint8,
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(folder), trust_remote_code=trust_remote_code, **options
+    )
     if quantization == "nf4":
-        _let_go_of_the_file(model)
-    keep_layout(model)
+        _detach_from_mmap(model)
+    disable_cpu_repacking(model)
     model.eval()
     return model
 
 
-def _let_go_of_the_file(model: PreTrainedModel) -> None:
+def _detach_from_mmap(model: PreTrainedModel) -> None:
     """Copy what was not quantised: as views into the checkpoint, they would hold all of its dense weights in memory."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -64,5 +71,9 @@ def attention_heads(model: PreTrainedModel) -> tuple[int, int, int] | None:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int):  # some hold one number for each layer
         return None
-    width = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = (
+        getattr(config, "qk_head_dim", None)
+        or getattr(config, "head_dim", None)
+        or config.hidden_size // heads
+    )
     return heads, getattr(config, "num_key_value_heads", None) or heads, width

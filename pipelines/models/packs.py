@@ -51,7 +51,15 @@ class Pack:
             end = begin + segment.length
             own = (self.predicts >= begin) & (self.predicts < end)
             row = slice(begin, end)
-            found.append(Pack(self.input_ids[row], self.position_ids[row], [segment], self.predicts[own] - begin, self.targets[own]))
+            found.append(
+                Pack(
+                    self.input_ids[row],
+                    self.position_ids[row],
+                    [segment],
+                    self.predicts[own] - begin,
+                    self.targets[own],
+                )
+            )
             begin = end
         return found
 
@@ -76,19 +84,25 @@ def _paths(segment: Segment, begin: int, rows: Tensor, predicts: Tensor) -> Iter
     """Yield what is read for the predictions of a segment: the example, or for each answer of a tree the way down to it."""
     if segment.mask is None:
         if len(rows):
-            yield ExamplePath(torch.arange(begin, begin + segment.length), predicts[rows] - begin, rows)
+            yield ExamplePath(
+                torch.arange(begin, begin + segment.length), predicts[rows] - begin, rows
+            )
         return
     mask = segment.mask.cpu()
     for chain in _chains(mask, rows, predicts - begin):
         read = mask[predicts[chain[-1]] - begin]  # up to the last token that predicts
-        yield ExamplePath(begin + read.nonzero()[:, 0], (read.cumsum(dim=0) - 1)[predicts[chain] - begin], chain)
+        yield ExamplePath(
+            begin + read.nonzero()[:, 0], (read.cumsum(dim=0) - 1)[predicts[chain] - begin], chain
+        )
 
 
 def _chains(mask: Tensor, rows: Tensor, places: Tensor) -> Iterator[Tensor]:
     """Yield the rows of each answer: a chain goes on as long as a token's parent is the token before it."""
     begun = 0
     for row in range(1, len(rows) + 1):
-        if row == len(rows) or not _is_parent(mask, int(places[rows[row - 1]]), int(places[rows[row]])):
+        if row == len(rows) or not _is_parent(
+            mask, int(places[rows[row - 1]]), int(places[rows[row]])
+        ):
             yield rows[begun:row]
             begun = row
 
@@ -120,6 +134,8 @@ def join(packs: Sequence[Pack]) -> Pack:
         input_ids=torch.cat([one.input_ids for one in packs]),
         position_ids=torch.cat([one.position_ids for one in packs]),
         segments=[segment for one in packs for segment in one.segments],
-        predicts=torch.cat([one.predicts + begin for one, begin in zip(packs, begins, strict=False)]),
+        predicts=torch.cat(
+            [one.predicts + begin for one, begin in zip(packs, begins, strict=False)]
+        ),
         targets=torch.cat([one.targets for one in packs]),
     )

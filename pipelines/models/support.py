@@ -41,7 +41,9 @@ def check_supported(config: PreTrainedConfig) -> None:
             f"base model family {family!r} is an encoder, whose tokens attend in both directions; this pipeline trains causal language "
             "models only; take a decoder-only base such as Llama, Qwen or Mistral"
         )
-    if family not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _has_custom_class(config):
+    if family not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _has_custom_class(
+        config
+    ):
         sees = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         kind = "a vision-language model" if sees else "no causal language model"
         raise BaseModelError(
@@ -82,7 +84,7 @@ def check_checkpointing(model: PreTrainedModel) -> None:
     if not model.supports_gradient_checkpointing:
         raise BaseModelError(
             f"training.gradient_checkpointing is true, and base model family {model.config.model_type!r} does not support it; set it to "
-            "false, and raise training.accumulation or lower data.max_tokens where memory is short"
+            "false, and raise training.gradient_accumulation_steps or lower data.max_tokens where memory is short"
         )
 
 
@@ -109,14 +111,20 @@ def text_body(model: PreTrainedModel) -> nn.Module:
     """Return what turns tokens into the hidden states that the head reads; of a wrapper its language model alone."""
     if is_wrapper(model.config):
         return model.get_decoder()  # type: ignore[no-any-return]
-    bodies = (model.base_model, *(getattr(model, name, model) for name in BODIES), model.get_decoder())
+    bodies = (
+        model.base_model,
+        *(getattr(model, name, model) for name in BODIES),
+        model.get_decoder(),
+    )
     return next((body for body in bodies if body is not model), model)
 
 
 def _attends_by_interface(model: PreTrainedModel) -> bool:
     """Return whether every part of the language model can be given another attention function."""
     parts = (module for module in text_body(model).modules() if isinstance(module, PreTrainedModel))
-    return model._can_set_attn_implementation() and all(part._can_set_attn_implementation() for part in parts)
+    return model._can_set_attn_implementation() and all(
+        part._can_set_attn_implementation() for part in parts
+    )
 
 
 def _layer_kinds(config: Any) -> set[str]:

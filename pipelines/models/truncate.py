@@ -10,10 +10,14 @@ from lora_core.spectrum.truncation import truncate_adapter
 from pipelines.runtime.child import run_stage
 
 
-def cut(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+def cut(
+    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """Write adapter/ and return the share of the update that is lost, by module."""
     lost = truncate_adapter(Path(paths["adapter"]), folder / "adapter", inputs["rank"])
-    return {"rank": inputs["rank"], "lost": lost}, [f"adapter/{path.name}" for path in sorted((folder / "adapter").iterdir())]
+    return {"rank": inputs["rank"], "lost": lost}, [
+        f"adapter/{path.name}" for path in sorted((folder / "adapter").iterdir())
+    ]
 
 
 if __name__ == "__main__":

@@ -32,7 +32,11 @@ class Verified:
 
     def figures(self) -> dict[str, Any]:
         """Return plain values for a stage's result."""
-        return {**asdict(self), "rejected": list(self.rejected), "without_gradient": list(self.without_gradient)}
+        return {
+            **asdict(self),
+            "rejected": list(self.rejected),
+            "without_gradient": list(self.without_gradient),
+        }
 
     def __str__(self) -> str:
         return sentence(self.figures())
@@ -40,7 +44,9 @@ class Verified:
 
 def sentence(figures: Mapping[str, Any]) -> str:
     """Return what a log, a report and a model card say of a verified way, from its plain values."""
-    way = "fast path (packed)" if figures["path"] == "packed" else "slow path (one example at a time)"
+    way = (
+        "fast path (packed)" if figures["path"] == "packed" else "slow path (one example at a time)"
+    )
     many = f"{figures['examples']} example{'s' * (figures['examples'] != 1)} of up to {figures['longest']:,} tokens"
     gradient = figures["gradient_difference"]
     also = "" if gradient is None else f", gradients within {gradient:.0e} of their norm"

@@ -26,7 +26,7 @@ from prefect.exceptions import ObjectNotFound, TerminationSignal
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Crashed
 
-from pipelines.console import say
+from pipelines.console import print_status
 from pipelines.runtime import launcher
 from pipelines.runtime.child import die_with_parent
 
@@ -49,19 +49,25 @@ def end_with_worker(flow: Any, flow_run: FlowRun, state: State) -> None:
         die_with_parent(signal.SIGTERM)
 
 
-def end_what_is_left(flow: Any, flow_run: FlowRun, state: State) -> None:
+def kill_leftover_processes(flow: Any, flow_run: FlowRun, state: State) -> None:
     """End what the run left at work, such as ranks, which live in sessions of their own; works from another process too."""
     above = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    launcher.kill([process for process in psutil.process_iter() if process.pid not in above and _is_of(process, str(flow_run.id))])
+    launcher.kill(
+        [
+            process
+            for process in psutil.process_iter()
+            if process.pid not in above and _is_of(process, str(flow_run.id))
+        ]
+    )
 
 
-def call_interruption_cancelled(flow: Any, flow_run: FlowRun, state: State) -> None:
+def mark_interrupted_run_cancelled(flow: Any, flow_run: FlowRun, state: State) -> None:
     """Have Prefect call Cancelled, and not Crashed, what its user ended by Ctrl-C or SIGTERM."""
     error = sys.exc_info()[1]  # the engine calls hooks while it handles what ended the flow
     if by_worker() or not isinstance(error, BY_HAND):
         return
     message = "ended by a signal; run again, it goes on from the last checkpoint"
-    say(message)
+    print_status(message)
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run.id, Cancelled(message=message), force=True)
 
@@ -82,14 +88,17 @@ def hold_lock(flow: Any, flow_run: FlowRun, state: State) -> None:
     _held[flow_run.id] = lock
 
 
-def call_killed_runs_crashed(url: str) -> None:
+def mark_orphaned_runs_crashed(url: str) -> None:
     """Have the server at `url` call Crashed each run of this host whose process is gone and that it does not know to be over."""
     files = sorted(_locks().glob("[!.]*"))
     if not files:
         return
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         for path in files:
-            with suppress(BlockingIOError, ObjectNotFound, FileNotFoundError), path.open("r+b") as lock:  # at work, another server's, done
+            with (
+                suppress(BlockingIOError, ObjectNotFound, FileNotFoundError),
+                path.open("r+b") as lock,
+            ):  # at work, another server's, done
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 run = client.read_flow_run(UUID(path.name))
                 if run.state is None or not run.state.is_final():

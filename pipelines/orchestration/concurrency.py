@@ -47,11 +47,13 @@ def gpus() -> list[str]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [gpu for gpu in chosen.split(",") if gpu not in ("", "-1")]
-    return sorted((path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int)
+    return sorted(
+        (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*")), key=int
+    )
 
 
 @contextmanager
-def held(names: list[str], say: Callable[[str], None]) -> Iterator[None]:
+def held(names: list[str], print_status: Callable[[str], None]) -> Iterator[None]:
     """Hold slots for the length of a block, and say so where they must be waited for.
 
     A server that does not answer at the end is of no account: the lease runs out by itself.
@@ -66,9 +68,16 @@ def held(names: list[str], say: Callable[[str], None]) -> Iterator[None]:
         with get_client(sync_client=True) as client:
             taken = [name for name in names if _is_taken(client, name)]
         if taken:
-            say(f"waiting for {', '.join(taken)}, where another run is at work")
+            print_status(f"waiting for {', '.join(taken)}, where another run is at work")
         lease = ExitStack()
-        lease.enter_context(concurrency(names, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False))
+        lease.enter_context(
+            concurrency(
+                names,
+                strict=True,
+                lease_duration=LEASE_SECONDS,
+                raise_on_lease_renewal_failure=False,
+            )
+        )
     except httpx.HTTPError as error:
         raise _unanswered(error) from error
     except ConcurrencySlotAcquisitionError as error:
@@ -79,17 +88,22 @@ def held(names: list[str], say: Callable[[str], None]) -> Iterator[None]:
         try:
             lease.close()
         except httpx.HTTPError as error:
-            say(f"the slots of {', '.join(names)} are free in {LEASE_SECONDS} s: the Prefect server does not answer ({error})")
+            print_status(
+                f"the slots of {', '.join(names)} are free in {LEASE_SECONDS} s: the Prefect server does not answer ({error})"
+            )
 
 
 def _unanswered(error: Exception) -> StageError:
     return StageError(
-        f"the Prefect server gives no slot on this host ({error}); see that it is well and run again", kind=UnreachableError.__name__
+        f"the Prefect server gives no slot on this host ({error}); see that it is well and run again",
+        kind=UnreachableError.__name__,
     )
 
 
 def _refused(error: Exception) -> PipelineError:
-    return PipelineError(f"{error}; a limit of 0 refuses trainings here: raise it on the server's page of concurrency limits")
+    return PipelineError(
+        f"{error}; a limit of 0 refuses trainings here: raise it on the server's page of concurrency limits"
+    )
 
 
 def _status(error: BaseException | None) -> int | None:

@@ -64,7 +64,9 @@ def deploy_recipe(recipe: str, when: When, pool: str) -> str:
             ignore_warnings=True,
         )
     except httpx.HTTPError as error:
-        raise PipelineError(f"the Prefect server does not answer ({error}); check PREFECT_API_URL") from error
+        raise PipelineError(
+            f"the Prefect server does not answer ({error}); check PREFECT_API_URL"
+        ) from error
     return (
         f"deployed finetune/{name} to the work pool {pool}\n"
         f"on the host that trains:  prefect worker start --pool {pool}\n"
@@ -78,7 +80,9 @@ def _schedules(when: When) -> list[Schedule]:
         try:
             schedules.append(Cron(when.cron))
         except ValueError as error:
-            raise PipelineError(f"cron {when.cron!r} is malformed; five fields such as '0 2 * * *' mean 2 o'clock every night") from error
+            raise PipelineError(
+                f"cron {when.cron!r} is malformed; five fields such as '0 2 * * *' mean 2 o'clock every night"
+            ) from error
     if when.interval_seconds is not None:
         schedules.append(Interval(timedelta(seconds=when.interval_seconds)))
     return schedules

@@ -15,7 +15,7 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from pipelines.console import Paced, Row, Watch, progress_line, say
+from pipelines.console import Row, Throttled, Watch, print_status, progress_line
 from pipelines.orchestration.cancellation import by_worker
 
 SECONDS_BETWEEN_BARS = 10
@@ -31,18 +31,18 @@ def log_for_pages_only() -> None:
         logger.propagate = False
 
 
-def tell(text: str) -> None:
+def log_and_print(text: str) -> None:
     """Say a line and put it into the log of the task; a worker shows that log, so there it is said once."""
     get_run_logger().info(text)
     if not by_worker():
-        say(text)
+        print_status(text)
 
 
 @contextmanager
 def reported(label: str) -> Iterator[Watch]:
     """Yield what takes each new row of metrics and passes it on: to the log now and then, and to the bar."""
     bar, logger = _Bar(label), get_run_logger()
-    lines = Paced(lambda row: logger.info(progress_line(label, row)))
+    lines = Throttled(lambda row: logger.info(progress_line(label, row)))
 
     def watch(row: Row) -> None:
         bar.row = row
@@ -65,7 +65,9 @@ class _Bar:
         self._drawn: Row | None = None
         self._failed = False
         self._over = threading.Event()
-        self._thread = threading.Thread(target=copy_context().run, args=(self._draw_on,), daemon=True)  # the context names the run
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._draw_on,), daemon=True
+        )  # the context names the run
 
     def start(self) -> None:
         self._thread.start()
@@ -89,7 +91,10 @@ class _Bar:
             self._write(100 * row["step"] / row["steps"], progress_line(self.label, row))
         except Exception as error:  # noqa: BLE001 - whatever is wrong with a page, the training goes on
             if not self._failed:
-                say(f"{self.label}: Prefect's page does not show how far it is ({type(error).__name__}: {error})", mark="…")
+                print_status(
+                    f"{self.label}: Prefect's page does not show how far it is ({type(error).__name__}: {error})",
+                    mark="…",
+                )
             self._failed = True
             return
         self._drawn = row

@@ -83,32 +83,40 @@ def _start() -> str:
         url = f"http://{HOST}:{listener.getsockname()[1]}/api"
         server = subprocess.Popen(
             [sys.executable, "-m", "pipelines.orchestration.local_server", str(listener.fileno())],
-            env={**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True), "PREFECT_SERVER_UI_ENABLED": "0"},
+            env={
+                **os.environ,
+                **get_current_settings().to_environment_variables(exclude_unset=True),
+                "PREFECT_SERVER_UI_ENABLED": "0",
+            },
             stdin=subprocess.PIPE,
             stdout=stream,
             stderr=stream,
             pass_fds=[listener.fileno()],
             start_new_session=True,
-            preexec_fn=_hear_nothing,  # system calls, no lock is taken
+            preexec_fn=_ignore_signals,  # system calls, no lock is taken
         )
         _servers.append(server)
-        reach_directly(HOST)
+        bypass_proxy(HOST)
         atexit.register(_end, server)  # after all that Prefect has to say at the end
         listener.close()  # the server's alone, so that whoever asks one that has ended is refused
         try:
-            httpx.get(f"{url}/health", timeout=SECONDS_TO_START).raise_for_status()  # waits in the socket's queue until it is up
+            httpx.get(
+                f"{url}/health", timeout=SECONDS_TO_START
+            ).raise_for_status()  # waits in the socket's queue until it is up
         except httpx.HTTPError as error:
-            raise PipelineError(f"Prefect's own server does not start ({error}); {log} says why") from error
+            raise PipelineError(
+                f"Prefect's own server does not start ({error}); {log} says why"
+            ) from error
     return url
 
 
-def reach_directly(host: str) -> None:
+def bypass_proxy(host: str) -> None:
     """Have no proxy stand between this process and a host, whatever the environment says of others."""
     for name in ("no_proxy", "NO_PROXY"):
         os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
 
 
-def _hear_nothing() -> None:
+def _ignore_signals() -> None:
     for one in ENDING:
         signal.signal(one, signal.SIG_IGN)
 
@@ -140,7 +148,11 @@ def serve(listener: socket.socket) -> None:
     from prefect.server.api.server import create_app
 
     app = create_app(ephemeral=True, final=True)
-    server = _Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=SECONDS_TO_ANSWER))
+    server = _Server(
+        uvicorn.Config(
+            app, log_level="error", lifespan="on", timeout_graceful_shutdown=SECONDS_TO_ANSWER
+        )
+    )
     threading.Thread(target=server.end_with_run, daemon=True).start()
     server.run(sockets=[listener])
 

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import httpx
 
-from pipelines.console import say
-from pipelines.orchestration.local_server import HOST, reach_directly
+from pipelines.console import print_status
+from pipelines.orchestration.local_server import HOST, bypass_proxy
 from pipelines.paths import tracking_uri
 
 SECONDS_BETWEEN_LOOKS = 0.5
-LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+LEASES = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"
+}
 """Prefect's server forgets who holds a slot when it ends, unless it is told to write that down."""
 
 
-def serve(runs: Path, once_up: Callable[[str], None], *, mlflow_port: int = 5000, prefect_port: int = 4200) -> None:
+def serve(
+    runs: Path, once_up: Callable[[str], None], *, mlflow_port: int = 5000, prefect_port: int = 4200
+) -> None:
     """Serve both pages until a signal; a port that is taken is replaced by a free one.
 
     Args:
@@ -29,27 +33,44 @@ def serve(runs: Path, once_up: Callable[[str], None], *, mlflow_port: int = 5000
         mlflow_port: wanted for MLflow.
         prefect_port: wanted for Prefect.
     """
-    reach_directly(HOST)
+    bypass_proxy(HOST)
     mlflow, prefect = _free(mlflow_port), _free(prefect_port)
     store = tracking_uri(runs)
     python = [sys.executable, "-m"]
     commands = [[*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect)]]
     url = f"http://{HOST}:{prefect}/api"
-    say(f"Prefect  http://{HOST}:{prefect}   (export PREFECT_API_URL={url} to deploy to it)")
+    print_status(
+        f"Prefect  http://{HOST}:{prefect}   (export PREFECT_API_URL={url} to deploy to it)"
+    )
     if store.startswith("http"):
-        say(f"MLflow   {store}")
+        print_status(f"MLflow   {store}")
     else:
-        commands.append([*python, "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(mlflow)])
-        say(f"MLflow   http://{HOST}:{mlflow}")
+        commands.append(
+            [
+                *python,
+                "mlflow",
+                "server",
+                "--backend-store-uri",
+                store,
+                "--host",
+                HOST,
+                "--port",
+                str(mlflow),
+            ]
+        )
+        print_status(f"MLflow   http://{HOST}:{mlflow}")
     environment, quiet = {**LEASES, **os.environ}, subprocess.DEVNULL
-    servers = [subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet) for command in commands]
+    servers = [
+        subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
+        for command in commands
+    ]
     try:
         if _answers(url, servers[0]):
             once_up(url)
         for server in servers:
             server.wait()
     except KeyboardInterrupt:
-        say("stopping")
+        print_status("stopping")
     finally:
         for server in servers:
             server.terminate()

@@ -16,7 +16,15 @@ from lora_core.budget.checkpoints import (
     lost_share,
     seconds_between_failures,
 )
-from lora_core.budget.wire import SHARDINGS, Exchange, Moved, Sharding, Traffic, seconds_on_wire, wire_bytes
+from lora_core.budget.wire import (
+    SHARDINGS,
+    Exchange,
+    Moved,
+    Sharding,
+    Traffic,
+    seconds_on_wire,
+    wire_bytes,
+)
 from pipelines.errors import PipelineError
 
 GBIT = 100.0
@@ -34,26 +42,54 @@ TITLE_WIDTH = 78
 class Cluster:
     """Which GPUs a plan is made for; what is left out is not asked about, or has the default that its help names."""
 
-    gpu_gb: Annotated[float | None, typer.Option(help="Also print which ways of training fit GPUs of this size.", min=1)] = None
-    gpus: Annotated[int | None, typer.Option(help="Also print traffic and checkpoints of a job on so many GPUs.", min=1)] = None
-    gbit: Annotated[float | None, typer.Option(help="10⁹ bits a second that each GPU sends; 100.", min=0.001, show_default=False)] = None
+    gpu_gb: Annotated[
+        float | None,
+        typer.Option(help="Also print which ways of training fit GPUs of this size.", min=1),
+    ] = None
+    gpus: Annotated[
+        int | None,
+        typer.Option(help="Also print traffic and checkpoints of a job on so many GPUs.", min=1),
+    ] = None
+    gbit: Annotated[
+        float | None,
+        typer.Option(
+            help="10⁹ bits a second that each GPU sends; 100.", min=0.001, show_default=False
+        ),
+    ] = None
     disk_gb_per_second: Annotated[
-        float | None, typer.Option(help="10⁹ bytes a second that one process writes; 1.", min=0.001, show_default=False)
+        float | None,
+        typer.Option(
+            help="10⁹ bytes a second that one process writes; 1.", min=0.001, show_default=False
+        ),
     ] = None
     failures_per_gpu_year: Annotated[
-        float | None, typer.Option(help="How often a GPU ends a job; 0.173, as in Llama 3's report.", min=1e-9, show_default=False)
+        float | None,
+        typer.Option(
+            help="How often a GPU ends a job; 0.173, as in Llama 3's report.",
+            min=1e-9,
+            show_default=False,
+        ),
     ] = None
     tokens_per_second: Annotated[
-        float | None, typer.Option(help="Of the whole job; with it, checkpoints are counted in steps.", min=1e-9, show_default=False)
+        float | None,
+        typer.Option(
+            help="Of the whole job; with it, checkpoints are counted in steps.",
+            min=1e-9,
+            show_default=False,
+        ),
     ] = None
 
     def __post_init__(self) -> None:
         alone = {"gbit": self.gpu_gb is None and self.gpus is None}
-        alone |= dict.fromkeys(("disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second"), self.gpus is None)
+        alone |= dict.fromkeys(
+            ("disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second"), self.gpus is None
+        )
         for field in fields(self):
             if getattr(self, field.name) is not None and alone.get(field.name, False):
                 option = field.name.replace("_", "-")
-                raise PipelineError(f"--{option} {getattr(self, field.name):g} has no effect without --gpus; give the number of GPUs too")
+                raise PipelineError(
+                    f"--{option} {getattr(self, field.name):g} has no effect without --gpus; give the number of GPUs too"
+                )
 
     def seconds(self, sent_bytes: int) -> float:
         """Return how long a GPU sends so many bytes."""
@@ -72,25 +108,36 @@ def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Tabl
     table = Table("GPUs", *METHODS, title=title, title_justify="left", min_width=TITLE_WIDTH)
     for count in counts:
         cells = [
-            first_that_fits([ways[method, count, sharding] for sharding in SHARDINGS], cluster, gpu_gb, plan["comfortable_share"])
+            first_that_fits(
+                [ways[method, count, sharding] for sharding in SHARDINGS],
+                cluster,
+                gpu_gb,
+                plan["comfortable_share"],
+            )
             for method in METHODS
         ]
         table.add_row(str(count), *cells)
     return table
 
 
-def first_that_fits(ways: list[dict[str, Any]], cluster: Cluster, gpu_gb: float, comfortable: float) -> str:
+def first_that_fits(
+    ways: list[dict[str, Any]], cluster: Cluster, gpu_gb: float, comfortable: float
+) -> str:
     """Return the first way that fits as it is, or else the first with checkpointing, and its seconds on the wire."""
     for level in LEVELS:
         for way in ways:
             used, mark = memory_of(way, level, gpu_gb, comfortable)
             if used <= gpu_gb * GIB:
                 sent = way[level + "sent_bytes"]
-                return f"{way['sharding']}{mark and f' {mark}'}" + (f" {duration(cluster.seconds(sent))}" if sent else "")
+                return f"{way['sharding']}{mark and f' {mark}'}" + (
+                    f" {duration(cluster.seconds(sent))}" if sent else ""
+                )
     return "×"
 
 
-def memory_of(way: dict[str, Any], level: str, gpu_gb: float, comfortable: float) -> tuple[int, str]:
+def memory_of(
+    way: dict[str, Any], level: str, gpu_gb: float, comfortable: float
+) -> tuple[int, str]:
     """Return what a way takes of a GPU in bytes, and its mark: 8 where AdamW in 8 bits is taken, c with checkpointing, 8c.
 
     Args:
@@ -99,7 +146,10 @@ def memory_of(way: dict[str, Any], level: str, gpu_gb: float, comfortable: float
         gpu_gb: of the GPU.
         comfortable: the share of it above which full fine-tuning takes the 8 bits; see `pipelines.models.hardware.choose_optimizer`.
     """
-    plain, eight_bit = way["checkpointed_bytes" if level else "memory_bytes"], way[f"{level}eight_bit_bytes"]
+    plain, eight_bit = (
+        way["checkpointed_bytes" if level else "memory_bytes"],
+        way[f"{level}eight_bit_bytes"],
+    )
     takes_eight = eight_bit < plain and plain > comfortable * gpu_gb * GIB
     return (eight_bit if takes_eight else plain), "8" * takes_eight + "c" * bool(level)
 
@@ -109,7 +159,7 @@ def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
     how = plan["exchanged"]["exchange"]
     again = "with" if how["checkpointing"] else "without"
     title = (
-        f"What each of {gpus} GPUs sends in a step of {how['accumulation']} part{'s' * (how['accumulation'] > 1)}, {again} gradient "
+        f"What each of {gpus} GPUs sends in a step of {how['gradient_accumulation_steps']} part{'s' * (how['gradient_accumulation_steps'] > 1)}, {again} gradient "
         f"checkpointing, and seconds at {cluster.gbit or GBIT:g} Gbit/s with nothing beside it"
     )
     table = Table("sharing", *METHODS, title=title, title_justify="left")
@@ -122,24 +172,45 @@ def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
 def traffic_on(plan: dict[str, Any], method: str, sharding: Sharding, gpus: int) -> Traffic:
     """Return what each GPU sends in a step."""
     figures = plan["exchanged"]
-    return wire_bytes(Moved(**figures["weights"][method]), Exchange(sharding=sharding, processes=gpus, **figures["exchange"]))
+    return wire_bytes(
+        Moved(**figures["weights"][method]),
+        Exchange(sharding=sharding, processes=gpus, **figures["exchange"]),
+    )
 
 
 def checkpoints_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
     """Print the size of each run's checkpoint and how often to write one, by Young's and Daly's rule."""
     rate = cluster.failures_per_gpu_year or FAILURES_PER_GPU_YEAR
-    between, disk = seconds_between_failures(rate, gpus), cluster.disk_gb_per_second or DISK_GB_PER_SECOND
+    between, disk = (
+        seconds_between_failures(rate, gpus),
+        cluster.disk_gb_per_second or DISK_GB_PER_SECOND,
+    )
     title = (
         f"Checkpoints of trained weights and Adam's means in float32: {gpus} GPUs fail every {duration(between)} "
         f"({rate:g} times a year each), and one process writes {disk:g} GB/s"
     )
-    table = Table("run", "size", "written in", "write every", "time lost", title=title, title_justify="left", min_width=TITLE_WIDTH)
+    table = Table(
+        "run",
+        "size",
+        "written in",
+        "write every",
+        "time lost",
+        title=title,
+        title_justify="left",
+        min_width=TITLE_WIDTH,
+    )
     for label, run in plan["runs"].items():
         size = checkpoint_bytes(run["trained_weights"])
         written = size / (disk * 1e9)
         interval = best_interval_seconds(written, between)
         every = interval_words(interval, plan["tokens_of_a_step"], cluster.tokens_per_second)
-        table.add_row(label, _bytes(size), duration(written), every, f"{lost_share(interval, written, between):.3%}")
+        table.add_row(
+            label,
+            _bytes(size),
+            duration(written),
+            every,
+            f"{lost_share(interval, written, between):.3%}",
+        )
     return table
 
 

@@ -33,7 +33,7 @@ class Examples:
     def largest_share(self, inputs: dict[str, Any]) -> dict[str, int]:
         """Return the most tokens, and the most supervised ones, that any process gets at once in the whole training."""
         lengths, supervised = self.lengths, [sum(marks) for marks in self.marks]
-        parts = inputs["processes"] * inputs["training"]["accumulation"]
+        parts = inputs["processes"] * inputs["training"]["gradient_accumulation_steps"]
         packs = [pack for step in self._steps(inputs) for pack in shares(step, lengths, parts)]
         return {
             "tokens": max(sum(lengths[i] for i in pack) for pack in packs),

@@ -28,7 +28,10 @@ def what_would_fit(plan: dict[str, Any], label: str) -> str:
     """
     name, run = _run_of(plan, label)
     needs = f"{name} was expected to need {_gb(run['memory_bytes'])} in each process ({_largest_terms(run)})"
-    less = [f"{way['setting']}: {_value(way['value'])} ({_gb(way['memory_bytes'])})" for way in run["less"]]
+    less = [
+        f"{way['setting']}: {_value(way['value'])} ({_gb(way['memory_bytes'])})"
+        for way in run["less"]
+    ]
     if not less:
         return f"{needs}, and no single change of the recipe needs less; use processes with more memory, or a smaller model"
     return f"{needs}; instead of {_gb(run['memory_bytes'])}, less would do with {_either(less)}"
@@ -39,7 +42,10 @@ def _run_of(plan: dict[str, Any], label: str) -> tuple[str, dict[str, Any]]:
     name = label.partition(" ")[0]
     if name in runs:
         return name, runs[name]
-    return max(((key, run) for key, run in runs.items() if key != CONTROL), key=lambda pair: int(pair[1]["rank"]))
+    return max(
+        ((key, run) for key, run in runs.items() if key != CONTROL),
+        key=lambda pair: int(pair[1]["rank"]),
+    )
 
 
 def _largest_terms(run: dict[str, Any]) -> str:

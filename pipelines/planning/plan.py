@@ -43,7 +43,9 @@ GPU_PROCESS_BYTES = 1 << 30
 """An allowance, not measured here: the CUDA context and the buffers of NCCL."""
 
 
-def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+def plan(
+    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
+) -> tuple[dict[str, Any], list[str]]:
     """Return targets by kind and rank, each run's cost by term and what would lower it, and every other way on GPUs."""
     model, examples = (
         meta_model(paths["base"], trust_remote_code=inputs.get("trust_remote_code", False)),
@@ -62,7 +64,9 @@ def plan(folder: Path, inputs: dict[str, Any], paths: dict[str, str]) -> tuple[d
     scaled = scaling(model, on_gpu, largest, engine)
     return {
         "weights": stored_weights(model, largest, quantized=inputs["quantization"] == "nf4"),
-        "targets": [kind for found in targets.values() for kind in _by_kind(found, lora["use_dora"])],
+        "targets": [
+            kind for found in targets.values() for kind in _by_kind(found, lora["use_dora"])
+        ],
         "runs": runs,
         "setup": asdict(setup),
         "tokens_of_a_step": examples.tokens_of_a_step(inputs),
@@ -77,7 +81,9 @@ def meta_model(base: str, *, trust_remote_code: bool = False) -> PreTrainedModel
     """Return the model that a folder's config describes, without weights."""
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     return model
 
 
@@ -112,7 +118,13 @@ def cpu_setup(setup: Setup) -> Setup:
 def gpu_setup(setup: Setup) -> Setup:
     """Return the same training in bfloat16 on a GPU, over float32 masters of what is fully trained."""
     return replace(
-        setup, compute_bytes=2, masters=True, fused_optimizer=True, heap_slack=1.0, mapped_checkpoint=False, process_bytes=GPU_PROCESS_BYTES
+        setup,
+        compute_bytes=2,
+        masters=True,
+        fused_optimizer=True,
+        heap_slack=1.0,
+        mapped_checkpoint=False,
+        process_bytes=GPU_PROCESS_BYTES,
     )
 
 
@@ -134,7 +146,11 @@ def lora_config(settings: dict[str, Any], rank: int) -> LoraConfig:
 
 def check_ratio(lora: dict[str, Any], targets: list[Target]) -> None:
     """Refuse LoRA+ where it changes no rate."""
-    if lora["loraplus_ratio"] != 1 and not lora["use_dora"] and all(target.layer == "embedding" for target in targets):
+    if (
+        lora["loraplus_ratio"] != 1
+        and not lora["use_dora"]
+        and all(target.layer == "embedding" for target in targets)
+    ):
         raise RecipeError(
             f"lora.loraplus_ratio {lora['loraplus_ratio']:g} has no effect: both factors of an embedding learn at one rate; use 1"
         )
@@ -170,7 +186,9 @@ class Price:
         return {
             **vars(cost),
             "memory_bytes": cost.memory_bytes,
-            "other_checkpointing_bytes": needed(replace(setup, checkpointing=not setup.checkpointing)),
+            "other_checkpointing_bytes": needed(
+                replace(setup, checkpointing=not setup.checkpointing)
+            ),
             "less": in_less_memory(setup, self.inputs, self.examples, needed),
             "sent_bytes": traffic(self.model, setup, targets, Engine.of(self.inputs)).wire_bytes,
         }
@@ -186,14 +204,23 @@ def _run(price: Price, setup: Setup, targets: list[Target]) -> dict[str, Any]:
     rank, doubles = targets[0].rank, is_spectral(price.inputs["lora"]["init"])
     starts = sum(target.trained_weights for target in targets) if doubles else 0
     file_rank = 2 * rank if doubles else rank
-    return {"rank": rank, "scale": targets[0].scale, "file_rank": file_rank, **price.of(setup, targets, starts)}
+    return {
+        "rank": rank,
+        "scale": targets[0].scale,
+        "file_rank": file_rank,
+        **price.of(setup, targets, starts),
+    }
 
 
-def stored_weights(model: nn.Module, targets: list[Target], *, quantized: bool) -> list[dict[str, Any]]:
+def stored_weights(
+    model: nn.Module, targets: list[Target], *, quantized: bool
+) -> list[dict[str, Any]]:
     """Return all weights of the base by the last parts of their names: how each kind is stored, and whether it is adapted."""
     head, adapted = output_head(model), {target.name for target in targets}
     kinds: dict[tuple[str, str, bool], list[int]] = {}
-    own = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied weight is counted where it comes first
+    own = {
+        id(parameter): name for name, parameter in model.named_parameters()
+    }  # a tied weight is counted where it comes first
     for path, module in model.named_modules():
         in_4_bits = quantized and module is not head and base_weight(module) is not None
         for name, parameter in module.named_parameters(recurse=False):
@@ -205,7 +232,13 @@ def stored_weights(model: nn.Module, targets: list[Target], *, quantized: bool) 
             stored = "nf4" if in_4_bits and name == "weight" else "dense"
             kinds.setdefault((what, stored, is_adapted), []).append(parameter.numel())
     return [
-        {"name": name, "stored": stored, "adapted": is_adapted, "count": len(sizes), "weights": sum(sizes)}
+        {
+            "name": name,
+            "stored": stored,
+            "adapted": is_adapted,
+            "count": len(sizes),
+            "weights": sum(sizes),
+        }
         for (name, stored, is_adapted), sizes in kinds.items()
     ]
 
@@ -214,7 +247,9 @@ def _by_kind(targets: list[Target], use_dora: bool) -> list[dict[str, Any]]:
     """Group targets by the last part of their name and their shape; weights are those of the whole group, with DoRA's lengths."""
     groups: dict[tuple[str, int, int], list[Target]] = {}
     for target in targets:
-        groups.setdefault((target.name.rpartition(".")[2], target.out_features, target.in_features), []).append(target)
+        groups.setdefault(
+            (target.name.rpartition(".")[2], target.out_features, target.in_features), []
+        ).append(target)
     return [
         {
             "name": name,
@@ -223,7 +258,8 @@ def _by_kind(targets: list[Target], use_dora: bool) -> list[dict[str, Any]]:
             "count": len(group),
             "rank": group[0].rank,
             "scale": group[0].scale,
-            "trained_weights": sum(target.trained_weights for target in group) + use_dora * out * len(group),
+            "trained_weights": sum(target.trained_weights for target in group)
+            + use_dora * out * len(group),
         }
         for (name, out, wide), group in groups.items()
     ]

@@ -38,7 +38,9 @@ class Figure:
         change = model.get(effect)
         if change is None or self.section == "corpus":
             return None
-        found: Interval | None = (change["generation"] if self.section else change).get(self.change_key or self.key)
+        found: Interval | None = (change["generation"] if self.section else change).get(
+            self.change_key or self.key
+        )
         return found
 
     def spread(self, model: Model) -> Interval | None:
@@ -81,12 +83,18 @@ def general_change(model: Model, effect: str = "change") -> Interval | None:
 
 def benchmark_figure(scores: Mapping[str, Any]) -> float | None:
     """Return the figure that a benchmark is compared by, from its scores or those of all: the same choice."""
-    found: float | None = scores["accuracy"] if scores["choice_probability"] is None else scores["choice_probability"]
+    found: float | None = (
+        scores["accuracy"] if scores["choice_probability"] is None else scores["choice_probability"]
+    )
     return found
 
 
 LEARNING = Figure(
-    "task_loss", "Task loss", "nats per token", "Learning, most sharply: every supervised token counts", change_key="task_gain"
+    "task_loss",
+    "Task loss",
+    "nats per token",
+    "Learning, most sharply: every supervised token counts",
+    change_key="task_gain",
 )
 METRICS = {
     "chrf": ("chrF", "Learning that shows in answers: letters and words of the reference"),
@@ -95,19 +103,45 @@ METRICS = {
     "exact_match": ("Exact match", "Answers that are right to the letter"),
     "execution": ("Execution", "Answers that a program found to do what was asked"),
 }
-UNFINISHED = Figure("unfinished_answers", "Unfinished answers", "count", "A model that no longer knows when to stop")
+UNFINISHED = Figure(
+    "unfinished_answers", "Unfinished answers", "count", "A model that no longer knows when to stop"
+)
 FORGETTING = (
     Figure(
-        "choice_probability", "Choice probability", "share", "Forgetting, smoothly: whether the right answer stands out; the gate asks this"
+        "choice_probability",
+        "Choice probability",
+        "share",
+        "Forgetting, smoothly: whether the right answer stands out; the gate asks this",
     ),
-    Figure("accuracy", "Accuracy", "share", "Forgetting, coarsely: it moves only where the order of two answers flips"),
-    Figure("margin", "Margin", "nats per byte", "How near a flip is: the right answer over the best wrong one"),
     Figure(
-        "text_loss", "Passages’ loss", "nats per byte", "Drift of plain language; training on any text can lower it, whatever is forgotten"
+        "accuracy",
+        "Accuracy",
+        "share",
+        "Forgetting, coarsely: it moves only where the order of two answers flips",
     ),
-    Figure("chat_loss", "Chat loss", "nats per token", "A model that still knows, but no longer answers in the chat’s form"),
+    Figure(
+        "margin",
+        "Margin",
+        "nats per byte",
+        "How near a flip is: the right answer over the best wrong one",
+    ),
+    Figure(
+        "text_loss",
+        "Passages’ loss",
+        "nats per byte",
+        "Drift of plain language; training on any text can lower it, whatever is forgotten",
+    ),
+    Figure(
+        "chat_loss",
+        "Chat loss",
+        "nats per token",
+        "A model that still knows, but no longer answers in the chat’s form",
+    ),
     Divergence(
-        "kl", "KL divergence", "nats per token", "That anything changed, for better or worse: the earliest sign, without a direction"
+        "kl",
+        "KL divergence",
+        "nats per token",
+        "That anything changed, for better or worse: the earliest sign, without a direction",
     ),
 )
 
@@ -118,7 +152,11 @@ def figures(models: Mapping[str, Model]) -> list[Figure]:
     answers = [_metric(key) for key in scores["generation"]]
     corpus = [_metric(key, "corpus") for key in scores["corpus"]]
     found = [LEARNING, *answers, *corpus, *([UNFINISHED] if answers else []), *FORGETTING]
-    return [figure for figure in found if any(figure.level(model) is not None for model in models.values())]
+    return [
+        figure
+        for figure in found
+        if any(figure.level(model) is not None for model in models.values())
+    ]
 
 
 def unmeasured(models: Mapping[str, Model]) -> list[str]:
@@ -129,5 +167,11 @@ def unmeasured(models: Mapping[str, Model]) -> list[str]:
 def _metric(key: str, section: str = "generation") -> Figure:
     title, detects = METRICS.get(key, (key, "A metric of one's own"))
     if section == "corpus":
-        return Figure(key, f"{title}, all answers as one text", "of 100", "As papers give it; it has no interval", section)
+        return Figure(
+            key,
+            f"{title}, all answers as one text",
+            "of 100",
+            "As papers give it; it has no interval",
+            section,
+        )
     return Figure(key, title, "of 100" if key in METRICS else "", detects, section)

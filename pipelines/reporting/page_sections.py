@@ -44,7 +44,9 @@ def effects(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
     by_quantisation = models.get(QUANTIZED_BASE, {}).get("change")
     return {
         label: {
-            "quantisation": None if label == CONTROL and model["rank"] is None else _two(by_quantisation),
+            "quantisation": None
+            if label == CONTROL and model["rank"] is None
+            else _two(by_quantisation),
             "training": None if label == QUANTIZED_BASE else _two(model["change"]),
             "total": _two(against_base(model)),
         }
@@ -54,12 +56,23 @@ def effects(models: Mapping[str, Model]) -> dict[str, dict[str, Any]]:
 
 
 def _two(change: Model | None) -> dict[str, Any] | None:
-    return None if change is None else {"task_gain": change["task_gain"], "choice_probability": general_change({"change": change})}
+    return (
+        None
+        if change is None
+        else {
+            "task_gain": change["task_gain"],
+            "choice_probability": general_change({"change": change}),
+        }
+    )
 
 
 def surely_moved(figure: Figure, models: Mapping[str, Model]) -> tuple[int, int]:
     """Return how many of the trained models' intervals leave zero out, and of how many that have one."""
-    found = [change for model in models.values() if "figures" in model and (change := figure.change(model)) is not None]
+    found = [
+        change
+        for model in models.values()
+        if "figures" in model and (change := figure.change(model)) is not None
+    ]
     return sum(map(is_clear, found)), len(found)
 
 
@@ -72,7 +85,11 @@ def share_right(accuracy: float | None) -> str:
     """Return an accuracy in percent; a task that rates itself has a score of its own kind in its place."""
     if accuracy is None:
         return ""
-    return f"{100 * accuracy:.1f}\u00a0%" if 0 <= accuracy <= 1 else f"{accuracy:.3g}".replace("-", "−")
+    return (
+        f"{100 * accuracy:.1f}\u00a0%"
+        if 0 <= accuracy <= 1
+        else f"{accuracy:.3g}".replace("-", "−")
+    )
 
 
 def undecided(summary: Summary) -> list[str]:
@@ -80,14 +97,22 @@ def undecided(summary: Summary) -> list[str]:
     if summary["champion"] is None:
         return []
     verdicts = {label: model["verdict"] for label, model in adapters(summary["models"]).items()}
-    return [f"Can't tell of {label}: {one['reason']}." for label, one in verdicts.items() if one["status"] == "can't tell"]
+    return [
+        f"Can't tell of {label}: {one['reason']}."
+        for label, one in verdicts.items()
+        if one["status"] == "can't tell"
+    ]
 
 
 def control_rates(summary: Summary) -> list[dict[str, Any]]:
     """Return each rate that was tried for the control, its loss on the examples kept for that, and what came of it."""
     chosen = summary["control"]["chosen"]
     return [
-        {"rate": rate, "loss": loss, "outcome": "diverged" if loss is None else "chosen" if float(rate) == chosen else ""}
+        {
+            "rate": rate,
+            "loss": loss,
+            "outcome": "diverged" if loss is None else "chosen" if float(rate) == chosen else "",
+        }
         for rate, loss in summary["control"]["rates"].items()
     ]
 
@@ -111,9 +136,17 @@ def left_out(summary: Summary) -> list[dict[str, Any]]:
         for record in filter(lambda record: "left_out" in record, _records(Path(path))):
             name = record.get("benchmark") or UNNAMED[record["kind"]]
             reasons.setdefault(name, {})[record["kind"], record["id"]] = record["left_out"]
-    counted = {name: one["left_out"] for name, one in summary["models"][BASE]["scores"]["benchmarks"].items() if one["left_out"]}
+    counted = {
+        name: one["left_out"]
+        for name, one in summary["models"][BASE]["scores"]["benchmarks"].items()
+        if one["left_out"]
+    }
     return [
-        {"name": name, "count": len(found) or counted[name], "why": _some(list(dict.fromkeys(found.values())))}
+        {
+            "name": name,
+            "count": len(found) or counted[name],
+            "why": _some(list(dict.fromkeys(found.values()))),
+        }
         for name in dict.fromkeys([*counted, *reasons])
         for found in [reasons.get(name, {})]
     ]
@@ -126,10 +159,21 @@ def _some(reasons: list[str]) -> str:
 
 def samples(summary: Summary) -> list[dict[str, Any]]:
     """Return, for the first prompts that every model answered, each model's record."""
-    labels = [label for label in summary["models"] if label != QUANTIZED_BASE and label in summary["items"]]
+    labels = [
+        label
+        for label in summary["models"]
+        if label != QUANTIZED_BASE and label in summary["items"]
+    ]
     generated = {label: _generations(Path(summary["items"][label])) for label in labels}
-    shared = sorted(set.intersection(*(set(records) for records in generated.values()))) if generated else []
-    return [{label: records[place] for label, records in generated.items()} for place in shared[:SAMPLES]]
+    shared = (
+        sorted(set.intersection(*(set(records) for records in generated.values())))
+        if generated
+        else []
+    )
+    return [
+        {label: records[place] for label, records in generated.items()}
+        for place in shared[:SAMPLES]
+    ]
 
 
 def training_method(summary: Summary, label: str) -> str:
@@ -147,7 +191,12 @@ def commands(summary: Summary) -> list[str]:
     """Return what repeats the comparison from a checkout of the code, where the recipe is kept under its own name."""
     commit, name = summary["commit"], summary["recipe"]["name"]
     there = [] if commit in (None, "unknown") else [f"git checkout {commit.removesuffix('-dirty')}"]
-    return [*there, "make setup", f".venv/bin/lora run {name}.yaml", f".venv/bin/lora compare {name}"]
+    return [
+        *there,
+        "make setup",
+        f".venv/bin/lora run {name}.yaml",
+        f".venv/bin/lora compare {name}",
+    ]
 
 
 def recipe_text(summary: Summary) -> str:
@@ -156,9 +205,15 @@ def recipe_text(summary: Summary) -> str:
 
 
 def _generations(path: Path) -> dict[int, dict[str, Any]]:
-    return {record["id"]: record for record in _records(path) if record["kind"] == "generation" and "left_out" not in record}
+    return {
+        record["id"]: record
+        for record in _records(path)
+        if record["kind"] == "generation" and "left_out" not in record
+    }
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:  # not splitlines, which also breaks at separators inside an answer
+    with path.open(
+        encoding="utf-8"
+    ) as lines:  # not splitlines, which also breaks at separators inside an answer
         yield from map(json.loads, lines)

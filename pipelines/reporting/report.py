@@ -50,7 +50,12 @@ COLUMNS = (
     Column("trained_weights", "Trained weights", _trained("trained_weights"), short_count),
     Column("file_bytes", "File", _trained("file_bytes"), short_size),
     Column("task_loss", "Task loss", lambda model: model["scores"]["task_loss"], "{:.3f}".format),
-    Column("task_gain", "Task gain", lambda model: page_sections.against_base(model).get("task_gain"), lambda gain: signed(gain["mean"])),
+    Column(
+        "task_gain",
+        "Task gain",
+        lambda model: page_sections.against_base(model).get("task_gain"),
+        lambda gain: signed(gain["mean"]),
+    ),
     Column("general_change", "General change", general_change, interval_text),
     Column("verdict", "Verdict", lambda model: model.get("verdict", {}).get("status"), str),
     Column("tokens_per_second", "Tokens/s", _trained("tokens_per_second"), short_count),
@@ -60,16 +65,30 @@ COLUMNS = (
 
 def terminal_table(summary: dict[str, Any]) -> Table:
     """Return one row per model of summary.json, for a terminal of 100 columns or more."""
-    table = Table(title=summary["name"], caption=Text("\n".join(_remarks(summary))), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=summary["name"],
+        caption=Text("\n".join(_remarks(summary))),
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.title_style, table.caption_justify = "bold", "left"
     table.add_column("Model", no_wrap=True)
     for column in COLUMNS:
         is_text = column.key == "verdict"
         table.add_column(
-            column.title.replace(" ", "\n"), justify="left" if is_text else "right", no_wrap=not is_text, min_width=10 if is_text else None
+            column.title.replace(" ", "\n"),
+            justify="left" if is_text else "right",
+            no_wrap=not is_text,
+            min_width=10 if is_text else None,
         )
     for label, cells in _rows(summary):
-        style = "dim" if label in (BASE, QUANTIZED_BASE) else "bold" if label == summary["champion"] else ""
+        style = (
+            "dim"
+            if label in (BASE, QUANTIZED_BASE)
+            else "bold"
+            if label == summary["champion"]
+            else ""
+        )
         texts = [Text(text, style=COLOURS.get(text.partition(",")[0], "")) for text in cells]
         table.add_row(label, *texts, style=style)
     return table
@@ -84,7 +103,9 @@ def markdown_table(summary: dict[str, Any]) -> str:
         f"Decision: {decision}",
         "",
         "| " + " | ".join(["Model", *(column.title for column in COLUMNS)]) + " |",
-        "| " + " | ".join(["---", *("---" if column.key == "verdict" else "---:" for column in COLUMNS)]) + " |",
+        "| "
+        + " | ".join(["---", *("---" if column.key == "verdict" else "---:" for column in COLUMNS)])
+        + " |",
         *("| " + " | ".join([label, *cells]) + " |" for label, cells in _rows(summary)),
     ]
     return "\n".join([*lines, *(f"\n{remark}" for remark in remarks)]) + "\n"
@@ -125,10 +146,15 @@ def write_html(summary: dict[str, Any], path: Path) -> None:
 def _environment() -> Environment:
     """Return what compiles the templates, once."""
     environment = Environment(
-        loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {
-        name: getattr(formats, name) for name in ("signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
+        name: getattr(formats, name)
+        for name in ("signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
     }
     environment.filters["count"] = short_count
     return environment
@@ -152,7 +178,9 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     rows = []
     for label, model in summary["models"].items():
         found = [(column, column.find(model)) for column in COLUMNS]
-        cells = {column.key: NOTHING if value is None else column.show(value) for column, value in found}
+        cells = {
+            column.key: NOTHING if value is None else column.show(value) for column, value in found
+        }
         if label == summary["champion"]:
             cells["verdict"] += ", champion"
         rows.append((label, list(cells.values())))

@@ -62,7 +62,9 @@ def _attempted(work: Work, folder: Path) -> bool:
     try:
         with errors_recorded(folder):
             figures, files = work(folder, *read_inputs(folder))
-            write_result(folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files)
+            write_result(
+                folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files
+            )
     except SystemExit:  # refused, and said so
         return False
     return True
@@ -80,17 +82,26 @@ class errors_recorded:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
             error = PipelineError(no_space(self.folder))
         if isinstance(error, (PipelineError, LoraError)):
-            with suppress(OSError):  # a full disk has no room for it; the parent sees that by itself
+            with suppress(
+                OSError
+            ):  # a full disk has no room for it; the parent sees that by itself
                 record_error(self.folder, error)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(USER_ERROR)
         if isinstance(error, Exception):
             with suppress(OSError):
-                record_error(self.folder, StageError(f"{self.folder} failed{_on_rank()} with {_one_line(error)}; its log holds the rest"))
+                record_error(
+                    self.folder,
+                    StageError(
+                        f"{self.folder} failed{_on_rank()} with {_one_line(error)}; its log holds the rest"
+                    ),
+                )
 
 
 def _on_rank() -> str:

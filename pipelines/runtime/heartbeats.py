@@ -104,4 +104,7 @@ def culprit_words(beats: list[Beat]) -> list[str]:
     fewest = min(beat["beats"] for beat in behind)
     at_work = [beat for beat in behind if beat["phase"] != COMMUNICATION]
     earlier = [beat for beat in behind if beat["beats"] == fewest]
-    return [f"rank {one['rank']} on {one['host']} is in {one['phase']} of step {one['step']}" for one in at_work or earlier]
+    return [
+        f"rank {one['rank']} on {one['host']} is in {one['phase']} of step {one['step']}"
+        for one in at_work or earlier
+    ]

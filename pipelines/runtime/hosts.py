@@ -37,18 +37,24 @@ BACKEND_SECONDS = 30
 Call = dict[str, Any]
 
 
-def train(stage: Stage, settings: LaunchSection, watch: Watch | None, say: Callable[[str], None]) -> dict[str, Any]:
+def train(
+    stage: Stage, settings: LaunchSection, watch: Watch | None, print_status: Callable[[str], None]
+) -> dict[str, Any]:
     """Train on this host and those that join it; return the figures.
 
     Raises:
         StageError: see `launcher.run_child`.
         PipelineError: see `calling`.
     """
-    patience = launcher.Patience(settings.stall_seconds, settings.timeout_seconds + BACKEND_SECONDS, say)
+    stall_monitor = launcher.StallMonitor(
+        settings.stall_seconds, settings.timeout_seconds + BACKEND_SECONDS, print_status
+    )
     with calling(settings, stage.begin()) as place:
         argv = launcher.accelerate_argv(settings.config, settings.processes, stage.folder, place)
         threads = launcher.threads_each(settings.processes // settings.machines)
-        return launcher.run_child(stage, argv, threads=threads, watch=watch, patience=patience)
+        return launcher.run_child(
+            stage, argv, threads=threads, watch=watch, stall_monitor=stall_monitor
+        )
 
 
 @contextmanager
@@ -62,7 +68,12 @@ def calling(settings: LaunchSection, folder: Path) -> Iterator[Sequence[str]]:
         yield launcher.ALONE
         return
     path, over = folder / CALL, threading.Event()
-    call = {"attempt": uuid4().hex, "config": settings.config, "processes": settings.processes, "machines": settings.machines}
+    call = {
+        "attempt": uuid4().hex,
+        "config": settings.config,
+        "processes": settings.processes,
+        "machines": settings.machines,
+    }
     place = place_of(call, 0)
     counting = threading.Thread(target=_count_on, args=(path, call, over), daemon=True)
     counting.start()
@@ -106,17 +117,21 @@ class Joined:
     machine: int
     root: Path
     """Folder of all runs, the same as the first host's."""
-    say: Callable[[str], None]
+    report: Callable[[str], None]
     _counts: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Attempt → the last count seen in it, and when that was new."""
     _answered: set[str] = field(default_factory=set)
 
     def serve(self, until: Callable[[], bool] = lambda: False) -> None:
         """Answer every call until `until` holds, or this process is ended."""
-        self.say(f"machine {self.machine} waits for trainings under {self.root}")
+        self.report(f"machine {self.machine} waits for trainings under {self.root}")
         while not until():
             for folder, call in calls(self.root):
-                if call["attempt"] not in self._answered and self.machine < call["machines"] and self.counts_on(call):
+                if (
+                    call["attempt"] not in self._answered
+                    and self.machine < call["machines"]
+                    and self.counts_on(call)
+                ):
                     self._answered.add(call["attempt"])
                     self.answer(folder, call)
             time.sleep(POLL_SECONDS)
@@ -128,7 +143,14 @@ class Joined:
 
     def is_over(self, folder: Path, attempt: str) -> bool:
         """Tell whether a call was taken away, or another stands in its place, or nobody has counted on in it for a while."""
-        own = next((call for place, call in calls(self.root) if place == folder and call["attempt"] == attempt), None)
+        own = next(
+            (
+                call
+                for place, call in calls(self.root)
+                if place == folder and call["attempt"] == attempt
+            ),
+            None,
+        )
         if own is None:
             return True
         count, since = self._counts[attempt]
@@ -139,8 +161,10 @@ class Joined:
 
     def answer(self, folder: Path, call: Call) -> int:
         """Train this host's ranks to their end; return the status."""
-        argv = launcher.accelerate_argv(call["config"], call["processes"], folder, place_of(call, self.machine))
-        self.say(f"joining {folder.name}")
+        argv = launcher.accelerate_argv(
+            call["config"], call["processes"], folder, place_of(call, self.machine)
+        )
+        self.report(f"joining {folder.name}")
         with (folder / f"log-{self.machine}.txt").open("ab") as log:
             status = launcher.run_beside(
                 argv,
@@ -149,7 +173,7 @@ class Joined:
                 on_cpu=Launch.read(call["config"]).on_cpu,
                 until=lambda: self.is_over(folder, call["attempt"]),
             )
-        self.say(f"{folder.name} ended with status {status}")
+        self.report(f"{folder.name} ended with status {status}")
         return status
 
 

@@ -22,7 +22,14 @@ import psutil
 import yaml
 
 from pipelines.console import Watch
-from pipelines.errors import EndedError, PeerError, RecipeError, StageError, no_space, recorded_error
+from pipelines.errors import (
+    EndedError,
+    PeerError,
+    RecipeError,
+    StageError,
+    no_space,
+    recorded_error,
+)
 from pipelines.runtime.child import PARENT, PLACE, die_with_parent
 from pipelines.runtime.heartbeats import Stalls, clear, read_notes
 from pipelines.runtime.stage import LOG, Stage, read_result
@@ -43,31 +50,31 @@ ALONE = ("--main_process_port", "0")
 
 
 @dataclass
-class Patience:
+class StallMonitor:
     """How long no rank of a training may move before that is said, and before the training is ended."""
 
-    said_after: float
+    warn_after: float
     """Seconds."""
-    ended_after: float
+    abort_after: float
     """Seconds."""
-    say: Callable[[str], None]
-    _said: bool = False
+    report: Callable[[str], None]
+    _warned: bool = False
     _noted: int = 0
 
-    def try_on(self, stalls: Stalls) -> None:
+    def check(self, stalls: Stalls) -> None:
         """Pass on what the run has noted, name the rank that holds the others up once, and raise StageError when it takes too long."""
         for text in read_notes(stalls.folder, self._noted):
             self._noted += 1
-            self.say(text)
+            self.report(text)
         seconds = stalls.seconds()
-        if seconds < self.said_after:
-            self._said = False
-        elif not self._said:
-            self._said = True
-            self.say(stalls.words())
-        if seconds > self.ended_after:
+        if seconds < self.warn_after:
+            self._warned = False
+        elif not self._warned:
+            self._warned = True
+            self.report(stalls.words())
+        if seconds > self.abort_after:
             raise StageError(
-                f"{stalls.words()}, longer than launch.timeout_seconds {self.ended_after:g}; see that its host is well, and run again: "
+                f"{stalls.words()}, longer than launch.timeout_seconds {self.abort_after:g}; see that its host is well, and run again: "
                 "it goes on from the last checkpoint",
                 kind=PeerError.__name__,
             )
@@ -82,7 +89,9 @@ def python_argv(module: str, *folders: Path) -> list[str]:
     return [sys.executable, "-m", module, *map(str, folders)]
 
 
-def accelerate_argv(config: str, processes: int, folder: Path, place: Sequence[str] = ALONE) -> list[str]:
+def accelerate_argv(
+    config: str, processes: int, folder: Path, place: Sequence[str] = ALONE
+) -> list[str]:
     """Return the command that trains on `processes` ranks under a named accelerate config.
 
     Args:
@@ -91,13 +100,30 @@ def accelerate_argv(config: str, processes: int, folder: Path, place: Sequence[s
         folder: the stage's.
         place: where this host stands among others, in the words of accelerate's launcher.
     """
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file(config)), *_deepspeed_file(config)]
-    return [*launcher, "--num_processes", str(processes), *place, "-m", "pipelines.training.train", str(folder)]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config_file(config)),
+        *_deepspeed_file(config),
+    ]
+    return [
+        *launcher,
+        "--num_processes",
+        str(processes),
+        *place,
+        "-m",
+        "pipelines.training.train",
+        str(folder),
+    ]
 
 
 def _deepspeed_file(config: str) -> list[str]:
     """Name DeepSpeed's own config by its whole path: accelerate would look for it where the command runs."""
-    named = (yaml.safe_load(config_file(config).read_text()).get("deepspeed_config") or {}).get("deepspeed_config_file")
+    named = (yaml.safe_load(config_file(config).read_text()).get("deepspeed_config") or {}).get(
+        "deepspeed_config_file"
+    )
     path = None if named is None else REPOSITORY / named
     return ["--deepspeed_config_file", str(path)] if path is not None and path.is_file() else []
 
@@ -116,7 +142,12 @@ def config_file(name: str) -> Path:
 
 
 def run_child(
-    stage: Stage, argv: list[str], *, threads: int, watch: Watch | None = None, patience: "Patience | None" = None
+    stage: Stage,
+    argv: list[str],
+    *,
+    threads: int,
+    watch: Watch | None = None,
+    stall_monitor: "StallMonitor | None" = None,
 ) -> dict[str, Any]:
     """Run a stage to its end; return its figures.
 
@@ -125,12 +156,12 @@ def run_child(
         argv: the command.
         threads: for each process of the child.
         watch: called with each new row of the stage's metrics.jsonl.
-        patience: how long its ranks may stand still; for ever where it is left out.
+        stall_monitor: how long its ranks may stand still; for ever where it is left out.
 
     Raises:
         StageError: the child ended without a result; the message is the child's own where it left one.
     """
-    return run_together([stage], argv, threads=threads, watch=watch, patience=patience)[0]
+    return run_together([stage], argv, threads=threads, watch=watch, stall_monitor=stall_monitor)[0]
 
 
 def run_together(
@@ -140,7 +171,7 @@ def run_together(
     threads: int,
     place: int = 0,
     watch: Watch | None = None,
-    patience: "Patience | None" = None,
+    stall_monitor: "StallMonitor | None" = None,
 ) -> list[dict[str, Any]]:
     """Run several stages in one child process, which ends each in its own folder; return their figures.
 
@@ -154,7 +185,7 @@ def run_together(
             _reap(stage.folder)
         log = locks.enter_context((stages[0].folder / LOG).open("ab"))
         with _started(argv, log, threads, place) as child:
-            _follow(child, stages[0].folder, watch, patience)
+            _follow(child, stages[0].folder, watch, stall_monitor)
     return [_outcome(stage, stages[0].folder / LOG, child.returncode) for stage in stages]
 
 
@@ -163,7 +194,9 @@ def result_of(stage: Stage, module: str, *, threads: int) -> dict[str, Any]:
     return stage.result() or run_child(stage, python_argv(module, stage.begin()), threads=threads)
 
 
-def run_beside(argv: list[str], log: IO[bytes], *, threads: int, on_cpu: bool, until: Callable[[], bool]) -> int:
+def run_beside(
+    argv: list[str], log: IO[bytes], *, threads: int, on_cpu: bool, until: Callable[[], bool]
+) -> int:
     """Run ranks that belong to another host's training; return their status. Once `until` holds they have a moment to end."""
     with _started(argv, log, threads, on_cpu=on_cpu) as child:
         while child.poll() is None and not until():
@@ -185,7 +218,9 @@ def end_all() -> None:
 
 
 @contextmanager
-def _started(argv: list[str], log: IO[bytes], threads: int, place: int = 0, *, on_cpu: bool = False) -> "Iterator[subprocess.Popen[bytes]]":
+def _started(
+    argv: list[str], log: IO[bytes], threads: int, place: int = 0, *, on_cpu: bool = False
+) -> "Iterator[subprocess.Popen[bytes]]":
     """Start a child for the length of a block, after which neither it nor anything it started is there."""
     child = subprocess.Popen(
         argv,
@@ -219,17 +254,24 @@ def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
             kind=EndedError.__name__,
         )
     lines = log.read_text(errors="replace").splitlines()
-    raise StageError(f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}")
+    raise StageError(
+        f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}"
+    )
 
 
-def _follow(child: "subprocess.Popen[bytes]", folder: Path, watch: Watch | None, patience: "Patience | None") -> None:
+def _follow(
+    child: "subprocess.Popen[bytes]",
+    folder: Path,
+    watch: Watch | None,
+    stall_monitor: "StallMonitor | None",
+) -> None:
     """Wait for the child while passing on what it writes to metrics.jsonl, and no longer than its ranks may stand still."""
     rows, stalls = _rows_as_they_come(folder / "metrics.jsonl"), Stalls(folder)
     clear(folder)
     while True:
         ended = child.poll() is not None
-        if patience is not None:
-            patience.try_on(stalls)
+        if stall_monitor is not None:
+            stall_monitor.check(stalls)
         for row in rows:
             if row is None:
                 break
@@ -270,7 +312,9 @@ def _environment(threads: int, place: int = 0) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
         "PYTHONSAFEPATH": "1",  # the child works where the user does, and a file there must not pass for a library
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
     }
 
@@ -282,13 +326,19 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise StageError(f"another run is at work in {folder}; wait for it, then run again: what it finished is found") from error
+            raise StageError(
+                f"another run is at work in {folder}; wait for it, then run again: what it finished is found"
+            ) from error
         yield
 
 
 def _reap(folder: Path) -> None:
     """End what a former run left at work in this folder, such as ranks whose launcher was killed."""
-    left = [process for process in psutil.process_iter(["cmdline"]) if str(folder) in (process.info["cmdline"] or [])]
+    left = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(folder) in (process.info["cmdline"] or [])
+    ]
     kill([process for process in left if process.pid != os.getpid()])
 
 

@@ -15,7 +15,9 @@ SHORTAGE = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error means that memory did not suffice, on a CPU or a GPU."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(words in str(error) for words in SHORTAGE))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in SHORTAGE)
+    )
 
 
 def free_memory_bytes(groups: Path = GROUPS, own: Path = OWN) -> int:
@@ -31,7 +33,9 @@ def _left_in_groups(groups: Path, own: Path) -> Iterator[int]:
         return
     for group in (groups / place, *(groups / place).parents):
         try:
-            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            limit, used = (
+                int((group / f"memory.{name}").read_text()) for name in ("max", "current")
+            )
             stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
             yield limit - used + int(stat["inactive_file"])
         except (OSError, ValueError, KeyError):  # not limited, or of another make

@@ -59,9 +59,11 @@ class Launch:
         return int(self.zero.get("stage", 0))
 
     @property
-    def accumulation(self) -> Any:
-        """Return the accumulation parts that the config itself asks for; "auto" where it leaves them to the recipe."""
-        return self.deepspeed.get("gradient_accumulation_steps", self.section.get("gradient_accumulation_steps", "auto"))
+    def gradient_accumulation_steps(self) -> Any:
+        """Return the micro-batches that the config itself asks for; "auto" where it leaves them to the recipe."""
+        return self.deepspeed.get(
+            "gradient_accumulation_steps", self.section.get("gradient_accumulation_steps", "auto")
+        )
 
 
 def sharding(name: str) -> dict[str, Any]:
@@ -72,12 +74,18 @@ def sharding(name: str) -> dict[str, Any]:
     """
     launch = Launch.read(name)
     if launch.kind != "DEEPSPEED" and launch.kind not in ENGINES:
-        raise RecipeError(f"launch.config {name!r} has distributed_type {launch.kind}; a plan knows {', '.join(ENGINES)} and DEEPSPEED")
+        raise RecipeError(
+            f"launch.config {name!r} has distributed_type {launch.kind}; a plan knows {', '.join(ENGINES)} and DEEPSPEED"
+        )
     return {
         "device": "cpu" if launch.on_cpu else "gpu",
         "sharding": _sharding(launch),
-        "bucket_weights": _number(launch, "reduce_bucket_size", DEEPSPEED_BUCKET if launch.deepspeed else OWN_BUCKET),
-        "persistent_weights": _number(launch, "stage3_param_persistence_threshold", PERSISTENT_WEIGHTS),
+        "bucket_weights": _number(
+            launch, "reduce_bucket_size", DEEPSPEED_BUCKET if launch.deepspeed else OWN_BUCKET
+        ),
+        "persistent_weights": _number(
+            launch, "stage3_param_persistence_threshold", PERSISTENT_WEIGHTS
+        ),
         "reuse_weights": _number(launch, "stage3_max_reuse_distance", REUSE_WEIGHTS),
         "reduces_to_owner": launch.zero.get("use_multi_rank_bucket_allreduce") is False,
     }
@@ -141,9 +149,7 @@ def _fsdp(launch: Launch, recipe: Recipe) -> str | None:
     if launch.on_cpu:
         return f"asks for FSDP on a CPU, which accelerate turns into DDP without a word: nothing would be shared out; {use}"
     if recipe.base_model.quantization == "nf4":
-        return (
-            f"asks for FSDP, which lays weights of one dtype together, and the codes of nf4 are bytes beside floating-point weights; {use}"
-        )
+        return f"asks for FSDP, which lays weights of one dtype together, and the codes of nf4 are bytes beside floating-point weights; {use}"
     return f"asks for FSDP, whose shares are not gathered where checkpoints and adapters are saved; {use}"
 
 
@@ -156,7 +162,9 @@ def _loaded_in_shares(launch: Launch, recipe: Recipe) -> str | None:
 
 
 def _half_precision_on_cpu(launch: Launch, recipe: Recipe) -> str | None:
-    forced = [name for name in ("bf16", "fp16") if launch.deepspeed.get(name, {}).get("enabled") is True]
+    forced = [
+        name for name in ("bf16", "fp16") if launch.deepspeed.get(name, {}).get("enabled") is True
+    ]
     mixed = launch.settings.get("mixed_precision", "no")
     forced += [f"mixed_precision {mixed}"] if mixed in ("bf16", "fp16", "fp8") else []
     if not launch.on_cpu or not forced:
@@ -171,10 +179,10 @@ def _nothing_shared(launch: Launch, recipe: Recipe) -> str | None:
 
 
 def _other_accumulation(launch: Launch, recipe: Recipe) -> str | None:
-    parts, wanted = launch.accumulation, recipe.training.accumulation
+    parts, wanted = launch.gradient_accumulation_steps, recipe.training.gradient_accumulation_steps
     if parts in ("auto", wanted):
         return None
-    return f"sets gradient_accumulation_steps to {parts}, and training.accumulation is {wanted}; set the first to 'auto'"
+    return f"sets gradient_accumulation_steps to {parts}, and training.gradient_accumulation_steps is {wanted}; set the first to 'auto'"
 
 
 def _own_optimizer(launch: Launch, recipe: Recipe) -> str | None:
@@ -205,7 +213,11 @@ def _sharding(launch: Launch) -> str:
     if launch.kind != "DEEPSPEED":
         return ENGINES[launch.kind]
     offloads = launch.zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    return "zero3_offload" if launch.stage == 3 and offloads and not launch.on_cpu else STAGES[launch.stage]
+    return (
+        "zero3_offload"
+        if launch.stage == 3 and offloads and not launch.on_cpu
+        else STAGES[launch.stage]
+    )
 
 
 def _number(launch: Launch, key: str, default: int) -> int:
@@ -218,9 +230,16 @@ def _deepspeed(name: str, section: dict[str, Any]) -> dict[str, Any]:
     file = section.get("deepspeed_config_file")
     if file is None:
         offload = {"device": section.get("offload_optimizer_device", "none")}
-        return {"zero_optimization": {"stage": section.get("zero_stage", 2), "offload_optimizer": offload}}
+        return {
+            "zero_optimization": {
+                "stage": section.get("zero_stage", 2),
+                "offload_optimizer": offload,
+            }
+        }
     path = REPOSITORY / file
     if not path.is_file():
-        raise RecipeError(f"launch.config {name!r} names deepspeed_config_file {file!r}, and there is no {path}; give its whole path")
+        raise RecipeError(
+            f"launch.config {name!r} names deepspeed_config_file {file!r}, and there is no {path}; give its whole path"
+        )
     found: dict[str, Any] = json.loads(path.read_text())
     return found

@@ -48,7 +48,14 @@ class Stage:
     @property
     def key(self) -> str:
         """SHA-256 of the kind, the inputs and the library versions."""
-        return digest({"kind": self.kind, "format": FORMATS.get(self.kind, 1), "inputs": self.inputs, "versions": library_versions()})
+        return digest(
+            {
+                "kind": self.kind,
+                "format": FORMATS.get(self.kind, 1),
+                "inputs": self.inputs,
+                "versions": library_versions(),
+            }
+        )
 
     @property
     def folder(self) -> Path:
@@ -99,7 +106,10 @@ def read_result(folder: Path, expects: Iterable[str] = ()) -> dict[str, Any] | N
     values: dict[str, Any] = json.loads(path.read_text())
     if not set(expects) <= values["files"].keys():
         return None
-    whole = all((folder / name).is_file() and sha256_of_file(folder / name) == sha256 for name, sha256 in values["files"].items())
+    whole = all(
+        (folder / name).is_file() and sha256_of_file(folder / name) == sha256
+        for name, sha256 in values["files"].items()
+    )
     return values["figures"] if whole else None
 
 
@@ -128,7 +138,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def digest(value: Any) -> str:
     """Return the SHA-256 of a plain value in canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 @cache

@@ -15,7 +15,9 @@ from pipelines.runtime.launcher import WITHOUT_GPUS
 def main() -> None:
     """Compile for the launches on the CPU, which a host with GPUs may run as well."""
     os.environ.update(WITHOUT_GPUS)
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # ninja
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    )  # ninja
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()

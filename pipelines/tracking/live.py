@@ -24,7 +24,7 @@ SAMPLING, SAMPLE_SECONDS = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", 10.0
 
 
 @contextmanager
-def live_run(stage: Stage, experiment: str, say: Callable[[str], None]) -> Iterator[Watch]:
+def live_run(stage: Stage, experiment: str, print_status: Callable[[str], None]) -> Iterator[Watch]:
     """Yield what takes each new row of a training's metrics, for the length of a block.
 
     The run is found again by the stage's key: a training that goes on, goes on in it. It ends FINISHED; FAILED where the block
@@ -35,7 +35,7 @@ def live_run(stage: Stage, experiment: str, say: Callable[[str], None]) -> Itera
         experiment: name of MLflow's experiment; the comparison's.
         say: prints one line.
     """
-    sender = _Sender(stage, experiment, say)
+    sender = _Sender(stage, experiment, print_status)
     thread = threading.Thread(target=sender.work, name="live metrics", daemon=True)
     thread.start()
     status = "KILLED"
@@ -61,10 +61,10 @@ def sampling_seconds() -> float:
 class _Sender:
     """Works in a thread of its own until it is told how the training ended."""
 
-    def __init__(self, stage: Stage, experiment: str, say: Callable[[str], None]) -> None:
+    def __init__(self, stage: Stage, experiment: str, print_status: Callable[[str], None]) -> None:
         self.rows: SimpleQueue[Row] = SimpleQueue()
         self._told = (stage, experiment, int(1000 * time.time()))
-        self._say, self._status, self._over = say, "", threading.Event()
+        self._say, self._status, self._over = print_status, "", threading.Event()
 
     def end(self, status: str) -> None:
         self._status = status
@@ -90,7 +90,9 @@ class _Sender:
                 send_at = time.monotonic() + pause
                 if problem is not None and not said:
                     said = True
-                    self._say(f"MLflow takes no metrics now ({problem}); training goes on, and they are sent later")
+                    self._say(
+                        f"MLflow takes no metrics now ({problem}); training goes on, and they are sent later"
+                    )
             self._over.wait(min(SEND_SECONDS, between))
 
     def _waiting(self) -> Iterator[Row]:

@@ -54,25 +54,45 @@ def parameters(summary: Values, label: str) -> dict[str, str]:
         known = {"method": "none", "learning_rate": "0", "lora.r": "0", "lora.alpha": "0"}
     else:
         rank = recipe["control"]["rank"] if label == CONTROL else rank
-        known = {"method": "full" if rank is None else "lora", "learning_rate": f"{learning_rate(summary, label):g}"}
-        known |= {"lora.r": str(rank), "lora.alpha": f"{recipe['lora']['alpha']:g}"} if rank is not None else {}
+        known = {
+            "method": "full" if rank is None else "lora",
+            "learning_rate": f"{learning_rate(summary, label):g}",
+        }
+        known |= (
+            {"lora.r": str(rank), "lora.alpha": f"{recipe['lora']['alpha']:g}"}
+            if rank is not None
+            else {}
+        )
     in_full_precision = label == BASE or known["method"] == "full"
-    return {**known, "quantization": "none" if in_full_precision else recipe["base_model"]["quantization"]}
+    return {
+        **known,
+        "quantization": "none" if in_full_precision else recipe["base_model"]["quantization"],
+    }
 
 
 def metrics(model: Values) -> dict[str, float]:
     """Return a model's figures by name; what it does not have is left out."""
     found: dict[str, float | None] = _scores(model["scores"])
-    changes = {name: model.get(effect, {}).get(figure) for name, (effect, figure) in CHANGES.items()}
-    changes |= {"general/change": general_change(model), "general/change_in_all": general_change(model, "total")}
+    changes = {
+        name: model.get(effect, {}).get(figure) for name, (effect, figure) in CHANGES.items()
+    }
+    changes |= {
+        "general/change": general_change(model),
+        "general/change_in_all": general_change(model, "total"),
+    }
     for name, change in changes.items():
         interval = change or {}
         found |= {name: interval.get("mean")}
-        found |= {f"interval/{name.replace('/', '_')}_{end}": interval.get(end) for end in ("low", "high")}
+        found |= {
+            f"interval/{name.replace('/', '_')}_{end}": interval.get(end) for end in ("low", "high")
+        }
     for name, effect in EFFECTS.items():
         change = model.get(effect, {})
         found |= {f"kl/{name}": change.get("kl")}
-        found |= {f"interval/kl_{name}_{end}": (change.get("kl_interval") or {}).get(end) for end in ("low", "high")}
+        found |= {
+            f"interval/kl_{name}_{end}": (change.get("kl_interval") or {}).get(end)
+            for end in ("low", "high")
+        }
     found |= {f"power/{name}": (model.get("power") or {}).get(name) for name in POWER}
     found |= {f"cost/{name}": model.get("figures", {}).get(name) for name in COSTS}
     return {_allowed(name): float(value) for name, value in found.items() if value is not None}
@@ -94,7 +114,11 @@ def points(row: Values) -> Iterator[tuple[str, float, int, int]]:
 def training_time(model: Values) -> tuple[int, int] | None:
     """Return when a model's training began and ended, in milliseconds since 1970; None for what was not trained."""
     rows = training_rows(model)
-    return (int(1000 * (rows[0]["time"] - rows[0]["seconds"])), int(1000 * rows[-1]["time"])) if rows else None
+    return (
+        (int(1000 * (rows[0]["time"] - rows[0]["seconds"])), int(1000 * rows[-1]["time"]))
+        if rows
+        else None
+    )
 
 
 def training_rows(model: Values) -> list[Values]:
@@ -107,7 +131,11 @@ def run_tags(summary: Values, label: str) -> dict[str, str]:
     verdict = summary["models"][label].get("verdict")
     judged = {"verdict": verdict["status"], "reason": verdict["reason"]} if verdict else {}
     control = summary["control"]
-    found = {"lora.control.rates": json.dumps(control["rates"]), "lora.control.words": control["words"]} if label == CONTROL else {}
+    found = (
+        {"lora.control.rates": json.dumps(control["rates"]), "lora.control.words": control["words"]}
+        if label == CONTROL
+        else {}
+    )
     return {**judged, **found}
 
 
@@ -118,7 +146,9 @@ def version_tags(summary: Values, label: str) -> dict[str, str]:
     values = {
         "adapter_sha256": model["figures"]["adapter_sha256"],
         "rank": model["rank"],
-        "file_rank": model["figures"].get("file_rank", model["rank"]),  # what serving has to allow for
+        "file_rank": model["figures"].get(
+            "file_rank", model["rank"]
+        ),  # what serving has to allow for
         "verdict": model["verdict"]["status"],
         "reason": model["verdict"]["reason"],
         "task_gain": model["total"]["task_gain"]["mean"],
@@ -143,7 +173,12 @@ def _scores(scores: Values) -> dict[str, float | None]:
     task |= {f"task/{name}": value for name, value in scores["generation"].items()}
     task |= {f"task/corpus_{name}": value for name, value in scores["corpus"].items()}
     general = {f"general/{name}": scores[name] for name in GENERAL}
-    return {**task, "task/unfinished_answers": scores["unfinished_answers"], **general, **_by_benchmark(scores["benchmarks"])}
+    return {
+        **task,
+        "task/unfinished_answers": scores["unfinished_answers"],
+        **general,
+        **_by_benchmark(scores["benchmarks"]),
+    }
 
 
 def _by_benchmark(benchmarks: Values) -> dict[str, float | None]:

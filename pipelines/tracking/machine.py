@@ -17,7 +17,10 @@ class Machine:
     def figures(self) -> dict[str, float]:
         """Return what there is to say now, under MLflow's names."""
         self._monitor.collect_metrics()
-        found = {f"system/{name}": float(value) for name, value in self._monitor.aggregate_metrics().items()}
+        found = {
+            f"system/{name}": float(value)
+            for name, value in self._monitor.aggregate_metrics().items()
+        }
         for monitor in self._monitor.monitors:
             monitor.clear_metrics()
         return found

@@ -50,8 +50,15 @@ def _front_matter(summary: Summary, label: str) -> dict[str, Any]:
     if HUB_ID.fullmatch(recipe["data"]["source"]):
         front["datasets"] = [recipe["data"]["source"]]
     quantized = recipe["base_model"]["quantization"] == "nf4"
-    front["tags"] = ["lora", *(["qlora"] if quantized else []), *(["dora"] if recipe["lora"]["use_dora"] else []), "peft"]
-    front["model-index"] = [{"name": f"{recipe['registry']['model']}-{label}", "results": _results(summary, label)}]
+    front["tags"] = [
+        "lora",
+        *(["qlora"] if quantized else []),
+        *(["dora"] if recipe["lora"]["use_dora"] else []),
+        "peft",
+    ]
+    front["model-index"] = [
+        {"name": f"{recipe['registry']['model']}-{label}", "results": _results(summary, label)}
+    ]
     return front
 
 
@@ -59,11 +66,18 @@ def _results(summary: Summary, label: str) -> list[dict[str, Any]]:
     """Return what was measured on the task and on each benchmark, as the hub lists results."""
     scores, source = summary["models"][label]["scores"], summary["recipe"]["data"]["source"]
     task = {"perplexity": scores["perplexity"], **scores["generation"]}
-    own = {"type": source if HUB_ID.fullmatch(source) else "held-out", "name": f"{source}, held-out examples"}
-    asked = {
-        name: {"accuracy": one["accuracy"], "choice_probability": one["choice_probability"]} for name, one in scores["benchmarks"].items()
+    own = {
+        "type": source if HUB_ID.fullmatch(source) else "held-out",
+        "name": f"{source}, held-out examples",
     }
-    listed = [(own, task), *(({"type": name, "name": name}, found) for name, found in asked.items())]
+    asked = {
+        name: {"accuracy": one["accuracy"], "choice_probability": one["choice_probability"]}
+        for name, one in scores["benchmarks"].items()
+    }
+    listed = [
+        (own, task),
+        *(({"type": name, "name": name}, found) for name, found in asked.items()),
+    ]
     return [
         {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
         for dataset, found in listed
@@ -78,7 +92,11 @@ def _metric(name: str, value: float) -> dict[str, Any]:
 def _what_it_is(summary: Summary, label: str) -> str:
     recipe, base = summary["recipe"], summary["base"]
     revision = f" at revision `{base['revision']}`" if base["revision"] else ""
-    over = "stored in 4 bits (NF4)" if recipe["base_model"]["quantization"] == "nf4" else "in full precision"
+    over = (
+        "stored in 4 bits (NF4)"
+        if recipe["base_model"]["quantization"] == "nf4"
+        else "in full precision"
+    )
     method = page_sections.training_method(summary, label).partition(" over ")[0]
     weights = short_count(summary["models"][label]["figures"]["trained_weights"])
     return (
@@ -91,8 +109,12 @@ def _what_it_is(summary: Summary, label: str) -> str:
 def _verdict(summary: Summary, label: str) -> str:
     verdict = summary["models"][label]["verdict"]
     role = "It was put forward as champion. " if label == summary["champion"] else ""
-    rules = [f"- {rule['name']}: **{rule['status']}** – {rule['reason']}" for rule in verdict["rules"]] or [verdict["reason"]]
-    return "\n".join([f"## Verdict: {verdict['status']}\n", f"{role}{summary['control']['words']}\n", *rules])
+    rules = [
+        f"- {rule['name']}: **{rule['status']}** – {rule['reason']}" for rule in verdict["rules"]
+    ] or [verdict["reason"]]
+    return "\n".join(
+        [f"## Verdict: {verdict['status']}\n", f"{role}{summary['control']['words']}\n", *rules]
+    )
 
 
 def _figures(summary: Summary, label: str) -> str:
@@ -133,7 +155,9 @@ def _use(summary: Summary, label: str) -> str:
     quantized = recipe["base_model"]["quantization"] == "nf4"
     alias = next((alias for alias in ("champion", "candidate") if summary[alias] == label), None)
     named = f"models:/{recipe['registry']['model']}@{alias}" if alias else "FOLDER"
-    there = HUB_ID.fullmatch(base["id"]) or (base["id"].startswith("/") and not base["id"].endswith(".gguf"))
+    there = HUB_ID.fullmatch(base["id"]) or (
+        base["id"].startswith("/") and not base["id"].endswith(".gguf")
+    )
     options = [f", revision={_quoted(base['revision'])}"] if base["revision"] else []
     options += [", quantization_config=in_4_bits"] if quantized else []
     config = 'in_4_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)'
@@ -168,16 +192,26 @@ def _training(summary: Summary, label: str) -> str:
         "Optimiser": trained.get("optimizer", "AdamW"),
         "Data": f"{recipe['data']['source']}, {data['train_examples']:,} training examples, digest `{data['digest']}`",
         "Weights' SHA-256": f"`{trained['adapter_sha256']}`",
-        **{f"Fingerprint of the base, {kind}": f"`{value}`" for kind, value in summary["base"]["digests"].items()},
-        **{f"Verified, {what.rpartition(', ')[2]}": text for what, text in page_sections.verified(summary, label)},
+        **{
+            f"Fingerprint of the base, {kind}": f"`{value}`"
+            for kind, value in summary["base"]["digests"].items()
+        },
+        **{
+            f"Verified, {what.rpartition(', ')[2]}": text
+            for what, text in page_sections.verified(summary, label)
+        },
         "Seed": str(summary["seed"]),
         "Commit": f"`{summary['commit']}`",
-        "Versions": ", ".join(f"{library} {version}" for library, version in summary["versions"].items()),
+        "Versions": ", ".join(
+            f"{library} {version}" for library, version in summary["versions"].items()
+        ),
         "Comparison": f"`{summary['key']}`",
         "To repeat it": f"save `{page_sections.RECIPE}` of the MLflow run `{summary['name']}` as `{recipe['name']}.yaml`; then, from a "
         f"checkout of that commit, `lora run {recipe['name']}.yaml`",
     }
-    return "## How it was trained\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    return "## How it was trained\n\n" + "\n".join(
+        f"- {name}: {value}" for name, value in facts.items()
+    )
 
 
 def _limits(summary: Summary, label: str) -> str:

@@ -18,7 +18,16 @@ from pipelines.paths import tracking_uri
 from pipelines.runtime.stage import Stage
 from pipelines.tracking import logged
 from pipelines.tracking.machine import Machine
-from pipelines.tracking.runs import TRAINING_TAG, Point, experiment_id, log_points, make_store, mind_manners, reason_of, run_of
+from pipelines.tracking.runs import (
+    TRAINING_TAG,
+    Point,
+    configure_mlflow_client,
+    experiment_id,
+    log_points,
+    make_store,
+    reason_of,
+    run_of,
+)
 
 KIND_TAG, STEP_TAG = "lora.kind", "lora.training_step"
 KEPT = 10_000
@@ -36,7 +45,7 @@ class Recorder:
             experiment: name of MLflow's experiment.
             began: milliseconds since 1970.
         """
-        mind_manners()
+        configure_mlflow_client()
         self._stage, self._experiment, self._began = stage, experiment, began
         self._rows: deque[dict[str, Any]] = deque(maxlen=KEPT)
         self._samples: deque[Point] = deque(maxlen=KEPT)
@@ -58,7 +67,9 @@ class Recorder:
             return
         step = self._rows[-1]["step"] if self._rows else self._step
         with suppress(psutil.Error, AttributeError):  # a machine may have no network to tell of
-            self._samples += [(name, value, now, step) for name, value in self._machine.figures().items()]
+            self._samples += [
+                (name, value, now, step) for name, value in self._machine.figures().items()
+            ]
 
     def send(self, status: str | None = None) -> str | None:
         """Send all that waits, and end the run with a status where one is given; return why that failed, None where it did not.
@@ -99,11 +110,17 @@ class Recorder:
             if STEP_TAG in run.data.tags and self._begins_anew():
                 if run.info.status == "RUNNING":
                     client.set_terminated(run.info.run_id, "KILLED")
-                run = client.create_run(experiment, start_time=self._began, tags=tags, run_name=name)
+                run = client.create_run(
+                    experiment, start_time=self._began, tags=tags, run_name=name
+                )
             run_id = str(run.info.run_id)
             if run.info.status != "RUNNING":
                 client.update_run(run_id, status="RUNNING")
-            params = [] if run.data.params else [Param(name, value) for name, value in parameters(self._stage).items()]
+            params = (
+                []
+                if run.data.params
+                else [Param(name, value) for name, value in parameters(self._stage).items()]
+            )
             client.log_batch(run_id, params=params, tags=[RunTag(KIND_TAG, "training")])
             self._step = int(run.data.tags.get(STEP_TAG, 0))
             self._machine = Machine(run_id, uri)
@@ -119,6 +136,14 @@ class Recorder:
 def parameters(stage: Stage) -> dict[str, str]:
     """Return the few parameters of a training, under the names that a comparison's runs have."""
     inputs = stage.inputs
-    known = {"method": inputs["method"], "learning_rate": f"{inputs['learning_rate']:g}", "quantization": inputs["quantization"]}
-    adapter = {"lora.r": str(inputs["rank"]), "lora.alpha": f"{inputs['lora']['alpha']:g}"} if "rank" in inputs else {}
+    known = {
+        "method": inputs["method"],
+        "learning_rate": f"{inputs['learning_rate']:g}",
+        "quantization": inputs["quantization"],
+    }
+    adapter = (
+        {"lora.r": str(inputs["rank"]), "lora.alpha": f"{inputs['lora']['alpha']:g}"}
+        if "rank" in inputs
+        else {}
+    )
     return {**known, **adapter}

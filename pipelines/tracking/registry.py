@@ -31,11 +31,11 @@ from pipelines.tracking.runs import (
     PARENT_TAG,
     STAGE_TAG,
     TRAINING_TAG,
+    configure_mlflow_client,
     experiment_id,
     find_run,
     log_points,
     make_store,
-    mind_manners,
     reason_of,
     run_of,
 )
@@ -78,11 +78,17 @@ def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) 
     """
     _refuse_a_doubtful_champion(summary)
     with _answering(runs) as client:
-        experiment = experiment_id(client, summary["recipe"]["registry"]["experiment"] or summary["name"], runs)
+        experiment = experiment_id(
+            client, summary["recipe"]["registry"]["experiment"] or summary["name"], runs
+        )
         parent = _parent(client, experiment, summary)
         _describe(client, parent.info.run_id, files, note)
-        children = {label: _child(client, experiment, parent, summary, label) for label in summary["models"]}
-        found = {label: _version(client, summary, label, children[label]) for label in _adapters(summary)}
+        children = {
+            label: _child(client, experiment, parent, summary, label) for label in summary["models"]
+        }
+        found = {
+            label: _version(client, summary, label, children[label]) for label in _adapters(summary)
+        }
         versions = {label: version for label, version in found.items() if version is not None}
         client.set_terminated(parent.info.run_id)
         aliases = _move_aliases(client, summary, versions)  # last: consumers read nothing but these
@@ -150,7 +156,7 @@ def download(uri: str, runs: Path, destination: Path) -> Path:
 @contextmanager
 def _answering(runs: Path) -> Iterator[MlflowClient]:
     """Yield a client, and turn MLflow's errors into one sentence that says nothing is lost."""
-    mind_manners()
+    configure_mlflow_client()
     uri = tracking_uri(runs)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
@@ -159,17 +165,31 @@ def _answering(runs: Path) -> Iterator[MlflowClient]:
         yield MlflowClient()
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = reason_of(error)
-        kind = UnreachableError if isinstance(error, ConnectionError) or NO_ANSWER in reason else RegistryError
-        raise kind(f"MLflow at {uri}: {reason}; the adapters are kept, and the next run of the recipe registers them") from error
+        kind = (
+            UnreachableError
+            if isinstance(error, ConnectionError) or NO_ANSWER in reason
+            else RegistryError
+        )
+        raise kind(
+            f"MLflow at {uri}: {reason}; the adapters are kept, and the next run of the recipe registers them"
+        ) from error
 
 
 def _parent(client: MlflowClient, experiment: str, summary: dict[str, Any]) -> Run:
     """Make the comparison's own run, or find it; log its tables, and the recipe that repeats it."""
-    run = run_of(client, experiment, summary["name"], {PARENT_TAG: summary["key"]}, int(1000 * (time.time() - summary["seconds"])))
+    run = run_of(
+        client,
+        experiment,
+        summary["name"],
+        {PARENT_TAG: summary["key"]},
+        int(1000 * (time.time() - summary["seconds"])),
+    )
     run_id = run.info.run_id
     found = tables(summary)
     for name, table in found.items():
-        client.log_dict(run_id, table, name)  # not log_table, which adds the rows again when it is called again
+        client.log_dict(
+            run_id, table, name
+        )  # not log_table, which adds the rows again when it is called again
     client.log_text(run_id, page_sections.recipe_text(summary), page_sections.RECIPE)
     shown = json.dumps([{"path": name, "type": "table"} for name in found])
     tags = {"lora.decision": summary["decision"], TABLES_TAG: shown, **_source(summary)}
@@ -184,7 +204,9 @@ def _describe(client: MlflowClient, run_id: str, files: list[Path], note: str) -
     client.set_tag(run_id, NOTE_TAG, note)
 
 
-def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str, Any], label: str) -> str:
+def _child(
+    client: MlflowClient, experiment: str, parent: Run, summary: dict[str, Any], label: str
+) -> str:
     """Log one model's parameters, figures, training curve, data and files; return the run's id."""
     model = summary["models"][label]
     began, ended = logged.training_time(model) or (None, None)
@@ -196,10 +218,23 @@ def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str
     link = _link(client, experiment, model, ended)
     client.log_batch(
         run_id,
-        params=[] if run.data.params else [Param(name, value) for name, value in logged.parameters(summary, label).items()],
-        tags=[RunTag(key, value) for key, value in {**logged.run_tags(summary, label), **_source(summary), **link}.items()],
+        params=[]
+        if run.data.params
+        else [Param(name, value) for name, value in logged.parameters(summary, label).items()],
+        tags=[
+            RunTag(key, value)
+            for key, value in {
+                **logged.run_tags(summary, label),
+                **_source(summary),
+                **link,
+            }.items()
+        ],
     )
-    log_points(client, run_id, [(name, value, ended or 0, 0) for name, value in logged.metrics(model).items()])
+    log_points(
+        client,
+        run_id,
+        [(name, value, ended or 0, 0) for name, value in logged.metrics(model).items()],
+    )
     log_points(client, run_id, logged.curve(model))
     if "folder" in model:
         client.log_inputs(run_id, [DatasetInput(_dataset(summary))])
@@ -211,9 +246,13 @@ def _child(client: MlflowClient, experiment: str, parent: Run, summary: dict[str
     return run_id
 
 
-def _link(client: MlflowClient, experiment: str, model: dict[str, Any], ended: int | None) -> dict[str, str]:
+def _link(
+    client: MlflowClient, experiment: str, model: dict[str, Any], ended: int | None
+) -> dict[str, str]:
     """Return the tag that names the run of a model's training, where one lies in the experiment; one that nobody ended is ended."""
-    training = find_run(client, experiment, {TRAINING_TAG: model["key"]}) if "key" in model else None
+    training = (
+        find_run(client, experiment, {TRAINING_TAG: model["key"]}) if "key" in model else None
+    )
     if training is None:
         return {}
     if training.info.status == "RUNNING":
@@ -228,19 +267,35 @@ def _write_card(client: MlflowClient, run_id: str, summary: dict[str, Any], labe
 
 def _source(summary: dict[str, Any]) -> dict[str, str]:
     """Return the tags by which MLflow names the code that made a run."""
-    return {"mlflow.source.name": f"lora run {summary['name']}", "mlflow.source.git.commit": summary["commit"]}
+    return {
+        "mlflow.source.name": f"lora run {summary['name']}",
+        "mlflow.source.git.commit": summary["commit"],
+    }
 
 
 def _dataset(summary: dict[str, Any]) -> Dataset:
     """Name the training data by its digest, of which MLflow takes 36 characters."""
     source = summary["recipe"]["data"]["source"]
-    profile = {name: summary["data"][name] for name in ("train_examples", "train_tokens", "supervised_tokens")}
-    return Dataset(Path(source).name, summary["data"]["digest"][:36], "local", json.dumps({"source": source}), profile=json.dumps(profile))
+    profile = {
+        name: summary["data"][name]
+        for name in ("train_examples", "train_tokens", "supervised_tokens")
+    }
+    return Dataset(
+        Path(source).name,
+        summary["data"]["digest"][:36],
+        "local",
+        json.dumps({"source": source}),
+        profile=json.dumps(profile),
+    )
 
 
 def _adapters(summary: dict[str, Any]) -> list[str]:
     """Return the labels of what is registered: what the gate judged, and never a control."""
-    return [label for label, model in summary["models"].items() if "verdict" in model and label != CONTROL]
+    return [
+        label
+        for label, model in summary["models"].items()
+        if "verdict" in model and label != CONTROL
+    ]
 
 
 def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: str) -> int | None:
@@ -252,10 +307,14 @@ def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: 
     tags = logged.version_tags(summary, label)
     _refuse_a_base(Path(model["folder"]) / "adapter", summary["base"]["weights"])
     if not client.search_registered_models(_of_name(name)):
-        client.create_registered_model(name, description=f"LoRA adapters of the recipe {summary['name']}")
+        client.create_registered_model(
+            name, description=f"LoRA adapters of the recipe {summary['name']}"
+        )
     for known in client.search_model_versions(_of_name(name)):
         if known.tags.get(ADAPTER_TAG) == tags[ADAPTER_TAG]:
-            _write_card(client, known.run_id or run_id, summary, label)  # the version's files lie in the run that registered it
+            _write_card(
+                client, known.run_id or run_id, summary, label
+            )  # the version's files lie in the run that registered it
             for key in sorted(tag for tag, value in tags.items() if known.tags.get(tag) != value):
                 client.set_model_version_tag(name, known.version, key, tags[key])
             return int(known.version)
@@ -265,10 +324,16 @@ def _version(client: MlflowClient, summary: dict[str, Any], label: str, run_id: 
     return int(client.create_model_version(name, source, run_id, tags=tags).version)
 
 
-def _move_aliases(client: MlflowClient, summary: dict[str, Any], versions: dict[str, int]) -> dict[str, int]:
+def _move_aliases(
+    client: MlflowClient, summary: dict[str, Any], versions: dict[str, int]
+) -> dict[str, int]:
     """Point the aliases at what was put forward; MLflow moves one at a time, and the champion's is the last."""
     name = summary["recipe"]["registry"]["model"]
-    aliases = {alias: versions[summary[alias]] for alias in (CANDIDATE, CHAMPION) if summary[alias] is not None}
+    aliases = {
+        alias: versions[summary[alias]]
+        for alias in (CANDIDATE, CHAMPION)
+        if summary[alias] is not None
+    }
     for alias, version in aliases.items():
         if alias == CHAMPION:
             _refuse_another_champion(summary, _registered(client, name, CHAMPION))
@@ -305,9 +370,15 @@ def _refuse_another_champion(summary: dict[str, Any], registered: ModelVersion |
         return
     sha256 = None if registered is None else registered.tags.get(ADAPTER_TAG)
     compared = {held["adapter_sha256"] if held else None}
-    compared |= {summary["models"][label]["figures"]["adapter_sha256"] for label in _adapters(summary)}
+    compared |= {
+        summary["models"][label]["figures"]["adapter_sha256"] for label in _adapters(summary)
+    }
     if sha256 not in compared:
-        now = "has no champion" if registered is None else f"has version {registered.version} as its champion"
+        now = (
+            "has no champion"
+            if registered is None
+            else f"has version {registered.version} as its champion"
+        )
         then = f"version {held['version']}" if held else "none"
         raise RegistryError(
             f"{name} {now}, but {summary[CHAMPION]} was compared with {then}; run the recipe again, which compares it with what is "
@@ -324,4 +395,6 @@ def _refuse_a_base(adapter: Path, base_weights: int) -> None:
     size = sum(path.stat().st_size for path in adapter.iterdir())
     limit = MAX_ADAPTER_SHARE * 2 * base_weights
     if size > limit:
-        raise RegistryError(f"{adapter} holds {size:,} bytes, near the size of a base ({limit:,.0f} is the limit); lower the rank")
+        raise RegistryError(
+            f"{adapter} holds {size:,} bytes, near the size of a base ({limit:,.0f} is the limit); lower the rank"
+        )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pipelines.console import say
+from pipelines.console import print_status
 from pipelines.errors import UnreachableError
 
 PATIENCE, PATIENCE_SECONDS = "LORA_REGISTRY_SECONDS", 90.0
@@ -29,6 +29,6 @@ def until_it_answers(ask: Callable[[], Result]) -> Result:
             left = patience - (time.monotonic() - begun)
             if left <= 0:
                 raise
-            say(str(error), mark="…", aside=f"(asking again for {left:.0f} s)")
+            print_status(str(error), mark="…", aside=f"(asking again for {left:.0f} s)")
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)

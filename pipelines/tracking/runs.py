@@ -33,7 +33,7 @@ Point = tuple[str, float, int, int]
 """A metric's name, value, time (milliseconds since 1970) and step."""
 
 
-def mind_manners() -> None:
+def configure_mlflow_client() -> None:
     """Have MLflow wait and talk no more than we do."""
     for name, value in MANNERS.items():
         os.environ.setdefault(name, value)
@@ -63,7 +63,11 @@ def experiment_id(client: MlflowClient, name: str, runs: Path) -> str:
     if found is not None:
         return str(found.experiment_id)
     # a server says itself where artefacts go; MLflow's own default for a file is relative to where a command runs
-    local = (runs / "mlartifacts" / name).resolve().as_uri() if tracking_uri(runs).startswith("sqlite:") else None
+    local = (
+        (runs / "mlartifacts" / name).resolve().as_uri()
+        if tracking_uri(runs).startswith("sqlite:")
+        else None
+    )
     return str(client.create_experiment(name, artifact_location=local, tags=TRAINING_PAGES))
 
 
@@ -74,10 +78,16 @@ def find_run(client: MlflowClient, experiment: str, tags: dict[str, str]) -> Run
     return found[0] if found else None
 
 
-def run_of(client: MlflowClient, experiment: str, name: str, tags: dict[str, str], began: int | None = None) -> Run:
+def run_of(
+    client: MlflowClient, experiment: str, name: str, tags: dict[str, str], began: int | None = None
+) -> Run:
     """Return the run that bears the tags, or make it; `began` is its start in milliseconds since 1970."""
     found = find_run(client, experiment, tags)
-    return found if found is not None else client.create_run(experiment, start_time=began, tags=tags, run_name=name)
+    return (
+        found
+        if found is not None
+        else client.create_run(experiment, start_time=began, tags=tags, run_name=name)
+    )
 
 
 def log_points(client: MlflowClient, run_id: str, points: Iterable[Point]) -> None:

@@ -22,7 +22,15 @@ Values = dict[str, Any]
 Rows = list[Values]
 INTERVAL = ("mean", "low", "high")
 POINT = ("label", "method", "rank", "step", "learning_rate", "cut_from", "trained")
-TRAINED = ("steps", "tokens", "supervised_tokens", "first_loss", "last_loss", "training_seconds", "adapter_sha256")
+TRAINED = (
+    "steps",
+    "tokens",
+    "supervised_tokens",
+    "first_loss",
+    "last_loss",
+    "training_seconds",
+    "adapter_sha256",
+)
 LARGEST = 4
 """Singular values of each update that are listed."""
 
@@ -57,7 +65,11 @@ def _comparison(models: Values) -> Rows:
             "unit": figure.unit,
             "value": figure.level(model),
             **{f"value_{end}": (figure.spread(model) or {}).get(end) for end in ("low", "high")},
-            **{f"{name}_{end}": value for name, effect in EFFECTS.items() for end, value in _ends(figure.change(model, effect)).items()},
+            **{
+                f"{name}_{end}": value
+                for name, effect in EFFECTS.items()
+                for end, value in _ends(figure.change(model, effect)).items()
+            },
             "verdict": model.get("verdict", {}).get("status"),
         }
         for label, model in models.items()
@@ -86,7 +98,13 @@ def _benchmarks(models: Values) -> Rows:
 def _rules(models: Values) -> Rows:
     """Return a row for each adapter and rule, with the verdict that they come to."""
     return [
-        {"model": label, "rule": rule["name"], "status": rule["status"], "reason": rule["reason"], "verdict": model["verdict"]["status"]}
+        {
+            "model": label,
+            "rule": rule["name"],
+            "status": rule["status"],
+            "reason": rule["reason"],
+            "verdict": model["verdict"]["status"],
+        }
         for label, model in page_sections.adapters(models).items()
         for rule in model["verdict"]["rules"]
     ]
@@ -95,17 +113,27 @@ def _rules(models: Values) -> Rows:
 def _power(models: Values) -> Iterator[Values]:
     """Yield a row for each adapter on all benchmarks, and where it is known on each."""
     for label, model in page_sections.adapters(models).items():
-        for name, power in {"all": model["power"], **page_sections.power_by_benchmark(model)}.items():
+        for name, power in {
+            "all": model["power"],
+            **page_sections.power_by_benchmark(model),
+        }.items():
             if power is not None:
                 yield {
                     "model": label,
                     "benchmark": name,
-                    **{key: power.get(key) for key in ("items", "needed", "smallest_drop", "enough")},
+                    **{
+                        key: power.get(key)
+                        for key in ("items", "needed", "smallest_drop", "enough")
+                    },
                 }
 
 
 def _point(row: Values) -> Values:
-    ends = {f"{name}_{end}": value for name in ("gain", "general") for end, value in _ends(row[name]).items()}
+    ends = {
+        f"{name}_{end}": value
+        for name in ("gain", "general")
+        for end, value in _ends(row[name]).items()
+    }
     return {**{name: row[name] for name in POINT}, **ends}
 
 
@@ -136,7 +164,10 @@ def _spectra(spectrum: Mapping[str, Any]) -> Rows:
         {
             "model": label,
             **{name: module[name] for name in ("module", "rank", "effective_rank")},
-            **{f"singular_value_{place + 1}": value for place, value in enumerate(module["values"][:LARGEST])},
+            **{
+                f"singular_value_{place + 1}": value
+                for place, value in enumerate(module["values"][:LARGEST])
+            },
         }
         for label, modules in spectrum.items()
         for module in modules

@@ -56,7 +56,9 @@ def whole_moments(engine: Engine, key: str) -> Iterator[tuple[str, Tensor]]:
             yield from ((name + ending, _copied(part)) for ending, part in parts.items())
 
 
-def _whole_flat(engine: Engine, share_of: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _whole_flat(
+    engine: Engine, share_of: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Yield on the first rank what ZeRO-1 and 2 share out, by parameter name: a few large collectives, and not one for each.
 
     Args:
@@ -68,8 +70,15 @@ def _whole_flat(engine: Engine, share_of: Callable[[Tensor], Tensor]) -> Iterato
     for number, flat in enumerate(_flat_weights(zero, engine.zero_stage)):
         whole = _gathered(engine, share_of(flat).detach())
         if whole is not None:
-            for parameter, start in zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True):
-                yield names[parameter], whole.narrow(0, start, parameter.numel()).view(parameter.shape)
+            for parameter, start in zip(
+                zero.round_robin_bit16_groups[number],
+                zero.round_robin_bit16_offsets[number],
+                strict=True,
+            ):
+                yield (
+                    names[parameter],
+                    whole.narrow(0, start, parameter.numel()).view(parameter.shape),
+                )
 
 
 def _gathered(engine: Engine, share: Tensor) -> Tensor | None:
@@ -86,7 +95,12 @@ def _gathered(engine: Engine, share: Tensor) -> Tensor | None:
     return whole
 
 
-def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+def restore(
+    engine: Engine,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Mapping[str, Tensor]],
+    step: int,
+) -> None:
     """Give the optimiser back its weights and both means, as after `step` steps. Every rank calls it with the same tensors.
 
     Args:
@@ -101,13 +115,18 @@ def restore(engine: Engine, weights: Mapping[str, Tensor], moments: Mapping[str,
     in_8_bits = eight_bit.keeps(optimizer)
     for name, parameter in trained_parameters(engine.objective).items():
         if in_8_bits:
-            eight_bit.restore(optimizer, parameter, {key: eight_bit.of(moments[key], name) for key in KEYS}, step)
+            eight_bit.restore(
+                optimizer, parameter, {key: eight_bit.of(moments[key], name) for key in KEYS}, step
+            )
             continue
         means = {key: eight_bit.whole(eight_bit.of(moments[key], name), key) for key in KEYS}
         if engine.zero_stage:
             _set_shares(engine, parameter, weights[name], means)
         else:
-            copies = {key: mean.to(parameter.device, parameter.dtype, copy=True) for key, mean in means.items()}
+            copies = {
+                key: mean.to(parameter.device, parameter.dtype, copy=True)
+                for key, mean in means.items()
+            }
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **copies}
 
 
@@ -119,13 +138,18 @@ def _plain(engine: Engine) -> torch.optim.Optimizer:
 
 def _flat_weights(zero: Any, stage: int) -> list[Tensor]:
     """Return this rank's flat stretches of the weights, by which DeepSpeed's own optimiser knows its state."""
-    return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+    return list(
+        zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups
+    )
 
 
 def _make_flat_state(engine: Engine, step: int) -> None:
     zero = engine.wrapped.optimizer
     for flat in _flat_weights(zero, engine.zero_stage):
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(step)), **{key: torch.zeros_like(flat) for key in KEYS}}
+        zero.optimizer.state[flat] = {
+            "step": torch.tensor(float(step)),
+            **{key: torch.zeros_like(flat) for key in KEYS},
+        }
     _link_state(engine)
 
 
@@ -162,7 +186,9 @@ def _share(engine: Engine, parameter: Any, whole: Tensor) -> Tensor:
     size = parameter.ds_tensor.numel()
     padded = torch.zeros(size * engine.ranks)
     padded[: whole.numel()] = whole.flatten()
-    share: Tensor = padded.narrow(0, size * engine.accelerator.process_index, size).to(engine.accelerator.device)
+    share: Tensor = padded.narrow(0, size * engine.accelerator.process_index, size).to(
+        engine.accelerator.device
+    )
     return share
 
 

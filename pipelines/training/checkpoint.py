@@ -51,7 +51,7 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Found:
+class LoadedCheckpoint:
     """A checkpoint that was read and is whole."""
 
     step: int
@@ -73,7 +73,9 @@ class Checkpoints:
     """Of the time so far, what writing them may take."""
     trained_weights: int = 0
     """Of which a checkpoint's size is known before there is one."""
-    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False)
+    _writer: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"), repr=False
+    )
     _pending: "Future[None] | None" = field(default=None, repr=False)
     _begun: float = field(default_factory=time.monotonic, repr=False)
     _written: int = 0
@@ -85,7 +87,12 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         """Wait for what is being written: a run whose steps are done needs it no more, and what ended another says more."""
         try:
             self.wait()
@@ -95,7 +102,11 @@ class Checkpoints:
     @property
     def figures(self) -> dict[str, float]:
         """Return how many were written since this process began, and what that took."""
-        return {"written": self._written, "seconds": round(self._waited, 3), "seconds_beside": round(self._beside, 3)}
+        return {
+            "written": self._written,
+            "seconds": round(self._waited, 3),
+            "seconds_beside": round(self._beside, 3),
+        }
 
     def due(self) -> bool:
         """Tell whether one more keeps them within their share of the time; every rank asks, and is told the same.
@@ -108,7 +119,10 @@ class Checkpoints:
             self.wait()
         spent = self._waited + self._beside
         each = spent / self._written if self._written else self._bytes / BYTES_PER_SECOND
-        choice = [self.share == 1 or (not at_work and spent + each <= self.share * (time.monotonic() - self._begun))]
+        choice = [
+            self.share == 1
+            or (not at_work and spent + each <= self.share * (time.monotonic() - self._begun))
+        ]
         broadcast_object_list(choice)
         return bool(choice[0])
 
@@ -154,12 +168,16 @@ class Checkpoints:
     def _bytes(self) -> int:
         return STATE_BYTES * self.trained_weights
 
-    def _write_beside(self, step: int, files: list[tuple[str, Tensors]], values: dict[str, Any]) -> None:
+    def _write_beside(
+        self, step: int, files: list[tuple[str, Tensors]], values: dict[str, Any]
+    ) -> None:
         begun = time.thread_time()
         self._write(step, files, values)
         self._beside += time.thread_time() - begun
 
-    def _write(self, step: int, files: Iterable[tuple[str, Tensors]], values: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, files: Iterable[tuple[str, Tensors]], values: dict[str, Any]
+    ) -> None:
         with folder_written_aside(self.folder / _name(step)) as aside:
             for name, tensors in files:
                 _save(tensors, aside / f"{name}.safetensors")
@@ -175,15 +193,15 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
 
-def agreed(engine_is_first: bool, place: Path) -> Found | None:
+def select_checkpoint(engine_is_first: bool, place: Path) -> LoadedCheckpoint | None:
     """Return the checkpoint that all ranks go on from: the one that rank 0 found whole, read by each."""
-    found = newest(place) if engine_is_first else None
+    found = latest_valid(place) if engine_is_first else None
     choice = [found.step if found is not None else 0]
     broadcast_object_list(choice)
     return found if engine_is_first or choice[0] == 0 else _read(place / _name(choice[0]))
 
 
-def newest(place: Path) -> Found | None:
+def latest_valid(place: Path) -> LoadedCheckpoint | None:
     """Return the newest whole checkpoint, and note of each that is not why it is passed over; None where there is none."""
     for folder in reversed(_folders(place)):
         problem = damage(folder)
@@ -193,21 +211,27 @@ def newest(place: Path) -> Found | None:
     return None
 
 
-def resume(engine: Engine, found: Found | None, seed: int) -> int:
+def resume(engine: Engine, found: LoadedCheckpoint | None, seed: int) -> int:
     """Go on from a checkpoint, whose weights the model holds already; return the steps that it holds, 0 where there is none."""
     if found is None:
         return 0
     restore(engine, found.tensors[WEIGHTS], {key: found.tensors[key] for key in KEYS}, found.step)
     rank = engine.accelerator.process_index
     if rank < found.ranks:
-        set_random_state({name.partition(".")[2]: state for name, state in found.tensors[RANDOM].items() if name.startswith(f"{rank}.")})
+        set_random_state(
+            {
+                name.partition(".")[2]: state
+                for name, state in found.tensors[RANDOM].items()
+                if name.startswith(f"{rank}.")
+            }
+        )
     else:
         torch.manual_seed(seed + rank + 1000 * found.step)
     return found.step
 
 
 @torch.no_grad()
-def take_up(model: nn.Module, weights: Tensors) -> None:
+def load_trained_weights(model: nn.Module, weights: Tensors) -> None:
     """Copy what was trained, and the starts, into a model that no engine has wrapped yet."""
     own = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in weights.items():
@@ -245,7 +269,14 @@ def _whole_state(engine: Engine, random: list[Tensors]) -> Iterator[tuple[str, T
     yield WEIGHTS, weights | starts(engine.model) if engine.is_first else weights
     for key in KEYS:
         yield key, _on_first(engine, whole_moments(engine, key))
-    yield RANDOM, {f"{rank}.{name}": state for rank, states in enumerate(random) for name, state in states.items()}
+    yield (
+        RANDOM,
+        {
+            f"{rank}.{name}": state
+            for rank, states in enumerate(random)
+            for name, state in states.items()
+        },
+    )
 
 
 def _on_first(engine: Engine, tensors: Iterator[tuple[str, Tensor]]) -> Tensors:
@@ -254,12 +285,20 @@ def _on_first(engine: Engine, tensors: Iterator[tuple[str, Tensor]]) -> Tensors:
 
 def starts(model: nn.Module) -> Tensors:
     """Return the buffers that say what a layer takes off again: another machine may find other signs for them."""
-    return {name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers() if name.endswith((".start_A", ".start_B"))}
+    return {
+        name: buffer.detach().to("cpu", copy=True)
+        for name, buffer in model.named_buffers()
+        if name.endswith((".init_A", ".start_B"))
+    }
 
 
-def _read(folder: Path) -> Found:
+def _read(folder: Path) -> LoadedCheckpoint:
     state = read_json(folder / STATE)
-    return Found(state["step"], state["ranks"], {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]})
+    return LoadedCheckpoint(
+        state["step"],
+        state["ranks"],
+        {name.removesuffix(".safetensors"): load_file(folder / name) for name in state["files"]},
+    )
 
 
 def _save(tensors: Tensors, path: Path) -> None:

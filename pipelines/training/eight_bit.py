@@ -33,13 +33,17 @@ def parts(state: Mapping[str, Any], key: str) -> Parts:
     if key in state:
         return {CODES: state[key]}
     number = NUMBERS[key]
-    scales = {SCALES: state[f"absmax{number}"]} if state[f"state{number}"].dtype is torch.uint8 else {}
+    scales = (
+        {SCALES: state[f"absmax{number}"]} if state[f"state{number}"].dtype is torch.uint8 else {}
+    )
     return {CODES: state[f"state{number}"], **scales}
 
 
 def of(tensors: Mapping[str, Tensor], name: str) -> Parts:
     """Return the parts of one parameter's mean from those of all, by name."""
-    return {ending: tensors[name + ending] for ending in (CODES, SCALES) if name + ending in tensors}
+    return {
+        ending: tensors[name + ending] for ending in (CODES, SCALES) if name + ending in tensors
+    }
 
 
 def whole(mean: Parts, key: str) -> Tensor:
@@ -47,7 +51,9 @@ def whole(mean: Parts, key: str) -> Tensor:
     if SCALES not in mean:
         return mean[CODES]
     values = _code_book(key)[mean[CODES].flatten().int()]
-    return (values * mean[SCALES].repeat_interleave(BLOCK)[: values.numel()]).view(mean[CODES].shape)
+    return (values * mean[SCALES].repeat_interleave(BLOCK)[: values.numel()]).view(
+        mean[CODES].shape
+    )
 
 
 @torch.no_grad()
@@ -62,7 +68,9 @@ def restore(optimizer: Any, parameter: nn.Parameter, means: Mapping[str, Parts],
     for key, mean in means.items():
         held = parts(state, key)
         if SCALES in held and SCALES not in mean:
-            codes, rounding = quantize_blockwise(mean[CODES].float(), _code_book(key), blocksize=BLOCK)
+            codes, rounding = quantize_blockwise(
+                mean[CODES].float(), _code_book(key), blocksize=BLOCK
+            )
             mean = {CODES: codes, SCALES: rounding.absmax}
         elif SCALES not in held:
             mean = {CODES: whole(mean, key)}

@@ -56,7 +56,7 @@ class Engine:
         """Whether this rank writes files and prints."""
         return bool(self.accelerator.is_main_process)
 
-    def set_rate(self, share: float) -> float:
+    def set_lr(self, share: float) -> float:
         """Set each group's learning rate to a share of its peak; return the first one's."""
         for group in self.optimizer.param_groups:
             group["lr"] = share * group[PEAK]
@@ -79,7 +79,9 @@ class Engine:
         if self.zero_stage:
             norm = self.wrapped.get_global_grad_norm()
         else:
-            norm = self.accelerator.clip_grad_norm_(trained_parameters(self.objective).values(), limit)
+            norm = self.accelerator.clip_grad_norm_(
+                trained_parameters(self.objective).values(), limit
+            )
         return None if norm is None else float(norm)
 
     @contextmanager
@@ -108,11 +110,15 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware, *, full: bool)
     torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
     accelerator = Accelerator(
         cpu=hardware.device == "cpu" and not is_deepspeed(),
-        gradient_accumulation_steps=options["accumulation"],
+        gradient_accumulation_steps=options["gradient_accumulation_steps"],
         mixed_precision=_mixed_precision(hardware, full=full),
         kwargs_handlers=[
             *([] if full or is_deepspeed() else [AutocastKwargs(enabled=False)]),
-            *([_process_group(hardware, options["timeout_seconds"])] if "WORLD_SIZE" in os.environ else []),
+            *(
+                [_process_group(hardware, options["timeout_seconds"])]
+                if "WORLD_SIZE" in os.environ
+                else []
+            ),
         ],
     )
     if accelerator.num_processes != options["processes"]:
@@ -124,7 +130,12 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware, *, full: bool)
 
 
 def prepare(
-    accelerator: Accelerator, reader: PackReader, groups: list[dict[str, Any]], *, optimizer: Optimizer, max_grad_norm: float
+    accelerator: Accelerator,
+    reader: PackReader,
+    groups: list[dict[str, Any]],
+    *,
+    optimizer: Optimizer,
+    max_grad_norm: float,
 ) -> Engine:
     """Hand a model and its optimiser to accelerate, which shards them as the launch config says.
 
@@ -143,7 +154,9 @@ def prepare(
         )
     if zero_stage(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
-    wrapped, prepared = accelerator.prepare(objective, build(optimizer, groups, has_masters=bool(zero_stage(accelerator))))
+    wrapped, prepared = accelerator.prepare(
+        objective, build(optimizer, groups, has_masters=bool(zero_stage(accelerator)))
+    )
     return Engine(accelerator, objective, wrapped, prepared)
 
 
@@ -154,7 +167,7 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 @contextmanager
-def whole_model() -> Iterator[None]:
+def disable_zero_init() -> Iterator[None]:
     """Let a model be loaded whole inside a block: with DeepSpeed's plugin set, transformers would share it out while it loads."""
     from transformers.integrations import deepspeed
 

@@ -24,7 +24,14 @@ EVA_TOKENS = 2048
 """Enough for the ranks in use, and a small part of what a run reads; the time for it grows with their number."""
 
 
-def inject_started(model: PreTrainedModel, config: LoraConfig, *, seed: int, examples: Iterable[dict[str, Any]], base: Path) -> None:
+def inject_initialized(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    seed: int,
+    examples: Iterable[dict[str, Any]],
+    base: Path,
+) -> None:
     """Inject an adapter and find its start; every rank then holds that of rank 0.
 
     Args:
@@ -35,18 +42,22 @@ def inject_started(model: PreTrainedModel, config: LoraConfig, *, seed: int, exa
         base: folder of the unrounded base; a loftq start reads it.
     """
     if config.init_lora_weights == "eva":
-        inject(model, config, seed=seed, data=pushes(model, examples))
+        inject(model, config, seed=seed, data=calibration_batches(model, examples))
     elif config.init_lora_weights == "loftq":
-        with unrounded(base) as original:
+        with full_precision_weights(base) as original:
             inject(model, config, seed=seed, original=original)
     else:
         inject(model, config, seed=seed)
-    for _, layer in lora_layers(model):  # engines hand out parameters, and not what a start from the weight takes off again
+    for _, layer in lora_layers(
+        model
+    ):  # engines hand out parameters, and not what a start from the weight takes off again
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):  # type: ignore[attr-defined]
             broadcast(tensor.data)
 
 
-def pushes(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> Iterator[Callable[[], object]]:
+def calibration_batches(
+    model: PreTrainedModel, examples: Iterable[dict[str, Any]]
+) -> Iterator[Callable[[], object]]:
     """Yield a call that pushes each example through the model, until `EVA_TOKENS` were read."""
     read = 0
     for example in examples:
@@ -58,7 +69,7 @@ def pushes(model: PreTrainedModel, examples: Iterable[dict[str, Any]]) -> Iterat
 
 
 @contextmanager
-def unrounded(base: Path) -> Iterator[Callable[[str], Tensor]]:
+def full_precision_weights(base: Path) -> Iterator[Callable[[str], Tensor]]:
     """Yield what reads a linear layer's weight by its path from the files in `base`.
 
     Raises:

@@ -62,7 +62,9 @@ class Log:
             "supervised_tokens": sum(row["supervised_tokens"] for row in self.rows),
             "first_loss": self.rows[0]["loss"],
             "last_loss": self.rows[-1]["loss"],
-            "tokens_per_second": round(sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed), 1),
+            "tokens_per_second": round(
+                sum(row["tokens"] for row in timed) / sum(row["seconds"] for row in timed), 1
+            ),
             "training_seconds": round(sum(row["seconds"] for row in self.rows), 2),
         }
 

@@ -48,4 +48,8 @@ class LossHead(nn.Module):
 def trained_parameters(objective: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is trained, under the names that the model gives it."""
     named = objective.named_parameters()
-    return {name.removeprefix("model."): parameter for name, parameter in named if parameter.requires_grad}
+    return {
+        name.removeprefix("model."): parameter
+        for name, parameter in named
+        if parameter.requires_grad
+    }

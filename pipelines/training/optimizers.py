@@ -21,7 +21,13 @@ Values = Mapping[str, Any]
 
 
 def optimizer_of(
-    accelerator: Accelerator, hardware: Hardware, model: PreTrainedModel, options: Values, *, full: bool, tokens: Callable[[], int]
+    accelerator: Accelerator,
+    hardware: Hardware,
+    model: PreTrainedModel,
+    options: Values,
+    *,
+    full: bool,
+    tokens: Callable[[], int],
 ) -> Optimizer:
     """Choose one for all ranks, by the smallest GPU among theirs. Every rank calls it.
 
@@ -49,7 +55,12 @@ def _check_precision(groups: list[dict[str, Any]]) -> None:
 
 def full_bytes(model: PreTrainedModel, options: Values, tokens: int) -> int:
     """Return what full fine-tuning without an engine is estimated to need of a GPU."""
-    setup = Setup("full", tokens, processes=options["processes"], checkpointing=options["gradient_checkpointing"])
+    setup = Setup(
+        "full",
+        tokens,
+        processes=options["processes"],
+        checkpointing=options["gradient_checkpointing"],
+    )
     return budget(model, gpu_setup(setup)).memory_bytes
 
 
@@ -59,11 +70,15 @@ def state_under(accelerator: Accelerator) -> AdamState:
     if plugin is None or plugin.zero_stage == 0:
         return "whole"
     config = plugin.deepspeed_config
-    offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    offloads = (
+        config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    )
     return "replaced" if offloads and config.get("zero_force_ds_cpu_optimizer", True) else "shared"
 
 
-def build(optimizer: Optimizer, groups: list[dict[str, Any]], *, has_masters: bool = False) -> torch.optim.Optimizer:
+def build(
+    optimizer: Optimizer, groups: list[dict[str, Any]], *, has_masters: bool = False
+) -> torch.optim.Optimizer:
     """Return an AdamW over groups of parameters, each with its peak rate.
 
     Args:

@@ -12,13 +12,19 @@ from lora_core.spectrum.updates import read_updates
 from pipelines.training.engine import Engine
 
 
-def save_trained(engine: Engine, config: LoraConfig | None, inputs: dict[str, Any], place: Path) -> dict[str, Any]:
+def save_trained(
+    engine: Engine, config: LoraConfig | None, inputs: dict[str, Any], place: Path
+) -> dict[str, Any]:
     """Write the adapter, or the control's weights, into `place`; return their size and digest. Every rank calls it."""
     engine.accelerator.wait_for_everyone()
     folder, figures = place / output_of(config), dict[str, Any]()
     with engine.gathered():
         if engine.is_first:
-            figures = _save_model(engine, folder, inputs) if config is None else _save_adapter(engine, folder, config, inputs)
+            figures = (
+                _save_model(engine, folder, inputs)
+                if config is None
+                else _save_adapter(engine, folder, config, inputs)
+            )
             figures["file_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
     engine.accelerator.wait_for_everyone()
     return figures
@@ -29,11 +35,17 @@ def output_of(config: LoraConfig | None) -> str:
     return "adapter" if config is not None else "model"
 
 
-def _save_adapter(engine: Engine, folder: Path, config: LoraConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+def _save_adapter(
+    engine: Engine, folder: Path, config: LoraConfig, inputs: dict[str, Any]
+) -> dict[str, Any]:
     base = inputs["base"]
     identity = Identity(base["id"], base["revision"], base["digests"], _lineage(inputs))
     sha256 = save_adapter(engine.model, folder, config, identity)
-    return {"adapter_sha256": sha256, "file_rank": read_json(folder / CONFIG)["r"], "spectrum": spectrum(folder)}
+    return {
+        "adapter_sha256": sha256,
+        "file_rank": read_json(folder / CONFIG)["r"],
+        "spectrum": spectrum(folder),
+    }
 
 
 def _save_model(engine: Engine, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +63,9 @@ def spectrum(adapter: Path) -> list[dict[str, Any]]:
     """Return the singular values of each module's ΔW and how many of them count; nothing where ΔW is not all that was trained."""
     try:
         values = {name: singular_values(update) for name, update in read_updates(adapter).items()}
-    except AdapterError:  # DoRA, biases, modules trained whole: no product of two factors says what they changed
+    except (
+        AdapterError
+    ):  # DoRA, biases, modules trained whole: no product of two factors says what they changed
         return []
     return [
         {

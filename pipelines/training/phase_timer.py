@@ -29,7 +29,7 @@ COLLECTIVES = (
 )
 
 
-class Heart:
+class PhaseTimer:
     """One rank's phases."""
 
     def __init__(self, pulse: Pulse | None) -> None:
@@ -60,7 +60,7 @@ class Heart:
 
         return call
 
-    def lap(self) -> dict[str, float]:
+    def collect(self) -> dict[str, float]:
         """Return the seconds of each phase since the last lap, and begin anew.
 
         What comes after a step, a checkpoint or a snapshot, so falls into the lap of the next one.
@@ -71,12 +71,16 @@ class Heart:
     def watch_collectives(self) -> None:
         """Count as communication what this process spends in collectives from now on."""
         for name in COLLECTIVES:
-            setattr(torch.distributed, name, self.timed(COMMUNICATION, getattr(torch.distributed, name)))
+            setattr(
+                torch.distributed, name, self.timed(COMMUNICATION, getattr(torch.distributed, name))
+            )
 
     def _turn(self, change: Callable[..., Any]) -> None:
         now = time.perf_counter()
         if self._open:
-            self._seconds[self._open[-1]] = self._seconds.get(self._open[-1], 0.0) + now - self._since
+            self._seconds[self._open[-1]] = (
+                self._seconds.get(self._open[-1], 0.0) + now - self._since
+            )
         change()
         self._since = now
         if self.pulse is not None and self._open:

@@ -9,7 +9,7 @@ from socket import gethostname
 from accelerate.utils import gather_object
 
 from pipelines.errors import PeerError
-from pipelines.training.phase_timer import Heart
+from pipelines.training.phase_timer import PhaseTimer
 
 CONTACT = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe")
 """Words of which the backends' errors have one where a peer is gone or silent."""
@@ -30,7 +30,7 @@ class Peers:
         return ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in named)
 
 
-def meet() -> Peers:
+def gather_hostnames() -> Peers:
     """Ask every rank where it runs; all ranks call it."""
     from accelerate import PartialState
 
@@ -38,7 +38,7 @@ def meet() -> Peers:
 
 
 @contextmanager
-def contact_kept(peers: Peers, heart: Heart) -> Iterator[None]:
+def name_lost_rank(peers: Peers, heart: PhaseTimer) -> Iterator[None]:
     """Turn a backend's error inside a block into one that says who does not answer, in which step.
 
     Raises:

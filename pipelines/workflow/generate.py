@@ -18,7 +18,15 @@ from pipelines.workflow.stages import base_stage
 REGISTERED = "models:/"
 
 
-def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, runs: Path, *, trust_remote_code: bool = False) -> str:
+def answer(
+    prompt: str,
+    adapter: str,
+    base: str | None,
+    max_new_tokens: int,
+    runs: Path,
+    *,
+    trust_remote_code: bool = False,
+) -> str:
     """Return the greedy answer to `prompt`.
 
     Args:
@@ -35,14 +43,24 @@ def answer(prompt: str, adapter: str, base: str | None, max_new_tokens: int, run
     with tempfile.TemporaryDirectory() as scratch:
         folder = _fetch(adapter, runs, Path(scratch))
         identity = read_identity(folder)
-        prepared = _prepared_base(base or (identity or {}).get("base", ""), (identity or {}).get("revision"), runs, trust_remote_code)
+        prepared = _prepared_base(
+            base or (identity or {}).get("base", ""),
+            (identity or {}).get("revision"),
+            runs,
+            trust_remote_code,
+        )
         hardware = detect()
         model = load_model(
-            prepared, str((identity or {}).get("lineage", {}).get("quantization", "none")), hardware, trust_remote_code=trust_remote_code
+            prepared,
+            str((identity or {}).get("lineage", {}).get("quantization", "none")),
+            hardware,
+            trust_remote_code=trust_remote_code,
         )
         load_adapter(model, folder)
     tokenizer = load_tokenizer(prepared, trust_remote_code=trust_remote_code)
-    return generate(CheckedReader(model), tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens)[0].text.strip()
+    return generate(
+        CheckedReader(model), tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens
+    )[0].text.strip()
 
 
 def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
@@ -55,14 +73,22 @@ def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
 
 def _prepared_base(base: str, revision: str | None, runs: Path, trusted: bool) -> Path:
     if not base:
-        raise PipelineError("the adapter does not say which base it was trained on; name it with --base")
+        raise PipelineError(
+            "the adapter does not say which base it was trained on; name it with --base"
+        )
     return Path(
-        launcher.result_of(base_stage(base, revision, runs, trust_remote_code=trusted), "pipelines.models.base_model", threads=1)["folder"]
+        launcher.result_of(
+            base_stage(base, revision, runs, trust_remote_code=trusted),
+            "pipelines.models.base_model",
+            threads=1,
+        )["folder"]
     )
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         return list(tokenizer(prompt).input_ids)
-    text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
     return list(tokenizer(text, add_special_tokens=False).input_ids)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipelines.config.experiments import Subject
+from pipelines.config.experiments import EvaluatedModel
 from pipelines.errors import RegistryError
 from pipelines.tracking.retry import until_it_answers
 from pipelines.workflow.run import Figures, Run, Trained
@@ -15,7 +15,7 @@ class Champion:
 
     version: str
     adapter_sha256: str
-    subject: Subject | None = None
+    subject: EvaluatedModel | None = None
     """It as a model to be scored; None where it is one of the adapters at hand, or cannot be scored."""
     objection: str | None = None
     """Why it cannot be compared; None where it can."""
@@ -43,14 +43,23 @@ def find_champion(run: Run, base: Figures, adapters: Sequence[Trained]) -> Champ
     objection = _objection(run, base, found.tags)
     if objection is not None:
         return replace(champion, objection=objection)
-    quantised = found.tags.get("quantization", "none") != "none"
+    quantized = found.tags.get("quantization", "none") != "none"
     label = f"champion-{found.version}"
-    return replace(champion, subject=Subject(label, quantised, found.adapter_sha256, "adapter", str(found.folder), whole=False))
+    return replace(
+        champion,
+        subject=EvaluatedModel(
+            label, quantized, found.adapter_sha256, "adapter", str(found.folder), whole=False
+        ),
+    )
 
 
 def _objection(run: Run, base: Figures, tags: Mapping[str, str]) -> str | None:
     """Return why a champion's answers on these items would say nothing; None where they say what they seem to."""
-    digests = {name.removeprefix("base_fingerprint."): value for name, value in tags.items() if name.startswith("base_fingerprint.")}
+    digests = {
+        name.removeprefix("base_fingerprint."): value
+        for name, value in tags.items()
+        if name.startswith("base_fingerprint.")
+    }
     if any(digests.get(kind) != digest for kind, digest in base["digests"].items()):
         return f"it was trained on another base, {tags.get('base', 'which it does not name')}"
     for what in ("tokenizer", "template"):

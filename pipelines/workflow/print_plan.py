@@ -7,7 +7,15 @@ from rich.table import Table
 
 from pipelines.config.recipe import Recipe
 from pipelines.models.verified import sentence
-from pipelines.planning.cluster import GIB, LEVELS, Cluster, checkpoints_table, memory_of, scaling_table, traffic_table
+from pipelines.planning.cluster import (
+    GIB,
+    LEVELS,
+    Cluster,
+    checkpoints_table,
+    memory_of,
+    scaling_table,
+    traffic_table,
+)
 from pipelines.planning.fitting import TERMS
 from pipelines.runtime import launcher
 from pipelines.runtime.sharding import check_launch, check_path
@@ -32,7 +40,9 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     console.print(_runs_table(recipe, plan, base["weights"]))
     uncounted = plan["runs"]["control"]["uncounted"]
     if uncounted:
-        console.print(f"at least: the activations of {', '.join(uncounted)} are not counted", style="yellow")
+        console.print(
+            f"at least: the activations of {', '.join(uncounted)} are not counted", style="yellow"
+        )
     if cluster.gpu_gb is not None:
         console.print(_fits_table(plan, max(recipe.lora.ranks), cluster.gpu_gb))
         console.print(scaling_table(plan, cluster, cluster.gpu_gb))
@@ -43,7 +53,16 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
 
 def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
     title = f"Modules with an adapter; init {init}"
-    table = Table("module", "layers", "out × in", "rank", "scale", "trained weights", title=title, title_justify="left")
+    table = Table(
+        "module",
+        "layers",
+        "out × in",
+        "rank",
+        "scale",
+        "trained weights",
+        title=title,
+        title_justify="left",
+    )
     for target in targets:
         table.add_row(
             target["name"],
@@ -59,17 +78,43 @@ def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
 def _weights_table(weights: list[dict[str, Any]]) -> Table:
     """Print how each kind of weight is stored and whether it is adapted, the most numerous first; small ones in one line."""
     total = sum(kind["weights"] for kind in weights)
-    table = Table("weights of the base", "tensors", "weights", "share", "stored", "adapter", title="All weights", title_justify="left")
-    listed = sorted((kind for kind in weights if kind["weights"] >= LISTED * total), key=lambda kind: -kind["weights"])
+    table = Table(
+        "weights of the base",
+        "tensors",
+        "weights",
+        "share",
+        "stored",
+        "adapter",
+        title="All weights",
+        title_justify="left",
+    )
+    listed = sorted(
+        (kind for kind in weights if kind["weights"] >= LISTED * total),
+        key=lambda kind: -kind["weights"],
+    )
     rest = [kind for kind in weights if kind["weights"] < LISTED * total]
     if rest:
         sums = {name: sum(kind[name] for kind in rest) for name in ("count", "weights")}
         stored = {kind["stored"] for kind in rest}
         adapted = {kind["adapted"] for kind in rest}
-        listed.append({"name": "others", **sums, "stored": "/".join(sorted(stored)), "adapted": adapted == {True}})
+        listed.append(
+            {
+                "name": "others",
+                **sums,
+                "stored": "/".join(sorted(stored)),
+                "adapted": adapted == {True},
+            }
+        )
     for kind in listed:
         share, adapter = f"{kind['weights'] / total:.1%}", "yes" if kind["adapted"] else "no"
-        table.add_row(kind["name"], f"{kind['count']:,}", f"{kind['weights']:,}", share, kind["stored"], adapter)
+        table.add_row(
+            kind["name"],
+            f"{kind['count']:,}",
+            f"{kind['weights']:,}",
+            share,
+            kind["stored"],
+            adapter,
+        )
     return table
 
 
@@ -93,10 +138,14 @@ def _runs_table(recipe: Recipe, plan: dict[str, Any], base_weights: int) -> Tabl
     table.add_row("while loading", *(_megabytes(run["loading_bytes"]) for run in runs))
     table.add_row("memory at its peak", *(_megabytes(run["memory_bytes"]) for run in runs))
     other = "without" if setup["checkpointing"] else "with"
-    table.add_row(f"{other} checkpointing", *(_megabytes(run["other_checkpointing_bytes"]) for run in runs))
+    table.add_row(
+        f"{other} checkpointing", *(_megabytes(run["other_checkpointing_bytes"]) for run in runs)
+    )
     if recipe.launch.processes > 1:
         table.add_section()
-        table.add_row("sent to the others in a step", *(_megabytes(run["sent_bytes"]) for run in runs))
+        table.add_row(
+            "sent to the others in a step", *(_megabytes(run["sent_bytes"]) for run in runs)
+        )
     return table
 
 
@@ -110,9 +159,19 @@ def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
         f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan['setup']['tokens']} tokens at once on each: GiB of a process; "
         "✓ fits, 8 with the paged 8-bit AdamW that is taken then, c with gradient checkpointing, 8c with both, × does not"
     )
-    table = Table("method", "sharing", *(f"{count} GPU{'s' * (count > 1)}" for count in counts), title=title, title_justify="left")
+    table = Table(
+        "method",
+        "sharing",
+        *(f"{count} GPU{'s' * (count > 1)}" for count in counts),
+        title=title,
+        title_justify="left",
+    )
     for (method, sharding), by_count in ways.items():
-        table.add_row(method, sharding, *(_verdict(by_count[count], gpu_gb, plan["comfortable_share"]) for count in counts))
+        table.add_row(
+            method,
+            sharding,
+            *(_verdict(by_count[count], gpu_gb, plan["comfortable_share"]) for count in counts),
+        )
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.files import write_text
-from pipelines.console import say, show
+from pipelines.console import print_status, show
 from pipelines.errors import RegistryError
 from pipelines.tracking.retry import until_it_answers
 from pipelines.workflow import tasks
@@ -29,10 +29,10 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
     note = write_report(run, summary)
     failure = failure or _attempt(lambda: describe(run, summary, note))
     tasks.show_comparison(note, summary["decision"])
-    say("")
+    print_status("")
     show(terminal_table(summary))
     page, path = paths(run)
-    say(f"report   {page}\nsummary  {path}")
+    print_status(f"report   {page}\nsummary  {path}")
     if failure is not None:
         raise failure
     return path

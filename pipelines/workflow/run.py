@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.experiments import Arm, Subject
+from pipelines.config.experiments import EvaluatedModel, Experiment
 from pipelines.config.recipe import Recipe
-from pipelines.console import say
+from pipelines.console import print_status
 from pipelines.runtime.stage import Stage, snapshot
 from pipelines.workflow import tasks
 from pipelines.workflow.stages import Stages
@@ -22,7 +22,7 @@ Data = tuple[Stage, Figures]
 class Trained:
     """One arm when it is trained."""
 
-    arm: Arm
+    arm: Experiment
     stage: Stage
     figures: Figures
 
@@ -31,13 +31,30 @@ class Trained:
         """Which folder of the stage holds it: model or adapter."""
         return "model" if self.arm.method == "full" else "adapter"
 
-    def subject(self, step: int | None = None) -> Subject:
+    def subject(self, step: int | None = None) -> EvaluatedModel:
         """Return it as a model to be scored, as it was in the end or after `step` steps."""
-        label, weights, folder = self.arm.label, str(self.figures.get("adapter_sha256", self.stage.key)), self.stage.folder
+        label, weights, folder = (
+            self.arm.label,
+            str(self.figures.get("adapter_sha256", self.stage.key)),
+            self.stage.folder,
+        )
         if step is not None:
-            label, weights, folder = f"{label}@{step}", f"{self.stage.key}@{step}", folder / snapshot(step)
-        quantised = self.stage.inputs["quantization"] != "none"
-        return Subject(label, quantised, weights, self.output, str(folder / self.output), self.arm, step, whole=step is None)
+            label, weights, folder = (
+                f"{label}@{step}",
+                f"{self.stage.key}@{step}",
+                folder / snapshot(step),
+            )
+        quantized = self.stage.inputs["quantization"] != "none"
+        return EvaluatedModel(
+            label,
+            quantized,
+            weights,
+            self.output,
+            str(folder / self.output),
+            self.arm,
+            step,
+            whole=step is None,
+        )
 
 
 @dataclass
@@ -61,7 +78,7 @@ class Run:
         name, begun = f"{stage.kind} {stage.label}", time.monotonic()
         figures, reused = tasks.run_or_reuse(task, stage, *arguments)
         seconds = self.note(name, begun, cached=reused, folder=str(stage.folder))
-        say(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
+        print_status(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
         return figures
 
     def step_together(self, task: Any, stages: Sequence[Stage], *arguments: Any) -> None:
@@ -71,8 +88,12 @@ class Run:
             task(missing, *arguments)
         for stage in stages:
             name, reused = f"{stage.kind} {stage.label}", stage not in missing
-            seconds = self.note(name, begun, cached=reused, folder=str(stage.folder)) if reused else self._own_time(name, stage)
-            say(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
+            seconds = (
+                self.note(name, begun, cached=reused, folder=str(stage.folder))
+                if reused
+                else self._own_time(name, stage)
+            )
+            print_status(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
 
     def note(self, name: str, begun: float, *, cached: bool = False, folder: str = "") -> float:
         """Keep how long a stage took since the clock stood at `begun`; return the seconds."""
@@ -83,7 +104,9 @@ class Run:
     def _own_time(self, name: str, stage: Stage) -> float:
         """Keep the time that a stage itself says it took, beside others in one process."""
         seconds = float((stage.result() or {})["seconds"])
-        self.timings.append({"name": name, "seconds": seconds, "cached": False, "folder": str(stage.folder)})
+        self.timings.append(
+            {"name": name, "seconds": seconds, "cached": False, "folder": str(stage.folder)}
+        )
         return seconds
 
     def times(self) -> dict[str, Any]:

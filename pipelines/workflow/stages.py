@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.files import sha256_of_file
-from pipelines.config.experiments import Arm, Subject
+from pipelines.config.experiments import EvaluatedModel, Experiment
 from pipelines.config.recipe import Recipe
 from pipelines.errors import RecipeError
 from pipelines.models.base_model import files_digest, identify
@@ -17,7 +17,13 @@ from pipelines.paths import evaluation_files, find, folders
 from pipelines.runtime.sharding import sharding
 from pipelines.runtime.stage import Stage, snapshot
 
-SPREAD = {"accumulation", "gradient_checkpointing", "checkpoint_every", "checkpoint_share", "checkpoints_kept"}
+SPREAD = {
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "checkpoint_time_fraction",
+    "checkpoints_kept",
+}
 """Settings of training that say how a step is spread over time and memory: what is learnt is the same but for rounding."""
 SHORT = {"generations": 0}
 """What a model that only the frontier shows is not asked: answers, which are slow to write and are judged nowhere."""
@@ -35,7 +41,9 @@ class Stages:
     def base(self) -> Stage:
         """The base model, in Hugging Face format and fingerprinted."""
         section = self.recipe.base_model
-        return base_stage(section.id, section.revision, self.root, trust_remote_code=section.trust_remote_code)
+        return base_stage(
+            section.id, section.revision, self.root, trust_remote_code=section.trust_remote_code
+        )
 
     def data(self, base: dict[str, Any]) -> Stage:
         """The splits, tokenised for this base; raises RecipeError where it would be given longer examples than it takes."""
@@ -48,13 +56,19 @@ class Stages:
         source = None if is_harvested else find(section.source, self.places)
         inputs = {
             "data": section.model_dump(mode="json"),
-            "source": sys.version if is_harvested else section.source if source is None else _identity(source),
+            "source": sys.version
+            if is_harvested
+            else section.source
+            if source is None
+            else _identity(source),
             "tokenizer": base["tokenizer_sha256"],
             "template": base["template_sha256"],
             "seed": self.recipe.seed,
             **self._trust(),
         }
-        paths = {"base": base["folder"]} | ({} if source is None else {"source": str(source.absolute())})
+        paths = {"base": base["folder"]} | (
+            {} if source is None else {"source": str(source.absolute())}
+        )
         return Stage("data", Path(section.source).stem, inputs, self.root, paths)
 
     def plan(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]]) -> Stage:
@@ -72,16 +86,28 @@ class Stages:
             **sharding(recipe.launch.config),
             **self._trust(),
         }
-        return Stage("plan", recipe.name, inputs, self.root, {"base": base["folder"], "data": str(data_stage.folder)})
+        return Stage(
+            "plan",
+            recipe.name,
+            inputs,
+            self.root,
+            {"base": base["folder"], "data": str(data_stage.folder)},
+        )
 
-    def train(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], arm: Arm) -> Stage:
+    def train(
+        self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], arm: Experiment
+    ) -> Stage:
         """One arm's training, whoever computes it: launch and processes are no part of the key.
 
         A control by full fine-tuning is named by the base's digest, the data's and the budget alone, so that every recipe that
         needs it finds it.
         """
         recipe, (data_stage, data_figures) = self.recipe, data
-        known = ("digests",) if arm.method == "full" else ("id", "revision", "digests", "tokenizer_sha256", "template_sha256")
+        known = (
+            ("digests",)
+            if arm.method == "full"
+            else ("id", "revision", "digests", "tokenizer_sha256", "template_sha256")
+        )
         inputs: dict[str, Any] = {
             "method": arm.method,
             "base": {name: base[name] for name in known},
@@ -93,7 +119,10 @@ class Stages:
             **self._trust(),
         }
         if arm.rank is not None:
-            inputs |= {"rank": arm.rank, "lora": recipe.lora.model_dump(mode="json", exclude={"ranks", "learning_rate"})}
+            inputs |= {
+                "rank": arm.rank,
+                "lora": recipe.lora.model_dump(mode="json", exclude={"ranks", "learning_rate"}),
+            }
         output = "model/config.json" if arm.method == "full" else "adapter/adapter_config.json"
         return Stage(
             "train",
@@ -111,19 +140,38 @@ class Stages:
             expects=tuple(f"{snapshot(step)}/{output}" for step in arm.snapshots),
         )
 
-    def tune(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], trained: Stage) -> Stage:
+    def tune(
+        self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], trained: Stage
+    ) -> Stage:
         """The loss by which a control's rate is chosen."""
-        inputs = {"trained": trained.key, "quantization": trained.inputs["quantization"], "data_digest": data[1]["digest"], **self._trust()}
+        inputs = {
+            "trained": trained.key,
+            "quantization": trained.inputs["quantization"],
+            "data_digest": data[1]["digest"],
+            **self._trust(),
+        }
         output = "model" if trained.inputs["method"] == "full" else "adapter"
-        paths = {"base": base["folder"], "data": str(data[0].folder), output: str(trained.folder / output)}
+        paths = {
+            "base": base["folder"],
+            "data": str(data[0].folder),
+            output: str(trained.folder / output),
+        }
         return Stage("tune", trained.label, inputs, self.root, paths)
 
     def cut(self, trained: Stage, figures: dict[str, Any], rank: int) -> Stage:
         """A trained adapter at a lower rank."""
         inputs = {"adapter": figures["adapter_sha256"], "rank": rank}
-        return Stage("cut", f"{trained.label}-to-{rank}", inputs, self.root, {"adapter": str(trained.folder / "adapter")})
+        return Stage(
+            "cut",
+            f"{trained.label}-to-{rank}",
+            inputs,
+            self.root,
+            {"adapter": str(trained.folder / "adapter")},
+        )
 
-    def evaluate(self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], subject: Subject) -> Stage:
+    def evaluate(
+        self, base: dict[str, Any], data: tuple[Stage, dict[str, Any]], subject: EvaluatedModel
+    ) -> Stage:
         """The scores of one model."""
         recipe, (data_stage, data_figures) = self.recipe, data
         settings = recipe.evaluation.model_dump(mode="json")
@@ -132,10 +180,13 @@ class Stages:
             "tokenizer": base["tokenizer_sha256"],
             "template": base["template_sha256"],
             "trained": subject.weights,
-            "quantization": "nf4" if subject.quantised else "none",
+            "quantization": "nf4" if subject.quantized else "none",
             "data_digest": data_figures["digest"],
             "evaluation": settings | ({} if subject.whole else SHORT),
-            "files": {name: _identity(path) for name, path in evaluation_files(settings, self.places).items()},
+            "files": {
+                name: _identity(path)
+                for name, path in evaluation_files(settings, self.places).items()
+            },
             "seed": recipe.seed,
             **self._trust(),
         }
@@ -157,14 +208,18 @@ class Stages:
 
     def _places(self) -> dict[str, str]:
         named = {"recipe": self.folder, "here": Path.cwd()}
-        return {name: str(folder.absolute()) for name, folder in named.items() if folder is not None}
+        return {
+            name: str(folder.absolute()) for name, folder in named.items() if folder is not None
+        }
 
 
-def shared_out(stages: Sequence[Stage], at_once: int) -> list[list[Stage]]:
+def group_by_base(stages: Sequence[Stage], at_once: int) -> list[list[Stage]]:
     """Deal evaluations to processes: each loads one base once, and all end at about the same time; the longest come first."""
     groups: dict[tuple[str, str], list[Stage]] = defaultdict(list)
     for stage in stages:
-        groups[stage.paths.get("model", stage.paths["base"]), stage.inputs["quantization"]].append(stage)
+        groups[stage.paths.get("model", stage.paths["base"]), stage.inputs["quantization"]].append(
+            stage
+        )
     parts = []
     for group in groups.values():
         count = max(1, round(at_once * len(group) / len(stages)))
@@ -177,7 +232,9 @@ def plain_label(label: str) -> str:
     return label.replace(" ", "-").replace("@", "-step-").replace("→", "-to-")
 
 
-def base_stage(model_id: str, revision: str | None, root: Path, *, trust_remote_code: bool = False) -> Stage:
+def base_stage(
+    model_id: str, revision: str | None, root: Path, *, trust_remote_code: bool = False
+) -> Stage:
     """Return the stage of a base model, whoever asks for it: a recipe, or an adapter that was trained on it."""
     identity = identify(model_id, revision, trust_remote_code=trust_remote_code)
     return Stage("base", model_id.rpartition("/")[2].replace(":", "-"), {"base": identity}, root)

@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
 from pipelines.config.sections import LaunchSection
-from pipelines.console import all_of, say, training_progress
+from pipelines.console import fan_out, print_status, training_progress
 from pipelines.orchestration import concurrency, flow_log
 from pipelines.orchestration.cancellation import by_worker
 from pipelines.runtime import hosts, launcher
@@ -24,7 +24,11 @@ def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
     return str(parameters["stage"].key)
 
 
-CACHED: dict[str, Any] = {"cache_key_fn": stage_key, "persist_result": True, "task_run_name": "{stage.kind} {stage.label}"}
+CACHED: dict[str, Any] = {
+    "cache_key_fn": stage_key,
+    "persist_result": True,
+    "task_run_name": "{stage.kind} {stage.label}",
+}
 
 
 @task(name="prepare base model", **CACHED)
@@ -51,8 +55,12 @@ def train(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
     found = stage.result()  # made by hand, or for another server
     if found is not None:
         return found
-    with concurrency.held(concurrency.slot_names(settings.processes // settings.machines), flow_log.tell):
-        return stage.result() or _trained(stage, settings, experiment)  # another run may have trained it meanwhile
+    with concurrency.held(
+        concurrency.slot_names(settings.processes // settings.machines), flow_log.log_and_print
+    ):
+        return stage.result() or _trained(
+            stage, settings, experiment
+        )  # another run may have trained it meanwhile
 
 
 def _trained(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
@@ -60,15 +68,22 @@ def _trained(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
     with (
         training_progress(stage.label, lines=not by_worker()) as shown,
         flow_log.reported(stage.label) as reported,
-        live_run(stage, experiment, say) as logged,
+        live_run(stage, experiment, print_status) as logged,
     ):
-        return hosts.train(stage, settings, all_of(shown, reported, logged), lambda text: flow_log.tell(f"{stage.label}: {text}"))
+        return hosts.train(
+            stage,
+            settings,
+            fan_out(shown, reported, logged),
+            lambda text: flow_log.log_and_print(f"{stage.label}: {text}"),
+        )
 
 
 @task(name="tune", **CACHED)
 def tune(stage: Stage) -> Figures:
     """Find the loss of a control at one rate."""
-    with concurrency.held(concurrency.slot_names(1) if concurrency.gpus() else [], flow_log.tell):
+    with concurrency.held(
+        concurrency.slot_names(1) if concurrency.gpus() else [], flow_log.log_and_print
+    ):
         return _perform(stage, "pipelines.evaluation.tuning")
 
 
@@ -86,13 +101,15 @@ def evaluate(stages: list[Stage], at_once: int, place: int) -> list[Figures]:
     """
     folders = [stage.begin() for stage in stages]
     argv = launcher.python_argv("pipelines.evaluation.evaluate", *folders)
-    return launcher.run_together(stages, argv, threads=launcher.threads_each(at_once), place=place % at_once)
+    return launcher.run_together(
+        stages, argv, threads=launcher.threads_each(at_once), place=place % at_once
+    )
 
 
 def evaluation_slots(stages: list[Stage], at_once: int) -> AbstractContextManager[None]:
     """Hold the GPUs on which stages are scored, if any is to be; cores are shared as far as the recipe says."""
     wanted = concurrency.gpus() and any(stage.result() is None for stage in stages)
-    return concurrency.held(concurrency.slot_names(at_once) if wanted else [], say)
+    return concurrency.held(concurrency.slot_names(at_once) if wanted else [], print_status)
 
 
 def show_comparison(table: str, decision: str) -> None:

@@ -41,12 +41,21 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build"
 WORK, RESULT = BUILD / "bench", BUILD / "bench.json"
 SCRIPTS = {"ours": "ours.py", "peft": "peers.py", "trl": "peers.py", "trl-float32": "peers.py"}
-NAMES = {"ours": "ours", "peft": "bare PEFT loop", "trl": "TRL", "trl-float32": "TRL, float32 adapter"}
+NAMES = {
+    "ours": "ours",
+    "peft": "bare PEFT loop",
+    "trl": "TRL",
+    "trl-float32": "TRL, float32 adapter",
+}
 TIMED = ("ours", "peft", "trl")
 """Contestants of every round; SFTTrainer is timed as it is, with the bfloat16 adapter that it makes over a 4-bit base."""
 COMPARED = ("ours", "peft", "trl-float32")
 """Contestants whose losses are compared, in the first round; a bfloat16 adapter would round its losses away."""
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 """Environment in which PyTorch and its libraries leave wider units alone."""
 USUAL_SPEED = {"ours": 170.0, "peft": 100.0, "trl": 100.0, "trl-float32": 95.0}
 """Tokens a second on two idle cores; they give the expected duration and nothing else."""
@@ -60,7 +69,8 @@ RECIPE = {
     "data": {"source": "docstrings", "max_source_characters": 250, "max_tokens": 320},
     "lora": {"ranks": [RANK], "alpha": 2 * RANK, "learning_rate": 1e-3},
     "training": {
-        "steps": 10**9,  # length of the schedule, of which the first steps all stand at the peak rate
+        "steps": 10
+        ** 9,  # length of the schedule, of which the first steps all stand at the peak rate
         "batch_size": 8,
         "warmup_steps": 0,
         "max_grad_norm": 1e9,  # clips nothing
@@ -106,9 +116,13 @@ def main() -> None:
     options = parse_options()
     task, tokens_per_step = prepare()
     plans = [plan_round(number, options) for number in range(options.rounds)]
-    pairs = [{"ours": options.steps, "trl": options.steps} for _ in plans] if has_wider_units() else []
+    pairs = (
+        [{"ours": options.steps, "trl": options.steps} for _ in plans] if has_wider_units() else []
+    )
     minutes = sum(expected_seconds(plan, tokens_per_step) for plan in [*plans, *pairs]) / 60
-    console.print(f"{options.rounds} rounds, about {minutes:.0f} minutes on two idle cores", style="bold")
+    console.print(
+        f"{options.rounds} rounds, about {minutes:.0f} minutes on two idle cores", style="bold"
+    )
     rounds = [run_round(plan, task, options.steps) for plan in plans]
     held = [run_round(pair, task, options.steps, AVX2) for pair in pairs]
     found = rows(rounds, options.steps) + ratios_to_trl(rounds, held, options.steps)
@@ -120,13 +134,19 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contestant")
-    parser.add_argument("--steps", type=int, default=6, help="steps that are timed, with the first, which warms up")
-    parser.add_argument("--curve-steps", type=int, default=20, help="steps whose losses are compared")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="steps that are timed, with the first, which warms up"
+    )
+    parser.add_argument(
+        "--curve-steps", type=int, default=20, help="steps whose losses are compared"
+    )
     options = parser.parse_args()
     if options.rounds < 1 or options.steps < 2:
         parser.error("the first step warms up and is not timed: give at least 1 round and 2 steps")
     if options.curve_steps < options.steps:
-        parser.error(f"--curve-steps {options.curve_steps} is less than --steps {options.steps}; the compared runs are timed too")
+        parser.error(
+            f"--curve-steps {options.curve_steps} is less than --steps {options.steps}; the compared runs are timed too"
+        )
     return options
 
 
@@ -137,9 +157,14 @@ def prepare() -> tuple[Row, float]:
     data_stage = stages.data(base)
     data = result_of(data_stage, "pipelines.data.preparation", threads=threads())
     training = stages.train(base, (data_stage, data), RANK)
-    task = {"inputs": dict(training.inputs), "paths": {**training.paths, "adapter": str(WORK / "adapter")}}
+    task = {
+        "inputs": dict(training.inputs),
+        "paths": {**training.paths, "adapter": str(WORK / "adapter")},
+    }
     run("ours.py", "adapter", {**task, "steps": 1})
-    return task, data["train_tokens"] / data["train_examples"] * training.inputs["training"]["batch_size"]
+    return task, data["train_tokens"] / data["train_examples"] * training.inputs["training"][
+        "batch_size"
+    ]
 
 
 def plan_round(number: int, options: argparse.Namespace) -> dict[str, int]:
@@ -152,10 +177,14 @@ def plan_round(number: int, options: argparse.Namespace) -> dict[str, int]:
 
 def expected_seconds(plan: dict[str, int], tokens_per_step: float) -> float:
     """Estimate how long a round takes."""
-    return sum(USUAL_START + steps * tokens_per_step / USUAL_SPEED[name] for name, steps in plan.items())
+    return sum(
+        USUAL_START + steps * tokens_per_step / USUAL_SPEED[name] for name, steps in plan.items()
+    )
 
 
-def run_round(plan: dict[str, int], task: Row, timed: int, limits: Mapping[str, str] = NO_LIMITS) -> dict[str, Figures]:
+def run_round(
+    plan: dict[str, int], task: Row, timed: int, limits: Mapping[str, str] = NO_LIMITS
+) -> dict[str, Figures]:
     """Run the contestants of a round, held to `limits`, and say how fast each was."""
     found = {}
     for name, steps in plan.items():
@@ -174,14 +203,20 @@ def run(script: str, name: str, task: Row, limits: Mapping[str, str] = NO_LIMITS
     Raises:
         SystemExit: it failed; the end of its output is shown.
     """
-    task_file, result_file, log_file = (WORK / f"{name}.{ending}" for ending in ("task.json", "result.json", "log.txt"))
+    task_file, result_file, log_file = (
+        WORK / f"{name}.{ending}" for ending in ("task.json", "result.json", "log.txt")
+    )
     write_json(task_file, task)
     result_file.unlink(missing_ok=True)
     with log_file.open("w") as log:
         argv = [sys.executable, str(HERE / script), name, str(task_file), str(result_file)]
-        status = subprocess.run(argv, env={**environment(), **limits}, stdout=log, stderr=subprocess.STDOUT).returncode
+        status = subprocess.run(
+            argv, env={**environment(), **limits}, stdout=log, stderr=subprocess.STDOUT
+        ).returncode
     if status != 0:
-        sys.exit(f"{NAMES.get(name, name)} ended with status {status}; {log_file} ends:\n{log_file.read_text()[-2000:]}")
+        sys.exit(
+            f"{NAMES.get(name, name)} ended with status {status}; {log_file} ends:\n{log_file.read_text()[-2000:]}"
+        )
     result: Row = json.loads(result_file.read_text())
     return result
 
@@ -204,19 +239,40 @@ def threads() -> int:
 
 def rows(rounds: Rounds, steps: int) -> list[Row]:
     """Turn the rounds into rows, each with a goal or without one."""
-    speeds = {name: [r[name].tokens_per_second(steps) for r in rounds if name in r] for name in SCRIPTS}
+    speeds = {
+        name: [r[name].tokens_per_second(steps) for r in rounds if name in r] for name in SCRIPTS
+    }
     peaks = {name: max(r[name].peak_gib(steps) for r in rounds if name in r) for name in SCRIPTS}
     shares = [figures.core_share(steps) for r in rounds for figures in r.values()]
     return [
-        *[row(f"{NAMES[name]}: speed", "tokens/s", median(values)) for name, values in speeds.items()],
-        row("ours / TRL, float32 adapter: speed, first round", "×", speeds["ours"][0] / speeds["trl-float32"][0]),
+        *[
+            row(f"{NAMES[name]}: speed", "tokens/s", median(values))
+            for name, values in speeds.items()
+        ],
+        row(
+            "ours / TRL, float32 adapter: speed, first round",
+            "×",
+            speeds["ours"][0] / speeds["trl-float32"][0],
+        ),
         row("ours / bare PEFT loop: speed", "×", median_ratio(speeds, "peft"), at_least=1.2),
         *[row(f"{NAMES[name]}: peak memory", "GiB", value) for name, value in peaks.items()],
         row("ours / TRL: peak memory", "×", peaks["ours"] / peaks["trl"], at_most=0.75),
-        row("ours − bare PEFT loop: largest difference of loss", "nats", loss_difference(rounds[0], "peft"), at_most=1e-3),
-        row("ours − TRL, float32 adapter: largest difference of loss", "nats", loss_difference(rounds[0], "trl-float32"), at_most=1e-3),
+        row(
+            "ours − bare PEFT loop: largest difference of loss",
+            "nats",
+            loss_difference(rounds[0], "peft"),
+            at_most=1e-3,
+        ),
+        row(
+            "ours − TRL, float32 adapter: largest difference of loss",
+            "nats",
+            loss_difference(rounds[0], "trl-float32"),
+            at_most=1e-3,
+        ),
         row("steps whose losses are compared", "steps", len(rounds[0]["ours"].losses)),
-        row("lowest share of the cores that a contestant had", "", min(shares), at_least=0.8),  # less, and others were at work
+        row(
+            "lowest share of the cores that a contestant had", "", min(shares), at_least=0.8
+        ),  # less, and others were at work
     ]
 
 
@@ -234,18 +290,44 @@ def ratios_to_trl(rounds: Rounds, held: Rounds, steps: int) -> list[Row]:
     if not held:
         return [row("ours / TRL: speed", "×", median_ratio(speeds(rounds), "trl"), at_least=3.0)]
     return [
-        *[row(f"{NAMES[name]}, on AVX2: speed", "tokens/s", median(values)) for name, values in speeds(held).items()],
-        row("ours / TRL, with all units of these cores: speed", "×", median_ratio(speeds(rounds), "trl")),
+        *[
+            row(f"{NAMES[name]}, on AVX2: speed", "tokens/s", median(values))
+            for name, values in speeds(held).items()
+        ],
+        row(
+            "ours / TRL, with all units of these cores: speed",
+            "×",
+            median_ratio(speeds(rounds), "trl"),
+        ),
         row("ours / TRL, on AVX2: speed", "×", median_ratio(speeds(held), "trl"), at_least=3.0),
     ]
 
 
-def row(what: str, unit: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> Row:
+def row(
+    what: str,
+    unit: str,
+    value: float,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+) -> Row:
     """Return one row; `holds` is null where there is no goal."""
     if at_least is not None:
-        return {"what": what, "value": value, "unit": unit, "goal": f"≥ {at_least:g}", "holds": value >= at_least}
+        return {
+            "what": what,
+            "value": value,
+            "unit": unit,
+            "goal": f"≥ {at_least:g}",
+            "holds": value >= at_least,
+        }
     if at_most is not None:
-        return {"what": what, "value": value, "unit": unit, "goal": f"≤ {at_most:g}", "holds": value <= at_most}
+        return {
+            "what": what,
+            "value": value,
+            "unit": unit,
+            "goal": f"≤ {at_most:g}",
+            "holds": value <= at_most,
+        }
     return {"what": what, "value": value, "unit": unit, "goal": None, "holds": None}
 
 
@@ -267,7 +349,10 @@ def report(found: list[Row], title: str = "Training speed, memory and losses") -
         table.add_row(one["what"], f"{one['value']:.4g}", one["unit"], one["goal"] or "", verdict)
     console.print(table)
     missed = [one["what"] for one in found if one["holds"] is False]
-    console.print(f"goals missed: {'; '.join(missed)}" if missed else "all goals hold", style="red" if missed else "green")
+    console.print(
+        f"goals missed: {'; '.join(missed)}" if missed else "all goals hold",
+        style="red" if missed else "green",
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pipelines.models.forward import PackReader
 from pipelines.models.hardware import choose_optimizer, detect, peak_memory_bytes
 from pipelines.models.loading import load_model
 from pipelines.training.engine import prepare, start
-from pipelines.training.phase_timer import Heart
+from pipelines.training.phase_timer import PhaseTimer
 from pipelines.training.train import Run, adapt, parameter_groups, train_step
 
 
@@ -48,7 +48,9 @@ class Task:
 
     def order(self, dataset: Dataset) -> list[list[int]]:
         """Return the examples of each step."""
-        return order(len(dataset), self.steps, self.inputs["training"]["batch_size"], self.inputs["seed"])
+        return order(
+            len(dataset), self.steps, self.inputs["training"]["batch_size"], self.inputs["seed"]
+        )
 
     def batches(self) -> list[list[dict[str, Any]]]:
         """Return the examples themselves, step by step."""
@@ -67,7 +69,13 @@ class Record:
 
     def step_ended(self) -> None:
         """Note the end of a step."""
-        self.ends.append({"clock": time.perf_counter(), "cores": time.process_time(), "peak": peak_memory_bytes()})
+        self.ends.append(
+            {
+                "clock": time.perf_counter(),
+                "cores": time.process_time(),
+                "peak": peak_memory_bytes(),
+            }
+        )
 
 
 Contestant = Callable[[Task], Record]
@@ -76,15 +84,33 @@ Contestant = Callable[[Task], Record]
 def ours(task: Task) -> Record:
     """Take the steps that pipelines.training takes; the seed draws the adapter that `write_adapter` saved."""
     hardware, record = detect(), Record()
-    options = {"accumulation": 1, "processes": 1, "device": "cpu", "timeout_seconds": 600}
+    options = {
+        "gradient_accumulation_steps": 1,
+        "processes": 1,
+        "device": "cpu",
+        "timeout_seconds": 600,
+    }
     accelerator = start(task.inputs["seed"], options, hardware, full=False)
     model, dataset, settings = task.model(), task.dataset(), task.inputs["training"]
     adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]))
     lengths, steps = [len(ids) for ids in dataset["input_ids"]], task.order(dataset)
-    run = Run(accelerator, dataset, lengths, steps, settings["warmup_steps"], settings["max_grad_norm"], hardware.device, Heart(None))
+    run = Run(
+        accelerator,
+        dataset,
+        lengths,
+        steps,
+        settings["warmup_steps"],
+        settings["max_grad_norm"],
+        hardware.device,
+        PhaseTimer(None),
+    )
     optimizer = choose_optimizer(hardware, "whole", None)
     engine = prepare(
-        accelerator, PackReader.default(model), parameter_groups(model, task.inputs), optimizer=optimizer, max_grad_norm=run.max_grad_norm
+        accelerator,
+        PackReader.default(model),
+        parameter_groups(model, task.inputs),
+        optimizer=optimizer,
+        max_grad_norm=run.max_grad_norm,
     )
     for step in range(task.steps):
         record.losses.append(train_step(run, engine, step)["loss"])

@@ -26,7 +26,11 @@ def peft_loop(task: Task) -> Record:
     """Take the usual steps: a padded batch, logits for every position, the model's own loss, AdamW."""
     model, record = adapted(task), Record()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=task.inputs["learning_rate"], weight_decay=task.inputs["training"]["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=task.inputs["learning_rate"],
+        weight_decay=task.inputs["training"]["weight_decay"],
+    )
     for examples in task.batches():
         loss = model(**padded(examples)).loss
         loss.backward()
@@ -50,9 +54,14 @@ def trl_float32(task: Task) -> Record:
 def adapted(task: Task) -> PeftModel:
     """Return the base with the common adapter in PEFT, ready to train; nothing leaves float32."""
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
-    base = AutoModelForCausalLM.from_pretrained(task.paths["base"], dtype=torch.float32, quantization_config=quantization)
+    base = AutoModelForCausalLM.from_pretrained(
+        task.paths["base"], dtype=torch.float32, quantization_config=quantization
+    )
     base.config.use_cache = False
     model = PeftModel.from_pretrained(base, task.paths["adapter"], is_trainable=True)
     model.train()
@@ -75,7 +84,10 @@ def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 def labels(example: dict[str, Any]) -> list[int]:
     """Return the supervised tokens in their places, and the mark of being ignored elsewhere."""
-    return [token if supervised else IGNORED for token, supervised in zip(example["input_ids"], example["supervised"], strict=True)]
+    return [
+        token if supervised else IGNORED
+        for token, supervised in zip(example["input_ids"], example["supervised"], strict=True)
+    ]
 
 
 def sft(task: Task, *, keeps_float32: bool) -> Record:
@@ -125,7 +137,9 @@ def sft_config(task: Task) -> SFTConfig:
 def sft_dataset(task: Task) -> Dataset:
     """Return the examples in the order of the steps, tokenised and labelled, so that TRL supervises the same tokens."""
     examples = [example for batch in task.batches() for example in batch]
-    return Dataset.from_list([{"input_ids": example["input_ids"], "labels": labels(example)} for example in examples])
+    return Dataset.from_list(
+        [{"input_ids": example["input_ids"], "labels": labels(example)} for example in examples]
+    )
 
 
 class Timer(TrainerCallback):

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 from lora_core.files import write_json
 from pipelines.evaluation.benchmarks import READERS, sample
 from pipelines.evaluation.items import Item
-from pipelines.evaluation.questions import tokenise
+from pipelines.evaluation.questions import tokenize
 from pipelines.evaluation.scoring import score
 from pipelines.evaluation.trees import Tree
 from pipelines.models.checked import CheckedReader
@@ -68,13 +68,21 @@ def main() -> None:
     if find_spec("lm_eval") is None:
         sys.exit("lm-eval is not installed; run: pip install 'lora-pipeline[lm-eval]'")
     torch.set_num_threads(threads())
-    base = options.base or Path(result_of(base_stage(BASE, None, runs_root()), "pipelines.models.base_model", threads=threads())["folder"])
+    base = options.base or Path(
+        result_of(
+            base_stage(BASE, None, runs_root()), "pipelines.models.base_model", threads=threads()
+        )["folder"]
+    )
     items = [item for name in READERS for item in sample(name, options.items, SEED)]
     console.print(f"{len(items)} items, {threads()} cores", style="bold")
     ours, theirs = contestants(base, items, options.batches)
     rounds = list(run_rounds(ours, theirs, options.rounds))
-    trees = [question.tree for question in tokenise(items, load_tokenizer(base), None)]
-    spared = row("arithmetic of lm-eval / ours, without its padding", "×", arithmetic_ratio(base, items, trees))
+    trees = [question.tree for question in tokenize(items, load_tokenizer(base), None)]
+    spared = row(
+        "arithmetic of lm-eval / ours, without its padding",
+        "×",
+        arithmetic_ratio(base, items, trees),
+    )
     found = [*rows(items, rounds), spared, *together_rows(base, trees, options.rounds)]
     write_json(options.result, found)
     report(found, title="Scoring answers")
@@ -83,15 +91,27 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--base", type=Path, help="folder of a model in Hugging Face format; the embedded one when left out")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help="folder of a model in Hugging Face format; the embedded one when left out",
+    )
     parser.add_argument("--items", type=int, default=30, help="items of each benchmark")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes that lm-eval is tried with")
+    parser.add_argument(
+        "--batches",
+        type=int,
+        nargs="+",
+        default=[1, 4, 8, 16],
+        help="batch sizes that lm-eval is tried with",
+    )
     parser.add_argument("--result", type=Path, default=RESULT, help="where the figures go")
     return parser.parse_args()
 
 
-def contestants(base: Path, items: Sequence[Item], batches: Sequence[int]) -> tuple[Contestant, dict[str, Contestant]]:
+def contestants(
+    base: Path, items: Sequence[Item], batches: Sequence[int]
+) -> tuple[Contestant, dict[str, Contestant]]:
     """Load the model for both; return ours, and theirs by batch size."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -99,12 +119,18 @@ def contestants(base: Path, items: Sequence[Item], batches: Sequence[int]) -> tu
     tokenizer = load_tokenizer(base)
     model = load_model(base, "none", detect())
     plain = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32)
-    pairs = [(item.context + choice.lead, choice.scored) for item in items for choice in item.choices]
+    pairs = [
+        (item.context + choice.lead, choice.scored) for item in items for choice in item.choices
+    ]
     requests = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(pairs)]
 
     def ours() -> Scores:
-        trees = [question.tree for question in tokenise(items, tokenizer, None)]
-        return [(one.log_likelihood, one.greedy) for scores in score(CheckedReader(model), trees) for one in scores]
+        trees = [question.tree for question in tokenize(items, tokenizer, None)]
+        return [
+            (one.log_likelihood, one.greedy)
+            for scores in score(CheckedReader(model), trees)
+            for one in scores
+        ]
 
     def theirs(batch: int) -> Contestant:
         wrapped = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=batch, device="cpu")
@@ -120,10 +146,19 @@ def arithmetic_ratio(base: Path, items: Sequence[Item], trees: Sequence[Tree]) -
     """
     model, tokenizer = meta_model(str(base)), load_tokenizer(base)
     head = model.get_output_embeddings().weight.numel()  # type: ignore[operator, union-attr]
-    body = sum(weight.numel() for name, weight in model.named_parameters() if "embed" not in name and "head" not in name)
-    texts = [item.context + choice.lead + choice.scored for item in items for choice in item.choices]
+    body = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if "embed" not in name and "head" not in name
+    )
+    texts = [
+        item.context + choice.lead + choice.scored for item in items for choice in item.choices
+    ]
     theirs = sum(len(ids) - 1 for ids in tokenizer(texts).input_ids) * (body + head)
-    read, scored = sum(len(tree.tokens) for tree in trees), sum(len(answer.targets) for tree in trees for answer in tree.answers)
+    read, scored = (
+        sum(len(tree.tokens) for tree in trees),
+        sum(len(answer.targets) for tree in trees for answer in tree.answers),
+    )
     return theirs / (read * body + scored * head)
 
 
@@ -151,23 +186,43 @@ def run(name: str, contestant: Contestant) -> Run:
 def rows(items: Sequence[Item], rounds: Sequence[dict[str, Run]]) -> list[Row]:
     """Turn the rounds into rows, each with a goal or without one."""
     first = rounds[0]
-    best = min((name for name in rounds[-1] if name != "ours"), key=lambda name: rounds[-1][name].seconds)
+    best = min(
+        (name for name in rounds[-1] if name != "ours"), key=lambda name: rounds[-1][name].seconds
+    )
     last = rounds[-1]
-    differences = [abs(a - b) for (a, _), (b, _) in zip(last["ours"].scores, last[best].scores, strict=True)]
-    greedy = sum(a != b for (_, a), (_, b) in zip(last["ours"].scores, last[best].scores, strict=True))
+    differences = [
+        abs(a - b) for (a, _), (b, _) in zip(last["ours"].scores, last[best].scores, strict=True)
+    ]
+    greedy = sum(
+        a != b for (_, a), (_, b) in zip(last["ours"].scores, last[best].scores, strict=True)
+    )
     chosen = [picks(items, last[name].scores) for name in ("ours", best)]
     ratio = median(one[best].seconds / one["ours"].seconds for one in rounds)
     return [
         row("ours: speed", "items/s", len(items) / median(one["ours"].seconds for one in rounds)),
-        *[row(f"{name}: speed", "items/s", len(items) / one.seconds) for name, one in first.items() if name not in ("ours", best)],
+        *[
+            row(f"{name}: speed", "items/s", len(items) / one.seconds)
+            for name, one in first.items()
+            if name not in ("ours", best)
+        ],
         row(f"{best}: speed", "items/s", len(items) / median(one[best].seconds for one in rounds)),
         row(f"ours / {best}: speed", "×", ratio, at_least=3.0),
         row("largest difference of a log-likelihood", "nats", max(differences), at_most=NATS),
-        row("items whose likeliest choice differs", "items", sum(a != b for a, b in zip(*chosen, strict=True)), at_most=0),
+        row(
+            "items whose likeliest choice differs",
+            "items",
+            sum(a != b for a, b in zip(*chosen, strict=True)),
+            at_most=0,
+        ),
         row("choices whose being greedy differs", "choices", greedy, at_most=0),
         row("accuracy, ours", "", accuracy(items, chosen[0])),
         row("accuracy, lm-eval", "", accuracy(items, chosen[1])),
-        row("lowest share of the cores", "", min(one.core_share for found in rounds for one in found.values()), at_least=0.8),
+        row(
+            "lowest share of the cores",
+            "",
+            min(one.core_share for found in rounds for one in found.values()),
+            at_least=0.8,
+        ),
     ]
 
 

@@ -38,7 +38,12 @@ def together_rows(base: Path, trees: Sequence[Tree], rounds: int) -> Iterator[Ro
         ratios.append((middle - begun) / (time.perf_counter() - middle))
         differences += [float((apart[name] - together[name]).abs().max()) for name in NAMES]
     yield row("two adapters in one pass / one after the other: speed", "×", median(ratios))
-    yield row("largest difference of an answer's log-likelihood between the two", "nats", max(differences), at_most=NATS)
+    yield row(
+        "largest difference of an answer's log-likelihood between the two",
+        "nats",
+        max(differences),
+        at_most=NATS,
+    )
 
 
 def bank_of_two(base: Path) -> Bank:
@@ -56,7 +61,9 @@ def bank_of_two(base: Path) -> Bank:
 def scored_alone(bank: Bank, name: str, trees: Sequence[Tree]) -> torch.Tensor:
     """Return the log-likelihood of each answer by one adapter, as the pipeline scores it."""
     with bank.using(name) as model:
-        return torch.tensor([one.log_likelihood for scores in score(CheckedReader(model), trees) for one in scores])  # type: ignore[arg-type]
+        return torch.tensor(
+            [one.log_likelihood for scores in score(CheckedReader(model), trees) for one in scores]
+        )  # type: ignore[arg-type]
 
 
 @torch.inference_mode()
@@ -66,10 +73,17 @@ def scored_together(bank: Bank, trees: Sequence[Tree]) -> dict[str, torch.Tensor
     for places in packs(trees, PACK_TOKENS // len(NAMES)):
         keys = [(name, place) for name in NAMES for place in places]
         group = [trees[place] for _, place in keys]
-        with bank.rows([name for name, _ in keys], dim=TOKENS, lengths=[len(tree.tokens) for tree in group]) as model:
-            likelihoods, _ = PackReader.default(model).log_likelihoods(tree_pack(group, "cpu"), HEAD_ROWS)  # type: ignore[arg-type]
+        with bank.rows(
+            [name for name, _ in keys], dim=TOKENS, lengths=[len(tree.tokens) for tree in group]
+        ) as model:
+            likelihoods, _ = PackReader.default(model).log_likelihoods(
+                tree_pack(group, "cpu"), HEAD_ROWS
+            )  # type: ignore[arg-type]
         counts = [len(answer.targets) for tree in group for answer in tree.answers]
         parts = iter(likelihoods.split(counts))
         for key, tree in zip(keys, group, strict=True):
             found[key] = [float(next(parts).sum()) for _ in tree.answers]
-    return {name: torch.tensor([value for place in range(len(trees)) for value in found[name, place]]) for name in NAMES}
+    return {
+        name: torch.tensor([value for place in range(len(trees)) for value in found[name, place]])
+        for name in NAMES
+    }

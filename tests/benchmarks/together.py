@@ -23,7 +23,13 @@ from typing import Any
 import torch
 from bench import BUILD, GIB, Row, environment, report, row, threads
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from lora_core import Bank, LoraConfig
 from lora_core.files import write_json
@@ -43,7 +49,9 @@ class Way:
         self.bank = Bank(model)
         for number in range(adapters):
             self.bank.add(f"{number}", ADAPTER, seed=number)
-        self.optimizer = torch.optim.AdamW(self.bank.parameter_groups(dict.fromkeys(self.bank.names, 1e-3)), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.bank.parameter_groups(dict.fromkeys(self.bank.names, 1e-3)), weight_decay=0.0
+        )
 
     def together(self, ids: Tensor) -> list[float]:
         """Take a step in one pass; ids are (adapters, rows, tokens)."""
@@ -89,8 +97,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--adapters", type=int, default=4, help="adapters that are trained")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way and size")
     parser.add_argument("--layers", type=int, default=30, help="blocks of the base")
-    parser.add_argument("--only", choices=("together", "apart"), help="take two steps of one way and print the peak of memory")
-    parser.add_argument("--size", type=int, default=0, help="of the batch, by its number; goes with --only")
+    parser.add_argument(
+        "--only",
+        choices=("together", "apart"),
+        help="take two steps of one way and print the peak of memory",
+    )
+    parser.add_argument(
+        "--size", type=int, default=0, help="of the batch, by its number; goes with --only"
+    )
     return parser.parse_args()
 
 
@@ -111,14 +125,20 @@ def save(layers: int) -> None:
 
 def load() -> PreTrainedModel:
     """Return the base in NF4."""
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(_folder(), quantization_config=nf4, dtype=torch.float32).train()
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        _folder(), quantization_config=nf4, dtype=torch.float32
+    ).train()
     return model
 
 
 def draw(adapters: int, size: tuple[int, int], step: int) -> Tensor:
     """Return the tokens of a step, (adapters, rows, tokens)."""
-    return torch.randint(0, VOCABULARY, (adapters, *size), generator=torch.Generator().manual_seed(step))
+    return torch.randint(
+        0, VOCABULARY, (adapters, *size), generator=torch.Generator().manual_seed(step)
+    )
 
 
 def rows(ways: dict[str, Way], number: int, options: argparse.Namespace) -> list[Row]:
@@ -132,15 +152,23 @@ def rows(ways: dict[str, Way], number: int, options: argparse.Namespace) -> list
         losses = {name: timed(getattr(ways[name], name), ids, seconds[name]) for name in order}
         difference = max(difference, *(abs(a - b) for a, b in zip(*losses.values(), strict=True)))
     share = (time.process_time() - start[1]) / (time.perf_counter() - start[0]) / threads()
-    ratios = [apart / one for one, apart in zip(seconds["together"][1:], seconds["apart"][1:], strict=True)]
+    ratios = [
+        apart / one
+        for one, apart in zip(seconds["together"][1:], seconds["apart"][1:], strict=True)
+    ]
     peaks = {name: peak(name, number, options.adapters) / GIB for name in ways}
     what = f"{size[0]} × {size[1]} tokens an adapter"
     return [
-        *[row(f"{what}, {name}: step", "s", median(values[1:])) for name, values in seconds.items()],
+        *[
+            row(f"{what}, {name}: step", "s", median(values[1:]))
+            for name, values in seconds.items()
+        ],
         row(f"{what}: speed together / apart", "×", median(ratios), at_least=1.0),
         *[row(f"{what}, {name}: peak memory", "GiB", value) for name, value in peaks.items()],
         row(f"{what}: largest difference of loss", "nats", difference, at_most=1e-3),
-        row(f"{what}: share of the cores", "", share, at_least=0.8),  # less, and others were at work
+        row(
+            f"{what}: share of the cores", "", share, at_least=0.8
+        ),  # less, and others were at work
     ]
 
 
@@ -154,14 +182,29 @@ def timed(take: Callable[[Tensor], list[float]], ids: Tensor, seconds: list[floa
 
 def peak(name: str, number: int, adapters: int) -> int:
     """Return the bytes that one way holds at most, in a fresh process."""
-    argv = [sys.executable, __file__, "--only", name, "--size", f"{number}", "--adapters", f"{adapters}"]
-    return int(subprocess.run(argv, env=environment(), check=True, capture_output=True, text=True).stdout.split()[-1])
+    argv = [
+        sys.executable,
+        __file__,
+        "--only",
+        name,
+        "--size",
+        f"{number}",
+        "--adapters",
+        f"{adapters}",
+    ]
+    return int(
+        subprocess.run(
+            argv, env=environment(), check=True, capture_output=True, text=True
+        ).stdout.split()[-1]
+    )
 
 
 def own_peak() -> int:
     """Return the bytes that this process held at most; what getrusage says is the parent's where that held more."""
     status = Path("/proc/self/status").read_text()
-    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * next(
+        int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")
+    )
 
 
 def _losses(model: Any, ids: Tensor) -> list[Tensor]:
@@ -169,7 +212,10 @@ def _losses(model: Any, ids: Tensor) -> list[Tensor]:
     hidden = model.model(input_ids=ids.flatten(0, 1), use_cache=False).last_hidden_state[:, :-1]
     targets, width = ids[..., 1:].flatten(1), hidden.shape[-1]
     own = hidden.reshape(len(ids), -1, width)
-    return [linear_cross_entropy(h, model.lm_head.weight, t) / len(t) for h, t in zip(own, targets, strict=True)]
+    return [
+        linear_cross_entropy(h, model.lm_head.weight, t) / len(t)
+        for h, t in zip(own, targets, strict=True)
+    ]
 
 
 def _folder() -> Path:

@@ -5,7 +5,9 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 NO_BROWSER = "no chromium, chromium-browser or google-chrome is installed"
 
 
@@ -20,7 +22,11 @@ class Rendered(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
-        self.loads += [values[name] for name in ("src", "href", "xlink:href", "srcset", "action", "poster") if name in values]
+        self.loads += [
+            values[name]
+            for name in ("src", "href", "xlink:href", "srcset", "action", "poster")
+            if name in values
+        ]
         if "data-figure" in values:
             owner = values.get("data-model") or values.get("data-point") or ""
             self.figures[owner, values["data-figure"]] = values
@@ -39,7 +45,14 @@ class Rendered(HTMLParser):
 def dump(page: Path, folder: Path) -> str:
     """Open a page and return the document as it stands once it is loaded."""
     assert BROWSER is not None
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=3000", "--no-first-run"]
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=3000",
+        "--no-first-run",
+    ]
     profile = f"--user-data-dir={folder / 'profile'}"
     ended = subprocess.run(
         [BROWSER, *options, profile, "--window-size=1300,2000", "--dump-dom", page.as_uri()],

@@ -20,9 +20,15 @@ MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 
 def measured(page: str, folder: Path) -> list[dict[str, Any]]:
     """Show a page in frames of several widths (a window of less than 500 is not to be had) and return what was found there."""
-    frames = "".join(f'<iframe style="border:0;width:{width}px;height:2000px" srcdoc="{html.escape(page)}"></iframe>' for width in WIDTHS)
+    frames = "".join(
+        f'<iframe style="border:0;width:{width}px;height:2000px" srcdoc="{html.escape(page)}"></iframe>'
+        for width in WIDTHS
+    )
     host = folder / "host.html"
-    host.write_text(f'<!DOCTYPE html><meta charset="utf-8">{frames}<pre id="found"></pre><script>{MEASURE}</script>', encoding="utf-8")
+    host.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8">{frames}<pre id="found"></pre><script>{MEASURE}</script>',
+        encoding="utf-8",
+    )
     found = re.search(r'<pre id="found">(.+?)</pre>', dump(host, folder), flags=re.DOTALL)
     assert found is not None, "the measuring script did not end"
     frames_found: list[dict[str, Any]] = json.loads(html.unescape(found.group(1)))
@@ -52,18 +58,29 @@ def summary(folder: Path) -> Summary:
 
 def test_the_browser_shows_the_summarys_figures(summary: Summary, rendered: Rendered) -> None:
     for label, model in summary["models"].items():
-        assert float(rendered.figures[label, "task_loss"]["data-value"]) == model["scores"]["task_loss"]
-        for figure, change in (("change.choice_probability", "choice_probability"), ("change.task_loss", "task_gain")):
+        assert (
+            float(rendered.figures[label, "task_loss"]["data-value"])
+            == model["scores"]["task_loss"]
+        )
+        for figure, change in (
+            ("change.choice_probability", "choice_probability"),
+            ("change.task_loss", "task_gain"),
+        ):
             if "change" not in model:
                 continue
             shown, expected = rendered.figures[label, figure], model["change"][change]
-            assert {end: float(shown[f"data-{key}"]) for end, key in (("mean", "value"), ("low", "low"), ("high", "high"))} == expected
+            assert {
+                end: float(shown[f"data-{key}"])
+                for end, key in (("mean", "value"), ("low", "low"), ("high", "high"))
+            } == expected
             assert shown["text"].startswith(signed(expected["mean"]) + ends(expected))
         if "verdict" in model:
             assert rendered.figures[label, "verdict"]["text"] == model["verdict"]["status"]
 
 
-def test_the_browser_shows_every_point_of_the_frontier(summary: Summary, rendered: Rendered) -> None:
+def test_the_browser_shows_every_point_of_the_frontier(
+    summary: Summary, rendered: Rendered
+) -> None:
     for row in summary["frontier"]:
         for figure in ("gain", "general"):
             shown = rendered.figures[row["label"], figure]
@@ -73,7 +90,10 @@ def test_the_browser_shows_every_point_of_the_frontier(summary: Summary, rendere
 
 def test_nothing_is_asked_of_anybody(folder: Path, rendered: Rendered) -> None:
     assert rendered.loads and all(link.startswith("#") for link in rendered.loads)
-    assert all(frame["requested"] == [] for frame in measured((folder / "report.html").read_text(encoding="utf-8"), folder))
+    assert all(
+        frame["requested"] == []
+        for frame in measured((folder / "report.html").read_text(encoding="utf-8"), folder)
+    )
 
 
 def test_no_text_leaves_its_place_on_a_phone_or_a_desk(folder: Path) -> None:
@@ -88,12 +108,15 @@ def test_no_text_leaves_its_place_on_a_phone_or_a_desk(folder: Path) -> None:
 
 def test_the_measure_finds_what_it_looks_for(folder: Path) -> None:
     wide = '<p style="white-space: nowrap">' + "word " * 60 + "</p>"
-    cell = '<div class="scroll"><table style="table-layout: fixed; width: 60px"><tr><td style="white-space: nowrap">' + "cell " * 9
-    labels = (
-        '<svg width="90" height="40"><text x="5" y="20">one</text><text x="9" y="20">two</text><text x="80" y="20">far out</text></svg>'
+    cell = (
+        '<div class="scroll"><table style="table-layout: fixed; width: 60px"><tr><td style="white-space: nowrap">'
+        + "cell " * 9
     )
+    labels = '<svg width="90" height="40"><text x="5" y="20">one</text><text x="9" y="20">two</text><text x="80" y="20">far out</text></svg>'
     asked = '<img src="http://127.0.0.1:9/missing.png">'
-    narrow, _ = measured(f"<!DOCTYPE html><body>{wide}{labels}{asked}{cell}</td></tr></table></div>", folder)
+    narrow, _ = measured(
+        f"<!DOCTYPE html><body>{wide}{labels}{asked}{cell}</td></tr></table></div>", folder
+    )
     assert [text[:7] for text in narrow["overflowing"]] == ["word wo", "far out", "cell ce"]
     assert narrow["colliding"] == ["one / two"]
     assert narrow["page_width"] > narrow["width"]

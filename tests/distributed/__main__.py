@@ -18,7 +18,16 @@ from rich.console import Console
 from rich.table import Table
 from tiny import tiny_recipe
 
-from distributed.trainings import LAUNCHES, METHODS, Trainings, embedded_stage, farthest, losses, outcome, train_all
+from distributed.trainings import (
+    LAUNCHES,
+    METHODS,
+    Trainings,
+    embedded_stage,
+    farthest,
+    losses,
+    outcome,
+    train_all,
+)
 from distributed.two_hosts import objection, pickled, two_hosts
 from lora_core.files import write_json
 from pipelines.config.recipe import parse_recipe
@@ -57,32 +66,68 @@ def launches(folder: Path) -> Iterator[Row]:
     """Train every method under every launch."""
     trainings = Trainings.prepare(folder)
     alone = {method: trainings.stage(method, "alone") for method in METHODS}
-    train_all("cpu_single", 1, [str(stage.folder) for stage in alone.values()], folder / "alone.log")
+    train_all(
+        "cpu_single", 1, [str(stage.folder) for stage in alone.values()], folder / "alone.log"
+    )
     for name in LAUNCHES:
-        whole, broken = ({method: trainings.stage(method, f"{name}{kind}", 2) for method in METHODS} for kind in ("", "-broken"))
+        whole, broken = (
+            {method: trainings.stage(method, f"{name}{kind}", 2) for method in METHODS}
+            for kind in ("", "-broken")
+        )
         words = [str(stage.folder) for stage in whole.values()]
-        words += [word for stage in broken.values() for word in (f"{stage.folder}:3", str(stage.folder))]
+        words += [
+            word for stage in broken.values() for word in (f"{stage.folder}:3", str(stage.folder))
+        ]
         train_all(name, 2, words, folder / f"{name}.log")
         for method in METHODS:
-            yield within(f"{name}, {method}: largest difference of a step's loss", apart(whole[method], alone[method]), "nats", LOSS)
+            yield within(
+                f"{name}, {method}: largest difference of a step's loss",
+                apart(whole[method], alone[method]),
+                "nats",
+                LOSS,
+            )
             weights = farthest(outcome(alone[method]), outcome(whole[method]))
-            yield within(f"{name}, {method}: largest difference of a trained tensor", weights, "of its norm", WEIGHTS)
-            yield within(f"{name}, {method}: broken off and gone on with, loss", apart(broken[method], whole[method]), "nats", 0)
+            yield within(
+                f"{name}, {method}: largest difference of a trained tensor",
+                weights,
+                "of its norm",
+                WEIGHTS,
+            )
+            yield within(
+                f"{name}, {method}: broken off and gone on with, loss",
+                apart(broken[method], whole[method]),
+                "nats",
+                0,
+            )
 
 
 def refused(folder: Path) -> Iterator[Row]:
     """Ask for FSDP, as accelerate's own configs do, and see that it is refused before anything is started."""
     for device, quantization in (("cpu", "nf4"), ("gpu", "nf4"), ("gpu", "none")):
-        config = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "use_cpu": device == "cpu", "num_processes": 2}
+        config = {
+            "distributed_type": "FSDP",
+            "fsdp_config": {"fsdp_version": 2},
+            "use_cpu": device == "cpu",
+            "num_processes": 2,
+        }
         path = folder / f"fsdp_{device}.yaml"
         path.write_text(yaml.safe_dump(config))
-        changes = {"launch": {"config": str(path), "processes": 2}, "base_model": {"quantization": quantization}}
+        changes = {
+            "launch": {"config": str(path), "processes": 2},
+            "base_model": {"quantization": quantization},
+        }
         try:
             check_launch(parse_recipe(tiny_recipe(folder, folder, **changes)))
             reason = None
         except RecipeError as error:
             reason = str(error).partition(" asks for ")[2]
-        yield row(f"FSDP2, {quantization}, {device}: {reason}", int(reason is not None), "refused", "1", holds=reason is not None)
+        yield row(
+            f"FSDP2, {quantization}, {device}: {reason}",
+            int(reason is not None),
+            "refused",
+            "1",
+            holds=reason is not None,
+        )
 
 
 def hosts(folder: Path) -> Iterator[Row]:
@@ -92,8 +137,10 @@ def hosts(folder: Path) -> Iterator[Row]:
         yield row(f"two hosts: {reason}", 0, "")
         return
     settings = LaunchSection(config="cpu_zero2", processes=2, machines=2, timeout_seconds=30)
-    often = {"steps": STEPS, "checkpoint_every": 2, "checkpoint_share": 1}
-    one, two = (embedded_stage(folder / name, "QLoRA", settings, **often) for name in ("one-host", "hosts"))
+    often = {"steps": STEPS, "checkpoint_every": 2, "checkpoint_time_fraction": 1}
+    one, two = (
+        embedded_stage(folder / name, "QLoRA", settings, **often) for name in ("one-host", "hosts")
+    )
     train_all("cpu_zero2", 2, [str(one.folder)], folder / "one-host.log")
     with two_hosts(folder / "hosts") as made:
         second, file = made.join(), pickled(two, settings, folder / "stage.pickle")
@@ -102,21 +149,39 @@ def hosts(folder: Path) -> Iterator[Row]:
         made.pull_cable()
         begun = time.monotonic()
         said, _ = first.communicate()
-        yield within("after the cable was pulled, until the run ended", time.monotonic() - begun, "s", settings.timeout_seconds + 30)
-        yield row(f"what it said: {said.strip().splitlines()[-1][:300]}", first.returncode, "status", "1", holds=first.returncode == 1)
+        yield within(
+            "after the cable was pulled, until the run ended",
+            time.monotonic() - begun,
+            "s",
+            settings.timeout_seconds + 30,
+        )
+        yield row(
+            f"what it said: {said.strip().splitlines()[-1][:300]}",
+            first.returncode,
+            "status",
+            "1",
+            holds=first.returncode == 1,
+        )
         made.plug_cable()
         again = made.train(file)
         again.communicate()
         second.terminate()
         second.communicate()
-    yield within("two hosts, interrupted, beside two ranks of one host: loss", apart(two, one), "nats", 2e-5)
-    yield within("the same: largest difference of a trained tensor", farthest(outcome(one), outcome(two)), "of its norm", 1e-3)
+    yield within(
+        "two hosts, interrupted, beside two ranks of one host: loss", apart(two, one), "nats", 2e-5
+    )
+    yield within(
+        "the same: largest difference of a trained tensor",
+        farthest(outcome(one), outcome(two)),
+        "of its norm",
+        1e-3,
+    )
 
 
 def checkpoints(folder: Path) -> Iterator[Row]:
     """Train as the default recipe has it, and the control once more with each checkpoint written, whatever it costs."""
     settings = LaunchSection(config="cpu_zero2", processes=2)
-    for method, often in (("QLoRA", {}), ("full", {}), ("full", {"checkpoint_share": 1})):
+    for method, often in (("QLoRA", {}), ("full", {}), ("full", {"checkpoint_time_fraction": 1})):
         name = f"{method}, {'every one written' if often else 'as the recipe has it'}"
         stage = embedded_stage(folder / name, method, settings, **often)
         train_all("cpu_zero2", 2, [str(stage.folder)], folder / f"{name}.log")
@@ -124,11 +189,25 @@ def checkpoints(folder: Path) -> Iterator[Row]:
         assert figures is not None
         cost = figures["checkpoints"]
         share = (cost["seconds"] + cost["seconds_beside"]) / figures["training_seconds"]
-        yield row(f"{name}: checkpoints written", cost["written"], f"in {figures['training_seconds']:.0f} s")
+        yield row(
+            f"{name}: checkpoints written",
+            cost["written"],
+            f"in {figures['training_seconds']:.0f} s",
+        )
         if often:
-            yield row(f"{name}: training stood still for each", cost["seconds"] / cost["written"], "s")
-            yield row(f"{name}: a core's time beside it for each", cost["seconds_beside"] / cost["written"], "s")
-        yield row(f"{name}: both", share, "of its training time") if often else within(f"{name}: both", share, "of its training time", COST)
+            yield row(
+                f"{name}: training stood still for each", cost["seconds"] / cost["written"], "s"
+            )
+            yield row(
+                f"{name}: a core's time beside it for each",
+                cost["seconds_beside"] / cost["written"],
+                "s",
+            )
+        yield (
+            row(f"{name}: both", share, "of its training time")
+            if often
+            else within(f"{name}: both", share, "of its training time", COST)
+        )
 
 
 def apart(one: Stage, other: Stage) -> float:
@@ -149,7 +228,9 @@ def within(what: str, value: float, unit: str, most: float) -> Row:
     return row(what, value, unit, f"<= {most:g}", holds=value <= most)
 
 
-def row(what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None) -> Row:
+def row(
+    what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None
+) -> Row:
     """Return one figure."""
     return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}
 

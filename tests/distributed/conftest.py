@@ -15,5 +15,10 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 def alone(trainings: Trainings) -> dict[str, Stage]:
     """Every method by one process."""
     stages = {method: trainings.stage(method, "alone") for method in METHODS}
-    train_all("cpu_single", 1, [str(stage.folder) for stage in stages.values()], trainings.root / "alone.log")
+    train_all(
+        "cpu_single",
+        1,
+        [str(stage.folder) for stage in stages.values()],
+        trainings.root / "alone.log",
+    )
     return stages

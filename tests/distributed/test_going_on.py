@@ -20,16 +20,34 @@ DAMAGES = ("a flipped bit", "cut short", "a missing file")
 @pytest.fixture(scope="module")
 def broken(trainings: Trainings) -> dict[str, Stage]:
     """Runs of two ranks that were broken off, one for each test, by name."""
-    stages = {name: trainings.stage("QLoRA", name.replace(" ", "-"), 2) for name in ("to one", "to four", *DAMAGES)}
-    train_all("cpu_zero2", 2, [f"{stage.folder}:{BREAK}" for stage in stages.values()], trainings.root / "broken.log")
+    stages = {
+        name: trainings.stage("QLoRA", name.replace(" ", "-"), 2)
+        for name in ("to one", "to four", *DAMAGES)
+    }
+    train_all(
+        "cpu_zero2",
+        2,
+        [f"{stage.folder}:{BREAK}" for stage in stages.values()],
+        trainings.root / "broken.log",
+    )
     return stages
 
 
-@pytest.mark.parametrize(("name", "config", "processes"), [("to one", "cpu_single", 1), ("to four", "cpu_ddp", 4)])
+@pytest.mark.parametrize(
+    ("name", "config", "processes"), [("to one", "cpu_single", 1), ("to four", "cpu_ddp", 4)]
+)
 def test_two_ranks_go_on_as_others(
-    trainings: Trainings, alone: dict[str, Stage], broken: dict[str, Stage], name: str, config: str, processes: int
+    trainings: Trainings,
+    alone: dict[str, Stage],
+    broken: dict[str, Stage],
+    name: str,
+    config: str,
+    processes: int,
 ) -> None:
-    stage, log = trainings.stage("QLoRA", name.replace(" ", "-"), processes), trainings.root / f"{config}.log"
+    stage, log = (
+        trainings.stage("QLoRA", name.replace(" ", "-"), processes),
+        trainings.root / f"{config}.log",
+    )
     assert stage.folder == broken[name].folder
     train_all(config, processes, [str(stage.folder)], log)
     assert "from step 4" in log.read_text()
@@ -44,13 +62,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         harm(broken[damage].folder / "checkpoints" / "step-00004" / "exp_avg.safetensors", damage)
     log = trainings.root / "damaged.log"
     train_all("cpu_zero2", 2, [str(broken[damage].folder) for damage in DAMAGES], log)
-    assert log.read_text().count("step-00004 is damaged (") == log.read_text().count("from step 2") == len(DAMAGES)
+    assert (
+        log.read_text().count("step-00004 is damaged (")
+        == log.read_text().count("from step 2")
+        == len(DAMAGES)
+    )
     for damage in DAMAGES:
         assert losses(broken[damage]) == pytest.approx(losses(alone["QLoRA"]), abs=2e-6)
 
 
-def test_the_newest_and_the_best_checkpoints_stay_and_one_without_a_state_ends_no_run(trainings: Trainings) -> None:
-    stage = trainings.stage("QLoRA", "kept", training={"steps": 14, "checkpoint_every": 1, "checkpoints_kept": 2})
+def test_the_newest_and_the_best_checkpoints_stay_and_one_without_a_state_ends_no_run(
+    trainings: Trainings,
+) -> None:
+    stage = trainings.stage(
+        "QLoRA", "kept", training={"steps": 14, "checkpoint_every": 1, "checkpoints_kept": 2}
+    )
     train_all("cpu_single", 1, [f"{stage.folder}:11"], trainings.root / "kept.log")
     kept = sorted((stage.folder / "checkpoints").glob("step-*"))
     rows = losses(stage)[:11]
@@ -58,16 +84,28 @@ def test_the_newest_and_the_best_checkpoints_stay_and_one_without_a_state_ends_n
     assert {int(folder.name[5:]) for folder in kept} == {10, 11, best}
     state = json.loads((kept[-1] / "state.json").read_text())
     assert (state["step"], state["ranks"]) == (11, 1)
-    assert set(state["files"]) == {"weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "random.safetensors"}
+    assert set(state["files"]) == {
+        "weights.safetensors",
+        "exp_avg.safetensors",
+        "exp_avg_sq.safetensors",
+        "random.safetensors",
+    }
     (kept[0] / "state.json").write_text("")
     train_all("cpu_single", 1, [str(stage.folder)], trainings.root / "stateless.log")
     assert "from step 11" in (trainings.root / "stateless.log").read_text()
     assert len(losses(stage)) == 14
 
 
-def test_a_checkpoint_that_costs_too_much_waits_and_a_run_that_ends_leaves_it_whole(trainings: Trainings) -> None:
+def test_a_checkpoint_that_costs_too_much_waits_and_a_run_that_ends_leaves_it_whole(
+    trainings: Trainings,
+) -> None:
     """Two hundredths of a tiny model's steps are less than any checkpoint takes; the first one's cost is only guessed at."""
-    settings = {"steps": 40, "checkpoint_every": 1, "checkpoints_kept": 40, "checkpoint_share": 0.02}
+    settings = {
+        "steps": 40,
+        "checkpoint_every": 1,
+        "checkpoints_kept": 40,
+        "checkpoint_time_fraction": 0.02,
+    }
     stage = trainings.stage("LoRA", "dear", training=settings)
     train_all("cpu_single", 1, [f"{stage.folder}:39"], trainings.root / "dear.log")
     written = sorted((stage.folder / "checkpoints").glob("step-*"))

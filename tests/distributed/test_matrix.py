@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from distributed.trainings import LAUNCHES, METHODS, RANK, Trainings, farthest, losses, outcome, train_all
+from distributed.trainings import (
+    LAUNCHES,
+    METHODS,
+    RANK,
+    Trainings,
+    farthest,
+    losses,
+    outcome,
+    train_all,
+)
 from pipelines.runtime.stage import Stage, read_records
 
 pytestmark = pytest.mark.slow
@@ -20,7 +29,7 @@ WEIGHTS = 5e-5
 NORM = 1e-4
 """Largest difference of the gradient's length at any step, as a share of it."""
 BREAK = 3
-IN_PARTS: dict[str, Any] = {"training": {"accumulation": 2}}
+IN_PARTS: dict[str, Any] = {"training": {"gradient_accumulation_steps": 2}}
 """What one process takes at once, two take in two parts each."""
 Runs = dict[str, tuple[Stage, Stage]]
 
@@ -30,9 +39,13 @@ def runs(request: pytest.FixtureRequest, trainings: Trainings) -> Runs:
     """Every method under one launch: in one go, and broken off after three steps and gone on with."""
     name = request.param
     whole = {method: trainings.stage(method, name, 2, **IN_PARTS) for method in METHODS}
-    broken = {method: trainings.stage(method, f"{name}-broken", 2, **IN_PARTS) for method in METHODS}
+    broken = {
+        method: trainings.stage(method, f"{name}-broken", 2, **IN_PARTS) for method in METHODS
+    }
     words = [str(stage.folder) for stage in whole.values()]
-    words += [word for stage in broken.values() for word in (f"{stage.folder}:{BREAK}", str(stage.folder))]
+    words += [
+        word for stage in broken.values() for word in (f"{stage.folder}:{BREAK}", str(stage.folder))
+    ]
     train_all(name, 2, words, trainings.root / f"{name}.log")
     return {method: (whole[method], broken[method]) for method in METHODS}
 
@@ -42,7 +55,9 @@ def gradient_norms(stage: Stage) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_learn_what_one_process_learns(alone: dict[str, Stage], runs: Runs, method: str) -> None:
+def test_two_ranks_learn_what_one_process_learns(
+    alone: dict[str, Stage], runs: Runs, method: str
+) -> None:
     whole, _ = runs[method]
     assert losses(whole) == pytest.approx(losses(alone[method]), abs=LOSS)
     assert gradient_norms(whole) == pytest.approx(gradient_norms(alone[method]), rel=NORM)

@@ -13,7 +13,11 @@ from pipelines.config.sections import LaunchSection
 from pipelines.runtime.stage import Stage
 
 REASON = objection()
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(REASON is not None, reason=str(REASON)), pytest.mark.xdist_group("two hosts")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.xdist_group("two hosts"),
+]
 TIMEOUT = 15
 """Seconds that a rank waits for another here."""
 STEPS = 80
@@ -31,8 +35,12 @@ def staged(trainings: Trainings, runs: str) -> Stage:
     return trainings.stage("QLoRA", runs, 2, training=many, launch=LAUNCH.model_dump())
 
 
-def test_a_pulled_cable_is_named_by_both_ends_and_the_run_goes_on(trainings: Trainings, hosts: TwoHosts) -> None:
-    together = trainings.stage("QLoRA", "one-host", 2, training={"steps": STEPS, "checkpoint_every": 4})
+def test_a_pulled_cable_is_named_by_both_ends_and_the_run_goes_on(
+    trainings: Trainings, hosts: TwoHosts
+) -> None:
+    together = trainings.stage(
+        "QLoRA", "one-host", 2, training={"steps": STEPS, "checkpoint_every": 4}
+    )
     train_all("cpu_zero2", 2, [str(together.folder)], trainings.root / "one-host.log")
     stage = staged(trainings, "hosts")
     file = pickled(stage, LAUNCH, trainings.root / "stage.pickle")
@@ -44,7 +52,9 @@ def test_a_pulled_cable_is_named_by_both_ends_and_the_run_goes_on(trainings: Tra
         begun = time.monotonic()
         said, _ = first.communicate(timeout=TIMEOUT + 90)
         assert first.returncode == 1 and time.monotonic() - begun < TIMEOUT + 60
-        assert "lost rank 1 on node-b in step" in said or "lost rank 0 on node-a in step" in said, said
+        assert "lost rank 1 on node-b in step" in said or "lost rank 0 on node-a in step" in said, (
+            said
+        )
         wait_until_quiet("node-b", beside=1)
         assert "lost rank 0 on node-a" in (stage.folder / "log-1.txt").read_text()
         assert "lost rank 1 on node-b" in (stage.folder / "log.txt").read_text()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 from torch import Tensor
 
-from pipelines.config.experiments import Arm, control_arms
+from pipelines.config.experiments import Experiment, control_experiments
 from pipelines.config.recipe import RECIPES, parse_recipe
 from pipelines.config.sections import LaunchSection
 from pipelines.paths import runs_root
@@ -40,13 +40,25 @@ class Trainings:
 
     def stage(self, method: str, runs: str, processes: int = 1, **changes: Any) -> Stage:
         """Return a stage that is begun, in a folder of runs of its own."""
-        changes = {"base_model": {"quantization": METHODS[method]}, "launch": {"processes": processes}, **changes}
-        recipe = parse_recipe(tiny_recipe(self.root / "model", self.root / "pairs.jsonl", **changes))
+        changes = {
+            "base_model": {"quantization": METHODS[method]},
+            "launch": {"processes": processes},
+            **changes,
+        }
+        recipe = parse_recipe(
+            tiny_recipe(self.root / "model", self.root / "pairs.jsonl", **changes)
+        )
         stages = Stages(recipe, self.root / runs)
-        base = launcher.result_of(Stages(recipe, self.root / "shared").base(), "pipelines.models.base_model", threads=1)
+        base = launcher.result_of(
+            Stages(recipe, self.root / "shared").base(), "pipelines.models.base_model", threads=1
+        )
         data_stage = Stages(recipe, self.root / "shared").data(base)
         data = (data_stage, launcher.result_of(data_stage, "pipelines.data.preparation", threads=1))
-        arm = control_arms(recipe)[0] if method == "full" else Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
+        arm = (
+            control_experiments(recipe)[0]
+            if method == "full"
+            else Experiment(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
+        )
         stage = stages.train(base, data, arm)
         stage.begin()
         return stage
@@ -68,25 +80,41 @@ def losses(stage: Stage) -> list[float]:
 
 def outcome(stage: Stage) -> dict[str, Tensor]:
     """Return what was trained."""
-    file = "model/model.safetensors" if stage.inputs["method"] == "full" else "adapter/adapter_model.safetensors"
+    file = (
+        "model/model.safetensors"
+        if stage.inputs["method"] == "full"
+        else "adapter/adapter_model.safetensors"
+    )
     return load_file(str(stage.folder / file))
 
 
 def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Return the largest difference of any tensor, as a share of its norm."""
     assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())
-    return max(float((tensor - other[name]).norm() / tensor.norm().clamp(min=1e-6)) for name, tensor in one.items())
+    return max(
+        float((tensor - other[name]).norm() / tensor.norm().clamp(min=1e-6))
+        for name, tensor in one.items()
+    )
 
 
 def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training: Any) -> Stage:
     """Return the default recipe's rank 4 (QLoRA) or control (full), begun; base and data are the default run's."""
     changes = {"launch": settings.model_dump(), "training": training}
     values: dict[str, Any] = yaml.safe_load(DEFAULT.read_text())
-    recipe = parse_recipe({**values, **{name: {**values[name], **change} for name, change in changes.items()}})
+    recipe = parse_recipe(
+        {**values, **{name: {**values[name], **change} for name, change in changes.items()}}
+    )
     shared = Stages(recipe, runs_root())
     base = launcher.result_of(shared.base(), "pipelines.models.base_model", threads=2)
-    data = (shared.data(base), launcher.result_of(shared.data(base), "pipelines.data.preparation", threads=2))
-    arm = control_arms(recipe)[0] if method == "full" else Arm(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
+    data = (
+        shared.data(base),
+        launcher.result_of(shared.data(base), "pipelines.data.preparation", threads=2),
+    )
+    arm = (
+        control_experiments(recipe)[0]
+        if method == "full"
+        else Experiment(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
+    )
     stage = Stages(recipe, runs).train(base, data, arm)
     stage.begin()
     return stage

@@ -32,7 +32,11 @@ def objection() -> str | None:
         return "two hosts need iproute2"
     made = subprocess.run(["ip", "netns", "add", "node-probe"], capture_output=True, check=False)
     subprocess.run(["ip", "netns", "del", "node-probe"], capture_output=True, check=False)
-    return None if made.returncode == 0 else f"no network namespace can be made here ({made.stderr.decode().strip()})"
+    return (
+        None
+        if made.returncode == 0
+        else f"no network namespace can be made here ({made.stderr.decode().strip()})"
+    )
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,25 @@ class TwoHosts:
             "GLOO_SOCKET_IFNAME": CABLE,
             "PYTHONPATH": str(REPOSITORY),
         }
-        named = ["ip", "netns", "exec", node, "unshare", "--uts", "sh", "-c", f'hostname {node} && exec "$@"', node]
-        return subprocess.Popen([*named, *argv], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        named = [
+            "ip",
+            "netns",
+            "exec",
+            node,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            f'hostname {node} && exec "$@"',
+            node,
+        ]
+        return subprocess.Popen(
+            [*named, *argv],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def train(self, stage_file: Path) -> "subprocess.Popen[str]":
         """Start a training on the first host, as a run does."""
@@ -59,7 +80,9 @@ class TwoHosts:
 
     def join(self) -> "subprocess.Popen[str]":
         """Start `lora join` on the second."""
-        return self.start("node-b", str(Path(sys.executable).parent / "lora"), "join", "--machine", "1")
+        return self.start(
+            "node-b", str(Path(sys.executable).parent / "lora"), "join", "--machine", "1"
+        )
 
     def pull_cable(self) -> None:
         """Let nothing pass any more; neither side is told."""
@@ -81,7 +104,12 @@ def two_hosts(runs: Path) -> Iterator[TwoHosts]:
         for node, address in NODES.items():
             end = f"cable-{node[-1]}"
             ip("link", "set", end, "netns", node)
-            for command in (f"link set {end} name {CABLE}", f"addr add {address}/24 dev {CABLE}", f"link set {CABLE} up", "link set lo up"):
+            for command in (
+                f"link set {end} name {CABLE}",
+                f"addr add {address}/24 dev {CABLE}",
+                f"link set {CABLE} up",
+                "link set lo up",
+            ):
                 ip("-n", node, *command.split())
         yield TwoHosts(runs)
     finally:
@@ -91,7 +119,9 @@ def two_hosts(runs: Path) -> Iterator[TwoHosts]:
 def remove() -> None:
     """Take both hosts away, with what is left running on them."""
     for node in NODES:
-        found = subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True, check=False).stdout.split()
+        found = subprocess.run(
+            ["ip", "netns", "pids", node], capture_output=True, text=True, check=False
+        ).stdout.split()
         subprocess.run(["kill", "-9", *found], capture_output=True, check=False) if found else None
         subprocess.run(["ip", "netns", "del", node], capture_output=True, check=False)
 
@@ -103,7 +133,9 @@ def ip(*words: str) -> None:
 
 def processes_on(node: str) -> list[str]:
     """Return the ids of what runs on a host."""
-    return subprocess.run(["ip", "netns", "pids", node], capture_output=True, text=True, check=False).stdout.split()
+    return subprocess.run(
+        ["ip", "netns", "pids", node], capture_output=True, text=True, check=False
+    ).stdout.split()
 
 
 def pickled(stage: Stage, settings: object, path: Path) -> Path:

@@ -39,14 +39,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one family of each kind")
     parser.add_argument("--result", type=Path, default=RESULT, help="where the figures go")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="families and variants; all when left out")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="families and variants; all when left out"
+    )
     options = parser.parse_args()
     names = options.names or (QUICK if options.quick else families())
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = dict(zip(names, pool.map(measured_apart, names), strict=True))
     rows = [row for name, one in found.items() for row in rows_of(name, one)]
     write_json(options.result, rows)
-    show_grid("Families read here and by their own forward", [row for row in rows if "unbuilt" not in row["what"]])
+    show_grid(
+        "Families read here and by their own forward",
+        [row for row in rows if "unbuilt" not in row["what"]],
+    )
     show_reasons(found)
     show_paths(found)
     missed = [row["what"] for row in rows if row["holds"] is False]
@@ -62,7 +67,11 @@ def measured_apart(name: str) -> Measured:
     process.start()
     sender.close()
     try:
-        values = receiver.recv() if receiver.poll(SECONDS) else {"path": CRASHED, "reason": f"no end after {SECONDS} s"}
+        values = (
+            receiver.recv()
+            if receiver.poll(SECONDS)
+            else {"path": CRASHED, "reason": f"no end after {SECONDS} s"}
+        )
     except EOFError:
         values = {"path": CRASHED, "reason": "its process ended without a word"}
     process.kill()
@@ -90,7 +99,12 @@ def rows_of(name: str, one: Measured) -> list[Row]:
         name in EITHER and not one.path.startswith(("packed", "one by one"))
     )
     what = f"{name} ({one.path})"
-    right = {"what": f"{what}: right path", "value": 0 if wanted or one.path == CRASHED else 1, "unit": "", "goal": ">= 1"}
+    right = {
+        "what": f"{what}: right path",
+        "value": 0 if wanted or one.path == CRASHED else 1,
+        "unit": "",
+        "goal": ">= 1",
+    }
     rows: list[Row] = [{**right, "holds": bool(right["value"])}]
     if one.path.startswith(("packed", "one by one")):
         rows += [
@@ -116,7 +130,10 @@ def show_paths(found: dict[str, Measured]) -> None:
     )
     for path, count in Counter(one.path for one in found.values()).most_common():
         some = [one for one in found.values() if one.path == path]
-        figures = [f"{max(getattr(one, name) for one in some):.0e}" for name in ("loss", "gradient", "tree")]
+        figures = [
+            f"{max(getattr(one, name) for one in some):.0e}"
+            for name in ("loss", "gradient", "tree")
+        ]
         measured = path.startswith(("packed", "one by one"))
         answers = str(sum(one.answers for one in some))
         table.add_row(path, str(count), *([*figures, answers] if measured else ["–"] * 4))

@@ -18,7 +18,7 @@ from lora_core.errors import LoraError
 from pipelines.errors import BaseModelError
 from pipelines.evaluation.generation import generate
 from pipelines.evaluation.scoring import score
-from pipelines.evaluation.trees import grow
+from pipelines.evaluation.trees import build_prefix_tree
 from pipelines.models.checked import CheckedReader
 from pipelines.models.equivalence import Probe, verified_reader
 from pipelines.models.packs import pack
@@ -55,7 +55,9 @@ class Tokens:
     eos_token_id = None
     pad_token_id = 0
 
-    def batch_decode(self, rows: Sequence[list[int]], skip_special_tokens: bool = True) -> list[str]:
+    def batch_decode(
+        self, rows: Sequence[list[int]], skip_special_tokens: bool = True
+    ) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
 
 
@@ -68,7 +70,9 @@ def measure(name: str) -> Measured:
     except BaseModelError as error:
         return Measured("refused", str(error))
     except Exception as error:  # noqa: BLE001 - transformers' own, whatever it is
-        return Measured("unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}")
+        return Measured(
+            "unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+        )
     examples = drawn()
     try:
         inject(model, LoraConfig(r=2, lora_alpha=4), seed=SEED)
@@ -79,12 +83,20 @@ def measure(name: str) -> Measured:
         for parameter in trained:
             parameter.add_(0.05 * torch.randn(parameter.shape))
     try:
-        reader, verified = verified_reader(model, [Probe(pack(examples[1:], "cpu"), gradient=True)], trained=dict(enumerate(trained)))
+        reader, verified = verified_reader(
+            model,
+            [Probe(pack(examples[1:], "cpu"), gradient=True)],
+            trained=dict(enumerate(trained)),
+        )
     except BaseModelError as error:
         return Measured("refused", str(error))
     losses, gradients = reference(model, examples, trained)
-    found = [Objective(model, reader)(pack([one], "cpu")) / sum(one["supervised"]) for one in examples]
-    packed = torch.autograd.grad(Objective(model, reader)(pack(examples, "cpu")), trained, allow_unused=True)
+    found = [
+        Objective(model, reader)(pack([one], "cpu")) / sum(one["supervised"]) for one in examples
+    ]
+    packed = torch.autograd.grad(
+        Objective(model, reader)(pack(examples, "cpu")), trained, allow_unused=True
+    )
     return Measured(
         path=verified.path + (", own head" if verified.own_head else ""),
         reason="; ".join(verified.rejected),
@@ -98,7 +110,9 @@ def measure(name: str) -> Measured:
 def built(config: Any) -> PreTrainedModel:
     """Return a random model whose weights are so large that what is attended to moves every logit."""
     torch.manual_seed(SEED)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=SHARPER)
@@ -111,8 +125,14 @@ def built(config: Any) -> PreTrainedModel:
 def drawn() -> list[Example]:
     """Return examples of random words; the first third of each is its prompt."""
     generator = torch.Generator().manual_seed(SEED)
-    rows = [torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist() for length in LENGTHS]
-    return [{"input_ids": row, "supervised": [place > len(row) // 3 for place in range(len(row))]} for row in rows]
+    rows = [
+        torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist()
+        for length in LENGTHS
+    ]
+    return [
+        {"input_ids": row, "supervised": [place > len(row) // 3 for place in range(len(row))]}
+        for row in rows
+    ]
 
 
 def own_log_likelihoods(model: PreTrainedModel, ids: list[int]) -> Tensor:
@@ -123,13 +143,19 @@ def own_log_likelihoods(model: PreTrainedModel, ids: list[int]) -> Tensor:
     return logits.float().log_softmax(dim=1)
 
 
-def reference(model: PreTrainedModel, examples: list[Example], trained: list[Tensor]) -> tuple[list[float], list[Tensor | None]]:
+def reference(
+    model: PreTrainedModel, examples: list[Example], trained: list[Tensor]
+) -> tuple[list[float], list[Tensor | None]]:
     """Return each example's mean loss, and the gradients of the summed loss of all."""
     total, means = torch.zeros(()), []
     for example in examples:
         targets = torch.tensor(example["input_ids"])[1:]
         counted = torch.tensor(example["supervised"])[1:]
-        loss = -own_log_likelihoods(model, example["input_ids"])[:-1].gather(1, targets[:, None])[:, 0][counted].sum()
+        loss = (
+            -own_log_likelihoods(model, example["input_ids"])[:-1]
+            .gather(1, targets[:, None])[:, 0][counted]
+            .sum()
+        )
         means.append(float(loss.detach()) / int(counted.sum()))
         total = total + loss
     return means, list(torch.autograd.grad(total, trained, allow_unused=True))
@@ -145,35 +171,60 @@ def relative(wanted: Tensor | None, found: Tensor | None) -> float:
 def tree_difference(model: PreTrainedModel) -> float:
     """Score answers that share a prompt longer than the windows, and each alone."""
     generator = torch.Generator().manual_seed(SEED + 1)
-    prompt, *answers = (torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist() for length in (20, 12, 3, 15))
+    prompt, *answers = (
+        torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist()
+        for length in (20, 12, 3, 15)
+    )
     answers.append(answers[0][:4] + answers[1])  # shares its beginning with another
     wholes = [prompt + answer for answer in answers]
-    tree = grow(wholes, [len(prompt)] * len(wholes))
+    tree = build_prefix_tree(wholes, [len(prompt)] * len(wholes))
     assert tree is not None
     [found] = score(CheckedReader(model), [tree])
     wanted = [
-        own_log_likelihoods(model, ids[:-1])[len(prompt) - 1 :].gather(1, torch.tensor(ids[len(prompt) :])[:, None]).sum()
+        own_log_likelihoods(model, ids[:-1])[len(prompt) - 1 :]
+        .gather(1, torch.tensor(ids[len(prompt) :])[:, None])
+        .sum()
         for ids in wholes  # the last token predicts nothing and is not read
     ]
-    return max(abs(one.log_likelihood - float(other)) for one, other in zip(found, wanted, strict=True))
+    return max(
+        abs(one.log_likelihood - float(other)) for one, other in zip(found, wanted, strict=True)
+    )
 
 
 @torch.no_grad()
 def answers_that_differ(model: PreTrainedModel) -> int:
     """Write greedy answers to prompts of several lengths, and to each alone."""
     generator = torch.Generator().manual_seed(SEED + 2)
-    prompts = [torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist() for length in (5, 21, 12)]
+    prompts = [
+        torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist()
+        for length in (5, 21, 12)
+    ]
     found = generate(CheckedReader(model), Tokens(), prompts, NEW_TOKENS)  # type: ignore[arg-type]
     if model._can_set_attn_implementation():
         model.set_attn_implementation("eager")
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
+    options = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": ends,
+    }
     wanted = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        wanted.append(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist())  # type: ignore[operator]
-    pairs = [(without_padding(one.text.split()), without_padding(map(str, row))) for one, row in zip(found, wanted, strict=True)]
-    return sum(a != b and not is_tie(model, prompt, a, b) for prompt, (a, b) in zip(prompts, pairs, strict=True))
+        wanted.append(
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[
+                0, len(prompt) :
+            ].tolist()
+        )  # type: ignore[operator]
+    pairs = [
+        (without_padding(one.text.split()), without_padding(map(str, row)))
+        for one, row in zip(found, wanted, strict=True)
+    ]
+    return sum(
+        a != b and not is_tie(model, prompt, a, b)
+        for prompt, (a, b) in zip(prompts, pairs, strict=True)
+    )
 
 
 def is_tie(model: PreTrainedModel, prompt: list[int], found: list[str], wanted: list[str]) -> bool:

@@ -63,12 +63,17 @@ def rows_of(base: Path, rate: float, steps: int) -> Iterator[Row]:
     yield from described(f"lr {rate:g}, float32", exact)
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        yield from described(f"lr {rate:g}, {name}, on 16-bit weights", trained(base, rate, dtype, masters=False, steps=steps))
+        yield from described(
+            f"lr {rate:g}, {name}, on 16-bit weights",
+            trained(base, rate, dtype, masters=False, steps=steps),
+        )
         found = trained(base, rate, dtype, masters=True, steps=steps)
         what = f"lr {rate:g}, {name}, on float32 masters"
         yield near(f"{what}: weights changed", found.moved, exact.moved, CLOSE)
         yield near(f"{what}: norms changed", found.norms_moved, exact.norms_moved, CLOSE)
-        yield near(f"{what}: loss falls by", found.first - found.last, exact.first - exact.last, 0.1)
+        yield near(
+            f"{what}: loss falls by", found.first - found.last, exact.first - exact.last, 0.1
+        )
 
 
 def described(what: str, one: Outcome) -> Iterator[Row]:
@@ -81,8 +86,13 @@ def trained(base: Path, rate: float, dtype: torch.dtype, *, masters: bool, steps
     """Train all weights; without masters as a loop would that hands AdamW the weights as they were loaded."""
     model = load_model(base, "none", Hardware("cpu", dtype, "gloo"), masters=masters).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    objective, groups = Objective(model), [{"params": list(model.parameters()), "lr": rate, "weight_decay": 0.0}]
-    optimizer = build(Optimizer(PLAIN, ""), groups, has_masters=not masters)  # else it refuses 16 bits
+    objective, groups = (
+        Objective(model),
+        [{"params": list(model.parameters()), "lr": rate, "weight_decay": 0.0}],
+    )
+    optimizer = build(
+        Optimizer(PLAIN, ""), groups, has_masters=not masters
+    )  # else it refuses 16 bits
     scaler = torch.amp.GradScaler("cpu", enabled=masters and dtype is torch.float16)
     losses = []
     for step in range(steps):
@@ -96,13 +106,19 @@ def trained(base: Path, rate: float, dtype: torch.dtype, *, masters: bool, steps
         scaler.update()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    moved = {name: (parameter != before[name]).float() for name, parameter in model.named_parameters()}
+    moved = {
+        name: (parameter != before[name]).float() for name, parameter in model.named_parameters()
+    }
     return Outcome(losses[0], losses[-1], fraction(moved, norms=False), fraction(moved, norms=True))
 
 
 def fraction(moved: dict[str, torch.Tensor], *, norms: bool) -> float:
     """Return the fraction of weights that changed, in rows of the embedding that were read or elsewhere."""
-    chosen = [one.flatten() for name, one in moved.items() if ("norm" in name) is norms and "embed" not in name]
+    chosen = [
+        one.flatten()
+        for name, one in moved.items()
+        if ("norm" in name) is norms and "embed" not in name
+    ]
     return float(torch.cat(chosen).mean())
 
 
@@ -110,7 +126,11 @@ def drawn(seed: int) -> tuple[Pack, int]:
     """Return four examples and the number of their supervised tokens."""
     generator = torch.Generator().manual_seed(seed)
     examples = [
-        {"input_ids": torch.randint(0, 300, (24,), generator=generator).tolist(), "supervised": [False] * 4 + [True] * 20} for _ in range(4)
+        {
+            "input_ids": torch.randint(0, 300, (24,), generator=generator).tolist(),
+            "supervised": [False] * 4 + [True] * 20,
+        }
+        for _ in range(4)
     ]
     return pack(examples, "cpu"), 80
 

@@ -34,7 +34,14 @@ def main() -> int:
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     random, console = Random(seed), Console(width=150)
     rows: list[Row] = []
-    table = Table("fault", "times", "survived", "steps lost", "seconds to recover", "what was said, the last time")
+    table = Table(
+        "fault",
+        "times",
+        "survived",
+        "steps lost",
+        "seconds to recover",
+        "what was said, the last time",
+    )
     table.title = f"Faults, at the random steps of seed {seed}"
     with TemporaryDirectory() as folder, Site.prepared(Path(folder)) as site:
         for fault in (*TRAININGS, *RUNS, *ORCHESTRATED):
@@ -46,8 +53,14 @@ def main() -> int:
             rows += figures(fault, outcomes)
             table.add_row(*words(fault, outcomes))
             write_json(RESULT, rows)
-    kills = sum(one["value"] for one in rows if one["what"].startswith("kill -9") and one["what"].endswith(": injected"))
-    rows.append(row("processes killed with kill -9", kills, "times", f">= {KILLS}", holds=kills >= KILLS))
+    kills = sum(
+        one["value"]
+        for one in rows
+        if one["what"].startswith("kill -9") and one["what"].endswith(": injected")
+    )
+    rows.append(
+        row("processes killed with kill -9", kills, "times", f">= {KILLS}", holds=kills >= KILLS)
+    )
     console.print(table)
     write_json(RESULT, rows)
     return 0 if all(one["holds"] is not False for one in rows) else 1
@@ -60,7 +73,8 @@ def attempted(fault: Fault, site: Site, random: Random, console: Console) -> Out
     except Exception as error:  # noqa: BLE001 - the other faults are injected all the same
         outcome = Outcome(False, 0, 0.0, f"{type(error).__name__}: {error}")
     console.print(
-        f"{fault.name}: {'survived' if outcome.survived else 'LOST'}, {outcome.lost} steps, {outcome.seconds:.1f} s", highlight=False
+        f"{fault.name}: {'survived' if outcome.survived else 'LOST'}, {outcome.lost} steps, {outcome.seconds:.1f} s",
+        highlight=False,
     )
     if not outcome.survived:
         console.print(f"  {outcome.said}", highlight=False)
@@ -71,20 +85,39 @@ def figures(fault: Fault, outcomes: list[Outcome]) -> Iterator[Row]:
     """Yield a fault's figures."""
     survived, lost = sum(one.survived for one in outcomes), max(one.lost for one in outcomes)
     yield row(f"{fault.name}: injected", len(outcomes), "times")
-    yield row(f"{fault.name}: survived", survived, "times", f"= {len(outcomes)}", holds=survived == len(outcomes))
-    yield row(f"{fault.name}: steps lost, at most", lost, "steps", f"<= {MOST_LOST}", holds=lost <= MOST_LOST)
-    yield row(f"{fault.name}: until it stood again, at most", max(one.seconds for one in outcomes), "s")
+    yield row(
+        f"{fault.name}: survived",
+        survived,
+        "times",
+        f"= {len(outcomes)}",
+        holds=survived == len(outcomes),
+    )
+    yield row(
+        f"{fault.name}: steps lost, at most",
+        lost,
+        "steps",
+        f"<= {MOST_LOST}",
+        holds=lost <= MOST_LOST,
+    )
+    yield row(
+        f"{fault.name}: until it stood again, at most", max(one.seconds for one in outcomes), "s"
+    )
 
 
 def words(fault: Fault, outcomes: list[Outcome]) -> list[str]:
     """Return a fault's row of the table."""
     lost, seconds = [one.lost for one in outcomes], [one.seconds for one in outcomes]
     counted = [str(len(outcomes)), str(sum(one.survived for one in outcomes))]
-    spread = [f"{mean(lost):.1f}, at most {max(lost)}", f"{mean(seconds):.1f}, at most {max(seconds):.1f}"]
+    spread = [
+        f"{mean(lost):.1f}, at most {max(lost)}",
+        f"{mean(seconds):.1f}, at most {max(seconds):.1f}",
+    ]
     return [fault.name, *counted, *spread, outcomes[-1].said[:160]]
 
 
-def row(what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None) -> Row:
+def row(
+    what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None
+) -> Row:
     """Return one figure."""
     return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}
 

@@ -17,7 +17,11 @@ JUMPS = (YEAR, -YEAR)
 
 def objection() -> str | None:
     """Say why no clock can jump here; None where one can."""
-    return None if sys.platform == "linux" and shutil.which("cc") else "a clock that jumps needs Linux and a C compiler"
+    return (
+        None
+        if sys.platform == "linux" and shutil.which("cc")
+        else "a clock that jumps needs Linux and a C compiler"
+    )
 
 
 def jumping_clock(site: Site, random: Random) -> Outcome:
@@ -34,7 +38,12 @@ def jumping_clock(site: Site, random: Random) -> Outcome:
         at = trial.at_step(at + 3 * EVERY)
         years.add(_year(trial.rows()[-1]))
     untroubled = trial.ended() == 0 and trial.starts() == [0]
-    return Outcome(untroubled and len(years) == 3 and trial.is_whole(), 0, 0.0, f"(nothing: {sorted(years)} in one run)")
+    return Outcome(
+        untroubled and len(years) == 3 and trial.is_whole(),
+        0,
+        0.0,
+        f"(nothing: {sorted(years)} in one run)",
+    )
 
 
 def _year(row: dict[str, float]) -> int:

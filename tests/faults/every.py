@@ -39,7 +39,11 @@ RUNS = (
     Fault("Ctrl-C", kills.INTERRUPTED.inject, 2, elsewhere="test_runs"),
     Fault("SIGTERM to every process of a run", kills.ALL_ENDED.inject, elsewhere="test_runs"),
     Fault("a step that exceeds memory", within.no_memory, elsewhere="test_runs"),
-    Fault("the tracking server gone for a minute", servers.away_for_a_minute, elsewhere="test_patience, test_live"),
+    Fault(
+        "the tracking server gone for a minute",
+        servers.away_for_a_minute,
+        elsewhere="test_patience, test_live",
+    ),
     Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),
 )
 """Of a whole run."""

@@ -41,13 +41,17 @@ class End:
         status = trial.ended()
         said = last_line(trial.said()) if status > 0 else "(nothing: it was killed)"
         outcome = trial.go_on(done=done, since=since, said=said, clear=status == self.status)
-        return replace(outcome, survived=outcome.survived and trial.states() == [self.state, "COMPLETED"])
+        return replace(
+            outcome, survived=outcome.survived and trial.states() == [self.state, "COMPLETED"]
+        )
 
 
 KILLED = End(lambda trial: trial.send(signal.SIGKILL), -signal.SIGKILL, "CRASHED")
 INTERRUPTED = End(lambda trial: trial.send(signal.SIGINT), 130, "CANCELLED")
 """Ctrl-C."""
-ALL_ENDED = End(lambda trial: trial.send(signal.SIGTERM, everything=True), 128 + signal.SIGTERM, "CANCELLED")
+ALL_ENDED = End(
+    lambda trial: trial.send(signal.SIGTERM, everything=True), 128 + signal.SIGTERM, "CANCELLED"
+)
 """Each process of the run is asked to end, its server too, as by `scancel` and systemd."""
 ENDS = (ALL_ENDED, INTERRUPTED, KILLED)
 
@@ -61,8 +65,14 @@ def hanging_rank(site: Site, random: Random) -> Outcome:
     trial.ranks()[victim].suspend()
     since = time.monotonic()
     status, said = trial.ended(), trial.said()
-    named = [line for line in said.splitlines() if line.startswith(f"rank {victim} on ") and "nothing has moved for" in line]
-    return trial.go_on(done=done, since=since, said=named[0] if named else said, clear=status != 0 and bool(named))
+    named = [
+        line
+        for line in said.splitlines()
+        if line.startswith(f"rank {victim} on ") and "nothing has moved for" in line
+    ]
+    return trial.go_on(
+        done=done, since=since, said=named[0] if named else said, clear=status != 0 and bool(named)
+    )
 
 
 def second_run(site: Site, random: Random) -> Outcome:
@@ -76,7 +86,12 @@ def second_run(site: Site, random: Random) -> Outcome:
     status, said = second.begin().wait(), last_line(second.said())
     seconds = time.monotonic() - since
     refused = status != 0 and "another run is at work in" in said
-    return Outcome(refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1, 0, seconds, said)
+    return Outcome(
+        refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1,
+        0,
+        seconds,
+        said,
+    )
 
 
 def _without(site: Site, random: Random, victim: Callable[[Trial], Process]) -> Outcome:
@@ -87,7 +102,9 @@ def _without(site: Site, random: Random, victim: Callable[[Trial], Process]) -> 
     victim(trial).kill()
     since = time.monotonic()
     status, said = trial.ended(), last_line(trial.said())
-    return trial.go_on(done=done, since=since, said=said, clear=status != 0 and said.startswith("error: "))
+    return trial.go_on(
+        done=done, since=since, said=said, clear=status != 0 and said.startswith("error: ")
+    )
 
 
 def _some_step(random: Random) -> int:

@@ -41,7 +41,10 @@ def _deployed(site: Site) -> tuple[Trial, str]:
 def _cut_short(trial: Trial, run: str, done: int, state: str) -> Outcome:
     since, host = time.monotonic(), trial.site.host
     try:
-        until(lambda: host.state(run) == state and host.slots() == [0] and not trial.processes(), seconds=GONE_SECONDS)
+        until(
+            lambda: host.state(run) == state and host.slots() == [0] and not trial.processes(),
+            seconds=GONE_SECONDS,
+        )
         clear = True
     except TimeoutError:
         clear = False

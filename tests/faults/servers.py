@@ -28,7 +28,12 @@ def away_for_a_minute(site: Site, random: Random) -> Outcome:
         status = trial.ended(180)
         seconds = time.monotonic() - since - AWAY_SECONDS
     said = next(line.strip() for line in trial.said().splitlines() if "asking again for" in line)
-    return Outcome(status == 0 and bool(trial.summary()["registered"]["versions"]) and trial.is_whole(), 0, seconds, said)
+    return Outcome(
+        status == 0 and bool(trial.summary()["registered"]["versions"]) and trial.is_whole(),
+        0,
+        seconds,
+        said,
+    )
 
 
 def gone_for_good(site: Site, random: Random) -> Outcome:
@@ -38,21 +43,38 @@ def gone_for_good(site: Site, random: Random) -> Outcome:
     trial.begin(LORA_REGISTRY_SECONDS="2")
     status, said = trial.ended(300), last_line(trial.said())
     since = time.monotonic()
-    reported = (trial.runs / "pairs_tiny_cpu" / "report.html").is_file() and not trial.summary().get("registered")
+    reported = (
+        trial.runs / "pairs_tiny_cpu" / "report.html"
+    ).is_file() and not trial.summary().get("registered")
     with tracking_server(trial.runs, port):
         again = trial.begin().wait(300)
     seconds = time.monotonic() - since
     registered = again == 0 and bool(trial.summary()["registered"]["versions"])
-    return Outcome(status == 2 and reported and registered and trial.starts() == [0] and trial.is_whole(), 0, seconds, said)
+    return Outcome(
+        status == 2 and reported and registered and trial.starts() == [0] and trial.is_whole(),
+        0,
+        seconds,
+        said,
+    )
 
 
 @contextmanager
 def tracking_server(folder: Path, port: int) -> Iterator[None]:
     """Run an MLflow server for the length of a block."""
     options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    stores = ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "artifacts")]
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'server.db'}",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+    ]
     with (folder / "server.txt").open("wb") as stream:
-        server = subprocess.Popen([sys.executable, "-m", "mlflow", "server", *options, *stores], stdout=stream, stderr=stream, cwd=folder)
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options, *stores],
+            stdout=stream,
+            stderr=stream,
+            cwd=folder,
+        )
     try:
         yield
     finally:

@@ -50,12 +50,19 @@ def _damaged(site: Site, random: Random, harm: Harm) -> Outcome:
     since = time.monotonic()
     process.wait()
     assert trial.nothing_left()
-    newest, before = trial.checkpoints()[-1], trial.checkpoints()[-2]
-    victim = random.choice(sorted(newest.glob("*.safetensors")))
+    latest_valid, before = trial.checkpoints()[-1], trial.checkpoints()[-2]
+    victim = random.choice(sorted(latest_valid.glob("*.safetensors")))
     harm(victim, random.randrange(victim.stat().st_size))
     outcome = trial.go_on(done=done, since=since, said="")
-    said = next((line for line in trial.said().splitlines() if f"{newest} is damaged" in line), "")
-    return Outcome(outcome.survived and bool(said) and trial.starts()[-1] == int(before.name[5:]), outcome.lost, outcome.seconds, said)
+    said = next(
+        (line for line in trial.said().splitlines() if f"{latest_valid} is damaged" in line), ""
+    )
+    return Outcome(
+        outcome.survived and bool(said) and trial.starts()[-1] == int(before.name[5:]),
+        outcome.lost,
+        outcome.seconds,
+        said,
+    )
 
 
 def _flip(path: Path, at: int) -> None:

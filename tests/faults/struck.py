@@ -55,7 +55,9 @@ def not_a_number(step_of: Step, at: int, rank: int) -> Step:
 
     def step(run: Any, engine: Any, number: int) -> Any:
         struck = number + 1 == at and engine.accelerator.process_index == rank
-        objective.Objective.forward = (lambda self, part: forward(self, part) * torch.nan) if struck else forward
+        objective.Objective.forward = (
+            (lambda self, part: forward(self, part) * torch.nan) if struck else forward
+        )
         return step_of(run, engine, number)
 
     return step
@@ -65,7 +67,13 @@ def unreadable_row(step_of: Step, at: int, rank: int) -> Step:
     """Let a read of the step's first example fail, as a bad sector does."""
 
     def step(run: Any, engine: Any, number: int) -> Any:
-        return step_of(replace(run, dataset=BadSector(run.dataset, run.steps[at - 1][rank])) if number + 1 >= at else run, engine, number)
+        return step_of(
+            replace(run, dataset=BadSector(run.dataset, run.steps[at - 1][rank]))
+            if number + 1 >= at
+            else run,
+            engine,
+            number,
+        )
 
     return step
 

@@ -10,7 +10,9 @@ from faults.trial import Site
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("fault", [fault for fault in TRAININGS if fault.elsewhere is None], ids=lambda fault: fault.name)
+@pytest.mark.parametrize(
+    "fault", [fault for fault in TRAININGS if fault.elsewhere is None], ids=lambda fault: fault.name
+)
 def test_a_training_survives(site: Site, random: Random, fault: Fault) -> None:
     if fault.objection is not None:
         pytest.skip(fault.objection)

@@ -37,7 +37,13 @@ QUICK: dict[str, Any] = {
     "lora": {"ranks": [4]},
     "training": {"steps": STEPS, "checkpoint_every": EVERY, "batch_size": 48},
     "launch": LAUNCH.model_dump(),
-    "evaluation": {"general": ["piqa"], "items_per_benchmark": 2, "generations": 1, "chat_prompts": 0, "passages": 0},
+    "evaluation": {
+        "general": ["piqa"],
+        "items_per_benchmark": 2,
+        "generations": 1,
+        "chat_prompts": 0,
+        "passages": 0,
+    },
 }
 """One rank, few questions."""
 STRUCK_RUN = Path(__file__).with_name("struck_run.py")
@@ -105,7 +111,10 @@ class Site:
     def recipe(self) -> Path:
         """Write the recipe of which the trainings are a part."""
         values = tiny_recipe(
-            self.trainings.root / "model", self.trainings.root / "pairs.jsonl", base_model={"quantization": "none"}, **QUICK
+            self.trainings.root / "model",
+            self.trainings.root / "pairs.jsonl",
+            base_model={"quantization": "none"},
+            **QUICK,
         )
         path = self.trainings.root / "quick.yaml"
         path.write_text(yaml.safe_dump(values))
@@ -131,14 +140,22 @@ class Trial:
     environment: Mapping[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
 
-    def begin(self, strike: str = "", prefix: tuple[str, ...] = (), **environment: str) -> "subprocess.Popen[bytes]":
+    def begin(
+        self, strike: str = "", prefix: tuple[str, ...] = (), **environment: str
+    ) -> "subprocess.Popen[bytes]":
         """Start it, or go on with it; a strike is a fault from within, see `struck`."""
         file = pickled(self.stage, LAUNCH, self.runs / "stage.pickle")
         argv = self.argv or [sys.executable, str(RUN_TRAINING), str(file), *filter(None, [strike])]
         if self.argv and strike:
             argv = [sys.executable, str(STRUCK_RUN), strike, *self.argv[1:]]
         clean = {name: value for name, value in os.environ.items() if name not in STATED}
-        own = {"LORA_RUNS": str(self.runs), "HF_HUB_OFFLINE": "1", "COLUMNS": "300", "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+        own = {
+            "LORA_RUNS": str(self.runs),
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "300",
+            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONUNBUFFERED": "1",
+        }
         with (self.runs / "said.txt").open("wb") as stream:
             self.process = subprocess.Popen(
                 [*prefix, *argv],
@@ -176,13 +193,19 @@ class Trial:
     def rows(self) -> list[dict[str, Any]]:
         """Return the metrics of the steps that are done."""
         path = self.stage.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.is_file() else []
+        return (
+            [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+            if path.is_file()
+            else []
+        )
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 180) -> None:
         """Return when something has come about; raise AssertionError with what was said when it does not."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, f"it did not come about: {self.said()[-1500:]} {self.log()[-1500:]}"
+            assert time.monotonic() < deadline, (
+                f"it did not come about: {self.said()[-1500:]} {self.log()[-1500:]}"
+            )
             time.sleep(0.01)
 
     def at_step(self, steps: int, attempt: int = 1) -> int:
@@ -194,7 +217,11 @@ class Trial:
 
     def processes(self) -> list[psutil.Process]:
         """Return what is alive of it."""
-        return [one for one in psutil.process_iter() if one.pid != os.getpid() and variable(one, "LORA_RUNS") == str(self.runs)]
+        return [
+            one
+            for one in psutil.process_iter()
+            if one.pid != os.getpid() and variable(one, "LORA_RUNS") == str(self.runs)
+        ]
 
     def ranks(self) -> list[psutil.Process]:
         """Return the processes that train, by rank."""
@@ -203,7 +230,9 @@ class Trial:
 
     def launcher(self) -> psutil.Process:
         """Return the process that started the ranks."""
-        return next(one for one in self.processes() if "accelerate.commands.launch" in one.cmdline())
+        return next(
+            one for one in self.processes() if "accelerate.commands.launch" in one.cmdline()
+        )
 
     def nothing_left(self, seconds: float = GONE_SECONDS) -> bool:
         """Wait until no process of it is alive; tell whether that came about in time."""
@@ -217,7 +246,9 @@ class Trial:
         assert self.process is not None
         return self.process.wait(seconds)
 
-    def go_on(self, *, done: int, since: float, said: str, clear: bool = True, **environment: str) -> Outcome:
+    def go_on(
+        self, *, done: int, since: float, said: str, clear: bool = True, **environment: str
+    ) -> Outcome:
         """Begin again after a fault at which `done` steps were done, to the end.
 
         Args:
@@ -233,15 +264,23 @@ class Trial:
         self.at_step(min(done + 1, STEPS), attempts + 1)
         seconds = time.monotonic() - since
         status = self.ended(300)
-        lost = done - self.starts()[-1] if len(self.starts()) > attempts else 0  # none where the fault came after the last step
+        lost = (
+            done - self.starts()[-1] if len(self.starts()) > attempts else 0
+        )  # none where the fault came after the last step
         return Outcome(clear and gone and status == 0 and self.is_whole(), lost, seconds, said)
 
     def is_whole(self) -> bool:
         """Tell whether its losses and its adapter are those of the training that nothing disturbed, to the bit."""
-        files = [(one.folder / "adapter" / "adapter_model.safetensors") for one in (self.stage, self.site.expected)]
+        files = [
+            (one.folder / "adapter" / "adapter_model.safetensors")
+            for one in (self.stage, self.site.expected)
+        ]
         if not all(path.is_file() for path in files):
             return False
-        return losses(self.stage) == losses(self.site.expected) and files[0].read_bytes() == files[1].read_bytes()
+        return (
+            losses(self.stage) == losses(self.site.expected)
+            and files[0].read_bytes() == files[1].read_bytes()
+        )
 
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints that are there, the newest last."""
@@ -250,11 +289,16 @@ class Trial:
     def states(self) -> list[str]:
         """Return what Prefect calls each attempt at a whole run, in order, from the state that the run's own server kept."""
         with closing(sqlite3.connect(self.runs / "prefect" / "prefect.db")) as kept:
-            return [state for (state,) in kept.execute("SELECT state_type FROM flow_run ORDER BY start_time")]
+            return [
+                state
+                for (state,) in kept.execute("SELECT state_type FROM flow_run ORDER BY start_time")
+            ]
 
     def summary(self) -> dict[str, Any]:
         """Return what a whole run ended with."""
-        values: dict[str, Any] = json.loads((self.runs / "pairs_tiny_cpu" / "summary.json").read_text())
+        values: dict[str, Any] = json.loads(
+            (self.runs / "pairs_tiny_cpu" / "summary.json").read_text()
+        )
         return values
 
 

@@ -29,31 +29,50 @@ def services() -> dict[str, Service]:
 
 def option(service: Service, name: str) -> str:
     """Return a `--name=value` of a service's command."""
-    [value] = [word.partition("=")[2] for word in service["command"] if word.startswith(f"--{name}=")]
+    [value] = [
+        word.partition("=")[2] for word in service["command"] if word.startswith(f"--{name}=")
+    ]
     return str(value)
 
 
 def test_compose_reads_it() -> None:
     for command in (["docker", "compose"], ["docker-compose"]):
-        if shutil.which(command[0]) and subprocess.run([*command, "version"], capture_output=True, check=False).returncode == 0:
+        if (
+            shutil.which(command[0])
+            and subprocess.run([*command, "version"], capture_output=True, check=False).returncode
+            == 0
+        ):
             break
     else:
         pytest.skip("no docker compose is here to read it")
     env = {**os.environ, "POSTGRES_PASSWORD": "secret", "PREFECT_API_AUTH_STRING": "name:secret"}
-    read = subprocess.run([*command, "--file", str(COMPOSE), "config", "--quiet"], env=env, capture_output=True, text=True, check=False)
+    read = subprocess.run(
+        [*command, "--file", str(COMPOSE), "config", "--quiet"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert read.returncode == 0, read.stderr
 
 
 def test_every_prefect_setting_exists(services: dict[str, Service]) -> None:
     import prefect.settings
 
-    names = {name for service in services.values() for name in service.get("environment", {}) if name.startswith("PREFECT_")}
+    names = {
+        name
+        for service in services.values()
+        for name in service.get("environment", {})
+        if name.startswith("PREFECT_")
+    }
     assert {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"} <= names
     for name in names:
         assert getattr(prefect.settings, name).name == name  # raises for what is no setting
 
 
-def test_the_prefect_server_is_locked_says_nothing_home_and_keeps_leases_over_a_restart(services: dict[str, Service]) -> None:
+def test_the_prefect_server_is_locked_says_nothing_home_and_keeps_leases_over_a_restart(
+    services: dict[str, Service],
+) -> None:
     environment = services["prefect"]["environment"]
     assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert environment["PREFECT_SERVER_API_AUTH_STRING"].startswith("${PREFECT_API_AUTH_STRING:?")
@@ -70,24 +89,46 @@ def test_mlflow_answers_the_worker_and_has_every_option(services: dict[str, Serv
     from mlflow.server.security_utils import get_default_allowed_hosts, is_allowed_host_header
 
     known = {name for parameter in cli.commands["server"].params for name in parameter.opts}
-    assert {word.partition("=")[0] for word in services["mlflow"]["command"] if word.startswith("--")} <= known
+    assert {
+        word.partition("=")[0] for word in services["mlflow"]["command"] if word.startswith("--")
+    } <= known
     host = urlsplit(services["worker"]["environment"]["MLFLOW_TRACKING_URI"]).netloc
     allowed = option(services["mlflow"], "allowed-hosts").split(",")
-    assert not is_allowed_host_header(get_default_allowed_hosts(), host), "the option would be needless"
+    assert not is_allowed_host_header(get_default_allowed_hosts(), host), (
+        "the option would be needless"
+    )
     for one in (host, "localhost:5000"):
         assert is_allowed_host_header(allowed, one)
 
 
 def test_the_worker_finds_the_servers(services: dict[str, Service]) -> None:
     environment = services["worker"]["environment"]
-    mlflow, prefect = urlsplit(environment["MLFLOW_TRACKING_URI"]), urlsplit(environment["PREFECT_API_URL"])
-    assert (mlflow.hostname, str(mlflow.port)) == ("mlflow", option(services["mlflow"], "port"))
-    assert (prefect.hostname, str(prefect.port), prefect.path) == ("prefect", services["prefect"]["command"][-1], "/api")
-    databases = set(re.findall(r"CREATE DATABASE (\w+);", yaml.safe_load(COMPOSE.read_text())["configs"]["databases"]["content"]))
-    prefect_store = urlsplit(
-        services["prefect"]["environment"]["PREFECT_SERVER_DATABASE_CONNECTION_URL"].replace("${", "").replace("}", "")
+    mlflow, prefect = (
+        urlsplit(environment["MLFLOW_TRACKING_URI"]),
+        urlsplit(environment["PREFECT_API_URL"]),
     )
-    mlflow_store = urlsplit(services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"].replace("${", "").replace("}", ""))
+    assert (mlflow.hostname, str(mlflow.port)) == ("mlflow", option(services["mlflow"], "port"))
+    assert (prefect.hostname, str(prefect.port), prefect.path) == (
+        "prefect",
+        services["prefect"]["command"][-1],
+        "/api",
+    )
+    databases = set(
+        re.findall(
+            r"CREATE DATABASE (\w+);",
+            yaml.safe_load(COMPOSE.read_text())["configs"]["databases"]["content"],
+        )
+    )
+    prefect_store = urlsplit(
+        services["prefect"]["environment"]["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
+        .replace("${", "")
+        .replace("}", "")
+    )
+    mlflow_store = urlsplit(
+        services["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"]
+        .replace("${", "")
+        .replace("}", "")
+    )
     assert {prefect_store.path, mlflow_store.path} == {f"/{name}" for name in databases}
     assert {prefect_store.hostname, mlflow_store.hostname} == {"postgres"}
 
@@ -101,7 +142,9 @@ def test_the_worker_has_the_gpus_and_the_time_to_end(services: dict[str, Service
     assert "runs:/runs" in worker["volumes"]
 
 
-def test_every_port_is_on_localhost_only_and_no_password_has_a_default(services: dict[str, Service]) -> None:
+def test_every_port_is_on_localhost_only_and_no_password_has_a_default(
+    services: dict[str, Service],
+) -> None:
     for service in services.values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     for name in re.findall(r"\$\{(\w*(?:PASSWORD|AUTH)\w*):?-", COMPOSE.read_text()):
@@ -114,7 +157,11 @@ def test_the_image_takes_its_versions_from_the_constraints() -> None:
     for source in re.findall(r"^COPY (?!\. )(.+) \S+$", text, flags=re.MULTILINE):
         for name in source.split():
             assert (REPOSITORY / name).is_file(), name
-    constrained = {line.partition("==")[0].lower() for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line}
+    constrained = {
+        line.partition("==")[0].lower()
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     for words in re.findall(r"pip install --constraint \S+ ([^&\\\n]+)", text):
         for word in words.split():
             assert word == "." or "==" in word or word in constrained, f"{word} has no version"
@@ -122,10 +169,22 @@ def test_the_image_takes_its_versions_from_the_constraints() -> None:
 
 def test_the_image_holds_what_git_knows() -> None:
     """Else each report of the image would name its commit as changed."""
-    ignored = [line.strip() for line in DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().splitlines() if line[0] != "#"]
+    ignored = [
+        line.strip()
+        for line in DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
+        if line[0] != "#"
+    ]
     for line in (REPOSITORY / ".gitignore").read_text().split():
-        assert {line.rstrip("/"), f"**/{line.rstrip('/')}"} & set(ignored), f"{line} would go into the image"
-    known = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()
+        assert {line.rstrip("/"), f"**/{line.rstrip('/')}"} & set(ignored), (
+            f"{line} would go into the image"
+        )
+    known = subprocess.run(
+        ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     patterns = [pattern.removeprefix("**/") for pattern in ignored]
-    left_out = [path for path in known if any(fnmatch.fnmatch(part, pattern) for part in Path(path).parts for pattern in patterns)]
+    left_out = [
+        path
+        for path in known
+        if any(fnmatch.fnmatch(part, pattern) for part in Path(path).parts for pattern in patterns)
+    ]
     assert left_out == []

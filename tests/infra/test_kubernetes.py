@@ -23,7 +23,9 @@ Manifest = dict[str, Any]
 def written() -> list[Manifest]:
     """Return the manifests as they are in the files that the kustomization names."""
     names = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
-    return [document for name in names for document in yaml.safe_load_all((FOLDER / name).read_text())]
+    return [
+        document for name in names for document in yaml.safe_load_all((FOLDER / name).read_text())
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def rendered() -> list[Manifest]:
     """Return the manifests as kustomize makes them."""
     for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
         if shutil.which(command[0]):
-            ended = subprocess.run([*command, str(FOLDER)], capture_output=True, text=True, timeout=60, check=False)
+            ended = subprocess.run(
+                [*command, str(FOLDER)], capture_output=True, text=True, timeout=60, check=False
+            )
             assert ended.returncode == 0, ended.stderr
             return list(yaml.safe_load_all(ended.stdout))
     pytest.skip("neither kustomize nor kubectl is here to render with")
@@ -59,8 +63,17 @@ def job(written: list[Manifest]) -> Manifest:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_what_is_rendered_meets_the_schemas(rendered: list[Manifest], version: str) -> None:
-    schemas = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate, which carries the schemas, is not installed")
-    assert {manifest["kind"] for manifest in rendered} == {"ConfigMap", "Job", "NetworkPolicy", "PersistentVolumeClaim", "Service"}
+    schemas = pytest.importorskip(
+        "kubernetes_validate",
+        reason="kubernetes-validate, which carries the schemas, is not installed",
+    )
+    assert {manifest["kind"] for manifest in rendered} == {
+        "ConfigMap",
+        "Job",
+        "NetworkPolicy",
+        "PersistentVolumeClaim",
+        "Service",
+    }
     for manifest in rendered:
         schemas.validate(manifest, version, strict=True)
     misspelt = copy.deepcopy(only(rendered, "Job"))
@@ -70,44 +83,73 @@ def test_what_is_rendered_meets_the_schemas(rendered: list[Manifest], version: s
 
 
 def test_what_the_job_refers_to_is_there_under_its_rendered_name(rendered: list[Manifest]) -> None:
-    job, maps = only(rendered, "Job"), {one["metadata"]["name"] for one in rendered if one["kind"] == "ConfigMap"}
+    job, maps = (
+        only(rendered, "Job"),
+        {one["metadata"]["name"] for one in rendered if one["kind"] == "ConfigMap"},
+    )
     pod = job["spec"]["template"]["spec"]
-    settings = {one["configMapRef"]["name"] for one in container(job)["envFrom"] if "configMapRef" in one}
+    settings = {
+        one["configMapRef"]["name"] for one in container(job)["envFrom"] if "configMapRef" in one
+    }
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert settings | {volumes["recipe"]["configMap"]["name"]} == maps
-    assert volumes["runs"]["persistentVolumeClaim"]["claimName"] == only(rendered, "PersistentVolumeClaim")["metadata"]["name"]
+    assert (
+        volumes["runs"]["persistentVolumeClaim"]["claimName"]
+        == only(rendered, "PersistentVolumeClaim")["metadata"]["name"]
+    )
     assert {mount["name"] for mount in container(job)["volumeMounts"]} == set(volumes)
-    assert container(job)["image"] != "lora-pipeline", "kustomize did not put the image's full name in"
-    assert "recipe.yaml" in next(one for one in rendered if one["metadata"]["name"].startswith("finetune-recipe"))["data"]
+    assert container(job)["image"] != "lora-pipeline", (
+        "kustomize did not put the image's full name in"
+    )
+    assert (
+        "recipe.yaml"
+        in next(one for one in rendered if one["metadata"]["name"].startswith("finetune-recipe"))[
+            "data"
+        ]
+    )
 
 
 def test_hosts_and_gpus_are_those_of_the_recipe(job: Manifest, recipe: Recipe) -> None:
     hosts = job["spec"]["completions"]
     assert hosts == job["spec"]["parallelism"] == recipe.launch.machines
-    assert hosts * container(job)["resources"]["limits"]["nvidia.com/gpu"] == recipe.launch.processes
+    assert (
+        hosts * container(job)["resources"]["limits"]["nvidia.com/gpu"] == recipe.launch.processes
+    )
     assert config_file(recipe.launch.config).name.startswith("gpu_")
 
 
 def test_every_pod_finds_the_first_by_name(job: Manifest, written: list[Manifest]) -> None:
     service, pod = only(written, "Service"), job["spec"]["template"]
     name, [port] = service["metadata"]["name"], service["spec"]["ports"]
-    assert {"name": "LORA_MAIN_ADDRESS", "value": f"{job['metadata']['name']}-0.{name}:{port['port']}"} in container(job)["env"]
+    assert {
+        "name": "LORA_MAIN_ADDRESS",
+        "value": f"{job['metadata']['name']}-0.{name}:{port['port']}",
+    } in container(job)["env"]
     assert pod["spec"]["subdomain"] == name
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
-    [away] = pod["spec"]["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    [away] = pod["spec"]["affinity"]["podAntiAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]
     assert away["labelSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     policy = only(written, "NetworkPolicy")["spec"]
     assert policy["podSelector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     assert policy["ingress"] == [{"from": [{"podSelector": policy["podSelector"]}]}]
 
 
-@pytest.mark.parametrize(("index", "words"), [("0", "run /recipe/recipe.yaml"), ("1", "join --machine 1"), ("31", "join --machine 31")])
-def test_each_pod_starts_the_command_of_its_number(job: Manifest, tmp_path: Path, index: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [("0", "run /recipe/recipe.yaml"), ("1", "join --machine 1"), ("31", "join --machine 31")],
+)
+def test_each_pod_starts_the_command_of_its_number(
+    job: Manifest, tmp_path: Path, index: str, words: str
+) -> None:
     (tmp_path / "lora").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "lora").chmod(0o755)
     env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "JOB_COMPLETION_INDEX": index}
-    ended = subprocess.run(container(job)["args"], env=env, capture_output=True, text=True, timeout=30, check=True)
+    ended = subprocess.run(
+        container(job)["args"], env=env, capture_output=True, text=True, timeout=30, check=True
+    )
     assert ended.stdout == f"{words}\n"
 
 
@@ -125,6 +167,12 @@ def test_nothing_runs_as_root_or_writes_to_the_image(job: Manifest) -> None:
     assert pod["securityContext"]["runAsNonRoot"]
     assert pod["securityContext"]["runAsUser"] > 0
     assert not pod["automountServiceAccountToken"]
-    assert limits == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
-    writable = {mount["mountPath"] for mount in container(job)["volumeMounts"] if not mount.get("readOnly")}
+    assert limits == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    writable = {
+        mount["mountPath"] for mount in container(job)["volumeMounts"] if not mount.get("readOnly")
+    }
     assert writable == {"/runs", "/dev/shm", "/home/lora", "/tmp"}

@@ -22,14 +22,23 @@ from pipelines.runtime.launcher import CONFIGS, config_file
 REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"
 PAGE = (INFRA / "README.md").read_text()
-FILES = [path for path in sorted(INFRA.rglob("*")) if path.is_file() and path.parent not in (CONFIGS, INFRA / "deepspeed")]
+FILES = [
+    path
+    for path in sorted(INFRA.rglob("*"))
+    if path.is_file() and path.parent not in (CONFIGS, INFRA / "deepspeed")
+]
 COMPOSE = (INFRA / "compose.yaml").read_text()
 
 
 def in_source(name: str, *folders: Path, kinds: tuple[str, ...] = ("*.py",)) -> bool:
     """Tell whether a file of these kinds under the folders holds the name."""
     included = [f"--include={kind}" for kind in kinds]
-    return subprocess.run(["grep", "-rqwF", *included, name, *map(str, folders)], check=False).returncode == 0
+    return (
+        subprocess.run(
+            ["grep", "-rqwF", *included, name, *map(str, folders)], check=False
+        ).returncode
+        == 0
+    )
 
 
 def library(name: str) -> Path:
@@ -46,19 +55,25 @@ def of_prefect(name: str) -> bool:
 
 
 READERS: dict[str, Callable[[str], bool]] = {
-    "the pipeline": lambda name: in_source(f'"{name}"', REPOSITORY / "pipelines", REPOSITORY / "lora_core"),
+    "the pipeline": lambda name: in_source(
+        f'"{name}"', REPOSITORY / "pipelines", REPOSITORY / "lora_core"
+    ),
     "compose.yaml": lambda name: f"${{{name}" in COMPOSE,
     "Prefect": of_prefect,
     "MLflow": lambda name: in_source(name, library("mlflow")),
     "Hugging Face": lambda name: in_source(name, library("huggingface_hub")),
     "PyTorch": lambda name: in_source(name, library("torch"), kinds=("*.py", "libtorch_cpu.so")),
-    "NCCL": lambda name: in_source(name, library("torch"), library("deepspeed")),  # as its users name it: no CPU build holds it
+    "NCCL": lambda name: in_source(
+        name, library("torch"), library("deepspeed")
+    ),  # as its users name it: no CPU build holds it
 }
 
 
 def variables() -> Iterator[tuple[str, list[str]]]:
     """Yield each variable of the page's table, with who is said to read it."""
-    for names, readers in re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([^|]+) \|", PAGE, flags=re.MULTILINE):
+    for names, readers in re.findall(
+        r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([^|]+) \|", PAGE, flags=re.MULTILINE
+    ):
         for name in re.findall(r"`([A-Z_]+)`", names):
             yield name, readers.strip().split(", ")
 
@@ -77,7 +92,9 @@ def test_every_command_is_one_of_ours_with_its_options(path: Path) -> None:
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for command, options in commands(path.read_text()):
         assert command in known, f"lora {command}"
-        assert set(options) <= {name for parameter in known[command].params for name in parameter.opts}, f"lora {command}"
+        assert set(options) <= {
+            name for parameter in known[command].params for name in parameter.opts
+        }, f"lora {command}"
 
 
 def test_the_commands_are_looked_for_where_they_are() -> None:
@@ -96,16 +113,26 @@ def test_every_variable_is_read_by_whom_the_page_says(name: str, readers: list[s
 def test_every_variable_that_can_be_set_is_on_the_page() -> None:
     own = {name for folder in ("pipelines", "lora_core") for path in (REPOSITORY / folder).rglob("*.py")
            for name in re.findall(r'"(LORA_[A-Z_]+)"', path.read_text())}  # fmt: skip
-    settings = {line.partition("=")[0] for line in (INFRA / "kubernetes" / "settings.env").read_text().splitlines() if line[0] != "#"}
+    settings = {
+        line.partition("=")[0]
+        for line in (INFRA / "kubernetes" / "settings.env").read_text().splitlines()
+        if line[0] != "#"
+    }
     services = yaml.safe_load(COMPOSE)["services"].values()
-    composed = {name for service in services for name in service["environment"]} | set(re.findall(r"\$\{(\w+)", COMPOSE))
+    composed = {name for service in services for name in service["environment"]} | set(
+        re.findall(r"\$\{(\w+)", COMPOSE)
+    )
     image = {"POSTGRES_USER", "POSTGRES_DB"}
     """The database image's own, fixed in compose.yaml."""
     assert own - {PARENT, PLACE} | settings | composed - image <= set(VARIABLES)
 
 
 def test_every_launch_exists_and_is_explained() -> None:
-    named = {name for path in FILES for name in re.findall(r"\b(?:cpu|gpu)_[a-z0-9_]*[a-z0-9]", path.read_text())}
+    named = {
+        name
+        for path in FILES
+        for name in re.findall(r"\b(?:cpu|gpu)_[a-z0-9_]*[a-z0-9]", path.read_text())
+    }
     assert named == {path.stem for path in CONFIGS.glob("*.yaml")}
 
 
@@ -113,7 +140,9 @@ def test_every_launch_exists_and_is_explained() -> None:
 def test_every_launch_config_finds_its_deepspeed_settings(name: str) -> None:
     section = yaml.safe_load(config_file(name).read_text()).get("deepspeed_config", {})
     if section:
-        stage = json.loads((REPOSITORY / section["deepspeed_config_file"]).read_text())["zero_optimization"]["stage"]
+        stage = json.loads((REPOSITORY / section["deepspeed_config_file"]).read_text())[
+            "zero_optimization"
+        ]["stage"]
         assert f"zero{stage}" in name
 
 
@@ -142,7 +171,9 @@ def test_every_file_is_on_the_page() -> None:
 def test_the_script_is_sound() -> None:
     script = str(INFRA / "slurm" / "finetune.sbatch")
     subprocess.run(["bash", "-n", script], check=True)
-    shellcheck = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    shellcheck = shutil.which(
+        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     if shellcheck is None:
         pytest.skip("shellcheck is not here")
     checked = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
@@ -153,6 +184,8 @@ def test_slurm_gives_the_run_time_to_end() -> None:
     from pipelines.runtime.launcher import GRACE_SECONDS
 
     script = (INFRA / "slurm" / "finetune.sbatch").read_text()
-    [(signal, seconds)] = re.findall(r"^#SBATCH --signal=B:(\w+)@(\d+)$", script, flags=re.MULTILINE)
+    [(signal, seconds)] = re.findall(
+        r"^#SBATCH --signal=B:(\w+)@(\d+)$", script, flags=re.MULTILINE
+    )
     assert f"trap 'requeue=yes; end_both' {signal}" in script
     assert int(seconds) - 60 > GRACE_SECONDS, "SLURM may send it up to a minute late"

@@ -22,7 +22,9 @@ from tiny import tiny_recipe
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
-COMPOSE: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "infra" / "compose.yaml").read_text())
+COMPOSE: dict[str, Any] = yaml.safe_load(
+    (Path(__file__).parents[2] / "infra" / "compose.yaml").read_text()
+)
 BIN = Path(sys.executable).parent
 LOCK = "somebody:secret"
 
@@ -46,14 +48,21 @@ def until(claim: Callable[[], bool], seconds: float = 120) -> None:
 
 
 @contextmanager
-def started(command: Sequence[str], log: Path, env: dict[str, str], user: str | None = None) -> Iterator[None]:
+def started(
+    command: Sequence[str], log: Path, env: dict[str, str], user: str | None = None
+) -> Iterator[None]:
     """Run a command for the length of a block; nothing of it is left."""
     with log.open("w") as stream:
-        process = subprocess.Popen(command, env=env, stdout=stream, stderr=subprocess.STDOUT, user=user, cwd=log.parent)
+        process = subprocess.Popen(
+            command, env=env, stdout=stream, stderr=subprocess.STDOUT, user=user, cwd=log.parent
+        )
     try:
         yield
     finally:
-        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        family = [
+            *psutil.Process(process.pid).children(recursive=True),
+            psutil.Process(process.pid),
+        ]
         process.terminate()
         for one in psutil.wait_procs(family, timeout=20)[1]:
             one.kill()
@@ -81,13 +90,63 @@ def postgres() -> Iterator[int]:
             os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
         (folder / "password").write_text("secret")
         (folder / "password").chmod(0o644)
-        made = [initdb, "--pgdata", str(folder / "data"), "--username", service["POSTGRES_USER"], "--pwfile", str(folder / "password")]
-        subprocess.run([*made, "--auth", "scram-sha-256"], user=user, check=True, capture_output=True, cwd=folder)
-        listening = ["-D", str(folder / "data"), "-p", str(port), "-h", "127.0.0.1", "-k", str(folder)]
-        connected = [psql, "--host", "127.0.0.1", "--port", str(port), "--username", service["POSTGRES_USER"], "--dbname", "postgres"]
+        made = [
+            initdb,
+            "--pgdata",
+            str(folder / "data"),
+            "--username",
+            service["POSTGRES_USER"],
+            "--pwfile",
+            str(folder / "password"),
+        ]
+        subprocess.run(
+            [*made, "--auth", "scram-sha-256"],
+            user=user,
+            check=True,
+            capture_output=True,
+            cwd=folder,
+        )
+        listening = [
+            "-D",
+            str(folder / "data"),
+            "-p",
+            str(port),
+            "-h",
+            "127.0.0.1",
+            "-k",
+            str(folder),
+        ]
+        connected = [
+            psql,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--username",
+            service["POSTGRES_USER"],
+            "--dbname",
+            "postgres",
+        ]
         with started([server, *listening], folder / "log.txt", env, user):
-            until(lambda: subprocess.run([*connected, "--command", "SELECT 1"], env=env, capture_output=True, check=False).returncode == 0)
-            subprocess.run(connected, input=COMPOSE["configs"]["databases"]["content"], env=env, text=True, check=True, capture_output=True)
+            until(
+                lambda: (
+                    subprocess.run(
+                        [*connected, "--command", "SELECT 1"],
+                        env=env,
+                        capture_output=True,
+                        check=False,
+                    ).returncode
+                    == 0
+                )
+            )
+            subprocess.run(
+                connected,
+                input=COMPOSE["configs"]["databases"]["content"],
+                env=env,
+                text=True,
+                check=True,
+                capture_output=True,
+            )
             yield port
     finally:
         shutil.rmtree(folder)
@@ -112,7 +171,11 @@ def served(name: str, postgres: int, state: Path) -> Iterator[str]:
             text = text.replace(old, replacement)
         return text
 
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", "MLFLOW_"))}
+    plain = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("PREFECT_", "MLFLOW_"))
+    }
     env = plain | {key: here(value) for key, value in service["environment"].items()}
     command = [str(BIN / service["command"][0]), *map(here, service["command"][1:])]
     with started(command, state / "log.txt", env):
@@ -125,25 +188,50 @@ def test_prefect_serves_those_who_know_the_password(postgres: int, tmp_path: Pat
         pools = f"{address}/api/work_pools/filter"
         assert httpx.post(pools, json={}).status_code == 401
         assert httpx.post(pools, json={}, auth=("somebody", "secret")).json() == []
-        assert "<html" in httpx.get(address, follow_redirects=True).text, "the pages were not put where they are served from"
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe(tmp_path, tmp_path / "pairs.jsonl")))
-        env = {**os.environ, "PREFECT_API_URL": f"{address}/api", "PREFECT_API_AUTH_STRING": LOCK, "LORA_RUNS": str(tmp_path / "runs")}
+        assert "<html" in httpx.get(address, follow_redirects=True).text, (
+            "the pages were not put where they are served from"
+        )
+        (tmp_path / "recipe.yaml").write_text(
+            yaml.safe_dump(tiny_recipe(tmp_path, tmp_path / "pairs.jsonl"))
+        )
+        env = {
+            **os.environ,
+            "PREFECT_API_URL": f"{address}/api",
+            "PREFECT_API_AUTH_STRING": LOCK,
+            "LORA_RUNS": str(tmp_path / "runs"),
+        }
         command = [str(BIN / "lora"), "deploy", "recipe.yaml", "--cron", "0 2 * * *"]
-        deployed = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+        deployed = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False
+        )
         assert deployed.returncode == 0, deployed.stderr
         [pool] = httpx.post(pools, json={}, auth=("somebody", "secret")).json()
         assert (pool["name"], pool["type"]) == ("lora", "process")
-        assert COMPOSE["services"]["worker"]["command"][-3:] == [pool["name"], "--type", pool["type"]]
+        assert COMPOSE["services"]["worker"]["command"][-3:] == [
+            pool["name"],
+            "--type",
+            pool["type"],
+        ]
 
 
-@pytest.mark.skipif(find_spec("psycopg2") is None, reason="psycopg2, by which MLflow speaks to Postgres, is not installed")
+@pytest.mark.skipif(
+    find_spec("psycopg2") is None,
+    reason="psycopg2, by which MLflow speaks to Postgres, is not installed",
+)
 def test_mlflow_serves_the_worker_by_the_name_of_the_service(postgres: int, tmp_path: Path) -> None:
     with served("mlflow", postgres, tmp_path) as address:
         until(lambda: httpx.get(f"{address}/health").status_code == 200)
         port = address.rpartition(":")[2]
         search, asked = f"{address}/api/2.0/mlflow/experiments/search", {"max_results": 10}
-        assert httpx.post(search, json=asked, headers={"Host": f"mlflow:{port}"}).json()["experiments"][0]["name"] == "Default"
-        assert httpx.post(search, json=asked, headers={"Host": f"elsewhere:{port}"}).status_code == 403
+        assert (
+            httpx.post(search, json=asked, headers={"Host": f"mlflow:{port}"}).json()[
+                "experiments"
+            ][0]["name"]
+            == "Default"
+        )
+        assert (
+            httpx.post(search, json=asked, headers={"Host": f"elsewhere:{port}"}).status_code == 403
+        )
         assert httpx.get(address).status_code == 200
         kept = f"{address}/api/2.0/mlflow-artifacts/artifacts/0/note.txt"
         assert httpx.put(kept, content=b"an adapter").status_code == 200

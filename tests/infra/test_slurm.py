@@ -62,7 +62,11 @@ class Job:
 
     def write(self, machines: int) -> None:
         """Lay out a repository with a recipe, and the stand-ins."""
-        recipe = tiny_recipe(self.folder, self.folder / "pairs.jsonl", launch={"processes": machines, "machines": machines})
+        recipe = tiny_recipe(
+            self.folder,
+            self.folder / "pairs.jsonl",
+            launch={"processes": machines, "machines": machines},
+        )
         (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         (self.folder / ".venv" / "bin").mkdir(parents=True)
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("lora", LORA)):
@@ -76,11 +80,24 @@ class Job:
 
     def start(self, nodes: int, *arguments: str) -> "subprocess.Popen[bytes]":
         """Start the script as SLURM starts it on the first node."""
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("LORA_", "SLURM_"))}
-        given = {"SLURM_SUBMIT_DIR": str(self.folder), "SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node-[a-c]"}
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("LORA_", "SLURM_"))
+        }
+        given = {
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_JOB_ID": "123456",
+            "SLURM_JOB_NODELIST": "node-[a-c]",
+        }
         given |= {"SLURM_JOB_NUM_NODES": str(nodes), "NODES": " ".join(NODES[:nodes])}
         with (self.folder / "said.txt").open("w") as said:
-            return subprocess.Popen(["bash", str(SCRIPT), *arguments], env=env | given, stderr=said, start_new_session=True)
+            return subprocess.Popen(
+                ["bash", str(SCRIPT), *arguments],
+                env=env | given,
+                stderr=said,
+                start_new_session=True,
+            )
 
     def end(self, node: str, status: int) -> None:
         """Have a node's command end by itself."""
@@ -129,7 +146,9 @@ def until(claim: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_the_first_node_runs_the_recipe_and_the_others_join_by_number(job: Job, running: "subprocess.Popen[bytes]") -> None:
+def test_the_first_node_runs_the_recipe_and_the_others_join_by_number(
+    job: Job, running: "subprocess.Popen[bytes]"
+) -> None:
     place = ["node-a:23456", str(job.folder / "runs")]
     assert job.began("node-a") == ["run", "recipe.yaml", "--rank", "8", *place]
     assert job.began("node-b") == ["join", "--machine", "1", *place]
@@ -155,14 +174,18 @@ def test_a_node_that_is_lost_ends_the_run(job: Job, running: "subprocess.Popen[b
     assert "goes on from its last checkpoint" in job.said()
 
 
-def test_before_the_time_limit_all_end_in_order_and_the_job_is_queued_again(job: Job, running: "subprocess.Popen[bytes]") -> None:
+def test_before_the_time_limit_all_end_in_order_and_the_job_is_queued_again(
+    job: Job, running: "subprocess.Popen[bytes]"
+) -> None:
     running.send_signal(signal.SIGUSR1)
     assert running.wait(60) == 143
     assert job.files("ended") == set(NODES)
     assert job.told() == "requeue 123456\n"
 
 
-def test_a_job_that_is_cancelled_is_not_queued_again(job: Job, running: "subprocess.Popen[bytes]") -> None:
+def test_a_job_that_is_cancelled_is_not_queued_again(
+    job: Job, running: "subprocess.Popen[bytes]"
+) -> None:
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 143
     assert job.files("ended") == set(NODES)
@@ -180,7 +203,10 @@ def test_one_node_runs_alone(tmp_path: Path) -> None:
 
 def test_a_recipe_for_another_number_of_nodes_is_refused_before_anything_starts(job: Job) -> None:
     assert job.start(2, "recipe.yaml").wait(60) == 2
-    assert job.said() == "error: launch.machines of recipe.yaml is 3, and the job has 2 nodes; make them equal\n"
+    assert (
+        job.said()
+        == "error: launch.machines of recipe.yaml is 3, and the job has 2 nodes; make them equal\n"
+    )
     assert job.files("began") == set()
 
 

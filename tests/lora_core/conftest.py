@@ -52,14 +52,18 @@ def build_nf4_llama(llama_folder: Path) -> Callable[..., LlamaForCausalLM]:
     layout on some processors, which test_quant.py looks at by itself.
     """
 
-    def load(dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+    def load(
+        dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
+    ) -> LlamaForCausalLM:
         quantisation = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype or dtype,
         )
-        return AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quantisation, dtype=dtype).train()
+        return AutoModelForCausalLM.from_pretrained(
+            llama_folder, quantization_config=quantisation, dtype=dtype
+        ).train()
 
     return load
 
@@ -124,7 +128,9 @@ def adapter_folder(adapted: LlamaForCausalLM, small_config: LoraConfig, tmp_path
     return folder
 
 
-@pytest.fixture(params=[partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compiled", "parallel"])
+@pytest.fixture(
+    params=[partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compiled", "parallel"]
+)
 def wrapper(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
     """What puts a part of its own before every module path; neither computes anything by being put on."""
     return request.param
@@ -134,7 +140,9 @@ def wrapper(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
 def refuses(state_of: Callable[[nn.Module], State]) -> Callable[..., None]:
     """Return a check that an action on a model raises, and that the model is then what it was."""
 
-    def check(model: nn.Module, action: Callable[[], object], error: type[Exception], message: str | None) -> None:
+    def check(
+        model: nn.Module, action: Callable[[], object], error: type[Exception], message: str | None
+    ) -> None:
         before, trainable, adapters = state_of(model), _trainable(model), _adapters(model)
         with pytest.raises(error, match=message):
             action()
@@ -144,7 +152,9 @@ def refuses(state_of: Callable[[nn.Module], State]) -> Callable[..., None]:
     return check
 
 
-def make_llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, bias: bool = False) -> LlamaForCausalLM:
+def make_llama(
+    *, tied: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, bias: bool = False
+) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -162,9 +172,14 @@ def make_llama(*, tied: bool = False, dtype: torch.dtype = torch.float32, seed: 
     return LlamaForCausalLM(config).to(torch.bfloat16).to(dtype).eval()
 
 
-def make_update(out_features: int, in_features: int, rank: int, *, scale: float = 1.0, seed: int = 0) -> Update:
+def make_update(
+    out_features: int, in_features: int, rank: int, *, scale: float = 1.0, seed: int = 0
+) -> Update:
     generator = torch.Generator().manual_seed(seed)
-    a, b = (torch.randn(shape, generator=generator) for shape in ((rank, in_features), (out_features, rank)))
+    a, b = (
+        torch.randn(shape, generator=generator)
+        for shape in ((rank, in_features), (out_features, rank))
+    )
     return Update(a, b, scale)
 
 
@@ -181,7 +196,11 @@ def clone_state(model: nn.Module) -> State:
 
 def compare_states(state: State, reference: State) -> None:
     assert state.keys() == reference.keys()
-    different = [name for name, value in state.items() if value.dtype != reference[name].dtype or not torch.equal(value, reference[name])]
+    different = [
+        name
+        for name, value in state.items()
+        if value.dtype != reference[name].dtype or not torch.equal(value, reference[name])
+    ]
     assert not different
 
 

@@ -83,4 +83,8 @@ def test_config_cannot_be_changed() -> None:
 
 def test_defaults_adapt_every_linear_layer_without_dropout() -> None:
     config = LoraConfig(r=8, lora_alpha=16)
-    assert (config.target_modules, config.lora_dropout, config.use_rslora) == ("all-linear", 0.0, False)
+    assert (config.target_modules, config.lora_dropout, config.use_rslora) == (
+        "all-linear",
+        0.0,
+        False,
+    )

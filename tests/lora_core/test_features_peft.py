@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from parity.cases import CASES, FLOAT32, Case
-from parity.features import adapted, effect, gradients, ours_in_peft, parts_of_largest, pefts_here, shake, trained
+from parity.features import (
+    adapted,
+    effect,
+    gradients,
+    ours_in_peft,
+    parts_of_largest,
+    pefts_here,
+    shake,
+    trained,
+)
 from peft import PeftModel
 
 from lora_core import fingerprint, inject, load_adapter, merge, unmerge
@@ -23,9 +32,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape:UserWarning"),  # it knows no bias of B
+    pytest.mark.filterwarnings(
+        "ignore:Adapter 'default'. .* have invalid shape:UserWarning"
+    ),  # it knows no bias of B
     pytest.mark.filterwarnings("ignore:There are multiple adapter keys:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.* changes the base weights of the model:UserWarning"),  # while it takes its own start off
+    pytest.mark.filterwarnings(
+        "ignore:.* changes the base weights of the model:UserWarning"
+    ),  # while it takes its own start off
 ]
 each_case = pytest.mark.parametrize("one", CASES.values(), ids=CASES.keys())
 CONVERTED = {name: one for name, one in CASES.items() if one.converts_in_peft}
@@ -39,7 +52,10 @@ def test_step_0_is_the_base_bit_for_bit(one: Case, training: bool) -> None:
     before, identity = one.logits(model), fingerprint(model)
     inject(model, config, seed=1)
     after = one.logits(model)
-    if config.use_dora or config.init_lora_weights not in ("kaiming", "gaussian"):  # a row over its own length, or a start less itself
+    if config.use_dora or config.init_lora_weights not in (
+        "kaiming",
+        "gaussian",
+    ):  # a row over its own length, or a start less itself
         assert parts_of_largest(after, before) <= one.tolerance.logits
     else:
         assert torch.equal(after, before)
@@ -91,7 +107,10 @@ def test_merged_it_computes_the_same_and_unmerged_it_is_what_it_was(one: Case) -
     bits = {name: value.clone() for name, value in model.state_dict().items()}
     inject(model, config, seed=1)
     shake(trained(model))
-    before, state = one.logits(model), {key: p.detach().clone() for key, p in trained(model).items()}
+    before, state = (
+        one.logits(model),
+        {key: p.detach().clone() for key, p in trained(model).items()},
+    )
     merged = merge(model)
     assert not list(adapter_parts(model))
     assert parts_of_largest(one.logits(model), before) <= one.tolerance.logits

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_core.files import file_written_aside, folder_written_aside, overlap, sha256_of_file, write_json, write_text
+from lora_core.files import (
+    file_written_aside,
+    folder_written_aside,
+    overlap,
+    sha256_of_file,
+    write_json,
+    write_text,
+)
 
 
 class DiskFullError(OSError):
@@ -27,7 +34,11 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Return every file below `folder`, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_text_replaces_text_and_makes_its_folder(tmp_path: Path) -> None:
@@ -68,7 +79,9 @@ def test_json_repeats_its_bytes(tmp_path: Path) -> None:
     write_json(tmp_path / "one.json", {"b": [1, 2], "a": {"ü": None}})
     write_json(tmp_path / "two.json", {"a": {"ü": None}, "b": [1, 2]})
     assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
-    assert (tmp_path / "one.json").read_text(encoding="utf-8") == '{\n  "a": {\n    "ü": null\n  },\n  "b": [\n    1,\n    2\n  ]\n}\n'
+    assert (tmp_path / "one.json").read_text(
+        encoding="utf-8"
+    ) == '{\n  "a": {\n    "ü": null\n  },\n  "b": [\n    1,\n    2\n  ]\n}\n'
 
 
 def test_what_is_no_json_writes_nothing(tmp_path: Path) -> None:
@@ -103,7 +116,9 @@ def test_a_folder_replaces_the_former_one_with_all_its_files(tmp_path: Path, for
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failing_block_keeps_the_former_folder(tmp_path: Path, former: Path, error: type[BaseException]) -> None:
+def test_a_failing_block_keeps_the_former_folder(
+    tmp_path: Path, former: Path, error: type[BaseException]
+) -> None:
     with pytest.raises(error), folder_written_aside(former) as aside:
         (aside / "new.txt").write_text("new", encoding="utf-8")
         raise error
@@ -118,7 +133,9 @@ def test_a_disk_that_refuses_keeps_the_former_folder(tmp_path: Path, former: Pat
     assert tree(tmp_path) == {"result/old.txt": b"old"}
 
 
-def test_a_failing_rename_puts_the_former_folder_back(tmp_path: Path, former: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_rename_puts_the_former_folder_back(
+    tmp_path: Path, former: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The former folder has stepped aside when the new one cannot take its place: it must step back."""
     rename, refused = Path.rename, []
 
@@ -173,9 +190,18 @@ def test_a_disk_that_refuses_keeps_the_former_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "expected"), [("a", "a", True), ("a", "a/b", True), ("a/b", "a", True), ("a", "ab", False), ("a/../b", "b", True)]
+    ("one", "other", "expected"),
+    [
+        ("a", "a", True),
+        ("a", "a/b", True),
+        ("a/b", "a", True),
+        ("a", "ab", False),
+        ("a/../b", "b", True),
+    ],
 )
-def test_places_overlap_where_one_is_or_holds_the_other(tmp_path: Path, one: str, other: str, expected: bool) -> None:
+def test_places_overlap_where_one_is_or_holds_the_other(
+    tmp_path: Path, one: str, other: str, expected: bool
+) -> None:
     assert overlap(tmp_path / one, tmp_path / other) is expected
 
 

@@ -11,7 +11,11 @@ from lora_core import LoraConfig, LoraLinear, TargetError, inject, lora_layers, 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-EVERY = [f"model.layers.{i}.{part}" for i in (0, 1) for part in [f"self_attn.{p}" for p in PROJECTIONS] + [f"mlp.{p}" for p in MLP]]
+EVERY = [
+    f"model.layers.{i}.{part}"
+    for i in (0, 1)
+    for part in [f"self_attn.{p}" for p in PROJECTIONS] + [f"mlp.{p}" for p in MLP]
+]
 Build = Callable[..., LlamaForCausalLM]
 
 
@@ -40,7 +44,9 @@ def test_all_linear_leaves_out_the_output_head(build_llama: Build, tied: bool) -
     ],
     ids=str,
 )
-def test_patterns_find_what_they_say(build_llama: Build, targets: str | tuple[str, ...], expected: list[str]) -> None:
+def test_patterns_find_what_they_say(
+    build_llama: Build, targets: str | tuple[str, ...], expected: list[str]
+) -> None:
     assert names(build_llama(), targets) == expected
 
 
@@ -50,7 +56,10 @@ def test_patterns_find_what_they_say(build_llama: Build, targets: str | tuple[st
         (("q_proj", "quue_proj"), "'quue_proj' matches no module.*q_proj"),
         (("proj",), "'proj' matches no module"),
         (("_proj",), "'_proj' matches no module"),
-        (("input_layernorm",), "'input_layernorm' matches model.layers.0.input_layernorm, which can get no update"),
+        (
+            ("input_layernorm",),
+            "'input_layernorm' matches model.layers.0.input_layernorm, which can get no update",
+        ),
         (("mlp",), r"'mlp' matches model.layers.0.mlp, which can get no update"),
         (r".*\.layers\.7\..*", "matches no module"),
         ("q_proj", "'q_proj' matches no module"),
@@ -74,7 +83,9 @@ def test_a_bare_layer_has_no_place_to_put_an_adapter(refuses: Callable[..., None
     refuses(layer, lambda: inject(layer, config(), seed=0), TargetError, "model")
 
 
-def test_the_rank_may_reach_the_smaller_side_but_not_exceed_it(build_llama: Build, refuses: Callable[..., None]) -> None:
+def test_the_rank_may_reach_the_smaller_side_but_not_exceed_it(
+    build_llama: Build, refuses: Callable[..., None]
+) -> None:
     model = build_llama()
     message = "rank 33 exceeds model.layers.0.self_attn.k_proj of shape 32×64.* at most 32"
     refuses(model, lambda: inject(model, config(r=33), seed=0), TargetError, message)
@@ -84,12 +95,24 @@ def test_the_rank_may_reach_the_smaller_side_but_not_exceed_it(build_llama: Buil
 def test_a_late_refusal_leaves_the_first_targets_alone(refuses: Callable[..., None]) -> None:
     """The first layer could be adapted, the second cannot: neither is."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
-    refuses(model, lambda: inject(model, config(r=4), seed=0), TargetError, "rank 4 exceeds 1 .*at most 3")
+    refuses(
+        model,
+        lambda: inject(model, config(r=4), seed=0),
+        TargetError,
+        "rank 4 exceeds 1 .*at most 3",
+    )
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("o_proj",)], ids=str)
-def test_a_second_injection_is_refused(adapted: LlamaForCausalLM, refuses: Callable[..., None], targets: str | tuple[str, ...]) -> None:
-    refuses(adapted, lambda: inject(adapted, config(targets), seed=0), TargetError, "already carries an adapter")
+def test_a_second_injection_is_refused(
+    adapted: LlamaForCausalLM, refuses: Callable[..., None], targets: str | tuple[str, ...]
+) -> None:
+    refuses(
+        adapted,
+        lambda: inject(adapted, config(targets), seed=0),
+        TargetError,
+        "already carries an adapter",
+    )
 
 
 def test_a_plan_on_the_meta_device_is_the_plan(build_llama: Build) -> None:
@@ -101,7 +124,9 @@ def test_a_plan_on_the_meta_device_is_the_plan(build_llama: Build) -> None:
 
 
 def test_planning_changes_nothing(
-    build_llama: Build, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None]
+    build_llama: Build,
+    state_of: Callable[..., dict[str, Tensor]],
+    assert_same_state: Callable[..., None],
 ) -> None:
     model = build_llama()
     before, modules = state_of(model), list(model.modules())
@@ -112,11 +137,20 @@ def test_planning_changes_nothing(
 
 def test_targets_carry_shape_rank_and_scale(build_llama: Build) -> None:
     target = plan_targets(build_llama(), config(("1.mlp.down_proj",), r=8))[0]
-    found = (target.in_features, target.out_features, target.rank, target.scale, target.kind, target.trained_weights)
+    found = (
+        target.in_features,
+        target.out_features,
+        target.rank,
+        target.scale,
+        target.kind,
+        target.trained_weights,
+    )
     assert found == (128, 64, 8, 1.0, "dense", 8 * (128 + 64))
 
 
-def test_injection_wraps_the_plan_and_freezes_the_rest(build_llama: Build, state_of: Callable[..., dict[str, Tensor]]) -> None:
+def test_injection_wraps_the_plan_and_freezes_the_rest(
+    build_llama: Build, state_of: Callable[..., dict[str, Tensor]]
+) -> None:
     model = build_llama()
     before = state_of(model)
     plan = plan_targets(model, config())
@@ -126,7 +160,8 @@ def test_injection_wraps_the_plan_and_freezes_the_rest(build_llama: Build, state
     assert trainable == {f"{name}.lora_{letter}" for name in EVERY for letter in "AB"}
     after = state_of(model)
     assert all(
-        torch.equal(value, after[name if name in after else name.replace("_proj.", "_proj.base.")]) for name, value in before.items()
+        torch.equal(value, after[name if name in after else name.replace("_proj.", "_proj.base.")])
+        for name, value in before.items()
     )
 
 
@@ -137,8 +172,12 @@ def test_a_wrapped_layer_keeps_its_mode(build_llama: Build, training: bool) -> N
     assert all(module.training is training for module in model.modules())
 
 
-def test_wrappers_leave_no_trace_in_the_names(adapted: LlamaForCausalLM, wrapper: Callable[[nn.Module], nn.Module]) -> None:
-    assert [name for name, _ in lora_layers(wrapper(adapted))] == [name for name, _ in lora_layers(adapted)]
+def test_wrappers_leave_no_trace_in_the_names(
+    adapted: LlamaForCausalLM, wrapper: Callable[[nn.Module], nn.Module]
+) -> None:
+    assert [name for name, _ in lora_layers(wrapper(adapted))] == [
+        name for name, _ in lora_layers(adapted)
+    ]
 
 
 def test_a_module_that_is_called_module_keeps_its_name() -> None:

@@ -19,7 +19,9 @@ Logits = Callable[[nn.Module], Tensor]
 REGEX = r".*layers\.1\.(self_attn\.[qv]|mlp\.up)_proj"
 CONFIGS = {
     "list": LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj", "down_proj")),
-    "suffix path": LoraConfig(r=4, lora_alpha=8, target_modules=("self_attn.q_proj", "model.layers.1.mlp.up_proj")),
+    "suffix path": LoraConfig(
+        r=4, lora_alpha=8, target_modules=("self_attn.q_proj", "model.layers.1.mlp.up_proj")
+    ),
     "regex": LoraConfig(r=4, lora_alpha=8, target_modules=REGEX),
     "rslora": LoraConfig(r=4, lora_alpha=8, target_modules=("v_proj",), use_rslora=True),
     "all-linear": LoraConfig(r=4, lora_alpha=8),
@@ -27,7 +29,9 @@ CONFIGS = {
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 # PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 # Both form x·W and s·B·A·x in float32 and differ in the order of a few roundings of 6e-8 each.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -38,7 +42,9 @@ def in_peft(config: LoraConfig) -> PeftLoraConfig:
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.lora_alpha,
-        target_modules=config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules),
+        target_modules=config.target_modules
+        if isinstance(config.target_modules, str)
+        else list(config.target_modules),
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         init_lora_weights=False,
@@ -46,7 +52,9 @@ def in_peft(config: LoraConfig) -> PeftLoraConfig:
 
 
 @pytest.fixture
-def saved_by_us(build_llama: Build, randomise: Callable[[nn.Module], None], tmp_path: Path) -> Callable[[LoraConfig], LlamaForCausalLM]:
+def saved_by_us(
+    build_llama: Build, randomise: Callable[[nn.Module], None], tmp_path: Path
+) -> Callable[[LoraConfig], LlamaForCausalLM]:
     """Return a maker of adapted models that leaves their adapter in tmp_path / "ours"."""
 
     def make(config: LoraConfig) -> LlamaForCausalLM:
@@ -73,15 +81,23 @@ def saved_by_peft(build_llama: Build, tmp_path: Path) -> Callable[[PeftLoraConfi
 
 @each_config
 def test_peft_loads_ours_with_the_same_logits_and_no_warning(
-    build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], logits: Logits, tmp_path: Path, config: LoraConfig
+    build_llama: Build,
+    saved_by_us: Callable[..., LlamaForCausalLM],
+    logits: Logits,
+    tmp_path: Path,
+    config: LoraConfig,
 ) -> None:
     model = saved_by_us(config)
-    theirs = PeftModel.from_pretrained(build_llama(), tmp_path / "ours").eval()  # a warning, as of a missing key, is an error here
+    theirs = PeftModel.from_pretrained(
+        build_llama(), tmp_path / "ours"
+    ).eval()  # a warning, as of a missing key, is an error here
     torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
     assert (logits(model) - logits(build_llama())).abs().max() > 0.1
 
 
-def test_peft_warns_of_a_key_that_it_misses(build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:
+def test_peft_warns_of_a_key_that_it_misses(
+    build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
     """Without this warning the silence above would say nothing."""
     saved_by_us(CONFIGS["list"])
     path = tmp_path / "ours" / "adapter_model.safetensors"
@@ -94,7 +110,11 @@ def test_peft_warns_of_a_key_that_it_misses(build_llama: Build, saved_by_us: Cal
 
 @each_config
 def test_we_load_theirs_with_the_same_logits(
-    build_llama: Build, saved_by_peft: Callable[..., PeftModel], logits: Logits, tmp_path: Path, config: LoraConfig
+    build_llama: Build,
+    saved_by_peft: Callable[..., PeftModel],
+    logits: Logits,
+    tmp_path: Path,
+    config: LoraConfig,
 ) -> None:
     theirs, model = saved_by_peft(in_peft(config)), build_llama()
     load_adapter(model, tmp_path / "peft")
@@ -121,10 +141,16 @@ def test_a_regex_that_also_matches_blocks_still_loads_in_peft(
 ) -> None:
     """We adapt the linear layers among the matches, PEFT refuses the rest: the file must name the layers alone."""
     model = saved_by_us(LoraConfig(r=4, lora_alpha=8, target_modules=r"model\.layers\.1\..*"))
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(build_llama(), tmp_path / "ours").eval()), logits(model), **CLOSE)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(build_llama(), tmp_path / "ours").eval()),
+        logits(model),
+        **CLOSE,
+    )
 
 
-def test_all_linear_names_no_head_that_shares_its_last_name(randomise: Callable[[nn.Module], None], tmp_path: Path) -> None:
+def test_all_linear_names_no_head_that_shares_its_last_name(
+    randomise: Callable[[nn.Module], None], tmp_path: Path
+) -> None:
     """The file spells `all-linear` in names; a name that the output head shares must not adapt the head."""
 
     class TwoLayers(nn.Module):
@@ -139,10 +165,14 @@ def test_all_linear_names_no_head_that_shares_its_last_name(randomise: Callable[
     model, config = TwoLayers(), LoraConfig(r=2, lora_alpha=4)
     assert [target.name for target in inject(model, config, seed=0)] == ["body.proj"]
     save_adapter(model, tmp_path / "ours", config, Identity())
-    assert [target.name for target in load_adapter(TwoLayers(), tmp_path / "ours", check_base=False)] == ["body.proj"]
+    assert [
+        target.name for target in load_adapter(TwoLayers(), tmp_path / "ours", check_base=False)
+    ] == ["body.proj"]
 
 
-def test_the_merged_weights_are_theirs(build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:
+def test_the_merged_weights_are_theirs(
+    build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
     model = saved_by_us(CONFIGS["all-linear"])
     theirs = PeftModel.from_pretrained(build_llama(), tmp_path / "ours").merge_and_unload()
     merge(model)
@@ -152,41 +182,69 @@ def test_the_merged_weights_are_theirs(build_llama: Build, saved_by_us: Callable
         torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_are_theirs(build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tokens: Tensor, tmp_path: Path) -> None:
+def test_gradients_are_theirs(
+    build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tokens: Tensor, tmp_path: Path
+) -> None:
     model = saved_by_us(CONFIGS["all-linear"])
     theirs = PeftModel.from_pretrained(build_llama(), tmp_path / "ours", is_trainable=True)
     for each in (model, theirs):
         each.train()(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    reference = {name.removeprefix("base_model.model."): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    reference = {
+        name.removeprefix("base_model.model."): p.grad
+        for name, p in theirs.named_parameters()
+        if p.grad is not None
+    }
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert {f"{name}.default.weight" for name in found} == reference.keys()
     for name, gradient in found.items():
         expected = reference[f"{name}.default.weight"]
         # Two layers forward and back in float32, relative to the largest entry of each gradient.
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+        torch.testing.assert_close(
+            gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize(
-    "features", [{"use_qalora": True, "qalora_group_size": 16}, {"layers_pattern": "layers", "layers_to_transform": [0]}], ids=str
+    "features",
+    [
+        {"use_qalora": True, "qalora_group_size": 16},
+        {"layers_pattern": "layers", "layers_to_transform": [0]},
+    ],
+    ids=str,
 )
 def test_features_of_theirs_that_we_lack_are_refused(
-    build_llama: Build, saved_by_peft: Callable[..., PeftModel], refuses: Callable[..., None], tmp_path: Path, features: dict[str, object]
+    build_llama: Build,
+    saved_by_peft: Callable[..., PeftModel],
+    refuses: Callable[..., None],
+    tmp_path: Path,
+    features: dict[str, object],
 ) -> None:
     saved_by_peft(PeftLoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **features))
     model = build_llama()
-    refuses(model, lambda: load_adapter(model, tmp_path / "peft"), AdapterError, next(iter(features)))
+    refuses(
+        model, lambda: load_adapter(model, tmp_path / "peft"), AdapterError, next(iter(features))
+    )
 
 
 def test_their_adapter_of_a_changed_base_is_refused(
-    build_llama: Build, saved_by_peft: Callable[..., PeftModel], refuses: Callable[..., None], tmp_path: Path
+    build_llama: Build,
+    saved_by_peft: Callable[..., PeftModel],
+    refuses: Callable[..., None],
+    tmp_path: Path,
 ) -> None:
     """PiSSA takes A and B out of the base weight: beside the unchanged base they would count twice."""
-    saved_by_peft(PeftLoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights="pissa"))
+    saved_by_peft(
+        PeftLoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights="pissa"
+        )
+    )
     model = build_llama()
     refuses(model, lambda: load_adapter(model, tmp_path / "peft"), AdapterError, "pissa")
 
 
-def test_the_config_file_holds_no_field_that_peft_does_not_know(saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:
+def test_the_config_file_holds_no_field_that_peft_does_not_know(
+    saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path
+) -> None:
     saved_by_us(CONFIGS["list"])
     values = json.loads((tmp_path / "ours" / "adapter_config.json").read_text(encoding="utf-8"))
     assert values.keys() <= set(PeftLoraConfig.__dataclass_fields__)

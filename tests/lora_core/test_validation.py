@@ -26,7 +26,13 @@ class Blocks(nn.Module):
         self.x = x
 
     def forward(self) -> Tensor:
-        return torch.cat([torch.tanh(layer(self.x)).flatten() for block in self.blocks for layer in block.values()])
+        return torch.cat(
+            [
+                torch.tanh(layer(self.x)).flatten()
+                for block in self.blocks
+                for layer in block.values()
+            ]
+        )
 
 
 class Experts(nn.Module):
@@ -34,15 +40,25 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"hidden_size": 16, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-        self.model = MixtralForCausalLM(MixtralConfig(vocab_size=20, **sizes, num_local_experts=2, num_experts_per_tok=1))
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 12,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+        self.model = MixtralForCausalLM(
+            MixtralConfig(vocab_size=20, **sizes, num_local_experts=2, num_experts_per_tok=1)
+        )
 
     def forward(self) -> Tensor:
         return self.model(input_ids=torch.arange(6)[None], use_cache=False).logits
 
 
 def linear() -> nn.Module:
-    return Blocks(lambda: nn.Linear(12, 10), torch.randn(7, 12, generator=torch.Generator().manual_seed(0)))
+    return Blocks(
+        lambda: nn.Linear(12, 10), torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
+    )
 
 
 def embedding() -> nn.Module:
@@ -50,10 +66,18 @@ def embedding() -> nn.Module:
 
 
 def conv() -> nn.Module:
-    return Blocks(lambda: nn.Conv2d(12, 10, 3), torch.randn(2, 12, 5, 5, generator=torch.Generator().manual_seed(0)))
+    return Blocks(
+        lambda: nn.Conv2d(12, 10, 3),
+        torch.randn(2, 12, 5, 5, generator=torch.Generator().manual_seed(0)),
+    )
 
 
-MODELS: Mapping[str, Callable[[], nn.Module]] = {"linear": linear, "embedding": embedding, "conv": conv, "experts": Experts}
+MODELS: Mapping[str, Callable[[], nn.Module]] = {
+    "linear": linear,
+    "embedding": embedding,
+    "conv": conv,
+    "experts": Experts,
+}
 SETTINGS: list[dict[str, Any]] = [
     {"r": 2},
     {"lora_alpha": 5},
@@ -73,7 +97,10 @@ SETTINGS: list[dict[str, Any]] = [
     {"lora_bias": True},
     {"use_rslora": True},
     {"use_dora": True},
-    *({"init_lora_weights": word} for word in ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2")),
+    *(
+        {"init_lora_weights": word}
+        for word in ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2")
+    ),
 ]
 
 
@@ -96,7 +123,9 @@ def observed(kind: str, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
 
 def same(one: tuple[dict[str, Tensor], Tensor], other: tuple[dict[str, Tensor], Tensor]) -> bool:
     (trained, y), (trained_too, y_too) = one, other
-    equal = trained.keys() == trained_too.keys() and all(torch.equal(trained[name], trained_too[name]) for name in trained)
+    equal = trained.keys() == trained_too.keys() and all(
+        torch.equal(trained[name], trained_too[name]) for name in trained
+    )
     return equal and torch.equal(y, y_too)
 
 
@@ -114,14 +143,26 @@ def test_every_setting_acts_or_is_refused(kind: str, settings: dict[str, Any]) -
 
 
 ACTS = {
-    "linear": {"lora_dropout": 0.5, "lora_bias": True, "bias": "lora_only", "init_lora_weights": "pissa"},
+    "linear": {
+        "lora_dropout": 0.5,
+        "lora_bias": True,
+        "bias": "lora_only",
+        "init_lora_weights": "pissa",
+    },
     "embedding": {"use_dora": True, "rank_pattern": {"one": 2}},
-    "conv": {"lora_dropout": 0.5, "lora_bias": True, "bias": "lora_only", "init_lora_weights": "orthogonal"},
+    "conv": {
+        "lora_dropout": 0.5,
+        "lora_bias": True,
+        "bias": "lora_only",
+        "init_lora_weights": "orthogonal",
+    },
     "experts": {"rank_pattern": {"gate_up_proj": 2}, "init_lora_weights": "gaussian"},
 }
 
 
-@pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, settings in ACTS.items() for field in settings])
+@pytest.mark.parametrize(
+    ("kind", "field"), [(kind, field) for kind, settings in ACTS.items() for field in settings]
+)
 def test_what_should_act_is_not_refused(kind: str, field: str) -> None:
     assert not same(observed(kind, {field: ACTS[kind][field]}), observed(kind, {}))
 
@@ -140,14 +181,38 @@ def llama_config(**fields: Any) -> LoraConfig:
             {"target_modules": ("q_proj", "lm_head"), "layers_to_transform": (1,)},
             "'lm_head' has no effect: exclude_modules and layers_to_transform leave nothing of it",
         ),
-        ({"target_modules": ("q_proj", "up_proj"), "exclude_modules": ("up_proj",)}, "'up_proj' has no effect"),
-        ({"exclude_modules": ("up_proj", "donw_proj")}, "exclude_modules names 'donw_proj', which is no target"),
-        ({"exclude_modules": ("up_proj", "lm_head")}, "exclude_modules names 'lm_head', which is no target"),
-        ({"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "pissa"}, "'pissa' has no effect on model.embed_tokens"),
-        ({"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "orthogonal"}, "'orthogonal' has no effect on model.embed"),
-        ({"target_modules": ("q_proj", "k_proj"), "r": 17, "init_lora_weights": "olora"}, r"twice 17 exceeds .*k_proj of shape 32×64"),
-        ({"target_modules": ("embed_tokens",), "lora_dropout": 0.1}, r"lora_dropout=0\.1 has no effect"),
-        ({"target_modules": ("q_proj",), "modules_to_save": ("norm",), "bias": "lora_only"}, "bias='lora_only' has no effect"),
+        (
+            {"target_modules": ("q_proj", "up_proj"), "exclude_modules": ("up_proj",)},
+            "'up_proj' has no effect",
+        ),
+        (
+            {"exclude_modules": ("up_proj", "donw_proj")},
+            "exclude_modules names 'donw_proj', which is no target",
+        ),
+        (
+            {"exclude_modules": ("up_proj", "lm_head")},
+            "exclude_modules names 'lm_head', which is no target",
+        ),
+        (
+            {"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "pissa"},
+            "'pissa' has no effect on model.embed_tokens",
+        ),
+        (
+            {"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "orthogonal"},
+            "'orthogonal' has no effect on model.embed",
+        ),
+        (
+            {"target_modules": ("q_proj", "k_proj"), "r": 17, "init_lora_weights": "olora"},
+            r"twice 17 exceeds .*k_proj of shape 32×64",
+        ),
+        (
+            {"target_modules": ("embed_tokens",), "lora_dropout": 0.1},
+            r"lora_dropout=0\.1 has no effect",
+        ),
+        (
+            {"target_modules": ("q_proj",), "modules_to_save": ("norm",), "bias": "lora_only"},
+            "bias='lora_only' has no effect",
+        ),
     ],
 )
 def test_what_would_act_on_some_targets_alone_is_refused(
@@ -163,8 +228,13 @@ def test_what_would_act_on_some_targets_alone_is_refused(
             plan_adapter(build_llama(), llama_config(**fields))
 
 
-def test_data_for_a_start_that_an_embedding_does_not_know_is_refused(build_llama: Build, tokens: Tensor) -> None:
-    model, fields = build_llama(), {"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "eva"}
+def test_data_for_a_start_that_an_embedding_does_not_know_is_refused(
+    build_llama: Build, tokens: Tensor
+) -> None:
+    model, fields = (
+        build_llama(),
+        {"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "eva"},
+    )
     with pytest.raises(TargetError, match=r"'eva' has no effect on model\.embed_tokens"):
         inject(model, llama_config(**fields), seed=0, data=[lambda: model(input_ids=tokens)])
 
@@ -172,9 +242,18 @@ def test_data_for_a_start_that_an_embedding_does_not_know_is_refused(build_llama
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_modules": ("q_proj",), "layers_to_transform": (1,)}, r"layers_to_transform=\(1,\) has no effect on target_parameters"),
-        ({"target_modules": (), "exclude_modules": ("q_proj",)}, "exclude_modules=.* has no effect on target_parameters"),
-        ({"target_modules": (), "init_lora_weights": "orthogonal"}, r"'orthogonal' has no effect on .*experts.* \(experts\)"),
+        (
+            {"target_modules": ("q_proj",), "layers_to_transform": (1,)},
+            r"layers_to_transform=\(1,\) has no effect on target_parameters",
+        ),
+        (
+            {"target_modules": (), "exclude_modules": ("q_proj",)},
+            "exclude_modules=.* has no effect on target_parameters",
+        ),
+        (
+            {"target_modules": (), "init_lora_weights": "orthogonal"},
+            r"'orthogonal' has no effect on .*experts.* \(experts\)",
+        ),
         ({"target_modules": (), "init_lora_weights": "olora"}, "'olora' has no effect on"),
     ],
 )
@@ -191,8 +270,15 @@ def test_a_bias_that_is_trained_whole_anyway_is_no_effect() -> None:
 
 
 def test_names_that_overlap_and_all_act_are_fine(build_llama: Build) -> None:
-    fields = {"target_modules": ("q_proj", "1.mlp.up_proj"), "exclude_modules": ("0.self_attn.q_proj",), "layers_to_transform": (0, 1)}
+    fields = {
+        "target_modules": ("q_proj", "1.mlp.up_proj"),
+        "exclude_modules": ("0.self_attn.q_proj",),
+        "layers_to_transform": (0, 1),
+    }
     model = build_llama()
     inject(model, llama_config(**fields), seed=0)
-    assert [name for name, _ in lora_layers(model)] == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    assert [name for name, _ in lora_layers(model)] == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
     assert len(list(adapter_parts(model))) == 2

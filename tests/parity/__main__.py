@@ -48,7 +48,11 @@ class Section:
 SECTIONS = (
     Section(f"Features in PEFT and here: {DIFFERENCE}", feature_rows, show=show_grid),
     Section("LoRA+ in PEFT and here", optimizer_rows),
-    Section("Damaged adapters; beside the sidecar none may be loaded silently", damage_rows, show=show_grid),
+    Section(
+        "Damaged adapters; beside the sidecar none may be loaded silently",
+        damage_rows,
+        show=show_grid,
+    ),
     Section("Exports, read by others", export_rows),
     Section("The budget beside published figures", published_rows),
     Section("The adapters of the run in PEFT and here", peft_rows, of_a_run=True),
@@ -70,7 +74,9 @@ def main() -> int:
     missed = [row["what"] for row in rows if row["holds"] is False]
     print(f"{len(rows)} figures in {RESULT}; goals missed: {', '.join(missed) or 'none'}")
     if summary is None:
-        print(f"left out, since {path} is not there, which `make run` makes: {', '.join(s.title for s in SECTIONS if s.of_a_run)}")
+        print(
+            f"left out, since {path} is not there, which `make run` makes: {', '.join(s.title for s in SECTIONS if s.of_a_run)}"
+        )
     return 1 if missed else 2 if summary is None else 0
 
 

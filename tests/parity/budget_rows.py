@@ -25,7 +25,12 @@ def gpt3() -> nn.Module:
     return _on_meta(
         OPTForCausalLM,
         OPTConfig(
-            vocab_size=50257, hidden_size=12288, num_hidden_layers=96, ffn_dim=49152, num_attention_heads=96, word_embed_proj_dim=12288
+            vocab_size=50257,
+            hidden_size=12288,
+            num_hidden_layers=96,
+            ffn_dim=49152,
+            num_attention_heads=96,
+            word_embed_proj_dim=12288,
         ),
     )
 
@@ -50,19 +55,58 @@ def published_rows() -> list[Row]:
 def _gpt3_rows() -> list[Row]:
     """LoRA (arXiv 2106.09685): section 4.2, and 37.7M weights in table 4."""
     half = {"tokens": 1, "compute_bytes": 2}
-    full, rank4 = budget(gpt3(), Setup("full", **half)), _adapted(gpt3(), Setup("lora", **half), 4, ("q_proj", "v_proj"))
+    full, rank4 = (
+        budget(gpt3(), Setup("full", **half)),
+        _adapted(gpt3(), Setup("lora", **half), 4, ("q_proj", "v_proj")),
+    )
     rank8 = _adapted(gpt3(), Setup("lora", **half), 8, ("q_proj", "v_proj"))
     kept = [cost.weight_bytes + cost.optimizer_bytes for cost in (full, rank4)]
     return [
         near(
-            "GPT-3 175B, q and v at rank 4: trained weights, full over LoRA", full.trained_weights / rank4.trained_weights, 10_000, 0.1, "×"
+            "GPT-3 175B, q and v at rank 4: trained weights, full over LoRA",
+            full.trained_weights / rank4.trained_weights,
+            10_000,
+            0.1,
+            "×",
         ),
-        near("GPT-3 175B, q and v at rank 8: trained weights", rank8.trained_weights / 1e6, 37.7, 0.005, "M"),
-        near("GPT-3 175B at rank 4: checkpoint in 16 bits", rank4.trained_weights * 2 / 1e6, 35, 0.1, "MB"),
-        near("GPT-3 175B: checkpoint of full fine-tuning in 16 bits", full.file_bytes / 1e9, 350, 0.01, "GB"),
-        near("GPT-3 175B: weights and Adam's moments, LoRA over full", kept[1] / kept[0], 1 / 3, 0.01),
-        near("GPT-3 175B at rank 4: memory of weights, gradients and Adam", _without_passes(rank4) / 1e9, 350, 0.01, "GB"),
-        near("GPT-3 175B full: memory of weights, gradients and Adam", _without_passes(full) / 1e9, 1200, 0.2, "GB"),
+        near(
+            "GPT-3 175B, q and v at rank 8: trained weights",
+            rank8.trained_weights / 1e6,
+            37.7,
+            0.005,
+            "M",
+        ),
+        near(
+            "GPT-3 175B at rank 4: checkpoint in 16 bits",
+            rank4.trained_weights * 2 / 1e6,
+            35,
+            0.1,
+            "MB",
+        ),
+        near(
+            "GPT-3 175B: checkpoint of full fine-tuning in 16 bits",
+            full.file_bytes / 1e9,
+            350,
+            0.01,
+            "GB",
+        ),
+        near(
+            "GPT-3 175B: weights and Adam's moments, LoRA over full", kept[1] / kept[0], 1 / 3, 0.01
+        ),
+        near(
+            "GPT-3 175B at rank 4: memory of weights, gradients and Adam",
+            _without_passes(rank4) / 1e9,
+            350,
+            0.01,
+            "GB",
+        ),
+        near(
+            "GPT-3 175B full: memory of weights, gradients and Adam",
+            _without_passes(full) / 1e9,
+            1200,
+            0.2,
+            "GB",
+        ),
     ]
 
 
@@ -73,20 +117,51 @@ def _qlora_rows() -> list[Row]:
     full = budget(llama_65b(), Setup("full", tokens=512, sharding="zero1", checkpointing=True))
     return [
         at_most("LLaMA 65B, QLoRA at rank 64, all on one GPU", cost.memory_bytes / GIB, 48, "GiB"),
-        at_most("the same, Adam's states paged out", (cost.memory_bytes - cost.optimizer_bytes) / GIB, 48, "GiB"),
-        at_least("LLaMA 65B, full fine-tuning in 16 bits with float32 masters", full.memory_bytes / 1e9, 780, "GB"),
+        at_most(
+            "the same, Adam's states paged out",
+            (cost.memory_bytes - cost.optimizer_bytes) / GIB,
+            48,
+            "GiB",
+        ),
+        at_least(
+            "LLaMA 65B, full fine-tuning in 16 bits with float32 masters",
+            full.memory_bytes / 1e9,
+            780,
+            "GB",
+        ),
     ]
 
 
 def _zero3_rows() -> list[Row]:
     """PEFT's guide to QLoRA under DeepSpeed ZeRO-3: 2 GPUs, rank 8 on every linear layer, 2 × 2048 tokens, all logits."""
-    setup = Setup("qlora", tokens=4096, sharding="zero3", processes=2, checkpointing=True, dropout=True, logit_rows=4096, process_bytes=GIB)
+    setup = Setup(
+        "qlora",
+        tokens=4096,
+        sharding="zero3",
+        processes=2,
+        checkpointing=True,
+        dropout=True,
+        logit_rows=4096,
+        process_bytes=GIB,
+    )
     cost = _adapted(llama_2_70b(), setup, 8)
-    return [near("Llama 2 70B, QLoRA under ZeRO-3, a GPU of two", cost.memory_bytes / 1e9, 36.6, 0.15, "GB")]
+    return [
+        near(
+            "Llama 2 70B, QLoRA under ZeRO-3, a GPU of two",
+            cost.memory_bytes / 1e9,
+            36.6,
+            0.15,
+            "GB",
+        )
+    ]
 
 
-def _adapted(model: nn.Module, setup: Setup, rank: int, modules: str | tuple[str, ...] = "all-linear") -> Budget:
-    targets: list[Target] = plan_targets(model, LoraConfig(r=rank, lora_alpha=16, target_modules=modules))
+def _adapted(
+    model: nn.Module, setup: Setup, rank: int, modules: str | tuple[str, ...] = "all-linear"
+) -> Budget:
+    targets: list[Target] = plan_targets(
+        model, LoraConfig(r=rank, lora_alpha=16, target_modules=modules)
+    )
     return budget(model, setup, targets)
 
 
@@ -95,7 +170,12 @@ def _without_passes(cost: Budget) -> float:
 
 
 def _llama(**changes: int) -> nn.Module:
-    shape = {"vocab_size": 32000, "hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
+    shape = {
+        "vocab_size": 32000,
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    }
     return _on_meta(LlamaForCausalLM, LlamaConfig(**{**shape, **changes}))
 
 

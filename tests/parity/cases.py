@@ -49,9 +49,14 @@ class Case:
     @property
     def in_peft(self) -> PeftLoraConfig:
         """The same settings as PEFT's config, with lists for tuples."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in self.fields.items()}
+        plain = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self.fields.items()
+        }
         if "trainable_token_indices" in plain:
-            plain["trainable_token_indices"] = {name: list(rows) for name, rows in plain["trainable_token_indices"].items()}
+            plain["trainable_token_indices"] = {
+                name: list(rows) for name, rows in plain["trainable_token_indices"].items()
+            }
         return PeftLoraConfig(**plain, **self.peft)
 
     @property
@@ -62,7 +67,11 @@ class Case:
     @property
     def converts_in_peft(self) -> bool:
         """Whether PEFT can save its own adapter for an unchanged base; it refuses a start from the weight with these together."""
-        return not (self.is_spectral and self.config.use_rslora and (self.config.rank_pattern or self.config.alpha_pattern))
+        return not (
+            self.is_spectral
+            and self.config.use_rslora
+            and (self.config.rank_pattern or self.config.alpha_pattern)
+        )
 
     def base(self) -> nn.Module:
         """Return the model, with the same bits at every call."""
@@ -75,17 +84,33 @@ class Case:
         if self.build is Pictures:
             inputs = torch.randn(2, 3, 9, 9, generator=generator)
         else:
-            inputs = torch.randint(0, 12, (2, 9), generator=generator)  # few rows, so that the trained ones come up
+            inputs = torch.randint(
+                0, 12, (2, 9), generator=generator
+            )  # few rows, so that the trained ones come up
         return model(input_ids=inputs).logits.float()
 
 
-def case(build: Build, peft: Mapping[str, Any] | None = None, tolerance: Tolerance = FLOAT32, **fields: Any) -> Case:
+def case(
+    build: Build,
+    peft: Mapping[str, Any] | None = None,
+    tolerance: Tolerance = FLOAT32,
+    **fields: Any,
+) -> Case:
     """Return a case with the usual settings where none are given."""
-    return Case(build, {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "up_proj"), **fields}, peft or {}, tolerance)
+    return Case(
+        build,
+        {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "up_proj"), **fields},
+        peft or {},
+        tolerance,
+    )
 
 
 def four_bit(quant_type: str, *, double: bool) -> Build:
-    settings = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": torch.float32}
+    settings = {
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double,
+        "bnb_4bit_compute_dtype": torch.float32,
+    }
     return stored(llama, load_in_4bit=True, **settings)
 
 
@@ -101,13 +126,19 @@ DENSE = {
     "llama, gaussian start": case(llama, init_lora_weights="gaussian"),
     "llama, orthogonal start": case(llama, init_lora_weights="orthogonal"),
     "llama, PiSSA": case(llama, init_lora_weights="pissa"),
-    "llama, PiSSA, rsLoRA, rank_pattern": case(llama, init_lora_weights="pissa_niter_4", use_rslora=True, rank_pattern={"q_proj": 2}),
+    "llama, PiSSA, rsLoRA, rank_pattern": case(
+        llama, init_lora_weights="pissa_niter_4", use_rslora=True, rank_pattern={"q_proj": 2}
+    ),
     "llama, OLoRA": case(llama, init_lora_weights="olora"),
     "llama, rank_pattern, alpha_pattern": case(
-        llama, rank_pattern={"q_proj": 2, r"1\.mlp\.up_proj": 6}, alpha_pattern={"layers.0.self_attn.q_proj": 3}
+        llama,
+        rank_pattern={"q_proj": 2, r"1\.mlp\.up_proj": 6},
+        alpha_pattern={"layers.0.self_attn.q_proj": 3},
     ),
     "llama, rsLoRA, rank_pattern": case(llama, use_rslora=True, rank_pattern={"q_proj": 2}),
-    "llama, rsLoRA, alpha_pattern": case(llama, use_rslora=True, alpha_pattern={"q_proj": 3, r"1\.mlp\.up_proj": 20}),
+    "llama, rsLoRA, alpha_pattern": case(
+        llama, use_rslora=True, alpha_pattern={"q_proj": 3, r"1\.mlp\.up_proj": 20}
+    ),
     "llama, exclude_modules": case(llama, exclude_modules=("layers.0.self_attn.q_proj",)),
     "llama, layers_to_transform": case(llama, layers_to_transform=(1,)),
     "llama, modules_to_save": case(llama, modules_to_save=("lm_head",)),
@@ -129,14 +160,20 @@ DENSE = {
     "phi3, fused qkv and gate-up": case(phi3, target_modules=FUSED),
     "phi3, fused qkv and gate-up, DoRA": case(phi3, target_modules=FUSED, use_dora=True),
     "mixtral, experts and attention": case(
-        mixtral, target_modules=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj")
+        mixtral,
+        target_modules=("q_proj",),
+        target_parameters=("experts.gate_up_proj", "experts.down_proj"),
     ),
-    "mixtral, experts alone": case(mixtral, target_modules=(), target_parameters=("experts.down_proj",)),
+    "mixtral, experts alone": case(
+        mixtral, target_modules=(), target_parameters=("experts.down_proj",)
+    ),
     "gpt2, fused Conv1D": case(gpt2, TURNED, target_modules=ATTENTION),
     "gpt2, fused Conv1D, DoRA": case(gpt2, TURNED, target_modules=ATTENTION, use_dora=True),
     "gpt2, bias of all": case(gpt2, TURNED, target_modules=("c_attn",), bias="all"),
     "gpt2, embedding": case(gpt2, TURNED, target_modules=("wte", "c_attn")),
-    "bert, modules_to_save": case(bert, target_modules=("query", "value", "dense"), modules_to_save=("classifier",)),
+    "bert, modules_to_save": case(
+        bert, target_modules=("query", "value", "dense"), modules_to_save=("classifier",)
+    ),
     "bert, bias of all": case(bert, target_modules=("query",), bias="all"),
     "convolutions": case(Pictures, target_modules=CONVS),
     "convolutions, DoRA": case(Pictures, target_modules=CONVS, use_dora=True),

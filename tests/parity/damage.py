@@ -54,7 +54,9 @@ def _cut(number: int) -> Damage:
 
 
 def _nth_file(folder: Path, number: int) -> Path:
-    there = [path for path in (folder / name for name in (WEIGHTS, CONFIG, IDENTITY)) if path.is_file()]
+    there = [
+        path for path in (folder / name for name in (WEIGHTS, CONFIG, IDENTITY)) if path.is_file()
+    ]
     return there[number % len(there)]
 
 
@@ -63,7 +65,13 @@ def _nth_file(folder: Path, number: int) -> Path:
 
 def renamed(adapter: Path) -> Iterator[Damage]:
     """Give each key another name: misspelt, of another layer, of the other factor, with PEFT's name of the adapter in it."""
-    changes = (("lora_", "lora"), (".layers.0.", ".layers.9."), (".layers.1.", ".layers."), ("_A.", "_B."), (".weight", ".default.weight"))
+    changes = (
+        ("lora_", "lora"),
+        (".layers.0.", ".layers.9."),
+        (".layers.1.", ".layers."),
+        ("_A.", "_B."),
+        (".weight", ".default.weight"),
+    )
     for key in _keys(adapter):
         for old, new in changes:
             if old in key:
@@ -81,7 +89,12 @@ def missing(adapter: Path) -> Iterator[Damage]:
 def extra(adapter: Path) -> Iterator[Damage]:
     """Add a copy of each key's tensor for a module that is no target, for a module that is none, and of another feature."""
     for key in _keys(adapter):
-        for old, new in (("_proj.", "_proj.again."), ("q_proj", "k_proj"), ("down_proj", "up_proj"), (".weight", ".bias")):
+        for old, new in (
+            ("_proj.", "_proj.again."),
+            ("q_proj", "k_proj"),
+            ("down_proj", "up_proj"),
+            (".weight", ".bias"),
+        ):
             if old in key:
                 yield _edited(_put(key.replace(old, new), key, Tensor.clone))
 
@@ -104,7 +117,12 @@ def swapped(adapter: Path) -> Iterator[Damage]:
 
 def misshapen(adapter: Path) -> Iterator[Damage]:
     """Turn each tensor over, flatten it, and cut a row and a column off."""
-    changes: tuple[Callable[[Tensor], Tensor], ...] = (lambda t: t.T, lambda t: t.flatten(), lambda t: t[1:], lambda t: t[:, 1:])
+    changes: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda t: t.T,
+        lambda t: t.flatten(),
+        lambda t: t[1:],
+        lambda t: t[:, 1:],
+    )
     for key in _keys(adapter):
         for change in changes:
             yield _edited(_put(key, key, change))
@@ -226,7 +244,9 @@ def _name_twice(folder: Path, key: str, other: str) -> None:
 
 def _set(folder: Path, name: str, change: dict[str, Any]) -> None:
     path = folder / name
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8"
+    )
 
 
 Kind = Callable[[Path], Iterator[Damage]]

@@ -19,7 +19,9 @@ def damage_rows() -> Iterator[Row]:
         adapter = Path(scratch) / "adapter"
         adapted(one, adapter)
         for name, kind in KINDS.items():
-            yield from _counts(name, tally(kind(adapter), adapter, one.base, one.logits), must_hold=True)
+            yield from _counts(
+                name, tally(kind(adapter), adapter, one.base, one.logits), must_hold=True
+            )
         for name, kind in OF_THE_FILES.items():
             found = tally(bare(kind(adapter)), adapter, one.base, one.logits)
             yield from _counts(f"{name}, no sidecar", found, must_hold=name in BY_FORM)

@@ -44,15 +44,29 @@ def export_rows() -> Iterator[Row]:
 
 def _peft_rows(folder: Path, expected: Tensor) -> Iterator[Row]:
     export_peft(folder / "adapter", folder / "peft")
-    yield _logits("PEFT's folder, loaded by PEFT", PeftModel.from_pretrained(ONE.base(), folder / "peft"), expected)
+    yield _logits(
+        "PEFT's folder, loaded by PEFT",
+        PeftModel.from_pretrained(ONE.base(), folder / "peft"),
+        expected,
+    )
 
 
 def _vllm_rows(folder: Path, expected: Tensor) -> Iterator[Row]:
     export_vllm(folder / "adapter", folder / "vllm", max_rank=MAX_RANK)
     objections = vllm_objections(folder / "vllm", ONE.base(), MAX_RANK)
-    yield at_most("vLLM's folder: what its loader would refuse or misread", len(objections), 0, "objections")
-    yield _logits("vLLM's folder, with one rank and one scale", _with_updates(vllm_updates(folder / "vllm")), expected)
-    yield _logits("vLLM's folder, loaded by PEFT", PeftModel.from_pretrained(ONE.base(), folder / "vllm"), expected)
+    yield at_most(
+        "vLLM's folder: what its loader would refuse or misread", len(objections), 0, "objections"
+    )
+    yield _logits(
+        "vLLM's folder, with one rank and one scale",
+        _with_updates(vllm_updates(folder / "vllm")),
+        expected,
+    )
+    yield _logits(
+        "vLLM's folder, loaded by PEFT",
+        PeftModel.from_pretrained(ONE.base(), folder / "vllm"),
+        expected,
+    )
 
 
 def _gguf_rows(folder: Path, expected: Tensor) -> Iterator[Row]:
@@ -60,8 +74,12 @@ def _gguf_rows(folder: Path, expected: Tensor) -> Iterator[Row]:
     (folder / "config.json").write_text(base.config.to_json_string(), encoding="utf-8")
     export_gguf(folder / "adapter", folder / "adapter.gguf", base_config=folder)
     objections = gguf_objections(folder / "adapter.gguf", base)
-    yield at_most("GGUF, read by gguf: what llama.cpp would refuse", len(objections), 0, "objections")
-    updates = gguf_updates(folder / "adapter.gguf", base.config.num_attention_heads, base.config.num_key_value_heads)
+    yield at_most(
+        "GGUF, read by gguf: what llama.cpp would refuse", len(objections), 0, "objections"
+    )
+    updates = gguf_updates(
+        folder / "adapter.gguf", base.config.num_attention_heads, base.config.num_key_value_heads
+    )
     yield _logits("GGUF, read by gguf", _with_updates(updates), expected)
 
 
@@ -85,4 +103,6 @@ def _with_updates(updates: Updates) -> nn.Module:
 
 
 def _logits(what: str, model: nn.Module, expected: Tensor) -> Row:
-    return at_most(f"{what}: logits", parts_of_largest(ONE.logits(model.eval()), expected), FLOAT32.logits)
+    return at_most(
+        f"{what}: logits", parts_of_largest(ONE.logits(model.eval()), expected), FLOAT32.logits
+    )

@@ -26,14 +26,21 @@ def feature_rows() -> Iterator[Row]:
             yield at_most(f"{name}: PEFT's file here", _measured(pefts_here, one), logits, OF)
         yield at_most(f"{name}: our file in PEFT", _measured(ours_in_peft, one), logits, OF)
         if not one.is_spectral:
-            yield at_most(f"{name}: gradients", _measured(gradients, one), one.tolerance.gradients, OF)
+            yield at_most(
+                f"{name}: gradients", _measured(gradients, one), one.tolerance.gradients, OF
+            )
         yield at_least(f"{name}: the adapter itself", _measured(effect, one), SEEN * logits, OF)
 
 
 def optimizer_rows() -> Iterator[Row]:
     """Yield how many trained parameters LoRA+ gives another rate or decay than PEFT does."""
     for name in ("llama, all linear layers", "llama, embedding", "llama, modules_to_save"):
-        yield at_most(f"{name}: parameters at another rate or decay", _parameters_set_otherwise(CASES[name]), 0, "parameters")
+        yield at_most(
+            f"{name}: parameters at another rate or decay",
+            _parameters_set_otherwise(CASES[name]),
+            0,
+            "parameters",
+        )
 
 
 def _measured(measure: Callable[[Case, Path], float], one: Case) -> float:
@@ -46,10 +53,16 @@ def _parameters_set_otherwise(one: Case) -> int:
     model = get_peft_model(one.base(), one.in_peft)
     rates = {"loraplus_lr_ratio": 16.0, "loraplus_weight_decay": 0.1, "loraplus_lr_embedding": 1e-3}
     expected = create_loraplus_optimizer(model, AdamW, lr=1e-3, **rates).param_groups
-    ours = loraplus_groups(model.named_parameters(), learning_rate=1e-3, ratio=16.0, weight_decay=0.1)
+    ours = loraplus_groups(
+        model.named_parameters(), learning_rate=1e-3, ratio=16.0, weight_decay=0.1
+    )
     found, wanted = _settings(ours), _settings(expected)
     return sum(found.get(key) != wanted.get(key) for key in found.keys() | wanted.keys())
 
 
 def _settings(groups: list[Row]) -> dict[int, tuple[float, float]]:
-    return {id(parameter): (group["lr"], group["weight_decay"]) for group in groups for parameter in group["params"]}
+    return {
+        id(parameter): (group["lr"], group["weight_decay"])
+        for group in groups
+        for parameter in group["params"]
+    }

@@ -68,7 +68,10 @@ def gradients(one: Case, folder: Path) -> float:
     found, expected = _gradients(model), _gradients(theirs)
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     least = NEGLIGIBLE * max(float(gradient.abs().max()) for gradient in expected.values())
-    return max(parts_of_largest(found[key], gradient.view_as(found[key]), least) for key, gradient in expected.items())
+    return max(
+        parts_of_largest(found[key], gradient.view_as(found[key]), least)
+        for key, gradient in expected.items()
+    )
 
 
 @torch.no_grad()
@@ -83,7 +86,11 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what is trained under the keys of the file, in either library."""
     if not isinstance(model, PeftModel):
         return tensors_of(dict(adapter_parts(model)))
-    return {name.replace(".default", "").replace(".modules_to_save", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        name.replace(".default", "").replace(".modules_to_save", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
 
 def parts_of_largest(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
@@ -93,7 +100,9 @@ def parts_of_largest(found: Tensor, expected: Tensor, least: float = 0.0) -> flo
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {key.removesuffix(".weight"): parameter.grad for key, parameter in trained(model).items()}
+    found = {
+        key.removesuffix(".weight"): parameter.grad for key, parameter in trained(model).items()
+    }
     missing = [key for key, gradient in found.items() if gradient is None]
     assert not missing, missing
     return {key: gradient.float() for key, gradient in found.items() if gradient is not None}

@@ -35,7 +35,11 @@ def llama_cpp_rows(summary: Row) -> Iterator[Row]:
     with TemporaryDirectory() as scratch:
         base = write_dense(gguf_of(summary), Path(scratch) / "base.gguf")
         plain = llama_cpp_logits(base, None, sequences)
-        yield at_most("base: llama.cpp's logits less ours", largest(plain, our_logits(folder, None, "none", sequences)), TOLERANCE)
+        yield at_most(
+            "base: llama.cpp's logits less ours",
+            largest(plain, our_logits(folder, None, "none", sequences)),
+            TOLERANCE,
+        )
         for label, model in summary["models"].items():
             if model.get("rank") is None:
                 continue
@@ -43,7 +47,9 @@ def llama_cpp_rows(summary: Row) -> Iterator[Row]:
             export_gguf(adapter, exported, base_config=folder)
             found = llama_cpp_logits(base, exported, sequences)
             ours = our_logits(folder, adapter, "none", sequences)
-            yield at_least(f"{label}: llama.cpp's logits less its base's", largest(found, plain), 1.0)
+            yield at_least(
+                f"{label}: llama.cpp's logits less its base's", largest(found, plain), 1.0
+            )
             yield at_most(f"{label}: llama.cpp's logits less ours", largest(found, ours), TOLERANCE)
 
 
@@ -62,7 +68,10 @@ def write_dense(source: Path, destination: Path) -> Path:
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+        if not name.startswith("GGUF.") and name not in (
+            "general.architecture",
+            "general.file_type",
+        ):
             writer.add_key_value(name, field.contents(), *field.types[:2])
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))

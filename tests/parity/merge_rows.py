@@ -17,13 +17,29 @@ GOALS = {"float32": 0.999, "bfloat16": 0.95}
 
 def merge_rows(summary: Row) -> Iterator[Row]:
     """Yield, for the adapter of the highest rank, the fraction of the update that is kept and the error, storage by storage."""
-    label = max((label for label, model in summary["models"].items() if model.get("rank")), key=lambda one: summary["models"][one]["rank"])
-    base, folder = Path(summary["base"]["folder"]), Path(summary["models"][label]["folder"]) / "adapter"
-    quantized, original = (load_model(base, quantization, detect()) for quantization in ("nf4", "none"))
-    found = sorted(merge_fidelity(quantized, folder, original=original), key=lambda one: (one.base, one.storage))
+    label = max(
+        (label for label, model in summary["models"].items() if model.get("rank")),
+        key=lambda one: summary["models"][one]["rank"],
+    )
+    base, folder = (
+        Path(summary["base"]["folder"]),
+        Path(summary["models"][label]["folder"]) / "adapter",
+    )
+    quantized, original = (
+        load_model(base, quantization, detect()) for quantization in ("nf4", "none")
+    )
+    found = sorted(
+        merge_fidelity(quantized, folder, original=original),
+        key=lambda one: (one.base, one.storage),
+    )
     for (kind, storage), layers in groupby(found, key=lambda one: (one.base, one.storage)):
         kept = [layer.kept for layer in layers]
         what = f"{label} merged into the {kind} base, stored in {storage}"
-        share, least = (f"{what}: fraction of the update kept", fmean(one.fraction for one in kept)), GOALS.get(storage)
+        share, least = (
+            (f"{what}: fraction of the update kept", fmean(one.fraction for one in kept)),
+            GOALS.get(storage),
+        )
         yield figure(*share) if least is None else at_least(*share, least)
-        yield figure(f"{what}: relative error of the update", fmean(one.relative_error for one in kept))
+        yield figure(
+            f"{what}: relative error of the update", fmean(one.relative_error for one in kept)
+        )

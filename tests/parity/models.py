@@ -26,12 +26,20 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from lora_core.base.quant import keep_layout
+from lora_core.base.quant import disable_cpu_repacking
 
 Build = Callable[[], nn.Module]
 VOCABULARY = 101
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SIZES |= {"initializer_range": 0.2}  # at the usual 0.02 a tiny model's logits hardly depend on its layers
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+SIZES |= {
+    "initializer_range": 0.2
+}  # at the usual 0.02 a tiny model's logits hardly depend on its layers
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -43,29 +51,44 @@ def llama(*, tied: bool = False, bias: bool = False) -> nn.Module:
 
 def phi3() -> nn.Module:
     """One matrix for q, k and v, and one for gate and up."""
-    return Phi3ForCausalLM(Phi3Config(**GROUPED, max_position_embeddings=32, original_max_position_embeddings=32, pad_token_id=0))
+    return Phi3ForCausalLM(
+        Phi3Config(
+            **GROUPED,
+            max_position_embeddings=32,
+            original_max_position_embeddings=32,
+            pad_token_id=0,
+        )
+    )
 
 
 def gemma() -> nn.Module:
     """An embedding that scales its vectors itself."""
-    return Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, head_dim=8, query_pre_attn_scalar=8, tie_word_embeddings=False))
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(**GROUPED, head_dim=8, query_pre_attn_scalar=8, tie_word_embeddings=False)
+    )
 
 
 def gpt2() -> nn.Module:
     """One matrix for q, k and v, in a `Conv1D`, which stores it turned."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes, **NO_DROPOUT, initializer_range=0.2))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, **sizes, **NO_DROPOUT, initializer_range=0.2)
+    )
 
 
 def bert() -> nn.Module:
     """An encoder with a classifier."""
     drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(BertConfig(**SIZES, **drops, max_position_embeddings=32, num_labels=3))
+    return BertForSequenceClassification(
+        BertConfig(**SIZES, **drops, max_position_embeddings=32, num_labels=3)
+    )
 
 
 def mixtral() -> nn.Module:
     """Four experts in 3-D weights, two for each token."""
-    config = MixtralConfig(**{**GROUPED, "intermediate_size": 48}, num_local_experts=4, num_experts_per_tok=2)
+    config = MixtralConfig(
+        **{**GROUPED, "intermediate_size": 48}, num_local_experts=4, num_experts_per_tok=2
+    )
     config._experts_implementation = "eager"  # grouped kernels add in another order
     return MixtralForCausalLM(config)
 
@@ -97,8 +120,12 @@ def stored(build: Build, **settings: Any) -> Build:
         with TemporaryDirectory() as folder:
             build().save_pretrained(folder)
             config = BitsAndBytesConfig(**settings)
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-        keep_layout(model)  # in evaluation bitsandbytes would round the codes' scales anew on some processors
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=config, dtype=torch.float32
+            )
+        disable_cpu_repacking(
+            model
+        )  # in evaluation bitsandbytes would round the codes' scales anew on some processors
         return model
 
     return make

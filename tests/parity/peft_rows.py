@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_core import load_adapter
-from lora_core.base.quant import keep_layout
+from lora_core.base.quant import disable_cpu_repacking
 from lora_core.training.attention import Segment
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import Hardware
@@ -55,27 +55,40 @@ def compare(summary: Row, quantization: str) -> Iterator[Row]:
 
 def held_out(summary: Row) -> list[Tensor]:
     """Return the tokens of the first held-out examples."""
-    folder = next(Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data "))
+    folder = next(
+        Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data ")
+    )
     rows = load_from_disk(str(folder / "validation"))
     return [torch.tensor(rows[place]["input_ids"]) for place in range(min(EXAMPLES, len(rows)))]
 
 
 @torch.inference_mode()
-def peft_logits(base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]) -> list[Tensor]:
+def peft_logits(
+    base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]
+) -> list[Tensor]:
     """Return the logits of the base, loaded the usual way, with PEFT's adapter where one is given."""
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=config if quantization == "nf4" else None)
+    model = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, quantization_config=config if quantization == "nf4" else None
+    )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    keep_layout(model)  # in evaluation bitsandbytes would round the codes' scales anew on some processors
+    disable_cpu_repacking(
+        model
+    )  # in evaluation bitsandbytes would round the codes' scales anew on some processors
     model.eval()
     return [model(input_ids=tokens[None]).logits[0] for tokens in sequences]
 
 
 @torch.inference_mode()
-def our_logits(base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]) -> list[Tensor]:
+def our_logits(
+    base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]
+) -> list[Tensor]:
     """Return the logits of our path: packed attention, our layers, the head on its own."""
     model = load_model(base, quantization, FLOAT32)
     if adapter is not None:

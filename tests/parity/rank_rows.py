@@ -8,7 +8,7 @@ from datasets import load_from_disk
 from parity.rows import Row, figure
 
 from lora_core import load_adapter
-from lora_core.merging.dequantize import dequantise
+from lora_core.merging.dequantize import dequantize
 from lora_core.spectrum.truncation import truncate_adapter, truncation_table
 from pipelines.evaluation.scoring import score_examples
 from pipelines.models.checked import CheckedReader
@@ -18,7 +18,11 @@ from pipelines.models.loading import load_model
 
 def rank_rows(summary: Row) -> Iterator[Row]:
     """Yield, for each power of two below the highest trained rank, the energy kept and the held-out loss."""
-    trained = {model["rank"]: (label, model) for label, model in summary["models"].items() if model.get("rank")}
+    trained = {
+        model["rank"]: (label, model)
+        for label, model in summary["models"].items()
+        if model.get("rank")
+    }
     highest = max(trained)
     label, model = trained[highest]
     folder = Path(model["folder"]) / "adapter"
@@ -31,15 +35,23 @@ def rank_rows(summary: Row) -> Iterator[Row]:
             loss = held_out_loss(summary, Path(scratch) / "cut")
         yield figure(f"{what}: task loss", loss, "nats")
     for rank, (name, one) in sorted(trained.items()):
-        yield figure(f"{name}, trained at rank {rank}: task loss", one["scores"]["task_loss"], "nats")
+        yield figure(
+            f"{name}, trained at rank {rank}: task loss", one["scores"]["task_loss"], "nats"
+        )
 
 
 def held_out_loss(summary: Row, adapter: Path) -> float:
     """Return the loss per supervised token of the run's held-out examples, in nats, over the base in NF4."""
-    data = next(Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data "))
+    data = next(
+        Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data ")
+    )
     hardware = detect()
-    model = load_model(Path(summary["base"]["folder"]), summary["recipe"]["base_model"]["quantization"], hardware)
+    model = load_model(
+        Path(summary["base"]["folder"]), summary["recipe"]["base_model"]["quantization"], hardware
+    )
     load_adapter(model, adapter)
-    dequantise(model, hardware.dtype)
-    scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(data / "validation")))))
+    dequantize(model, hardware.dtype)
+    scored = list(
+        score_examples(CheckedReader(model), list(load_from_disk(str(data / "validation"))))
+    )
     return sum(one["nll"] for one in scored) / sum(one["tokens"] for one in scored)

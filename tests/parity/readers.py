@@ -28,21 +28,37 @@ IN_HUGGING_FACE = {
 
 def adapter_values(folder: Path) -> dict[str, Any]:
     """Read adapter_config.json."""
-    values: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads(
+        (folder / "adapter_config.json").read_text(encoding="utf-8")
+    )
     return values
 
 
 def vllm_objections(folder: Path, base: nn.Module, max_rank: int) -> list[str]:
     """Return what vLLM's loader would refuse, or misread without a word."""
     values, tensors = adapter_values(folder), load_file(folder / "adapter_model.safetensors")
-    found = [f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if key not in values]
-    found += [f"{key} is set" for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias") if values.get(key)]
+    found = [
+        f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if key not in values
+    ]
+    found += [
+        f"{key} is set"
+        for key in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
+        if values.get(key)
+    ]
     if values.get("bias", "none") != "none" or values.get("r", 0) > max_rank:
         found.append(f"bias is {values.get('bias')}, r is {values.get('r')}")
-    linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     for key, tensor in tensors.items():
         module, _, factor = key.removeprefix("base_model.model.").partition(".lora_")
-        if not key.startswith("base_model.model.") or factor not in ("A.weight", "B.weight") or module.rpartition(".")[2] not in linear:
+        if (
+            not key.startswith("base_model.model.")
+            or factor not in ("A.weight", "B.weight")
+            or module.rpartition(".")[2] not in linear
+        ):
             found.append(f"{key} is no factor of a linear layer")
         elif tensor.shape["AB".index(factor[0])] != values.get("r"):
             found.append(f"{key} has the shape {tuple(tensor.shape)}")
@@ -53,10 +69,13 @@ def vllm_updates(folder: Path) -> Updates:
     """Return what vLLM computes: one scale for every module, alpha / r or alpha / √r of the config."""
     values, tensors = adapter_values(folder), load_file(folder / "adapter_model.safetensors")
     scale = values["lora_alpha"] / (values["r"] ** 0.5 if values["use_rslora"] else values["r"])
-    names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+    names = [
+        key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")
+    ]
     assert len(tensors) == 2 * len(names)
     return {
-        name.removeprefix("base_model.model."): scale * (tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"])
+        name.removeprefix("base_model.model."): scale
+        * (tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"])
         for name in names
     }
 
@@ -72,8 +91,14 @@ def gguf_objections(path: Path, base: nn.Module) -> list[str]:
     """Return what llama.cpp would refuse of an adapter for a Llama."""
     fields, tensors = read_gguf(path)
     wanted = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
-    found = [f"{key} is {fields.get(key)!r}" for key, value in wanted.items() if fields.get(key) != value]
-    shapes = {name: tuple(module.weight.shape) for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    found = [
+        f"{key} is {fields.get(key)!r}" for key, value in wanted.items() if fields.get(key) != value
+    ]
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+    }
     for key in tensors:
         name, _, factor = key.rpartition(".lora_")
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
@@ -93,7 +118,9 @@ def gguf_updates(path: Path, heads: int, key_heads: int) -> Updates:
         delta = torch.from_numpy(fields["adapter.lora.alpha"] / b.shape[1] * (b @ a))
         turned = {"attn_q": heads, "attn_k": key_heads}.get(name.split(".")[2])
         if turned:
-            delta[[row_in_hugging_face(row, turned, len(delta)) for row in range(len(delta))]] = delta.clone()
+            delta[[row_in_hugging_face(row, turned, len(delta)) for row in range(len(delta))]] = (
+                delta.clone()
+            )
         found[module_of(name)] = delta
     return found
 

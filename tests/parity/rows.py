@@ -21,17 +21,35 @@ def figure(what: str, value: float, unit: str = "") -> Row:
 
 
 def at_most(what: str, value: float, goal: float, unit: str = "") -> Row:
-    return {"what": what, "value": value, "unit": unit, "goal": f"<= {goal:g}", "holds": value <= goal}
+    return {
+        "what": what,
+        "value": value,
+        "unit": unit,
+        "goal": f"<= {goal:g}",
+        "holds": value <= goal,
+    }
 
 
 def at_least(what: str, value: float, goal: float, unit: str = "") -> Row:
-    return {"what": what, "value": value, "unit": unit, "goal": f">= {goal:g}", "holds": value >= goal}
+    return {
+        "what": what,
+        "value": value,
+        "unit": unit,
+        "goal": f">= {goal:g}",
+        "holds": value >= goal,
+    }
 
 
 def near(what: str, value: float, goal: float, tolerance: float, unit: str = "") -> Row:
     """Return a row whose goal is a published figure, with the distance from it that is allowed as a part of it."""
     holds = abs(value - goal) <= tolerance * goal
-    return {"what": what, "value": value, "unit": unit, "goal": f"{goal:g} within {tolerance:.1%}", "holds": holds}
+    return {
+        "what": what,
+        "value": value,
+        "unit": unit,
+        "goal": f"{goal:g} within {tolerance:.1%}",
+        "holds": holds,
+    }
 
 
 def show_list(title: str, rows: list[Row]) -> None:
@@ -50,7 +68,9 @@ def show_grid(title: str, rows: list[Row]) -> None:
         thing, _, name = row["what"].rpartition(": ")
         missed = f" NOT {row['goal']}" if row["holds"] is False else ""
         value = row["value"]
-        cells.setdefault(thing, {})[name] = (f"{value:.2g}" if isinstance(value, float) else f"{value:,}") + missed
+        cells.setdefault(thing, {})[name] = (
+            f"{value:.2g}" if isinstance(value, float) else f"{value:,}"
+        ) + missed
     names = list(dict.fromkeys(name for line in cells.values() for name in line))
     table = Table("", title=title, title_justify="left")
     for name in names:

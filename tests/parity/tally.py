@@ -25,7 +25,12 @@ class Tally:
     """Loaded without a word, and computes something else."""
 
 
-def tally(damages: Iterator[Damage], adapter: Path, build: Callable[[], nn.Module], answer: Callable[[nn.Module], Tensor]) -> Tally:
+def tally(
+    damages: Iterator[Damage],
+    adapter: Path,
+    build: Callable[[], nn.Module],
+    answer: Callable[[nn.Module], Tensor],
+) -> Tally:
     """Do each damage to a copy of `adapter` and load it.
 
     Args:
@@ -59,4 +64,6 @@ def _computed(model: nn.Module, answer: Callable[[nn.Module], Tensor]) -> dict[s
 
 
 def _equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[key], expected[key]) for key in expected
+    )

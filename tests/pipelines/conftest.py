@@ -14,7 +14,9 @@ import torch
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 Values = dict[str, Any]
-hypothesis.settings.register_profile("any machine", deadline=None)  # a first call may load a library
+hypothesis.settings.register_profile(
+    "any machine", deadline=None
+)  # a first call may load a library
 hypothesis.settings.load_profile("any machine")
 
 
@@ -25,7 +27,9 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(cache))
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read once, when the library was imported
+        patch.setattr(
+            huggingface_hub.constants, "HF_HUB_OFFLINE", True
+        )  # read once, when the library was imported
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         yield
@@ -64,7 +68,10 @@ def recipe_with() -> Callable[..., Values]:
 
     def make(**changes: Any) -> Values:
         values = tiny_recipe(Path("models/tiny"), Path("pairs.jsonl"))
-        merged = {name: {**values.get(name, {}), **change} if isinstance(change, dict) else change for name, change in changes.items()}
+        merged = {
+            name: {**values.get(name, {}), **change} if isinstance(change, dict) else change
+            for name, change in changes.items()
+        }
         return {**values, **merged}
 
     return make
@@ -133,6 +140,9 @@ def task_records() -> Callable[..., list[Values]]:
     def make(losses: Sequence[float], tokens: Sequence[int] | None = None) -> list[Values]:
         counts = tokens or [10 + number % 3 for number in range(len(losses))]
         pairs = enumerate(zip(losses, counts, strict=True))
-        return [{"kind": "task", "id": number, "nll": loss * count, "tokens": count} for number, (loss, count) in pairs]
+        return [
+            {"kind": "task", "id": number, "nll": loss * count, "tokens": count}
+            for number, (loss, count) in pairs
+        ]
 
     return make

@@ -27,7 +27,9 @@ def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.Compl
     env.pop("PREFECT_API_URL", None)
     env |= environment
     command = [str(Path(sys.executable).parent / "lora"), *arguments]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False
+    )
 
 
 def refused(ended: "subprocess.CompletedProcess[str]", *words: str) -> None:
@@ -54,12 +56,18 @@ def write(folder: Path, recipe: dict[str, Any]) -> str:
 
 def test_a_misspelt_key(tmp_path: Path, recipe: dict[str, Any]) -> None:
     recipe["trainning"] = recipe.pop("training")
-    refused(lora(tmp_path, "run", write(tmp_path, recipe)), "'trainning'", "did you mean 'training'?")
+    refused(
+        lora(tmp_path, "run", write(tmp_path, recipe)), "'trainning'", "did you mean 'training'?"
+    )
 
 
 def test_rank_zero(tmp_path: Path, recipe: dict[str, Any]) -> None:
     recipe["lora"]["ranks"] = [0]
-    refused(lora(tmp_path, "run", write(tmp_path, recipe)), "lora.ranks.0 = 0", "greater than or equal to 1")
+    refused(
+        lora(tmp_path, "run", write(tmp_path, recipe)),
+        "lora.ranks.0 = 0",
+        "greater than or equal to 1",
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,13 @@ def test_rank_zero(tmp_path: Path, recipe: dict[str, Any]) -> None:
         ("base_model", {"id": "nobody/no-such-model"}, ("nobody/no-such-model", "HF_HUB_OFFLINE")),
     ],
 )
-def test_what_a_plan_refuses(tmp_path: Path, recipe: dict[str, Any], section: str, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_what_a_plan_refuses(
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    section: str,
+    changes: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
     recipe[section] |= changes
     refused(lora(tmp_path, "plan", write(tmp_path, recipe)), *words)
 
@@ -86,18 +100,42 @@ def test_a_malformed_line_is_named(tmp_path: Path, recipe: dict[str, Any]) -> No
 def test_plan_prints_targets_weights_and_sizes(tmp_path: Path, recipe: dict[str, Any]) -> None:
     ended = lora(tmp_path, "plan", write(tmp_path, recipe))
     assert ended.returncode == 0, ended.stderr
-    for word in ("q_proj", "down_proj", "rank-2", "rank-4", "control", "optimiser", "activations", "MB", "init kaiming"):
+    for word in (
+        "q_proj",
+        "down_proj",
+        "rank-2",
+        "rank-4",
+        "control",
+        "optimiser",
+        "activations",
+        "MB",
+        "init kaiming",
+    ):
         assert word in ended.stdout
     assert "GPUs" not in ended.stdout
 
 
-def test_plan_prints_the_shape_rank_scale_and_weights_of_each_target(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    recipe["lora"] |= {"init": "pissa", "use_rslora": True, "target_modules": ["k_proj"], "layers_to_transform": [1]}
+def test_plan_prints_the_shape_rank_scale_and_weights_of_each_target(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    recipe["lora"] |= {
+        "init": "pissa",
+        "use_rslora": True,
+        "target_modules": ["k_proj"],
+        "layers_to_transform": [1],
+    }
     ended = lora(tmp_path, "plan", write(tmp_path, recipe))
     assert ended.returncode == 0, ended.stderr
-    rows = {tuple(re.split(r"\s*│\s*", line.strip(" │"))) for line in ended.stdout.splitlines() if "k_proj" in line}
+    rows = {
+        tuple(re.split(r"\s*│\s*", line.strip(" │")))
+        for line in ended.stdout.splitlines()
+        if "k_proj" in line
+    }
     # One layer of 32×64; alpha 8 over √rank; rank · (32 + 64) weights.
-    assert rows == {("k_proj", "1", "32 × 64", "2", "5.65685", "192"), ("k_proj", "1", "32 × 64", "4", "4", "384")}
+    assert rows == {
+        ("k_proj", "1", "32 × 64", "2", "5.65685", "192"),
+        ("k_proj", "1", "32 × 64", "4", "4", "384"),
+    }
     assert "init pissa" in ended.stdout
     assert re.search(r"rank in the file\W+4\W+8\W", ended.stdout)
 
@@ -109,11 +147,17 @@ def test_plan_says_what_fits_a_gpu(tmp_path: Path, recipe: dict[str, Any]) -> No
         assert word in ended.stdout
 
 
-def test_deploying_without_a_server_says_what_to_set(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    refused(lora(tmp_path, "deploy", write(tmp_path, recipe), "--cron", "0 2 * * *"), "PREFECT_API_URL")
+def test_deploying_without_a_server_says_what_to_set(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    refused(
+        lora(tmp_path, "deploy", write(tmp_path, recipe), "--cron", "0 2 * * *"), "PREFECT_API_URL"
+    )
 
 
-def test_a_run_whose_server_is_away_may_be_tried_again(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_a_run_whose_server_is_away_may_be_tried_again(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
     ended = lora(tmp_path, "run", write(tmp_path, recipe), PREFECT_API_URL="http://127.0.0.1:9/api")
     assert ended.returncode == 75, ended.stderr
     assert "127.0.0.1:9 does not serve this run" in ended.stderr and "Traceback" not in ended.stderr
@@ -127,15 +171,33 @@ def test_an_adapter_that_is_no_folder(tmp_path: Path) -> None:
     refused(lora(tmp_path, "generate", "--adapter", "nowhere", "hello"), "'nowhere'", "no folder")
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
     """A real file system that holds the base's stage and not the data's; where it cannot be mounted there is nothing to test."""
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(small)], check=False).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(small)], check=False
+        ).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     try:
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "LORA_RUNS": str(small)}
         command = [str(Path(sys.executable).parent / "lora"), "plan", write(tmp_path, recipe)]
-        refused(subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200, check=False), "no space left")
+        refused(
+            subprocess.run(
+                command,
+                cwd=tmp_path,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=200,
+                check=False,
+            ),
+            "no space left",
+        )
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from pipelines import console
-from pipelines.console import Paced, Row, all_of
+from pipelines.console import Row, Throttled, fan_out
 from pipelines.orchestration import flow_log
 from pipelines.orchestration.cancellation import FLOW_RUN
 from pipelines.orchestration.flow_log import log_for_pages_only, reported, tell
@@ -31,7 +31,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+def log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[pytest.LogCaptureFixture]:
     monkeypatch.setattr(flow_log, "get_run_logger", lambda: logging.getLogger("run"))
     with caplog.at_level(logging.INFO, "run"):
         yield caplog
@@ -60,20 +62,24 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
 def test_rows_are_passed_on_to_all() -> None:
     first: list[Row] = []
     second: list[Row] = []
-    all_of(first.append, second.append)(row(1))
+    fan_out(first.append, second.append)(row(1))
     assert first == second == [row(1)]
 
 
-def test_the_first_and_the_last_row_are_shown_and_few_between(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_and_the_last_row_are_shown_and_few_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     shown: list[Row] = []
-    paced, clock = Paced(shown.append), iter([0.0, 0.0, 1.0, 20.0, 20.0, 21.0])
+    paced, clock = Throttled(shown.append), iter([0.0, 0.0, 1.0, 20.0, 20.0, 21.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     for step in (1, 2, 3, 4):
         paced(row(step))
     assert [one["step"] for one in shown] == [1, 3, 4]
 
 
-def test_a_training_is_seen_on_its_page(log: pytest.LogCaptureFixture, bars: list[tuple[float, str]]) -> None:
+def test_a_training_is_seen_on_its_page(
+    log: pytest.LogCaptureFixture, bars: list[tuple[float, str]]
+) -> None:
     with reported("rank-2") as watch:
         watch(row(1))
         while not bars:
@@ -103,7 +109,9 @@ def test_a_page_that_cannot_be_drawn_is_said_once(
     assert len(said) == 1 and "ConnectionError: refused" in said[0]
 
 
-def test_a_page_that_hangs_holds_nobody_up(log: pytest.LogCaptureFixture, bars: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_that_hangs_holds_nobody_up(
+    log: pytest.LogCaptureFixture, bars: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(flow_log, "create_progress_artifact", lambda *_, **__: time.sleep(5))
     monkeypatch.setattr(flow_log, "SECONDS_TO_FINISH", 0.1)
     begun = time.monotonic()
@@ -118,11 +126,16 @@ def test_a_stall_is_told_to_both_and_under_a_worker_once(
     tell("rank 1 waits [Errno 11] [/tmp/lock]")  # brackets are no markup
     monkeypatch.setenv(FLOW_RUN, "a run")
     tell("rank 2 waits")
-    assert [record.message for record in log.records] == ["rank 1 waits [Errno 11] [/tmp/lock]", "rank 2 waits"]
+    assert [record.message for record in log.records] == [
+        "rank 1 waits [Errno 11] [/tmp/lock]",
+        "rank 2 waits",
+    ]
     assert said == ["rank 1 waits [Errno 11] [/tmp/lock]"]
 
 
-@pytest.mark.parametrize("text", ["rank-4 in [/tmp/runs]: [Errno 5] [bold] [parameters: 1]", "word " * 40 + "end"])
+@pytest.mark.parametrize(
+    "text", ["rank-4 in [/tmp/runs]: [Errno 5] [bold] [parameters: 1]", "word " * 40 + "end"]
+)
 def test_a_line_is_printed_as_it_is_and_whole(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     written = StringIO()
     monkeypatch.setattr(console, "console", Console(file=written, width=80))

@@ -12,14 +12,27 @@ from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 GPUS = os.environ["LORA_TEST_GPUS"]
 HAS_GPU = GPUS not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
-pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.server, pytest.mark.skipif(not HAS_GPU, reason="there is no NVIDIA GPU here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.slow,
+    pytest.mark.server,
+    pytest.mark.skipif(not HAS_GPU, reason="there is no NVIDIA GPU here"),
+]
 
 
 @pytest.mark.parametrize("config", ["gpu_ddp", "gpu_zero2"])
 def test_a_run_on_a_gpu_is_whole(tmp_path: Path, config: str) -> None:
-    recipe = tiny_recipe(save_tiny_model(tmp_path / "model"), save_pairs(tmp_path / "pairs.jsonl"), launch={"config": config})
+    recipe = tiny_recipe(
+        save_tiny_model(tmp_path / "model"),
+        save_pairs(tmp_path / "pairs.jsonl"),
+        launch={"config": config},
+    )
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "PREFECT_API_URL", "PREFECT_HOME")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CUDA_VISIBLE_DEVICES", "PREFECT_API_URL", "PREFECT_HOME")
+    }
     shown = {} if GPUS == "all" else {"CUDA_VISIBLE_DEVICES": GPUS}
     ended = subprocess.run(
         [LORA, "run", "tiny.yaml"],

@@ -14,24 +14,43 @@ Values = dict[str, Any]
 def frontier_rows(summary: Values) -> Iterator[Row]:
     """Yield each point's gain and general change, the control's rates, and what is recommended."""
     for rate, loss in summary["control"]["rates"].items():
-        yield row(f"control at a rate of {rate}: loss on the tuning examples", "diverged" if loss is None else loss, "nats a token")
+        yield row(
+            f"control at a rate of {rate}: loss on the tuning examples",
+            "diverged" if loss is None else loss,
+            "nats a token",
+        )
     for point in summary["frontier"]:
         what = f"{point['label']} (step {point['step']}, rate {point['learning_rate']:g})"
         yield row(f"{what}: task gain", point["gain"]["mean"], "nats a token")
         general = point["general"]
-        yield row(f"{what}: general change ({general['low']:+.3f} to {general['high']:+.3f})", general["mean"], "choice probability")
+        yield row(
+            f"{what}: general change ({general['low']:+.3f} to {general['high']:+.3f})",
+            general["mean"],
+            "choice probability",
+        )
     recommended = summary["recommended"]
-    yield row("recommended", "none" if recommended is None else f"{recommended['label']}: {recommended['reason']}", "")
+    yield row(
+        "recommended",
+        "none" if recommended is None else f"{recommended['label']}: {recommended['reason']}",
+        "",
+    )
 
 
 def finding_rows(summary: Values) -> Iterator[Row]:
     """Yield, for each rank, how much less than the control it learnt and forgot, paired on the same items."""
-    items = {label: read_records(Path(summary["items"][label])) for label in ("base", "base-nf4", "control", *ranks(summary))}
+    items = {
+        label: read_records(Path(summary["items"][label]))
+        for label in ("base", "base-nf4", "control", *ranks(summary))
+    }
     for label in ranks(summary):
         less = task_gain(items[label], items["control"])
         yield verdict(f"{label} learnt less than the control by", less, "nats a token")
-        kept = drop_beyond_control((items["base"], items["base-nf4"]), items["control"], items[label])
-        yield verdict(f"{label} kept more general ability than the control by", kept, "choice probability")
+        kept = drop_beyond_control(
+            (items["base"], items["base-nf4"]), items["control"], items[label]
+        )
+        yield verdict(
+            f"{label} kept more general ability than the control by", kept, "choice probability"
+        )
 
 
 def ranks(summary: Values) -> list[str]:
@@ -41,7 +60,9 @@ def ranks(summary: Values) -> list[str]:
 
 def verdict(what: str, found: Any, unit: str) -> Row:
     """Return a difference, and whether its interval says that the finding holds."""
-    says = "holds" if found.low > 0 else "the contrary holds" if found.high < 0 else "cannot be told"
+    says = (
+        "holds" if found.low > 0 else "the contrary holds" if found.high < 0 else "cannot be told"
+    )
     return row(f"{what} ({found.low:+.3f} to {found.high:+.3f}): {says}", found.mean, unit)
 
 

@@ -15,5 +15,11 @@ def harness_rows(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Score the first items of each benchmark with both, on the run's base, and yield what is compared."""
     base = summary["base"]["folder"]
     few = ["--items", "10", "--rounds", "1", "--batches", "8"]
-    subprocess.run([sys.executable, str(BENCH), "--base", base, *few, "--result", str(RESULT)], check=True)
-    yield from (one for one in json.loads(RESULT.read_text()) if "cores" not in one["what"] and one["unit"] != "×")
+    subprocess.run(
+        [sys.executable, str(BENCH), "--base", base, *few, "--result", str(RESULT)], check=True
+    )
+    yield from (
+        one
+        for one in json.loads(RESULT.read_text())
+        if "cores" not in one["what"] and one["unit"] != "×"
+    )

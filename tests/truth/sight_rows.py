@@ -29,7 +29,7 @@ FIGURES = {
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """One model of a run, and what it was trained on."""
 
     name: str
@@ -56,8 +56,15 @@ class Subject:
     def kl(self) -> Divergence | None:
         """Return the KL divergence from its base over the questions put as chats; None where none were."""
         pair = (self.base, self.label)
-        files = {label: Path(self.summary["items"][label]).with_name("distributions.safetensors") for label in pair}
-        return divergences(self.records, files, [pair]).get(pair) if all(file.is_file() for file in files.values()) else None
+        files = {
+            label: Path(self.summary["items"][label]).with_name("distributions.safetensors")
+            for label in pair
+        }
+        return (
+            divergences(self.records, files, [pair]).get(pair)
+            if all(file.is_file() for file in files.values())
+            else None
+        )
 
 
 def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
@@ -65,10 +72,10 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     judged = [model for model in tuned["models"].values() if "verdict" in model]
     rank = max(judged, key=lambda model: int(model["rank"]))["label"]
     steps = pushed["recipe"]["training"]["steps"]
-    hard = Subject(f"pushed control, {steps} steps", pushed, "control", "base")
+    hard = EvaluatedModel(f"pushed control, {steps} steps", pushed, "control", "base")
     subjects = [
-        Subject(rank, tuned, rank, "base-nf4"),
-        Subject("tuned control", tuned, "control", "base"),
+        EvaluatedModel(rank, tuned, rank, "base-nf4"),
+        EvaluatedModel("tuned control", tuned, "control", "base"),
         nearest((tuned, pushed), hard),
         hard,
     ]
@@ -79,20 +86,40 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
         for name, found in changes.items():
             yield from seen(figure, unit, name, getattr(found, figure))
     for name, found in changes.items():
-        yield from seen("choice probability on LAMBADA", "share", name, found.benchmarks.get("lambada"))
+        yield from seen(
+            "choice probability on LAMBADA", "share", name, found.benchmarks.get("lambada")
+        )
     for subject in subjects:
         moved = subject.kl()
         if moved is not None:
-            yield row(f"{subject.name}: KL from its base on chat-formatted questions", moved.mean, "nats a token")
+            yield row(
+                f"{subject.name}: KL from its base on chat-formatted questions",
+                moved.mean,
+                "nats a token",
+            )
     end = changes[subjects[-1].name].choice_probability
     assert end is not None, "the benchmarks were asked"
-    yield row("the pushed control forgot, by choice probability", end.high, "upper end", "< 0", holds=end.high < 0)
+    yield row(
+        "the pushed control forgot, by choice probability",
+        end.high,
+        "upper end",
+        "< 0",
+        holds=end.high < 0,
+    )
 
 
-def nearest(summaries: Sequence[Values], hard: Subject) -> Subject:
+def nearest(summaries: Sequence[Values], hard: EvaluatedModel) -> EvaluatedModel:
     """Return the adapter of all that were scored whose task loss is nearest to that of a model."""
-    pairs = [(summary, label) for summary in summaries for label in summary["items"] if label.startswith("rank-")]
-    adapters = [Subject(f"{label}, the nearest in task loss", summary, label, "base-nf4") for summary, label in pairs]
+    pairs = [
+        (summary, label)
+        for summary in summaries
+        for label in summary["items"]
+        if label.startswith("rank-")
+    ]
+    adapters = [
+        EvaluatedModel(f"{label}, the nearest in task loss", summary, label, "base-nf4")
+        for summary, label in pairs
+    ]
     return min(adapters, key=lambda one: abs(one.task_loss - hard.task_loss))
 
 
@@ -101,9 +128,13 @@ def seen(figure: str, unit: str, who: str, change: Any) -> Iterator[Row]:
     if change is None:
         return
     says = "worse" if change.high < 0 else "better" if change.low > 0 else "cannot tell"
-    yield row(f"{who}: {figure} ({change.low:+.3f} to {change.high:+.3f}): {says}", change.mean, unit)
+    yield row(
+        f"{who}: {figure} ({change.low:+.3f} to {change.high:+.3f}): {says}", change.mean, unit
+    )
 
 
-def row(what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None) -> Row:
+def row(
+    what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None
+) -> Row:
     """Return one figure."""
     return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}

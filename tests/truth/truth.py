@@ -38,7 +38,9 @@ def main() -> int:
         "Learning against forgetting": frontier_rows(tuned),
         "LoRA learns less and forgets less (arXiv 2405.09673)": finding_rows(tuned),
         "The same items by lm-eval": harness_rows(tuned),
-        "The page": page_rows(runs_root() / FRONTIER / "report.html", RESULT.with_name("report.png")),
+        "The page": page_rows(
+            runs_root() / FRONTIER / "report.html", RESULT.with_name("report.png")
+        ),
     }
     rows = []
     for title, section in sections.items():
@@ -58,10 +60,18 @@ def finished(name: str) -> dict[str, Any]:
 
 def command_row(summary: dict[str, Any]) -> Row:
     """Return the command of a run, with the time of all its stages, whenever they ran."""
-    results = [Path(stage["folder"]) / "result.json" for stage in summary["stages"] if stage["folder"]]
+    results = [
+        Path(stage["folder"]) / "result.json" for stage in summary["stages"] if stage["folder"]
+    ]
     figures = [json.loads(result.read_text())["figures"] for result in results]
     seconds = sum(one.get("seconds") or one["training_seconds"] for one in figures)
-    return {"what": f"lora run {summary['name']}", "value": round(seconds), "unit": "seconds of its stages", "goal": None, "holds": None}
+    return {
+        "what": f"lora run {summary['name']}",
+        "value": round(seconds),
+        "unit": "seconds of its stages",
+        "goal": None,
+        "holds": None,
+    }
 
 
 def show(title: str, rows: list[Row]) -> None:
@@ -69,7 +79,9 @@ def show(title: str, rows: list[Row]) -> None:
     table = Table("what", "value", "unit", "goal", "holds", title=title, title_justify="left")
     for row in rows:
         holds = {None: "", True: "yes", False: "NO"}[row["holds"]]
-        value = f"{row['value']:.4g}" if isinstance(row["value"], int | float) else str(row["value"])
+        value = (
+            f"{row['value']:.4g}" if isinstance(row["value"], int | float) else str(row["value"])
+        )
         table.add_row(row["what"], value, row["unit"], row["goal"] or "", holds)
     Console(width=140).print(table)
 

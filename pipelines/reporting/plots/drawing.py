@@ -37,7 +37,9 @@ STYLE: dict[Any, Any] = {
 Interval = Mapping[str, float]
 Box = tuple[float, float, float, float]
 ZERO: Interval = {"mean": 0.0, "low": 0.0, "high": 0.0}
-PLACES = [(side * reach, up) for up in (6, -14, 17, -25, 28, -36) for reach in (8, 14) for side in (1, -1)]
+PLACES = [
+    (side * reach, up) for up in (6, -14, 17, -25, 28, -36) for reach in (8, 14) for side in (1, -1)
+]
 """Where a label may begin (right of its point) or end (left of it), in points; the nearest first."""
 LABEL_COST = 10
 """How many points or bars a label rather covers than another label."""
@@ -98,7 +100,11 @@ def write_labels(axes: Axes, labels: Sequence[Label], obstacles: Sequence[Box]) 
     for label in sorted(labels, key=lambda label: not label.is_main):
         x, y = axes.transData.transform(label.at)
         boxes = {place: _label_box(x, y, place, label) for place in PLACES}
-        costs = {place: sum(cost for other, cost in taken if _overlap(box, other)) for place, box in boxes.items() if _inside(axes, box)}
+        costs = {
+            place: sum(cost for other, cost in taken if _overlap(box, other))
+            for place, box in boxes.items()
+            if _inside(axes, box)
+        }
         place = min(costs, key=costs.__getitem__, default=PLACES[0])
         if costs.get(place, 0) and not label.is_main:
             continue
@@ -128,7 +134,12 @@ def _label_box(x: float, y: float, place: tuple[int, int], label: Label) -> Box:
 
 
 def _overlap(first: Box, second: Box) -> bool:
-    return first[0] < second[2] and second[0] < first[2] and first[1] < second[3] and second[1] < first[3]
+    return (
+        first[0] < second[2]
+        and second[0] < first[2]
+        and first[1] < second[3]
+        and second[1] < first[3]
+    )
 
 
 def _inside(axes: Axes, box: Box) -> bool:
@@ -139,8 +150,15 @@ def _inside(axes: Axes, box: Box) -> bool:
 def svg(figure: Figure, name: str, description: str) -> str:
     """Return the figure as an <svg> element whose identifiers begin with the name, as one page holds several."""
     stream = StringIO()
-    FigureCanvasSVG(figure)  # takes the figure's default canvas away, and with it pyplot's choice of one
-    figure.savefig(stream, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    FigureCanvasSVG(
+        figure
+    )  # takes the figure's default canvas away, and with it pyplot's choice of one
+    figure.savefig(
+        stream,
+        format="svg",
+        transparent=True,
+        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+    )
     text = stream.getvalue()
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)

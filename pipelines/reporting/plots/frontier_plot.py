@@ -67,9 +67,14 @@ def ways(summary: Mapping[str, Any]) -> list[Way]:
     rows = [row for row in summary["frontier"] if row["general"] is not None]
     trained = [row for row in rows if row["trained"]]
     ranks = [row["rank"] for row in trained if row["label"] != CONTROL]
-    colours = {row["label"]: CONTROL_COLOUR if row["label"] == CONTROL else colour_of(row["rank"], ranks) for row in trained}
+    colours = {
+        row["label"]: CONTROL_COLOUR if row["label"] == CONTROL else colour_of(row["rank"], ranks)
+        for row in trained
+    }
     besides = [row for row in rows if not row["trained"]]
-    return [_way(end, besides, colours[end["label"]], _start(summary, end["label"])) for end in trained]
+    return [
+        _way(end, besides, colours[end["label"]], _start(summary, end["label"])) for end in trained
+    ]
 
 
 def plot_frontier(summary: Mapping[str, Any]) -> str:
@@ -91,14 +96,27 @@ def plot_frontier(summary: Mapping[str, Any]) -> str:
         labels = [Label(name, place, INK) for name, place in bases] + [
             label for way in found for label in _labels(way, is_first=way is found[0])
         ]
-        write_labels(axes, labels, [(*place, *place) for _, place in bases] + [box for way in found for box in _obstacles(way)])
-        return svg(figure, "frontier", "General change against task gain of every model, snapshot, rate and cut")
+        write_labels(
+            axes,
+            labels,
+            [(*place, *place) for _, place in bases]
+            + [box for way in found for box in _obstacles(way)],
+        )
+        return svg(
+            figure,
+            "frontier",
+            "General change against task gain of every model, snapshot, rate and cut",
+        )
 
 
 def _way(end: Row, rows: Sequence[Row], colour: str, start: Place) -> Way:
     label = end["label"]
     cuts = [row for row in rows if row["cut_from"] == end["rank"] and label != CONTROL]
-    own = [row for row in rows if row["cut_from"] is None and row["label"].partition("@")[0].partition(" lr ")[0] == label]
+    own = [
+        row
+        for row in rows
+        if row["cut_from"] is None and row["label"].partition("@")[0].partition(" lr ")[0] == label
+    ]
     snapshots = [row for row in own if row["learning_rate"] == end["learning_rate"]]
     return Way(
         label=label,
@@ -107,20 +125,28 @@ def _way(end: Row, rows: Sequence[Row], colour: str, start: Place) -> Way:
         start=start,
         end=end,
         snapshots=sorted(snapshots, key=lambda row: row["step"]),
-        rates=sorted((row for row in own if row not in snapshots), key=lambda row: row["learning_rate"]),
+        rates=sorted(
+            (row for row in own if row not in snapshots), key=lambda row: row["learning_rate"]
+        ),
         cuts=sorted(cuts, key=lambda row: -row["rank"]),
     )
 
 
 def _start(summary: Mapping[str, Any], label: str) -> Place:
-    quantised = summary["models"].get(QUANTIZED_BASE)
+    quantized = summary["models"].get(QUANTIZED_BASE)
     on_full = label == CONTROL and summary["control"]["method"] == "full"
-    return (0.0, 0.0) if quantised is None or on_full else (quantised["change"]["task_gain"]["mean"], 0.0)
+    return (
+        (0.0, 0.0)
+        if quantized is None or on_full
+        else (quantized["change"]["task_gain"]["mean"], 0.0)
+    )
 
 
 def _bases(summary: Mapping[str, Any]) -> list[tuple[str, Place]]:
-    quantised = summary["models"].get(QUANTIZED_BASE)
-    return [(BASE, (0.0, 0.0))] + ([(QUANTIZED_BASE, (quantised["change"]["task_gain"]["mean"], 0.0))] if quantised else [])
+    quantized = summary["models"].get(QUANTIZED_BASE)
+    return [(BASE, (0.0, 0.0))] + (
+        [(QUANTIZED_BASE, (quantized["change"]["task_gain"]["mean"], 0.0))] if quantized else []
+    )
 
 
 def _frame(axes: Axes, found: Sequence[Way], summary: Mapping[str, Any]) -> None:
@@ -128,8 +154,14 @@ def _frame(axes: Axes, found: Sequence[Way], summary: Mapping[str, Any]) -> None
     crosses = [way.end for way in found]
     gains: list[Interval] = [ZERO, *(end["gain"] for end in crosses)]
     general: list[Interval] = [ZERO, *(end["general"] for end in crosses)]
-    across = [*(one[end] for one in gains for end in ("low", "high")), *(row["gain"]["mean"] for row in rows)]
-    up = [*(one[end] for one in general for end in ("low", "high")), *(row["general"]["mean"] for row in rows)]
+    across = [
+        *(one[end] for one in gains for end in ("low", "high")),
+        *(row["gain"]["mean"] for row in rows),
+    ]
+    up = [
+        *(one[end] for one in general for end in ("low", "high")),
+        *(row["general"]["mean"] for row in rows),
+    ]
     axes.set_xlim(*limits([*across, *(way.start[0] for way in found)]))
     axes.set_ylim(*limits([*up, -summary["recipe"]["gate"]["max_general_drop"]]))
     axes.set_xlabel("Task gain (nats per token) – learnt more →")
@@ -143,7 +175,14 @@ def _shade(axes: Axes, summary: Mapping[str, Any]) -> None:
     axes.axhspan(bottom, drop, color=LIMIT, alpha=0.13, linewidth=0)
     axes.axhline(drop, color=LIMIT, linewidth=1.4, linestyle=":")
     axes.axhline(0, color=QUIET, linewidth=0.7, zorder=0)
-    axes.annotate(f"forgot more than {abs(drop):.3g}", (left, drop), xytext=(5, -11), textcoords="offset points", color=INK, size=7.5)
+    axes.annotate(
+        f"forgot more than {abs(drop):.3g}",
+        (left, drop),
+        xytext=(5, -11),
+        textcoords="offset points",
+        color=INK,
+        size=7.5,
+    )
     control = summary["models"].get(CONTROL)
     if control is not None and control["total"]["task_gain"]["low"] > 0:
         least = gate["min_gain_share"] * control["total"]["task_gain"]["mean"]
@@ -152,7 +191,13 @@ def _shade(axes: Axes, summary: Mapping[str, Any]) -> None:
         note = f"{100 * gate['min_gain_share']:g}\u00a0% of the control's gain"
         side = "right" if least - left > right - least else "left"
         axes.annotate(
-            note, (least, top), xytext=(-4 if side == "right" else 4, -8), textcoords="offset points", ha=side, color=INK, size=7.5
+            note,
+            (least, top),
+            xytext=(-4 if side == "right" else 4, -8),
+            textcoords="offset points",
+            ha=side,
+            color=INK,
+            size=7.5,
         )
 
 
@@ -161,14 +206,37 @@ def _draw(axes: Axes, way: Way) -> None:
     style: dict[str, Any] = {"color": way.colour}
     on_the_way = [way.start, *(_place(row) for row in way.snapshots), end]
     axes.plot(*zip(*on_the_way, strict=True), linewidth=1.3, alpha=0.85, zorder=2, **style)
-    axes.plot(*zip(*on_the_way[1:], strict=True), linestyle="none", marker="o", markersize=3.2, zorder=3, **style)
+    axes.plot(
+        *zip(*on_the_way[1:], strict=True),
+        linestyle="none",
+        marker="o",
+        markersize=3.2,
+        zorder=3,
+        **style,
+    )
     for row in way.rates:
-        axes.plot(*zip(end, _place(row), strict=True), linewidth=0.8, linestyle=":", zorder=1, **style)
-        axes.plot(*_place(row), marker="s", markersize=4.6, markerfacecolor="none", zorder=3, **style)
-    if way.cuts:
-        axes.plot(*zip(end, *map(_place, way.cuts), strict=True), linewidth=0.9, linestyle="--", zorder=1, **style)
         axes.plot(
-            *zip(*map(_place, way.cuts), strict=True), linestyle="none", marker="^", markersize=5, markerfacecolor="none", zorder=3, **style
+            *zip(end, _place(row), strict=True), linewidth=0.8, linestyle=":", zorder=1, **style
+        )
+        axes.plot(
+            *_place(row), marker="s", markersize=4.6, markerfacecolor="none", zorder=3, **style
+        )
+    if way.cuts:
+        axes.plot(
+            *zip(end, *map(_place, way.cuts), strict=True),
+            linewidth=0.9,
+            linestyle="--",
+            zorder=1,
+            **style,
+        )
+        axes.plot(
+            *zip(*map(_place, way.cuts), strict=True),
+            linestyle="none",
+            marker="^",
+            markersize=5,
+            markerfacecolor="none",
+            zorder=3,
+            **style,
         )
     axes.errorbar(
         *end,
@@ -185,10 +253,23 @@ def _draw(axes: Axes, way: Way) -> None:
 
 def _labels(way: Way, *, is_first: bool) -> list[Label]:
     """Name the model, its cuts and its rates; the steps, which are the same for all, on the first way alone."""
-    steps = [Label(f"{row['step']} steps", _place(row), way.colour, is_main=False) for row in way.snapshots]
-    rates = [Label(f"{row['learning_rate']:g}", _place(row), way.colour, is_main=False) for row in way.rates]
-    cuts = [Label(f"cut to {row['rank']}", _place(row), way.colour, is_main=False) for row in way.cuts]
-    return [Label(way.name, _place(way.end), way.colour), *cuts, *rates, *(steps if is_first else [])]
+    steps = [
+        Label(f"{row['step']} steps", _place(row), way.colour, is_main=False)
+        for row in way.snapshots
+    ]
+    rates = [
+        Label(f"{row['learning_rate']:g}", _place(row), way.colour, is_main=False)
+        for row in way.rates
+    ]
+    cuts = [
+        Label(f"cut to {row['rank']}", _place(row), way.colour, is_main=False) for row in way.cuts
+    ]
+    return [
+        Label(way.name, _place(way.end), way.colour),
+        *cuts,
+        *rates,
+        *(steps if is_first else []),
+    ]
 
 
 def _obstacles(way: Way) -> list[Box]:

@@ -7,7 +7,19 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from pipelines.comparison.comparison import CONTROL
-from pipelines.reporting.plots.drawing import CONTROL_COLOUR, GRID, INK, LIMIT, QUIET, RANK_COLOURS, Interval, drawing, means, reaches, svg
+from pipelines.reporting.plots.drawing import (
+    CONTROL_COLOUR,
+    GRID,
+    INK,
+    LIMIT,
+    QUIET,
+    RANK_COLOURS,
+    Interval,
+    drawing,
+    means,
+    reaches,
+    svg,
+)
 
 INCHES = (5.2, 4.5)
 COLOUR = RANK_COLOURS[1]
@@ -30,27 +42,50 @@ def plot_ranks(summary: Mapping[str, Any]) -> str:
             _panel(axes, _points(adapters, name), _points(cuts, name))
             _control_band(axes, [row[name] for row in control if row[name] is not None])
         lower.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
-        lower.axhline(-summary["recipe"]["gate"]["max_general_drop"], color=LIMIT, linewidth=1.4, linestyle=":")
+        lower.axhline(
+            -summary["recipe"]["gate"]["max_general_drop"],
+            color=LIMIT,
+            linewidth=1.4,
+            linestyle=":",
+        )
         upper.set_ylabel("Task gain (nats per token)")
         lower.set_ylabel("General change")
         _rank_axis(lower, [row["rank"] for row in (*adapters, *cuts)])
         figure.align_ylabels([upper, lower])
-        return svg(figure, "ranks", "Task gain and general change against the rank, with 95 % intervals")
+        return svg(
+            figure, "ranks", "Task gain and general change against the rank, with 95 % intervals"
+        )
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> Points:
     """Return the rows by rank; without those whose figure could not be scored."""
-    return sorted(((row["rank"], row[name]) for row in rows if row[name] is not None), key=lambda point: point[0])
+    return sorted(
+        ((row["rank"], row[name]) for row in rows if row[name] is not None),
+        key=lambda point: point[0],
+    )
 
 
 def _panel(axes: Axes, trained: Points, cut: Points) -> None:
     common: dict[str, Any] = {"color": COLOUR, "elinewidth": 1.1, "capsize": 3}
-    of_cuts: dict[str, Any] = {"linestyle": "--", "linewidth": 0.9, "marker": "^", "markersize": 6, "markerfacecolor": "none", "alpha": 0.8}
+    of_cuts: dict[str, Any] = {
+        "linestyle": "--",
+        "linewidth": 0.9,
+        "marker": "^",
+        "markersize": 6,
+        "markerfacecolor": "none",
+        "alpha": 0.8,
+    }
     of_trained: dict[str, Any] = {"linewidth": 1.3, "marker": "o", "markersize": 6}
     for points, style in ((cut, of_cuts), (trained, of_trained)):
         if points:
             intervals = [interval for _, interval in points]
-            axes.errorbar([rank for rank, _ in points], means(intervals), yerr=reaches(intervals), **common, **style)
+            axes.errorbar(
+                [rank for rank, _ in points],
+                means(intervals),
+                yerr=reaches(intervals),
+                **common,
+                **style,
+            )
     axes.margins(y=0.12)
     axes.grid(axis="y", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -58,7 +93,9 @@ def _panel(axes: Axes, trained: Points, cut: Points) -> None:
 
 def _control_band(axes: Axes, intervals: Sequence[Interval]) -> None:
     for interval in intervals:
-        axes.axhspan(interval["low"], interval["high"], color=CONTROL_COLOUR, alpha=0.13, linewidth=0)
+        axes.axhspan(
+            interval["low"], interval["high"], color=CONTROL_COLOUR, alpha=0.13, linewidth=0
+        )
         axes.axhline(interval["mean"], color=CONTROL_COLOUR, linewidth=1.4, linestyle="--")
 
 

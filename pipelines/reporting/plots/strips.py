@@ -52,7 +52,10 @@ def _strip(group: Sequence[Module], largest: float) -> Strip:
         rank=max(len(module["values"]) for module in group),
         shades=_shades([module["values"] for module in group]),
         line=" ".join(f"{place + 0.5:g},{value:.2f}" for place, value in enumerate(effective)),
-        bars="".join(f"M{place + 0.1:g} 1h.8v-{_size(module) / largest:.3f}h-.8z" for place, module in enumerate(group)),
+        bars="".join(
+            f"M{place + 0.1:g} 1h.8v-{_size(module) / largest:.3f}h-.8z"
+            for place, module in enumerate(group)
+        ),
         effective_rank=sum(effective) / len(effective),
         lowest=min(effective),
         highest=max(effective),
@@ -71,7 +74,11 @@ def _runs(values: Sequence[float]) -> dict[int, tuple[int, int]]:
     """Return shade → its first cell and how many there are; nothing for an update of zero."""
     strongest = max(values, default=0.0)
     levels = [round(SHADES * value / strongest) if strongest else 0 for value in values]
-    return {shade: (levels.index(shade), levels.count(shade)) for shade in dict.fromkeys(levels) if shade}
+    return {
+        shade: (levels.index(shade), levels.count(shade))
+        for shade in dict.fromkeys(levels)
+        if shade
+    }
 
 
 def _size(module: Module) -> float:

@@ -16,7 +16,11 @@ Count = Callable[..., Tally]
 
 
 @pytest.fixture
-def count(build_llama: Callable[..., LlamaForCausalLM], adapter_folder: Path, logits: Callable[[nn.Module], Tensor]) -> Count:
+def count(
+    build_llama: Callable[..., LlamaForCausalLM],
+    adapter_folder: Path,
+    logits: Callable[[nn.Module], Tensor],
+) -> Count:
     """Return a count of what a load makes of the damages of one kind."""
 
     def of(kind: Kind, *, sidecar: bool = True) -> Tally:
@@ -30,7 +34,10 @@ def count(build_llama: Callable[..., LlamaForCausalLM], adapter_folder: Path, lo
 def test_beside_its_sidecar_no_damage_is_loaded_silently(count: Count, kind: Kind) -> None:
     found = count(kind)
     assert found.silent == 0
-    if found.tried in (FLIPS, CUTS):  # the sidecar's lineage and tensor digests decide nothing that is computed
+    if found.tried in (
+        FLIPS,
+        CUTS,
+    ):  # the sidecar's lineage and tensor digests decide nothing that is computed
         assert found.refused > 0.9 * found.tried * 2 / 3
     else:
         assert found.refused == found.tried > 0
@@ -40,7 +47,9 @@ def test_beside_its_sidecar_no_damage_is_loaded_silently(count: Count, kind: Kin
 def test_without_a_sidecar_what_does_not_fit_is_refused(count: Count, kind: Kind) -> None:
     found = count(kind, sidecar=False)
     assert found.silent == 0
-    assert found.refused >= 0.8 * found.tried > 0  # a key named twice for its own bytes is no damage
+    assert (
+        found.refused >= 0.8 * found.tried > 0
+    )  # a key named twice for its own bytes is no damage
 
 
 def test_the_count_sees_a_silent_load(count: Count) -> None:

@@ -25,10 +25,38 @@ Logits = Callable[[nn.Module], Tensor]
 CONFIG, SIDECAR = "adapter_config.json", "adapter_identity.json"
 ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 7, 0.5, 10**400, float("inf"), float("nan")),
-    *("", "x", "8", "q_proj", "[", "\x00", "a" * 5000, [], [None], [1], ["x"], [[1]], [{}], {}, {"a": 1}, {"q_proj": "x"}, {"": None}),
+    *(
+        "",
+        "x",
+        "8",
+        "q_proj",
+        "[",
+        "\x00",
+        "a" * 5000,
+        [],
+        [None],
+        [1],
+        ["x"],
+        [[1]],
+        [{}],
+        {},
+        {"a": 1},
+        {"q_proj": "x"},
+        {"": None},
+    ),
     *({"q_proj": [1]}, {"[": 2}, {"dense": 3}, {"dense": None}, {"a": {"b": {}}}),
 ]
-NEW_KEYS = ["extra", "", "layers_pattern", "alora_invocation_tokens", "r ", "lora_config", "__class__", "base_digest", "eva_config"]
+NEW_KEYS = [
+    "extra",
+    "",
+    "layers_pattern",
+    "alora_invocation_tokens",
+    "r ",
+    "lora_config",
+    "__class__",
+    "base_digest",
+    "eva_config",
+]
 EDITS = 300
 
 
@@ -72,7 +100,12 @@ def refused(action: Callable[[], object], what: str) -> bool:
 @pytest.mark.parametrize("file", [CONFIG, SIDECAR])
 @pytest.mark.parametrize("sidecar", [True, False], ids=["with the sidecar", "without"])
 def test_an_edited_adapter_is_refused_or_the_same(
-    build_llama: Build, adapter_folder: Path, logits: Logits, tmp_path: Path, file: str, sidecar: bool
+    build_llama: Build,
+    adapter_folder: Path,
+    logits: Logits,
+    tmp_path: Path,
+    file: str,
+    sidecar: bool,
 ) -> None:
     """A config beside its sidecar is refused whatever was edited; alone, what is gone counts as PEFT's default, here what it was."""
     if file == SIDECAR and not sidecar:
@@ -95,7 +128,9 @@ def test_an_edited_adapter_is_refused_or_the_same(
 
 
 @pytest.mark.parametrize("file", [CONFIG, SIDECAR])
-def test_every_reader_refuses_in_the_librarys_words(adapter_folder: Path, tmp_path: Path, file: str) -> None:
+def test_every_reader_refuses_in_the_librarys_words(
+    adapter_folder: Path, tmp_path: Path, file: str
+) -> None:
     """A cut, a sum and the exports read the same files; what they write is read again."""
     folder, out = tmp_path / "edited", tmp_path / "out"
     values, rng = json.loads((adapter_folder / file).read_text(encoding="utf-8")), random.Random(6)
@@ -104,7 +139,10 @@ def test_every_reader_refuses_in_the_librarys_words(adapter_folder: Path, tmp_pa
         (folder / SIDECAR).unlink()
     actions: list[Callable[[], object]] = [
         lambda: read_over_one_base([folder, adapter_folder]),
-        lambda: write_updates(out, read_updates(adapter_folder), like=folder, done="nothing") and read_updates(out),
+        lambda: (
+            write_updates(out, read_updates(adapter_folder), like=folder, done="nothing")
+            and read_updates(out)
+        ),
         lambda: truncate_adapter(folder, out, 2) and read_updates(out),
         lambda: export_vllm(folder, out, max_rank=8) and read_updates(out),
         lambda: export_gguf(folder, tmp_path / "out.gguf", base_config=tmp_path),
@@ -120,7 +158,10 @@ def test_every_reader_refuses_in_the_librarys_words(adapter_folder: Path, tmp_pa
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"base_digests": ["dense"]}, r"has base_digests=\['dense'\], where an object belongs; fetch"),
+        (
+            {"base_digests": ["dense"]},
+            r"has base_digests=\['dense'\], where an object belongs; fetch",
+        ),
         ({"base_digests": None}, "has base_digests=None, where an object belongs"),
         ({"base_digests": {"dense": 7}}, "has the dense digest 7, where text belongs"),
         ({"lineage": "trained"}, "has lineage='trained', where an object belongs"),
@@ -130,14 +171,22 @@ def test_every_reader_refuses_in_the_librarys_words(adapter_folder: Path, tmp_pa
     ],
     ids=str,
 )
-def test_a_sidecar_says_which_value_does_not_belong(build_llama: Build, adapter_folder: Path, values: dict[str, Any], message: str) -> None:
+def test_a_sidecar_says_which_value_does_not_belong(
+    build_llama: Build, adapter_folder: Path, values: dict[str, Any], message: str
+) -> None:
     identity = read_identity(adapter_folder)
-    (adapter_folder / SIDECAR).write_text(json.dumps({**(identity or {}), **values}), encoding="utf-8")
+    (adapter_folder / SIDECAR).write_text(
+        json.dumps({**(identity or {}), **values}), encoding="utf-8"
+    )
     for action in (
         lambda: load_adapter(build_llama(), adapter_folder),
         lambda: read_updates(adapter_folder),
         lambda: read_over_one_base([adapter_folder, adapter_folder]),
-        lambda: write_updates(adapter_folder.with_name("out"), {}, like=adapter_folder, done="nothing") if values else None,
+        lambda: (
+            write_updates(adapter_folder.with_name("out"), {}, like=adapter_folder, done="nothing")
+            if values
+            else None
+        ),
     )[:3]:
         with pytest.raises(AdapterError, match=message):
             action()
@@ -145,5 +194,7 @@ def test_a_sidecar_says_which_value_does_not_belong(build_llama: Build, adapter_
 
 def test_a_name_that_was_never_given_is_no_error(build_llama: Build, adapter_folder: Path) -> None:
     identity = read_identity(adapter_folder)
-    (adapter_folder / SIDECAR).write_text(json.dumps({**(identity or {}), "base": None, "revision": None}), encoding="utf-8")
+    (adapter_folder / SIDECAR).write_text(
+        json.dumps({**(identity or {}), "base": None, "revision": None}), encoding="utf-8"
+    )
     load_adapter(build_llama(), adapter_folder)

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lora_core import AdapterError, Bank, Identity, LoraConfig, RoutingError, TargetError, inject, load_adapter, lora_layers
+from lora_core import (
+    AdapterError,
+    Bank,
+    Identity,
+    LoraConfig,
+    RoutingError,
+    TargetError,
+    inject,
+    load_adapter,
+    lora_layers,
+)
 from lora_core.bank.routing import TOKENS
 
 Build = Callable[..., LlamaForCausalLM]
@@ -26,7 +36,13 @@ def bank(build_llama: Build) -> Bank:
         bank.add(name, config, seed=seed)
         with bank.using(name), torch.no_grad():
             for number, parameter in enumerate(bank.parameters(name)):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + number)))
+                parameter.add_(
+                    0.1
+                    * torch.randn(
+                        parameter.shape,
+                        generator=torch.Generator().manual_seed(100 * seed + number),
+                    )
+                )
     return bank
 
 
@@ -48,15 +64,22 @@ def alone(build_llama: Build, bank: Bank, name: str, folder: Path) -> LlamaForCa
 
 
 @torch.no_grad()
-def test_one_at_a_time_and_none(build_llama: Build, bank: Bank, batch: Tensor, tmp_path: Path) -> None:
+def test_one_at_a_time_and_none(
+    build_llama: Build, bank: Bank, batch: Tensor, tmp_path: Path
+) -> None:
     assert torch.equal(logits(bank.model, batch), logits(build_llama(), batch))
     for name in bank.names:
         bank.use(name)
-        assert torch.equal(logits(bank.model, batch), logits(alone(build_llama, bank, name, tmp_path), batch))
+        assert torch.equal(
+            logits(bank.model, batch), logits(alone(build_llama, bank, name, tmp_path), batch)
+        )
         with bank.using(None):
             assert torch.equal(logits(bank.model, batch), logits(build_llama(), batch))
         assert bank.active == name
-    assert len({logits(bank.model, batch).sum().item() for name in bank.names if not bank.use(name)}) == 3
+    assert (
+        len({logits(bank.model, batch).sum().item() for name in bank.names if not bank.use(name)})
+        == 3
+    )
 
 
 @torch.no_grad()
@@ -87,7 +110,10 @@ def test_trained_together_each_gets_the_gradient_it_gets_alone(bank: Bank, batch
             parameter.grad = None
     for name in bank.names:
         with bank.using(name):
-            (logits(bank.model, batch[[place for place, one in enumerate(names) if one == name]]) ** 2).sum().backward()
+            (
+                logits(bank.model, batch[[place for place, one in enumerate(names) if one == name]])
+                ** 2
+            ).sum().backward()
         for mixed, parameter in zip(together[name], bank.parameters(name), strict=True):
             torch.testing.assert_close(mixed, parameter.grad, rtol=1e-4, atol=1e-3)
 
@@ -101,7 +127,9 @@ def test_stretches_of_a_pack_have_their_own(bank: Bank) -> None:
         mixed = layer.q_proj(x)
     for name, part in (("a", slice(0, 4)), ("b", slice(4, 9))):
         with bank.using(name):
-            torch.testing.assert_close(mixed[:, part], layer.q_proj(x[:, part]), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                mixed[:, part], layer.q_proj(x[:, part]), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_each_adapter_has_a_rate_of_its_own(bank: Bank) -> None:
@@ -154,7 +182,9 @@ def test_loaded_and_removed(bank: Bank, build_llama: Build, batch: Tensor, tmp_p
 
 
 @torch.no_grad()
-def test_an_adapter_removed_while_another_is_in_use_does_not_come_back(bank: Bank, build_llama: Build, batch: Tensor) -> None:
+def test_an_adapter_removed_while_another_is_in_use_does_not_come_back(
+    bank: Bank, build_llama: Build, batch: Tensor
+) -> None:
     bank.use("a")
     with bank.using("b"):
         bank.remove("a")
@@ -172,8 +202,13 @@ def test_no_adapter_is_the_active_one_among_rows(bank: Bank) -> None:
 def test_adapters_that_lie_in_each_other_are_refused(bank: Bank, batch: Tensor) -> None:
     """One trains a block's unit whole, another adapts a layer in it: no module could hold both."""
     before = logits(bank.model, batch)
-    whole = LoraConfig(r=2, lora_alpha=2, target_modules=("v_proj",), modules_to_save=("layers.1.mlp",))
-    with pytest.raises(AdapterError, match=r"adapter 'd' changes model.layers.1.mlp, and another .* model.layers.1.mlp.(down|up)_proj"):
+    whole = LoraConfig(
+        r=2, lora_alpha=2, target_modules=("v_proj",), modules_to_save=("layers.1.mlp",)
+    )
+    with pytest.raises(
+        AdapterError,
+        match=r"adapter 'd' changes model.layers.1.mlp, and another .* model.layers.1.mlp.(down|up)_proj",
+    ):
         bank.add("d", whole, seed=0)
     assert bank.names == ["a", "b", "c"]
     assert torch.equal(logits(bank.model, batch), before)
@@ -182,7 +217,9 @@ def test_adapters_that_lie_in_each_other_are_refused(bank: Bank, batch: Tensor) 
 def test_dropout_in_company_drops_as_often_as_alone(bank: Bank) -> None:
     """B is given the identity of A's inputs, so that the update shows which were dropped: 0, or 1/(1 − 0.3) of the input."""
     q_proj, x = bank.model.model.layers[0].self_attn.q_proj, torch.ones(40, 50, 64)
-    [layer] = [layer for name, layer in _layers(bank, "b") if name == "model.layers.0.self_attn.q_proj"]
+    [layer] = [
+        layer for name, layer in _layers(bank, "b") if name == "model.layers.0.self_attn.q_proj"
+    ]
     bank.model.train()
     with torch.no_grad(), bank.rows(["b"] * 40):
         layer.train()
@@ -190,7 +227,9 @@ def test_dropout_in_company_drops_as_often_as_alone(bank: Bank) -> None:
         layer.lora_B.zero_()[0, 0] = 1 / layer.scale
         update = (bank.model.model.layers[0].self_attn.q_proj(x) - q_proj(x))[..., 0]
     kept = update.abs() > 0.5
-    torch.testing.assert_close(update[kept], torch.full_like(update[kept], 1 / 0.7), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        update[kept], torch.full_like(update[kept], 1 / 0.7), rtol=1e-4, atol=1e-4
+    )
     # 2000 draws: the share has a standard deviation of √(0.3 · 0.7 / 2000) = 0.01.
     assert kept.float().mean().item() == pytest.approx(0.7, abs=0.05)
 

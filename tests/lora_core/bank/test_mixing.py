@@ -62,7 +62,13 @@ def bank_over(model: nn.Module, configs: dict[str, LoraConfig]) -> Bank:
         bank.add(name, config, seed=seed)
         with torch.no_grad():
             for number, parameter in enumerate(bank.parameters(name)):
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * seed + number)))
+                parameter.add_(
+                    0.1
+                    * torch.randn(
+                        parameter.shape,
+                        generator=torch.Generator().manual_seed(100 * seed + number),
+                    )
+                )
     return bank
 
 
@@ -93,12 +99,16 @@ def own_rows(name: str | None) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_gradients_are_those_of_each_adapter_alone(build_llama: Build, ids: Tensor, kind: str) -> None:
+def test_logits_and_gradients_are_those_of_each_adapter_alone(
+    build_llama: Build, ids: Tensor, kind: str
+) -> None:
     bank = banks(build_llama)[kind]()
     with bank.rows(ROWS):
         mixed = logits(bank.model, ids)
         (mixed**2).sum().backward()
-    together = {name: [taken(parameter) for parameter in bank.parameters(name)] for name in bank.names}
+    together = {
+        name: [taken(parameter) for parameter in bank.parameters(name)] for name in bank.names
+    }
     for name in (None, *bank.names):
         with bank.using(name):
             alone = logits(bank.model, ids[own_rows(name)])
@@ -108,19 +118,36 @@ def test_logits_and_gradients_are_those_of_each_adapter_alone(build_llama: Build
             (alone**2).sum().backward()
             for found, parameter in zip(together[name], bank.parameters(name), strict=True):
                 assert found.abs().max() > 1e-3  # a gradient of nothing would agree with anything
-                torch.testing.assert_close(found, parameter.grad, rtol=1e-4, atol=1e-5 * parameter.grad.abs().max().item() + 1e-6)
+                torch.testing.assert_close(
+                    found,
+                    parameter.grad,
+                    rtol=1e-4,
+                    atol=1e-5 * parameter.grad.abs().max().item() + 1e-6,
+                )
 
 
-@pytest.mark.parametrize("names", [["a", "a", "b", None], ["b", "a", None, "b"]], ids=["together", "scattered"])
+@pytest.mark.parametrize(
+    "names", [["a", "a", "b", None], ["b", "a", None, "b"]], ids=["together", "scattered"]
+)
 @pytest.mark.parametrize("dim", [BATCH, TOKENS])
-def test_gradients_pass_what_was_dropped(build_llama: Build, names: list[str | None], dim: int) -> None:
+def test_gradients_pass_what_was_dropped(
+    build_llama: Build, names: list[str | None], dim: int
+) -> None:
     """Against differences of float64, with the same draw in every call."""
-    configs = {name: LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj",), lora_dropout=0.4) for name in "ab"}
+    configs = {
+        name: LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj",), lora_dropout=0.4)
+        for name in "ab"
+    }
     bank = bank_over(build_llama().double().train(), configs)
     for name in configs:
         with bank.using(name):
             bank.model.train().double()
-    parameters = [parameter for name in configs for parameter in bank.parameters(name) if parameter.shape[-1] == 2][:2]
+    parameters = [
+        parameter
+        for name in configs
+        for parameter in bank.parameters(name)
+        if parameter.shape[-1] == 2
+    ][:2]
     x = torch.randn(4, 4, 64, dtype=torch.float64, requires_grad=True)
     with bank.rows(names, dim=dim):
         q_proj = bank.model.model.layers[0].self_attn.q_proj
@@ -152,7 +179,9 @@ def test_the_adapters_differ_on_every_row(build_llama: Build, ids: Tensor, kind:
         mixed = logits(bank.model, ids)
     base = logits(bank.model, ids)
     differences = (mixed - base).abs().amax(dim=(1, 2))
-    assert all(difference > 0.01 for difference, name in zip(differences, ROWS, strict=True) if name)
+    assert all(
+        difference > 0.01 for difference, name in zip(differences, ROWS, strict=True) if name
+    )
 
 
 @torch.no_grad()
@@ -163,7 +192,9 @@ def test_tokens_of_the_base_keep_its_kernel(ids: Tensor, kernel: str) -> None:
         mixed = logits(bank.model, ids)
     for name in (None, *bank.names):
         with bank.using(name):
-            torch.testing.assert_close(mixed[own_rows(name)], logits(bank.model, ids[own_rows(name)]), rtol=1e-5, atol=2e-5)
+            torch.testing.assert_close(
+                mixed[own_rows(name)], logits(bank.model, ids[own_rows(name)]), rtol=1e-5, atol=2e-5
+            )
 
 
 @torch.no_grad()
@@ -176,7 +207,9 @@ def test_stretches_of_a_pack_reach_their_experts(examples: int) -> None:
         mixed = block(x)
     for name, part in (("a", slice(0, 4)), (None, slice(4, 6)), ("b", slice(6, 9))):
         with bank.using(name):
-            torch.testing.assert_close(mixed[:, part], block(x[:, part].contiguous()), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                mixed[:, part], block(x[:, part].contiguous()), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_experts_are_held_to_the_rows_of_the_batch(ids: Tensor) -> None:
@@ -198,13 +231,18 @@ def test_no_token_is_an_answer_too() -> None:
     bank = bank_over(make_mixtral(), ON_EXPERTS)
     with bank.rows(["a", "b"]):
         experts = bank.model.model.layers[0].mlp.experts
-        assert experts(torch.randn(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.ones(0, 2)).shape == (0, 32)
+        assert experts(
+            torch.randn(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.ones(0, 2)
+        ).shape == (0, 32)
 
 
 def test_rows_along_the_features_are_refused(build_llama: Build) -> None:
     """64 tokens of a flat pack and 64 features: by its size alone the input would do."""
     bank = bank_over(build_llama(), {"c": DORA["c"]})
-    with bank.rows(["c", None], dim=TOKENS, lengths=[32, 32]), pytest.raises(RoutingError, match="holds its features there"):
+    with (
+        bank.rows(["c", None], dim=TOKENS, lengths=[32, 32]),
+        pytest.raises(RoutingError, match="holds its features there"),
+    ):
         bank.model.model.layers[0].self_attn.q_proj(torch.randn(64, 64))
 
 
@@ -218,7 +256,9 @@ def test_rows_along_the_features_are_refused(build_llama: Build) -> None:
         ([], {}, "not all 0"),
     ],
 )
-def test_a_routing_that_means_nothing_is_refused(names: list[str | None], options: dict[str, object], message: str) -> None:
+def test_a_routing_that_means_nothing_is_refused(
+    names: list[str | None], options: dict[str, object], message: str
+) -> None:
     with pytest.raises(RoutingError, match=message):
         routing(names, **options)
 
@@ -236,7 +276,9 @@ def test_tokens_of_rows() -> None:
 def counted(kind: type[nn.Module]) -> Iterator[list[nn.Module]]:
     """Record the calls of the modules of a kind in a block."""
     calls: list[nn.Module] = []
-    hook = nn.modules.module.register_module_forward_pre_hook(lambda module, _: calls.append(module) if isinstance(module, kind) else None)
+    hook = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: calls.append(module) if isinstance(module, kind) else None
+    )
     yield calls
     hook.remove()
 
@@ -253,7 +295,9 @@ def test_dora_shares_the_product_of_the_base(build_llama: Build, ids: Tensor) ->
 
 
 @pytest.mark.parametrize("configs", [DORA, BIASES], ids=["dora", "biases"])
-def test_autocast_is_that_of_each_adapter_alone(build_llama: Build, ids: Tensor, configs: dict[str, LoraConfig]) -> None:
+def test_autocast_is_that_of_each_adapter_alone(
+    build_llama: Build, ids: Tensor, configs: dict[str, LoraConfig]
+) -> None:
     bank = bank_over(build_llama(bias=True), configs)
     check_under_autocast(bank, ids)
 
@@ -267,7 +311,9 @@ def check_under_autocast(bank: Bank, ids: Tensor) -> None:
     with bank.rows(ROWS):
         exact = logits(bank.model, ids)
         (exact**2).mean().backward()
-        wanted = {name: [taken(parameter) for parameter in bank.parameters(name)] for name in bank.names}
+        wanted = {
+            name: [taken(parameter) for parameter in bank.parameters(name)] for name in bank.names
+        }
         with torch.autocast("cpu", torch.bfloat16):
             found = logits(bank.model, ids)
         (found.float() ** 2).mean().backward()
@@ -284,9 +330,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantised", [False, True], ids=["dense", "nf4"])
-def test_a_row_of_the_base_has_its_dtype_under_autocast(build_llama: Build, build_nf4_llama: Build, quantised: bool) -> None:
-    bank = bank_over(build_nf4_llama() if quantised else build_llama(), {"c": DORA["c"]})
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "nf4"])
+def test_a_row_of_the_base_has_its_dtype_under_autocast(
+    build_llama: Build, build_nf4_llama: Build, quantized: bool
+) -> None:
+    bank = bank_over(build_nf4_llama() if quantized else build_llama(), {"c": DORA["c"]})
     q_proj, x = bank.model.model.layers[0].self_attn.q_proj, torch.randn(2, 3, 64)
     with torch.autocast("cpu", torch.bfloat16):
         expected = q_proj(x)

@@ -22,7 +22,13 @@ def test_copies_of_one_checkpoint_agree(build_llama: Build, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"]
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
 )
 def test_one_changed_weight_changes_it(build_llama: Build, name: str) -> None:
     model = build_llama()
@@ -53,12 +59,20 @@ def test_names_and_shapes_count_and_order_does_not() -> None:
 
 
 def test_odd_tensors_have_a_digest() -> None:
-    tensors = {"none": torch.zeros(0, 4), "scalar": torch.tensor(2.5), "codes": torch.arange(9, dtype=torch.uint8)}
-    assert digest_of(tensors) == digest_of({name: tensor.clone() for name, tensor in tensors.items()})
+    tensors = {
+        "none": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+        "codes": torch.arange(9, dtype=torch.uint8),
+    }
+    assert digest_of(tensors) == digest_of(
+        {name: tensor.clone() for name, tensor in tensors.items()}
+    )
     assert digest_of(tensors) != digest_of({**tensors, "scalar": torch.tensor(3.5)})
 
 
-def test_an_adapter_does_not_count(build_llama: Build, randomise: Callable[[nn.Module], None]) -> None:
+def test_an_adapter_does_not_count(
+    build_llama: Build, randomise: Callable[[nn.Module], None]
+) -> None:
     model = build_llama()
     before = fingerprint(model)
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
@@ -74,18 +88,24 @@ def test_an_adapter_on_a_layer_that_is_called_base_does_not_count() -> None:
     assert fingerprint(model) == before
 
 
-def test_wrappers_do_not_count(build_llama: Build, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+def test_wrappers_do_not_count(
+    build_llama: Build, wrapper: Callable[[nn.Module], nn.Module]
+) -> None:
     model = build_llama()
     assert fingerprint(wrapper(model)) == fingerprint(model)
 
 
 def test_tied_embeddings_count_once(build_llama: Build) -> None:
     model = build_llama(tied=True)
-    distinct: dict[str, Tensor] = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
+    distinct: dict[str, Tensor] = {
+        name: value for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }
     assert fingerprint(model) == ("dense", digest_of(distinct))
 
 
-def test_nf4_is_a_kind_of_its_own(build_llama: Build, build_nf4_llama: Build, randomise: Callable[[nn.Module], None]) -> None:
+def test_nf4_is_a_kind_of_its_own(
+    build_llama: Build, build_nf4_llama: Build, randomise: Callable[[nn.Module], None]
+) -> None:
     model = build_nf4_llama()
     kind, digest = fingerprint(model)
     assert kind == "nf4"
@@ -103,7 +123,9 @@ def test_nf4_is_a_kind_of_its_own(build_llama: Build, build_nf4_llama: Build, ra
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("shard", ["1GB", "100KB"], ids=["single", "sharded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_folder_has_the_fingerprint_of_its_model(build_llama: Build, tmp_path: Path, dtype: torch.dtype, shard: str, tied: bool) -> None:
+def test_a_folder_has_the_fingerprint_of_its_model(
+    build_llama: Build, tmp_path: Path, dtype: torch.dtype, shard: str, tied: bool
+) -> None:
     model = build_llama(tied=tied, dtype=dtype)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (tmp_path / "model.safetensors.index.json").exists() is (shard != "1GB")
@@ -115,7 +137,10 @@ def test_a_tied_head_that_is_stored_twice_counts_once(build_llama: Build, tmp_pa
     model = build_llama(tied=True)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
     assert fingerprint_of_folder(tmp_path) == fingerprint(model)
 
 

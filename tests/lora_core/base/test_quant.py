@@ -21,9 +21,22 @@ CONFIG = LoraConfig(r=4, lora_alpha=8)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def linear_4bit(*, bias: bool = False, quant_type: str = "nf4", compute_dtype: torch.dtype | None = None, double: bool = True) -> nn.Module:
+def linear_4bit(
+    *,
+    bias: bool = False,
+    quant_type: str = "nf4",
+    compute_dtype: torch.dtype | None = None,
+    double: bool = True,
+) -> nn.Module:
     """Return a quantised layer 64→96; moving it to a device is what quantises."""
-    layer = bnb.nn.Linear4bit(64, 96, bias=bias, quant_type=quant_type, compute_dtype=compute_dtype, compress_statistics=double)
+    layer = bnb.nn.Linear4bit(
+        64,
+        96,
+        bias=bias,
+        quant_type=quant_type,
+        compute_dtype=compute_dtype,
+        compress_statistics=double,
+    )
     return layer.to("cpu")
 
 
@@ -36,7 +49,9 @@ def adapted(layer: nn.Module, randomise: Callable[[nn.Module], None]) -> nn.Modu
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_step_zero_is_the_base_bit_for_bit(
-    build_nf4_llama: Callable[..., LlamaForCausalLM], logits: Callable[[nn.Module], Tensor], dtype: torch.dtype
+    build_nf4_llama: Callable[..., LlamaForCausalLM],
+    logits: Callable[[nn.Module], Tensor],
+    dtype: torch.dtype,
 ) -> None:
     model = build_nf4_llama(dtype)
     before = logits(model)
@@ -73,7 +88,9 @@ def test_step_zero_of_a_layer_with_a_bias(
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_forward_and_gradients_use_the_dequantised_weight(randomise: Callable[[nn.Module], None], double: bool) -> None:
+def test_forward_and_gradients_use_the_dequantised_weight(
+    randomise: Callable[[nn.Module], None], double: bool
+) -> None:
     layer = adapted(linear_4bit(double=double), randomise)
     weight = layer.base.weight
     dense = dequantize_4bit(weight.data, weight.quant_state).double()
@@ -122,7 +139,9 @@ def test_a_base_that_was_evaluated_is_refused_or_adapted_right(
     except TargetError:
         return
     # The layout rounds the block scales to bfloat16: a few times 2⁻⁹ of the logits.
-    torch.testing.assert_close(logits(model), reference, rtol=0, atol=0.02 * reference.abs().max().item())
+    torch.testing.assert_close(
+        logits(model), reference, rtol=0, atol=0.02 * reference.abs().max().item()
+    )
 
 
 def test_what_lora_cannot_adapt_has_no_base_weight() -> None:
@@ -172,7 +191,9 @@ def test_a_projection_that_attention_reads_directly_has_no_base_weight() -> None
     assert base_weight(nn.MultiheadAttention(8, 2).out_proj) is None
 
 
-@pytest.mark.parametrize(("module", "kind"), [(nn.Linear(64, 96), "dense"), (linear_4bit(), "nf4")], ids=["dense", "nf4"])
+@pytest.mark.parametrize(
+    ("module", "kind"), [(nn.Linear(64, 96), "dense"), (linear_4bit(), "nf4")], ids=["dense", "nf4"]
+)
 def test_base_weight_tells_kind_and_shape(module: nn.Module, kind: str) -> None:
     weight = base_weight(module)
     assert weight is not None

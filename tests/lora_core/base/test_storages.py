@@ -33,10 +33,12 @@ from lora_core import (
     save_adapter,
     unmerge,
 )
-from lora_core.base.quant import base_weight, keep_layout
-from lora_core.merging.dequantize import dequantise
+from lora_core.base.quant import base_weight, disable_cpu_repacking
+from lora_core.merging.dequantize import dequantize
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 CONFIG = LoraConfig(r=4, lora_alpha=8)
 IN, OUT, SCALE = 64, 96, 2.0
 Logits = Callable[[nn.Module], Tensor]
@@ -66,7 +68,9 @@ STORAGES = {
     "int8 in bfloat16": Storage("int8", torch.bfloat16),
 }
 each_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES.keys())
-each_quantised = pytest.mark.parametrize("storage", [s for s in STORAGES.values() if s.kind != "dense"], ids=list(STORAGES)[2:])
+each_quantised = pytest.mark.parametrize(
+    "storage", [s for s in STORAGES.values() if s.kind != "dense"], ids=list(STORAGES)[2:]
+)
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 
 
@@ -80,9 +84,11 @@ def loaded(folder: Path, storage: Storage) -> PreTrainedModel:
             "bnb_4bit_use_double_quant": storage.double,
             "bnb_4bit_compute_dtype": storage.dtype,
         }
-    quantisation = {} if storage.kind == "dense" else {"quantization_config": BitsAndBytesConfig(**settings)}
+    quantisation = (
+        {} if storage.kind == "dense" else {"quantization_config": BitsAndBytesConfig(**settings)}
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=storage.dtype, **quantisation)
-    keep_layout(model)
+    disable_cpu_repacking(model)
     return model
 
 
@@ -92,9 +98,13 @@ def linear(storage: Storage, *, bias: bool = True) -> nn.Module:
     if storage.kind == "dense":
         return nn.Linear(IN, OUT, bias=bias, dtype=storage.dtype)
     if storage.kind == "int8":
-        return bnb.nn.Linear8bitLt(IN, OUT, bias=bias, has_fp16_weights=False, threshold=storage.threshold).to("cpu")
-    layer = bnb.nn.Linear4bit(IN, OUT, bias=bias, quant_type=storage.kind, compress_statistics=storage.double).to("cpu")
-    keep_layout(layer)
+        return bnb.nn.Linear8bitLt(
+            IN, OUT, bias=bias, has_fp16_weights=False, threshold=storage.threshold
+        ).to("cpu")
+    layer = bnb.nn.Linear4bit(
+        IN, OUT, bias=bias, quant_type=storage.kind, compress_statistics=storage.double
+    ).to("cpu")
+    disable_cpu_repacking(layer)
     return layer
 
 
@@ -117,7 +127,9 @@ def decoded(layer: nn.Module) -> Tensor:
 
 @each_storage
 @each_mode
-def test_step_zero_is_the_base_bit_for_bit(llama_folder: Path, logits: Logits, storage: Storage, training: bool) -> None:
+def test_step_zero_is_the_base_bit_for_bit(
+    llama_folder: Path, logits: Logits, storage: Storage, training: bool
+) -> None:
     model = loaded(llama_folder, storage).train(training)
     before = logits(model)
     targets = inject(model, CONFIG, seed=0)
@@ -128,7 +140,9 @@ def test_step_zero_is_the_base_bit_for_bit(llama_folder: Path, logits: Logits, s
 @each_storage
 @each_mode
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_step_zero_of_a_layer(randomise: Noise, storage: Storage, training: bool, bias: bool) -> None:
+def test_step_zero_of_a_layer(
+    randomise: Noise, storage: Storage, training: bool, bias: bool
+) -> None:
     base = linear(storage, bias=bias).train(training)
     layer = adapted(base, randomise).train(training)
     nn.init.zeros_(layer.lora_B)
@@ -138,12 +152,16 @@ def test_step_zero_of_a_layer(randomise: Noise, storage: Storage, training: bool
 
 @each_storage
 @each_mode
-def test_forward_and_gradients_are_those_of_the_decoded_weight(randomise: Noise, storage: Storage, training: bool) -> None:
+def test_forward_and_gradients_are_those_of_the_decoded_weight(
+    randomise: Noise, storage: Storage, training: bool
+) -> None:
     base = linear(storage)
     dense, layer = decoded(base), adapted(base, randomise).train(training)
     x = torch.randn(3, 5, IN).to(storage.dtype).requires_grad_()
     exact_x, a, b = (t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B))
-    expected = F.linear(exact_x, dense, base.bias.double()) + SCALE * F.linear(F.linear(exact_x, a), b)
+    expected = F.linear(exact_x, dense, base.bias.double()) + SCALE * F.linear(
+        F.linear(exact_x, a), b
+    )
     upstream = torch.randn(3, 5, OUT).to(storage.dtype)
     y = layer(x)
     found = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), upstream)
@@ -151,9 +169,13 @@ def test_forward_and_gradients_are_those_of_the_decoded_weight(randomise: Noise,
     # Sums of at most 100 terms of about 1: some ten unit roundoffs, of 6e-8, 5e-4 or 4e-3, of their largest value.
     unit = torch.finfo(storage.dtype).eps / 2
     for gradient, exact in zip(found, wanted, strict=True):
-        torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=20 * unit * exact.abs().max().item())
+        torch.testing.assert_close(
+            gradient.double(), exact, rtol=0, atol=20 * unit * exact.abs().max().item()
+        )
     allowed = 20 * unit * expected.abs().max() + torch.zeros_like(expected)
-    if storage.kind == "int8" and not training:  # each input is rounded to a 254th of the largest of its row, and to float16 before
+    if (
+        storage.kind == "int8" and not training
+    ):  # each input is rounded to a 254th of the largest of its row, and to float16 before
         largest = exact_x.detach().abs().amax(dim=-1, keepdim=True)
         allowed = allowed + (largest / 254 + largest * 2.0**-11) * dense.abs().sum(dim=1)
     assert ((y.double() - expected).abs() <= allowed).all()
@@ -163,8 +185,14 @@ def test_forward_and_gradients_are_those_of_the_decoded_weight(randomise: Noise,
 def test_the_seam_decodes_as_bitsandbytes_does(storage: Storage) -> None:
     layer = linear(storage)
     weight, dense = base_weight(layer), decoded(layer)
-    assert weight is not None and (weight.kind, weight.shape) == (storage.kind, (OUT, IN)) and weight.stored is layer.weight
-    torch.testing.assert_close(weight.dense(torch.float32).double(), dense, rtol=2e-7, atol=0)  # two roundings to float32
+    assert (
+        weight is not None
+        and (weight.kind, weight.shape) == (storage.kind, (OUT, IN))
+        and weight.stored is layer.weight
+    )
+    torch.testing.assert_close(
+        weight.dense(torch.float32).double(), dense, rtol=2e-7, atol=0
+    )  # two roundings to float32
     assert weight.dense(torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -196,7 +224,9 @@ def test_each_kind_has_a_fingerprint_of_its_own(llama_folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["int8", "int8 outliers", "fp4", "fp4 double"])
-def test_peft_loads_ours_and_we_load_peft(llama_folder: Path, logits: Logits, randomise: Noise, tmp_path: Path, name: str) -> None:
+def test_peft_loads_ours_and_we_load_peft(
+    llama_folder: Path, logits: Logits, randomise: Noise, tmp_path: Path, name: str
+) -> None:
     storage = STORAGES[name]
     model = loaded(llama_folder, storage).eval()
     plain = logits(model)
@@ -206,11 +236,15 @@ def test_peft_loads_ours_and_we_load_peft(llama_folder: Path, logits: Logits, ra
     theirs = PeftModel.from_pretrained(loaded(llama_folder, storage), tmp_path / "ours").eval()
     # The same products in float32, summed in another order; where an input of the next layer is rounded to 8 bits, a sum
     # that lies at the edge falls to the other side: one step of 127 in one term of 64.
-    room = {"rtol": 0, "atol": (2e-2 if storage.kind == "int8" else 1e-5) * plain.abs().max().item()}
+    room = {
+        "rtol": 0,
+        "atol": (2e-2 if storage.kind == "int8" else 1e-5) * plain.abs().max().item(),
+    }
     torch.testing.assert_close(logits(theirs), logits(model), **room)
     assert (logits(model) - plain).abs().max() > 0.3 * plain.abs().max()
     own = get_peft_model(
-        loaded(llama_folder, storage), PeftLoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+        loaded(llama_folder, storage),
+        PeftLoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False),
     )
     own.save_pretrained(tmp_path / "theirs")
     again = loaded(llama_folder, storage).eval()
@@ -219,7 +253,9 @@ def test_peft_loads_ours_and_we_load_peft(llama_folder: Path, logits: Logits, ra
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_merge_into_int8_is_refused(llama_folder: Path, refuses: Callable[..., None], force: bool) -> None:
+def test_a_merge_into_int8_is_refused(
+    llama_folder: Path, refuses: Callable[..., None], force: bool
+) -> None:
     model = loaded(llama_folder, STORAGES["int8"])
     inject(model, CONFIG, seed=0)
     refuses(model, lambda: merge(model, force=force), MergeError, "q_proj is stored in int8")
@@ -238,18 +274,29 @@ def test_a_forced_merge_keeps_the_codes_of_the_base(randomise: Noise, name: str)
     with pytest.raises(MergeError, match=f"fc is stored in {storage.kind}"):
         merge(model)
     merged = merge(model, force=True)
-    codes, state = quantize_4bit(dense + delta, blocksize=64, compress_statistics=storage.double, quant_type=storage.kind)
+    codes, state = quantize_4bit(
+        dense + delta, blocksize=64, compress_statistics=storage.double, quant_type=storage.kind
+    )
     weight = model["fc"].weight
-    assert torch.equal(weight.data, codes) and weight.quant_state.quant_type == weight.quant_type == storage.kind
+    assert (
+        torch.equal(weight.data, codes)
+        and weight.quant_state.quant_type == weight.quant_type == storage.kind
+    )
     assert weight.quant_state.nested is storage.double
     realised = (dequantize_4bit(codes, state) - dense).double()
     expected = (realised * delta).sum() / (delta.double() ** 2).sum()
-    assert merged.kept["fc"].fraction == pytest.approx(expected.item(), rel=1e-6)  # summed in float64 both times
+    assert merged.kept["fc"].fraction == pytest.approx(
+        expected.item(), rel=1e-6
+    )  # summed in float64 both times
     unmerge(model, merged)
     assert torch.equal(model["fc"](x), before)
 
 
-@pytest.mark.parametrize("settings", [{"bias": "lora_only"}, {"lora_bias": True}, {"bias": "lora_only", "use_dora": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"bias": "lora_only"}, {"lora_bias": True}, {"bias": "lora_only", "use_dora": True}],
+    ids=str,
+)
 def test_a_forced_merge_takes_the_trained_bias_along(settings: dict[str, Any]) -> None:
     base = linear(STORAGES["nf4"])
     model = nn.ModuleDict({"fc": base})
@@ -264,22 +311,33 @@ def test_a_forced_merge_takes_the_trained_bias_along(settings: dict[str, Any]) -
     assert torch.equal(base.bias, own)
 
 
-def test_a_forced_merge_of_a_start_from_the_weight_is_its_update(llama_folder: Path, randomise: Noise) -> None:
+def test_a_forced_merge_of_a_start_from_the_weight_is_its_update(
+    llama_folder: Path, randomise: Noise
+) -> None:
     model = nn.ModuleDict({"fc": linear(STORAGES["nf4"])})
-    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("fc",), init_lora_weights="pissa"), seed=0)
+    inject(
+        model,
+        LoraConfig(r=4, lora_alpha=8, target_modules=("fc",), init_lora_weights="pissa"),
+        seed=0,
+    )
     randomise(model)
     total = decoded(model["fc"].base).float() + model["fc"].delta()
     merge(model, force=True)
-    assert torch.equal(model["fc"].weight.data, quantize_4bit(total, blocksize=64, compress_statistics=False, quant_type="nf4")[0])
+    assert torch.equal(
+        model["fc"].weight.data,
+        quantize_4bit(total, blocksize=64, compress_statistics=False, quant_type="nf4")[0],
+    )
 
 
 def test_dequantising_leaves_adapters_over_int8_alone(randomise: Noise) -> None:
-    model = nn.ModuleDict({"eight": linear(STORAGES["int8"]), "four": linear(STORAGES["fp4"])}).eval()
+    model = nn.ModuleDict(
+        {"eight": linear(STORAGES["int8"]), "four": linear(STORAGES["fp4"])}
+    ).eval()
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("eight", "four")), seed=0)
     randomise(model)
     x = torch.randn(5, IN)
     before = {name: layer(x) for name, layer in model.items()}
-    assert dequantise(model, torch.float32) == 1
+    assert dequantize(model, torch.float32) == 1
     assert [layer.frozen.kind for _, layer in lora_layers(model)] == ["int8", "dense"]
     assert all(torch.equal(layer(x), before[name]) for name, layer in model.items())
 

@@ -19,7 +19,10 @@ from lora_core.budget.wire import SHARDINGS, Sharding
 from lora_core.errors import ConfigError
 
 Build = Callable[..., LlamaForCausalLM]
-CONFIGS = [LoraConfig(r=16, lora_alpha=32), LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "up_proj"))]
+CONFIGS = [
+    LoraConfig(r=16, lora_alpha=32),
+    LoraConfig(r=16, lora_alpha=32, target_modules=("q_proj", "up_proj")),
+]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=["all", "some"])
 FULL = Setup("full", tokens=64, compute_bytes=4)
 QLORA = Setup("qlora", tokens=64, compute_bytes=4)
@@ -56,11 +59,17 @@ def test_weights_and_file_are_what_training_and_saving_give(
 
 
 @each_config
-def test_a_quantised_base_costs_what_it_holds(build_nf4_llama: Build, meta: LlamaForCausalLM, config: LoraConfig) -> None:
+def test_a_quantised_base_costs_what_it_holds(
+    build_nf4_llama: Build, meta: LlamaForCausalLM, config: LoraConfig
+) -> None:
     """Quantisation takes every linear layer but the head, adapted or not."""
     cost = adapted(meta, QLORA, config)
     model = build_nf4_llama()
-    scales = sum(bytes_of([value]) for name, value in model.state_dict().items() if name.endswith((".absmax", ".nested_absmax")))
+    scales = sum(
+        bytes_of([value])
+        for name, value in model.state_dict().items()
+        if name.endswith((".absmax", ".nested_absmax"))
+    )
     held = bytes_of(model.parameters())
     inject(model, config, seed=0)
     assert cost.weight_bytes - 4 * trained_weights(model) == held
@@ -71,12 +80,19 @@ def test_a_quantised_base_costs_what_it_holds(build_nf4_llama: Build, meta: Llam
 def test_full_fine_tuning_trains_everything(build_llama: Build, meta: LlamaForCausalLM) -> None:
     cost, model = budget(meta, FULL), build_llama()
     assert cost.trained_weights == trained_weights(model)
-    assert cost.weight_bytes == cost.gradient_bytes == cost.file_bytes == bytes_of(model.parameters())
+    assert (
+        cost.weight_bytes == cost.gradient_bytes == cost.file_bytes == bytes_of(model.parameters())
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("sharding", "shared"), [("ddp", ""), ("zero1", "optimizer"), ("zero2", "optimizer gradient"), ("zero3", "all")])
-def test_each_sharding_shares_what_it_says(meta: LlamaForCausalLM, method: str, sharding: str, shared: str) -> None:
+@pytest.mark.parametrize(
+    ("sharding", "shared"),
+    [("ddp", ""), ("zero1", "optimizer"), ("zero2", "optimizer gradient"), ("zero3", "all")],
+)
+def test_each_sharding_shares_what_it_says(
+    meta: LlamaForCausalLM, method: str, sharding: str, shared: str
+) -> None:
     one, four = (adapted(meta, Setup(method, 64, sharding, n)) for n in (1, 4))
     for term in ("optimizer", "gradient", "weight"):
         before, after = getattr(one, f"{term}_bytes"), getattr(four, f"{term}_bytes")
@@ -87,7 +103,9 @@ def test_each_sharding_shares_what_it_says(meta: LlamaForCausalLM, method: str, 
     assert one.quantization_bytes == four.quantization_bytes
 
 
-def test_an_adapter_is_cast_by_an_engine_and_left_in_float32_without_one(meta: LlamaForCausalLM) -> None:
+def test_an_adapter_is_cast_by_an_engine_and_left_in_float32_without_one(
+    meta: LlamaForCausalLM,
+) -> None:
     alone, engine = (adapted(meta, Setup("lora", 64, sharding)) for sharding in ("ddp", "zero2"))
     weights = alone.trained_weights
     assert alone.weight_bytes - engine.weight_bytes == 2 * weights
@@ -95,31 +113,53 @@ def test_an_adapter_is_cast_by_an_engine_and_left_in_float32_without_one(meta: L
     assert engine.optimizer_bytes == 12 * weights  # masters beside the two moments
 
 
-@pytest.mark.parametrize(("method", "sharding", "changes"), [("full", "ddp", True), ("full", "zero2", False), ("lora", "ddp", False)])
+@pytest.mark.parametrize(
+    ("method", "sharding", "changes"),
+    [("full", "ddp", True), ("full", "zero2", False), ("lora", "ddp", False)],
+)
 def test_eight_bits_are_of_full_fine_tuning_without_an_engine(
     meta: LlamaForCausalLM, method: Method, sharding: Sharding, changes: bool
 ) -> None:
-    plain, eight = (adapted(meta, Setup(method, 64, sharding, eight_bit_optimizer=on)) for on in (False, True))
+    plain, eight = (
+        adapted(meta, Setup(method, 64, sharding, eight_bit_optimizer=on)) for on in (False, True)
+    )
     expected = int(2 * (1 + 4 / 256) * plain.trained_weights) if changes else plain.optimizer_bytes
     assert eight.optimizer_bytes == expected
     assert plain.memory_bytes - eight.memory_bytes == plain.optimizer_bytes - expected
 
 
 def test_a_step_without_a_fused_kernel_holds_more(meta: LlamaForCausalLM) -> None:
-    fused, plain = (budget(meta, replace(FULL, sharding="zero2", tokens=1, fused_optimizer=f)) for f in (True, False))
+    fused, plain = (
+        budget(meta, replace(FULL, sharding="zero2", tokens=1, fused_optimizer=f))
+        for f in (True, False)
+    )
     assert plain.buffer_bytes >= fused.buffer_bytes
 
 
 def test_memory_is_the_sum_of_its_terms(meta: LlamaForCausalLM) -> None:
     cost = adapted(meta, replace(QLORA, process_bytes=1000))
     assert cost.memory_bytes == sum(cost.terms().values())
-    assert set(cost.terms()) == set(vars(cost)) - {"trained_weights", "file_bytes", "host_bytes", "loading_bytes", "uncounted"}
+    assert set(cost.terms()) == set(vars(cost)) - {
+        "trained_weights",
+        "file_bytes",
+        "host_bytes",
+        "loading_bytes",
+        "uncounted",
+    }
 
 
 def test_where_the_checkpoint_is_mapped_loading_can_be_the_peak(meta: LlamaForCausalLM) -> None:
-    cost = adapted(meta, replace(QLORA, tokens=1, mapped_checkpoint=True), LoraConfig(r=1, lora_alpha=1, target_modules=("q_proj",)))
+    cost = adapted(
+        meta,
+        replace(QLORA, tokens=1, mapped_checkpoint=True),
+        LoraConfig(r=1, lora_alpha=1, target_modules=("q_proj",)),
+    )
     dense = 4 * sum(parameter.numel() for parameter in meta.parameters())
-    assert cost.loading_bytes == cost.weight_bytes + cost.quantization_bytes + dense == cost.memory_bytes
+    assert (
+        cost.loading_bytes
+        == cost.weight_bytes + cost.quantization_bytes + dense
+        == cost.memory_bytes
+    )
 
 
 def test_a_budget_does_not_depend_on_the_device(build_llama: Build, meta: LlamaForCausalLM) -> None:
@@ -163,19 +203,31 @@ def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         return build()
 
 
-ON_EXPERTS = LoraConfig(r=3, lora_alpha=6, target_modules=("q_proj",), target_parameters=("experts.gate_up_proj", "experts.down_proj"))
+ON_EXPERTS = LoraConfig(
+    r=3,
+    lora_alpha=6,
+    target_modules=("q_proj",),
+    target_parameters=("experts.gate_up_proj", "experts.down_proj"),
+)
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], LoraConfig]] = {
     "experts": (mixtral, ON_EXPERTS),
-    "experts and latent attention": (deepseek_v3, LoraConfig(r=3, lora_alpha=6, target_parameters=("experts.down_proj",))),
+    "experts and latent attention": (
+        deepseek_v3,
+        LoraConfig(r=3, lora_alpha=6, target_parameters=("experts.down_proj",)),
+    ),
     "turned": (gpt2, LoraConfig(r=3, lora_alpha=6)),
     "dora": (llama, LoraConfig(r=3, lora_alpha=6, use_dora=True)),
     "dora, turned": (gpt2, LoraConfig(r=3, lora_alpha=6, use_dora=True)),
 }
 
 
-@pytest.mark.filterwarnings("ignore:PEFT takes model.layers.0.mlp.gate_proj:UserWarning")  # of a base with experts besides
+@pytest.mark.filterwarnings(
+    "ignore:PEFT takes model.layers.0.mlp.gate_proj:UserWarning"
+)  # of a base with experts besides
 @pytest.mark.parametrize(("build", "config"), CASES.values(), ids=CASES.keys())
-def test_every_kind_of_weight_is_counted(build: Callable[[], PreTrainedModel], config: LoraConfig, tmp_path: Path) -> None:
+def test_every_kind_of_weight_is_counted(
+    build: Callable[[], PreTrainedModel], config: LoraConfig, tmp_path: Path
+) -> None:
     model, setup = build(), Setup("lora", tokens=64, compute_bytes=4, dora=config.use_dora)
     cost = budget(empty := on_meta(build), setup, plan_targets(empty, config))
     inject(model, config, seed=0)
@@ -184,15 +236,23 @@ def test_every_kind_of_weight_is_counted(build: Callable[[], PreTrainedModel], c
     assert cost.weight_bytes == bytes_of(model.parameters())
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     tensors = len(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    assert abs(cost.file_bytes - size) < 50 * tensors  # a name in the header is as long as its module's path
+    assert (
+        abs(cost.file_bytes - size) < 50 * tensors
+    )  # a name in the header is as long as its module's path
 
 
 @pytest.mark.parametrize("build", [mixtral, deepseek_v3, gpt2])
-def test_experts_stay_dense_in_a_quantised_base(build: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+def test_experts_stay_dense_in_a_quantised_base(
+    build: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
     """bitsandbytes takes linear layers and Conv1D, and no stack of experts."""
     build().save_pretrained(tmp_path)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=nf4, dtype=torch.float32)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=nf4, dtype=torch.float32
+    )
     empty = on_meta(build)
     targets = plan_targets(empty, CONFIGS[0])
     cost = budget(empty, QLORA, targets)
@@ -209,8 +269,13 @@ def test_published_figures(row: dict[str, object]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_offloaded_optimiser_lies_on_the_host(meta: LlamaForCausalLM, method: str) -> None:
     """With the gradients that it takes; of the rest nothing changes but what its step would hold."""
-    here, there = (adapted(meta, Setup(method, 64, sharding, 4)) for sharding in ("zero3", "zero3_offload"))
+    here, there = (
+        adapted(meta, Setup(method, 64, sharding, 4)) for sharding in ("zero3", "zero3_offload")
+    )
     assert there.host_bytes == here.optimizer_bytes + here.gradient_bytes > 0 == here.host_bytes
     assert there.optimizer_bytes == there.gradient_bytes == 0
-    assert (there.weight_bytes, there.activation_bytes) == (here.weight_bytes, here.activation_bytes)
+    assert (there.weight_bytes, there.activation_bytes) == (
+        here.weight_bytes,
+        here.activation_bytes,
+    )
     assert there.buffer_bytes <= here.buffer_bytes

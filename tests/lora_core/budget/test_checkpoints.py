@@ -18,11 +18,15 @@ def test_a_checkpoint_holds_a_weight_and_two_means() -> None:
 
 def test_llama_3_was_interrupted_every_three_hours() -> None:
     """419 times in 54 days on 16,384 GPUs."""
-    assert seconds_between_failures(FAILURES_PER_GPU_YEAR, 16_384) == pytest.approx(54 * 24 * 3600 / 419, rel=1e-3)
+    assert seconds_between_failures(FAILURES_PER_GPU_YEAR, 16_384) == pytest.approx(
+        54 * 24 * 3600 / 419, rel=1e-3
+    )
 
 
 def test_twice_as_many_gpus_fail_twice_as_often() -> None:
-    assert seconds_between_failures(0.5, 1) == 2 * YEAR_SECONDS == 2 * seconds_between_failures(0.5, 2)
+    assert (
+        seconds_between_failures(0.5, 1) == 2 * YEAR_SECONDS == 2 * seconds_between_failures(0.5, 2)
+    )
 
 
 def test_young_by_hand() -> None:

@@ -4,22 +4,55 @@ import pytest
 import torch
 from architectures import deepseek_v2, deepseek_v3, gpt2, llama, mixtral, opt
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.activations import ACT2FN
 
 from lora_core import ConfigError, LoraConfig, plan_targets
 from lora_core.budget.budget import budget, fits
-from lora_core.budget.parts import SMOOTH, Activation, Experts, Latent, Norm, Plain, blocks, linear_shapes, norms, parts, routers, uncounted
+from lora_core.budget.parts import (
+    SMOOTH,
+    Activation,
+    Experts,
+    Latent,
+    Norm,
+    Plain,
+    blocks,
+    linear_shapes,
+    norms,
+    parts,
+    routers,
+    uncounted,
+)
 from lora_core.budget.setup import Setup
 
 
 def mamba() -> MambaForCausalLM:
-    return MambaForCausalLM(MambaConfig(vocab_size=101, hidden_size=64, num_hidden_layers=2, state_size=4))
+    return MambaForCausalLM(
+        MambaConfig(vocab_size=101, hidden_size=64, num_hidden_layers=2, state_size=4)
+    )
 
 
 def gpt_oss() -> GptOssForCausalLM:
-    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return GptOssForCausalLM(GptOssConfig(**sizes, num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1))
+    sizes = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return GptOssForCausalLM(
+        GptOssConfig(
+            **sizes, num_key_value_heads=2, head_dim=16, num_local_experts=2, num_experts_per_tok=1
+        )
+    )
 
 
 def test_a_part_is_its_readers_and_its_writer() -> None:
@@ -31,7 +64,10 @@ def test_a_part_is_its_readers_and_its_writer() -> None:
 
 def test_a_conv1d_is_seen_turned() -> None:
     attention = Plain(((192, 64),), (64, 64))
-    assert parts(gpt2()) == [attention, Plain(((256, 64),), (64, 256), Activation(input=True, others=3))] * 2
+    assert (
+        parts(gpt2())
+        == [attention, Plain(((256, 64),), (64, 256), Activation(input=True, others=3))] * 2
+    )
     assert list(norms(gpt2())) == [Norm(64, upcast=False)] * 5
 
 
@@ -39,7 +75,9 @@ def test_latent_attention_is_a_chain() -> None:
     """Queries and keys of 4 heads are (8 + 8)·4 wide, and kv_b gives (8 + 16)·4."""
     attention = Latent(stream=64, inner=((64, 24), (96, 16)), query=64, writer=(64, 64))
     assert parts(deepseek_v3())[0] == parts(deepseek_v2())[0] == attention
-    assert parts(deepseek_v3(query=None))[0] == Latent(stream=64, inner=((96, 16),), query=64, writer=(64, 64))
+    assert parts(deepseek_v3(query=None))[0] == Latent(
+        stream=64, inner=((96, 16),), query=64, writer=(64, 64)
+    )
     widths = [norm.width for norm in norms(deepseek_v3().model.layers[0])]
     assert sorted(widths) == [16, 24, 64, 64]
 
@@ -48,11 +86,22 @@ def test_experts_stand_beside_a_router() -> None:
     found = parts(mixtral())
     assert found[1] == Experts(chosen=2, writer=(64, 96), kernel="eager")
     assert list(routers(mixtral())) == [(4, 64)] * 2
-    assert [type(part) for part in parts(deepseek_v3())] == [Latent, Plain, *[Latent, Experts, Plain] * 2]
+    assert [type(part) for part in parts(deepseek_v3())] == [
+        Latent,
+        Plain,
+        *[Latent, Experts, Plain] * 2,
+    ]
 
 
 def test_norms_of_heads_read_all_heads() -> None:
-    config = Qwen3Config(vocab_size=101, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = Qwen3Config(
+        vocab_size=101,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
     assert sorted(norm.width for norm in norms(Qwen3ForCausalLM(config))) == [32, 64, 64, 64, 64]
 
 
@@ -81,7 +130,9 @@ def test_an_activation_keeps_what_autograd_keeps(name: str, expected: Activation
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, opt, mixtral, deepseek_v2, deepseek_v3])
-def test_every_linear_layer_but_the_head_has_its_shape_counted(build: type[PreTrainedModel]) -> None:
+def test_every_linear_layer_but_the_head_has_its_shape_counted(
+    build: type[PreTrainedModel],
+) -> None:
     model = build()
     matrices = [
         module.weight.numel()
@@ -108,13 +159,19 @@ def test_what_shapes_do_not_tell_is_named() -> None:
 
 
 def test_a_norm_without_weights_does_not_tell_its_width() -> None:
-    assert uncounted(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))) == ("LayerNorm",)
+    assert uncounted(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))) == (
+        "LayerNorm",
+    )
     assert uncounted(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))) == ()
 
 
 def test_a_lower_bound_fits_nothing() -> None:
     setup = Setup("lora", tokens=8)
-    cost = budget(model := mamba(), setup, plan_targets(model, LoraConfig(r=2, lora_alpha=2, target_modules=("in_proj",))))
+    cost = budget(
+        model := mamba(),
+        setup,
+        plan_targets(model, LoraConfig(r=2, lora_alpha=2, target_modules=("in_proj",))),
+    )
     assert cost.uncounted == ("Conv1d", "MambaMixer")
     with pytest.raises(ConfigError, match="without the activations of Conv1d, MambaMixer"):
         fits(cost, cost.memory_bytes)

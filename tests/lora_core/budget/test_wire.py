@@ -9,13 +9,36 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lora_core import LoraConfig, plan_targets
 from lora_core.budget.moved import moved
 from lora_core.budget.setup import METHODS, Setup
-from lora_core.budget.wire import SHARDINGS, Exchange, Moved, Traffic, gathered_bytes, ring_bytes, seconds_on_wire, wire_bytes
+from lora_core.budget.wire import (
+    SHARDINGS,
+    Exchange,
+    Moved,
+    Traffic,
+    gathered_bytes,
+    ring_bytes,
+    seconds_on_wire,
+    wire_bytes,
+)
 
 FULL = Moved(
-    plain_bytes=1000, trained_bytes=1000, first_bytes=1000, again_bytes=1000, block_bytes=800, persistent_bytes=0, shared_numbers=500
+    plain_bytes=1000,
+    trained_bytes=1000,
+    first_bytes=1000,
+    again_bytes=1000,
+    block_bytes=800,
+    persistent_bytes=0,
+    shared_numbers=500,
 )
 """500 weights of 2 bytes, all trained."""
-LORA = Moved(plain_bytes=40, trained_bytes=20, first_bytes=1000, again_bytes=900, block_bytes=800, persistent_bytes=20, shared_numbers=500)
+LORA = Moved(
+    plain_bytes=40,
+    trained_bytes=20,
+    first_bytes=1000,
+    again_bytes=900,
+    block_bytes=800,
+    persistent_bytes=20,
+    shared_numbers=500,
+)
 """500 frozen weights and 10 trained ones, which stay whole; a table of 50 weights is not read in the backward pass."""
 
 
@@ -28,7 +51,11 @@ def exchange(sharding: str, processes: int = 4, **changes: object) -> Exchange:
 
 def test_a_ring_passes_all_parts_but_one() -> None:
     """Of 1000 bytes, each of 4 ranks sends 3 quarters to gather or to scatter, and twice that to reduce everywhere."""
-    assert ring_bytes({"all_gather_into_tensor": 1000}, 4) == ring_bytes({"reduce_scatter_tensor": 1000}, 4) == 750
+    assert (
+        ring_bytes({"all_gather_into_tensor": 1000}, 4)
+        == ring_bytes({"reduce_scatter_tensor": 1000}, 4)
+        == 750
+    )
     assert ring_bytes({"all_reduce": 1000, "all_gather": 1000}, 4) == 1500 + 750
 
 
@@ -36,13 +63,13 @@ def test_a_ring_passes_all_parts_but_one() -> None:
     ("sharding", "changes", "expected"),
     [
         ("ddp", {}, Traffic(1500, 0, 0)),
-        ("ddp", {"accumulation": 4}, Traffic(1500, 0, 0)),
+        ("ddp", {"gradient_accumulation_steps": 4}, Traffic(1500, 0, 0)),
         ("zero1", {"reduces_to_owner": True}, Traffic(750, 750, 0)),
         ("zero2", {"reduces_to_owner": True}, Traffic(750, 750, 0)),
-        ("zero1", {"accumulation": 4}, Traffic(1500, 750, 0)),
-        ("zero2", {"accumulation": 4}, Traffic(4 * 1500, 750, 0)),
+        ("zero1", {"gradient_accumulation_steps": 4}, Traffic(1500, 750, 0)),
+        ("zero2", {"gradient_accumulation_steps": 4}, Traffic(4 * 1500, 750, 0)),
         ("zero3", {}, Traffic(750, 0, 2 * 750)),
-        ("zero3", {"accumulation": 4}, Traffic(4 * 750, 0, 4 * 2 * 750)),
+        ("zero3", {"gradient_accumulation_steps": 4}, Traffic(4 * 750, 0, 4 * 2 * 750)),
         ("zero3", {"checkpointing": True}, Traffic(750, 0, 2 * 750 + 600)),
         ("zero3_offload", {}, Traffic(750, 0, 2 * 750, host_bytes=2 * 250)),
     ],
@@ -56,8 +83,8 @@ def test_full_fine_tuning(sharding: str, changes: dict[str, object], expected: T
     ("sharding", "changes", "expected"),
     [
         ("ddp", {}, Traffic(60, 0, 0)),  # adapters are float32 without an engine: 2 · 3/4 · 40
-        ("zero2", {"accumulation": 2}, Traffic(60, 15, 0)),
-        ("zero3", {"accumulation": 2}, Traffic(30, 15, 2 * 1425)),
+        ("zero2", {"gradient_accumulation_steps": 2}, Traffic(60, 15, 0)),
+        ("zero3", {"gradient_accumulation_steps": 2}, Traffic(30, 15, 2 * 1425)),
         ("zero3", {"checkpointing": True}, Traffic(15, 15, 1425 + 600)),
     ],
 )
@@ -75,7 +102,10 @@ def test_what_is_needed_again_soon_stays_gathered() -> None:
     """Half of 500 numbers comes back within 500; all of them within 1000, and a third of that where blocks are computed twice."""
     assert gathered_bytes(FULL, exchange("zero3", reuse_weights=500)) == 1000 + 500
     assert gathered_bytes(FULL, exchange("zero3", reuse_weights=1000)) == 1000
-    assert gathered_bytes(FULL, exchange("zero3", reuse_weights=750, checkpointing=True)) == 1000 + 500 + 800
+    assert (
+        gathered_bytes(FULL, exchange("zero3", reuse_weights=750, checkpointing=True))
+        == 1000 + 500 + 800
+    )
 
 
 def test_seconds_are_those_of_the_bits() -> None:
@@ -103,7 +133,12 @@ def tiny() -> LlamaForCausalLM:
 
 def of(model: LlamaForCausalLM, method: str, persistent: int = 0) -> Moved:
     setup = Setup(method, tokens=60, compute_bytes=4)  # type: ignore[arg-type]
-    return moved(model, setup, plan_targets(model, LoraConfig(r=4, lora_alpha=8)), persistent_weights=persistent)
+    return moved(
+        model,
+        setup,
+        plan_targets(model, LoraConfig(r=4, lora_alpha=8)),
+        persistent_weights=persistent,
+    )
 
 
 def test_codes_move_as_codes(tiny: LlamaForCausalLM) -> None:
@@ -119,7 +154,9 @@ def test_an_adapter_moves_in_the_dtype_in_which_it_is_held(tiny: LlamaForCausalL
 
 def test_lengths_of_rows_are_trained_too(tiny: LlamaForCausalLM) -> None:
     targets = plan_targets(tiny, LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",)))
-    plain, dora = (moved(tiny, Setup("lora", tokens=60, dora=dora), targets) for dora in (False, True))
+    plain, dora = (
+        moved(tiny, Setup("lora", tokens=60, dora=dora), targets) for dora in (False, True)
+    )
     assert dora.plain_bytes - plain.plain_bytes == 4 * 2 * 64
 
 
@@ -141,7 +178,7 @@ def test_every_weight_is_let_go_of_or_stays(tiny: LlamaForCausalLM, method: str)
 
 # --- beside what was counted ---
 
-TWO = Exchange("zero3", processes=2, accumulation=2, reuse_weights=0)
+TWO = Exchange("zero3", processes=2, gradient_accumulation_steps=2, reuse_weights=0)
 FAR = replace(TWO, reuse_weights=1_000_000_000)
 COUNTED = [
     ("lora", replace(TWO, sharding="ddp"), 0, {"all_reduce": 32_768}, 0),
@@ -151,10 +188,28 @@ COUNTED = [
     ("lora", TWO, 0, {"reduce_scatter": 65_536, "all_gather": 1_806_848}, 0.001),
     ("qlora", TWO, 0, {"reduce_scatter": 65_536, "all_gather": 774_656}, 0.001),
     ("lora", TWO, 1000, {"reduce_scatter": 65_536, "all_gather": 1_705_216}, 0),
-    ("lora", replace(TWO, checkpointing=True), 0, {"reduce_scatter": 65_536, "all_gather": 2_485_248}, 0.02),
-    ("lora", replace(TWO, checkpointing=True), 1000, {"reduce_scatter": 65_536, "all_gather": 2_327_808}, 0.02),
+    (
+        "lora",
+        replace(TWO, checkpointing=True),
+        0,
+        {"reduce_scatter": 65_536, "all_gather": 2_485_248},
+        0.02,
+    ),
+    (
+        "lora",
+        replace(TWO, checkpointing=True),
+        1000,
+        {"reduce_scatter": 65_536, "all_gather": 2_327_808},
+        0.02,
+    ),
     ("lora", FAR, 0, {"reduce_scatter": 65_536, "all_gather": 821_760}, 0),
-    ("lora", replace(FAR, checkpointing=True), 0, {"reduce_scatter": 65_536, "all_gather": 1_282_560}, 0.16),
+    (
+        "lora",
+        replace(FAR, checkpointing=True),
+        0,
+        {"reduce_scatter": 65_536, "all_gather": 1_282_560},
+        0.16,
+    ),
 ]
 """Bytes of the whole tensors that rank 0 of two gave to each collective in the sixth step of two parts, single numbers aside:
 DeepSpeed 0.19.8, accelerate 1.15.0, torch 2.13, float32 over gloo, this model with adapters of rank 4; infra/deepspeed's configs but for
@@ -165,7 +220,12 @@ where blocks stay near, lets go of fewer of them than all."""
 
 @pytest.mark.parametrize(("method", "how", "persistent", "whole", "share"), COUNTED)
 def test_what_was_counted_is_foreseen(
-    tiny: LlamaForCausalLM, method: str, how: Exchange, persistent: int, whole: dict[str, int], share: float
+    tiny: LlamaForCausalLM,
+    method: str,
+    how: Exchange,
+    persistent: int,
+    whole: dict[str, int],
+    share: float,
 ) -> None:
     foreseen = wire_bytes(of(tiny, method, persistent), how).wire_bytes
     assert foreseen == pytest.approx(ring_bytes(whole, how.processes), rel=share)

@@ -37,15 +37,19 @@ Logits = Callable[[nn.Module], Tensor]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:lora with eva initialization used with low_cpu_mem_usage=False:UserWarning"
+    ),
 ]
 
 
 def config(init: str = "kaiming", **fields: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": NAMES, "init_lora_weights": init, **fields})
+    return LoraConfig(
+        **{"r": 4, "lora_alpha": 6, "target_modules": NAMES, "init_lora_weights": init, **fields}
+    )
 
 
-def pushes(model: nn.Module, tokens: Tensor) -> list[Callable[[], object]]:
+def calibration_batches(model: nn.Module, tokens: Tensor) -> list[Callable[[], object]]:
     return [partial(model, input_ids=row[None], use_cache=False) for row in tokens]
 
 
@@ -53,7 +57,10 @@ def pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     """Return a start for every layer of an adapted model, neither factor of which is zero."""
     generator = torch.Generator().manual_seed(2)
     factors = {name: (layer.lora_A, layer.lora_B) for name, layer in lora_layers(model)}
-    return {name: tuple(0.1 * torch.randn(f.shape, generator=generator) for f in pair) for name, pair in factors.items()}
+    return {
+        name: tuple(0.1 * torch.randn(f.shape, generator=generator) for f in pair)
+        for name, pair in factors.items()
+    }
 
 
 def originals(folder: Path) -> dict[str, Tensor]:
@@ -63,13 +70,19 @@ def originals(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def quantised(llama_folder: Path) -> Callable[[str], LlamaForCausalLM]:
+def quantized(llama_folder: Path) -> Callable[[str], LlamaForCausalLM]:
     """Return a loader of the saved Llama in nf4, fp4 or int8, in training mode (it has no dropout)."""
 
     def load(kind: str) -> LlamaForCausalLM:
-        bits = {"load_in_8bit": True} if kind == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+        bits = (
+            {"load_in_8bit": True}
+            if kind == "int8"
+            else {"load_in_4bit": True, "bnb_4bit_quant_type": kind}
+        )
         settings = BitsAndBytesConfig(**bits)
-        return AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=settings, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_pretrained(
+            llama_folder, quantization_config=settings, dtype=torch.float32
+        ).train()
 
     return load
 
@@ -77,7 +90,9 @@ def quantised(llama_folder: Path) -> Callable[[str], LlamaForCausalLM]:
 # --- set_starts ---
 
 
-def test_a_given_a_is_what_training_starts_from_and_step_0_is_the_base(build_llama: Build, logits: Logits) -> None:
+def test_a_given_a_is_what_training_starts_from_and_step_0_is_the_base(
+    build_llama: Build, logits: Logits
+) -> None:
     model = build_llama()
     before = logits(model)
     inject(model, config(), seed=1)
@@ -91,7 +106,9 @@ def test_a_given_a_is_what_training_starts_from_and_step_0_is_the_base(build_lla
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_a_given_pair_moves_the_weight_by_its_product(build_llama: Build, logits: Logits, use_dora: bool) -> None:
+def test_a_given_pair_moves_the_weight_by_its_product(
+    build_llama: Build, logits: Logits, use_dora: bool
+) -> None:
     """Under DoRA too: the rows keep the lengths of W0 + s·B·A, so that the sum itself is what computes."""
     model, dense = build_llama(), build_llama()
     inject(model, config(use_dora=use_dora), seed=1)
@@ -102,7 +119,9 @@ def test_a_given_pair_moves_the_weight_by_its_product(build_llama: Build, logits
     assert (logits(model) - logits(build_llama())).abs().max() > 0.01
 
 
-def test_a_wrapper_changes_no_name(build_llama: Build, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_wrapper_changes_no_name(
+    build_llama: Build, wrapper: Callable[[nn.Module], nn.Module]
+) -> None:
     model = build_llama()
     inject(model, config(), seed=1)
     set_starts(wrapper(model), pairs(model))
@@ -136,16 +155,28 @@ def with_a_name_too_few(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
-        (misshapen, ConfigError, rf"the B given for {DOWN} is \(4, 64\) and its layer holds \(64, 4\)"),
+        (
+            misshapen,
+            ConfigError,
+            rf"the B given for {DOWN} is \(4, 64\) and its layer holds \(64, 4\)",
+        ),
         (of_one_rank_more, ConfigError, r"the A given for .* is \(5, 128\)"),
         (not_finite, ConfigError, f"the B given for {DOWN} .* no finite floats"),
         (of_whole_numbers, ConfigError, "torch.int64"),
-        (with_a_name_too_many, TargetError, "1 starts have no adapted linear layer, such as 'model.layers.1.mlp.up_proj'"),
+        (
+            with_a_name_too_many,
+            TargetError,
+            "1 starts have no adapted linear layer, such as 'model.layers.1.mlp.up_proj'",
+        ),
         (with_a_name_too_few, TargetError, f"1 adapted layers have no start, such as {DOWN}"),
     ],
 )
 def test_starts_that_do_not_fit_are_refused_whole(
-    build_llama: Build, refuses: Callable[..., None], spoil: Callable[[dict[str, Any]], None], error: type[Exception], message: str
+    build_llama: Build,
+    refuses: Callable[..., None],
+    spoil: Callable[[dict[str, Any]], None],
+    error: type[Exception],
+    message: str,
 ) -> None:
     """The first start is right each time, and is not put in either."""
     model = build_llama()
@@ -160,11 +191,15 @@ def test_a_model_without_an_adapter_has_nothing_to_start(build_llama: Build) -> 
         set_starts(build_llama(), {Q: torch.zeros(4, 64)})
 
 
-def test_a_start_from_the_weight_is_not_written_over(build_llama: Build, refuses: Callable[..., None]) -> None:
+def test_a_start_from_the_weight_is_not_written_over(
+    build_llama: Build, refuses: Callable[..., None]
+) -> None:
     """What is taken off again would no longer be what was put in."""
     model = build_llama()
     inject(model, config("olora"), seed=1)
-    refuses(model, lambda: set_starts(model, pairs(model)), TargetError, f"{Q} starts from its weight")
+    refuses(
+        model, lambda: set_starts(model, pairs(model)), TargetError, f"{Q} starts from its weight"
+    )
 
 
 # --- what must be given cannot be forgotten, and nothing is given in vain ---
@@ -176,8 +211,16 @@ def test_a_start_from_the_weight_is_not_written_over(build_llama: Build, refuses
         ("eva", {}, "'eva' is found from 'data', and none is given; pass data= to `inject`"),
         ("loftq", {}, "'loftq' is found from 'original', and none is given"),
         ("eva", {"original": {}}, "'eva' is found from 'data'"),
-        ("kaiming", {"data": []}, "'data' has no effect on init_lora_weights='kaiming'; leave it out, or use 'eva'"),
-        ("pissa", {"original": {}}, "'original' has no effect on init_lora_weights='pissa'; leave it out, or use 'loftq'"),
+        (
+            "kaiming",
+            {"data": []},
+            "'data' has no effect on init_lora_weights='kaiming'; leave it out, or use 'eva'",
+        ),
+        (
+            "pissa",
+            {"original": {}},
+            "'original' has no effect on init_lora_weights='pissa'; leave it out, or use 'loftq'",
+        ),
     ],
 )
 def test_a_start_and_what_it_is_found_from_come_together(
@@ -197,11 +240,18 @@ def test_a_bank_starts_no_adapter_plainly_that_asks_for_data(build_llama: Build)
 # --- from data ---
 
 
-def test_eva_starts_in_the_strongest_directions_of_what_each_layer_reads(build_llama: Build, tokens: Tensor, logits: Logits) -> None:
+def test_eva_starts_in_the_strongest_directions_of_what_each_layer_reads(
+    build_llama: Build, tokens: Tensor, logits: Logits
+) -> None:
     """The reference decomposes all inputs at once, in float64, with hooks of its own."""
     model, seen = build_llama(), {name: [] for name in NAMES}
-    before, every = logits(model), pushes(model, tokens)
-    hooks = [model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: seen[n].append(args[0].flatten(0, -2))) for n in NAMES]
+    before, every = logits(model), calibration_batches(model, tokens)
+    hooks = [
+        model.get_submodule(n).register_forward_pre_hook(
+            lambda _, args, n=n: seen[n].append(args[0].flatten(0, -2))
+        )
+        for n in NAMES
+    ]
     for push in every:
         push()
     for hook in hooks:
@@ -217,19 +267,35 @@ def test_eva_starts_in_the_strongest_directions_of_what_each_layer_reads(build_l
     assert torch.equal(logits(model), before)
 
 
-def test_eva_is_the_start_that_the_inputs_of_the_base_give(build_nf4_llama: Build, tokens: Tensor, logits: Logits) -> None:
+def test_eva_is_the_start_that_the_inputs_of_the_base_give(
+    build_nf4_llama: Build, tokens: Tensor, logits: Logits
+) -> None:
     model = build_nf4_llama()
     before = logits(model)
-    found = eva_starts(model, dict.fromkeys(NAMES, 4), pushes(model, tokens))
-    inject(model, config("eva"), seed=1, data=pushes(model, tokens))
+    found = eva_starts(model, dict.fromkeys(NAMES, 4), calibration_batches(model, tokens))
+    inject(model, config("eva"), seed=1, data=calibration_batches(model, tokens))
     assert all(torch.equal(layer.lora_A, found[name]) for name, layer in lora_layers(model))
     assert torch.equal(logits(model), before)
 
 
-def test_data_that_says_too_little_leaves_the_model_alone(build_llama: Build, tokens: Tensor, refuses: Callable[..., None]) -> None:
+def test_data_that_says_too_little_leaves_the_model_alone(
+    build_llama: Build, tokens: Tensor, refuses: Callable[..., None]
+) -> None:
     model = build_llama()
-    refuses(model, lambda: inject(model, config("eva", r=16), seed=0, data=pushes(model, tokens)[:1]), ConfigError, "fewer than its rank")
-    refuses(model, lambda: inject(model, config("eva"), seed=0, data=[]), TargetError, "received no input")
+    refuses(
+        model,
+        lambda: inject(
+            model, config("eva", r=16), seed=0, data=calibration_batches(model, tokens)[:1]
+        ),
+        ConfigError,
+        "fewer than its rank",
+    )
+    refuses(
+        model,
+        lambda: inject(model, config("eva"), seed=0, data=[]),
+        TargetError,
+        "received no input",
+    )
 
 
 class Odd(nn.Module):
@@ -252,12 +318,26 @@ def test_eva_spans_what_peft_spans(rank: int) -> None:
     generator = torch.Generator().manual_seed(7)
     half = torch.randn(200, 24, generator=generator) * 0.6 ** torch.arange(24)
     x = torch.cat([half, -half])
-    settings = PeftLoraConfig(r=rank, target_modules=["first", "second"], init_lora_weights="eva", eva_config=EvaConfig(rho=1, tau=0.999))
+    settings = PeftLoraConfig(
+        r=rank,
+        target_modules=["first", "second"],
+        init_lora_weights="eva",
+        eva_config=EvaConfig(rho=1, tau=0.999),
+    )
     theirs = get_peft_model(Odd(), settings)
-    plain: dict[str, Any] = {"prepare_model_inputs_fn": None, "prepare_layer_inputs_fn": None, "show_progress_bar": False}
+    plain: dict[str, Any] = {
+        "prepare_model_inputs_fn": None,
+        "prepare_layer_inputs_fn": None,
+        "show_progress_bar": False,
+    }
     initialize_lora_eva_weights(theirs, [{"x": x}], **plain)
     ours = Odd()
-    inject(ours, config("eva", r=rank, target_modules=("first", "second")), seed=0, data=[lambda: ours(x)])
+    inject(
+        ours,
+        config("eva", r=rank, target_modules=("first", "second")),
+        seed=0,
+        data=[lambda: ours(x)],
+    )
     for name, layer in lora_layers(ours):
         their_a = theirs.get_submodule(f"base_model.model.{name}").lora_A["default"].weight.detach()
         cosines = torch.linalg.svdvals(layer.lora_A.detach() @ F.normalize(their_a).T)
@@ -271,12 +351,12 @@ def test_eva_spans_what_peft_spans(rank: int) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_what_rounding_left_falls_as_the_tail_of_its_singular_values(
-    quantised: Callable[[str], LlamaForCausalLM], llama_folder: Path, kind: str, use_rslora: bool
+    quantized: Callable[[str], LlamaForCausalLM], llama_folder: Path, kind: str, use_rslora: bool
 ) -> None:
     """‖W − (Q + s·B·A)‖ is what the best approximation of that rank of W − Q loses (Eckart and Young)."""
     weights, left = originals(llama_folder), []
     for rank in (1, 8, 32):
-        model = quantised(kind)
+        model = quantized(kind)
         inject(model, config("loftq", r=rank, use_rslora=use_rslora), seed=0, original=weights)
         for name, layer in lora_layers(model):
             rounded = layer.frozen.dense(torch.float32).double()
@@ -290,13 +370,26 @@ def test_what_rounding_left_falls_as_the_tail_of_its_singular_values(
 
 @pytest.mark.parametrize(
     ("kind", "fields", "left"),
-    [("nf4", {"r": 16}, 0.7), ("nf4", {"r": 16, "use_dora": True}, 0.7), ("fp4", {"r": 16}, 0.7), ("int8", {"r": 32}, 0.9)],
+    [
+        ("nf4", {"r": 16}, 0.7),
+        ("nf4", {"r": 16, "use_dora": True}, 0.7),
+        ("fp4", {"r": 16}, 0.7),
+        ("int8", {"r": 32}, 0.9),
+    ],
 )
 def test_a_model_that_starts_towards_the_unrounded_one_answers_more_like_it(
-    quantised: Callable[[str], LlamaForCausalLM], llama_folder: Path, logits: Logits, kind: str, fields: dict[str, Any], left: float
+    quantized: Callable[[str], LlamaForCausalLM],
+    llama_folder: Path,
+    logits: Logits,
+    kind: str,
+    fields: dict[str, Any],
+    left: float,
 ) -> None:
     """At int8 the inputs are rounded as well, and no adapter makes up for that: measured 0.55, 0.55 and 0.8."""
-    whole, model = AutoModelForCausalLM.from_pretrained(llama_folder).eval(), quantised(kind).train(kind != "int8")
+    whole, model = (
+        AutoModelForCausalLM.from_pretrained(llama_folder).eval(),
+        quantized(kind).train(kind != "int8"),
+    )
     far = (logits(model) - logits(whole)).norm()
     every = config("loftq", target_modules="all-linear", **fields)
     inject(model, every, seed=0, original=originals(llama_folder).__getitem__)
@@ -305,31 +398,43 @@ def test_a_model_that_starts_towards_the_unrounded_one_answers_more_like_it(
     assert len(list(lora_layers(model))) == 14
 
 
-def test_the_originals_are_asked_for_one_at_a_time(quantised: Callable[[str], LlamaForCausalLM], llama_folder: Path) -> None:
+def test_the_originals_are_asked_for_one_at_a_time(
+    quantized: Callable[[str], LlamaForCausalLM], llama_folder: Path
+) -> None:
     weights, asked = originals(llama_folder), []
 
     def read(name: str) -> Tensor:
         asked.append(name)
         return weights[name]
 
-    inject(quantised("nf4"), config("loftq"), seed=0, original=read)
+    inject(quantized("nf4"), config("loftq"), seed=0, original=read)
     assert asked == list(NAMES)
 
 
-def test_a_layer_that_is_not_rounded_starts_plainly_beside_others(build_nf4_llama: Build, llama_folder: Path) -> None:
+def test_a_layer_that_is_not_rounded_starts_plainly_beside_others(
+    build_nf4_llama: Build, llama_folder: Path
+) -> None:
     model, plain = build_nf4_llama(), build_nf4_llama()
     targets = ("lm_head", "q_proj")
     inject(model, config("loftq", target_modules=targets), seed=1, original=originals(llama_folder))
     inject(plain, config(target_modules=targets), seed=1)
-    (head, other), rounded = (dict(lora_layers(one))["lm_head"] for one in (model, plain)), dict(lora_layers(model))[Q]
+    (head, other), rounded = (
+        (dict(lora_layers(one))["lm_head"] for one in (model, plain)),
+        dict(lora_layers(model))[Q],
+    )
     assert torch.equal(head.lora_A, other.lora_A) and not head.lora_B.any()
     assert rounded.lora_B.any()
 
 
-def test_nothing_rounded_is_nothing_to_make_up_for(build_llama: Build, llama_folder: Path, refuses: Callable[..., None]) -> None:
+def test_nothing_rounded_is_nothing_to_make_up_for(
+    build_llama: Build, llama_folder: Path, refuses: Callable[..., None]
+) -> None:
     model, weights = build_llama(), originals(llama_folder)
     refuses(
-        model, lambda: inject(model, config("loftq"), seed=0, original=weights), TargetError, "'loftq' has no effect: no target is quant"
+        model,
+        lambda: inject(model, config("loftq"), seed=0, original=weights),
+        TargetError,
+        "'loftq' has no effect: no target is quant",
     )
 
 
@@ -337,7 +442,11 @@ def test_nothing_rounded_is_nothing_to_make_up_for(build_llama: Build, llama_fol
     ("change", "error", "message"),
     [
         (lambda weight: None, TargetError, f"no original weight is given for {DOWN}"),
-        (lambda weight: weight.T, ConfigError, rf"the original of {DOWN} is \(128, 64\) and its layer \(64, 128\)"),
+        (
+            lambda weight: weight.T,
+            ConfigError,
+            rf"the original of {DOWN} is \(128, 64\) and its layer \(64, 128\)",
+        ),
         (lambda weight: weight * torch.nan, ConfigError, "must be a matrix of finite values"),
     ],
     ids=["missing", "turned", "not finite"],
@@ -360,12 +469,18 @@ def test_originals_that_do_not_fit_are_refused_whole(
 
 
 @pytest.fixture
-def started(build_nf4_llama: Build, llama_folder: Path, tokens: Tensor) -> Callable[[str], LlamaForCausalLM]:
+def started(
+    build_nf4_llama: Build, llama_folder: Path, tokens: Tensor
+) -> Callable[[str], LlamaForCausalLM]:
     """Return a maker of 4-bit models with an adapter of a given start."""
 
     def make(init: str) -> LlamaForCausalLM:
         model = build_nf4_llama()
-        given = {"data": pushes(model, tokens)} if init == "eva" else {"original": originals(llama_folder)}
+        given = (
+            {"data": calibration_batches(model, tokens)}
+            if init == "eva"
+            else {"original": originals(llama_folder)}
+        )
         inject(model, config(init), seed=1, **given)
         return model
 
@@ -374,7 +489,11 @@ def started(build_nf4_llama: Build, llama_folder: Path, tokens: Tensor) -> Calla
 
 @pytest.mark.parametrize("init", ["eva", "loftq"])
 def test_what_started_so_is_a_plain_adapter_of_the_4_bit_base(
-    started: Callable[[str], LlamaForCausalLM], build_nf4_llama: Build, logits: Logits, tmp_path: Path, init: str
+    started: Callable[[str], LlamaForCausalLM],
+    build_nf4_llama: Build,
+    logits: Logits,
+    tmp_path: Path,
+    init: str,
 ) -> None:
     """PEFT would ask for settings of its own under either word; the file says `true`, and PEFT's logits are the same."""
     model = started(init)
@@ -386,7 +505,9 @@ def test_what_started_so_is_a_plain_adapter_of_the_4_bit_base(
     again = build_nf4_llama()
     load_adapter(again, tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
-    theirs = PeftModel.from_pretrained(build_nf4_llama(), tmp_path / "ours").train()  # in evaluation bitsandbytes rounds anew
+    theirs = PeftModel.from_pretrained(
+        build_nf4_llama(), tmp_path / "ours"
+    ).train()  # in evaluation bitsandbytes rounds anew
     torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
     assert (logits(model) - logits(build_nf4_llama())).abs().max() > 0.01
 
@@ -405,7 +526,9 @@ def test_a_drawn_start_beside_a_bias_of_b_is_read_by_peft(
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_an_eva_adapter_of_peft_is_read(build_llama: Build, tokens: Tensor, logits: Logits, tmp_path: Path, rho: float) -> None:
+def test_an_eva_adapter_of_peft_is_read(
+    build_llama: Build, tokens: Tensor, logits: Logits, tmp_path: Path, rho: float
+) -> None:
     """With ranks that PEFT gave to the layers by their inputs, and layers it left out for that."""
     settings = PeftLoraConfig(
         r=3,
@@ -427,9 +550,13 @@ def test_an_eva_adapter_of_peft_is_read(build_llama: Build, tokens: Tensor, logi
     torch.testing.assert_close(logits(model), logits(theirs), **CLOSE)
 
 
-def test_a_loftq_adapter_of_peft_belongs_to_another_base(build_llama: Build, adapter_folder: Path) -> None:
+def test_a_loftq_adapter_of_peft_belongs_to_another_base(
+    build_llama: Build, adapter_folder: Path
+) -> None:
     path = adapter_folder / "adapter_config.json"
-    path.write_text(path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "loftq"'))
+    path.write_text(
+        path.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "loftq"')
+    )
     with pytest.raises(AdapterError, match="init_lora_weights='loftq', which changes the base"):
         load_adapter(build_llama(), adapter_folder)
 
@@ -439,7 +566,7 @@ def test_a_lazy_order_of_batches_is_followed(build_llama: Build, tokens: Tensor)
     model, made = build_llama(), []
 
     def stream() -> Iterator[Callable[[], object]]:
-        for push in pushes(model, tokens):
+        for push in calibration_batches(model, tokens):
             made.append(push)
             yield push
 

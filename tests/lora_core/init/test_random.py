@@ -20,19 +20,25 @@ NAME = "model.layers.1.self_attn.q_proj"
 SHAPES = [(20, 12), (12, 20), (16, 16)]
 
 
-def drawn(model: nn.Module, seed: int, targets: str | tuple[str, ...] = "all-linear") -> dict[str, Tensor]:
+def drawn(
+    model: nn.Module, seed: int, targets: str | tuple[str, ...] = "all-linear"
+) -> dict[str, Tensor]:
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets), seed=seed)
     return {name: layer.lora_A.detach() for name, layer in lora_layers(model)}
 
 
-def test_a_does_not_depend_on_the_other_targets(build_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_a_does_not_depend_on_the_other_targets(
+    build_llama: Callable[..., LlamaForCausalLM],
+) -> None:
     every = drawn(build_llama(), seed=3)
     alone = drawn(build_llama(), seed=3, targets=(NAME,))
     assert list(alone) == [NAME]
     assert torch.equal(alone[NAME], every[NAME])
 
 
-def test_a_does_not_depend_on_the_global_generator(build_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_a_does_not_depend_on_the_global_generator(
+    build_llama: Callable[..., LlamaForCausalLM],
+) -> None:
     first = drawn(build_llama(), seed=3)
     torch.manual_seed(999)
     model = build_llama()
@@ -40,18 +46,26 @@ def test_a_does_not_depend_on_the_global_generator(build_llama: Callable[..., Ll
     assert torch.equal(drawn(model, seed=3)[NAME], first[NAME])
 
 
-def test_a_does_not_depend_on_a_wrapper(build_llama: Callable[..., LlamaForCausalLM], wrapper: Callable[[nn.Module], nn.Module]) -> None:
-    assert torch.equal(drawn(wrapper(build_llama()), seed=3)[NAME], drawn(build_llama(), seed=3)[NAME])
+def test_a_does_not_depend_on_a_wrapper(
+    build_llama: Callable[..., LlamaForCausalLM], wrapper: Callable[[nn.Module], nn.Module]
+) -> None:
+    assert torch.equal(
+        drawn(wrapper(build_llama()), seed=3)[NAME], drawn(build_llama(), seed=3)[NAME]
+    )
 
 
-def test_injection_leaves_the_global_generator_alone(build_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_injection_leaves_the_global_generator_alone(
+    build_llama: Callable[..., LlamaForCausalLM],
+) -> None:
     model = build_llama()
     before = torch.get_rng_state()
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=3)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_other_name_or_other_seed_gives_another_a(build_llama: Callable[..., LlamaForCausalLM]) -> None:
+def test_other_name_or_other_seed_gives_another_a(
+    build_llama: Callable[..., LlamaForCausalLM],
+) -> None:
     first, second = drawn(build_llama(), seed=3), drawn(build_llama(), seed=4)
     assert not torch.equal(first[NAME], second[NAME])
     assert not torch.equal(first[NAME], first["model.layers.0.self_attn.q_proj"])
@@ -92,21 +106,32 @@ def test_gaussian_has_a_standard_deviation_of_one_over_r(rank: int) -> None:
 @pytest.mark.parametrize("rank", [2, 8, 64])
 def test_orthogonal_factors_are_not_zero_and_their_product_is(rank: int) -> None:
     a, b = orthogonal(rank, (300, 200), generator_for("x", 0))
-    assert (a.shape, b.shape, a.dtype, b.dtype) == ((rank, 200), (300, rank), torch.float32, torch.float32)
+    assert (a.shape, b.shape, a.dtype, b.dtype) == (
+        (rank, 200),
+        (300, rank),
+        torch.float32,
+        torch.float32,
+    )
     # r products of entries of 0.07 each, rounded to 6e-8 of themselves
     assert (b @ a).abs().max() < 1e-7 * math.sqrt(rank)
-    assert torch.linalg.matrix_rank(a) == torch.linalg.matrix_rank(b) == rank // 2  # each fills its half of the directions
+    assert (
+        torch.linalg.matrix_rank(a) == torch.linalg.matrix_rank(b) == rank // 2
+    )  # each fills its half of the directions
 
 
 def test_an_orthogonal_start_has_the_distribution_of_peft() -> None:
     """Over many draws: the deviation of the entries, and that of one start's norm from another's."""
-    layer = get_peft_model(Wrapped(torch.randn(40, 30)), PeftLoraConfig(r=4, target_modules=["proj"])).base_model.model.proj
+    layer = get_peft_model(
+        Wrapped(torch.randn(40, 30)), PeftLoraConfig(r=4, target_modules=["proj"])
+    ).base_model.model.proj
     norms = []
     for draw in range(400):
         layer.orthogonal_init("default")
         ours = orthogonal(4, (40, 30), generator_for(str(draw), 0))
         theirs = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-        norms.append([[factor.detach().norm().item() for factor in pair] for pair in (ours, theirs)])
+        norms.append(
+            [[factor.detach().norm().item() for factor in pair] for pair in (ours, theirs)]
+        )
     norms_DPF = torch.tensor(norms)  # draw, ours or PEFT's, A or B
     # A norm varies by about 1/√(2·entries/2) = 9 % from draw to draw: a mean of 400 is known to 0.5 %, its deviation to 3.5 %.
     torch.testing.assert_close(norms_DPF[:, 0].mean(0), norms_DPF[:, 1].mean(0), rtol=0.03, atol=0)
@@ -166,8 +191,15 @@ def test_pissa_takes_the_best_approximation(shape: tuple[int, int], scale: float
     for rank in (1, 5, 12):
         a, b = pair = pissa(weight, rank, scale, generator=generator_for("x", 0))
         assert a.is_contiguous() and b.is_contiguous()
-        assert (a.shape, b.shape, a.dtype, b.dtype) == ((rank, shape[1]), (shape[0], rank), torch.float32, torch.float32)
-        assert lost(weight, pair, scale) == pytest.approx(tail(weight, rank), rel=1e-6, abs=1e-5)  # factors rounded to float32
+        assert (a.shape, b.shape, a.dtype, b.dtype) == (
+            (rank, shape[1]),
+            (shape[0], rank),
+            torch.float32,
+            torch.float32,
+        )
+        assert lost(weight, pair, scale) == pytest.approx(
+            tail(weight, rank), rel=1e-6, abs=1e-5
+        )  # factors rounded to float32
         assert a.norm().item() == pytest.approx(b.norm().item(), rel=1e-6)
 
 
@@ -176,7 +208,10 @@ def test_iterations_come_close_to_the_best_approximation_and_more_come_closer() 
     left, right = (torch.linalg.qr(torch.randn(100, 100)).Q for _ in range(2))
     weight = left * torch.arange(1, 101) ** -0.5 @ right
     excess = [
-        lost(weight, pissa(weight, 8, 2.0, iterations=n, generator=generator_for("x", 0)), 2.0) / tail(weight, 8) - 1 for n in (0, 2, 16)
+        lost(weight, pissa(weight, 8, 2.0, iterations=n, generator=generator_for("x", 0)), 2.0)
+        / tail(weight, 8)
+        - 1
+        for n in (0, 2, 16)
     ]
     assert excess[0] > excess[1] > excess[2] > -1e-6
     assert excess[0] > 0.02
@@ -185,13 +220,17 @@ def test_iterations_come_close_to_the_best_approximation_and_more_come_closer() 
 
 def test_iterations_over_every_direction_are_exact() -> None:
     weight = torch.randn(14, 11)
-    found = pissa(weight, 4, 1.0, iterations=0, generator=generator_for("x", 0))  # 4 + 8 directions of 11
+    found = pissa(
+        weight, 4, 1.0, iterations=0, generator=generator_for("x", 0)
+    )  # 4 + 8 directions of 11
     assert lost(weight, found, 1.0) == pytest.approx(tail(weight, 4), rel=1e-6)
 
 
 def test_iterations_draw_from_the_generator_alone() -> None:
     weight, state = torch.randn(60, 50), torch.get_rng_state()
-    first, again, other = (pissa(weight, 4, 1.0, iterations=1, generator=generator_for(name, 0)) for name in "xxy")
+    first, again, other = (
+        pissa(weight, 4, 1.0, iterations=1, generator=generator_for(name, 0)) for name in "xxy"
+    )
     assert torch.equal(first[0], again[0])
     assert not torch.equal(first[0], other[0])
     assert torch.equal(torch.get_rng_state(), state)
@@ -207,33 +246,54 @@ def test_olora_takes_the_projection_onto_the_first_columns(shape: tuple[int, int
         torch.testing.assert_close(b.T @ b, torch.eye(rank), rtol=0, atol=1e-6)
         columns = weight[:, :rank]
         projected = columns @ torch.linalg.lstsq(columns, weight).solution
-        torch.testing.assert_close((b @ a).double(), projected, rtol=0, atol=1e-5)  # float32 products of 12 terms
+        torch.testing.assert_close(
+            (b @ a).double(), projected, rtol=0, atol=1e-5
+        )  # float32 products of 12 terms
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("method", ["pissa", "olora"])
-def test_value_and_gradients_at_step_0_are_those_of_peft(shape: tuple[int, int], method: str) -> None:
+def test_value_and_gradients_at_step_0_are_those_of_peft(
+    shape: tuple[int, int], method: str
+) -> None:
     """PEFT changes the base to W0 − s·B0·A0; here the start is subtracted in the layer."""
     rank, scale, x = 4, 0.5, torch.randn(7, shape[1])
     # singular values well apart: PEFT decomposes in float32, which knows a direction to 1e-7 over the gap beside it
-    weight = torch.linalg.qr(torch.randn(shape[0], 12)).Q * 2.0 ** -torch.arange(12) @ torch.linalg.qr(torch.randn(shape[1], 12)).Q.T
+    weight = (
+        torch.linalg.qr(torch.randn(shape[0], 12)).Q
+        * 2.0 ** -torch.arange(12)
+        @ torch.linalg.qr(torch.randn(shape[1], 12)).Q.T
+    )
     config = PeftLoraConfig(r=rank, lora_alpha=2, target_modules=["proj"], init_lora_weights=method)
     model = get_peft_model(Wrapped(weight), config)
-    start = pissa(weight, rank, scale, generator=generator_for("x", 0)) if method == "pissa" else olora(weight, rank)
+    start = (
+        pissa(weight, rank, scale, generator=generator_for("x", 0))
+        if method == "pissa"
+        else olora(weight, rank)
+    )
     trained = tuple(factor.clone().requires_grad_() for factor in start)
-    y, theirs = beside_the_start(x, weight, trained, start, scale), model(x) - model.base_model.model.proj.base_layer.bias
+    y, theirs = (
+        beside_the_start(x, weight, trained, start, scale),
+        model(x) - model.base_model.model.proj.base_layer.bias,
+    )
     grad = torch.randn_like(y)
     y.backward(grad)
     theirs.backward(grad)
 
     layer = model.base_model.model.proj
     their_a, their_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    signs = (trained[1].detach() * their_b.detach()).sum(0).sign()  # a singular direction is known up to its sign
+    signs = (
+        (trained[1].detach() * their_b.detach()).sum(0).sign()
+    )  # a singular direction is known up to its sign
     assert torch.equal(y.detach(), F.linear(x, weight))
     torch.testing.assert_close(theirs, y, rtol=0, atol=1e-5)
     for ours, other in zip(trained, (their_a * signs[:, None], their_b * signs), strict=True):
         torch.testing.assert_close(ours.detach(), other.detach(), rtol=0, atol=1e-5)
-    for ours, other in zip((trained[0].grad, trained[1].grad), (their_a.grad * signs[:, None], their_b.grad * signs), strict=True):
+    for ours, other in zip(
+        (trained[0].grad, trained[1].grad),
+        (their_a.grad * signs[:, None], their_b.grad * signs),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, other, rtol=0, atol=1e-5 * other.abs().max().item())
 
 
@@ -290,4 +350,6 @@ def test_a_plain_pair_is_the_difference_at_the_same_scale(rslora: bool) -> None:
     a, b = plain_pair(*trained, *start)
     assert (a.shape, b.shape) == ((8, 12), (20, 8))
     found = F.linear(x, weight) + plain.scale * (x @ a.T @ b.T)
-    torch.testing.assert_close(found, beside_the_start(x, weight, trained, start, config.scale), rtol=0, atol=1e-5)  # sums in another order
+    torch.testing.assert_close(
+        found, beside_the_start(x, weight, trained, start, config.scale), rtol=0, atol=1e-5
+    )  # sums in another order

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core import Identity, LoraConfig, inject, merge, save_adapter
 from lora_core.adapter.io import tensors_of
-from lora_core.base.quant import DenseWeight, keep_layout
+from lora_core.base.quant import DenseWeight, disable_cpu_repacking
 from lora_core.layers.functional import lora_linear
 from lora_core.modules import adapter_parts
 
@@ -31,7 +31,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:There are multiple adapter keys:UserWarning"),
 ]
 IN, OUT, V = 64, 96, 101
-SIZES = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def autocast(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
 
 def linear_4bit(kind: str, compute_dtype: torch.dtype | None = None) -> nn.Module:
     layer = bnb.nn.Linear4bit(IN, OUT, quant_type=kind, compute_dtype=compute_dtype).to("cpu")
-    keep_layout(layer)
+    disable_cpu_repacking(layer)
     return layer
 
 
@@ -90,7 +96,9 @@ def shake(model: nn.Module) -> nn.Module:
 @each_layer
 @each_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_step_zero_is_the_base_bit_for_bit(build: Callable[[], nn.Module], training: bool, dtype: torch.dtype) -> None:
+def test_step_zero_is_the_base_bit_for_bit(
+    build: Callable[[], nn.Module], training: bool, dtype: torch.dtype
+) -> None:
     base, layer = (each.train(training) for each in built(build))
     x = inputs(base, dtype)
     with autocast():
@@ -99,8 +107,12 @@ def test_step_zero_is_the_base_bit_for_bit(build: Callable[[], nn.Module], train
 
 
 @each_layer
-@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"bias": "lora_only"}], ids=["plain", "dora", "bias"])
-def test_what_is_computed_is_that_of_float32_rounded(build: Callable[[], nn.Module], settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_dora": True}, {"bias": "lora_only"}], ids=["plain", "dora", "bias"]
+)
+def test_what_is_computed_is_that_of_float32_rounded(
+    build: Callable[[], nn.Module], settings: dict[str, Any]
+) -> None:
     """Inputs, factors and the sum are rounded to bfloat16: a few roundoffs of the largest terms; int8 rounds inputs as well."""
     if "bias" in settings and getattr(build(), "bias", None) is None:
         pytest.skip("there is no bias to train")
@@ -118,10 +130,15 @@ def test_what_is_computed_is_that_of_float32_rounded(build: Callable[[], nn.Modu
 def results(layer: nn.Module, x: Tensor, around: AbstractContextManager[None]) -> list[Tensor]:
     """Return what a layer answers and its gradients of x, where it has one, and of what is trained, all in float32."""
     x = x.clone().requires_grad_(x.is_floating_point())
-    wanted = [*([x] if x.requires_grad else []), *(p for p in layer.parameters() if p.requires_grad)]
+    wanted = [
+        *([x] if x.requires_grad else []),
+        *(p for p in layer.parameters() if p.requires_grad),
+    ]
     with around:
         y = layer(x)
-    gradients = torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    gradients = torch.autograd.grad(
+        y, wanted, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)
+    )
     assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in wanted]
     return [y.detach().float(), *(gradient.float() for gradient in gradients)]
 
@@ -136,7 +153,9 @@ def test_a_backward_pass_inside_is_the_one_outside(build: Callable[[], nn.Module
     assert all(torch.equal(one, other) for one, other in zip(inside, outside, strict=True))
 
 
-def plain(x: Tensor, layer: nn.Linear, factors: tuple[Tensor, Tensor, float], upstream: Tensor) -> list[Tensor]:
+def plain(
+    x: Tensor, layer: nn.Linear, factors: tuple[Tensor, Tensor, float], upstream: Tensor
+) -> list[Tensor]:
     """Return the product and its gradients step by step as they are formed where no dtype is ever chosen by autocast."""
     a, b, scale = factors
     y = F.linear(x, layer.weight, layer.bias)
@@ -144,18 +163,29 @@ def plain(x: Tensor, layer: nn.Linear, factors: tuple[Tensor, Tensor, float], up
     down = (upstream @ b.to(x.dtype)) * scale
     grad_x = upstream @ layer.weight
     grad_x.addmm_(down, a.to(x.dtype))
-    return [y, grad_x, (down.T @ x).to(a.dtype), (upstream.T @ ((x @ a.to(x.dtype).T) * scale)).to(b.dtype)]
+    return [
+        y,
+        grad_x,
+        (down.T @ x).to(a.dtype),
+        (upstream.T @ ((x @ a.to(x.dtype).T) * scale)).to(b.dtype),
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_without_autocast_no_bit_depends_on_it(dtype: torch.dtype) -> None:
     layer = nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
-    x, upstream = torch.randn(7, IN, dtype=dtype, requires_grad=True), torch.randn(7, OUT, dtype=dtype)
+    x, upstream = (
+        torch.randn(7, IN, dtype=dtype, requires_grad=True),
+        torch.randn(7, OUT, dtype=dtype),
+    )
     a, b = (torch.randn(shape, requires_grad=True) for shape in ((4, IN), (OUT, 4)))
     y = lora_linear(x, DenseWeight(layer), layer.bias, (a, b, 1.7))
     found = [y, *torch.autograd.grad(y, (x, a, b), upstream)]
     expected = plain(x.detach(), layer, (a.detach(), b.detach(), 1.7), upstream)
-    assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(found, expected, strict=True))
+    assert all(
+        torch.equal(one, other) and one.dtype == other.dtype
+        for one, other in zip(found, expected, strict=True)
+    )
 
 
 def test_q_k_v_keep_one_x_as_it_came() -> None:
@@ -186,7 +216,12 @@ def test_a_checkpointed_block_gives_the_same_gradients() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.inner, x, use_reentrant=False)
 
-    assert all(torch.equal(*pair) for pair in zip(results(layer, x, autocast()), results(Checkpointed(), x, autocast()), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(
+            results(layer, x, autocast()), results(Checkpointed(), x, autocast()), strict=True
+        )
+    )
 
 
 def llama() -> nn.Module:
@@ -194,7 +229,13 @@ def llama() -> nn.Module:
 
 
 def mixtral() -> nn.Module:
-    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2)
+    config = MixtralConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        initializer_range=0.2,
+    )
     config._experts_implementation = "eager"
     return MixtralForCausalLM(config)
 
@@ -202,14 +243,28 @@ def mixtral() -> nn.Module:
 class Pictures(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Linear(12, 5)
+        self.first, self.second, self.head = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 12, 3),
+            nn.Linear(12, 5),
+        )
 
     def forward(self, input_ids: Tensor) -> Any:
         pictures = F.one_hot(input_ids, 12)[:, None].float().expand(-1, 3, -1, -1)
-        return type("Output", (), {"logits": self.head(torch.tanh(self.second(torch.tanh(self.first(pictures)))).mean(dim=(2, 3)))})
+        return type(
+            "Output",
+            (),
+            {
+                "logits": self.head(
+                    torch.tanh(self.second(torch.tanh(self.first(pictures)))).mean(dim=(2, 3))
+                )
+            },
+        )
 
 
-def case(build: Callable[[], nn.Module], *targets: str, **settings: Any) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
+def case(
+    build: Callable[[], nn.Module], *targets: str, **settings: Any
+) -> tuple[Callable[[], nn.Module], dict[str, Any]]:
     return build, {"r": 4, "lora_alpha": 8, "target_modules": targets, **settings}
 
 
@@ -221,7 +276,9 @@ CASES = {
     "dora embedding": case(llama, "embed_tokens", use_dora=True),
     "whole": case(llama, "q_proj", modules_to_save=("lm_head",)),
     "rows": case(llama, "q_proj", trainable_token_indices={"embed_tokens": (3, 7)}),
-    "experts": case(mixtral, "q_proj", target_parameters=("experts.gate_up_proj", "experts.down_proj")),
+    "experts": case(
+        mixtral, "q_proj", target_parameters=("experts.gate_up_proj", "experts.down_proj")
+    ),
     "conv": case(Pictures, "first", "second"),
     "conv dora": case(Pictures, "first", "second", use_dora=True),
 }
@@ -240,7 +297,9 @@ def base(build: Callable[[], nn.Module]) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape:UserWarning")
 @pytest.mark.parametrize(("build", "settings"), CASES.values(), ids=CASES.keys())
-def test_a_model_computes_what_pefts_does(build: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_computes_what_pefts_does(
+    build: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path
+) -> None:
     """Both are rounded in other places, so both are measured from float32: ours lies no further from it than PEFT's."""
     config = LoraConfig(**settings)
     model = base(build)
@@ -254,11 +313,17 @@ def test_a_model_computes_what_pefts_does(build: Callable[[], nn.Module], settin
     assert ours.dtype == peft.dtype
     error, other = ((each.float() - exact).norm() / exact.norm() for each in (ours, peft))
     assert error < 1.25 * other and 1e-4 < other < 0.1
-    gradients = [dict(gradients_of(each, parameters)) for each, parameters in ((ours, trained(model)), (peft, trained(theirs)))]
+    gradients = [
+        dict(gradients_of(each, parameters))
+        for each, parameters in ((ours, trained(model)), (peft, trained(theirs)))
+    ]
     reference = dict(gradients_of(exact, trained(model)))
     for name, gradient in gradients[0].items():
         assert gradient.dtype == torch.float32
-        error, other = ((each[name].view_as(gradient) - reference[name]).norm() / reference[name].norm() for each in gradients)
+        error, other = (
+            (each[name].view_as(gradient) - reference[name]).norm() / reference[name].norm()
+            for each in gradients
+        )
         assert error < 1.25 * other + 0.01, name
 
 
@@ -270,13 +335,22 @@ def gradients_of(y: Tensor, parameters: dict[str, Tensor]) -> Iterator[tuple[str
 def trained(model: nn.Module) -> dict[str, Tensor]:
     """Return what is trained under the keys of the file, in either library."""
     if not isinstance(model, PeftModel):
-        return {key.removesuffix(".weight"): p for key, p in tensors_of(dict(adapter_parts(model))).items()}
-    named = {name.replace(".default", "").replace(".modules_to_save", ""): p for name, p in model.named_parameters() if p.requires_grad}
+        return {
+            key.removesuffix(".weight"): p
+            for key, p in tensors_of(dict(adapter_parts(model))).items()
+        }
+    named = {
+        name.replace(".default", "").replace(".modules_to_save", ""): p
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     return {key.removesuffix(".weight"): parameter for key, parameter in named.items()}
 
 
 @pytest.mark.parametrize(("build", "settings"), CASES.values(), ids=CASES.keys())
-def test_a_merge_under_autocast_is_a_merge(build: Callable[[], nn.Module], settings: dict[str, Any]) -> None:
+def test_a_merge_under_autocast_is_a_merge(
+    build: Callable[[], nn.Module], settings: dict[str, Any]
+) -> None:
     if "lora_bias" in settings:
         pytest.skip("a layer without a bias takes none")
     models = [base(build) for _ in range(2)]
@@ -286,4 +360,7 @@ def test_a_merge_under_autocast_is_a_merge(build: Callable[[], nn.Module], setti
     merge(models[0])
     with autocast():
         merge(models[1])
-    assert all(torch.equal(value, models[1].state_dict()[name]) for name, value in models[0].state_dict().items())
+    assert all(
+        torch.equal(value, models[1].state_dict()[name])
+        for name, value in models[0].state_dict().items()
+    )

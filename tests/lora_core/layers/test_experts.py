@@ -25,13 +25,19 @@ VOCABULARY, HIDDEN, INNER, EXPERTS, RANK, SCALE = 101, 32, 48, 4, 2, 1.5
 TOKENS = 6
 PREFIX = "base_model.model."
 BOTH, GATE_UP, DOWN = STACKS, STACKS[:1], STACKS[1:]
-each_choice = pytest.mark.parametrize("names", [BOTH, GATE_UP, DOWN], ids=["both", "gate_up", "down"])
+each_choice = pytest.mark.parametrize(
+    "names", [BOTH, GATE_UP, DOWN], ids=["both", "gate_up", "down"]
+)
 # PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 Logits = Callable[[nn.Module], Tensor]
 
 
-def make_mixtral(*, dtype: torch.dtype = torch.float32, chosen: int = 3, kernel: str = "eager") -> MixtralForCausalLM:
+def make_mixtral(
+    *, dtype: torch.dtype = torch.float32, chosen: int = 3, kernel: str = "eager"
+) -> MixtralForCausalLM:
     """Return a Mixtral of two layers; with three experts a token, the order in which their answers are added counts."""
     config = MixtralConfig(
         vocab_size=VOCABULARY,
@@ -68,7 +74,9 @@ def fill_with_noise(layer: LoraExperts) -> None:
 
 
 def experts_of(model: nn.Module) -> dict[str, LoraExperts]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraExperts)}
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, LoraExperts)
+    }
 
 
 def make_layer(names: tuple[str, ...] = BOTH) -> LoraExperts:
@@ -78,7 +86,10 @@ def make_layer(names: tuple[str, ...] = BOTH) -> LoraExperts:
 def routed() -> tuple[Tensor, Tensor, Tensor]:
     """Return hidden states, the experts of each token and their weights; expert 2 gets no token."""
     generator = torch.Generator().manual_seed(5)
-    hidden, weights = torch.randn(TOKENS, HIDDEN, generator=generator), torch.rand(TOKENS, 2, generator=generator)
+    hidden, weights = (
+        torch.randn(TOKENS, HIDDEN, generator=generator),
+        torch.rand(TOKENS, 2, generator=generator),
+    )
     index = torch.tensor([[0, 1], [3, 0], [1, 3], [0, 3], [1, 0], [3, 1]])
     return hidden, index, weights
 
@@ -103,15 +114,23 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known]
-        self.largest = max([self.largest, *(leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in made)])
+        made = [
+            leaf
+            for leaf in tree_leaves(result)
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known
+        ]
+        self.largest = max(
+            [self.largest, *(leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in made)]
+        )
         return result
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_choice
-def test_step_zero_is_the_base_bit_for_bit(logits: Logits, dtype: torch.dtype, training: bool, names: tuple[str, ...]) -> None:
+def test_step_zero_is_the_base_bit_for_bit(
+    logits: Logits, dtype: torch.dtype, training: bool, names: tuple[str, ...]
+) -> None:
     model = make_mixtral(dtype=dtype).train(training)
     before = logits(model)
     assert torch.equal(logits(adapt(model, names, noise=False)), before)
@@ -131,8 +150,13 @@ def test_forward_and_gradients_are_those_of_dense_weights(names: tuple[str, ...]
     hidden, index, weights = routed()
     ours = [hidden.double().requires_grad_(), weights.double().requires_grad_()]
     theirs = [leaf.detach().clone().requires_grad_() for leaf in ours]
-    factors = {name: [f[name].detach().clone().requires_grad_() for f in (layer.lora_A, layer.lora_B)] for name in names}
-    dense = {name: getattr(layer.base, name).detach() + dense_delta(*factors[name]) for name in names}
+    factors = {
+        name: [f[name].detach().clone().requires_grad_() for f in (layer.lora_A, layer.lora_B)]
+        for name in names
+    }
+    dense = {
+        name: getattr(layer.base, name).detach() + dense_delta(*factors[name]) for name in names
+    }
     expected = functional_call(layer.base, dense, (theirs[0], index, theirs[1]))
     found = layer(ours[0], index, ours[1])
     # float64 throughout, so what remains is the order of its roundings.
@@ -145,7 +169,9 @@ def test_forward_and_gradients_are_those_of_dense_weights(names: tuple[str, ...]
     for leaf, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(leaf.grad, reference.grad, **close)
     for name in names:
-        for parameter, reference in zip((layer.lora_A[name], layer.lora_B[name]), factors[name], strict=True):
+        for parameter, reference in zip(
+            (layer.lora_A[name], layer.lora_B[name]), factors[name], strict=True
+        ):
             torch.testing.assert_close(parameter.grad, reference.grad, **close)
 
 
@@ -156,11 +182,15 @@ def test_merged_weights_are_the_dense_sum(names: tuple[str, ...]) -> None:
     merged = layer.merged()
     assert tuple(merged) == names
     for name, total in merged.items():
-        expected = before[name].double() + dense_delta(layer.lora_A[name].double(), layer.lora_B[name].double())
+        expected = before[name].double() + dense_delta(
+            layer.lora_A[name].double(), layer.lora_B[name].double()
+        )
         assert total.dtype == torch.float32
         # Two terms and one sum, each rounded to float32.
         torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-6, atol=1e-6)
-    assert all(torch.equal(weight, before[name]) for name, weight in layer.base.state_dict().items())
+    assert all(
+        torch.equal(weight, before[name]) for name, weight in layer.base.state_dict().items()
+    )
 
 
 def test_a_bfloat16_base_is_merged_in_float32() -> None:
@@ -172,7 +202,9 @@ def test_a_bfloat16_base_is_merged_in_float32() -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 @each_choice
-def test_only_the_adapter_gets_gradients(tokens: Tensor, names: tuple[str, ...], frozen: bool) -> None:
+def test_only_the_adapter_gets_gradients(
+    tokens: Tensor, names: tuple[str, ...], frozen: bool
+) -> None:
     model = adapt(make_mixtral(), names).train()
     if frozen:
         for name, parameter in model.named_parameters():
@@ -180,8 +212,12 @@ def test_only_the_adapter_gets_gradients(tokens: Tensor, names: tuple[str, ...],
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     for path, layer in experts_of(model).items():
         assert all(parameter.grad is None for parameter in layer.base.parameters()), path
-        assert all(parameter.grad.abs().max() > 0 for parameter in layer.adapter_tensors().values()), path
-        assert layer.trained_weights == sum(p.numel() for name, p in model.named_parameters() if name.startswith(f"{path}.lora_"))
+        assert all(
+            parameter.grad.abs().max() > 0 for parameter in layer.adapter_tensors().values()
+        ), path
+        assert layer.trained_weights == sum(
+            p.numel() for name, p in model.named_parameters() if name.startswith(f"{path}.lora_")
+        )
 
 
 def test_no_tensor_of_the_size_of_one_expert_is_made() -> None:
@@ -194,7 +230,9 @@ def test_no_tensor_of_the_size_of_one_expert_is_made() -> None:
 
 def test_the_recorder_sees_a_dense_update() -> None:
     """Without this the test above would say nothing."""
-    theirs = get_peft_model(make_mixtral(), in_peft(BOTH)).base_model.model.model.layers[0].mlp.experts
+    theirs = (
+        get_peft_model(make_mixtral(), in_peft(BOTH)).base_model.model.model.layers[0].mlp.experts
+    )
     hidden, index, weights = routed()
     with Allocations(theirs.get_base_layer()) as dense:
         theirs(hidden.requires_grad_(), index, weights).sum().backward()
@@ -241,31 +279,47 @@ def in_peft(names: tuple[str, ...]) -> PeftLoraConfig:
 
 
 @each_choice
-def test_peft_loads_ours_with_the_same_logits(logits: Logits, tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_peft_loads_ours_with_the_same_logits(
+    logits: Logits, tmp_path: Path, names: tuple[str, ...]
+) -> None:
     model = adapt(make_mixtral(), names)
     tensors = {
-        f"{PREFIX}{path}.{key}": t.detach() for path, layer in experts_of(model).items() for key, t in layer.adapter_tensors().items()
+        f"{PREFIX}{path}.{key}": t.detach()
+        for path, layer in experts_of(model).items()
+        for key, t in layer.adapter_tensors().items()
     }
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     in_peft(names).save_pretrained(tmp_path)
-    theirs = PeftModel.from_pretrained(make_mixtral(), tmp_path).eval()  # a warning, as of a missing key, is an error here
+    theirs = PeftModel.from_pretrained(
+        make_mixtral(), tmp_path
+    ).eval()  # a warning, as of a missing key, is an error here
     # PEFT adds B·A to W and multiplies once, in float32.
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
     assert (logits(model) - logits(make_mixtral())).abs().max() > 0.1
     merged = theirs.merge_and_unload()
     for path, layer in experts_of(model).items():
         for name, total in layer.merged().items():
-            torch.testing.assert_close(merged.get_submodule(path).get_parameter(name), total, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(
+                merged.get_submodule(path).get_parameter(name), total, rtol=1e-6, atol=1e-6
+            )
 
 
 @each_choice
-def test_we_load_theirs_with_the_same_logits(logits: Logits, tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_we_load_theirs_with_the_same_logits(
+    logits: Logits, tmp_path: Path, names: tuple[str, ...]
+) -> None:
     theirs = get_peft_model(make_mixtral(), in_peft(names)).eval()
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     model = adapt(make_mixtral(), names, noise=False)
-    expected = {f"{PREFIX}{path}.{key}": t for path, layer in experts_of(model).items() for key, t in layer.adapter_tensors().items()}
-    assert {key: t.shape for key, t in tensors.items()} == {key: t.shape for key, t in expected.items()}
+    expected = {
+        f"{PREFIX}{path}.{key}": t
+        for path, layer in experts_of(model).items()
+        for key, t in layer.adapter_tensors().items()
+    }
+    assert {key: t.shape for key, t in tensors.items()} == {
+        key: t.shape for key, t in expected.items()
+    }
     with torch.no_grad():
         for key, parameter in expected.items():
             parameter.copy_(tensors[key])
@@ -277,15 +331,23 @@ def test_we_load_theirs_with_the_same_logits(logits: Logits, tmp_path: Path, nam
 def test_shapes_are_known_before_a_weight_is(names: tuple[str, ...]) -> None:
     with torch.device("meta"):
         base = make_mixtral()
-    found = adapter_shapes(base.get_submodule("model.layers.0.mlp.experts"), dict.fromkeys(reversed(names), RANK))
-    assert list(found.items()) == [(key, tuple(t.shape)) for key, t in make_layer(names).adapter_tensors().items()]
+    found = adapter_shapes(
+        base.get_submodule("model.layers.0.mlp.experts"), dict.fromkeys(reversed(names), RANK)
+    )
+    assert list(found.items()) == [
+        (key, tuple(t.shape)) for key, t in make_layer(names).adapter_tensors().items()
+    ]
 
 
 def test_keys_are_pefts() -> None:
     deeper = ["base_layer.lora_A.weight", "base_layer.lora_B.weight"]
     plain = ["lora_A.weight", "lora_B.weight"]
     assert list(make_layer(BOTH).adapter_tensors()) == deeper + plain
-    assert list(make_layer(GATE_UP).adapter_tensors()) == list(make_layer(DOWN).adapter_tensors()) == plain
+    assert (
+        list(make_layer(GATE_UP).adapter_tensors())
+        == list(make_layer(DOWN).adapter_tensors())
+        == plain
+    )
 
 
 def test_patterns_match_as_in_peft() -> None:
@@ -293,7 +355,10 @@ def test_patterns_match_as_in_peft() -> None:
     first, second = (f"model.layers.{layer}.mlp.experts" for layer in range(2))
     assert expert_targets(model, ("down_proj", "gate_up_proj")) == {first: BOTH, second: BOTH}
     assert expert_targets(model, (f"{second}.down_proj",)) == {second: DOWN}
-    assert expert_targets(model, ("layers.0.mlp.experts.gate_up_proj", "experts.down_proj")) == {first: BOTH, second: DOWN}
+    assert expert_targets(model, ("layers.0.mlp.experts.gate_up_proj", "experts.down_proj")) == {
+        first: BOTH,
+        second: DOWN,
+    }
     adapt(model)
     assert expert_targets(model, ("gate_up_proj",)) == {first: GATE_UP, second: GATE_UP}
 
@@ -304,7 +369,10 @@ def test_patterns_match_as_in_peft() -> None:
         ("proj", r"'proj' matches no parameter; .* experts.down_proj, experts.gate_up_proj"),
         ("lora_A.down_proj", "matches no parameter"),
         ("experts", "matches no parameter"),
-        ("q_proj.weight", r"q_proj.weight of Linear cannot be adapted: it holds weight \(32, 32\); experts need gate_up_proj"),
+        (
+            "q_proj.weight",
+            r"q_proj.weight of Linear cannot be adapted: it holds weight \(32, 32\); experts need gate_up_proj",
+        ),
     ],
 )
 @pytest.mark.parametrize("adapted", [True, False])
@@ -325,14 +393,25 @@ def test_experts_at_the_root_are_refused() -> None:
 
 
 def test_experts_with_biases_are_refused() -> None:
-    config = GptOssConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_local_experts=2)
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_local_experts=2,
+    )
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
-    with pytest.raises(TargetError, match=r"gate_up_proj of GptOssExperts cannot be adapted: it holds .*gate_up_proj_bias \(2, 64\)"):
+    with pytest.raises(
+        TargetError,
+        match=r"gate_up_proj of GptOssExperts cannot be adapted: it holds .*gate_up_proj_bias \(2, 64\)",
+    ):
         expert_targets(model, ("experts.gate_up_proj",))
 
 
-@pytest.mark.parametrize("flag", ["is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel"])
+@pytest.mark.parametrize(
+    "flag", ["is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel"]
+)
 def test_experts_of_another_kind_are_refused(flag: str) -> None:
     experts = make_mixtral().model.layers[0].mlp.experts
     setattr(experts, flag, True)
@@ -343,12 +422,16 @@ def test_experts_of_other_shapes_are_refused() -> None:
     experts = make_mixtral().model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.transpose(1, 2))
     refuse(experts, r"its gate_up_proj is \(4, 96, 32\) and its down_proj \(4, 48, 32\)")
-    experts.down_proj = nn.Parameter(torch.zeros(EXPERTS, HIDDEN, INNER).to(torch.float8_e4m3fn), requires_grad=False)
+    experts.down_proj = nn.Parameter(
+        torch.zeros(EXPERTS, HIDDEN, INNER).to(torch.float8_e4m3fn), requires_grad=False
+    )
     refuse(experts, "its down_proj is stored in torch.float8_e4m3fn")
 
 
 def test_what_does_not_follow_the_interface_is_refused() -> None:
-    experts = nn.ParameterDict({"gate_up_proj": torch.zeros(2, 8, 4), "down_proj": torch.zeros(2, 4, 4)})
+    experts = nn.ParameterDict(
+        {"gate_up_proj": torch.zeros(2, 8, 4), "down_proj": torch.zeros(2, 4, 4)}
+    )
     refuse(experts, "it has no _apply_gate")
     refuse(nn.Identity(), "it holds no parameter of its own")
 

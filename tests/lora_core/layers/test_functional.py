@@ -26,11 +26,15 @@ class Case:
 
     def ours(self, dropout: float = 0.0) -> Tensor:
         torch.manual_seed(SEED)
-        return lora_linear(self.x, DenseWeight(self.layer), self.layer.bias, (self.a, self.b, SCALE), dropout)
+        return lora_linear(
+            self.x, DenseWeight(self.layer), self.layer.bias, (self.a, self.b, SCALE), dropout
+        )
 
     def plain(self, mask: Tensor | float = 1.0) -> Tensor:
         """Two linear layers beside a third, left to autograd."""
-        return F.linear(self.x, self.layer.weight, self.layer.bias) + SCALE * F.linear(F.linear(self.x * mask, self.a), self.b)
+        return F.linear(self.x, self.layer.weight, self.layer.bias) + SCALE * F.linear(
+            F.linear(self.x * mask, self.a), self.b
+        )
 
     def gradients(self, y: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, (self.x, self.a, self.b), upstream)
@@ -38,9 +42,14 @@ class Case:
 
 @pytest.fixture
 def make_case() -> Callable[..., Case]:
-    def make(shape: tuple[int, ...], *, bias: bool = True, dtype: torch.dtype = torch.float64) -> Case:
+    def make(
+        shape: tuple[int, ...], *, bias: bool = True, dtype: torch.dtype = torch.float64
+    ) -> Case:
         layer = nn.Linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
-        x, a, b = (torch.randn(size, dtype=dtype, requires_grad=True) for size in (shape, (RANK, IN), (OUT, RANK)))
+        x, a, b = (
+            torch.randn(size, dtype=dtype, requires_grad=True)
+            for size in (shape, (RANK, IN), (OUT, RANK))
+        )
         return Case(x, layer, a, b)
 
     return make
@@ -49,16 +58,27 @@ def make_case() -> Callable[..., Case]:
 def mask_of(shape: tuple[int, ...], dropout: float, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return what dropout multiplies an input of `shape` with: the identity as A and B over a weight of zero shows it."""
     width = shape[-1]
-    nothing, identity = nn.Linear(width, width, bias=False, dtype=dtype), torch.eye(width, dtype=dtype)
+    nothing, identity = (
+        nn.Linear(width, width, bias=False, dtype=dtype),
+        torch.eye(width, dtype=dtype),
+    )
     nn.init.zeros_(nothing.weight)
     torch.manual_seed(SEED)
-    return lora_linear(torch.ones(shape, dtype=dtype), DenseWeight(nothing), None, (identity, identity, 1.0), dropout).detach()
+    return lora_linear(
+        torch.ones(shape, dtype=dtype),
+        DenseWeight(nothing),
+        None,
+        (identity, identity, 1.0),
+        dropout,
+    ).detach()
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_value_and_gradients_equal_autograd(make_case: Callable[..., Case], shape: tuple[int, ...], bias: bool, dropout: float) -> None:
+def test_value_and_gradients_equal_autograd(
+    make_case: Callable[..., Case], shape: tuple[int, ...], bias: bool, dropout: float
+) -> None:
     case = make_case(shape, bias=bias)
     expected = case.plain(mask_of(shape, dropout) if dropout else 1.0)
     upstream = torch.randn_like(expected)
@@ -79,18 +99,26 @@ def test_gradients_equal_finite_differences(make_case: Callable[..., Case], drop
     assert torch.autograd.gradcheck(function, (case.x, case.a, case.b))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str)
-def test_float32_and_bfloat16_are_close_to_float64(make_case: Callable[..., Case], dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str
+)
+def test_float32_and_bfloat16_are_close_to_float64(
+    make_case: Callable[..., Case], dtype: torch.dtype, tolerance: float
+) -> None:
     """Unit roundoffs are 6e-8 and 4e-3; both sums have values of about √IN·s·√RANK ≈ 15, so a few roundoffs of that."""
     case = make_case((7, IN), dtype=dtype)
     exact = Case(case.x.double(), case.layer.to(torch.float64), case.a.double(), case.b.double())
     reference = exact.plain()
     found = Case(case.x, case.layer.to(dtype), case.a, case.b).ours()
     assert found.dtype == dtype
-    torch.testing.assert_close(found.double(), reference, rtol=tolerance, atol=tolerance * reference.abs().max().item())
+    torch.testing.assert_close(
+        found.double(), reference, rtol=tolerance, atol=tolerance * reference.abs().max().item()
+    )
 
 
-def test_adapter_in_float32_under_bfloat16_input_gets_float32_gradients(make_case: Callable[..., Case]) -> None:
+def test_adapter_in_float32_under_bfloat16_input_gets_float32_gradients(
+    make_case: Callable[..., Case],
+) -> None:
     case = make_case((6, IN), dtype=torch.bfloat16)
     case.a, case.b = (t.detach().float().requires_grad_() for t in (case.a, case.b))
     x, a, b = case.gradients(case.ours(), torch.ones(6, OUT, dtype=torch.bfloat16))
@@ -100,7 +128,9 @@ def test_adapter_in_float32_under_bfloat16_input_gets_float32_gradients(make_cas
 def test_inputs_of_any_layout(make_case: Callable[..., Case]) -> None:
     case = make_case((4, 5, IN))
     transposed = Case(case.x.transpose(0, 1), case.layer, case.a, case.b)
-    torch.testing.assert_close(transposed.ours(), case.ours().transpose(0, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        transposed.ours(), case.ours().transpose(0, 1), rtol=1e-12, atol=1e-12
+    )
     empty = Case(case.x[:0], case.layer, case.a, case.b)
     assert empty.ours().shape == (0, 5, OUT)
 
@@ -113,7 +143,11 @@ def test_a_single_vector_is_a_row(make_case: Callable[..., Case]) -> None:
 
 def test_upstream_gradient_may_be_expanded(make_case: Callable[..., Case]) -> None:
     case = make_case((2, 3, IN))
-    for found, reference in zip(case.gradients(case.ours().sum(), None), case.gradients(case.plain().sum(), None), strict=True):
+    for found, reference in zip(
+        case.gradients(case.ours().sum(), None),
+        case.gradients(case.plain().sum(), None),
+        strict=True,
+    ):
         torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
 
 
@@ -141,7 +175,9 @@ def saved_for_backward(work: Callable[[], Tensor], parameters: list[Tensor]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_q_k_v_keep_one_x_and_nothing_else(make_case: Callable[..., Case], dtype: torch.dtype) -> None:
+def test_q_k_v_keep_one_x_and_nothing_else(
+    make_case: Callable[..., Case], dtype: torch.dtype
+) -> None:
     q, k, v = (make_case((2, 8, IN), dtype=dtype) for _ in "qkv")
     for case in (q, k, v):
         case.a, case.b = (t.detach().float().requires_grad_() for t in (case.a, case.b))
@@ -172,4 +208,6 @@ def test_dropout_drops_its_share_and_keeps_the_mean(dtype: torch.dtype) -> None:
     # 524,288 draws: one standard deviation of the share is 1.4e-4.
     assert abs(dropped - chance) < 6 * (chance * (1 - chance) / mask.numel()) ** 0.5
     # What is kept is divided by 1 - p, rounded to the dtype.
-    torch.testing.assert_close(mask[mask != 0].unique(), torch.tensor([1 / (1 - chance)]).to(dtype).float(), rtol=0, atol=0)
+    torch.testing.assert_close(
+        mask[mask != 0].unique(), torch.tensor([1 / (1 - chance)]).to(dtype).float(), rtol=0, atol=0
+    )

@@ -45,7 +45,9 @@ def test_forward_is_the_dense_sum(layer: nn.Module) -> None:
     expected = x.double() @ weight.T + layer.base.bias.double()
     # float32 over sums of 24 + 4 terms of about 1.
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(layer.delta().double(), weight - layer.base.weight.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        layer.delta().double(), weight - layer.base.weight.double(), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1)], ids=["linear", "conv"])
@@ -61,7 +63,9 @@ def test_a_row_of_zeros_has_no_length_under_dora_and_can_learn_one(module: nn.Mo
     torch.testing.assert_close(model["fc"](x), before, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         model["fc"].lora_B.normal_()
-    gradients = torch.autograd.grad(model["fc"](x).sum(), [p for p in model.parameters() if p.requires_grad])
+    gradients = torch.autograd.grad(
+        model["fc"](x).sum(), [p for p in model.parameters() if p.requires_grad]
+    )
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     assert gradients[-1].flatten()[2] != 0  # the length of that row
 
@@ -75,12 +79,18 @@ def test_dropout_acts_in_training_only(layer: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_only_the_adapter_gets_gradients(build_llama: Callable[..., LlamaForCausalLM], tokens: Tensor, tied: bool) -> None:
+def test_only_the_adapter_gets_gradients(
+    build_llama: Callable[..., LlamaForCausalLM], tokens: Tensor, tied: bool
+) -> None:
     model = build_llama(tied=tied)
     targets = inject(model, CONFIG, seed=0)
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert with_gradient == {f"{target.name}.lora_{letter}" for target in targets for letter in "AB"}
+    with_gradient = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    assert with_gradient == {
+        f"{target.name}.lora_{letter}" for target in targets for letter in "AB"
+    }
     # B is zero, so only its own gradient can be other than zero at the first step.
     assert all(layer.lora_B.grad.abs().max() > 0 for _, layer in lora_layers(model))
 
@@ -94,7 +104,9 @@ def test_trained_weights_are_counted(build_llama: Callable[..., LlamaForCausalLM
 
 
 def test_one_optimiser_step_changes_the_adapter_and_nothing_else(
-    build_llama: Callable[..., LlamaForCausalLM], tokens: Tensor, state_of: Callable[[nn.Module], dict[str, Tensor]]
+    build_llama: Callable[..., LlamaForCausalLM],
+    tokens: Tensor,
+    state_of: Callable[[nn.Module], dict[str, Tensor]],
 ) -> None:
     model = build_llama()
     inject(model, CONFIG, seed=0)
@@ -102,8 +114,12 @@ def test_one_optimiser_step_changes_the_adapter_and_nothing_else(
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     optimiser.step()
-    changed = {name for name, value in state_of(model).items() if not torch.equal(value, before[name])}
-    assert changed == {f"{name}.lora_B" for name, _ in lora_layers(model)}  # A's gradient is zero while B is
+    changed = {
+        name for name, value in state_of(model).items() if not torch.equal(value, before[name])
+    }
+    assert changed == {
+        f"{name}.lora_B" for name, _ in lora_layers(model)
+    }  # A's gradient is zero while B is
 
 
 def test_a_deep_copy_stands_alone(layer: nn.Module) -> None:

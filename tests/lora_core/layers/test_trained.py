@@ -7,7 +7,13 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+)
 
 from lora_core import LoraConfig, TargetError, inject, merge
 from lora_core.layers.trained import TiedHead, TrainedRows
@@ -20,19 +26,44 @@ V = 101
 def gemma(dtype: torch.dtype) -> nn.Module:
     """A tied model that multiplies its vectors with √48 ≈ 6.93 inside the embedding, rounded to the dtype: 6.9375 in bfloat16."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=V, **sizes, head_dim=12, initializer_range=0.2)).to(dtype).eval()
-    model.model.embed_tokens.embed_scale = torch.tensor(48**0.5)  # as loading leaves it: no weight, so not cast
+    sizes = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = (
+        Gemma3ForCausalLM(
+            Gemma3TextConfig(vocab_size=V, **sizes, head_dim=12, initializer_range=0.2)
+        )
+        .to(dtype)
+        .eval()
+    )
+    model.model.embed_tokens.embed_scale = torch.tensor(
+        48**0.5
+    )  # as loading leaves it: no weight, so not cast
     return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("model_of", ["gemma", "tied", "untied"])
-def test_rows_start_as_the_base_bit_for_bit(build_llama: Build, logits: Logits, dtype: torch.dtype, model_of: str) -> None:
+def test_rows_start_as_the_base_bit_for_bit(
+    build_llama: Build, logits: Logits, dtype: torch.dtype, model_of: str
+) -> None:
     model = gemma(dtype) if model_of == "gemma" else build_llama(tied=model_of == "tied").to(dtype)
     before = logits(model)
     rows = tuple(range(0, V, 3))
-    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",), trainable_token_indices={"embed_tokens": rows}), seed=0)
+    inject(
+        model,
+        LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=("q_proj",),
+            trainable_token_indices={"embed_tokens": rows},
+        ),
+        seed=0,
+    )
     assert isinstance(model.lm_head, TiedHead) is (model_of != "untied")
     assert torch.equal(logits(model), before)
 
@@ -40,23 +71,45 @@ def test_rows_start_as_the_base_bit_for_bit(build_llama: Build, logits: Logits, 
 def test_rows_of_a_base_in_16_bits_are_trained_in_32(build_llama: Build, logits: Logits) -> None:
     """In bfloat16 a step of a thousandth of a weight would be rounded away."""
     model = build_llama(tied=True, dtype=torch.bfloat16)
-    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",), trainable_token_indices={"embed_tokens": (3, 7)}), seed=0)
+    inject(
+        model,
+        LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=("q_proj",),
+            trainable_token_indices={"embed_tokens": (3, 7)},
+        ),
+        seed=0,
+    )
     rows = model.model.embed_tokens.trainable_tokens_delta
     before = rows.detach().clone()
     with torch.no_grad():
         for _ in range(1000):
             rows.mul_(1.001)
     assert rows.dtype == torch.float32
-    torch.testing.assert_close(rows.detach(), before * 1.001**1000, rtol=1e-4, atol=0)  # 1000 roundings of 6e-8
+    torch.testing.assert_close(
+        rows.detach(), before * 1.001**1000, rtol=1e-4, atol=0
+    )  # 1000 roundings of 6e-8
     adapted = logits(model).float()
     merge(model)
     # The rows are rounded to bfloat16 once, and so are the logits: some units of 2⁻⁸ of the largest.
-    torch.testing.assert_close(logits(model).float(), adapted, rtol=0, atol=0.03 * adapted.abs().max().item())
+    torch.testing.assert_close(
+        logits(model).float(), adapted, rtol=0, atol=0.03 * adapted.abs().max().item()
+    )
 
 
 def test_a_tied_head_is_the_product_with_the_whole_weight(build_llama: Build) -> None:
     model = build_llama(tied=True)
-    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",), trainable_token_indices={"embed_tokens": (7, 3)}), seed=0)
+    inject(
+        model,
+        LoraConfig(
+            r=4,
+            lora_alpha=8,
+            target_modules=("q_proj",),
+            trainable_token_indices={"embed_tokens": (7, 3)},
+        ),
+        seed=0,
+    )
     rows = model.model.embed_tokens
     assert isinstance(rows, TrainedRows)
     with torch.no_grad():
@@ -67,24 +120,49 @@ def test_a_tied_head_is_the_product_with_the_whole_weight(build_llama: Build) ->
     found, expected = model.lm_head(x), x @ rows.weight.T
     # Sums of 64 products of about 1 in float32.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for one, other in zip(torch.autograd.grad(found, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(found, wanted, upstream),
+        torch.autograd.grad(expected, wanted, upstream),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"modules_to_save": ("1",)}, {"modules_to_save": ("2",)}], ids=["itself", "inside"])
-def test_a_module_with_running_statistics_is_refused(settings: dict[str, Any], refuses: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ("1",)}, {"modules_to_save": ("2",)}], ids=["itself", "inside"]
+)
+def test_a_module_with_running_statistics_is_refused(
+    settings: dict[str, Any], refuses: Callable[..., None]
+) -> None:
     """Training moves them, and neither the file nor a merge would hold them."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    )
     config = LoraConfig(r=2, lora_alpha=2, target_modules=("0",), **settings)
-    refuses(model, lambda: inject(model, config, seed=0), TargetError, "whose running statistics no adapter's file holds")
+    refuses(
+        model,
+        lambda: inject(model, config, seed=0),
+        TargetError,
+        "whose running statistics no adapter's file holds",
+    )
 
 
 def test_biases_around_each_other_are_refused(refuses: Callable[..., None]) -> None:
     """BERT's head has a bias of its own and layers with biases inside."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
     model = BertForMaskedLM(BertConfig(vocab_size=V, **sizes, max_position_embeddings=32))
     config = LoraConfig(r=2, lora_alpha=2, target_modules=("query",), bias="all")
-    refuses(model, lambda: inject(model, config, seed=0), TargetError, "bias of cls.predictions around cls.predictions.transform.dense")
+    refuses(
+        model,
+        lambda: inject(model, config, seed=0),
+        TargetError,
+        "bias of cls.predictions around cls.predictions.transform.dense",
+    )
 
 
 class Offset(nn.Embedding):
@@ -94,13 +172,22 @@ class Offset(nn.Embedding):
         return super().forward(ids + 2)
 
 
-EMBEDDINGS = {"offset": Offset, "normed": bnb.nn.StableEmbedding, "int8": lambda *sizes: bnb.nn.Embedding8bit(*sizes).to("cpu")}
-SETTINGS = {"update": {"target_modules": ("fc", "table")}, "rows": {"target_modules": ("fc",), "trainable_token_indices": {"table": (3,)}}}
+EMBEDDINGS = {
+    "offset": Offset,
+    "normed": bnb.nn.StableEmbedding,
+    "int8": lambda *sizes: bnb.nn.Embedding8bit(*sizes).to("cpu"),
+}
+SETTINGS = {
+    "update": {"target_modules": ("fc", "table")},
+    "rows": {"target_modules": ("fc",), "trainable_token_indices": {"table": (3,)}},
+}
 
 
 @pytest.mark.parametrize("build", EMBEDDINGS.values(), ids=EMBEDDINGS.keys())
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_an_embedding_that_does_more_than_look_up_is_refused(build: Callable[..., nn.Module], settings: dict[str, Any]) -> None:
+def test_an_embedding_that_does_more_than_look_up_is_refused(
+    build: Callable[..., nn.Module], settings: dict[str, Any]
+) -> None:
     """An update beside it would be merged into something else than it was added to."""
     modules = {"table": build(11, 8), "fc": nn.Linear(8, 8)}
     model = nn.ModuleDict(modules)

@@ -10,14 +10,16 @@ from transformers import LlamaForCausalLM
 
 from lora_core import LoraConfig, TargetError, inject, merge
 from lora_core.base.quant import quantised_kind
-from lora_core.merging.dequantize import dequantise
+from lora_core.merging.dequantize import dequantize
 
 Build = Callable[..., LlamaForCausalLM]
 Logits = Callable[[nn.Module], Tensor]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.mark.parametrize("targets", [None, ("q_proj",), "all-linear"], ids=["plain", "partly adapted", "adapted"])
+@pytest.mark.parametrize(
+    "targets", [None, ("q_proj",), "all-linear"], ids=["plain", "partly adapted", "adapted"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_logits_stay_bit_for_bit(
     build_nf4_llama: Build,
@@ -31,17 +33,19 @@ def test_the_logits_stay_bit_for_bit(
         inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets), seed=0)
         randomise(model)
     before = logits(model)
-    assert dequantise(model, dtype) == 14
+    assert dequantize(model, dtype) == 14
     assert not any(quantised_kind(module) == "nf4" for module in model.modules())
     assert torch.equal(logits(model), before)
 
 
-def test_a_dequantised_model_can_be_merged(build_nf4_llama: Build, randomise: Callable[[nn.Module], None], logits: Logits) -> None:
+def test_a_dequantised_model_can_be_merged(
+    build_nf4_llama: Build, randomise: Callable[[nn.Module], None], logits: Logits
+) -> None:
     model = build_nf4_llama()
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
     randomise(model)
     before = logits(model)
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     merge(model)
     # One rounding of 6e-8 for each weight, through two layers.
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5 * before.abs().max().item())
@@ -51,7 +55,7 @@ def test_a_dequantised_model_can_be_merged(build_nf4_llama: Build, randomise: Ca
 def test_a_bias_follows_the_dtype(dtype: torch.dtype) -> None:
     model = nn.Sequential(bnb.nn.Linear4bit(64, 96, bias=True, quant_type="nf4").to("cpu"))
     x = torch.randn(5, 64, dtype=dtype)
-    dequantise(model, dtype)
+    dequantize(model, dtype)
     dense = model[0](x)
     assert dense.dtype == dtype
 
@@ -60,34 +64,42 @@ def test_a_bias_follows_the_dtype(dtype: torch.dtype) -> None:
 def test_modes_stay_and_nothing_is_trained(build_nf4_llama: Build, training: bool) -> None:
     model = build_nf4_llama().train(training)
     linear = [name for name, module in model.named_modules() if quantised_kind(module) == "nf4"]
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     assert all(module.training is training for module in model.modules())
     assert not any(model.get_parameter(f"{name}.weight").requires_grad for name in linear)
 
 
 def test_a_dense_model_stays_as_it_is(
-    build_llama: Build, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None]
+    build_llama: Build,
+    state_of: Callable[..., dict[str, Tensor]],
+    assert_same_state: Callable[..., None],
 ) -> None:
     model = build_llama()
     before = state_of(model)
-    assert dequantise(model, torch.float32) == 0
+    assert dequantize(model, torch.float32) == 0
     assert_same_state(state_of(model), before)
 
 
-def test_a_wrapped_model_is_dequantised(build_nf4_llama: Build, logits: Logits, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_wrapped_model_is_dequantised(
+    build_nf4_llama: Build, logits: Logits, wrapper: Callable[[nn.Module], nn.Module]
+) -> None:
     model = build_nf4_llama()
     before = logits(model)
-    assert dequantise(wrapper(model), torch.float32) == 14
+    assert dequantize(wrapper(model), torch.float32) == 14
     assert torch.equal(logits(model), before)
 
 
-def test_a_base_that_was_evaluated_is_refused_or_dequantised_right(build_nf4_llama: Build, logits: Logits) -> None:
+def test_a_base_that_was_evaluated_is_refused_or_dequantised_right(
+    build_nf4_llama: Build, logits: Logits
+) -> None:
     """See test_quant.py: the codes then stand in another order and would be read as noise."""
     model = build_nf4_llama()
     reference = logits(model)
     logits(model.eval())
     try:
-        dequantise(model, torch.float32)
+        dequantize(model, torch.float32)
     except TargetError:
         return
-    torch.testing.assert_close(logits(model), reference, rtol=0, atol=0.02 * reference.abs().max().item())
+    torch.testing.assert_close(
+        logits(model), reference, rtol=0, atol=0.02 * reference.abs().max().item()
+    )

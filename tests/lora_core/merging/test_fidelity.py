@@ -52,7 +52,9 @@ def test_a_share_of_the_update_is_that_fraction(share: float) -> None:
     base, delta = random_pair(0.1)
     found = kept(delta, base=base, merged=base + share * delta)
     assert found.fraction == pytest.approx(share, abs=1e-6)
-    assert found.relative_error == pytest.approx(abs(share - 1), abs=1e-5)  # the sum is rounded to float32
+    assert found.relative_error == pytest.approx(
+        abs(share - 1), abs=1e-5
+    )  # the sum is rounded to float32
     assert found.relative_size == pytest.approx(0.1, rel=1e-5)
 
 
@@ -77,20 +79,30 @@ def test_a_storage_that_overflows_keeps_nothing_that_could_be_said() -> None:
 
 def test_nf4_is_the_nearest_code_of_the_table() -> None:
     weight = torch.randn(64, 128)
-    torch.testing.assert_close(rounded_to_nf4(weight, Nf4Settings(double=False)), nf4_by_the_table(weight), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        rounded_to_nf4(weight, Nf4Settings(double=False)),
+        nf4_by_the_table(weight),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize(
-    ("size", "fraction", "tolerance"), [(0.001, 1 / 64, 0.003), (0.01, 1 / 64, 0.003), (0.05, 0.31, 0.05), (0.2, 0.98, 0.02)]
+    ("size", "fraction", "tolerance"),
+    [(0.001, 1 / 64, 0.003), (0.01, 1 / 64, 0.003), (0.05, 0.31, 0.05), (0.2, 0.98, 0.02)],
 )
-def test_nf4_rounds_small_updates_of_its_own_codes_away(size: float, fraction: float, tolerance: float) -> None:
+def test_nf4_rounds_small_updates_of_its_own_codes_away(
+    size: float, fraction: float, tolerance: float
+) -> None:
     """A weight on a code is rounded back to it, unless the update carries it half the way to the next.
 
     Only the largest weight of a block of 64 takes part in full: it is the scale. The two larger fractions were measured.
     """
     weight, update = random_pair(size)
     base = nf4_by_the_table(weight)
-    assert kept(update, base=base, merged=nf4_by_the_table(base + update)).fraction == pytest.approx(fraction, abs=tolerance)
+    assert kept(
+        update, base=base, merged=nf4_by_the_table(base + update)
+    ).fraction == pytest.approx(fraction, abs=tolerance)
     base = rounded_to_nf4(weight, Nf4Settings())
     found = kept(update, base=base, merged=rounded_to_nf4(base + update, Nf4Settings()))
     assert found.fraction < fraction + tolerance  # a scale that is rounded itself loses more
@@ -114,7 +126,9 @@ def test_the_error_of_a_rounding_follows_from_its_digits(dtype: torch.dtype, dig
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_report_is_what_a_real_merge_keeps(build_llama: Build, saved: Path, randomise: Callable[..., None], dtype: str) -> None:
+def test_the_report_is_what_a_real_merge_keeps(
+    build_llama: Build, saved: Path, randomise: Callable[..., None], dtype: str
+) -> None:
     base = build_llama()
     rows = {row.layer: row for row in merge_fidelity(base, saved, storages=(dtype,))}
     model = build_llama(dtype=getattr(torch, dtype))
@@ -139,10 +153,15 @@ def test_a_4_bit_base_is_reported_beside_its_original(
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
     randomise(model)
     report = merge(model, force=True).kept
-    assert report == {name: found[name, "dequantised", "nf4"] for name in report} and len(report) == 14
+    assert (
+        report == {name: found[name, "dequantised", "nf4"] for name in report} and len(report) == 14
+    )
     for name in report:
         # Over the original, the rounding of the base counts as well.
-        assert found[name, "original", "nf4"].relative_error > 0.5 * found[name, "dequantised", "nf4"].relative_error
+        assert (
+            found[name, "original", "nf4"].relative_error
+            > 0.5 * found[name, "dequantised", "nf4"].relative_error
+        )
         assert found[name, "original", "float32"].relative_error < 1e-5
 
 
@@ -164,8 +183,12 @@ def test_settings_of_the_layer_are_used(llama_folder: Path, saved: Path) -> None
     """Without double quantisation the scales are exact: an update of zero comes back as it was."""
     from transformers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
-    model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=settings, dtype=torch.float32).train()
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        llama_folder, quantization_config=settings, dtype=torch.float32
+    ).train()
     weight = base_weight(model.model.layers[0].self_attn.q_proj)
     assert weight is not None
     dense = weight.dense(torch.float32)
@@ -175,12 +198,22 @@ def test_settings_of_the_layer_are_used(llama_folder: Path, saved: Path) -> None
     assert delta_rows[0].base == "dequantised"
 
 
-@pytest.mark.parametrize("settings", [{"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, {"load_in_8bit": True}], ids=["fp4", "int8"])
-def test_no_quantised_base_passes_for_the_original(llama_folder: Path, saved: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [{"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, {"load_in_8bit": True}],
+    ids=["fp4", "int8"],
+)
+def test_no_quantised_base_passes_for_the_original(
+    llama_folder: Path, saved: Path, settings: dict[str, Any]
+) -> None:
     from transformers import BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32)
-    assert {row.base for row in merge_fidelity(model, saved, storages=("float32",))} == {"dequantised"}
+    model = AutoModelForCausalLM.from_pretrained(
+        llama_folder, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32
+    )
+    assert {row.base for row in merge_fidelity(model, saved, storages=("float32",))} == {
+        "dequantised"
+    }
 
 
 def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:
@@ -191,7 +224,10 @@ def test_an_adapter_of_another_model_is_refused(saved: Path) -> None:
 def test_a_layer_of_another_shape_is_refused(build_llama: Build, saved: Path) -> None:
     model = build_llama()
     model.model.layers[1].mlp.up_proj = nn.Linear(64, 100)
-    with pytest.raises(AdapterError, match=r"update of model.layers.1.mlp.up_proj is \(128, 64\) and the weight \(100, 64\)"):
+    with pytest.raises(
+        AdapterError,
+        match=r"update of model.layers.1.mlp.up_proj is \(128, 64\) and the weight \(100, 64\)",
+    ):
         merge_fidelity(model, saved)
 
 
@@ -199,10 +235,13 @@ def test_divergence_is_that_of_the_distributions() -> None:
     """torch.distributions is the reference; 600 rows are more than are held at once."""
     p, q = torch.randn(600, 40), torch.randn(600, 40)
     reference = torch.distributions.kl_divergence(
-        torch.distributions.Categorical(logits=p.double()), torch.distributions.Categorical(logits=q.double())
+        torch.distributions.Categorical(logits=p.double()),
+        torch.distributions.Categorical(logits=q.double()),
     )
     assert logit_divergence(p, q) == pytest.approx(reference.mean().item(), rel=1e-5)
-    assert logit_divergence(p.view(2, 300, 40), q.view(2, 300, 40)) == pytest.approx(reference.mean().item(), rel=1e-5)
+    assert logit_divergence(p.view(2, 300, 40), q.view(2, 300, 40)) == pytest.approx(
+        reference.mean().item(), rel=1e-5
+    )
 
 
 def test_divergence_of_equals_is_zero_and_a_shift_does_not_count() -> None:
@@ -220,6 +259,8 @@ def test_an_impossible_word_adds_nothing_and_an_excluded_one_everything() -> Non
 
 
 @pytest.mark.parametrize("shapes", [((2, 3), (2, 4)), ((0, 3), (0, 3))], ids=str)
-def test_logits_that_cannot_be_compared_are_refused(shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+def test_logits_that_cannot_be_compared_are_refused(
+    shapes: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
     with pytest.raises(ValueError, match="cannot be compared"):
         logit_divergence(torch.zeros(shapes[0]), torch.zeros(shapes[1]))

@@ -27,7 +27,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lora_core import Identity, LoraConfig, MergeError, inject, merge, merge_checkpoint, save_adapter
+from lora_core import (
+    Identity,
+    LoraConfig,
+    MergeError,
+    inject,
+    merge,
+    merge_checkpoint,
+    save_adapter,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -36,12 +44,20 @@ pytestmark = [
 ]
 V, FLAG = 64, "tie_word_embeddings"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SIZES = {"vocab_size": V, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def llama_config() -> LlamaConfig:
     """The embedding is square, so that its shape does not tell how it lies."""
-    return LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2)
+    return LlamaConfig(
+        **SIZES, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2
+    )
 
 
 def llama() -> PreTrainedModel:
@@ -49,15 +65,23 @@ def llama() -> PreTrainedModel:
 
 
 def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
+        )
+    )
 
 
 def neox() -> PreTrainedModel:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, tie_word_embeddings=True, initializer_range=0.2))
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SIZES, tie_word_embeddings=True, initializer_range=0.2)
+    )
 
 
 def untied_neox() -> PreTrainedModel:
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, tie_word_embeddings=False, initializer_range=0.2))
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SIZES, tie_word_embeddings=False, initializer_range=0.2)
+    )
 
 
 def classifier() -> PreTrainedModel:
@@ -70,7 +94,9 @@ def bert() -> PreTrainedModel:
 
 
 def t5() -> PreTrainedModel:
-    return T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4))
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    )
 
 
 CASES = {
@@ -92,9 +118,18 @@ Prepare = Callable[..., PreTrainedModel]
 def prepare(tmp_path: Path) -> Prepare:
     """Return a maker of a saved base and a saved adapter; it returns the adapted model."""
 
-    def make(build: Callable[[], PreTrainedModel], targets: tuple[str, ...], *, shard: str = "1GB", dtype: Any = torch.float32) -> Any:
+    def make(
+        build: Callable[[], PreTrainedModel],
+        targets: tuple[str, ...],
+        *,
+        shard: str = "1GB",
+        dtype: Any = torch.float32,
+    ) -> Any:
         torch.manual_seed(0)
-        model, config = build().to(dtype).eval(), LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+        model, config = (
+            build().to(dtype).eval(),
+            LoraConfig(r=4, lora_alpha=8, target_modules=targets),
+        )
         model.save_pretrained(tmp_path / "base", max_shard_size=shard)
         inject(model, config, seed=0)
         shake(model)
@@ -113,7 +148,11 @@ def shake(model: PreTrainedModel) -> None:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def values(folder: Path) -> dict[str, Any]:
@@ -128,61 +167,92 @@ def edit(path: Path, *, without: str | None = None, **changes: Any) -> None:
 
 def assert_same_files(model: PreTrainedModel, tmp_path: Path, *, check_base: bool = True) -> None:
     """Merge in memory and save, and on disk, and compare every tensor and what the config says of ties."""
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", check_base=check_base)
+    merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", check_base=check_base
+    )
     merge(model)
     model.save_pretrained(tmp_path / "expected")
     found, expected = tensors(tmp_path / "merged"), tensors(tmp_path / "expected")
     assert found.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype for name, tensor in found.items())
+    assert all(
+        torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype
+        for name, tensor in found.items()
+    )
     assert values(tmp_path / "merged")[FLAG] == values(tmp_path / "expected")[FLAG]
 
 
 @pytest.mark.parametrize(("build", "targets"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_files_are_those_of_a_merge_in_memory(prepare: Prepare, tmp_path: Path, build: Any, targets: Any, dtype: torch.dtype) -> None:
+def test_the_files_are_those_of_a_merge_in_memory(
+    prepare: Prepare, tmp_path: Path, build: Any, targets: Any, dtype: torch.dtype
+) -> None:
     model = prepare(build, targets, dtype=dtype)
     names = tensors(tmp_path / "base").keys()
-    assert_same_files(model, tmp_path, check_base=build is not untied_neox)  # its head has another name in files, which counts
+    assert_same_files(
+        model, tmp_path, check_base=build is not untied_neox
+    )  # its head has another name in files, which counts
     parted = tensors(tmp_path / "merged").keys() - names
     assert len(parted) == (build not in (classifier, untied_neox) and "wpe" not in targets)
 
 
 @pytest.mark.parametrize("name", ["head", "embedding", "both"])
-def test_a_sharded_base_has_the_new_tensor_in_its_index(prepare: Prepare, tmp_path: Path, name: str) -> None:
+def test_a_sharded_base_has_the_new_tensor_in_its_index(
+    prepare: Prepare, tmp_path: Path, name: str
+) -> None:
     assert_same_files(prepare(*CASES[name], shard="40KB"), tmp_path)
-    index, found = json.loads((tmp_path / "merged" / INDEX).read_text(encoding="utf-8")), tensors(tmp_path / "merged")
+    index, found = (
+        json.loads((tmp_path / "merged" / INDEX).read_text(encoding="utf-8")),
+        tensors(tmp_path / "merged"),
+    )
     assert index["weight_map"].keys() == found.keys() and len(set(index["weight_map"].values())) > 3
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
 
 
 @pytest.mark.parametrize("name", ["head", "embedding", "both"])
-def test_a_head_that_is_stored_twice_is_parted_as_well(prepare: Prepare, tmp_path: Path, name: str) -> None:
+def test_a_head_that_is_stored_twice_is_parted_as_well(
+    prepare: Prepare, tmp_path: Path, name: str
+) -> None:
     model = prepare(*CASES[name])
     held = load_file(tmp_path / "base" / SINGLE)
-    save_file({**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()}, tmp_path / "base" / SINGLE, metadata={"format": "pt"})
+    save_file(
+        {**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()},
+        tmp_path / "base" / SINGLE,
+        metadata={"format": "pt"},
+    )
     assert_same_files(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2 head", "gpt2 embedding"])
 @pytest.mark.parametrize("headless", [False, True], ids=["with head", "headless"])
-def test_a_config_that_leaves_the_tie_to_its_class(prepare: Prepare, tmp_path: Path, name: str, headless: bool) -> None:
+def test_a_config_that_leaves_the_tie_to_its_class(
+    prepare: Prepare, tmp_path: Path, name: str, headless: bool
+) -> None:
     """As the hub's copies of GPT-2: no word of a tie, no head, and names without `transformer.`."""
     model = prepare(*CASES[name])
     if headless:
-        held = {key.removeprefix("transformer."): tensor for key, tensor in load_file(tmp_path / "base" / SINGLE).items()}
+        held = {
+            key.removeprefix("transformer."): tensor
+            for key, tensor in load_file(tmp_path / "base" / SINGLE).items()
+        }
         save_file(held, tmp_path / "base" / SINGLE, metadata={"format": "pt"})
         edit(tmp_path / "base" / "config.json", architectures=["GPT2Model"])
     edit(tmp_path / "base" / "config.json", without=FLAG)
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", check_base=not headless)
+    merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", check_base=not headless
+    )
     merge(model)
     again = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
     assert values(tmp_path / "merged")[FLAG] is False
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
+    )
 
 
 def test_a_nested_text_config_is_told(prepare: Prepare, tmp_path: Path) -> None:
     prepare(*CASES["embedding"])
-    edit(tmp_path / "base" / "config.json", without=FLAG, text_config={"hidden_size": 64, FLAG: True})
+    edit(
+        tmp_path / "base" / "config.json", without=FLAG, text_config={"hidden_size": 64, FLAG: True}
+    )
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     told = values(tmp_path / "merged")
     assert told[FLAG] is False and told["text_config"] == {"hidden_size": 64, FLAG: False}
@@ -190,26 +260,37 @@ def test_a_nested_text_config_is_told(prepare: Prepare, tmp_path: Path) -> None:
 
 def test_another_dtype_is_that_of_both(prepare: Prepare, tmp_path: Path) -> None:
     model = prepare(*CASES["embedding"])
-    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype=torch.bfloat16)
+    merge_checkpoint(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype=torch.bfloat16
+    )
     merge(model)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert again.dtype == torch.bfloat16
-    assert all(torch.equal(value.bfloat16(), again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert all(
+        torch.equal(value.bfloat16(), again.state_dict()[key])
+        for key, value in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["its own", "another"])
-def test_the_base_weight_that_peft_saves_beside_an_embedding_is_compared(prepare: Prepare, tmp_path: Path, changed: bool) -> None:
+def test_the_base_weight_that_peft_saves_beside_an_embedding_is_compared(
+    prepare: Prepare, tmp_path: Path, changed: bool
+) -> None:
     prepare(*CASES["embedding"])
     theirs = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-        PeftLoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False),
+        PeftLoraConfig(
+            r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False
+        ),
     )
     theirs.save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / "adapter_model.safetensors"
     key = next(key for key in load_file(file) if key.endswith("embed_tokens.base_layer.weight"))
     if changed:
         save_file({**load_file(file), key: load_file(file)[key] + 1}, file)
-        with pytest.raises(MergeError, match=r"a base weight that is not model.embed_tokens.weight"):
+        with pytest.raises(
+            MergeError, match=r"a base weight that is not model.embed_tokens.weight"
+        ):
             merge_checkpoint(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
         return
@@ -219,14 +300,21 @@ def test_the_base_weight_that_peft_saves_beside_an_embedding_is_compared(prepare
         expected = theirs.eval()(input_ids=ids).logits
         # The sum is rounded to float32 once, as every product of the unmerged model is.
         torch.testing.assert_close(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits, expected, rtol=1e-5, atol=2e-5
+            AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits,
+            expected,
+            rtol=1e-5,
+            atol=2e-5,
         )
 
 
 @pytest.mark.parametrize(
-    ("build", "targets"), [(bert, ("word_embeddings",)), (t5, ("shared",)), (t5, ("lm_head",))], ids=["bert", "t5", "t5 head"]
+    ("build", "targets"),
+    [(bert, ("word_embeddings",)), (t5, ("shared",)), (t5, ("lm_head",))],
+    ids=["bert", "t5", "t5 head"],
 )
-def test_a_base_that_may_tie_in_another_way_is_refused(prepare: Prepare, tmp_path: Path, build: Any, targets: Any) -> None:
+def test_a_base_that_may_tie_in_another_way_is_refused(
+    prepare: Prepare, tmp_path: Path, build: Any, targets: Any
+) -> None:
     prepare(build, targets)
     with pytest.raises(MergeError, match=r"not known .*; merge it in memory and save the model"):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")

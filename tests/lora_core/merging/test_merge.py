@@ -8,7 +8,16 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lora_core import LoraConfig, LoraLinear, MergeError, fingerprint, inject, lora_layers, merge, unmerge
+from lora_core import (
+    LoraConfig,
+    LoraLinear,
+    MergeError,
+    fingerprint,
+    inject,
+    lora_layers,
+    merge,
+    unmerge,
+)
 from lora_core.modules import replace_module
 
 Build = Callable[..., LlamaForCausalLM]
@@ -30,8 +39,12 @@ def adapt(build_llama: Build, randomise: Callable[[nn.Module], None]) -> Build:
     return make
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
-def test_a_merge_keeps_the_logits(adapt: Build, build_llama: Build, logits: Logits, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str
+)
+def test_a_merge_keeps_the_logits(
+    adapt: Build, build_llama: Build, logits: Logits, dtype: torch.dtype, tolerance: float
+) -> None:
     """About 20 roundings in a row of 6e-8 or 4e-3 each, relative to the largest logit; the update itself moves far more."""
     model = adapt(dtype=dtype)
     before = logits(model).float()
@@ -42,9 +55,14 @@ def test_a_merge_keeps_the_logits(adapt: Build, build_llama: Build, logits: Logi
 
 
 @pytest.mark.parametrize(("dtype", "digits"), [(torch.float32, 24), (torch.bfloat16, 8)], ids=str)
-def test_a_merged_weight_is_the_exact_sum_rounded_once(adapt: Build, dtype: torch.dtype, digits: int) -> None:
+def test_a_merged_weight_is_the_exact_sum_rounded_once(
+    adapt: Build, dtype: torch.dtype, digits: int
+) -> None:
     model = adapt(dtype=dtype)
-    exact = {name: layer.base.weight.double() + 2.0 * (layer.lora_B.double() @ layer.lora_A.double()) for name, layer in lora_layers(model)}
+    exact = {
+        name: layer.base.weight.double() + 2.0 * (layer.lora_B.double() @ layer.lora_A.double())
+        for name, layer in lora_layers(model)
+    }
     merge(model)
     for name, expected in exact.items():
         found = model.get_submodule(name).weight
@@ -55,29 +73,43 @@ def test_a_merged_weight_is_the_exact_sum_rounded_once(adapt: Build, dtype: torc
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_after_a_merge_the_model_is_plain(adapt: Build, build_llama: Build, tied: bool) -> None:
-    model, plain = adapt(tied=tied, dtype=torch.bfloat16), build_llama(tied=tied, dtype=torch.bfloat16)
+    model, plain = (
+        adapt(tied=tied, dtype=torch.bfloat16),
+        build_llama(tied=tied, dtype=torch.bfloat16),
+    )
     merge(model)
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
-    assert [(name, type(module)) for name, module in model.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
+    assert [(name, type(module)) for name, module in model.named_modules()] == [
+        (n, type(m)) for n, m in plain.named_modules()
+    ]
     assert list(model.state_dict()) == list(plain.state_dict())
     assert all(value.dtype == torch.bfloat16 for value in model.state_dict().values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unmerge_restores_every_bit(
-    adapt: Build, logits: Logits, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None], dtype: torch.dtype
+    adapt: Build,
+    logits: Logits,
+    state_of: Callable[..., dict[str, Tensor]],
+    assert_same_state: Callable[..., None],
+    dtype: torch.dtype,
 ) -> None:
     model = adapt(dtype=dtype)
     before, state, layers = logits(model), state_of(model), dict(lora_layers(model))
     merged = merge(model)
-    assert not torch.equal(merged.parts[next(iter(layers))].base.weight, merged.originals[f"{next(iter(layers))}.weight"])
+    assert not torch.equal(
+        merged.parts[next(iter(layers))].base.weight,
+        merged.originals[f"{next(iter(layers))}.weight"],
+    )
     unmerge(model, merged)
     assert_same_state(state_of(model), state)
     assert dict(lora_layers(model)) == layers
     assert torch.equal(logits(model), before)
 
 
-def test_many_rounds_do_not_drift(adapt: Build, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None]) -> None:
+def test_many_rounds_do_not_drift(
+    adapt: Build, state_of: Callable[..., dict[str, Tensor]], assert_same_state: Callable[..., None]
+) -> None:
     model = adapt(dtype=torch.bfloat16)
     before = state_of(model)
     for _ in range(5):
@@ -85,20 +117,34 @@ def test_many_rounds_do_not_drift(adapt: Build, state_of: Callable[..., dict[str
     assert_same_state(state_of(model), before)
 
 
-def test_a_merge_under_another_is_not_undone_first(adapt: Build, refuses: Callable[..., None], logits: Logits) -> None:
+def test_a_merge_under_another_is_not_undone_first(
+    adapt: Build, refuses: Callable[..., None], logits: Logits
+) -> None:
     """The second merge would be lost without a word."""
     model = adapt()
     before = logits(model)
     first = merge(model)
     inject(model, CONFIG, seed=1)
-    refuses(model, lambda: unmerge(model, first), MergeError, "carries an adapter that came after the merge")
+    refuses(
+        model,
+        lambda: unmerge(model, first),
+        MergeError,
+        "carries an adapter that came after the merge",
+    )
     with torch.no_grad():
         for _, layer in lora_layers(model):
             layer.lora_B.fill_(0.1)
     second = merge(model)
-    refuses(model, lambda: unmerge(model, first), MergeError, "q_proj.weight is no longer the merged weight")
+    refuses(
+        model,
+        lambda: unmerge(model, first),
+        MergeError,
+        "q_proj.weight is no longer the merged weight",
+    )
     unmerge(model, second)
-    merge(model)  # the second adapter's parts are in the model again; taken in for good, they change what the first left
+    merge(
+        model
+    )  # the second adapter's parts are in the model again; taken in for good, they change what the first left
     refuses(model, lambda: unmerge(model, first), MergeError, "is no longer the merged weight")
     assert not torch.equal(logits(model), before)
 
@@ -129,7 +175,9 @@ def test_training_goes_on_after_an_undone_merge(adapt: Build, tokens: Tensor) ->
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     unmerge(model, merge(model))
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    assert {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None
+    } == trained
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -153,27 +201,46 @@ def test_a_merged_model_takes_another_adapter(adapt: Build, logits: Logits) -> N
 def test_nf4_is_refused(build_nf4_llama: Build, refuses: Callable[..., None]) -> None:
     model = build_nf4_llama()
     inject(model, CONFIG, seed=0)
-    refuses(model, lambda: merge(model), MergeError, "model.layers.0.self_attn.q_proj is stored in nf4")
+    refuses(
+        model, lambda: merge(model), MergeError, "model.layers.0.self_attn.q_proj is stored in nf4"
+    )
 
 
-def test_a_forced_merge_into_nf4_is_the_sum_rounded_with_the_same_settings(build_nf4_llama: Build, randomise: Callable[..., None]) -> None:
+def test_a_forced_merge_into_nf4_is_the_sum_rounded_with_the_same_settings(
+    build_nf4_llama: Build, randomise: Callable[..., None]
+) -> None:
     """The reference is bitsandbytes' own rounding of W0 + s·B·A; dtype and block size of the codes stay."""
     model = build_nf4_llama(torch.bfloat16)
     inject(model, CONFIG, seed=0)
     randomise(model)
-    sums = {name: layer.frozen.dense(torch.float32) + layer.delta() for name, layer in lora_layers(model)}
+    sums = {
+        name: layer.frozen.dense(torch.float32) + layer.delta()
+        for name, layer in lora_layers(model)
+    }
     before = {name: layer.base.weight.quant_state for name, layer in lora_layers(model)}
     merged = merge(model, force=True)
     for name, total in sums.items():
         weight = model.get_submodule(name).weight
-        codes, state = quantize_4bit(total, blocksize=64, compress_statistics=True, quant_type="nf4")
+        codes, state = quantize_4bit(
+            total, blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
         assert torch.equal(weight.data, codes)
-        assert torch.equal(dequantize_4bit(weight.data, weight.quant_state).float(), dequantize_4bit(codes, state).bfloat16().float())
+        assert torch.equal(
+            dequantize_4bit(weight.data, weight.quant_state).float(),
+            dequantize_4bit(codes, state).bfloat16().float(),
+        )
         found = weight.quant_state
-        assert (found.blocksize, found.nested, found.dtype, found.shape) == (64, True, before[name].dtype, before[name].shape)
+        assert (found.blocksize, found.nested, found.dtype, found.shape) == (
+            64,
+            True,
+            before[name].dtype,
+            before[name].shape,
+        )
         assert found is not before[name] and model.get_submodule(name).quant_state is found
     assert merged.kept.keys() == sums.keys()
-    assert all(0.5 < each.fraction < 1.5 for each in merged.kept.values())  # the noise is as large as the weight
+    assert all(
+        0.5 < each.fraction < 1.5 for each in merged.kept.values()
+    )  # the noise is as large as the weight
 
 
 def test_unmerge_restores_every_bit_of_an_nf4_base(
@@ -196,36 +263,56 @@ def test_unmerge_restores_every_bit_of_an_nf4_base(
     assert torch.equal(logits(model), before)
 
 
-def test_a_forced_merge_into_a_dense_base_is_a_merge(adapt: Build, state_of: Callable[..., dict[str, Tensor]]) -> None:
+def test_a_forced_merge_into_a_dense_base_is_a_merge(
+    adapt: Build, state_of: Callable[..., dict[str, Tensor]]
+) -> None:
     one, other = adapt(), adapt()
     assert merge(one, force=True).kept == merge(other).kept == {}
     assert all(torch.equal(value, state_of(other)[name]) for name, value in state_of(one).items())
 
 
-def test_a_forced_sum_that_is_not_finite_is_refused(build_nf4_llama: Build, refuses: Callable[..., None]) -> None:
+def test_a_forced_sum_that_is_not_finite_is_refused(
+    build_nf4_llama: Build, refuses: Callable[..., None]
+) -> None:
     model = build_nf4_llama()
     inject(model, CONFIG, seed=0)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.lora_B.fill_(torch.inf)
-    refuses(model, lambda: merge(model, force=True), MergeError, "layers.1.mlp.up_proj: the merged weight is not finite")
+    refuses(
+        model,
+        lambda: merge(model, force=True),
+        MergeError,
+        "layers.1.mlp.up_proj: the merged weight is not finite",
+    )
 
 
-def test_a_model_without_an_adapter_is_refused(build_llama: Build, refuses: Callable[..., None]) -> None:
+def test_a_model_without_an_adapter_is_refused(
+    build_llama: Build, refuses: Callable[..., None]
+) -> None:
     model = build_llama()
     refuses(model, lambda: merge(model), MergeError, "carries no adapter")
 
 
-def test_a_sum_that_overflows_is_refused_and_nothing_is_merged(refuses: Callable[..., None]) -> None:
+def test_a_sum_that_overflows_is_refused_and_nothing_is_merged(
+    refuses: Callable[..., None],
+) -> None:
     """The first layer could be merged, the second exceeds what float16 can hold, 65,504."""
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).half()
     inject(model, LoraConfig(r=1, lora_alpha=1), seed=0)
     with torch.no_grad():
         model[0].lora_B.fill_(1.0)
         model[1].lora_B.fill_(1e6)
-    refuses(model, lambda: merge(model), MergeError, "1: the merged weight is not finite in torch.float16; merge in float32")
+    refuses(
+        model,
+        lambda: merge(model),
+        MergeError,
+        "1: the merged weight is not finite in torch.float16; merge in float32",
+    )
 
 
-def test_a_wrapped_model_merges(adapt: Build, logits: Logits, wrapper: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_wrapped_model_merges(
+    adapt: Build, logits: Logits, wrapper: Callable[[nn.Module], nn.Module]
+) -> None:
     model = adapt()
     before = logits(model)
     merge(wrapper(model))

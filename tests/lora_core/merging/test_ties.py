@@ -35,13 +35,21 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
 ]
 V = 101
-SIZES = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 # The sum W0 + s·B·A is rounded to float32 once, and so are 32 products.
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def llama_config() -> LlamaConfig:
-    return LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2)
+    return LlamaConfig(
+        **SIZES, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2
+    )
 
 
 def llama() -> PreTrainedModel:
@@ -49,14 +57,30 @@ def llama() -> PreTrainedModel:
 
 
 def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
+        )
+    )
 
 
 def llava() -> PreTrainedModel:
     """A model whose config holds the text model's, both of which say that the head is tied."""
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        image_size=8,
+        patch_size=4,
+    )
     return LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=llama_config(), image_token_index=V - 1, tie_word_embeddings=True)
+        LlavaConfig(
+            vision_config=vision,
+            text_config=llama_config(),
+            image_token_index=V - 1,
+            tie_word_embeddings=True,
+        )
     )
 
 
@@ -67,7 +91,15 @@ def bert() -> PreTrainedModel:
 
 def umt5() -> PreTrainedModel:
     """A model of four users of one weight, which scales its logits by what the config says of ties."""
-    sizes = {"vocab_size": V, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    sizes = {
+        "vocab_size": V,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout_rate": 0.0,
+    }
     return UMT5ForConditionalGeneration(UMT5Config(**sizes, decoder_start_token_id=0))
 
 
@@ -85,8 +117,19 @@ class Case:
         return LoraConfig(**self.settings)
 
 
-def case(build: Callable[[], PreTrainedModel], *targets: str, says_tied: bool = False, rows_alone: bool = False, **settings: Any) -> Case:
-    return Case(build, {"r": 4, "lora_alpha": 8, "target_modules": targets, **settings}, says_tied, rows_alone)
+def case(
+    build: Callable[[], PreTrainedModel],
+    *targets: str,
+    says_tied: bool = False,
+    rows_alone: bool = False,
+    **settings: Any,
+) -> Case:
+    return Case(
+        build,
+        {"r": 4, "lora_alpha": 8, "target_modules": targets, **settings},
+        says_tied,
+        rows_alone,
+    )
 
 
 CASES = {
@@ -99,7 +142,13 @@ CASES = {
     "whole embedding": case(llama, "q_proj", modules_to_save=("embed_tokens",)),
     "both whole": case(llama, "q_proj", modules_to_save=("embed_tokens", "lm_head")),
     "head and whole embedding": case(llama, "lm_head", modules_to_save=("embed_tokens",)),
-    "rows": case(llama, "q_proj", trainable_token_indices={"embed_tokens": (3, 7)}, says_tied=True, rows_alone=True),
+    "rows": case(
+        llama,
+        "q_proj",
+        trainable_token_indices={"embed_tokens": (3, 7)},
+        says_tied=True,
+        rows_alone=True,
+    ),
     "gpt2 head": case(gpt2, "lm_head"),
     "gpt2 embedding": case(gpt2, "wte", "c_attn"),
     "llava head": case(llava, "lm_head"),
@@ -109,16 +158,25 @@ CASES = {
     "umt5 head": case(umt5, "lm_head", says_tied=True),
     "umt5 encoder": case(umt5, "encoder.embed_tokens", says_tied=True),
     "umt5 shared": case(umt5, "shared", says_tied=True),
-    "umt5 all": case(umt5, "shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head", says_tied=True),
-    "umt5 rows": case(umt5, "q", trainable_token_indices={"encoder.embed_tokens": (3, 7)}, says_tied=True),
+    "umt5 all": case(
+        umt5, "shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head", says_tied=True
+    ),
+    "umt5 rows": case(
+        umt5, "q", trainable_token_indices={"encoder.embed_tokens": (3, 7)}, says_tied=True
+    ),
 }
 each_case = pytest.mark.parametrize("one", CASES.values(), ids=CASES.keys())
 
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    ids = torch.randint(2, 12, (2, 9), generator=torch.Generator().manual_seed(5))  # few rows, so that the trained ones come up
-    return model(input_ids=ids, **({"decoder_input_ids": ids[:, ::2]} if model.config.is_encoder_decoder else {})).logits
+    ids = torch.randint(
+        2, 12, (2, 9), generator=torch.Generator().manual_seed(5)
+    )  # few rows, so that the trained ones come up
+    return model(
+        input_ids=ids,
+        **({"decoder_input_ids": ids[:, ::2]} if model.config.is_encoder_decoder else {}),
+    ).logits
 
 
 @torch.no_grad()
@@ -146,7 +204,10 @@ def objects(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def in_peft(one: Case) -> PeftLoraConfig:
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in one.settings.items()}
+    plain = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in one.settings.items()
+    }
     return PeftLoraConfig(**plain, init_lora_weights=False, fan_in_fan_out=one.build is gpt2)
 
 
@@ -169,7 +230,11 @@ def test_who_was_not_adapted_keeps_its_bits(one: Case) -> None:
     trained = {name for name, part in adapter_parts(model) if not isinstance(part, TiedHead)}
     follows = {name for name, part in adapter_parts(model) if isinstance(part, TiedHead)}
     merge(model)
-    changed = {name.rpartition(".")[0] for name, value in objects(model).items() if not torch.equal(value, plain[name])}
+    changed = {
+        name.rpartition(".")[0]
+        for name, value in objects(model).items()
+        if not torch.equal(value, plain[name])
+    }
     assert changed == trained | follows
 
 
@@ -188,20 +253,39 @@ def test_a_file_gives_the_merged_model_back(one: Case, tmp_path: Path) -> None:
 @each_case
 def test_unmerge_ties_the_very_parameters_again(one: Case) -> None:
     model = adapted(one)
-    before, state, ties, parameters = logits(model), {k: v.clone() for k, v in model.state_dict().items()}, says(model), objects(model)
+    before, state, ties, parameters = (
+        logits(model),
+        {k: v.clone() for k, v in model.state_dict().items()},
+        says(model),
+        objects(model),
+    )
     merged = merge(model)
-    is_tied = memory_of(model.get_output_embeddings().weight) == memory_of(model.get_input_embeddings().weight)
+    is_tied = memory_of(model.get_output_embeddings().weight) == memory_of(
+        model.get_input_embeddings().weight
+    )
     assert is_tied is one.rows_alone
     unmerge(model, merged)
     assert says(model) == ties == [True, True]
     assert torch.equal(logits(model), before)
     found = objects(model)
-    assert found.keys() == parameters.keys() and all(found[name] is parameter for name, parameter in parameters.items())
+    assert found.keys() == parameters.keys() and all(
+        found[name] is parameter for name, parameter in parameters.items()
+    )
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    "name", ["head", "embedding", "both", "dora", "dora embedding", "gpt2 embedding", "bert embedding", "umt5 encoder"]
+    "name",
+    [
+        "head",
+        "embedding",
+        "both",
+        "dora",
+        "dora embedding",
+        "gpt2 embedding",
+        "bert embedding",
+        "umt5 encoder",
+    ],
 )
 def test_it_is_what_an_unmerged_adapter_of_peft_computes(name: str, tmp_path: Path) -> None:
     one = CASES[name]
@@ -216,7 +300,9 @@ def test_it_is_what_an_unmerged_adapter_of_peft_computes(name: str, tmp_path: Pa
     assert (before - logits(base(one))).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("trained", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")], ids="+".join)
+@pytest.mark.parametrize(
+    "trained", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")], ids="+".join
+)
 def test_a_tie_by_storage_is_a_tie(trained: tuple[str, ...], tmp_path: Path) -> None:
     """Two parameters over one storage, as a tie made by hand or by a sharded load leaves them."""
     model = llama()
@@ -233,7 +319,9 @@ def test_a_tie_by_storage_is_a_tie(trained: tuple[str, ...], tmp_path: Path) -> 
     unmerge(model, merged)
     assert torch.equal(logits(model), before) and model.config.tie_word_embeddings is True
     assert all(parameters[name] is found for name, found in objects(model).items())
-    assert memory_of(model.get_output_embeddings().weight) == memory_of(model.get_input_embeddings().weight)
+    assert memory_of(model.get_output_embeddings().weight) == memory_of(
+        model.get_input_embeddings().weight
+    )
 
 
 def test_rows_of_an_embedding_that_is_tied_by_storage_are_followed_by_the_head() -> None:
@@ -280,15 +368,25 @@ def test_a_module_that_stands_twice_is_refused(refuses: Callable[..., None]) -> 
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared)})
     inject(model, LoraConfig(r=2, lora_alpha=2, target_modules=("first",)), seed=0)
-    refuses(model, lambda: merge(model), MergeError, "first stands in the model at another place too")
+    refuses(
+        model, lambda: merge(model), MergeError, "first stands in the model at another place too"
+    )
 
 
-@pytest.mark.parametrize("settings", [{"modules_to_save": ("1",)}, {"bias": "all"}], ids=["whole", "bias"])
-def test_training_a_merged_model_on_does_not_reach_what_can_be_unmerged(settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ("1",)}, {"bias": "all"}], ids=["whole", "bias"]
+)
+def test_training_a_merged_model_on_does_not_reach_what_can_be_unmerged(
+    settings: dict[str, Any],
+) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     inject(model, LoraConfig(r=2, lora_alpha=2, target_modules=("0",), **settings), seed=0)
     shake(model)
-    state = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    state = {
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
     merged = merge(model)
     with torch.no_grad():
         for parameter in model.parameters():

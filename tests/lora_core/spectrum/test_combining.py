@@ -16,7 +16,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from lora_core import AdapterError, ConfigError, Identity, LoraConfig, inject, load_adapter, lora_layers, save_adapter
+from lora_core import (
+    AdapterError,
+    ConfigError,
+    Identity,
+    LoraConfig,
+    inject,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+)
 from lora_core.spectrum.combining import combine
 from lora_core.spectrum.updates import Update, read_over_one_base, write_updates
 
@@ -25,7 +34,9 @@ Make = Callable[..., Update]
 Save = Callable[..., Path]
 WEIGHTS = [0.7, -0.4]
 # PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
@@ -38,7 +49,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def weighted_sum(updates: list[Update], weights: list[float]) -> Tensor:
-    return sum(weight * update.scale * (update.b.double() @ update.a.double()) for update, weight in zip(updates, weights, strict=True))
+    return sum(
+        weight * update.scale * (update.b.double() @ update.a.double())
+        for update, weight in zip(updates, weights, strict=True)
+    )
 
 
 def whole(updates: list[dict[str, Update]], weights: list[float], **options: Any) -> Tensor:
@@ -57,19 +71,35 @@ def whole(updates: list[dict[str, Update]], weights: list[float], **options: Any
     ranks=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     weights=st.lists(st.floats(-2, 2), min_size=4, max_size=4),
 )
-def test_cat_is_the_weighted_sum(random_update: Make, out: int, wide: int, ranks: list[int], weights: list[float]) -> None:
+def test_cat_is_the_weighted_sum(
+    random_update: Make, out: int, wide: int, ranks: list[int], weights: list[float]
+) -> None:
     """Each update with a scale of its own; the sums of up to 20 terms are rounded to float32 in another order."""
-    updates = [random_update(out, wide, rank, scale=0.5 + seed, seed=seed) for seed, rank in enumerate(ranks)]
+    updates = [
+        random_update(out, wide, rank, scale=0.5 + seed, seed=seed)
+        for seed, rank in enumerate(ranks)
+    ]
     result = combine([{"x": update} for update in updates], weights[: len(ranks)], method="cat")
-    found, size = result.updates["x"], sum(abs(w) * u.dense().norm().item() for u, w in zip(updates, weights, strict=False))
-    torch.testing.assert_close(found.dense().double(), weighted_sum(updates, weights[: len(ranks)]), rtol=0, atol=2e-6 * size)
+    found, size = (
+        result.updates["x"],
+        sum(abs(w) * u.dense().norm().item() for u, w in zip(updates, weights, strict=False)),
+    )
+    torch.testing.assert_close(
+        found.dense().double(),
+        weighted_sum(updates, weights[: len(ranks)]),
+        rtol=0,
+        atol=2e-6 * size,
+    )
     assert found.rank == min(sum(ranks), out, wide)
     assert result.relative_errors == {"x": 0.0}
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_svd_is_the_best_of_its_rank_and_says_how_good(random_update: Make, rank: int) -> None:
-    updates = [random_update(12, 20, 4, scale=2.0, seed=1), random_update(12, 20, 3, scale=0.3, seed=2)]
+    updates = [
+        random_update(12, 20, 4, scale=2.0, seed=1),
+        random_update(12, 20, 3, scale=0.3, seed=2),
+    ]
     result = combine([{"x": update} for update in updates], WEIGHTS, method="svd", rank=rank)
     exact, found = weighted_sum(updates, WEIGHTS), result.updates["x"].dense()
     assert relative(found, best_of_rank(exact, rank)) < 1e-6  # factors and their product in float32
@@ -80,7 +110,10 @@ def test_svd_is_the_best_of_its_rank_and_says_how_good(random_update: Make, rank
 
 def test_svd_at_the_sum_of_the_ranks_loses_nothing(random_update: Make) -> None:
     updates = [{"x": random_update(12, 20, rank, seed=rank)} for rank in (2, 3)]
-    found, exact = combine(updates, WEIGHTS, method="svd", rank=9), combine(updates, WEIGHTS, method="cat")
+    found, exact = (
+        combine(updates, WEIGHTS, method="svd", rank=9),
+        combine(updates, WEIGHTS, method="cat"),
+    )
     assert found.updates["x"].rank == 5
     assert found.relative_errors["x"] == 0
     assert relative(found.updates["x"].dense(), exact.updates["x"].dense()) < 1e-6
@@ -113,7 +146,9 @@ def test_one_adapter_alone_is_weighted_itself(random_update: Make, options: dict
     ],
     ids=lambda options: options["method"],
 )
-def test_a_layer_that_an_adapter_lacks_counts_as_zero(random_update: Make, options: dict[str, Any]) -> None:
+def test_a_layer_that_an_adapter_lacks_counts_as_zero(
+    random_update: Make, options: dict[str, Any]
+) -> None:
     """As if the adapter were there with a B of zero."""
     x, y = random_update(6, 9, 2, seed=1), random_update(6, 9, 2, seed=2)
     nothing = Update(y.a, torch.zeros_like(y.b), 1.0)
@@ -140,7 +175,9 @@ def ties_by_hand(deltas: list[Tensor], density: float) -> Tensor:
     """Trim, elect, average the agreeing entries: one entry at a time."""
     trimmed = []
     for delta in deltas:
-        bound = delta.abs().flatten().sort(descending=True).values[round(density * delta.numel()) - 1]
+        bound = (
+            delta.abs().flatten().sort(descending=True).values[round(density * delta.numel()) - 1]
+        )
         trimmed.append(torch.where(delta.abs() >= bound, delta, torch.zeros_like(delta)))
     merged = torch.zeros_like(deltas[0])
     for place in range(merged.numel()):
@@ -155,7 +192,9 @@ def ties_by_hand(deltas: list[Tensor], density: float) -> Tensor:
 def test_ties_trims_elects_and_averages(random_update: Make, density: float) -> None:
     updates = [random_update(8, 10, 3, scale=0.5 + seed, seed=seed) for seed in range(3)]
     weights = [1.0, 0.5, -0.3]
-    expected = ties_by_hand([weight * update.dense() for weight, update in zip(weights, updates, strict=True)], density)
+    expected = ties_by_hand(
+        [weight * update.dense() for weight, update in zip(weights, updates, strict=True)], density
+    )
     found = whole([{"x": update} for update in updates], weights, method="ties", density=density)
     assert relative(found, expected) < 2e-6  # eight directions in float32 factors
 
@@ -164,12 +203,18 @@ def test_ties_by_hand_on_four_entries() -> None:
     """At a density of 3/4: 9 and 3 agree; 8 outvotes -6; only -7 is left; 1 and 2 are trimmed, so is their place."""
     rows = ([[9.0, 8.0, 1.0, 5.0]], [[3.0, -6.0, -7.0, 2.0]])
     updates = [{"x": Update(torch.tensor(row), torch.ones(1, 1), 1.0)} for row in rows]
-    assert whole(updates, [1, 1], method="ties", density=0.75).flatten().tolist() == pytest.approx([6, 8, -7, 5], rel=1e-6)
+    assert whole(updates, [1, 1], method="ties", density=0.75).flatten().tolist() == pytest.approx(
+        [6, 8, -7, 5], rel=1e-6
+    )
 
 
 def test_ties_leaves_out_an_entry_whose_votes_cancel() -> None:
-    updates = [{"x": Update(torch.tensor([[value, 1.0]]), torch.ones(1, 1), 1.0)} for value in (2.0, -2.0)]
-    assert whole(updates, [1, 1], method="ties", density=1.0).flatten().tolist() == pytest.approx([0, 1])
+    updates = [
+        {"x": Update(torch.tensor([[value, 1.0]]), torch.ones(1, 1), 1.0)} for value in (2.0, -2.0)
+    ]
+    assert whole(updates, [1, 1], method="ties", density=1.0).flatten().tolist() == pytest.approx(
+        [0, 1]
+    )
 
 
 @pytest.mark.parametrize("density", [0.3, 1.0])
@@ -198,7 +243,9 @@ def test_dare_repeats_by_seed_and_draws_by_adapter_and_layer(random_update: Make
     adapter = {"x": update, "y": update}
 
     def draw(seed: int, *adapters: dict[str, Update]) -> dict[str, Update]:
-        return combine(adapters, [1.0] * len(adapters), method="dare", rank=20, density=0.5, seed=seed).updates
+        return combine(
+            adapters, [1.0] * len(adapters), method="dare", rank=20, density=0.5, seed=seed
+        ).updates
 
     first = draw(0, adapter)
     assert torch.equal(first["x"].dense(), draw(0, adapter)["x"].dense())
@@ -209,13 +256,23 @@ def test_dare_repeats_by_seed_and_draws_by_adapter_and_layer(random_update: Make
     assert relative(twice, 2 * first["x"].dense()) > 0.3
 
 
-@pytest.mark.parametrize("options", [{"method": "ties", "density": 0.2}, {"method": "dare", "density": 0.5, "seed": 0}], ids=str)
-def test_the_cut_of_a_dense_result_is_reported(random_update: Make, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"method": "ties", "density": 0.2}, {"method": "dare", "density": 0.5, "seed": 0}],
+    ids=str,
+)
+def test_the_cut_of_a_dense_result_is_reported(
+    random_update: Make, options: dict[str, Any]
+) -> None:
     updates = [{"x": random_update(12, 20, 3, seed=seed)} for seed in (1, 2)]
     exact = whole(updates, [1, 1], **options)
     cut = combine(updates, [1, 1], rank=4, **options)
-    assert relative(cut.updates["x"].dense(), best_of_rank(exact, 4)) < 3e-6  # the reference went through float32 factors too
-    assert cut.relative_errors["x"] == pytest.approx(relative(cut.updates["x"].dense(), exact), abs=1e-6)
+    assert (
+        relative(cut.updates["x"].dense(), best_of_rank(exact, 4)) < 3e-6
+    )  # the reference went through float32 factors too
+    assert cut.relative_errors["x"] == pytest.approx(
+        relative(cut.updates["x"].dense(), exact), abs=1e-6
+    )
     assert cut.relative_errors["x"] > 0.1
 
 
@@ -239,15 +296,21 @@ def test_the_cut_of_a_dense_result_is_reported(random_update: Make, options: dic
     ],
     ids=str,
 )
-def test_options_that_a_method_does_not_take_are_refused(random_update: Make, options: dict[str, Any], message: str) -> None:
+def test_options_that_a_method_does_not_take_are_refused(
+    random_update: Make, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         combine([{"x": random_update(6, 9, 2)}], [1.0], **options)
 
 
-@pytest.mark.parametrize("weights", [[], [1.0], [1.0, 1.0, 1.0], [1.0, math.inf], [math.nan, 1.0]], ids=str)
+@pytest.mark.parametrize(
+    "weights", [[], [1.0], [1.0, 1.0, 1.0], [1.0, math.inf], [math.nan, 1.0]], ids=str
+)
 def test_weights_that_do_not_fit_are_refused(random_update: Make, weights: list[float]) -> None:
     with pytest.raises(ConfigError, match="weight"):
-        combine([{"x": random_update(6, 9, 2)}, {"x": random_update(6, 9, 2)}], weights, method="cat")
+        combine(
+            [{"x": random_update(6, 9, 2)}, {"x": random_update(6, 9, 2)}], weights, method="cat"
+        )
 
 
 def test_no_adapter_is_refused() -> None:
@@ -257,7 +320,9 @@ def test_no_adapter_is_refused() -> None:
 
 def test_layers_of_different_shapes_are_refused(random_update: Make) -> None:
     with pytest.raises(AdapterError, match=r"x is updated with the shapes \[\(6, 9\), \(9, 6\)\]"):
-        combine([{"x": random_update(6, 9, 2)}, {"x": random_update(9, 6, 2)}], WEIGHTS, method="cat")
+        combine(
+            [{"x": random_update(6, 9, 2)}, {"x": random_update(9, 6, 2)}], WEIGHTS, method="cat"
+        )
 
 
 # --- files, and PEFT beside it ---
@@ -268,7 +333,10 @@ def save(build_llama: Build, tmp_path: Path) -> Save:
     """Return a maker of adapter folders over one base, with noise in B."""
 
     def make(name: str, *targets: str, rank: int, rslora: bool = False, seed: int = 0) -> Path:
-        model, config = build_llama(), LoraConfig(r=rank, lora_alpha=6, target_modules=targets, use_rslora=rslora)
+        model, config = (
+            build_llama(),
+            LoraConfig(r=rank, lora_alpha=6, target_modules=targets, use_rslora=rslora),
+        )
         inject(model, config, seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for _, layer in lora_layers(model):
@@ -293,8 +361,16 @@ def in_peft(build_llama: Build) -> Callable[..., PeftModel]:
 
 
 def deltas(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    layers = {name: module for name, module in model.base_model.model.named_modules() if hasattr(module, "get_delta_weight")}
-    return {name: module.get_delta_weight(adapter) for name, module in layers.items() if adapter in module.lora_A}
+    layers = {
+        name: module
+        for name, module in model.base_model.model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    return {
+        name: module.get_delta_weight(adapter)
+        for name, module in layers.items()
+        if adapter in module.lora_A
+    }
 
 
 @pytest.mark.parametrize(
@@ -302,13 +378,21 @@ def deltas(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     [
         ({"method": "cat"}, {"combination_type": "cat"}),
         ({"method": "svd", "rank": 3}, {"combination_type": "svd", "svd_rank": 3}),
-        ({"method": "ties", "rank": 5, "density": 0.25}, {"combination_type": "ties_svd", "svd_rank": 5, "density": 0.25}),
+        (
+            {"method": "ties", "rank": 5, "density": 0.25},
+            {"combination_type": "ties_svd", "svd_rank": 5, "density": 0.25},
+        ),
     ],
     ids=["cat", "svd", "ties"],
 )
-def test_peft_forms_the_same_sum(save: Save, in_peft: Callable[..., PeftModel], ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+def test_peft_forms_the_same_sum(
+    save: Save, in_peft: Callable[..., PeftModel], ours: dict[str, Any], theirs: dict[str, Any]
+) -> None:
     """With alpha/r, where its scale is right; in TIES with equal weights: it elects before it weights, we after."""
-    folders = [save("one", "q_proj", "up_proj", rank=4, seed=1), save("two", "q_proj", "down_proj", rank=2, seed=2)]
+    folders = [
+        save("one", "q_proj", "up_proj", rank=4, seed=1),
+        save("two", "q_proj", "down_proj", rank=2, seed=2),
+    ]
     weights = [0.5, 0.5] if ours["method"] == "ties" else WEIGHTS
     found = combine(read_over_one_base(folders), weights, **ours).updates
     model = in_peft(*folders)
@@ -330,17 +414,32 @@ def test_a_written_combination_is_the_sum_of_what_peft_loads(
         save("two", "q_proj", "down_proj", rank=2, rslora=rslora, seed=2),
     ]
     result = combine(read_over_one_base(folders), WEIGHTS, method="cat")
-    write_updates(tmp_path / "both", result.updates, like=folders[0], done="one · 0.7 and two · -0.4 by cat", parents=folders)
+    write_updates(
+        tmp_path / "both",
+        result.updates,
+        like=folders[0],
+        done="one · 0.7 and two · -0.4 by cat",
+        parents=folders,
+    )
     model = in_peft(*folders, tmp_path / "both")
     one, two, both = (deltas(model, name) for name in ("one", "two", "both"))
     assert both.keys() == one.keys() | two.keys()
     for name, found in both.items():
-        expected = sum(weight * each[name] for weight, each in zip(WEIGHTS, (one, two), strict=True) if name in each)
+        expected = sum(
+            weight * each[name]
+            for weight, each in zip(WEIGHTS, (one, two), strict=True)
+            if name in each
+        )
         assert relative(found, expected) < 1e-6
 
 
-def test_a_written_combination_of_one_rank_loads_here(save: Save, build_llama: Build, tmp_path: Path) -> None:
-    folders = [save("one", "q_proj", "up_proj", rank=4, rslora=True, seed=1), save("two", "q_proj", "down_proj", rank=4, seed=2)]
+def test_a_written_combination_of_one_rank_loads_here(
+    save: Save, build_llama: Build, tmp_path: Path
+) -> None:
+    folders = [
+        save("one", "q_proj", "up_proj", rank=4, rslora=True, seed=1),
+        save("two", "q_proj", "down_proj", rank=4, seed=2),
+    ]
     read = read_over_one_base(folders)
     result = combine(read, WEIGHTS, method="svd", rank=4)
     write_updates(tmp_path / "both", result.updates, like=folders[0], done="a sum", parents=folders)
@@ -349,6 +448,12 @@ def test_a_written_combination_of_one_rank_loads_here(save: Save, build_llama: B
     layers: dict[str, nn.Module] = dict(lora_layers(model))
     assert sorted(layers) == sorted(result.updates)
     for name, layer in layers.items():
-        parts = [(updates[name], weight) for updates, weight in zip(read, WEIGHTS, strict=True) if name in updates]
+        parts = [
+            (updates[name], weight)
+            for updates, weight in zip(read, WEIGHTS, strict=True)
+            if name in updates
+        ]
         exact = weighted_sum([update for update, _ in parts], [weight for _, weight in parts])
-        assert relative(layer.delta(), exact) == pytest.approx(result.relative_errors[name], abs=1e-6)
+        assert relative(layer.delta(), exact) == pytest.approx(
+            result.relative_errors[name], abs=1e-6
+        )

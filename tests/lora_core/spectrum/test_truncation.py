@@ -11,17 +11,35 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lora_core import AdapterError, ConfigError, Identity, LoraConfig, inject, load_adapter, lora_layers, plan_targets, save_adapter
+from lora_core import (
+    AdapterError,
+    ConfigError,
+    Identity,
+    LoraConfig,
+    inject,
+    load_adapter,
+    lora_layers,
+    plan_targets,
+    save_adapter,
+)
 from lora_core.adapter.adapter_files import read_identity
 from lora_core.spectrum.spectrum import singular_values, truncation_error
-from lora_core.spectrum.truncation import rank_pattern, recommended_ranks, truncate, truncate_adapter, truncation_table
+from lora_core.spectrum.truncation import (
+    rank_pattern,
+    recommended_ranks,
+    truncate,
+    truncate_adapter,
+    truncation_table,
+)
 from lora_core.spectrum.updates import Update, read_updates, write_updates
 
 Build = Callable[..., LlamaForCausalLM]
 Make = Callable[..., Update]
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 # PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 def best_of_rank(matrix: Tensor, rank: int) -> Tensor:
@@ -34,8 +52,16 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
-@given(out=st.integers(1, 12), wide=st.integers(1, 12), rank=st.integers(1, 6), seed=st.integers(0, 99), data=st.data())
-def test_a_cut_is_the_best_of_its_rank(random_update: Make, out: int, wide: int, rank: int, seed: int, data: st.DataObject) -> None:
+@given(
+    out=st.integers(1, 12),
+    wide=st.integers(1, 12),
+    rank=st.integers(1, 6),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_a_cut_is_the_best_of_its_rank(
+    random_update: Make, out: int, wide: int, rank: int, seed: int, data: st.DataObject
+) -> None:
     """The reference decomposes the dense matrix; factors stored in float32 are off by 6e-8 each."""
     update = random_update(out, wide, rank, scale=1.7, seed=seed)
     lower = data.draw(st.integers(1, rank))
@@ -43,8 +69,12 @@ def test_a_cut_is_the_best_of_its_rank(random_update: Make, out: int, wide: int,
     assert found.rank <= lower
     assert found.scale == update.scale
     product = found.scale * found.b.double() @ found.a.double()
-    torch.testing.assert_close(product, best_of_rank(matrix, lower), rtol=0, atol=5e-7 * matrix.norm().item())
-    assert relative(product, matrix) == pytest.approx(truncation_error(singular_values(update), lower), abs=5e-7)
+    torch.testing.assert_close(
+        product, best_of_rank(matrix, lower), rtol=0, atol=5e-7 * matrix.norm().item()
+    )
+    assert relative(product, matrix) == pytest.approx(
+        truncation_error(singular_values(update), lower), abs=5e-7
+    )
 
 
 def test_the_rank_that_it_has_leaves_an_update_alone(random_update: Make) -> None:
@@ -61,7 +91,9 @@ def test_the_factors_of_a_cut_are_balanced(random_update: Make) -> None:
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_rank_that_is_no_cut_is_refused(random_update: Make, rank: int) -> None:
-    with pytest.raises(ConfigError, match=f"rank {rank} for an update of rank 4 must lie in 1 to 4"):
+    with pytest.raises(
+        ConfigError, match=f"rank {rank} for an update of rank 4 must lie in 1 to 4"
+    ):
         truncate(random_update(6, 8, 4), rank)
 
 
@@ -79,25 +111,38 @@ def test_a_cut_adapter_loads_here_and_in_peft(build_llama: Build, adapter_folder
         # ΔW itself is rounded to float32 in the reference, the factors in ours.
         assert relative(layer.delta(), best) < 1e-6
         assert relative(theirs.get_submodule(name).get_delta_weight("default"), best) < 1e-6
-        assert errors[name] == pytest.approx(relative(layer.delta(), before[name].dense()), abs=1e-6)
+        assert errors[name] == pytest.approx(
+            relative(layer.delta(), before[name].dense()), abs=1e-6
+        )
         assert errors[name] > 0.1
 
 
-def test_a_cut_by_layer_leaves_the_others_as_they_are(build_llama: Build, adapter_folder: Path) -> None:
+def test_a_cut_by_layer_leaves_the_others_as_they_are(
+    build_llama: Build, adapter_folder: Path
+) -> None:
     cut, before = adapter_folder.with_name("cut"), read_updates(adapter_folder)
     errors = truncate_adapter(adapter_folder, cut, {Q: 1, DOWN: 3})
     theirs = PeftModel.from_pretrained(build_llama(), cut).base_model.model
     for name, update in before.items():
         module = theirs.get_submodule(name)
         assert module.r["default"] == {Q: 1, DOWN: 3}.get(name, 4)
-        assert relative(module.get_delta_weight("default"), update.dense()) == pytest.approx(errors[name], abs=1e-6)
+        assert relative(module.get_delta_weight("default"), update.dense()) == pytest.approx(
+            errors[name], abs=1e-6
+        )
     assert [name for name, error in errors.items() if error > 0] == [Q, DOWN]
 
 
 MIXED = [
     LoraConfig(r=6, lora_alpha=12, rank_pattern={r"layers\.0\..*": 3, "down_proj": 5}),
-    LoraConfig(r=2, lora_alpha=3, rank_pattern={"q_proj": 7, "k_proj": 4}, alpha_pattern={"q_proj": 5, "up_proj": 0.5}),
-    LoraConfig(r=5, lora_alpha=7, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"o_proj": 1}),
+    LoraConfig(
+        r=2,
+        lora_alpha=3,
+        rank_pattern={"q_proj": 7, "k_proj": 4},
+        alpha_pattern={"q_proj": 5, "up_proj": 0.5},
+    ),
+    LoraConfig(
+        r=5, lora_alpha=7, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"o_proj": 1}
+    ),
 ]
 
 
@@ -114,24 +159,43 @@ def test_mixed_ranks_are_read_back_as_they_were_cut(
     save_adapter(model, saved, config, Identity())
     before, errors = read_updates(saved), truncate_adapter(saved, cut, rank)
     load_adapter(ours := build_llama(), cut)
-    here, theirs = dict(lora_layers(ours)), PeftModel.from_pretrained(build_llama(), cut).base_model.model
+    here, theirs = (
+        dict(lora_layers(ours)),
+        PeftModel.from_pretrained(build_llama(), cut).base_model.model,
+    )
     after = read_updates(cut)
     assert after.keys() == before.keys() == here.keys() == errors.keys()
     for name, update in before.items():
         expected = min(rank, update.rank) if isinstance(rank, int) else rank.get(name, update.rank)
-        assert after[name].rank == here[name].lora_A.shape[0] == theirs.get_submodule(name).r["default"] == expected
+        assert (
+            after[name].rank
+            == here[name].lora_A.shape[0]
+            == theirs.get_submodule(name).r["default"]
+            == expected
+        )
         best = best_of_rank(update.dense(), expected)
-        for found in (after[name].dense(), here[name].delta(), theirs.get_submodule(name).get_delta_weight("default")):
+        for found in (
+            after[name].dense(),
+            here[name].delta(),
+            theirs.get_submodule(name).get_delta_weight("default"),
+        ):
             assert relative(found, best) < 2e-6  # two factors and their product in float32
 
 
 def test_the_lineage_says_what_was_cut(adapter_folder: Path) -> None:
-    for number, (rank, words) in enumerate([(3, "truncated to rank 3"), ({Q: 1}, "truncated to rank 1 to 4 by layer")]):
+    for number, (rank, words) in enumerate(
+        [(3, "truncated to rank 3"), ({Q: 1}, "truncated to rank 1 to 4 by layer")]
+    ):
         truncate_adapter(adapter_folder, adapter_folder.with_name(f"cut{number}"), rank)
-        identity, parent = (read_identity(adapter_folder.with_name(name)) for name in (f"cut{number}", "adapter"))
+        identity, parent = (
+            read_identity(adapter_folder.with_name(name)) for name in (f"cut{number}", "adapter")
+        )
         assert identity is not None
         assert parent is not None
-        assert identity["lineage"] == {"derived_by": words, "derived_from": parent["adapter_sha256"]}
+        assert identity["lineage"] == {
+            "derived_by": words,
+            "derived_from": parent["adapter_sha256"],
+        }
 
 
 def test_cuts_that_mean_nothing_are_refused_and_write_nothing(adapter_folder: Path) -> None:
@@ -154,7 +218,9 @@ def uneven_folder(random_update: Make, adapter_folder: Path) -> Path:
     updates = {}
     for seed, (name, update) in enumerate(read_updates(adapter_folder).items()):
         left, right = (torch.linalg.qr(torch.randn(size, 4)).Q for size in update.shape)
-        updates[name] = Update(right.T, left * torch.tensor(strengths.get(name, [4.0, 2.0, 1.0, 0.5 + seed])), 2.0)
+        updates[name] = Update(
+            right.T, left * torch.tensor(strengths.get(name, [4.0, 2.0, 1.0, 0.5 + seed])), 2.0
+        )
     folder = adapter_folder.with_name("uneven")
     write_updates(folder, updates, like=adapter_folder, done="made up")
     return folder
@@ -171,15 +237,21 @@ def test_recommended_ranks_are_the_smallest_that_keep_the_share(uneven_folder: P
 
 
 def test_recommended_ranks_can_be_cut_to(uneven_folder: Path) -> None:
-    errors = truncate_adapter(uneven_folder, uneven_folder.with_name("cut"), recommended_ranks(uneven_folder, share=0.9))
+    errors = truncate_adapter(
+        uneven_folder, uneven_folder.with_name("cut"), recommended_ranks(uneven_folder, share=0.9)
+    )
     assert all(error**2 <= 0.1 for error in errors.values())
 
 
-def test_recommended_ranks_become_the_ranks_of_a_next_training(build_llama: Build, uneven_folder: Path) -> None:
+def test_recommended_ranks_become_the_ranks_of_a_next_training(
+    build_llama: Build, uneven_folder: Path
+) -> None:
     ranks = recommended_ranks(uneven_folder, share=0.9)
     assert len(set(ranks.values())) > 1
     for default in (1, 8):  # below and above all of them
-        config = LoraConfig(r=default, lora_alpha=8, target_modules=tuple(ranks), rank_pattern=rank_pattern(ranks))
+        config = LoraConfig(
+            r=default, lora_alpha=8, target_modules=tuple(ranks), rank_pattern=rank_pattern(ranks)
+        )
         assert {target.name: target.rank for target in plan_targets(build_llama(), config)} == ranks
 
 
@@ -208,13 +280,19 @@ def test_the_table_predicts_what_a_cut_then_costs(build_llama: Build, uneven_fol
 
 def test_the_table_beyond_the_rank_costs_nothing(uneven_folder: Path) -> None:
     at, beyond = truncation_table(uneven_folder, [4, 64])
-    assert (at.mean_error, at.max_error, at.energy) == (beyond.mean_error, beyond.max_error, beyond.energy) == (0, 0, 1)
+    assert (
+        (at.mean_error, at.max_error, at.energy)
+        == (beyond.mean_error, beyond.max_error, beyond.energy)
+        == (0, 0, 1)
+    )
     assert at.weights == beyond.weights == 4 * (2 * (64 + 64) + 2 * (64 + 128))
     with pytest.raises(ConfigError, match="rank 0 must be at least 1"):
         truncation_table(uneven_folder, [0])
 
 
-def test_an_adapter_at_its_start_can_be_asked(build_llama: Build, small_config: LoraConfig, tmp_path: Path) -> None:
+def test_an_adapter_at_its_start_can_be_asked(
+    build_llama: Build, small_config: LoraConfig, tmp_path: Path
+) -> None:
     """B is zero: every rank keeps everything."""
     model = build_llama()
     inject(model, small_config, seed=0)

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_core.training.attention import AttentionError, PackMask, Segment, packed_attention, reading, segments_being_read
+from lora_core.training.attention import (
+    AttentionError,
+    PackMask,
+    Segment,
+    packed_attention,
+    reading,
+    segments_being_read,
+)
 
 HEADS, WIDTH = 4, 8
 PATTERNS: dict[str, Callable[[int, int], bool]] = {
@@ -56,7 +63,14 @@ def mask_written_out(pattern: Callable[[int, int], bool]) -> Tensor:
 
 
 def written_out(  # noqa: PLR0913
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scaling: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     k, v = (states.repeat_interleave(repeats, dim=1) for states in (k, v))
@@ -71,7 +85,11 @@ def written_out(  # noqa: PLR0913
 
 
 def states(key_heads: int) -> list[Tensor]:
-    shapes = [(1, HEADS, TOKENS, WIDTH), (1, key_heads, TOKENS, WIDTH), (1, key_heads, TOKENS, WIDTH - 2)]
+    shapes = [
+        (1, HEADS, TOKENS, WIDTH),
+        (1, key_heads, TOKENS, WIDTH),
+        (1, key_heads, TOKENS, WIDTH - 2),
+    ]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
@@ -85,10 +103,16 @@ def test_values_and_gradients_equal_attention_written_out(
     tensors = states(key_heads)
     sinks = torch.randn(HEADS, dtype=torch.float64, requires_grad=True) if has_sinks else None
     mask = PackMask(SEGMENTS, visible(pattern))
-    found, weights = packed_attention(nn.Identity(), *tensors, mask, scaling=0.4, softcap=softcap, s_aux=sinks)
-    expected = written_out(*tensors, mask_written_out(pattern), scaling=0.4, softcap=softcap, sinks=sinks)
+    found, weights = packed_attention(
+        nn.Identity(), *tensors, mask, scaling=0.4, softcap=softcap, s_aux=sinks
+    )
+    expected = written_out(
+        *tensors, mask_written_out(pattern), scaling=0.4, softcap=softcap, sinks=sinks
+    )
     # a capped score is squashed in float32, as models do; everything else is float64 throughout
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if softcap is not None else {"rtol": 1e-11, "atol": 1e-11}
+    tolerance = (
+        {"rtol": 1e-6, "atol": 1e-6} if softcap is not None else {"rtol": 1e-11, "atol": 1e-11}
+    )
     assert weights is None and found.is_contiguous()
     torch.testing.assert_close(found, expected, **tolerance)
     wanted = [*tensors, *([] if sinks is None else [sinks])]
@@ -117,14 +141,20 @@ def test_a_plainly_causal_segment_needs_no_mask() -> None:
     assert [mask is None for mask in PackMask(SEGMENTS).masks] == [True, False, True]
     assert PackMask(SEGMENTS).masks[1] is SEGMENTS[1].mask
     windows = PackMask(SEGMENTS, visible(PATTERNS["window of 3"])).masks
-    assert [mask is None for mask in windows] == [False, False, True]  # two tokens lie inside any window
+    assert [mask is None for mask in windows] == [
+        False,
+        False,
+        True,
+    ]  # two tokens lie inside any window
 
 
 def test_dropout_drops_attention_weights() -> None:
     tensors = [tensor.detach() for tensor in states(2)]
     mask = PackMask(SEGMENTS, visible(PATTERNS["causal"]))
     torch.manual_seed(0)
-    kept, dropped = (packed_attention(nn.Identity(), *tensors, mask, dropout=p)[0] for p in (0.0, 0.5))
+    kept, dropped = (
+        packed_attention(nn.Identity(), *tensors, mask, dropout=p)[0] for p in (0.0, 0.5)
+    )
     assert not torch.allclose(kept, dropped)
 
 
@@ -137,16 +167,26 @@ def test_dropout_drops_attention_weights() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_option_that_is_not_computed_is_refused(options: dict[str, object], message: str) -> None:
+def test_an_option_that_is_not_computed_is_refused(
+    options: dict[str, object], message: str
+) -> None:
     with pytest.raises(AttentionError, match=message):
-        packed_attention(nn.Identity(), *states(2), PackMask(SEGMENTS, visible(PATTERNS["causal"])), **options)
+        packed_attention(
+            nn.Identity(), *states(2), PackMask(SEGMENTS, visible(PATTERNS["causal"])), **options
+        )
 
 
 def test_options_without_an_effect_are_taken() -> None:
     mask = PackMask(SEGMENTS, visible(PATTERNS["causal"]))
     tensors = states(2)
     plain = packed_attention(nn.Identity(), *tensors, mask)[0]
-    asked = {"sliding_window": None, "is_causal": True, "use_cache": False, "output_attentions": False, "cu_seq_lens_q": None}
+    asked = {
+        "sliding_window": None,
+        "is_causal": True,
+        "use_cache": False,
+        "output_attentions": False,
+        "cu_seq_lens_q": None,
+    }
     assert torch.equal(plain, packed_attention(nn.Identity(), *tensors, mask, **asked)[0])
 
 
@@ -158,7 +198,9 @@ def test_a_mask_that_is_not_the_packs_is_refused(mask: Tensor | None) -> None:
 
 def test_segments_must_cover_the_row() -> None:
     with pytest.raises(AttentionError, match="one row of 7 tokens"):
-        packed_attention(nn.Identity(), *states(2), PackMask(SEGMENTS[:1], visible(PATTERNS["causal"])))
+        packed_attention(
+            nn.Identity(), *states(2), PackMask(SEGMENTS[:1], visible(PATTERNS["causal"]))
+        )
 
 
 def test_a_mask_belongs_to_the_pack_that_is_being_read() -> None:

@@ -51,20 +51,28 @@ def test_bfloat16_is_close(inputs: Inputs) -> None:
     # Each logit, of up to about 16, is rounded to 8 bits: 0.03 a row at most.
     torch.testing.assert_close(loss.double(), expected, rtol=0, atol=0.03 * ROWS)
     found = torch.autograd.grad(loss, (hidden, weight))
-    for gradient, reference in zip(found, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+    for gradient, reference in zip(
+        found, torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
         assert gradient.dtype == torch.bfloat16
-        torch.testing.assert_close(gradient.float(), reference.float(), rtol=0.02, atol=0.02 * reference.abs().max().item())
+        torch.testing.assert_close(
+            gradient.float(), reference.float(), rtol=0.02, atol=0.02 * reference.abs().max().item()
+        )
 
 
 def test_extreme_logits_stay_finite(inputs: Inputs) -> None:
     hidden, weight, targets = inputs
     loud = (hidden.detach() * 1000).requires_grad_()
     loss = linear_cross_entropy(loud, weight, targets)
-    torch.testing.assert_close(loss.double(), reference_loss(loud, weight, targets), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        loss.double(), reference_loss(loud, weight, targets), rtol=1e-5, atol=0
+    )
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (loud, weight)))
 
 
-@pytest.mark.parametrize("trained", [(True, False), (False, True), (False, False)], ids=["hidden", "weight", "neither"])
+@pytest.mark.parametrize(
+    "trained", [(True, False), (False, True), (False, False)], ids=["hidden", "weight", "neither"]
+)
 def test_only_what_is_trained_gets_a_gradient(inputs: Inputs, trained: tuple[bool, bool]) -> None:
     for tensor, wanted in zip(inputs[:2], trained, strict=True):
         tensor.requires_grad_(wanted)
@@ -72,8 +80,12 @@ def test_only_what_is_trained_gets_a_gradient(inputs: Inputs, trained: tuple[boo
     assert loss.requires_grad is any(trained)
     if any(trained):
         loss.backward()
-        reference_gradients = torch.autograd.grad(reference_loss(*inputs), [t for t in inputs[:2] if t.requires_grad])
-        for found, expected in zip((t.grad for t in inputs[:2] if t.requires_grad), reference_gradients, strict=True):
+        reference_gradients = torch.autograd.grad(
+            reference_loss(*inputs), [t for t in inputs[:2] if t.requires_grad]
+        )
+        for found, expected in zip(
+            (t.grad for t in inputs[:2] if t.requires_grad), reference_gradients, strict=True
+        ):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert [t.grad is not None for t in inputs[:2]] == list(trained)
 
@@ -121,7 +133,12 @@ def test_a_tie_counts_as_greedy() -> None:
 
 def test_no_position_gives_no_likelihood(inputs: Inputs) -> None:
     likelihoods, greedy = token_log_likelihoods(inputs[0][:0], inputs[1], inputs[2][:0])
-    assert (likelihoods.shape, likelihoods.dtype, greedy.shape, greedy.dtype) == ((0,), torch.float32, (0,), torch.bool)
+    assert (likelihoods.shape, likelihoods.dtype, greedy.shape, greedy.dtype) == (
+        (0,),
+        torch.float32,
+        (0,),
+        torch.bool,
+    )
 
 
 TRANSFORMS = {
@@ -133,7 +150,9 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
-def test_terms_of_the_head_equal_the_logits_written_out(inputs: Inputs, transform: LogitTransform, has_bias: bool) -> None:
+def test_terms_of_the_head_equal_the_logits_written_out(
+    inputs: Inputs, transform: LogitTransform, has_bias: bool
+) -> None:
     hidden, weight, targets = inputs
     bias = torch.randn(VOCABULARY, requires_grad=True) if has_bias else None
     product = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
@@ -141,11 +160,17 @@ def test_terms_of_the_head_equal_the_logits_written_out(inputs: Inputs, transfor
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     expected = F.cross_entropy(logits, targets, reduction="sum")
-    loss = linear_cross_entropy(hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3)
+    loss = linear_cross_entropy(
+        hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3
+    )
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
     trained = [hidden, weight, *([] if bias is None else [bias])]
-    for found, wanted in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True):
+    for found, wanted in zip(
+        torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True
+    ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    likelihoods, greedy = token_log_likelihoods(hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3)
+    likelihoods, greedy = token_log_likelihoods(
+        hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3
+    )
     torch.testing.assert_close(-likelihoods.double().sum(), expected.detach(), rtol=1e-5, atol=0)
     assert greedy.tolist() == (logits.argmax(dim=1) == targets).tolist()

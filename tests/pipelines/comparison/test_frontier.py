@@ -23,9 +23,17 @@ def recommended(task_records: Maker, general_records: Maker) -> Recommend:
 
     def records(loss: float, noise: float, seed: int) -> Records:
         rng = np.random.default_rng(seed)
-        return task_records(list(loss + rng.normal(0, noise, ITEMS))) + general_records("piqa", [0.5] * ITEMS)
+        return task_records(list(loss + rng.normal(0, noise, ITEMS))) + general_records(
+            "piqa", [0.5] * ITEMS
+        )
 
-    def run(losses: dict[int, float], *, noise: float = 0.01, passed: tuple[int, ...] | None = None, cuts: dict[int, float] = {}) -> Any:  # noqa: B006
+    def run(
+        losses: dict[int, float],
+        *,
+        noise: float = 0.01,
+        passed: tuple[int, ...] | None = None,
+        cuts: dict[int, float] = {},  # noqa: B006
+    ) -> Any:
         highest, variants = max(losses), []
         items = {"base": records(4.0, noise, 0)}
         for rank, loss in losses.items():
@@ -33,10 +41,17 @@ def recommended(task_records: Maker, general_records: Maker) -> Recommend:
             variants.append((Variant(f"rank-{rank}", "lora", rank, 15, 1e-3), True))
         for rank, loss in cuts.items():
             items[f"rank-{highest}→{rank}"] = records(loss, noise, 100 + rank)
-            variants.append((Variant(f"rank-{highest}→{rank}", "lora", rank, 15, 1e-3, highest), False))
+            variants.append(
+                (Variant(f"rank-{highest}→{rank}", "lora", rank, 15, 1e-3, highest), False)
+            )
         bases = (items["base"], items["base"])
-        points = [place(variant, bases, items[variant.label], trained=trained) for variant, trained in variants]
-        return recommend(points, [f"rank-{rank}" for rank in (losses if passed is None else passed)], items)
+        points = [
+            place(variant, bases, items[variant.label], trained=trained)
+            for variant, trained in variants
+        ]
+        return recommend(
+            points, [f"rank-{rank}" for rank in (losses if passed is None else passed)], items
+        )
 
     return run
 
@@ -49,7 +64,10 @@ def behind(task_records: Maker) -> Recommend:
         losses = {"base": easy + 1.0 + 0 * less, "rank-4": easy + less, "rank-16": easy + 0 * less}
         items = {label: task_records(list(values)) for label, values in losses.items()}
         variants = [Variant(f"rank-{rank}", "lora", rank, 15, 1e-3) for rank in (4, 16)]
-        points = [place(variant, (items["base"], items["base"]), items[variant.label], trained=True) for variant in variants]
+        points = [
+            place(variant, (items["base"], items["base"]), items[variant.label], trained=True)
+            for variant in variants
+        ]
         return recommend(points, ["rank-4", "rank-16"], items)
 
     return run
@@ -59,7 +77,9 @@ def test_a_lower_rank_that_learnt_as_much_is_recommended(recommended: Recommend)
     found = recommended({4: 3.0, 16: 2.99, 64: 2.96}, noise=0.1)
     assert found is not None
     assert found.label == "rank-4"
-    assert found.reason.startswith("rank-4 has the lowest rank that surely gives up no more than 10% of the task gain of rank-64 (+1.0")
+    assert found.reason.startswith(
+        "rank-4 has the lowest rank that surely gives up no more than 10% of the task gain of rank-64 (+1.0"
+    )
     assert found.reason.endswith(f" on the same items, at most {ceil(100 * found.gives_up)}%")
 
 
@@ -78,7 +98,10 @@ def test_few_examples_that_show_nothing_do_not_speak_for_a_lower_rank(behind: Re
     found = behind(np.array([-0.5, 0.6] * (ITEMS // 2)))
     assert found is not None
     assert (found.label, found.gives_up) == ("rank-16", None)
-    assert "no lower rank that passes surely gives up at most 10%: rank-4 0.049 less (-0.1" in found.reason
+    assert (
+        "no lower rank that passes surely gives up at most 10%: rank-4 0.049 less (-0.1"
+        in found.reason
+    )
 
 
 def test_a_lower_rank_that_surely_learnt_less_is_not(recommended: Recommend) -> None:
@@ -87,12 +110,21 @@ def test_a_lower_rank_that_surely_learnt_less_is_not(recommended: Recommend) -> 
     assert found.label == "rank-16"
 
 
-def test_where_every_lower_rank_learnt_less_the_best_is_recommended_and_says_so(recommended: Recommend) -> None:
+def test_where_every_lower_rank_learnt_less_the_best_is_recommended_and_says_so(
+    recommended: Recommend,
+) -> None:
     found = recommended({4: 3.4, 16: 3.2, 64: 3.0})
     assert found is not None
     assert found.label == "rank-64"
     assert found.reason.startswith("rank-64 gains most (+")
-    assert all(part in found.reason for part in ("no lower rank that passes surely gives up at most 10%", ": rank-4 0.", "; rank-16 0."))
+    assert all(
+        part in found.reason
+        for part in (
+            "no lower rank that passes surely gives up at most 10%",
+            ": rank-4 0.",
+            "; rank-16 0.",
+        )
+    )
 
 
 def test_a_best_that_has_the_lowest_rank_needs_no_comparison(recommended: Recommend) -> None:

@@ -16,9 +16,19 @@ GATE = {
     "max_rank": 64,
     "min_gain_over_champion": 0.01,
 }
-LEARNT, SURELY, LITTLE, HARDLY_MORE = "learnt enough", "surely learnt", "forgot little", "forgot hardly more than the control"
+LEARNT, SURELY, LITTLE, HARDLY_MORE = (
+    "learnt enough",
+    "surely learnt",
+    "forgot little",
+    "forgot hardly more than the control",
+)
 PROBE, TASK = "forgot little of capitals", "forgot little of perplexity"
-FILE, RANK, CHAMPION, METRICS = "the file is small enough", "the rank can be served", "beats the champion", "all metrics could be computed"
+FILE, RANK, CHAMPION, METRICS = (
+    "the file is small enough",
+    "the rank can be served",
+    "beats the champion",
+    "all metrics could be computed",
+)
 GOOD = Evidence(
     control="full",
     task_gain=Interval(0.8, 0.7, 0.9),
@@ -71,7 +81,11 @@ def names(evidence: Evidence, gate: dict[str, Any] = GATE) -> list[str]:
         (LEARNT, {"gain_share": Interval(2.7, 2.0, 3.0)}, "pass"),
         (LEARNT, {"gain_share": None}, "can't tell"),
         (LEARNT, {"gain_share": Interval(float("nan"), float("nan"), float("nan"))}, "can't tell"),
-        (CHAMPION, {"over_champion": None, "champion_objection": "it was trained on another base"}, "can't tell"),
+        (
+            CHAMPION,
+            {"over_champion": None, "champion_objection": "it was trained on another base"},
+            "can't tell",
+        ),
         (LITTLE, {"general": Interval(-0.02, -0.029, 0.0)}, "pass"),
         (LITTLE, {"general": Interval(-0.03, -0.03, -0.03)}, "pass"),
         (LITTLE, {"general": Interval(-0.02, -0.031, 0.01)}, "can't tell"),
@@ -106,7 +120,9 @@ def names(evidence: Evidence, gate: dict[str, Any] = GATE) -> list[str]:
         (METRICS, {"errors": ("execution of answer 3: no such program",)}, "can't tell"),
     ],
 )
-def test_a_rule_is_held_against_an_end_of_its_interval(name: str, changes: dict[str, Any], status: str) -> None:
+def test_a_rule_is_held_against_an_end_of_its_interval(
+    name: str, changes: dict[str, Any], status: str
+) -> None:
     verdict = decide(replace(GOOD, **changes), GATE)
     others = {one.name: one.status for one in verdict.rules if one.name != name}
     assert {one.name: one.status for one in verdict.rules if one.name == name} == {name: status}
@@ -134,9 +150,29 @@ def test_without_a_control_an_adapter_must_surely_have_learnt(gain: Interval, st
 def test_a_rule_that_does_not_apply_is_not_listed() -> None:
     assert names(GOOD) == EVERY
     assert names(ALONE) == [SURELY, LITTLE, FILE, RANK, CHAMPION, METRICS]
-    assert names(GOOD, {**GATE, "max_file_mb": None, "max_rank": None}) == [LEARNT, LITTLE, HARDLY_MORE, CHAMPION, METRICS]
-    assert names(GOOD, {**GATE, "min_gain_over_champion": None}) == [LEARNT, LITTLE, HARDLY_MORE, FILE, RANK, METRICS]
-    assert names(replace(GOOD, over_champion=None)) == [LEARNT, LITTLE, HARDLY_MORE, FILE, RANK, METRICS]
+    assert names(GOOD, {**GATE, "max_file_mb": None, "max_rank": None}) == [
+        LEARNT,
+        LITTLE,
+        HARDLY_MORE,
+        CHAMPION,
+        METRICS,
+    ]
+    assert names(GOOD, {**GATE, "min_gain_over_champion": None}) == [
+        LEARNT,
+        LITTLE,
+        HARDLY_MORE,
+        FILE,
+        RANK,
+        METRICS,
+    ]
+    assert names(replace(GOOD, over_champion=None)) == [
+        LEARNT,
+        LITTLE,
+        HARDLY_MORE,
+        FILE,
+        RANK,
+        METRICS,
+    ]
     assert names(replace(GOOD, answers=0)) == [LEARNT, LITTLE, HARDLY_MORE, FILE, RANK, CHAMPION]
 
 
@@ -147,7 +183,10 @@ def test_all_good_passes_and_every_rule_says_why() -> None:
 
 
 def test_one_failure_rejects_whatever_else_cannot_be_told() -> None:
-    unclear, forgetful = {"gain_share": Interval(0.6, 0.4, 0.8)}, {"general": Interval(-0.06, -0.09, -0.04)}
+    unclear, forgetful = (
+        {"gain_share": Interval(0.6, 0.4, 0.8)},
+        {"general": Interval(-0.06, -0.09, -0.04)},
+    )
     verdict = decide(replace(GOOD, **unclear, **forgetful), GATE)
     assert verdict.status == "reject"
     assert verdict.reason == rule(replace(GOOD, **forgetful), LITTLE).reason
@@ -171,7 +210,10 @@ def test_a_general_change_of_accuracy_is_called_so() -> None:
 
 
 def test_a_file_is_told_in_megabytes() -> None:
-    assert rule(replace(GOOD, file_bytes=538_400_000), FILE).reason == "a file of 538 MB, but the rule is at most 20 MB"
+    assert (
+        rule(replace(GOOD, file_bytes=538_400_000), FILE).reason
+        == "a file of 538 MB, but the rule is at most 20 MB"
+    )
 
 
 def test_what_cannot_be_told_says_how_many_items_would_tell() -> None:
@@ -188,13 +230,18 @@ def test_what_cannot_be_told_of_the_task_asks_for_held_out_examples() -> None:
 
 
 def test_many_items_are_told_in_thousands() -> None:
-    assert "with about 14,000 items (now 180)" in decide(replace(GOOD, general=Interval(-0.025, -0.055, 0.005)), GATE).reason
+    assert (
+        "with about 14,000 items (now 180)"
+        in decide(replace(GOOD, general=Interval(-0.025, -0.055, 0.005)), GATE).reason
+    )
 
 
 @pytest.mark.parametrize("mean", [-0.03, -0.0299])
 def test_what_no_sensible_sample_would_tell_asks_for_none(mean: float) -> None:
     reason = decide(replace(GOOD, general=Interval(mean, -0.06, 0.0)), GATE).reason
-    assert reason.endswith("so close that even 100 times the 180 items would not tell; set another bound, or judge it yourself")
+    assert reason.endswith(
+        "so close that even 100 times the 180 items would not tell; set another bound, or judge it yourself"
+    )
 
 
 def test_metrics_that_failed_are_named_with_their_answers() -> None:
@@ -229,14 +276,22 @@ def test_open_questions_are_told_by_benchmark_and_in_their_own_scale() -> None:
 
 
 def test_one_benchmark_that_fell_rejects_though_others_did_not() -> None:
-    both = replace(GOOD, open_changes=(*probe(0.0, -0.01, 0.01)["open_changes"], *task(-2.0, -3.0, -1.0)["open_changes"]))
+    both = replace(
+        GOOD,
+        open_changes=(
+            *probe(0.0, -0.01, 0.01)["open_changes"],
+            *task(-2.0, -3.0, -1.0)["open_changes"],
+        ),
+    )
     assert [rule(both, name).status for name in (PROBE, TASK)] == ["pass", "reject"]
     assert decide(both, GATE).status == "reject"
 
 
 def test_a_name_with_braces_is_told_as_it_is() -> None:
     odd = OpenChange("{value} {0}", Interval(-1.0, -1.0, -1.0), None, 20)
-    assert decide(replace(GOOD, open_changes=(odd,)), GATE).reason.startswith("change of accuracy on {value} {0} -1.000")
+    assert decide(replace(GOOD, open_changes=(odd,)), GATE).reason.startswith(
+        "change of accuracy on {value} {0} -1.000"
+    )
 
 
 def test_where_only_tasks_that_rate_themselves_were_asked_they_are_the_rule() -> None:
@@ -247,7 +302,10 @@ def test_where_only_tasks_that_rate_themselves_were_asked_they_are_the_rule() ->
 
 def test_the_rule_beside_the_control_names_what_it_allows() -> None:
     one = rule(replace(GOOD, beyond_control=Interval(-0.02, -0.025, 0.0)), HARDLY_MORE)
-    assert (one.status, one.reason) == ("pass", "-0.020 against the control (-0.025 to 0.000; no less than -0.030)")
+    assert (one.status, one.reason) == (
+        "pass",
+        "-0.020 against the control (-0.025 to 0.000; no less than -0.030)",
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,6 +322,8 @@ def test_the_rule_beside_the_control_names_what_it_allows() -> None:
     ],
 )
 def test_a_rule_says_whether_more_items_would_tell(changes: dict[str, Any], beyond: bool) -> None:
-    undecided = [one for one in decide(replace(GOOD, **changes), GATE).rules if one.status == "can't tell"]
+    undecided = [
+        one for one in decide(replace(GOOD, **changes), GATE).rules if one.status == "can't tell"
+    ]
     assert [one.beyond_items for one in undecided] == [beyond]
     assert not any(one.beyond_items for one in decide(GOOD, GATE).rules)

@@ -28,12 +28,18 @@ def test_benchmarks_that_weigh_the_same_share_the_items() -> None:
     assert power.items == 80
     assert power.needed is not None
     each = round(power.needed / 2)
-    shown = [mean_interval(*(rng.normal(-drop, spread, each) for spread in spreads)).high < 0 for _ in range(SETS)]
+    shown = [
+        mean_interval(*(rng.normal(-drop, spread, each) for spread in spreads)).high < 0
+        for _ in range(SETS)
+    ]
     assert np.mean(shown) == pytest.approx(0.8, abs=CHANCE)
 
 
 def test_the_smallest_drop_needs_as_many_items_as_there_are() -> None:
-    samples = [np.random.default_rng(3).normal(0, 0.1, 40), np.random.default_rng(4).normal(0, 0.3, 60)]
+    samples = [
+        np.random.default_rng(3).normal(0, 0.1, 40),
+        np.random.default_rng(4).normal(0, 0.3, 60),
+    ]
     smallest = power_of(samples, 0.03).smallest_drop
     assert power_of(samples, smallest).needed == pytest.approx(100, abs=1)
     assert power_of(samples, smallest / 2).needed == pytest.approx(4 * (100 - 1.92) + 1.92, abs=2)
@@ -44,7 +50,9 @@ def test_few_items_show_their_smallest_drop_in_four_of_five_samples() -> None:
     rng, spread = np.random.default_rng(6), 0.15
     pilot = np.array([-1.0, -1.0, -1.0, 0.0, 1.0, 1.0, 1.0]) * spread  # of exactly that spread
     power = power_of([pilot], 0.2)
-    shown = [mean_interval(rng.normal(-power.smallest_drop, spread, 7)).high < 0 for _ in range(SETS)]
+    shown = [
+        mean_interval(rng.normal(-power.smallest_drop, spread, 7)).high < 0 for _ in range(SETS)
+    ]
     assert np.mean(shown) == pytest.approx(0.8, abs=CHANCE)
 
 
@@ -62,7 +70,9 @@ def test_where_all_items_agree_the_smallest_drop_is_nothing() -> None:
     assert power_of([np.full(5, 0.25)], 0.03).smallest_drop == 0
 
 
-def test_the_items_that_would_tell_put_the_bound_outside_the_interval_in_four_of_five_samples() -> None:
+def test_the_items_that_would_tell_put_the_bound_outside_the_interval_in_four_of_five_samples() -> (
+    None
+):
     rng, mean, spread, bound = np.random.default_rng(5), -0.01, 0.08, -0.03
     error = 2.009575 * spread / np.sqrt(50)  # t of 49 degrees of freedom
     needed = items_to_tell(Interval(mean, mean - error, mean + error), bound, 50)
@@ -83,4 +93,6 @@ def test_nothing_tells_a_mean_from_a_bound_that_is_the_same() -> None:
 
 def test_telling_takes_more_items_than_could_not_tell() -> None:
     """A bound at the very end of an interval would be outside it in half of the next samples; for four in five it takes twice."""
-    assert items_to_tell(Interval(0.0, -0.1, 0.1), 0.1, 100) == pytest.approx(100 * (2.8016 / 1.9842) ** 2 + 1.92, abs=1)
+    assert items_to_tell(Interval(0.0, -0.1, 0.1), 0.1, 100) == pytest.approx(
+        100 * (2.8016 / 1.9842) ** 2 + 1.92, abs=1
+    )

@@ -36,7 +36,9 @@ def standard_error(values: Array) -> float:
 def percentiles(interval: Interval, *samples: Array) -> tuple[float, float]:
     """Return the ends of an interval as they were before they were stretched."""
     stretch = stretches([values[None] for values in samples])[0]
-    return interval.mean + (interval.low - interval.mean) / stretch, interval.mean + (interval.high - interval.mean) / stretch
+    return interval.mean + (interval.low - interval.mean) / stretch, interval.mean + (
+        interval.high - interval.mean
+    ) / stretch
 
 
 def coverage(samples: list[Array], truth: float) -> float:
@@ -77,9 +79,13 @@ def test_benchmarks_of_one_size_are_drawn_apart() -> None:
 def test_an_interval_of_a_mean_is_scipy_s() -> None:
     values = np.random.default_rng(3).gamma(1.0, size=50)
     ours = mean_interval(values)
-    theirs = bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(4)).confidence_interval
+    theirs = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(4)
+    ).confidence_interval
     assert ours.mean == pytest.approx(values.mean(), abs=1e-6)
-    assert percentiles(ours, values) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * standard_error(values))
+    assert percentiles(ours, values) == pytest.approx(
+        (theirs.low, theirs.high), abs=CHANCE * standard_error(values)
+    )
 
 
 def test_an_interval_over_benchmarks_is_scipy_s() -> None:
@@ -90,10 +96,14 @@ def test_an_interval_over_benchmarks_is_scipy_s() -> None:
         return np.mean([part.mean(axis=axis) for part in parts], axis=0)
 
     ours = mean_interval(*samples)
-    theirs = bootstrap(samples, mean_of_means, n_resamples=RESAMPLES, method="percentile", rng=rng).confidence_interval
+    theirs = bootstrap(
+        samples, mean_of_means, n_resamples=RESAMPLES, method="percentile", rng=rng
+    ).confidence_interval
     error = np.sqrt(sum(standard_error(values) ** 2 for values in samples)) / 3
     assert ours.mean == pytest.approx(np.mean([values.mean() for values in samples]), abs=1e-6)
-    assert percentiles(ours, *samples) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * error)
+    assert percentiles(ours, *samples) == pytest.approx(
+        (theirs.low, theirs.high), abs=CHANCE * error
+    )
 
 
 def test_an_interval_of_a_ratio_is_scipy_s() -> None:
@@ -105,10 +115,14 @@ def test_an_interval_of_a_ratio_is_scipy_s() -> None:
         return first.sum(axis=axis) / second.sum(axis=axis)
 
     ours = ratio_interval(above, below)
-    found = bootstrap((above, below), ratio, paired=True, n_resamples=RESAMPLES, method="percentile", rng=rng)
+    found = bootstrap(
+        (above, below), ratio, paired=True, n_resamples=RESAMPLES, method="percentile", rng=rng
+    )
     theirs = found.confidence_interval
     assert ours.mean == pytest.approx(above.sum() / below.sum(), abs=1e-6)
-    assert percentiles(ours, above) == pytest.approx((theirs.low, theirs.high), abs=CHANCE * float(found.standard_error))
+    assert percentiles(ours, above) == pytest.approx(
+        (theirs.low, theirs.high), abs=CHANCE * float(found.standard_error)
+    )
 
 
 @pytest.mark.parametrize("items", [2, 5, 12, 30])
@@ -123,14 +137,18 @@ def test_over_benchmarks_the_stretch_is_welch_s() -> None:
     rng = np.random.default_rng(11)
     first, second = rng.normal(0, 1.0, 6), rng.normal(0, 4.0, 15)
     freedom = ttest_ind(first, second, equal_var=False).df
-    unbiased, of_resamples = (sum(values.var(ddof=ddof) / len(values) for values in (first, second)) for ddof in (1, 0))
+    unbiased, of_resamples = (
+        sum(values.var(ddof=ddof) / len(values) for values in (first, second)) for ddof in (1, 0)
+    )
     by_hand = t.ppf(0.975, freedom) / 1.959964 * np.sqrt(unbiased / of_resamples)
     assert stretches([first[None], second[None]]) == pytest.approx([by_hand], rel=1e-6)
 
 
 @pytest.mark.parametrize("draw", [normal, skewed])
 @pytest.mark.parametrize("sizes", [[5], [12], [30], [10] * 6], ids=str)
-def test_few_items_hold_the_truth_nearly_as_often_as_they_say(draw: Callable[..., Array], sizes: list[int]) -> None:
+def test_few_items_hold_the_truth_nearly_as_often_as_they_say(
+    draw: Callable[..., Array], sizes: list[int]
+) -> None:
     """Percentiles alone did in 84, 92, 95 and 93 % of normal samples; a share of 1000 strays by 0.7 %."""
     rng = np.random.default_rng(12)
     assert 0.92 <= coverage([draw(rng, items) for items in sizes], 4.0) <= 0.97
@@ -139,7 +157,9 @@ def test_few_items_hold_the_truth_nearly_as_often_as_they_say(draw: Callable[...
 def test_figures_that_are_asked_together_have_the_intervals_they_have_alone() -> None:
     rng = np.random.default_rng(7)
     first, second = rng.normal(size=(3, 20)), rng.normal(size=(3, 35))
-    assert mean_intervals([first, second]) == [mean_interval(a, b) for a, b in zip(first, second, strict=True)]
+    assert mean_intervals([first, second]) == [
+        mean_interval(a, b) for a, b in zip(first, second, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("values", [[0.3] * 9, [0.0] * 5])
@@ -151,7 +171,9 @@ def test_what_is_the_same_for_all_items_leaves_nothing_to_chance(values: list[fl
 def test_a_mean_of_means_holds_the_truth_as_often_as_it_says() -> None:
     """200 samples of two benchmarks of 40: 95 % of intervals should hold the truth."""
     rng, truth, sets = np.random.default_rng(8), -0.05, 200
-    samples = [[truth + shift + rng.uniform(-0.3, 0.3, 40) for shift in (-0.1, 0.1)] for _ in range(sets)]
+    samples = [
+        [truth + shift + rng.uniform(-0.3, 0.3, 40) for shift in (-0.1, 0.1)] for _ in range(sets)
+    ]
     intervals = [mean_interval(*sample) for sample in samples]
     assert 0.90 <= sum(one.low <= truth <= one.high for one in intervals) / sets <= 0.99
 
@@ -174,15 +196,21 @@ def test_a_p_value_of_few_items_counts_every_swap() -> None:
 @given(arrays(np.float64, st.integers(2, 9), elements=st.floats(-1, 1, width=16)))
 def test_a_p_value_of_few_items_is_that_of_an_enumeration(values: Array) -> None:
     sums = [abs(np.dot(flips, values)) for flips in product((-1, 1), repeat=len(values))]
-    assert sign_flip_p_value(values) == pytest.approx(np.mean(np.array(sums) >= abs(values.sum()) - 1e-12))
+    assert sign_flip_p_value(values) == pytest.approx(
+        np.mean(np.array(sums) >= abs(values.sum()) - 1e-12)
+    )
 
 
-@pytest.mark.parametrize(("items", "shift"), [(8, 0.5), (12, 0.3), (40, 0.2), (200, 0.1), (200, 0.0)])
+@pytest.mark.parametrize(
+    ("items", "shift"), [(8, 0.5), (12, 0.3), (40, 0.2), (200, 0.1), (200, 0.0)]
+)
 def test_a_p_value_is_scipy_s(items: int, shift: float) -> None:
     """Of few items exactly; of more, two samples of 4999 swaps differ by less than 5 of their standard errors."""
     values = np.random.default_rng(items).normal(shift, 1.0, items)
     rng = np.random.default_rng(1)
-    theirs = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=rng).pvalue
+    theirs = permutation_test(
+        (values,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, rng=rng
+    ).pvalue
     room = 5 * np.sqrt(2 * theirs * (1 - theirs) / RESAMPLES) if items > 12 else 1e-12
     assert sign_flip_p_value(values) == pytest.approx(theirs, abs=room)
 
@@ -213,5 +241,7 @@ def test_all_signs_are_tried_where_they_are_few() -> None:
 @given(arrays(np.float64, st.integers(2, 30), elements=st.floats(-1, 1, width=32)))
 def test_swapping_before_and_after_turns_an_interval_round(values: Array) -> None:
     forward, backward = mean_interval(values), mean_interval(-values)
-    assert (backward.mean, backward.low, backward.high) == pytest.approx((-forward.mean, -forward.high, -forward.low), abs=2e-6)
+    assert (backward.mean, backward.low, backward.high) == pytest.approx(
+        (-forward.mean, -forward.high, -forward.low), abs=2e-6
+    )
     assert sign_flip_p_value(values) == sign_flip_p_value(-values)

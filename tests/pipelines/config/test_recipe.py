@@ -8,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from pipelines.config.recipe import RECIPES, load_recipe, parse_recipe
+from pipelines.config.error_messages import RENAMED
+from pipelines.config.recipe import RECIPES, Recipe, load_recipe, parse_recipe
 from pipelines.errors import RecipeError
 
 Values = dict[str, Any]
@@ -51,15 +52,30 @@ def test_a_shipped_recipe_loads_by_path(name: str) -> None:
 
 
 def test_what_is_left_out_has_a_default(recipe_with: Maker) -> None:
-    values = {name: section for name, section in recipe_with().items() if name not in ("control", "launch", "evaluation")}
+    values = {
+        name: section
+        for name, section in recipe_with().items()
+        if name not in ("control", "launch", "evaluation")
+    }
     recipe = parse_recipe(values)
     assert recipe.gate.min_gain_share == 0.5
-    assert recipe.evaluation.general == ("hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande", "lambada")
+    assert recipe.evaluation.general == (
+        "hellaswag",
+        "piqa",
+        "arc_easy",
+        "openbookqa",
+        "winogrande",
+        "lambada",
+    )
 
 
-def test_a_rate_in_scientific_notation_is_a_number(save: Callable[[Values], Path], recipe_with: Maker) -> None:
+def test_a_rate_in_scientific_notation_is_a_number(
+    save: Callable[[Values], Path], recipe_with: Maker
+) -> None:
     path = save(recipe_with())
-    path.write_text(path.read_text().replace("learning_rate: 0.01\n", "learning_rate: 1e-3\n"))  # a string to YAML 1.1
+    path.write_text(
+        path.read_text().replace("learning_rate: 0.01\n", "learning_rate: 1e-3\n")
+    )  # a string to YAML 1.1
     assert load_recipe(path).lora.learning_rate == 0.001
 
 
@@ -69,7 +85,11 @@ def test_a_rate_in_scientific_notation_is_a_number(save: Callable[[Values], Path
         ({"training": {"stepz": 3}}, "'training.stepz'", "did you mean 'steps'?"),
         ({"lora": {"learningrate": 0.1}}, "'lora.learningrate'", "did you mean 'learning_rate'?"),
         ({"evaluatoin": {}}, "'evaluatoin'", "did you mean 'evaluation'?"),
-        ({"gate": {"xyzzy": 1}}, "'gate.xyzzy'", "known here: max_drop_beyond_control, max_file_mb, max_general_drop"),
+        (
+            {"gate": {"xyzzy": 1}},
+            "'gate.xyzzy'",
+            "known here: max_drop_beyond_control, max_file_mb, max_general_drop",
+        ),
         (
             {"qqq": 1},
             "'qqq'",
@@ -77,7 +97,9 @@ def test_a_rate_in_scientific_notation_is_a_number(save: Callable[[Values], Path
         ),
     ],
 )
-def test_an_unknown_key_is_refused_with_what_is_known(recipe_with: Maker, changes: Values, place: str, suggestion: str) -> None:
+def test_an_unknown_key_is_refused_with_what_is_known(
+    recipe_with: Maker, changes: Values, place: str, suggestion: str
+) -> None:
     message = refusal(recipe_with(**changes))
     assert f"unknown key {place}" in message
     assert suggestion in message
@@ -96,15 +118,24 @@ def test_an_unknown_key_is_refused_with_what_is_known(recipe_with: Maker, change
         ({"lora": {"learning_rate": 2}}, ["lora.learning_rate = 2", "less than 1"]),
         (
             {"lora": {"init": "zeros"}},
-            ["lora.init is 'zeros'", "use kaiming, gaussian, orthogonal, olora, pissa, pissa_niter_N, eva, loftq"],
+            [
+                "lora.init is 'zeros'",
+                "use kaiming, gaussian, orthogonal, olora, pissa, pissa_niter_N, eva, loftq",
+            ],
         ),
         ({"training": {"steps": 0}}, ["training.steps = 0", "greater than or equal to 1"]),
         ({"training": {"steps": "many"}}, ["training.steps = 'many'", "valid integer"]),
         ({"training": {"warmup_steps": -1}}, ["training.warmup_steps = -1"]),
         ({"data": {"max_tokens": 7}}, ["data.max_tokens = 7", "greater than or equal to 8"]),
-        ({"base_model": {"quantization": "int3"}}, ["base_model.quantization = 'int3'", "'nf4' or 'none'"]),
+        (
+            {"base_model": {"quantization": "int3"}},
+            ["base_model.quantization = 'int3'", "'nf4' or 'none'"],
+        ),
         ({"evaluation": {"general": ["piqqa"]}}, ["evaluation.general.0 = 'piqqa'", "'piqa'"]),
-        ({"gate": {"min_gain_share": 1.5}}, ["gate.min_gain_share = 1.5", "less than or equal to 1"]),
+        (
+            {"gate": {"min_gain_share": 1.5}},
+            ["gate.min_gain_share = 1.5", "less than or equal to 1"],
+        ),
         ({"registry": {"model": "team/model"}}, ["registry.model", "'team/model'", "no '/'"]),
         ({"registry": {"model": " "}}, ["registry.model", "' '"]),
         ({"name": "runs/one"}, ["name = 'runs/one'", "match pattern"]),
@@ -112,7 +143,9 @@ def test_an_unknown_key_is_refused_with_what_is_known(recipe_with: Maker, change
         ({"lora": None}, ["lora = None", "valid dictionary"]),
     ],
 )
-def test_a_value_that_breaks_its_rule_is_refused_by_place_and_value(recipe_with: Maker, changes: Values, fragments: list[str]) -> None:
+def test_a_value_that_breaks_its_rule_is_refused_by_place_and_value(
+    recipe_with: Maker, changes: Values, fragments: list[str]
+) -> None:
     message = refusal(recipe_with(**changes))
     for fragment in fragments:
         assert fragment in message
@@ -129,7 +162,9 @@ def test_a_value_that_breaks_its_rule_is_refused_by_place_and_value(recipe_with:
     ],
     ids=["infinite alpha", "no benchmark", "a benchmark twice", "one item", "one held-out example"],
 )
-def test_what_no_comparison_could_use_is_refused_before_training(recipe_with: Maker, changes: Values, place: str) -> None:
+def test_what_no_comparison_could_use_is_refused_before_training(
+    recipe_with: Maker, changes: Values, place: str
+) -> None:
     """An interval needs two items of each kind; found out after training, it would have cost the whole run."""
     assert place in refusal(recipe_with(**changes))
 
@@ -146,8 +181,21 @@ def test_every_problem_is_named_at_once(recipe_with: Maker) -> None:
     assert all(place in message for place in ("training.steps", "data.max_tokens", "name = "))
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_former_key_is_refused_with_its_new_name(recipe_with: Maker, old: str, new: str) -> None:
+    section, _, key = old.partition(".")
+    assert refusal(recipe_with(**{section: {key: 1}})).endswith(
+        f"unknown key {old!r}; it is now called {new!r}"
+    )
+    assert new.partition(".")[2] in Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+
+
 def test_a_batch_smaller_than_its_parts_is_refused_with_the_least_size(recipe_with: Maker) -> None:
-    message = refusal(recipe_with(training={"batch_size": 5, "accumulation": 3}, launch={"processes": 2}))
+    message = refusal(
+        recipe_with(
+            training={"batch_size": 5, "gradient_accumulation_steps": 3}, launch={"processes": 2}
+        )
+    )
     assert "training.batch_size 5" in message
     assert "2 processes × 3 parts" in message
     assert "at least 6" in message
@@ -156,25 +204,41 @@ def test_a_batch_smaller_than_its_parts_is_refused_with_the_least_size(recipe_wi
 @pytest.mark.parametrize(
     ("changes", "fragments"),
     [
-        ({"training": {"steps": 6, "warmup_steps": 6}}, ["training.warmup_steps 6", "training.steps 6", "at most 5"]),
-        ({"lora": {"init": "loftq"}, "base_model": {"quantization": "none"}}, ["lora.init 'loftq'", "base_model.quantization 'none'"]),
-        ({"evaluation": {"generations": 9}}, ["evaluation.generations 9", "data.validation_examples 8", "at most 8"]),
+        (
+            {"training": {"steps": 6, "warmup_steps": 6}},
+            ["training.warmup_steps 6", "training.steps 6", "at most 5"],
+        ),
+        (
+            {"lora": {"init": "loftq"}, "base_model": {"quantization": "none"}},
+            ["lora.init 'loftq'", "base_model.quantization 'none'"],
+        ),
+        (
+            {"evaluation": {"generations": 9}},
+            ["evaluation.generations 9", "data.validation_examples 8", "at most 8"],
+        ),
     ],
     ids=["a warm-up without end", "nothing rounded", "more answers than prompts"],
 )
-def test_what_could_not_be_done_as_asked_is_refused(recipe_with: Maker, changes: Values, fragments: list[str]) -> None:
+def test_what_could_not_be_done_as_asked_is_refused(
+    recipe_with: Maker, changes: Values, fragments: list[str]
+) -> None:
     message = refusal(recipe_with(**changes))
     for fragment in fragments:
         assert fragment in message
 
 
-@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva", "loftq"])
+@pytest.mark.parametrize(
+    "init",
+    ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva", "loftq"],
+)
 def test_every_start_of_the_library_can_be_asked_for(recipe_with: Maker, init: str) -> None:
     assert parse_recipe(recipe_with(lora={"init": init})).lora.init == init
 
 
 def test_no_more_answers_than_prompts_are_asked_for_by_default(recipe_with: Maker) -> None:
-    recipe = parse_recipe({name: section for name, section in recipe_with().items() if name != "evaluation"})
+    recipe = parse_recipe(
+        {name: section for name, section in recipe_with().items() if name != "evaluation"}
+    )
     assert recipe.evaluation.generations == recipe.data.validation_examples == 8
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
@@ -184,7 +248,9 @@ def test_a_refused_item_is_all_that_is_said_of_its_list(recipe_with: Maker) -> N
 
 
 def test_a_batch_of_one_example_for_each_part_is_enough(recipe_with: Maker) -> None:
-    values = recipe_with(training={"batch_size": 6, "accumulation": 3}, launch={"processes": 2})
+    values = recipe_with(
+        training={"batch_size": 6, "gradient_accumulation_steps": 3}, launch={"processes": 2}
+    )
     assert parse_recipe(values).training.batch_size == 6
 
 
@@ -200,7 +266,9 @@ def test_a_batch_of_one_example_for_each_part_is_enough(recipe_with: Maker) -> N
     ],
     ids=["unclosed", "two colons", "a list", "empty", "text", "not UTF-8"],
 )
-def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, content: bytes, fragment: str) -> None:
+def test_a_file_that_is_no_mapping_is_refused_by_name(
+    tmp_path: Path, content: bytes, fragment: str
+) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     message = refusal_of_file(path)
@@ -208,7 +276,9 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path: Path, content: b
     assert fragment in message
 
 
-def test_a_broken_recipe_is_named_by_its_file(save: Callable[[Values], Path], recipe_with: Maker) -> None:
+def test_a_broken_recipe_is_named_by_its_file(
+    save: Callable[[Values], Path], recipe_with: Maker
+) -> None:
     path = save(recipe_with(training={"steps": 0}))
     assert refusal_of_file(path).startswith(f"{path}: ")
 
@@ -225,23 +295,31 @@ def test_a_missing_recipe_like_no_other_lists_what_is_there(tmp_path: Path) -> N
     assert all(name in message for name in SHIPPED)
 
 
-def test_ranks_given_beside_replace_those_of_the_recipe(save: Callable[[Values], Path], recipe_with: Maker) -> None:
+def test_ranks_given_beside_replace_those_of_the_recipe(
+    save: Callable[[Values], Path], recipe_with: Maker
+) -> None:
     path = save(recipe_with())
     assert load_recipe(path, ranks=[16]).lora.ranks == (16,)
     assert load_recipe(path, ranks=[16]).lora.alpha == load_recipe(path).lora.alpha
 
 
 @pytest.mark.parametrize("ranks", [None, []])
-def test_no_ranks_beside_leave_those_of_the_recipe(save: Callable[[Values], Path], recipe_with: Maker, ranks: list[int] | None) -> None:
+def test_no_ranks_beside_leave_those_of_the_recipe(
+    save: Callable[[Values], Path], recipe_with: Maker, ranks: list[int] | None
+) -> None:
     assert load_recipe(save(recipe_with()), ranks=ranks).lora.ranks == (2, 4)
 
 
-def test_ranks_given_beside_are_held_to_the_same_rules(save: Callable[[Values], Path], recipe_with: Maker) -> None:
+def test_ranks_given_beside_are_held_to_the_same_rules(
+    save: Callable[[Values], Path], recipe_with: Maker
+) -> None:
     assert "lora.ranks.0 = 0" in refusal_of_file(save(recipe_with()), ranks=[0])
 
 
 @pytest.mark.parametrize("section", [None, [], "text"], ids=["empty", "a list", "text"])
-def test_ranks_beside_a_section_that_is_no_mapping_are_refused(save: Callable[[Values], Path], recipe_with: Maker, section: Any) -> None:
+def test_ranks_beside_a_section_that_is_no_mapping_are_refused(
+    save: Callable[[Values], Path], recipe_with: Maker, section: Any
+) -> None:
     assert "lora" in refusal_of_file(save({**recipe_with(), "lora": section}), ranks=[4])
 
 
@@ -259,12 +337,22 @@ def test_its_plain_values_load_to_the_same_recipe(recipe_with: Maker) -> None:
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", "0123abc"])
-def test_code_of_a_hub_model_is_trusted_at_a_commit_only(recipe_with: Maker, revision: str | None) -> None:
+def test_code_of_a_hub_model_is_trusted_at_a_commit_only(
+    recipe_with: Maker, revision: str | None
+) -> None:
     section = {"id": "owner/name", "trust_remote_code": True, "revision": revision}
-    with pytest.raises(RecipeError, match=r"trust_remote_code and revision .* set revision to the 40 digits of the commit"):
+    with pytest.raises(
+        RecipeError,
+        match=r"trust_remote_code and revision .* set revision to the 40 digits of the commit",
+    ):
         parse_recipe(recipe_with(base_model=section))
 
 
 def test_code_is_trusted_at_a_commit_and_in_a_folder(recipe_with: Maker) -> None:
-    for section in ({"id": "owner/name", "revision": "0123456789abcdef" * 2 + "01234567"}, {"id": "./models/own"}):
-        assert parse_recipe(recipe_with(base_model={**section, "trust_remote_code": True})).base_model.trust_remote_code
+    for section in (
+        {"id": "owner/name", "revision": "0123456789abcdef" * 2 + "01234567"},
+        {"id": "./models/own"},
+    ):
+        assert parse_recipe(
+            recipe_with(base_model={**section, "trust_remote_code": True})
+        ).base_model.trust_remote_code

@@ -23,11 +23,19 @@ TEXTS = [{"text": "one"}, {"text": "two"}]
 PAIRS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
 CONVERSATIONS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-    {"messages": [{"role": "user", "content": c} if i % 2 == 0 else {"role": "assistant", "content": c} for i, c in enumerate("abcd")]},
+    {
+        "messages": [
+            {"role": "user", "content": c} if i % 2 == 0 else {"role": "assistant", "content": c}
+            for i, c in enumerate("abcd")
+        ]
+    },
 ]
 SHAPES = {"text": TEXTS, "pairs": PAIRS, "messages": CONVERSATIONS}
 FILES = [
-    (shape, suffix) for shape in SHAPES for suffix in (".jsonl", ".json", ".csv", ".parquet") if (shape, suffix) != ("messages", ".csv")
+    (shape, suffix)
+    for shape in SHAPES
+    for suffix in (".jsonl", ".json", ".csv", ".parquet")
+    if (shape, suffix) != ("messages", ".csv")
 ]
 UNUSABLE: dict[str, tuple[bytes, list[str]]] = {
     "empty.jsonl": (b"", ["is empty"]),
@@ -40,7 +48,10 @@ UNUSABLE: dict[str, tuple[bytes, list[str]]] = {
     "half.json": (b'[{"text": ', ["as json"]),
     "open.csv": (b'prompt,completion\n"a,b\n', ["as csv"]),
     "latin.csv": (b"text\n\xe9t\xe9\n", ["as csv"]),
-    "columns.jsonl": (b'{"question": "x", "answer": "y"}\n', ["question, answer", "rename them to text, to prompt and completion, or to"]),
+    "columns.jsonl": (
+        b'{"question": "x", "answer": "y"}\n',
+        ["question, answer", "rename them to text, to prompt and completion, or to"],
+    ),
     "prompts.jsonl": (b'{"prompt": "x"}\n', ["columns prompt", "rename"]),
 }
 """File → its bytes, and what the refusal says beside the file's name."""
@@ -62,14 +73,18 @@ def save(rows: list[Values], path: Path) -> Path:
     return path
 
 
-def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(tmp_path: Path, data_settings: Maker) -> None:
+def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(
+    tmp_path: Path, data_settings: Maker
+) -> None:
     path = tmp_path / "marked.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
     assert list(load_rows(data_settings(path))) == TEXTS
 
 
 @pytest.mark.parametrize(("shape", "suffix"), FILES)
-def test_rows_come_in_as_they_were_written(tmp_path: Path, data_settings: Maker, shape: str, suffix: str) -> None:
+def test_rows_come_in_as_they_were_written(
+    tmp_path: Path, data_settings: Maker, shape: str, suffix: str
+) -> None:
     loaded = load_rows(data_settings(save(SHAPES[shape], tmp_path / f"rows{suffix}")))
     assert loaded.to_list() == SHAPES[shape]
 
@@ -80,10 +95,14 @@ def test_blank_lines_are_no_rows(tmp_path: Path, data_settings: Maker) -> None:
     assert load_rows(data_settings(path)).to_list() == TEXTS
 
 
-def test_the_standard_library_is_a_source(monkeypatch: pytest.MonkeyPatch, data_settings: Maker) -> None:
+def test_the_standard_library_is_a_source(
+    monkeypatch: pytest.MonkeyPatch, data_settings: Maker
+) -> None:
     rows = [{"prompt": "def f(): ...", "completion": "Return nothing.", "group": "g"}]
     asked: list[int] = []
-    monkeypatch.setattr("pipelines.data.sources.harvest", lambda limit: asked.append(limit) or iter(rows))
+    monkeypatch.setattr(
+        "pipelines.data.sources.harvest", lambda limit: asked.append(limit) or iter(rows)
+    )
     assert load_rows(data_settings("docstrings", max_source_characters=321)).to_list() == rows
     assert asked == [321]
 
@@ -99,7 +118,9 @@ def test_a_file_is_read_as_it_is_now(write_rows: Callable[..., Path], data_setti
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_a_file_that_cannot_be_used_is_refused(tmp_path: Path, data_settings: Maker, name: str) -> None:
+def test_a_file_that_cannot_be_used_is_refused(
+    tmp_path: Path, data_settings: Maker, name: str
+) -> None:
     path, (content, fragments) = tmp_path / name, UNUSABLE[name]
     path.write_bytes(content)
     with pytest.raises(DataError) as refused:
@@ -117,7 +138,9 @@ def test_a_broken_parquet_file_is_refused(tmp_path: Path, data_settings: Maker) 
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_a_missing_file_is_refused_by_path(tmp_path: Path, data_settings: Maker, suffix: str) -> None:
+def test_a_missing_file_is_refused_by_path(
+    tmp_path: Path, data_settings: Maker, suffix: str
+) -> None:
     path = tmp_path / f"absent.{suffix}"
     with pytest.raises(DataError, match="is not there; give a path") as refused:
         load_rows(data_settings(path))

@@ -68,12 +68,18 @@ def source_of(pair: Pair) -> str:
 
 def function(summary: str, lines: int = 3) -> str:
     """Return a function of `lines` lines after its docstring is taken out."""
-    return "def f(x):\n" + f'    """{summary}"""\n' + "    x += 1\n" * (lines - 2) + "    return x\n"
+    return (
+        "def f(x):\n" + f'    """{summary}"""\n' + "    x += 1\n" * (lines - 2) + "    return x\n"
+    )
 
 
 def test_a_function_becomes_its_code_and_its_first_sentence(harvested: Library) -> None:
     [pair] = harvested({"shapes.py": AREA})
-    assert pair["prompt"] == INSTRUCTION + "def area(width, height):\n    product = width * height\n    return product"
+    assert (
+        pair["prompt"]
+        == INSTRUCTION
+        + "def area(width, height):\n    product = width * height\n    return product"
+    )
     assert pair["completion"] == "Return the area of a rectangle."
     assert pair["group"] == "shapes"
 
@@ -117,37 +123,56 @@ def test_a_function_has_no_more_characters_than_asked_for(harvested: Library) ->
 
 
 def test_a_function_that_is_all_docstring_is_left_out(harvested: Library) -> None:
-    assert harvested({"m.py": 'def f():\n    """Return nothing\n    at all, ever.\n    """\n'}) == []
+    assert (
+        harvested({"m.py": 'def f():\n    """Return nothing\n    at all, ever.\n    """\n'}) == []
+    )
 
 
 def test_of_functions_with_one_summary_the_first_is_kept(harvested: Library) -> None:
-    pairs = harvested({"a.py": function("Return the number given.", 3), "b.py": function("Return the number given.", 4)})
+    pairs = harvested(
+        {
+            "a.py": function("Return the number given.", 3),
+            "b.py": function("Return the number given.", 4),
+        }
+    )
     assert [pair["group"] for pair in pairs] == ["a"]
 
 
-@pytest.mark.parametrize("folder", ["test", "tests", "site-packages", "json/tests", "idlelib", "lib2to3", "__pycache__"])
+@pytest.mark.parametrize(
+    "folder", ["test", "tests", "site-packages", "json/tests", "idlelib", "lib2to3", "__pycache__"]
+)
 def test_what_is_no_library_code_is_left_out(harvested: Library, folder: str) -> None:
     assert harvested({f"{folder}/m.py": AREA}) == []
 
 
 def test_a_package_is_one_group(harvested: Library) -> None:
-    pairs = harvested({"json/decode.py": AREA, "json/tool/main.py": function("Return the number given.")})
+    pairs = harvested(
+        {"json/decode.py": AREA, "json/tool/main.py": function("Return the number given.")}
+    )
     assert [pair["group"] for pair in pairs] == ["json", "json"]
 
 
-def test_a_file_that_is_no_python_or_no_text_is_passed_over(harvested: Library, tmp_path: Path) -> None:
+def test_a_file_that_is_no_python_or_no_text_is_passed_over(
+    harvested: Library, tmp_path: Path
+) -> None:
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n" + AREA.encode())
-    assert [pair["group"] for pair in harvested({"bad.py": "def f(:\n", "good.py": AREA})] == ["good"]
+    assert [pair["group"] for pair in harvested({"bad.py": "def f(:\n", "good.py": AREA})] == [
+        "good"
+    ]
 
 
 def test_the_order_is_that_of_the_paths(harvested: Library) -> None:
-    files = {f"{name}.py": function(f"Return the number {name}.") for name in ("bb", "a", "ab", "b")}
+    files = {
+        f"{name}.py": function(f"Return the number {name}.") for name in ("bb", "a", "ab", "b")
+    }
     assert [pair["group"] for pair in harvested(files)] == ["a", "ab", "b", "bb"]
     assert harvested(files) == harvested({})
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_what_is_harvested_is_a_function_without_its_docstring(harvested: Library, name: str) -> None:
+def test_what_is_harvested_is_a_function_without_its_docstring(
+    harvested: Library, name: str
+) -> None:
     [pair] = harvested({"m.py": AWKWARD[name]})
     [node] = ast.parse(source_of(pair)).body
     assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -156,7 +181,11 @@ def test_what_is_harvested_is_a_function_without_its_docstring(harvested: Librar
 
 
 def test_no_statement_is_lost_with_the_docstring(harvested: Library) -> None:
-    pairs = harvested({"m.py": 'def f(x):\n    """Return the number given."""; x += 1\n    x += 2\n    return x\n'})
+    pairs = harvested(
+        {
+            "m.py": 'def f(x):\n    """Return the number given."""; x += 1\n    x += 2\n    return x\n'
+        }
+    )
     assert all("x += 1" in source_of(pair) for pair in pairs)
 
 
@@ -166,14 +195,18 @@ def test_this_interpreter_has_enough_to_learn_from(standard_library: list[Pair])
     assert len({pair["group"] for pair in standard_library}) > 50
 
 
-def test_every_summary_of_this_interpreter_is_a_short_sentence(standard_library: list[Pair]) -> None:
+def test_every_summary_of_this_interpreter_is_a_short_sentence(
+    standard_library: list[Pair],
+) -> None:
     for pair in standard_library:
         assert MIN_SUMMARY <= len(pair["completion"]) <= MAX_SUMMARY
         assert pair["completion"][0].isupper()
         assert pair["completion"].endswith(".")
 
 
-def test_every_function_of_this_interpreter_is_whole_and_without_its_docstring(standard_library: list[Pair]) -> None:
+def test_every_function_of_this_interpreter_is_whole_and_without_its_docstring(
+    standard_library: list[Pair],
+) -> None:
     broken = []
     for pair in standard_library:
         try:

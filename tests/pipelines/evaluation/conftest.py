@@ -43,4 +43,6 @@ def model(folder: Path) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def reference(folder: Path) -> PreTrainedModel:
     """The same weights, loaded as anyone would, with PyTorch's own attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="sdpa", dtype=torch.float32
+    ).eval()

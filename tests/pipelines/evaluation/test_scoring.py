@@ -16,7 +16,7 @@ import pipelines.evaluation.scoring
 from pipelines.errors import DataError
 from pipelines.evaluation.evaluate import scored
 from pipelines.evaluation.items import Choice, Item
-from pipelines.evaluation.questions import tokenise
+from pipelines.evaluation.questions import tokenize
 from pipelines.evaluation.scoring import score_examples
 from pipelines.models.checked import CheckedReader
 from pipelines.runtime.stage import digest
@@ -24,53 +24,87 @@ from pipelines.runtime.stage import digest
 NATS = 1e-4
 
 
-def item(context: str, *choices: str | tuple[str, str], gold: int = 0, benchmark: str = "piqa") -> Item:
+def item(
+    context: str, *choices: str | tuple[str, str], gold: int = 0, benchmark: str = "piqa"
+) -> Item:
     made = tuple(Choice("", one) if isinstance(one, str) else Choice(*one) for one in choices)
     return Item(benchmark, f"{benchmark}/{context}", context, made, gold)
 
 
 ITEMS = {
-    "four answers": item("The quick brown fox", " jumps over the dog.", " sleeps.", " looks on.", " returns the number of items."),
+    "four answers": item(
+        "The quick brown fox",
+        " jumps over the dog.",
+        " sleeps.",
+        " looks on.",
+        " returns the number of items.",
+    ),
     "two answers": item("Question: what?\nAnswer:", " a list", " the lazy dog"),
     "one token": item("Say", " a", " b", " c"),
     "one token and several": item("Say", " a", " abc def"),
-    "shared first tokens": item("def area(width, height):", " return width * height", " return width", " return height"),
+    "shared first tokens": item(
+        "def area(width, height):", " return width * height", " return width", " return height"
+    ),
     "one begins the other": item("Look", " on", " on the fox", " on the fox jumps"),
     "equal answers": item("Look", " on", " on"),
-    "the gap is a name": item("Then", (" Anna", " was late."), (" Ben", " was late."), benchmark="winogrande"),
-    "names that begin alike": item("Then", (" Anna", " was late."), (" Annabel", " was late."), benchmark="winogrande"),
+    "the gap is a name": item(
+        "Then", (" Anna", " was late."), (" Ben", " was late."), benchmark="winogrande"
+    ),
+    "names that begin alike": item(
+        "Then", (" Anna", " was late."), (" Annabel", " was late."), benchmark="winogrande"
+    ),
     "the gap comes first": item("The", (" fox", "."), (" dog", "."), benchmark="winogrande"),
-    "one name begins the other": item("Then", (" the fox", " was late."), (" the fox that jumps", " was late."), benchmark="winogrande"),
+    "one name begins the other": item(
+        "Then",
+        (" the fox", " was late."),
+        (" the fox that jumps", " was late."),
+        benchmark="winogrande",
+    ),
     "beyond ASCII": item("Größe:", " 0 µm", " ∞"),
 }
 
 
 @torch.inference_mode()
-def plain_score(reference: PreTrainedModel, read: list[int], scored: list[int]) -> tuple[float, bool]:
+def plain_score(
+    reference: PreTrainedModel, read: list[int], scored: list[int]
+) -> tuple[float, bool]:
     """Return the log-likelihood of `scored` after `read`, and whether each token is the likeliest."""
-    logits: Tensor = reference(input_ids=torch.tensor([read + scored]), use_cache=False).logits[0, len(read) - 1 : -1]
+    logits: Tensor = reference(input_ids=torch.tensor([read + scored]), use_cache=False).logits[
+        0, len(read) - 1 : -1
+    ]
     chosen = logits.double().log_softmax(dim=-1).gather(1, torch.tensor(scored)[:, None])
     return float(chosen.sum()), logits.argmax(dim=-1).tolist() == scored
 
 
-def plain_scores(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item) -> Iterator[tuple[float, bool]]:
+def plain_scores(
+    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item
+) -> Iterator[tuple[float, bool]]:
     for choice in one.choices:
-        read, scored = (tokenizer(text).input_ids for text in (one.context + choice.lead, choice.scored))
+        read, scored = (
+            tokenizer(text).input_ids for text in (one.context + choice.lead, choice.scored)
+        )
         yield plain_score(reference, read, scored)
 
 
-def score_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[dict[str, Any]]:
-    return list(scored(CheckedReader(model), tokenise(items, tokenizer, None)))
+def score_items(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+) -> list[dict[str, Any]]:
+    return list(scored(CheckedReader(model), tokenize(items, tokenizer, None)))
 
 
-def scored_alone(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item) -> dict[str, Any]:
+def scored_alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item
+) -> dict[str, Any]:
     [record] = score_items(model, tokenizer, [one])
     return record
 
 
 @pytest.mark.parametrize("name", ITEMS)
 def test_each_choice_scores_as_if_read_alone(
-    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
 ) -> None:
     record = scored_alone(model, tokenizer, ITEMS[name])
     expected = list(plain_scores(reference, tokenizer, ITEMS[name]))
@@ -82,13 +116,21 @@ def test_the_model_of_these_tests_heeds_its_context(
     model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     contexts = ("The quick brown fox", "The quick brown dog", "A quick brown fox")
-    scores = [next(plain_scores(reference, tokenizer, item(context, " jumps over.")))[0] for context in contexts]
+    scores = [
+        next(plain_scores(reference, tokenizer, item(context, " jumps over.")))[0]
+        for context in contexts
+    ]
     assert min(abs(a - b) for a in scores for b in scores if a is not b) > 1000 * NATS
 
 
-@pytest.mark.parametrize("pack_tokens", [1, 60, 10_000], ids=["each alone", "a few together", "all together"])
+@pytest.mark.parametrize(
+    "pack_tokens", [1, 60, 10_000], ids=["each alone", "a few together", "all together"]
+)
 def test_packing_changes_no_score(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, pack_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    pack_tokens: int,
 ) -> None:
     items = list(ITEMS.values()) * 3
     alone = [scored_alone(model, tokenizer, one) for one in items]
@@ -100,39 +142,64 @@ def test_packing_changes_no_score(
         assert one["greedy"] == other["greedy"]
 
 
-def test_the_order_of_the_choices_changes_no_score(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_order_of_the_choices_changes_no_score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     one = ITEMS["four answers"]
     turned = Item(one.benchmark, one.id, one.context, tuple(reversed(one.choices)), 3)
     scores = scored_alone(model, tokenizer, one)["log_likelihoods"]
-    assert scored_alone(model, tokenizer, turned)["log_likelihoods"] == pytest.approx(scores[::-1], abs=NATS)
+    assert scored_alone(model, tokenizer, turned)["log_likelihoods"] == pytest.approx(
+        scores[::-1], abs=NATS
+    )
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_likeliest_answer_is_greedy(
-    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
 ) -> None:
     context, answer = greedy_answer(reference, tokenizer, count)
     assert scored_alone(model, tokenizer, item(context, answer, answer + "#"))["greedy"][0] is True
 
 
-def greedy_answer(reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> tuple[str, str]:
+def greedy_answer(
+    reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int
+) -> tuple[str, str]:
     """Return a context and the text of its `count` likeliest next tokens, taken where that text is read as those tokens."""
     for start in range(32, 127):
         context = f"The fox {chr(start)}"
         ids = tokenizer(context).input_ids
         with torch.inference_mode():
             for _ in range(count):
-                ids = [*ids, int(reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+                ids = [
+                    *ids,
+                    int(
+                        reference(input_ids=torch.tensor([ids]), use_cache=False)
+                        .logits[0, -1]
+                        .argmax()
+                    ),
+                ]
         text = tokenizer.decode(ids)
         if tokenizer(text).input_ids == ids and text.startswith(context):
             return context, text.removeprefix(context)
-    raise AssertionError("no context of these has an answer that is read as it was written; use another seed")
+    raise AssertionError(
+        "no context of these has an answer that is read as it was written; use another seed"
+    )
 
 
-def test_a_record_says_what_was_asked_and_how_long_the_answers_are(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_record_says_what_was_asked_and_how_long_the_answers_are(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     record = scored_alone(model, tokenizer, item("Größe:", " 0 µm", " ∞", gold=1))
     assert record["bytes"] == [6, 4]
-    assert (record["kind"], record["benchmark"], record["id"], record["gold"]) == ("general", "piqa", "piqa/Größe:", 1)
+    assert (record["kind"], record["benchmark"], record["id"], record["gold"]) == (
+        "general",
+        "piqa",
+        "piqa/Größe:",
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,10 +209,12 @@ def test_a_record_says_what_was_asked_and_how_long_the_answers_are(model: PreTra
 )
 def test_an_empty_side_is_refused_by_name(tokenizer: PreTrainedTokenizerBase, one: Item) -> None:
     with pytest.raises(DataError, match=f"{one.id} has an empty context or answer; leave it out"):
-        tokenise([one], tokenizer, None)
+        tokenize([one], tokenizer, None)
 
 
-def test_no_items_give_no_records(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_items_give_no_records(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert score_items(model, tokenizer, []) == []
     assert list(score_examples(CheckedReader(model), [])) == []
 
@@ -155,27 +224,50 @@ def examples(tokenizer: PreTrainedTokenizerBase) -> Sequence[dict[str, Any]]:
     """Nineteen examples, more than two packs, with one and with several supervised stretches."""
     made = []
     for number in range(19):
-        ids = tokenizer(f"Say red {number * 37}. " + "red " * (number % 5) + "green blue.").input_ids
-        learnt = [place > 4 and (place + number) % (2 + number % 3) != 0 for place in range(len(ids))]
+        ids = tokenizer(
+            f"Say red {number * 37}. " + "red " * (number % 5) + "green blue."
+        ).input_ids
+        learnt = [
+            place > 4 and (place + number) % (2 + number % 3) != 0 for place in range(len(ids))
+        ]
         made.append({"input_ids": ids, "supervised": learnt})
     return made
 
 
-def test_an_example_is_known_by_its_tokens_and_what_is_supervised(model: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> None:
+def test_an_example_is_known_by_its_tokens_and_what_is_supervised(
+    model: PreTrainedModel, examples: Sequence[dict[str, Any]]
+) -> None:
     [first, second] = examples[:2]
-    others = [{**first, "input_ids": first["input_ids"][::-1]}, {**first, "supervised": [not one for one in first["supervised"]]}]
-    known = [record["prompt_sha256"] for record in score_examples(CheckedReader(model), [first, second, *others, first])]
+    others = [
+        {**first, "input_ids": first["input_ids"][::-1]},
+        {**first, "supervised": [not one for one in first["supervised"]]},
+    ]
+    known = [
+        record["prompt_sha256"]
+        for record in score_examples(CheckedReader(model), [first, second, *others, first])
+    ]
     assert known[0] == known[4] == digest([first["input_ids"], first["supervised"]])
     assert len(set(known)) == 4
 
 
-def test_an_example_scores_its_plain_loss(model: PreTrainedModel, reference: PreTrainedModel, examples: Sequence[dict[str, Any]]) -> None:
+def test_an_example_scores_its_plain_loss(
+    model: PreTrainedModel, reference: PreTrainedModel, examples: Sequence[dict[str, Any]]
+) -> None:
     records = list(score_examples(CheckedReader(model), examples))
-    assert [(record["kind"], record["id"]) for record in records] == [("task", number) for number in range(len(examples))]
+    assert [(record["kind"], record["id"]) for record in records] == [
+        ("task", number) for number in range(len(examples))
+    ]
     for record, example in zip(records, examples, strict=True):
         with torch.inference_mode():
-            logits = reference(input_ids=torch.tensor([example["input_ids"]]), use_cache=False).logits[0]
-        labels = [token if learnt else -100 for token, learnt in zip(example["input_ids"], example["supervised"], strict=True)]
-        loss = torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(labels[1:]), reduction="sum")
+            logits = reference(
+                input_ids=torch.tensor([example["input_ids"]]), use_cache=False
+            ).logits[0]
+        labels = [
+            token if learnt else -100
+            for token, learnt in zip(example["input_ids"], example["supervised"], strict=True)
+        ]
+        loss = torch.nn.functional.cross_entropy(
+            logits[:-1].double(), torch.tensor(labels[1:]), reduction="sum"
+        )
         assert record["nll"] == pytest.approx(float(loss), abs=NATS)
         assert record["tokens"] == sum(example["supervised"])

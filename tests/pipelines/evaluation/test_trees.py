@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from pipelines.evaluation.trees import Tree, encode, grow, mask, packs, stands
+from pipelines.evaluation.trees import Tree, build_prefix_tree, encode, group_by_prefix, mask, packs
 
 Wholes = list[list[int]]
 ANSWERS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=7), min_size=1, max_size=6)
@@ -13,7 +13,7 @@ ANSWERS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=7), min_size
 
 
 def tree_of(wholes: Wholes, starts: list[int] | None = None) -> Tree:
-    tree = grow(wholes, starts or [1] * len(wholes))
+    tree = build_prefix_tree(wholes, starts or [1] * len(wholes))
     assert tree is not None
     return tree
 
@@ -62,21 +62,25 @@ def test_the_context_is_that_of_the_longest_answer() -> None:
 
 @pytest.mark.parametrize("start", [0, 3, 4])
 def test_nothing_before_and_nothing_scored_is_no_tree(start: int) -> None:
-    assert grow([[1, 2, 3]], [start]) is None
+    assert build_prefix_tree([[1, 2, 3]], [start]) is None
 
 
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 60))
-def test_packs_hold_every_tree_once_and_no_more_tokens_than_allowed(lengths: list[int], tokens: int) -> None:
+def test_packs_hold_every_tree_once_and_no_more_tokens_than_allowed(
+    lengths: list[int], tokens: int
+) -> None:
     trees = [tree_of([list(range(length + 1))]) for length in lengths]
     groups = list(packs(trees, tokens))
     assert sorted(place for group in groups for place in group) == list(range(len(lengths)))
-    assert all(sum(lengths[place] for place in group) <= tokens or len(group) == 1 for group in groups)
+    assert all(
+        sum(lengths[place] for place in group) <= tokens or len(group) == 1 for group in groups
+    )
 
 
 @given(ANSWERS, st.data())
 def test_answers_to_one_context_stand_in_one_tree(wholes: Wholes, data: st.DataObject) -> None:
     contexts = [data.draw(st.sampled_from("abc")) for _ in wholes]
-    groups = list(stands(wholes, contexts, 10))
+    groups = list(group_by_prefix(wholes, contexts, 10))
     assert sorted(place for group in groups for place in group) == list(range(len(wholes)))
     for context in set(contexts):
         assert sum(any(contexts[place] == context for place in group) for group in groups) == 1
@@ -85,9 +89,9 @@ def test_answers_to_one_context_stand_in_one_tree(wholes: Wholes, data: st.DataO
 def test_contexts_that_open_alike_stand_in_one_tree_up_to_its_size() -> None:
     shown, other = list(range(20)), list(range(50, 70))
     wholes = [[*shown, 30, 1], [*other, 30, 1], [*shown, 31, 1], [*shown, 32, 1]]
-    assert sorted(map(sorted, stands(wholes, list("abcd"), 100))) == [[0, 2, 3], [1]]
-    assert sorted(map(len, stands(wholes, list("abcd"), 25))) == [1, 1, 2]
-    assert len(list(stands([[1, 2, 3, 4, 5], [1, 7, 8, 9, 10]], list("ab"), 100))) == 2
+    assert sorted(map(sorted, group_by_prefix(wholes, list("abcd"), 100))) == [[0, 2, 3], [1]]
+    assert sorted(map(len, group_by_prefix(wholes, list("abcd"), 25))) == [1, 1, 2]
+    assert len(list(group_by_prefix([[1, 2, 3, 4, 5], [1, 7, 8, 9, 10]], list("ab"), 100))) == 2
 
 
 def test_texts_get_the_tokens_that_they_get_alone(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -39,7 +39,12 @@ def probe_records() -> Maker:
     def make(benchmark: str, greedy: Sequence[bool]) -> list[Values]:
         one = {"kind": "answer", "benchmark": benchmark, "nll": 3.0, "tokens": 2, "bytes": 7}
         return [
-            {**one, "id": f"{benchmark}/{number}", "prompt_sha256": f"digest of {number}", "greedy": right}
+            {
+                **one,
+                "id": f"{benchmark}/{number}",
+                "prompt_sha256": f"digest of {number}",
+                "greedy": right,
+            }
             for number, right in enumerate(greedy)
         ]
 
@@ -50,9 +55,19 @@ def probe_records() -> Maker:
 def score_records() -> Maker:
     """Return a maker of documents that a task rates itself, from the value of each."""
 
-    def make(benchmark: str, values: Sequence[float], *, higher_is_better: bool = True) -> list[Values]:
-        one = {"kind": "score", "benchmark": benchmark, "metric": "f1", "higher_is_better": higher_is_better}
-        return [{**one, "id": f"{benchmark}/{number}", "value": float(value)} for number, value in enumerate(values)]
+    def make(
+        benchmark: str, values: Sequence[float], *, higher_is_better: bool = True
+    ) -> list[Values]:
+        one = {
+            "kind": "score",
+            "benchmark": benchmark,
+            "metric": "f1",
+            "higher_is_better": higher_is_better,
+        }
+        return [
+            {**one, "id": f"{benchmark}/{number}", "value": float(value)}
+            for number, value in enumerate(values)
+        ]
 
     return make
 
@@ -65,7 +80,12 @@ def loss_records() -> Maker:
         benchmark = {"text": "passages", "chat": "chat"}[kind]
         one = {"kind": kind, "benchmark": benchmark, "tokens": 5, "bytes": 20}
         return [
-            {**one, "id": f"{benchmark}/{number}", "nll": float(loss), "rows": [2 * number, 2 * number + 2]}
+            {
+                **one,
+                "id": f"{benchmark}/{number}",
+                "nll": float(loss),
+                "rows": [2 * number, 2 * number + 2],
+            }
             for number, loss in enumerate(losses)
         ]
 
@@ -79,6 +99,9 @@ def without() -> Callable[[list[Values], str], list[Values]]:
     def leave(records: list[Values], name: str) -> list[Values]:
         kept = ("kind", "id", "benchmark", "prompt_sha256")
         reason = {"left_out": "1,234 tokens exceed the context of 1,024"}
-        return [{key: one[key] for key in kept if key in one} | reason if one["id"] == name else one for one in records]
+        return [
+            {key: one[key] for key in kept if key in one} | reason if one["id"] == name else one
+            for one in records
+        ]
 
     return leave

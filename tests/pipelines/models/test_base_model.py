@@ -15,12 +15,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_core import fingerprint
 from lora_core.files import sha256_of_file
 from pipelines.errors import BaseModelError
-from pipelines.models.base_model import EMBEDDED, EMBEDDED_PREFIX, embedded_file, identify, locate, prepare
+from pipelines.models.base_model import (
+    EMBEDDED,
+    EMBEDDED_PREFIX,
+    embedded_file,
+    identify,
+    locate,
+    prepare,
+)
 from pipelines.runtime.launcher import result_of
 from pipelines.runtime.stage import Stage
 
 EMBEDDED_NAME, (EMBEDDED_PACKAGE, _) = next(iter(EMBEDDED.items()))
-needs_wheel = pytest.mark.skipif(find_spec(EMBEDDED_PACKAGE) is None, reason="the wheel with the embedded model is not installed")
+needs_wheel = pytest.mark.skipif(
+    find_spec(EMBEDDED_PACKAGE) is None, reason="the wheel with the embedded model is not installed"
+)
 
 
 @pytest.fixture
@@ -35,7 +44,9 @@ def prepared(tmp_path: Path) -> Callable[[Path], dict[str, Any]]:
 
     def run(folder: Path) -> dict[str, Any]:
         inputs = {"base": identify(str(folder), None)}
-        figures, files = prepare(Stage("base", "tiny", inputs, tmp_path / "runs").begin(), inputs, {})
+        figures, files = prepare(
+            Stage("base", "tiny", inputs, tmp_path / "runs").begin(), inputs, {}
+        )
         assert files == []
         return figures
 
@@ -49,7 +60,9 @@ def test_a_folder_is_named_by_its_place_and_its_files(tiny_folder: Path) -> None
     assert locate(identity) == tiny_folder
 
 
-def test_a_folder_is_the_same_by_whatever_path(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_the_same_by_whatever_path(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tiny_folder.parent)
     assert identify(tiny_folder.name, None) == identify(str(tiny_folder), None)
 
@@ -70,7 +83,11 @@ def test_a_gguf_file_is_named_by_its_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("revision", "named"), [(None, "main"), ("v1.0", "v1.0")])
 def test_a_hub_model_is_named_by_its_revision(revision: str | None, named: str) -> None:
-    assert identify("owner/model", revision) == {"kind": "hub", "id": "owner/model", "revision": named}
+    assert identify("owner/model", revision) == {
+        "kind": "hub",
+        "id": "owner/model",
+        "revision": named,
+    }
 
 
 @needs_wheel
@@ -83,18 +100,35 @@ def test_the_embedded_model_is_a_file_of_its_wheel() -> None:
 
 
 def test_an_embedded_model_that_is_none_is_refused_with_those_that_are() -> None:
-    with pytest.raises(BaseModelError, match=f"no embedded model 'Llama'; embedded here: {EMBEDDED_NAME}"):
+    with pytest.raises(
+        BaseModelError, match=f"no embedded model 'Llama'; embedded here: {EMBEDDED_NAME}"
+    ):
         identify("embedded:Llama", None)
 
 
-def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(EMBEDDED, "absent", ("no_package_of_this_name", "absent.gguf"))
-    with pytest.raises(BaseModelError, match="wheel with 'absent' is not installed; run: pip install"):
+    with pytest.raises(
+        BaseModelError, match="wheel with 'absent' is not installed; run: pip install"
+    ):
         identify("embedded:absent", None)
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "a/b/c", "/absent/model", "./absent", "../a", "~/absent_model", "absent.gguf", "models/absent.gguf", "~nobody_here/m"]
+    "name",
+    [
+        "llama",
+        "a/b/c",
+        "/absent/model",
+        "./absent",
+        "../a",
+        "~/absent_model",
+        "absent.gguf",
+        "models/absent.gguf",
+        "~nobody_here/m",
+    ],
 )
 def test_a_name_that_leads_nowhere_is_refused(name: str) -> None:
     with pytest.raises(BaseModelError) as refused:
@@ -103,7 +137,10 @@ def test_a_name_that_leads_nowhere_is_refused(name: str) -> None:
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BaseModelError, match=r"folder without config\.json; give the folder that save_pretrained wrote"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"folder without config\.json; give the folder that save_pretrained wrote",
+    ):
         identify(str(tmp_path), None)
 
 
@@ -111,15 +148,26 @@ def test_a_hub_model_is_refused_while_offline() -> None:
     with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set") as refused:
         locate(identify("owner/no-such-model", "v1"))
     message = str(refused.value)
-    assert all(part in message for part in ("'owner/no-such-model'", "'v1'", "give a local folder, or fetch it once while online"))
+    assert all(
+        part in message
+        for part in (
+            "'owner/no-such-model'",
+            "'v1'",
+            "give a local folder, or fetch it once while online",
+        )
+    )
 
 
-def test_the_digest_is_that_of_the_loaded_model(prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path) -> None:
+def test_the_digest_is_that_of_the_loaded_model(
+    prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path
+) -> None:
     kind, digest = fingerprint(AutoModelForCausalLM.from_pretrained(tiny_folder))
     assert prepared(tiny_folder)["digests"] == {kind: digest}
 
 
-def test_a_base_is_described_for_the_stages_after_it(prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path) -> None:
+def test_a_base_is_described_for_the_stages_after_it(
+    prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path
+) -> None:
     figures = prepared(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     assert figures["folder"] == str(tiny_folder.resolve())
@@ -127,7 +175,9 @@ def test_a_base_is_described_for_the_stages_after_it(prepared: Callable[[Path], 
     assert figures["context_tokens"] == 512
 
 
-def test_one_changed_weight_matrix_changes_the_digest(prepared: Callable[[Path], dict[str, Any]], copied: Path) -> None:
+def test_one_changed_weight_matrix_changes_the_digest(
+    prepared: Callable[[Path], dict[str, Any]], copied: Path
+) -> None:
     before = prepared(copied)
     model = AutoModelForCausalLM.from_pretrained(copied)
     with torch.no_grad():
@@ -138,14 +188,18 @@ def test_one_changed_weight_matrix_changes_the_digest(prepared: Callable[[Path],
     assert after["tokenizer_sha256"] == before["tokenizer_sha256"]
 
 
-def test_only_the_template_sets_two_bases_apart(prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path, plain_folder: Path) -> None:
+def test_only_the_template_sets_two_bases_apart(
+    prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path, plain_folder: Path
+) -> None:
     with_template, without = prepared(tiny_folder), prepared(plain_folder)
     assert with_template["template_sha256"] != without["template_sha256"]
     assert with_template["digests"] == without["digests"]
     assert with_template["tokenizer_sha256"] == without["tokenizer_sha256"]
 
 
-def test_another_vocabulary_is_another_tokenizer(prepared: Callable[[Path], dict[str, Any]], copied: Path) -> None:
+def test_another_vocabulary_is_another_tokenizer(
+    prepared: Callable[[Path], dict[str, Any]], copied: Path
+) -> None:
     before = prepared(copied)
     tokenizer = AutoTokenizer.from_pretrained(copied)
     tokenizer.add_tokens(["<|more|>"])
@@ -154,7 +208,9 @@ def test_another_vocabulary_is_another_tokenizer(prepared: Callable[[Path], dict
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])
-def test_a_folder_that_lacks_a_part_is_refused_by_name(prepared: Callable[[Path], dict[str, Any]], copied: Path, lost: str) -> None:
+def test_a_folder_that_lacks_a_part_is_refused_by_name(
+    prepared: Callable[[Path], dict[str, Any]], copied: Path, lost: str
+) -> None:
     (copied / lost).unlink()
     with pytest.raises(BaseModelError, match=str(copied)):
         prepared(copied)
@@ -181,26 +237,43 @@ def with_code(copied: Path) -> Path:
     """A base that brings Python code of its own, and whose head does what no config says."""
     (copied / "own.py").write_text(CODE)
     values = json.loads((copied / "config.json").read_text())
-    values |= {"model_type": "own-llama", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    values |= {
+        "model_type": "own-llama",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
     (copied / "config.json").write_text(json.dumps(values))
     return copied
 
 
-def test_code_that_comes_with_a_base_is_not_run_unless_it_is_trusted(with_code: Path, prepared: Callable[[Path], dict[str, Any]]) -> None:
+def test_code_that_comes_with_a_base_is_not_run_unless_it_is_trusted(
+    with_code: Path, prepared: Callable[[Path], dict[str, Any]]
+) -> None:
     (with_code / "own.py").write_text("raise SystemExit('this code was run')")
-    with pytest.raises(BaseModelError, match=r"brings Python code of its own \(own\.OwnConfig, own\.OwnModel\).*trust_remote_code: true"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"brings Python code of its own \(own\.OwnConfig, own\.OwnModel\).*trust_remote_code: true",
+    ):
         prepared(with_code)
 
 
-def test_trusted_code_is_run_and_verified(with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trusted_code_is_run_and_verified(
+    with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     identity = identify(str(with_code), None, trust_remote_code=True)
-    figures = result_of(Stage("base", "own", {"base": identity}, tmp_path / "runs"), "pipelines.models.base_model", threads=1)
+    figures = result_of(
+        Stage("base", "own", {"base": identity}, tmp_path / "runs"),
+        "pipelines.models.base_model",
+        threads=1,
+    )
     assert figures["trust_remote_code"]
     assert (figures["forward"]["path"], figures["forward"]["own_head"]) == ("packed", True)
     assert "differs by" in figures["forward"]["rejected"][0]
 
 
 def test_an_identity_says_only_of_trusted_code_that_it_is(with_code: Path) -> None:
-    plain, trusted = identify(str(with_code), None), identify(str(with_code), None, trust_remote_code=True)
+    plain, trusted = (
+        identify(str(with_code), None),
+        identify(str(with_code), None, trust_remote_code=True),
+    )
     assert trusted == {**plain, "trust_remote_code": True}

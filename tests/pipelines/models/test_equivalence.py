@@ -23,22 +23,39 @@ SEED = 1
 
 def adapted(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     inject(model, LoraConfig(r=2, lora_alpha=4), seed=SEED)
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def verify(model: PreTrainedModel, pack: Pack) -> tuple[PackReader, Verified]:
     return verified_reader(model, [Probe(pack, gradient=True)], trained=adapted(model))
 
 
-def test_what_agrees_is_taken_and_its_differences_are_kept(family: Family, examples_pack: Pack) -> None:
+def test_what_agrees_is_taken_and_its_differences_are_kept(
+    family: Family, examples_pack: Pack
+) -> None:
     reader, found = verify(family("gemma2"), examples_pack)
-    assert (reader.packed, found.path, found.own_head, found.rejected) == (True, "packed", False, ())
+    assert (reader.packed, found.path, found.own_head, found.rejected) == (
+        True,
+        "packed",
+        False,
+        (),
+    )
     assert (found.examples, found.longest) == (4, 40)
-    assert found.loss_difference < 1e-5 and found.gradient_difference is not None and found.gradient_difference < 1e-4
-    assert "fast path (packed) matches the model's own forward" in str(found) and "4 examples of up to 40 tokens" in str(found)
+    assert (
+        found.loss_difference < 1e-5
+        and found.gradient_difference is not None
+        and found.gradient_difference < 1e-4
+    )
+    assert "fast path (packed) matches the model's own forward" in str(
+        found
+    ) and "4 examples of up to 40 tokens" in str(found)
 
 
-def test_a_window_that_is_not_honored_is_seen(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_is_not_honored_is_seen(
+    family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With every mask taken for a causal one, as if windows were dropped, the model is read one example at a time."""
     monkeypatch.setattr(attention, "_within", lambda segment, visible: segment.mask)
     reader, found = verify(family("mistral"), examples_pack)
@@ -59,7 +76,9 @@ def test_a_term_of_the_head_that_is_not_known_is_left_to_the_model(
     assert verify(family("granite"), examples_pack)[0].head is not None
 
 
-def test_a_gradient_alone_that_differs_is_seen(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_alone_that_differs_is_seen(
+    family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The losses agree to the bit; a backward pass that is wrong shows in the gradients only."""
     loss = PackReader.loss
 
@@ -83,18 +102,28 @@ def test_a_backward_pass_that_differs_in_training_mode_alone_is_seen(
 
     monkeypatch.setattr(PackReader, "_packed", scaled)
     assert verify(family("llama"), examples_pack)[1].path == "one by one"
-    assert verify(family("llama", attention_dropout=0.1), examples_pack)[1].path == "packed"  # there it would be random
+    assert (
+        verify(family("llama", attention_dropout=0.1), examples_pack)[1].path == "packed"
+    )  # there it would be random
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")  # its other name is newer than 5.20
+@pytest.mark.filterwarnings(
+    "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+)  # its other name is newer than 5.20
 def test_checkpointed_blocks_are_compared(family: Family, examples_pack: Pack) -> None:
     model = family("gemma2")
     enable_checkpointing(model)
     _, found = verify(model, examples_pack)
-    assert found.path == "packed" and found.gradient_difference is not None and found.gradient_difference < 1e-4
+    assert (
+        found.path == "packed"
+        and found.gradient_difference is not None
+        and found.gradient_difference < 1e-4
+    )
 
 
-def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(family: Family, examples_pack: Pack) -> None:
+def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(
+    family: Family, examples_pack: Pack
+) -> None:
     model = family("llama")
     layer = model.model.layers[0]
 
@@ -103,7 +132,10 @@ def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(family: F
             layer.input_layernorm.weight.data.clamp_(-0.5, 0.5)
 
     layer.register_forward_pre_hook(clamp)
-    with pytest.raises(BaseModelError, match=r"'llama' changes 1 weights .* model\.layers\.0\.input_layernorm\.weight; set base_model"):
+    with pytest.raises(
+        BaseModelError,
+        match=r"'llama' changes 1 weights .* model\.layers\.0\.input_layernorm\.weight; set base_model",
+    ):
         verify(model, examples_pack)
     verified_reader(model, [Probe(examples_pack)])  # scoring is not in training mode
 
@@ -113,7 +145,9 @@ def test_a_recurrent_state_is_not_packed(family: Family, examples_pack: Pack) ->
     assert not reader.packed and found.rejected == ("not packed: lfm2 has layers of kind conv",)
 
 
-def test_a_state_that_nothing_announces_is_seen(family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_nothing_announces_is_seen(
+    family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(equivalence, "why_not_packed", lambda model: None)
     reader, found = verify(family("lfm2"), examples_pack)
     assert not reader.packed and "packed with" in found.rejected[0]
@@ -125,7 +159,8 @@ def test_a_model_that_sees_the_future_is_refused(family: Family, examples_pack: 
         layer.self_attn.is_causal = False
     model.config.is_causal = False
     with pytest.raises(
-        BaseModelError, match=r"'llama' is no causal language model: a token's logits change by .* with the tokens after it"
+        BaseModelError,
+        match=r"'llama' is no causal language model: a token's logits change by .* with the tokens after it",
     ):
         verified_reader(model, [Probe(examples_pack)])
 
@@ -167,15 +202,32 @@ def test_a_base_is_looked_at_before_there_is_data(family: Family, name: str) -> 
 def test_sixteen_bits_are_given_more_room(family: Family, examples_pack: Pack) -> None:
     model = family("llama").to(torch.bfloat16)
     _, found = verified_reader(model, [Probe(examples_pack)])
-    assert found.loss_tolerance == equivalence.IN_16_BITS.loss > equivalence.TOLERANCES[torch.float32].loss
+    assert (
+        found.loss_tolerance
+        == equivalence.IN_16_BITS.loss
+        > equivalence.TOLERANCES[torch.float32].loss
+    )
     masters = family("llama")
     _, found = verified_reader(
-        masters, [Probe(examples_pack, gradient=True)], trained=dict(masters.named_parameters()), dtype=torch.bfloat16
+        masters,
+        [Probe(examples_pack, gradient=True)],
+        trained=dict(masters.named_parameters()),
+        dtype=torch.bfloat16,
     )
     assert found.path == "packed" and found.loss_difference > 1e-6  # it was computed in bfloat16
 
 
 def test_a_sentence_says_what_was_found() -> None:
-    found = Verified("one by one", False, 1, 1200, 3e-7, None, 1e-4, 1e-3, rejected=("not packed: it has a state",))
+    found = Verified(
+        "one by one",
+        False,
+        1,
+        1200,
+        3e-7,
+        None,
+        1e-4,
+        1e-3,
+        rejected=("not packed: it has a state",),
+    )
     expected = "slow path (one example at a time) matches the model's own forward: 3e-07 nats per token on 1 example of up to 1,200 tokens"
     assert sentence(found.figures()) == f"{expected}; not packed: it has a state"

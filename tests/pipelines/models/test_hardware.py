@@ -8,12 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-from pipelines.models.hardware import FUSED, PAGED, PLAIN, REPLACED, Hardware, attention_kernel, choose_optimizer, detect
+from pipelines.models.hardware import (
+    FUSED,
+    PAGED,
+    PLAIN,
+    REPLACED,
+    Hardware,
+    attention_kernel,
+    choose_optimizer,
+    detect,
+)
 from pipelines.models.loading import attention_heads, load_model
 from pipelines.training import eight_bit
 from pipelines.training.optimizers import build, full_bytes
 
-CPU, GPU = Hardware("cpu", torch.float32, "gloo"), Hardware("cuda:0", torch.bfloat16, "nccl", 24 << 30)
+CPU, GPU = (
+    Hardware("cpu", torch.float32, "gloo"),
+    Hardware("cuda:0", torch.bfloat16, "nccl", 24 << 30),
+)
 FITS, LARGE = 20 << 30, 23 << 30
 """Of 24 GiB, nine tenths are 21.6."""
 RATE = 1e-3
@@ -32,7 +44,9 @@ RATE = 1e-3
         (GPU, "replaced", LARGE, REPLACED),
     ],
 )
-def test_the_optimiser_follows_from_hardware_and_engine(hardware: Hardware, state: Any, full_bytes: int | None, name: str) -> None:
+def test_the_optimiser_follows_from_hardware_and_engine(
+    hardware: Hardware, state: Any, full_bytes: int | None, name: str
+) -> None:
     assert choose_optimizer(hardware, state, full_bytes).name == name
 
 
@@ -52,14 +66,18 @@ def test_the_kernel_is_the_one_that_pytorch_takes(tiny_folder: Path) -> None:
     assert attention_kernel(CPU, None) == "no"
 
 
-def test_full_fine_tuning_needs_more_for_more_tokens_and_for_copies_of_gradients(tiny_folder: Path) -> None:
+def test_full_fine_tuning_needs_more_for_more_tokens_and_for_copies_of_gradients(
+    tiny_folder: Path,
+) -> None:
     model = load_model(tiny_folder, "none", CPU)
     options = {"processes": 1, "gradient_checkpointing": False}
     needs = full_bytes(model, options, 64)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert needs > 4 * 4 * weights  # masters, gradients and two means, in 4 bytes
     assert full_bytes(model, options, 6400) > needs
-    assert full_bytes(model, {**options, "processes": 2}, 64) == needs + 4 * weights  # gradients of float32 masters, once more
+    assert (
+        full_bytes(model, {**options, "processes": 2}, 64) == needs + 4 * weights
+    )  # gradients of float32 masters, once more
 
 
 @dataclass
@@ -76,7 +94,10 @@ class Taught:
         self.optimizer.step()
 
     def means(self) -> list[dict[str, eight_bit.Parts]]:
-        return [{key: eight_bit.parts(self.optimizer.state[weight], key) for key in eight_bit.NUMBERS} for weight in self.weights]
+        return [
+            {key: eight_bit.parts(self.optimizer.state[weight], key) for key in eight_bit.NUMBERS}
+            for weight in self.weights
+        ]
 
 
 def taught(name: str, steps: int = 3) -> Taught:
@@ -100,12 +121,20 @@ def test_an_8_bit_state_goes_on_to_the_bit() -> None:
     for own, weight, mean in zip(broken.weights, whole.weights, whole.means(), strict=True):
         own.data.copy_(weight.data)
         eight_bit.restore(
-            broken.optimizer, own, {key: {e: t.to("cpu", copy=True) for e, t in parts.items()} for key, parts in mean.items()}, 3
+            broken.optimizer,
+            own,
+            {
+                key: {e: t.to("cpu", copy=True) for e, t in parts.items()}
+                for key, parts in mean.items()
+            },
+            3,
         )
     for seed in (3, 4):
         whole.step(seed)
         broken.step(seed)
-    assert all(torch.equal(one, other) for one, other in zip(whole.weights, broken.weights, strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(whole.weights, broken.weights, strict=True)
+    )
 
 
 @pages
@@ -115,11 +144,15 @@ def test_a_run_goes_on_with_the_other_optimiser() -> None:
     for one, other in zip(plain.means(), rounded.means(), strict=True):
         for key, mean in one.items():
             largest = float(mean[""].abs().max())
-            assert torch.allclose(eight_bit.whole(other[key], key), mean[""], atol=0.03 * largest), key
+            assert torch.allclose(
+                eight_bit.whole(other[key], key), mean[""], atol=0.03 * largest
+            ), key
     taken = taught(PAGED, steps=0)
     for own, mean in zip(taken.weights, plain.means(), strict=True):
         eight_bit.restore(taken.optimizer, own, mean, 3)
     for one, other in zip(plain.means(), taken.means(), strict=True):
         for key, mean in one.items():
             largest = float(mean[""].abs().max())
-            assert torch.allclose(eight_bit.whole(other[key], key), mean[""], atol=0.02 * largest), key
+            assert torch.allclose(
+                eight_bit.whole(other[key], key), mean[""], atol=0.02 * largest
+            ), key

@@ -23,15 +23,26 @@ def steps_of_examples(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 @st.composite
 def tokenised_examples(draw: st.DrawFn) -> Examples:
     """Draw examples whose first token is never supervised, as preparation leaves them."""
-    drawn = draw(st.lists(st.lists(st.tuples(st.integers(0, 999), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=6))
+    drawn = draw(
+        st.lists(
+            st.lists(st.tuples(st.integers(0, 999), st.booleans()), min_size=1, max_size=9),
+            min_size=1,
+            max_size=6,
+        )
+    )
     return [
-        {"input_ids": [token for token, _ in one], "supervised": [place > 0 and learnt for place, (_, learnt) in enumerate(one)]}
+        {
+            "input_ids": [token for token, _ in one],
+            "supervised": [place > 0 and learnt for place, (_, learnt) in enumerate(one)],
+        }
         for one in drawn
     ]
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(0, 3))
-def test_each_epoch_takes_every_example_once(examples: int, steps: int, batch_size: int, seed: int) -> None:
+def test_each_epoch_takes_every_example_once(
+    examples: int, steps: int, batch_size: int, seed: int
+) -> None:
     drawn = [index for step in order(examples, steps, batch_size, seed) for index in step]
     assert len(drawn) == steps * batch_size
     for start in range(0, len(drawn), examples):
@@ -42,7 +53,9 @@ def test_each_epoch_takes_every_example_once(examples: int, steps: int, batch_si
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12))
 def test_a_longer_run_begins_like_a_shorter_one(examples: int, steps: int, batch_size: int) -> None:
-    assert order(examples, steps + 3, batch_size, 7)[:steps] == order(examples, steps, batch_size, 7)
+    assert order(examples, steps + 3, batch_size, 7)[:steps] == order(
+        examples, steps, batch_size, 7
+    )
 
 
 def test_steps_are_full_and_epochs_differ() -> None:
@@ -79,7 +92,9 @@ def test_shares_differ_by_no_more_than_one_example(drawn: tuple[list[int], list[
 
 
 @given(steps_of_examples())
-def test_a_step_holds_the_same_examples_for_any_number_of_parts(drawn: tuple[list[int], list[int], int]) -> None:
+def test_a_step_holds_the_same_examples_for_any_number_of_parts(
+    drawn: tuple[list[int], list[int], int],
+) -> None:
     lengths, indices, parts = drawn
     together, apart = shares(indices, lengths, 1), shares(indices, lengths, parts)
     assert sorted(together[0]) == sorted(index for share in apart for index in share)
@@ -94,7 +109,12 @@ def test_the_deal_does_not_hang_on_the_order_within_a_step() -> None:
 def test_a_target_is_the_token_after_the_one_that_predicts_it(examples: Examples) -> None:
     packed = pack(examples, "cpu")
     assert (packed.input_ids[packed.predicts + 1] == packed.targets).all()
-    assert packed.targets.tolist() == [t for e in examples for t, learnt in zip(e["input_ids"], e["supervised"], strict=True) if learnt]
+    assert packed.targets.tolist() == [
+        t
+        for e in examples
+        for t, learnt in zip(e["input_ids"], e["supervised"], strict=True)
+        if learnt
+    ]
 
 
 @given(tokenised_examples())
@@ -111,4 +131,6 @@ def test_positions_start_anew_in_each_segment(examples: Examples) -> None:
     assert [segment.length for segment in packed.segments] == lengths
     assert all(segment.mask is None for segment in packed.segments)
     assert packed.position_ids.tolist() == [place for length in lengths for place in range(length)]
-    assert packed.input_ids.tolist() == [token for example in examples for token in example["input_ids"]]
+    assert packed.input_ids.tolist() == [
+        token for example in examples for token in example["input_ids"]
+    ]

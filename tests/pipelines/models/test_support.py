@@ -9,24 +9,38 @@ from transformers import AutoConfig, PreTrainedModel
 from lora_core import LoraConfig, inject
 from lora_core.modules import modules_outside_language_model
 from pipelines.errors import BaseModelError
-from pipelines.models.support import check_checkpointing, check_supported, context_tokens, text_body, why_not_packed
+from pipelines.models.support import (
+    check_checkpointing,
+    check_supported,
+    context_tokens,
+    text_body,
+    why_not_packed,
+)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "electra", "bert-generation", "xlnet"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "xlm-roberta", "electra", "bert-generation", "xlnet"]
+)
 def test_encoders_are_refused(name: str) -> None:
-    with pytest.raises(BaseModelError, match=f"family '{name}' is an encoder, .* take a decoder-only base"):
+    with pytest.raises(
+        BaseModelError, match=f"family '{name}' is an encoder, .* take a decoder-only base"
+    ):
         check_supported(tiny_config(name))
 
 
 @pytest.mark.parametrize("name", ["bart", "mbart", "pegasus", "whisper", "marian", "blenderbot"])
 def test_encoder_decoders_are_refused(name: str) -> None:
-    with pytest.raises(BaseModelError, match=f"family '{name}' is an encoder-decoder, .* take a decoder-only base"):
+    with pytest.raises(
+        BaseModelError, match=f"family '{name}' is an encoder-decoder, .* take a decoder-only base"
+    ):
         check_supported(tiny_config(name))
 
 
 @pytest.mark.parametrize("name", ["t5", "qwen2_vl", "llava", "vit"])
 def test_families_without_a_causal_class_are_refused(name: str) -> None:
-    kind = {"t5": "an encoder-decoder", "vit": "no causal language model"}.get(name, "a vision-language model")
+    kind = {"t5": "an encoder-decoder", "vit": "no causal language model"}.get(
+        name, "a vision-language model"
+    )
     with pytest.raises(BaseModelError, match=f"family '{name}' is {kind}"):
         check_supported(AutoConfig.for_model(name))
 
@@ -37,7 +51,10 @@ def test_causal_language_models_are_taken(name: str) -> None:
 
 
 def test_why_a_family_is_not_packed(family: Callable[..., PreTrainedModel]) -> None:
-    reasons = {name: why_not_packed(family(name)) for name in ("llama", "bloom", "mamba2", "qwen3_next", "gemma3")}
+    reasons = {
+        name: why_not_packed(family(name))
+        for name in ("llama", "bloom", "mamba2", "qwen3_next", "gemma3")
+    }
     assert reasons == {
         "llama": None,
         "gemma3": None,  # its vision tower is not asked
@@ -47,18 +64,30 @@ def test_why_a_family_is_not_packed(family: Callable[..., PreTrainedModel]) -> N
     }
 
 
-def test_a_family_without_gradient_checkpointing_is_refused_where_it_is_asked_for(family: Callable[..., PreTrainedModel]) -> None:
+def test_a_family_without_gradient_checkpointing_is_refused_where_it_is_asked_for(
+    family: Callable[..., PreTrainedModel],
+) -> None:
     check_checkpointing(family("llama"))
-    with pytest.raises(BaseModelError, match="gradient_checkpointing is true, and base model family 'openai-gpt' does not support it"):
+    with pytest.raises(
+        BaseModelError,
+        match="gradient_checkpointing is true, and base model family 'openai-gpt' does not support it",
+    ):
         check_checkpointing(family("openai-gpt"))
 
 
-def test_a_wrapper_is_read_and_adapted_by_its_language_model(family: Callable[..., PreTrainedModel]) -> None:
+def test_a_wrapper_is_read_and_adapted_by_its_language_model(
+    family: Callable[..., PreTrainedModel],
+) -> None:
     model = family("gemma3")
     assert text_body(model) is model.model.language_model
-    assert set(modules_outside_language_model(model)) == {"model.vision_tower", "model.multi_modal_projector"}
+    assert set(modules_outside_language_model(model)) == {
+        "model.vision_tower",
+        "model.multi_modal_projector",
+    }
     targets = inject(model, LoraConfig(r=2, lora_alpha=4), seed=0)
-    assert targets and all(target.name.startswith("model.language_model.layers.") for target in targets)
+    assert targets and all(
+        target.name.startswith("model.language_model.layers.") for target in targets
+    )
     assert modules_outside_language_model(family("llama")) == {}
 
 

@@ -18,11 +18,11 @@ from prefect.states import Cancelled, Running
 from pipelines.orchestration import cancellation
 from pipelines.orchestration.cancellation import (
     FLOW_RUN,
-    call_interruption_cancelled,
-    call_killed_runs_crashed,
-    end_what_is_left,
     end_with_worker,
     hold_lock,
+    kill_leftover_processes,
+    mark_interrupted_run_cancelled,
+    mark_orphaned_runs_crashed,
 )
 from pipelines.workflow.flows import finetune
 
@@ -40,7 +40,9 @@ def started() -> "Iterator[Callable[..., subprocess.Popen[bytes]]]":
 
     def start(run: UUID | None, argv: list[str] = SLEEP) -> "subprocess.Popen[bytes]":
         env = {**os.environ, **({FLOW_RUN: str(run)} if run else {})}
-        processes.append(subprocess.Popen(argv, env=env, start_new_session=True, stdout=subprocess.PIPE))
+        processes.append(
+            subprocess.Popen(argv, env=env, start_new_session=True, stdout=subprocess.PIPE)
+        )
         return processes[-1]
 
     yield start
@@ -95,11 +97,13 @@ def flow_run(name: UUID) -> Any:
     return SimpleNamespace(id=name)
 
 
-def test_what_a_run_left_is_ended_and_nothing_else(started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_run_left_is_ended_and_nothing_else(
+    started: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = uuid4()
     left, others, none = started(run), started(uuid4()), started(None)
     monkeypatch.setenv(FLOW_RUN, str(run))  # this process is of the run as well, and goes on
-    end_what_is_left(finetune, flow_run(run), State(type="CRASHED"))
+    kill_leftover_processes(finetune, flow_run(run), State(type="CRASHED"))
     assert left.poll() is not None
     assert others.poll() is None and none.poll() is None
 
@@ -122,7 +126,7 @@ def interrupted(error: BaseException) -> None:
     try:
         raise error
     except BaseException:  # noqa: BLE001
-        call_interruption_cancelled(finetune, flow_run(uuid4()), State(type="CRASHED"))
+        mark_interrupted_run_cancelled(finetune, flow_run(uuid4()), State(type="CRASHED"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux is asked")
@@ -132,7 +136,14 @@ def test_a_flow_is_asked_to_end_when_its_worker_is_gone(started: Callable[..., A
         "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'asked\\n'), sys.exit()))\n"
         "end_with_worker(None, None, None); print('ready', flush=True); time.sleep(60)"
     )
-    worker = started(uuid4(), [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {flow!r}])"])
+    worker = started(
+        uuid4(),
+        [
+            sys.executable,
+            "-c",
+            f"import subprocess, sys; subprocess.run([sys.executable, '-c', {flow!r}])",
+        ],
+    )
     assert worker.stdout.readline() == b"ready\n"
     worker.kill()
     assert worker.stdout.readline() == b"asked\n"
@@ -140,20 +151,22 @@ def test_a_flow_is_asked_to_end_when_its_worker_is_gone(started: Callable[..., A
 
 def test_the_flow_has_its_hooks() -> None:
     assert finetune.on_running_hooks == [end_with_worker, hold_lock]
-    assert finetune.on_cancellation_hooks == [end_what_is_left]
-    assert finetune.on_crashed_hooks == [end_what_is_left, call_interruption_cancelled]
+    assert finetune.on_cancellation_hooks == [kill_leftover_processes]
+    assert finetune.on_crashed_hooks == [kill_leftover_processes, mark_interrupted_run_cancelled]
 
 
-def test_a_run_is_called_crashed_when_its_process_is_gone(server: Server, locks: Path, started: Callable[..., Any]) -> None:
+def test_a_run_is_called_crashed_when_its_process_is_gone(
+    server: Server, locks: Path, started: Callable[..., Any]
+) -> None:
     run = uuid4()
     server.states[run] = Running()
     process = started(None, [sys.executable, "-c", LOCKED, str(run)])
     assert process.stdout.readline() == b"held\n"
-    call_killed_runs_crashed("http://team/api")
+    mark_orphaned_runs_crashed("http://team/api")
     assert server.called() == ["RUNNING"] and [path.name for path in locks.iterdir()] == [str(run)]
     process.kill()
     process.wait()
-    call_killed_runs_crashed("http://team/api")
+    mark_orphaned_runs_crashed("http://team/api")
     assert server.called() == ["CRASHED"] and not list(locks.iterdir())
 
 
@@ -162,24 +175,28 @@ def test_a_run_that_told_how_it_ended_is_left_at_that(server: Server, locks: Pat
     locks.mkdir(parents=True)
     (locks / str(run)).touch()
     server.states[run] = Cancelled()
-    call_killed_runs_crashed("http://team/api")
+    mark_orphaned_runs_crashed("http://team/api")
     assert server.called() == ["CANCELLED"] and not list(locks.iterdir())
 
 
 def test_a_run_of_another_server_is_left_to_it(server: Server, locks: Path) -> None:
     locks.mkdir(parents=True)
     (locks / str(uuid4())).touch()
-    call_killed_runs_crashed("http://team/api")
+    mark_orphaned_runs_crashed("http://team/api")
     assert server.called() == [] and len(list(locks.iterdir())) == 1
 
 
-def test_a_worker_watches_over_its_runs_itself(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_watches_over_its_runs_itself(
+    locks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(FLOW_RUN, str(uuid4()))
     hold_lock(finetune, flow_run(uuid4()), Running())
     assert not locks.exists()
 
 
-def test_a_run_that_is_tried_again_holds_its_lock_already(locks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_tried_again_holds_its_lock_already(
+    locks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(FLOW_RUN, raising=False)
     monkeypatch.setattr(cancellation, "_held", {})
     run = flow_run(uuid4())

@@ -57,7 +57,9 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     """Put a stand-in in the place of a server that is named by address."""
     one = Server()
-    monkeypatch.setattr(concurrency, "PREFECT_API_URL", SimpleNamespace(value=lambda: "http://team/api"))
+    monkeypatch.setattr(
+        concurrency, "PREFECT_API_URL", SimpleNamespace(value=lambda: "http://team/api")
+    )
     monkeypatch.setattr(concurrency, "get_client", lambda sync_client: one)
     monkeypatch.setattr(concurrency, "concurrency", one.concurrency)
     monkeypatch.setattr(concurrency, "gethostname", lambda: "node-a")
@@ -68,13 +70,19 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     ("chosen", "count", "names"),
     [
         ("0,1,2,3", 2, ["gpu:node-a:0", "gpu:node-a:1"]),
-        ("4,5", 2, ["gpu:node-a:4", "gpu:node-a:5"]),  # a second worker of the host, with GPUs of its own
+        (
+            "4,5",
+            2,
+            ["gpu:node-a:4", "gpu:node-a:5"],
+        ),  # a second worker of the host, with GPUs of its own
         ("2", 4, ["gpu:node-a:2"]),  # ranks that share one
         ("", 2, ["cpu:node-a"]),
         ("-1", 1, ["cpu:node-a"]),
     ],
 )
-def test_a_slot_is_named_after_the_gpu(server: Server, monkeypatch: pytest.MonkeyPatch, chosen: str, count: int, names: list[str]) -> None:
+def test_a_slot_is_named_after_the_gpu(
+    server: Server, monkeypatch: pytest.MonkeyPatch, chosen: str, count: int, names: list[str]
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert slot_names(count) == names
 
@@ -106,7 +114,9 @@ def refusal(status: int | None) -> ConcurrencySlotAcquisitionError:
     request = httpx.Request("POST", "http://team/api")
     error.__cause__ = httpx.ConnectError("refused")
     if status is not None:
-        error.__cause__ = httpx.HTTPStatusError("no", request=request, response=httpx.Response(status, request=request))
+        error.__cause__ = httpx.HTTPStatusError(
+            "no", request=request, response=httpx.Response(status, request=request)
+        )
     return error
 
 
@@ -119,14 +129,18 @@ def refusal(status: int | None) -> ConcurrencySlotAcquisitionError:
         (refusal(422), "a limit of 0 refuses trainings here"),
     ],
 )
-def test_a_server_that_gives_none_is_an_error_that_can_be_mended(server: Server, error: Exception, words: str) -> None:
+def test_a_server_that_gives_none_is_an_error_that_can_be_mended(
+    server: Server, error: Exception, words: str
+) -> None:
     server.error = error
     with pytest.raises(PipelineError, match=words), held(["cpu:node-a"], print):
         pass
 
 
 @pytest.mark.parametrize("ended", [None, ArithmeticError])
-def test_a_server_that_is_away_at_the_end_changes_nothing(server: Server, ended: type[Exception] | None) -> None:
+def test_a_server_that_is_away_at_the_end_changes_nothing(
+    server: Server, ended: type[Exception] | None
+) -> None:
     server.gone = True
     said: list[str] = []
     with pytest.raises(ended) if ended else nullcontext(), held(["cpu:node-a"], said.append):
@@ -142,7 +156,9 @@ def test_without_a_server_nothing_is_asked(server: Server, monkeypatch: pytest.M
     assert server.taken == {}
 
 
-def test_scoring_holds_gpus_only_and_for_what_is_missing(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_holds_gpus_only_and_for_what_is_missing(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done, missing = SimpleNamespace(result=dict), SimpleNamespace(result=lambda: None)
     for chosen, stages in (("0,1,2", [done, missing, missing]), ("0,1,2", [done]), ("", [missing])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)

@@ -30,7 +30,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectHost]:
     long: dict[str, Any] = {
         "name": "long_tiny_cpu",
         "control": {"method": "none"},
-        "training": {"steps": 600, "checkpoint_every": 10, "checkpoint_share": 1},
+        "training": {"steps": 600, "checkpoint_every": 10, "checkpoint_time_fraction": 1},
         "launch": {"config": "cpu_ddp", "processes": 2},
     }
     (folder / "long.yaml").write_text(yaml.safe_dump(tiny_recipe(model, pairs, **small, **long)))
@@ -39,14 +39,27 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectHost]:
 
 
 def test_a_schedule_and_an_event_each_start_a_run_that_completes(host: PrefectHost) -> None:
-    deployed = host.lora("deploy", "tiny.yaml", "--cron", "* * * * *", "--interval", "3600", "--on-event", "data.arrived")
+    deployed = host.lora(
+        "deploy",
+        "tiny.yaml",
+        "--cron",
+        "* * * * *",
+        "--interval",
+        "3600",
+        "--on-event",
+        "data.arrived",
+    )
     assert deployed.returncode == 0, deployed.stderr
     assert "prefect worker start --pool lora" in deployed.stdout
     schedules = host.deployment("pairs_tiny_cpu")["schedules"]
-    assert sorted("cron" if "cron" in schedule["schedule"] else "interval" for schedule in schedules) == ["cron", "interval"]
+    assert sorted(
+        "cron" if "cron" in schedule["schedule"] else "interval" for schedule in schedules
+    ) == ["cron", "interval"]
 
     wait_for_run("RUNNING", host, auto_scheduled=True)
-    quiet = host.lora("deploy", "tiny.yaml", "--on-event", "data.arrived")  # no schedule from here on
+    quiet = host.lora(
+        "deploy", "tiny.yaml", "--on-event", "data.arrived"
+    )  # no schedule from here on
     assert quiet.returncode == 0, quiet.stderr
     scheduled = wait_for_run("COMPLETED", host, auto_scheduled=True)
     assert scheduled["parameters"]["recipe"].endswith("tiny.yaml")
@@ -67,23 +80,36 @@ def test_a_run_that_is_cut_short_leaves_nothing_and_goes_on(host: PrefectHost) -
     until(lambda: steps_kept(host) > 0, seconds=120)
     assert host.slots() == [1] and len(at_work(host)) >= 4  # the flow, the launcher, two ranks
     host.cancel(run)
-    until(lambda: host.state(run) == "CANCELLED" and not at_work(host) and host.slots() == [0], seconds=45)
+    until(
+        lambda: host.state(run) == "CANCELLED" and not at_work(host) and host.slots() == [0],
+        seconds=45,
+    )
     assert any("step 1/600" in line for line in host.log(run))
-    bars = host.post("artifacts/filter", artifacts={"type": {"any_": ["progress"]}, "flow_run_id": {"any_": [run]}})
+    bars = host.post(
+        "artifacts/filter",
+        artifacts={"type": {"any_": ["progress"]}, "flow_run_id": {"any_": [run]}},
+    )
     assert "step" in bars[0]["description"]
 
     kept = steps_kept(host)
     run = host.run(deployment)
     until(lambda: steps_kept(host) > kept, seconds=120)
     host.kill_worker()
-    until(lambda: host.state(run) == "CRASHED" and not at_work(host) and host.slots() == [0], seconds=45)
+    until(
+        lambda: host.state(run) == "CRASHED" and not at_work(host) and host.slots() == [0],
+        seconds=45,
+    )
 
     kept = steps_kept(host)
     host.start_worker()
     run = host.run(deployment)
     until(lambda: steps_kept(host) > kept, seconds=120)
-    with beside(host, "run", "tiny.yaml", "--rank", "4") as other:  # another recipe waits for its turn
-        until(lambda: "another run is at work" in (host.folder / "other.txt").read_text(), seconds=60)
+    with beside(
+        host, "run", "tiny.yaml", "--rank", "4"
+    ) as other:  # another recipe waits for its turn
+        until(
+            lambda: "another run is at work" in (host.folder / "other.txt").read_text(), seconds=60
+        )
         assert host.state(run) == "RUNNING"
         until(lambda: host.state(run) == "COMPLETED", seconds=200)
         assert other.wait(120) == 0
@@ -102,7 +128,9 @@ def test_a_malformed_cron_is_refused(host: PrefectHost) -> None:
 def beside(host: PrefectHost, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
     """Run the command line beside what else the host does; what it says goes to other.txt."""
     with (host.folder / "other.txt").open("wb") as stream:
-        other = subprocess.Popen([LORA, *arguments], cwd=host.folder, env=host.environment, stdout=stream, stderr=stream)
+        other = subprocess.Popen(
+            [LORA, *arguments], cwd=host.folder, env=host.environment, stdout=stream, stderr=stream
+        )
     try:
         yield other
     finally:
@@ -133,7 +161,9 @@ def wait_for_run(state: str, host: PrefectHost, *, auto_scheduled: bool) -> dict
     found: list[dict[str, Any]] = []
 
     def look() -> bool:
-        runs = host.post("flow_runs/filter", flow_runs={"state": {"type": {"any_": [state]}}})  # by state: runs to come would fill it
+        runs = host.post(
+            "flow_runs/filter", flow_runs={"state": {"type": {"any_": [state]}}}
+        )  # by state: runs to come would fill it
         found[:] = [run for run in runs if run["auto_scheduled"] == auto_scheduled]
         return bool(found)
 

@@ -34,10 +34,21 @@ with local_server.serving(), get_client(sync_client=True) as client, slots.held(
 
 
 def test_it_outlives_what_ends_a_run_and_not_the_run(tmp_path: Path) -> None:
-    clean = {name: value for name, value in os.environ.items() if name.upper() not in ("PREFECT_API_URL", "NO_PROXY")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name.upper() not in ("PREFECT_API_URL", "NO_PROXY")
+    }
     for kill in (False, True):
-        environment = {**clean, "PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "HTTP_PROXY": NOWHERE}
-        with subprocess.Popen([sys.executable, "-c", RUN], env=environment, stdin=PIPE, stdout=PIPE, text=True) as run:
+        environment = {
+            **clean,
+            "PREFECT_HOME": str(tmp_path),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "HTTP_PROXY": NOWHERE,
+        }
+        with subprocess.Popen(
+            [sys.executable, "-c", RUN], env=environment, stdin=PIPE, stdout=PIPE, text=True
+        ) as run:
             assert run.stdin is not None and run.stdout is not None
             url = run.stdout.readline().strip()
             (server,) = psutil.Process(run.pid).children()
@@ -49,13 +60,22 @@ def test_it_outlives_what_ends_a_run_and_not_the_run(tmp_path: Path) -> None:
             else:
                 run.stdin.close()
             assert run.wait(30) == (-signal.SIGKILL if kill else 0)
-        until(lambda server=server: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, seconds=20)
+        until(
+            lambda server=server: (
+                not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
+            ),
+            seconds=20,
+        )
     assert (tmp_path / "server.log").read_text() == ""
 
 
-def test_one_that_does_not_start_is_an_error_that_names_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_does_not_start_is_an_error_that_names_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(local_server.sys, "executable", "false")
-    monkeypatch.setattr(local_server, "PREFECT_HOME", type("Home", (), {"value": staticmethod(lambda: tmp_path)}))
+    monkeypatch.setattr(
+        local_server, "PREFECT_HOME", type("Home", (), {"value": staticmethod(lambda: tmp_path)})
+    )
     monkeypatch.setattr(local_server, "_servers", [])
     with pytest.raises(PipelineError, match=r"does not start .*server\.log says why"):
         local_server._start()
@@ -65,7 +85,9 @@ def test_a_named_server_that_is_away_is_an_error_that_passes() -> None:
     gone = "http://user:word@127.0.0.1:9/api"
     with (
         temporary_settings({PREFECT_API_URL: gone, PREFECT_CLIENT_MAX_RETRIES: 0}),
-        pytest.raises(StageError, match=r"^the Prefect server at 127\.0\.0\.1:9 does not serve this run") as caught,
+        pytest.raises(
+            StageError, match=r"^the Prefect server at 127\.0\.0\.1:9 does not serve this run"
+        ) as caught,
         local_server.serving(),
     ):
         pass
@@ -73,7 +95,11 @@ def test_a_named_server_that_is_away_is_an_error_that_passes() -> None:
 
 
 def test_one_that_goes_away_meanwhile_is_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_server, "get_client", lambda sync_client: nullcontext(SimpleNamespace(api_healthcheck=lambda: None)))
+    monkeypatch.setattr(
+        local_server,
+        "get_client",
+        lambda sync_client: nullcontext(SimpleNamespace(api_healthcheck=lambda: None)),
+    )
     with (
         temporary_settings({PREFECT_API_URL: "http://team/api"}),
         pytest.raises(StageError, match="does not serve"),

@@ -32,10 +32,17 @@ MOVED = {
     "persistent_bytes": 0,
     "shared_numbers": 1_000_000_000,
 }
-HOW = {"accumulation": 1, "checkpointing": False, "reduces_to_owner": False, "reuse_weights": 0}
+HOW = {
+    "gradient_accumulation_steps": 1,
+    "checkpointing": False,
+    "reduces_to_owner": False,
+    "reuse_weights": 0,
+}
 
 
-def way(sharding: str, gib: float, checkpointed: float, eight_bit: float | None = None) -> dict[str, Any]:
+def way(
+    sharding: str, gib: float, checkpointed: float, eight_bit: float | None = None
+) -> dict[str, Any]:
     return {
         "sharding": sharding,
         "memory_bytes": gib * GIB,
@@ -58,7 +65,10 @@ def plan() -> dict[str, Any]:
         "scaling": ways,
         "comfortable_share": 0.9,
         "exchanged": {"weights": dict.fromkeys(METHODS, MOVED), "exchange": HOW},
-        "runs": {"rank-4": {"trained_weights": 10_000_000}, "control": {"trained_weights": 1_000_000_000}},
+        "runs": {
+            "rank-4": {"trained_weights": 10_000_000},
+            "control": {"trained_weights": 1_000_000_000},
+        },
         "tokens_of_a_step": 100_000.0,
     }
 
@@ -72,11 +82,24 @@ def text(table: Any) -> str:
 
 @pytest.mark.parametrize(
     ("gpu_gb", "said"),
-    [(48, "ddp 1 s"), (42, "ddp 8 1 s"), (26, "ddp 8 1 s"), (24, "zero2 1 s"), (15, "ddp 8c 2 s"), (12, "zero1 c 2 s"), (4, "×")],
+    [
+        (48, "ddp 1 s"),
+        (42, "ddp 8 1 s"),
+        (26, "ddp 8 1 s"),
+        (24, "zero2 1 s"),
+        (15, "ddp 8c 2 s"),
+        (12, "zero1 c 2 s"),
+        (4, "×"),
+    ],
 )
 def test_the_first_way_that_fits(gpu_gb: float, said: str) -> None:
     """As it is before with checkpointing, in 8 bits where training would take them; the seconds are those of the bits at 100 Gbit/s."""
-    ways = [way("ddp", 40, 20, eight_bit=26), way("zero1", 30, 12), way("zero2", 20, 10), way("zero3", 16, 8)]
+    ways = [
+        way("ddp", 40, 20, eight_bit=26),
+        way("zero1", 30, 12),
+        way("zero2", 20, 10),
+        way("zero3", 16, 8),
+    ]
     assert first_that_fits(ways, Cluster(gpu_gb=gpu_gb), gpu_gb, 0.9) == said
 
 
@@ -85,7 +108,11 @@ def test_twice_the_rate_is_half_the_time() -> None:
 
 
 def test_each_number_of_gpus_has_a_row() -> None:
-    rows = [line for line in text(scaling_table(plan(), Cluster(gpu_gb=80), 80)).splitlines() if line.startswith("│")]
+    rows = [
+        line
+        for line in text(scaling_table(plan(), Cluster(gpu_gb=80), 80)).splitlines()
+        if line.startswith("│")
+    ]
     assert [line.split("│")[1].strip() for line in rows] == ["1", "2", "512"]
     assert "ddp c" in rows[0]
 
@@ -108,7 +135,11 @@ def test_checkpoints_are_in_time_or_in_steps() -> None:
 
 
 def test_a_faster_disk_and_more_failures_both_shorten_the_interval() -> None:
-    said = text(checkpoints_table(plan(), Cluster(gpus=64, disk_gb_per_second=4, failures_per_gpu_year=0.692), 64))
+    said = text(
+        checkpoints_table(
+            plan(), Cluster(gpus=64, disk_gb_per_second=4, failures_per_gpu_year=0.692), 64
+        )
+    )
     assert "34.5 min" in said  # 138 min / √4 / √4
 
 
@@ -117,15 +148,26 @@ def test_an_interval_is_a_step_at_least() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0.0123, "0.012 s"), (59.6, "60 s"), (150, "2.5 min"), (9000, "2.5 h"), (200_000, "2.31 days")]
+    ("seconds", "said"),
+    [
+        (0.0123, "0.012 s"),
+        (59.6, "60 s"),
+        (150, "2.5 min"),
+        (9000, "2.5 h"),
+        (200_000, "2.31 days"),
+    ],
 )
 def test_times_are_small_numbers(seconds: float, said: str) -> None:
     assert duration(seconds) == said
 
 
-@pytest.mark.parametrize("option", ["gbit", "disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second"])
+@pytest.mark.parametrize(
+    "option", ["gbit", "disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second"]
+)
 def test_an_option_that_would_change_nothing_is_refused(option: str) -> None:
-    with pytest.raises(PipelineError, match=f"--{option.replace('_', '-')} 2 has no effect without --gpus"):
+    with pytest.raises(
+        PipelineError, match=f"--{option.replace('_', '-')} 2 has no effect without --gpus"
+    ):
         Cluster(**{option: 2})
     Cluster(gpus=8, **{option: 2})
 
@@ -135,7 +177,11 @@ def test_a_command_takes_a_dataclass_as_options() -> None:
 
     @app.command()
     @with_options("cluster", Cluster)
-    def plan(recipe: Annotated[str, typer.Argument()], cluster: Cluster, rank: Annotated[list[int], typer.Option()] = []) -> None:  # noqa: B006
+    def plan(
+        recipe: Annotated[str, typer.Argument()],
+        cluster: Cluster,
+        rank: Annotated[list[int], typer.Option()] = [],  # noqa: B006
+    ) -> None:
         seen.append((recipe, cluster, rank))
 
     ended = CliRunner().invoke(app, ["mine", "--gpu-gb", "80", "--rank", "4", "--gpus", "64"])

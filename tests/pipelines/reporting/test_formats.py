@@ -6,22 +6,36 @@ from pipelines.reporting.formats import duration, p_value, scaled, signed
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (512, "512"), (999.6, "1.00\u00a0k"), (4_884_480, "4.88\u00a0M"), (99_960_000, "100\u00a0M")]
+    ("value", "text"),
+    [
+        (0, "0"),
+        (512, "512"),
+        (999.6, "1.00\u00a0k"),
+        (4_884_480, "4.88\u00a0M"),
+        (99_960_000, "100\u00a0M"),
+    ],
 )
 def test_counts_have_three_digits(value: float, text: str) -> None:
     assert scaled(value, ("", "k", "M", "G")) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.7234, "+0.723"), (-0.0066, "−0.007"), (-0.0004, "0.000"), (0.0, "0.000")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.7234, "+0.723"), (-0.0066, "−0.007"), (-0.0004, "0.000"), (0.0, "0.000")]
+)
 def test_differences_bear_a_sign_unless_they_round_to_zero(value: float, text: str) -> None:
     assert signed(value) == text
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(16.04, "16.0 s"), (760.2, "12 min 40 s"), (119.6, "2 min 00 s")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(16.04, "16.0 s"), (760.2, "12 min 40 s"), (119.6, "2 min 00 s")]
+)
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.0321, "p\u00a00.032"), (0.5, "p\u00a00.5"), (0.0002, "p\u00a0<\u00a00.001")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0321, "p\u00a00.032"), (0.5, "p\u00a00.5"), (0.0002, "p\u00a0<\u00a00.001")],
+)
 def test_p_values(value: float, text: str) -> None:
     assert p_value(value) == text

@@ -30,9 +30,16 @@ def test_every_row_of_the_frontier_is_on_one_way(summary: Summary) -> None:
 
 def test_a_way_leads_from_its_base_through_its_snapshots(summary: Summary) -> None:
     found = by_label(summary)
-    assert [row["step"] for row in found["control"].snapshots] == [row["step"] for row in found["rank-16"].snapshots] == [5, 10]
+    assert (
+        [row["step"] for row in found["control"].snapshots]
+        == [row["step"] for row in found["rank-16"].snapshots]
+        == [5, 10]
+    )
     assert found["control"].start == (0.0, 0.0)
-    assert found["rank-16"].start == (summary["models"]["base-nf4"]["change"]["task_gain"]["mean"], 0.0)
+    assert found["rank-16"].start == (
+        summary["models"]["base-nf4"]["change"]["task_gain"]["mean"],
+        0.0,
+    )
     assert [row["label"] for row in found["rank-16"].rates] == ["rank-16 lr 0.0005"]
     assert [row["label"] for row in found["control"].rates] == ["control lr 0.0003"]
     assert [row["rank"] for row in found["rank-64"].cuts] == [8, 2]
@@ -47,7 +54,9 @@ def test_a_control_by_lora_begins_where_the_adapters_do(summary: Summary) -> Non
 
 def test_another_rate_of_the_control_is_drawn_and_named_beside_it(summary: Summary) -> None:
     squares, labels = drawn(summary)
-    summary["frontier"] = [row for row in summary["frontier"] if row["label"] != "control lr 0.0003"]
+    summary["frontier"] = [
+        row for row in summary["frontier"] if row["label"] != "control lr 0.0003"
+    ]
     fewer, without = drawn(summary)
     assert squares - fewer == 1 and labels - without == {"0.0003"}
 
@@ -55,7 +64,10 @@ def test_another_rate_of_the_control_is_drawn_and_named_beside_it(summary: Summa
 def drawn(summary: Summary) -> tuple[int, set[str]]:
     """Return how many dotted lines of the control's colour lead to another rate, and the labels in that colour."""
     svg = plot_frontier(summary)
-    dotted = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="fill: none; stroke-dasharray: 0.8[^"]*stroke: var\(--control', svg)
+    dotted = re.findall(
+        r'<path d="[^"]*" clip-path="[^"]*" style="fill: none; stroke-dasharray: 0.8[^"]*stroke: var\(--control',
+        svg,
+    )
     return len(dotted), set(re.findall(r"fill: var\(--control[^>]*>([^<]*)</text>", svg))
 
 
@@ -93,30 +105,53 @@ def levels(strip: Strip) -> list[list[int]]:
 
 @given(
     st.lists(
-        st.lists(st.floats(0, 10, allow_subnormal=False), min_size=1, max_size=9).map(lambda v: sorted(v, reverse=True)),
+        st.lists(st.floats(0, 10, allow_subnormal=False), min_size=1, max_size=9).map(
+            lambda v: sorted(v, reverse=True)
+        ),
         min_size=1,
         max_size=5,
     )
 )
 def test_a_strip_is_its_spectra_to_half_a_shade(columns: list[list[float]]) -> None:
     modules = [
-        {"module": f"layers.{place}.q_proj", "rank": len(values), "effective_rank": 1.0, "values": values}
+        {
+            "module": f"layers.{place}.q_proj",
+            "rank": len(values),
+            "effective_rank": 1.0,
+            "values": values,
+        }
         for place, values in enumerate(columns)
     ]
     (strip,) = strips(modules)
     for values, shades in zip(columns, levels(strip), strict=True):
-        expected = [value / values[0] if values[0] else 0.0 for value in values] + [0.0] * (strip.rank - len(values))
-        assert all(abs(shade / SHADES - value) <= 0.5 / SHADES + 1e-9 for shade, value in zip(shades, expected, strict=True))
+        expected = [value / values[0] if values[0] else 0.0 for value in values] + [0.0] * (
+            strip.rank - len(values)
+        )
+        assert all(
+            abs(shade / SHADES - value) <= 0.5 / SHADES + 1e-9
+            for shade, value in zip(shades, expected, strict=True)
+        )
 
 
 def test_kinds_keep_their_layers_in_order_and_sizes_are_beside_the_largest() -> None:
     modules = spectrum(4)
     found = {strip.kind: strip for strip in strips(modules)}
     assert list(found) == ["q_proj", "o_proj", "down_proj"]
-    heights = {kind: [float(h) for h in re.findall(r"h\.8v-([\d.]+)", strip.bars)] for kind, strip in found.items()}
+    heights = {
+        kind: [float(h) for h in re.findall(r"h\.8v-([\d.]+)", strip.bars)]
+        for kind, strip in found.items()
+    }
     assert max(max(values) for values in heights.values()) == heights["down_proj"][-1] == 1
-    sizes = [sum(v * v for v in module["values"]) ** 0.5 for module in modules if "q_proj" in module["module"]]
+    sizes = [
+        sum(v * v for v in module["values"]) ** 0.5
+        for module in modules
+        if "q_proj" in module["module"]
+    ]
     largest = sum(v * v for v in modules[-1]["values"]) ** 0.5
-    assert heights["q_proj"] == pytest.approx([size / largest for size in sizes], abs=5e-4)  # three decimals are written
+    assert heights["q_proj"] == pytest.approx(
+        [size / largest for size in sizes], abs=5e-4
+    )  # three decimals are written
     line = [float(point.split(",")[1]) for point in found["q_proj"].line.split()]
-    assert line == pytest.approx([m["effective_rank"] for m in modules if "q_proj" in m["module"]], abs=5e-3)  # two are
+    assert line == pytest.approx(
+        [m["effective_rank"] for m in modules if "q_proj" in m["module"]], abs=5e-3
+    )  # two are

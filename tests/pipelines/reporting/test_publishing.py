@@ -17,7 +17,12 @@ from pipelines.workflow import publishing, tasks
 from pipelines.workflow.run import Run
 from pipelines.workflow.stages import Stages
 
-REGISTERED = {"model": "tiny-model", "parent_run": "p", "versions": {"rank-16": 3}, "aliases": {"champion": 3}}
+REGISTERED = {
+    "model": "tiny-model",
+    "parent_run": "p",
+    "versions": {"rank-16": 3},
+    "aliases": {"champion": 3},
+}
 TOLD = "Registered in tiny-model: rank-16 as version 3; champion is version 3."
 
 
@@ -27,16 +32,22 @@ class Registry:
     def __init__(self) -> None:
         self.logged: list[dict[str, str]] = []
 
-    def register(self, summary: Summary, runs: Path, files: list[Path], note: str) -> dict[str, Any]:
+    def register(
+        self, summary: Summary, runs: Path, files: list[Path], note: str
+    ) -> dict[str, Any]:
         self._log(files, note)
         return REGISTERED
 
-    def describe(self, registered: dict[str, Any], runs: Path, files: list[Path], note: str) -> None:
+    def describe(
+        self, registered: dict[str, Any], runs: Path, files: list[Path], note: str
+    ) -> None:
         assert registered == REGISTERED
         self._log(files, note)
 
     def _log(self, files: list[Path], note: str) -> None:
-        self.logged.append({**{file.name: file.read_text(encoding="utf-8") for file in files}, "note": note})
+        self.logged.append(
+            {**{file.name: file.read_text(encoding="utf-8") for file in files}, "note": note}
+        )
 
 
 @pytest.fixture
@@ -79,7 +90,9 @@ def failing(*arguments: Any) -> None:
     raise RegistryError("MLflow does not answer")
 
 
-def test_what_was_registered_is_told_everywhere(run: Run, summary: Summary, mlflow: Registry, shown: list[str]) -> None:
+def test_what_was_registered_is_told_everywhere(
+    run: Run, summary: Summary, mlflow: Registry, shown: list[str]
+) -> None:
     path = publishing.publish(run, summary)
     before, after = mlflow.logged
     assert TOLD not in before["note"] + before["report.html"] and TOLD in after["note"]
@@ -93,7 +106,12 @@ def test_what_was_registered_is_told_everywhere(run: Run, summary: Summary, mlfl
 
 @pytest.mark.parametrize("name", ["register", "describe"])
 def test_a_registry_that_fails_loses_nothing(
-    name: str, run: Run, summary: Summary, mlflow: Registry, shown: list[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    run: Run,
+    summary: Summary,
+    mlflow: Registry,
+    shown: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registry, name, failing)
     with pytest.raises(RegistryError, match="does not answer"):
@@ -103,7 +121,9 @@ def test_a_registry_that_fails_loses_nothing(
     assert "rank-16" in page and (TOLD in page) == (name == "describe")
 
 
-def test_what_is_no_refusal_is_not_kept_back(run: Run, summary: Summary, mlflow: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_refusal_is_not_kept_back(
+    run: Run, summary: Summary, mlflow: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken: Callable[..., None] = lambda *arguments: {}["a mistake of ours"]  # noqa: E731
     monkeypatch.setattr(registry, "register", broken)
     with pytest.raises(KeyError):

@@ -38,7 +38,13 @@ def stages(tmp_path: Path) -> dict[str, Stage]:
     """Begun stages by what they do."""
     found = {}
     for does in ("works", "refuses", "fails", "stops", "works too"):
-        found[does] = Stage("evaluate", does.replace(" ", "-"), {"does": does}, tmp_path, {"log": str(tmp_path / "log")})
+        found[does] = Stage(
+            "evaluate",
+            does.replace(" ", "-"),
+            {"does": does},
+            tmp_path,
+            {"log": str(tmp_path / "log")},
+        )
         found[does].begin()
     return found
 
@@ -77,7 +83,10 @@ def test_a_refused_stage_leaves_the_others_to_be_done(stages: dict[str, Stage]) 
 def test_a_bug_is_left_in_its_stage_and_ends_the_batch(stages: dict[str, Stage]) -> None:
     ended = run(stages, "works", "fails", "works too")
     assert ended.returncode == 1
-    assert "ZeroDivisionError" in str(recorded_error(stages["fails"].folder)) and "Traceback" in ended.stderr
+    assert (
+        "ZeroDivisionError" in str(recorded_error(stages["fails"].folder))
+        and "Traceback" in ended.stderr
+    )
     assert stages["works"].result() is not None
     assert stages["works too"].result() is None
 
@@ -89,7 +98,9 @@ def test_an_interrupted_batch_loses_the_stage_at_work(stages: dict[str, Stage]) 
     assert log(stages) == ["works", "stops", "works", "too"]
 
 
-def test_a_rank_that_fails_leaves_its_own_error(stages: dict[str, Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_leaves_its_own_error(
+    stages: dict[str, Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And no launcher's: that of another rank, which only lost its peer, does not take its place."""
     folder = stages["fails"].begin()
     monkeypatch.setenv("RANK", "1")
@@ -100,4 +111,6 @@ def test_a_rank_that_fails_leaves_its_own_error(stages: dict[str, Stage], monkey
         raise PeerError("rank 0 lost rank 1")
     error = recorded_error(folder)
     assert error is not None
-    assert str(error).startswith(f"{folder} failed on rank 1 with TypeError: 'PackMask' object is not subscriptable; its log")
+    assert str(error).startswith(
+        f"{folder} failed on rank 1 with TypeError: 'PackMask' object is not subscriptable; its log"
+    )

@@ -39,7 +39,9 @@ def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Jo
     served = list[str]()
     host = Joined(1, tmp_path, lambda _: None)
 
-    def run_beside(argv: list[str], log: object, *, threads: int, on_cpu: bool, until: Callable[[], bool]) -> int:
+    def run_beside(
+        argv: list[str], log: object, *, threads: int, on_cpu: bool, until: Callable[[], bool]
+    ) -> int:
         assert on_cpu  # as the call's config says
         served.append(argv[argv.index("--machine_rank") + 1])
         while not until():
@@ -70,7 +72,14 @@ def test_one_machine_calls_nobody(folder: Path) -> None:
 
 def test_a_call_stands_as_long_as_the_training(folder: Path, tmp_path: Path) -> None:
     with calling(TWO, folder) as place:
-        assert place[:6] == ["--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "node-a"]
+        assert place[:6] == [
+            "--num_machines",
+            "2",
+            "--machine_rank",
+            "0",
+            "--main_process_ip",
+            "node-a",
+        ]
         wait_for(lambda: bool(calls(tmp_path)))
         assert calls(tmp_path)[0][0] == folder
     assert calls(tmp_path) == []
@@ -85,9 +94,14 @@ def test_each_training_is_joined_once(folder: Path, joined: tuple[Joined, list[s
         assert served == ["1"] * number
 
 
-def test_a_call_that_stands_still_is_not_answered(folder: Path, joined: tuple[Joined, list[str]]) -> None:
+def test_a_call_that_stands_still_is_not_answered(
+    folder: Path, joined: tuple[Joined, list[str]]
+) -> None:
     _, served = joined
-    write_json(folder / CALL, {"attempt": "old", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 7})
+    write_json(
+        folder / CALL,
+        {"attempt": "old", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 7},
+    )
     threading.Event().wait(0.2)
     assert served == []
     with calling(TWO, folder):
@@ -95,12 +109,18 @@ def test_a_call_that_stands_still_is_not_answered(folder: Path, joined: tuple[Jo
 
 
 @pytest.mark.parametrize("address", ["", "node-a", "node-a:port", ":29500"])
-def test_an_address_without_a_port_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_without_a_port_is_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LORA_MAIN_ADDRESS", address)
-    with pytest.raises(PipelineError, match=r"set it on each of the 2 hosts .* such as node-a:29500"):
+    with pytest.raises(
+        PipelineError, match=r"set it on each of the 2 hosts .* such as node-a:29500"
+    ):
         place_of({"machines": 2}, 1)
 
 
 def test_ranks_are_shared_out_evenly(recipe_with: Callable[..., dict[str, object]]) -> None:
-    with pytest.raises(RecipeError, match="has 3 processes on 2 machines; give each machine as many"):
+    with pytest.raises(
+        RecipeError, match="has 3 processes on 2 machines; give each machine as many"
+    ):
         parse_recipe(recipe_with(launch={"config": "cpu_zero2", "processes": 3, "machines": 2}))

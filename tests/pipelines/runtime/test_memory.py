@@ -14,7 +14,9 @@ from pipelines.runtime.memory import free_memory_bytes
     ids=["confined", "not confined", "unreadable", "no control groups"],
 )
 @pytest.mark.parametrize("place", ["", "job", "job/step"])
-def test_the_smallest_of_all_is_left(tmp_path: Path, limit: str | None, left: int | None, place: str) -> None:
+def test_the_smallest_of_all_is_left(
+    tmp_path: Path, limit: str | None, left: int | None, place: str
+) -> None:
     own, group = tmp_path / "own", tmp_path / "groups" / "job"
     own.write_text(f"0::/{place}\n")
     (group / "step").mkdir(parents=True)
@@ -25,7 +27,11 @@ def test_the_smallest_of_all_is_left(tmp_path: Path, limit: str | None, left: in
         (confined / "memory.current").write_text("600000\n")
         (confined / "memory.stat").write_text("anon 400000\ninactive_file 100000\n")
     found = free_memory_bytes(tmp_path / "groups", own)
-    assert found == left if left is not None else found == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    assert (
+        found == left
+        if left is not None
+        else found == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    )
 
 
 def test_a_machine_without_control_groups_has_what_it_has(tmp_path: Path) -> None:

@@ -18,11 +18,25 @@ from pipelines.runtime.sharding import check_launch, sharding
     ("name", "expected"),
     [
         ("cpu_single", {"device": "cpu", "sharding": "ddp"}),
-        ("cpu_zero2", {"device": "cpu", "sharding": "zero2", "bucket_weights": 50_000_000, "reduces_to_owner": False}),
+        (
+            "cpu_zero2",
+            {
+                "device": "cpu",
+                "sharding": "zero2",
+                "bucket_weights": 50_000_000,
+                "reduces_to_owner": False,
+            },
+        ),
         ("gpu_zero2", {"device": "gpu", "sharding": "zero2", "bucket_weights": 50_000_000}),
-        ("gpu_zero3", {"sharding": "zero3", "persistent_weights": 100_000, "reuse_weights": 1_000_000_000}),
+        (
+            "gpu_zero3",
+            {"sharding": "zero3", "persistent_weights": 100_000, "reuse_weights": 1_000_000_000},
+        ),
         ("gpu_zero3_offload", {"device": "gpu", "sharding": "zero3_offload"}),
-        ("cpu_zero3_offload", {"device": "cpu", "sharding": "zero3"}),  # the host's memory is the process's own
+        (
+            "cpu_zero3_offload",
+            {"device": "cpu", "sharding": "zero3"},
+        ),  # the host's memory is the process's own
     ],
 )
 def test_launch_configs_say_what_is_shared(name: str, expected: dict[str, Any]) -> None:
@@ -33,23 +47,39 @@ def config(folder: Path, deepspeed: dict[str, Any] | None = None, **settings: An
     """Save an accelerate config, and DeepSpeed's where there is one; return its path."""
     if deepspeed is not None:
         (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
-        section = {"deepspeed_config_file": str(folder / "deepspeed.json"), **settings.pop("deepspeed_config", {})}
+        section = {
+            "deepspeed_config_file": str(folder / "deepspeed.json"),
+            **settings.pop("deepspeed_config", {}),
+        }
         settings = {"distributed_type": "DEEPSPEED", "deepspeed_config": section, **settings}
     (folder / "launch.yaml").write_text(yaml.safe_dump(settings))
     return str(folder / "launch.yaml")
 
 
 def recipe(launch: str, processes: int = 2, **changes: Any) -> Recipe:
-    return parse_recipe(tiny_recipe(Path("model"), Path("pairs.jsonl"), launch={"config": launch, "processes": processes}, **changes))
+    return parse_recipe(
+        tiny_recipe(
+            Path("model"),
+            Path("pairs.jsonl"),
+            launch={"config": launch, "processes": processes},
+            **changes,
+        )
+    )
 
 
 def test_a_stage_in_accelerates_own_keys(tmp_path: Path) -> None:
-    path = config(tmp_path, distributed_type="DEEPSPEED", deepspeed_config={"zero_stage": 3, "offload_optimizer_device": "cpu"})
+    path = config(
+        tmp_path,
+        distributed_type="DEEPSPEED",
+        deepspeed_config={"zero_stage": 3, "offload_optimizer_device": "cpu"},
+    )
     assert sharding(path)["sharding"] == "zero3_offload"
 
 
 def test_gradients_that_go_to_their_owner_alone(tmp_path: Path) -> None:
-    path = config(tmp_path, {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False}})
+    path = config(
+        tmp_path, {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False}}
+    )
     assert sharding(path)["reduces_to_owner"]
 
 
@@ -59,7 +89,11 @@ def test_an_engine_that_is_not_known_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_of_deepspeeds_that_is_not_there(tmp_path: Path) -> None:
-    path = config(tmp_path, distributed_type="DEEPSPEED", deepspeed_config={"deepspeed_config_file": "infra/zero9.json"})
+    path = config(
+        tmp_path,
+        distributed_type="DEEPSPEED",
+        deepspeed_config={"deepspeed_config_file": "infra/zero9.json"},
+    )
     with pytest.raises(RecipeError, match=r"'infra/zero9\.json', and there is no"):
         sharding(path)
 
@@ -67,7 +101,9 @@ def test_a_file_of_deepspeeds_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.yaml"))])
 def test_our_own_configs_are_not_refused(name: str, quantization: str) -> None:
-    check_launch(recipe(name, 1 if name.endswith("single") else 2, base_model={"quantization": quantization}))
+    check_launch(
+        recipe(name, 1 if name.endswith("single") else 2, base_model={"quantization": quantization})
+    )
 
 
 FSDP = {"distributed_type": "FSDP"}
@@ -75,24 +111,55 @@ STAGE3 = {"zero_optimization": {"stage": 3}}
 INIT = {"deepspeed_config": {"zero3_init_flag": True}}
 DENSE = {"base_model": {"quantization": "none"}}
 REFUSED: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any], str]] = [
-    (None, {"distributed_type": "NO", "use_cpu": True}, {}, "starts one process, and launch.processes is 2; use cpu_ddp"),
+    (
+        None,
+        {"distributed_type": "NO", "use_cpu": True},
+        {},
+        "starts one process, and launch.processes is 2; use cpu_ddp",
+    ),
     (None, {"distributed_type": "MULTI_CPU", "use_cpu": True}, {}, "distributed_type MULTI_CPU"),
-    (None, {**FSDP, "use_cpu": True}, {}, "turns into DDP without a word: nothing would be shared out; use cpu_zero3"),
+    (
+        None,
+        {**FSDP, "use_cpu": True},
+        {},
+        "turns into DDP without a word: nothing would be shared out; use cpu_zero3",
+    ),
     (None, FSDP, {}, "the codes of nf4 are bytes beside floating-point weights; use gpu_zero3"),
     (None, FSDP, DENSE, "not gathered where checkpoints and adapters are saved"),
     (STAGE3, INIT, {}, "4-bit codes are made of whole weights"),
     (STAGE3, INIT, DENSE, "which has no effect: each rank loads the base whole"),
     ({**STAGE3, "bf16": {"enabled": True}}, {"use_cpu": True}, {}, "forces bf16 on a CPU"),
-    (STAGE3, {"use_cpu": True, "mixed_precision": "fp16"}, {}, "forces mixed_precision fp16 on a CPU"),
-    ({"zero_optimization": {"stage": 0}}, {}, {}, "stage 0, which shares nothing and would not shorten gradients; use gpu_ddp"),
-    ({**STAGE3, "gradient_accumulation_steps": 2}, {}, {}, "gradient_accumulation_steps to 2, and training.accumulation is 1"),
+    (
+        STAGE3,
+        {"use_cpu": True, "mixed_precision": "fp16"},
+        {},
+        "forces mixed_precision fp16 on a CPU",
+    ),
+    (
+        {"zero_optimization": {"stage": 0}},
+        {},
+        {},
+        "stage 0, which shares nothing and would not shorten gradients; use gpu_ddp",
+    ),
+    (
+        {**STAGE3, "gradient_accumulation_steps": 2},
+        {},
+        {},
+        "gradient_accumulation_steps to 2, and training.gradient_accumulation_steps is 1",
+    ),
     ({**STAGE3, "optimizer": {"type": "Adam"}}, {}, {}, "DeepSpeed's own optimizer"),
 ]
 
 
-@pytest.mark.parametrize(("deepspeed", "settings", "changes", "message"), REFUSED, ids=[row[-1] for row in REFUSED])
+@pytest.mark.parametrize(
+    ("deepspeed", "settings", "changes", "message"), REFUSED, ids=[row[-1] for row in REFUSED]
+)
 def test_what_cannot_work_is_refused_with_the_reason(
-    tmp_path: Path, deepspeed: dict[str, Any] | None, settings: dict[str, Any], changes: dict[str, Any], message: str
+    tmp_path: Path,
+    deepspeed: dict[str, Any] | None,
+    settings: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
 ) -> None:
     with pytest.raises(RecipeError) as caught:
         check_launch(recipe(config(tmp_path, deepspeed, **settings), **changes))
@@ -103,12 +170,17 @@ def test_what_cannot_work_is_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("deepspeed", "settings"),
     [
-        ({**STAGE3, "bf16": {"enabled": "auto"}, "gradient_accumulation_steps": "auto"}, {"use_cpu": True}),
+        (
+            {**STAGE3, "bf16": {"enabled": "auto"}, "gradient_accumulation_steps": "auto"},
+            {"use_cpu": True},
+        ),
         ({**STAGE3, "bf16": {"enabled": True}}, {"use_cpu": False}),
         ({**STAGE3, "gradient_accumulation_steps": 1}, {}),
     ],
 )
-def test_what_works_is_not_refused(tmp_path: Path, deepspeed: dict[str, Any], settings: dict[str, Any]) -> None:
+def test_what_works_is_not_refused(
+    tmp_path: Path, deepspeed: dict[str, Any], settings: dict[str, Any]
+) -> None:
     check_launch(recipe(config(tmp_path, deepspeed, **settings)))
 
 

@@ -37,7 +37,13 @@ def key_of(tmp_path: Path) -> Callable[..., str]:
     """Return a function from changed fields of one stage to its key."""
 
     def key(**changes: Any) -> str:
-        fields = {"kind": "train", "label": "rank-4", "inputs": INPUTS, "root": tmp_path, "paths": {"base": "models/tiny"}}
+        fields = {
+            "kind": "train",
+            "label": "rank-4",
+            "inputs": INPUTS,
+            "root": tmp_path,
+            "paths": {"base": "models/tiny"},
+        }
         return Stage(**{**fields, **changes}).key
 
     return key
@@ -55,7 +61,9 @@ def key_of(tmp_path: Path) -> Callable[..., str]:
     ],
     ids=["kind", "a value", "a nested value", "an order", "a further input", "a type"],
 )
-def test_the_key_changes_with_what_decides_the_outcome(key_of: Callable[..., str], changes: Values) -> None:
+def test_the_key_changes_with_what_decides_the_outcome(
+    key_of: Callable[..., str], changes: Values
+) -> None:
     assert key_of(**changes) != key_of()
 
 
@@ -71,13 +79,24 @@ def test_the_key_changes_with_what_decides_the_outcome(key_of: Callable[..., str
         {"inputs": dict(reversed(INPUTS.items()))},
         {"inputs": {**INPUTS, "names": ("a", "b")}},
     ],
-    ids=["a path", "no paths", "an option", "a file expected", "the root", "the label", "the order of the names", "a tuple for a list"],
+    ids=[
+        "a path",
+        "no paths",
+        "an option",
+        "a file expected",
+        "the root",
+        "the label",
+        "the order of the names",
+        "a tuple for a list",
+    ],
 )
 def test_the_key_stays_whatever_else_changes(key_of: Callable[..., str], changes: Values) -> None:
     assert key_of(**changes) == key_of()
 
 
-def test_the_key_changes_with_a_library(key_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_changes_with_a_library(
+    key_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = key_of()
     newer = pipelines.runtime.stage.library_versions() | {"torch": "0"}
     monkeypatch.setattr(pipelines.runtime.stage, "library_versions", lambda: newer)

@@ -52,13 +52,34 @@ def store(runs: Path) -> str:
 
 
 def stage(runs: Path, name: str) -> Stage:
-    inputs = {"method": "lora", "rank": 4, "lora": {"alpha": 32.0}, "learning_rate": 0.002, "quantization": "nf4", "of": name}
+    inputs = {
+        "method": "lora",
+        "rank": 4,
+        "lora": {"alpha": 32.0},
+        "learning_rate": 0.002,
+        "quantization": "nf4",
+        "of": name,
+    }
     return Stage("train", "rank-4", inputs, runs)
 
 
 def row(step: int, **changes: Any) -> Row:
-    figures = {"loss": 3 - step / 100, "learning_rate": 1e-3, "grad_norm": 0.5, "tokens_per_second": 207.5, "peak_memory_bytes": 10**9}
-    return {"step": step, "steps": 9, **figures, "seconds": 2.0, "seconds_of": PHASES, "time": 1000.0 + 2 * step, **changes}
+    figures = {
+        "loss": 3 - step / 100,
+        "learning_rate": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_second": 207.5,
+        "peak_memory_bytes": 10**9,
+    }
+    return {
+        "step": step,
+        "steps": 9,
+        **figures,
+        "seconds": 2.0,
+        "seconds_of": PHASES,
+        "time": 1000.0 + 2 * step,
+        **changes,
+    }
 
 
 def silent(text: str) -> None:
@@ -74,7 +95,9 @@ def run_of(client: Any, one: Stage) -> Run:
 def steps_of(client: Any, one: Stage, name: str = "train/loss") -> list[int]:
     """Return the steps of which the run of a training has a metric, in the order of their times; none before there is a run."""
     try:
-        return [point.step for point in client.get_metric_history(run_of(client, one).info.run_id, name)]
+        return [
+            point.step for point in client.get_metric_history(run_of(client, one).info.run_id, name)
+        ]
     except (AttributeError, ValueError):
         return []
 
@@ -96,15 +119,39 @@ def test_a_training_is_seen_while_it_goes_on(runs: Path) -> None:
         until(lambda: len(steps_of(client, one, "system/cpu_utilization_percentage")) > 1)
         take(row(2, grad_norm=None))
     run = run_of(client, one)
-    assert (run.info.status, steps_of(client, one), steps_of(client, one, "train/grad_norm")) == ("FINISHED", [1, 2], [1])
-    assert run.data.params == {"method": "lora", "lora.r": "4", "lora.alpha": "32", "learning_rate": "0.002", "quantization": "nf4"}
+    assert (run.info.status, steps_of(client, one), steps_of(client, one, "train/grad_norm")) == (
+        "FINISHED",
+        [1, 2],
+        [1],
+    )
+    assert run.data.params == {
+        "method": "lora",
+        "lora.r": "4",
+        "lora.alpha": "32",
+        "learning_rate": "0.002",
+        "quantization": "nf4",
+    }
     assert run.data.tags["lora.kind"] == "training" and "lora.stage" not in run.data.tags
-    figures = {"loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", *(f"seconds_{name}" for name in PHASES)}
-    assert {name for name in run.data.metrics if name.startswith("train/")} == {f"train/{name}" for name in figures}
+    figures = {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        *(f"seconds_{name}" for name in PHASES),
+    }
+    assert {name for name in run.data.metrics if name.startswith("train/")} == {
+        f"train/{name}" for name in figures
+    }
     assert run.data.metrics["train/seconds_backward"] == 0.9
-    log_points(client, run.info.run_id, logged.points(row(1)))  # as where a server took it and its answer was lost
+    log_points(
+        client, run.info.run_id, logged.points(row(1))
+    )  # as where a server took it and its answer was lost
     assert steps_of(client, one) == [1, 2]
-    assert {"system/system_memory_usage_percentage", "system/disk_usage_percentage"} <= run.data.metrics.keys()
+    assert {
+        "system/system_memory_usage_percentage",
+        "system/disk_usage_percentage",
+    } <= run.data.metrics.keys()
 
 
 def test_a_training_that_goes_on_tells_no_step_twice(runs: Path) -> None:
@@ -137,11 +184,15 @@ def test_a_training_that_begins_anew_has_a_run_of_its_own(runs: Path) -> None:
     client = mlflow.MlflowClient(store(runs))
     experiment = client.get_experiment_by_name(EXPERIMENT)
     found = client.search_runs([experiment.experiment_id], f"tags.`lora.training` = '{one.key}'")
-    assert [run.data.metrics["train/loss"] for run in found] == [2.0, 3.0], "the newest comes first, by which a comparison links it"
+    assert [run.data.metrics["train/loss"] for run in found] == [2.0, 3.0], (
+        "the newest comes first, by which a comparison links it"
+    )
     assert [run.info.status for run in found] == ["FINISHED", "FINISHED"]
 
 
-def test_nobody_waits_for_a_server_that_does_not_answer(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_for_a_server_that_does_not_answer(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes the connection and says nothing: a request runs into its time limit."""
     said: list[str] = []
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -162,7 +213,9 @@ def test_nobody_waits_for_a_server_that_does_not_answer(runs: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_and_comes_back_has_every_row_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_goes_and_comes_back_has_every_row_once(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     said: list[str] = []
@@ -193,7 +246,13 @@ def served(runs: Path, port: int) -> Iterator[None]:
     """Run a tracking server for the length of a block; nothing of it is left."""
     address = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    command = [str(Path(sys.executable).parent / "mlflow"), "server", *address, "--backend-store-uri", store(runs)]
+    command = [
+        str(Path(sys.executable).parent / "mlflow"),
+        "server",
+        *address,
+        "--backend-store-uri",
+        store(runs),
+    ]
     with (runs / "server.txt").open("w") as log:
         server = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=runs)
     try:
@@ -219,4 +278,6 @@ def test_a_store_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
     for _ in range(2):  # the second finds it there
         make_store(f"sqlite:///{path}")
     assert mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    assert [one.name for one in path.parent.iterdir() if not one.name.startswith(".")] == ["mlflow.db"]
+    assert [one.name for one in path.parent.iterdir() if not one.name.startswith(".")] == [
+        "mlflow.db"
+    ]

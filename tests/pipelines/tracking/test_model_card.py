@@ -26,13 +26,23 @@ def test_the_hub_reads_what_was_measured(summary: Summary) -> None:
     data, scores = read(summary).data, summary["models"]["rank-16"]["scores"]
     assert (data.library_name, data.model_name) == ("peft", "tiny-model-rank-16")
     assert data.tags == ["lora", "qlora", "peft"]
-    results = {(result.dataset_name, result.metric_name): result.metric_value for result in data.eval_results}
+    results = {
+        (result.dataset_name, result.metric_name): result.metric_value
+        for result in data.eval_results
+    }
     task = "rows.jsonl, held-out examples"
-    assert results[task, "perplexity"] == pytest.approx(scores["perplexity"], abs=1e-4)  # four decimals are written
-    assert all(results[task, name] == pytest.approx(scores["generation"][name], abs=1e-4) for name in METRICS)
+    assert results[task, "perplexity"] == pytest.approx(
+        scores["perplexity"], abs=1e-4
+    )  # four decimals are written
+    assert all(
+        results[task, name] == pytest.approx(scores["generation"][name], abs=1e-4)
+        for name in METRICS
+    )
     for name in BENCHMARKS:
         assert results[name, "accuracy"] == scores["benchmarks"][name]["accuracy"]
-        assert results[name, "choice_probability"] == pytest.approx(scores["benchmarks"][name]["choice_probability"], abs=1e-4)
+        assert results[name, "choice_probability"] == pytest.approx(
+            scores["benchmarks"][name]["choice_probability"], abs=1e-4
+        )
 
 
 def test_the_hub_is_told_only_of_what_it_has(summary: Summary) -> None:
@@ -41,10 +51,22 @@ def test_the_hub_is_told_only_of_what_it_has(summary: Summary) -> None:
     summary["recipe"]["data"]["source"] = "tatsu-lab/alpaca"
     data = read(summary).data
     assert (data.base_model, data.datasets) == ("Qwen/Qwen2.5-7B-Instruct", ["tatsu-lab/alpaca"])
-    assert 'from_pretrained("Qwen/Qwen2.5-7B-Instruct", revision="abc", quantization_config=in_4_bits)' in read(summary).text
+    assert (
+        'from_pretrained("Qwen/Qwen2.5-7B-Instruct", revision="abc", quantization_config=in_4_bits)'
+        in read(summary).text
+    )
 
 
-@pytest.mark.parametrize("base", ["/models/tiny", "embedded:SmolLM2-135M-Instruct", "models/tiny.gguf/", "./models", "~/models/tiny"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        "/models/tiny",
+        "embedded:SmolLM2-135M-Instruct",
+        "models/tiny.gguf/",
+        "./models",
+        "~/models/tiny",
+    ],
+)
 def test_a_folder_is_no_hub_id(summary: Summary, base: str) -> None:
     summary["base"]["id"] = base
     assert read(summary).data.base_model is None
@@ -56,7 +78,9 @@ def test_every_figure_stands_with_its_intervals(summary: Summary) -> None:
     rows = [line for line in read(summary).text.splitlines() if line.startswith("|")]
     assert len({row.count("|") for row in rows}) == 1
     (general,) = [row for row in rows if row.startswith("| Choice probability")]
-    assert general.endswith("| 0.512 | 0.511 | 0.509 | −0.003 (−0.023, +0.017) | −0.013 (−0.033, +0.007) |")
+    assert general.endswith(
+        "| 0.512 | 0.511 | 0.509 | −0.003 (−0.023, +0.017) | −0.013 (−0.033, +0.007) |"
+    )
     (divergence,) = [row for row in rows if row.startswith("| KL divergence")]
     assert "| – | 0.050 | 0.050 | – | – |" in divergence
 
@@ -86,7 +110,12 @@ def test_the_code_in_it_is_python(summary: Summary) -> None:
 
 def test_without_a_control_the_table_has_no_such_column(summary: Summary) -> None:
     del summary["models"]["control"]
-    summary["control"] = {"method": "none", "rates": {}, "chosen": None, "words": "There is no control."}
+    summary["control"] = {
+        "method": "none",
+        "rates": {},
+        "chosen": None,
+        "words": "There is no control.",
+    }
     summary["models"]["rank-16"]["power"] = None
     text = read(summary).text
     assert "| Figure | Base | This adapter |" in text
@@ -94,14 +123,18 @@ def test_without_a_control_the_table_has_no_such_column(summary: Summary) -> Non
 
 
 def test_how_to_repeat_it_names_the_recipe_that_is_kept(summary: Summary) -> None:
-    assert "save `recipe.yaml` of the MLflow run `tiny_run` as `tiny_run.yaml`" in read(summary).text
+    assert (
+        "save `recipe.yaml` of the MLflow run `tiny_run` as `tiny_run.yaml`" in read(summary).text
+    )
     assert "`lora run tiny_run.yaml`" in read(summary).text
 
 
 @pytest.mark.parametrize("alter", UNUSUAL)
 def test_unusual_comparisons_have_cards(summary: Summary, alter: Callable[[Summary], None]) -> None:
     alter(summary)
-    rows = [line.replace(r"\|", "") for line in read(summary).text.splitlines() if line.startswith("|")]
+    rows = [
+        line.replace(r"\|", "") for line in read(summary).text.splitlines() if line.startswith("|")
+    ]
     assert {row.count("|") for row in rows} == {6 if alter is no_control else 7}
     assert not re.search(r"\bNone\b|\bnan\b", read(summary).text)
 

@@ -30,7 +30,9 @@ def test_the_next_turn_raises_what_the_writing_raised(failed: Checkpoints) -> No
 def test_a_run_that_is_done_notes_it(failed: Checkpoints, tmp_path: Path) -> None:
     with failed:
         pass
-    assert read_notes(tmp_path, 0) == ["the last checkpoint was not written ([Errno 28] No space left on device)"]
+    assert read_notes(tmp_path, 0) == [
+        "the last checkpoint was not written ([Errno 28] No space left on device)"
+    ]
 
 
 def test_what_ended_a_run_is_not_replaced(failed: Checkpoints) -> None:
@@ -39,7 +41,10 @@ def test_what_ended_a_run_is_not_replaced(failed: Checkpoints) -> None:
 
 
 def test_what_the_system_refuses_is_an_error_of_the_system(tmp_path: Path) -> None:
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):

@@ -20,7 +20,7 @@ from lora_core.adapter.adapter_files import read_json
 from lora_core.calibration import given
 from lora_core.init.spectral import spectral_start
 from lora_core.layers import linear
-from pipelines.config.experiments import Arm, control_arms
+from pipelines.config.experiments import Experiment, control_experiments
 from pipelines.config.recipe import parse_recipe
 from pipelines.errors import StageError
 from pipelines.models.hardware import PAGED, Hardware, Optimizer
@@ -56,16 +56,18 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
         base = launcher.result_of(stages.base(), "pipelines.models.base_model", threads=1)
         data_stage = stages.data(base)
         data = (data_stage, launcher.result_of(data_stage, "pipelines.data.preparation", threads=1))
-        arm = control_arms(stages.recipe)[0]
+        arm = control_experiments(stages.recipe)[0]
         if rank is not None:
-            arm = Arm(f"rank-{rank}", "lora", stages.recipe.lora.learning_rate, rank)
+            arm = Experiment(f"rank-{rank}", "lora", stages.recipe.lora.learning_rate, rank)
         return stages.train(base, data, arm)
 
     return make
 
 
 def _train(stage: Stage, config: str = "cpu_single", processes: int = 1) -> dict[str, Any]:
-    return launcher.run_child(stage, launcher.accelerate_argv(config, processes, stage.begin()), threads=1)
+    return launcher.run_child(
+        stage, launcher.accelerate_argv(config, processes, stage.begin()), threads=1
+    )
 
 
 def _losses(stage: Stage) -> list[float]:
@@ -77,7 +79,9 @@ def _column(stage: Stage, name: str) -> list[float]:
 
 
 def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(prepared: Prepared) -> None:
-    uninterrupted, killed = (prepared(4, runs, launch=ZERO2, lora=MANY_SETTINGS) for runs in ("whole", "killed"))
+    uninterrupted, killed = (
+        prepared(4, runs, launch=ZERO2, lora=MANY_SETTINGS) for runs in ("whole", "killed")
+    )
     _train(uninterrupted, **ZERO2)
     assert _kill_after(killed, step=3) >= 3
     assert _processes_left(killed, seconds=20) == []
@@ -86,21 +90,32 @@ def test_a_run_killed_in_the_middle_goes_on_bit_for_bit(prepared: Prepared) -> N
     log = (killed.folder / "log.txt").read_text()
     assert "from step 2" in log or "from step 4" in log  # by when the kill came
     assert _losses(killed) == _losses(uninterrupted)
-    same = [(stage.folder / "adapter" / "adapter_model.safetensors").read_bytes() for stage in (killed, uninterrupted)]
+    same = [
+        (stage.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        for stage in (killed, uninterrupted)
+    ]
     assert same[0] == same[1]
     saved = load_file(str(killed.folder / "adapter" / "adapter_model.safetensors"))
     keys = saved.keys()
-    assert {tensor.shape[0] for key, tensor in saved.items() if "lora_A" in key} == {8}  # the trained pair, less the start
+    assert {tensor.shape[0] for key, tensor in saved.items() if "lora_A" in key} == {
+        8
+    }  # the trained pair, less the start
     assert any(key.endswith("q_proj.lora_magnitude_vector") for key in keys)
     assert not any("layers.0." in key or "down_proj" in key for key in keys)
 
 
 def test_two_ranks_start_from_the_same_data_as_one_process(prepared: Prepared) -> None:
-    alone, together = prepared(4, "alone", lora={"init": "eva"}), prepared(4, "together", lora={"init": "eva"}, launch=ZERO2)
+    alone, together = (
+        prepared(4, "alone", lora={"init": "eva"}),
+        prepared(4, "together", lora={"init": "eva"}, launch=ZERO2),
+    )
     train(alone.begin())
     _train(together, **ZERO2)
     assert _losses(together) == pytest.approx(_losses(alone), abs=2e-4)
-    first, second = (load_file(str(stage.folder / "adapter" / "adapter_model.safetensors")) for stage in (alone, together))
+    first, second = (
+        load_file(str(stage.folder / "adapter" / "adapter_model.safetensors"))
+        for stage in (alone, together)
+    )
     for key, tensor in first.items():
         # Adam moves an entry by up to the rate 0.01 in each of 6 steps, and by its sign alone where the gradient is near 0.
         assert (tensor - second[key]).norm() < 0.05 * tensor.norm(), key
@@ -108,37 +123,57 @@ def test_two_ranks_start_from_the_same_data_as_one_process(prepared: Prepared) -
     assert identity["lineage"]["init"] == "eva"
 
 
-def test_a_resumed_run_keeps_the_start_of_its_checkpoint(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_the_start_of_its_checkpoint(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever start is found the second time, as by another machine's decomposition: what is taken off again is the first."""
     whole, stopped = (prepared(4, runs, lora={"init": "pissa"}) for runs in ("one-go", "two-goes"))
     train(whole.begin())
     _break_off(stopped, monkeypatch, steps=3)
-    newest = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
-    held = {name.rpartition(".")[2] for name in load_file(str(newest / "weights.safetensors"))}
-    assert held == {"lora_A", "lora_B", "start_A", "start_B"}  # and nothing of the base
+    latest_valid = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
+    held = {
+        name.rpartition(".")[2] for name in load_file(str(latest_valid / "weights.safetensors"))
+    }
+    assert held == {"lora_A", "lora_B", "init_A", "start_B"}  # and nothing of the base
     with monkeypatch.context() as patch:
-        patch.setattr(linear, "spectral_start", lambda *arguments: tuple(0.5 * factor for factor in spectral_start(*arguments)))
+        patch.setattr(
+            linear,
+            "spectral_start",
+            lambda *arguments: tuple(0.5 * factor for factor in spectral_start(*arguments)),
+        )
         train(stopped.begin())
     assert _losses(stopped) == _losses(whole)
-    files = [(stage.folder / "adapter" / "adapter_model.safetensors").read_bytes() for stage in (stopped, whole)]
+    files = [
+        (stage.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        for stage in (stopped, whole)
+    ]
     assert files[0] == files[1]
     figures = read_result(stopped.folder)
-    assert (figures["file_rank"], figures["trained_weights"]) == (8, 4 * 2 * (4 * 64 + 2 * 32 + 2 * 64 + 64 + 128 + 128 + 64 + 128 + 64))
+    assert (figures["file_rank"], figures["trained_weights"]) == (
+        8,
+        4 * 2 * (4 * 64 + 2 * 32 + 2 * 64 + 64 + 128 + 128 + 64 + 128 + 64),
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_a_control_whose_optimiser_keeps_8_bits_goes_on_bit_for_bit(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_control_whose_optimiser_keeps_8_bits_goes_on_bit_for_bit(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU its state lies in pages."""
     whole, stopped = (prepared(None, runs) for runs in ("one-go", "two-goes"))
-    monkeypatch.setattr(train_module, "optimizer_of", lambda *_, **__: Optimizer(PAGED, "the test asks for it"))
+    monkeypatch.setattr(
+        train_module, "optimizer_of", lambda *_, **__: Optimizer(PAGED, "the test asks for it")
+    )
     train(whole.begin())
     _break_off(stopped, monkeypatch, steps=3)
-    newest = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
-    means = load_file(str(newest / "exp_avg.safetensors"))
+    latest_valid = sorted((stopped.folder / "checkpoints").glob("step-*"))[-1]
+    means = load_file(str(latest_valid / "exp_avg.safetensors"))
     assert means["model.layers.0.mlp.down_proj.weight"].dtype is torch.uint8
     train(stopped.begin())
     assert _losses(stopped) == _losses(whole)
-    files = [(stage.folder / "model" / "model.safetensors").read_bytes() for stage in (stopped, whole)]
+    files = [
+        (stage.folder / "model" / "model.safetensors").read_bytes() for stage in (stopped, whole)
+    ]
     assert files[0] == files[1]
     figures = whole.result()
     assert figures is not None and figures["optimizer"] == "paged 8-bit AdamW"
@@ -160,21 +195,34 @@ def test_a_control_that_computes_in_bfloat16_trains_float32_weights(
 ) -> None:
     """As on a GPU; only the device is another. A rate of 1e-5 is below the spacing of nearly all weights in bfloat16."""
     rate = {"learning_rate": 1e-5}
-    stages = {dtype: prepared(None, str(dtype), control=rate) for dtype in (torch.float32, torch.bfloat16)}
+    stages = {
+        dtype: prepared(None, str(dtype), control=rate) for dtype in (torch.float32, torch.bfloat16)
+    }
     moved = {}
     for dtype, stage in stages.items():
         fresh_accelerate()
-        monkeypatch.setattr(train_module, "detect", lambda dtype=dtype: Hardware("cpu", dtype, "gloo"))
+        monkeypatch.setattr(
+            train_module, "detect", lambda dtype=dtype: Hardware("cpu", dtype, "gloo")
+        )
         train(stage.begin())
         trained = load_file(str(stage.folder / "model" / "model.safetensors"))
         base = load_file(str(Path(stage.paths["base"]) / "model.safetensors"))
         assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
-        moved[dtype] = {name: float((tensor != base[name]).float().mean()) for name, tensor in trained.items()}
+        moved[dtype] = {
+            name: float((tensor != base[name]).float().mean()) for name, tensor in trained.items()
+        }
     for name, fraction in moved[torch.float32].items():
         assert moved[torch.bfloat16][name] == pytest.approx(fraction, abs=0.02), name
-    assert min(fraction for name, fraction in moved[torch.bfloat16].items() if "embed" not in name) > 0.97
+    assert (
+        min(fraction for name, fraction in moved[torch.bfloat16].items() if "embed" not in name)
+        > 0.97
+    )
     figures = stages[torch.bfloat16].result()
-    assert figures is not None and figures["forward"]["path"] == "packed" and figures["forward"]["loss_tolerance"] == 0.02
+    assert (
+        figures is not None
+        and figures["forward"]["path"] == "packed"
+        and figures["forward"]["loss_tolerance"] == 0.02
+    )
 
 
 def test_an_adapter_computes_in_bfloat16_without_autocast(
@@ -192,7 +240,9 @@ def test_an_adapter_computes_in_bfloat16_without_autocast(
     for dtype in (torch.float32, torch.bfloat16):
         fresh_accelerate()
         stage = prepared(4, f"adapter-{dtype}")
-        monkeypatch.setattr(train_module, "detect", lambda dtype=dtype: Hardware("cpu", dtype, "gloo"))
+        monkeypatch.setattr(
+            train_module, "detect", lambda dtype=dtype: Hardware("cpu", dtype, "gloo")
+        )
         train(stage.begin())
         losses[dtype] = _losses(stage)
         saved = load_file(str(stage.folder / "adapter" / "adapter_model.safetensors"))
@@ -202,22 +252,34 @@ def test_an_adapter_computes_in_bfloat16_without_autocast(
     assert losses[torch.bfloat16] != losses[torch.float32]
 
 
-def test_a_row_holds_what_a_step_took(prepared: Prepared, capsys: pytest.CaptureFixture[str]) -> None:
-    stage = prepared(4, "one-go", lora={"alpha": 16}, training={"accumulation": 2})
+def test_a_row_holds_what_a_step_took(
+    prepared: Prepared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = prepared(4, "one-go", lora={"alpha": 16}, training={"gradient_accumulation_steps": 2})
     train(stage.begin())
     rows = read_records(stage.folder / "metrics.jsonl")
     for row in rows:
         assert row["grad_norm"] > 0 and row["peak_memory_bytes"] > 0
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], abs=0.1)
         assert {"data", "forward", "backward", "optimizer"} <= row["seconds_of"].keys()
-        assert sum(value for name, value in row["seconds_of"].items() if name != "checkpoint") <= row["seconds"] + 1e-3
-    assert "checkpoint" in rows[2]["seconds_of"] and "checkpoint" not in rows[1]["seconds_of"]  # it follows step 2's row
+        assert (
+            sum(value for name, value in row["seconds_of"].items() if name != "checkpoint")
+            <= row["seconds"] + 1e-3
+        )
+    assert (
+        "checkpoint" in rows[2]["seconds_of"] and "checkpoint" not in rows[1]["seconds_of"]
+    )  # it follows step 2's row
     assert "device cpu, float32, gloo, flash attention, AdamW (on a CPU)" in capsys.readouterr().out
     figures = stage.result()
-    assert figures is not None and (figures["optimizer"], figures["attention"]) == ("AdamW", "flash")
+    assert figures is not None and (figures["optimizer"], figures["attention"]) == (
+        "AdamW",
+        "flash",
+    )
 
 
-def test_a_resumed_run_does_not_look_for_its_start_again(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_does_not_look_for_its_start_again(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, stopped = (prepared(4, runs, lora={"init": "eva"}) for runs in ("one-go", "two-goes"))
     train(whole.begin())
     _break_off(stopped, monkeypatch, steps=3)
@@ -243,22 +305,40 @@ def test_a_finished_run_that_is_asked_for_a_snapshot_keeps_its_outcome(prepared:
 
 
 def test_a_loftq_run_starts_nearer_to_the_base_before_it_was_rounded(prepared: Prepared) -> None:
-    starts = {"rounded": {}, "loftq": {"lora": {"init": "loftq", "ranks": [32]}}, "unrounded": {"base_model": {"quantization": "none"}}}
+    starts = {
+        "rounded": {},
+        "loftq": {"lora": {"init": "loftq", "ranks": [32]}},
+        "full_precision_weights": {"base_model": {"quantization": "none"}},
+    }
     first = {}
     for name, changes in starts.items():
-        stage = prepared(32, **changes, training={"batch_size": 48, "steps": 3})  # many examples: the rounding of few may cancel out
+        stage = prepared(
+            32, **changes, training={"batch_size": 48, "steps": 3}
+        )  # many examples: the rounding of few may cancel out
         train(stage.begin())
         first[name] = _losses(stage)[0]
-    assert abs(first["loftq"] - first["unrounded"]) < 0.5 * abs(first["rounded"] - first["unrounded"])
+    assert abs(first["loftq"] - first["full_precision_weights"]) < 0.5 * abs(
+        first["rounded"] - first["full_precision_weights"]
+    )
 
 
-def test_a_base_whose_loss_is_not_finite_is_refused_before_the_first_step(prepared: Prepared) -> None:
+def test_a_base_whose_loss_is_not_finite_is_refused_before_the_first_step(
+    prepared: Prepared,
+) -> None:
     stage = prepared(4, "broken")
     _break(Path(stage.paths["base"]), stage.folder.parent / "broken-base")
     broken = Stage(
-        stage.kind, stage.label, stage.inputs, stage.root, {**stage.paths, "base": str(stage.folder.parent / "broken-base")}, stage.options
+        stage.kind,
+        stage.label,
+        stage.inputs,
+        stage.root,
+        {**stage.paths, "base": str(stage.folder.parent / "broken-base")},
+        stage.options,
     )
-    with pytest.raises(StageError, match=r"'llama' gives a loss that is not finite on an example of this run by its own forward"):
+    with pytest.raises(
+        StageError,
+        match=r"'llama' gives a loss that is not finite on an example of this run by its own forward",
+    ):
         _train(broken)
     assert not (broken.folder / "adapter").exists()
 
@@ -271,7 +351,10 @@ def test_a_launch_that_brings_up_too_few_ranks_is_refused(prepared: Prepared) ->
 
 def test_a_launch_for_gpus_is_refused_where_there_is_none(prepared: Prepared) -> None:
     stage = prepared(4, "no-gpu", launch={"config": "gpu_ddp", "processes": 1})
-    with pytest.raises(StageError, match=r"launch\.config is one for GPUs, and PyTorch \S+ sees none on .*begins with cpu_"):
+    with pytest.raises(
+        StageError,
+        match=r"launch\.config is one for GPUs, and PyTorch \S+ sees none on .*begins with cpu_",
+    ):
         _train(stage, "gpu_ddp", 1)
 
 
@@ -298,8 +381,12 @@ def _stopping_after(steps: int) -> Callable[..., dict[str, Any]]:
 
 def _starts_in_checkpoint(stage: Stage) -> list[str]:
     """Return the names of the frozen starts in the newest checkpoint."""
-    newest = sorted((stage.folder / "checkpoints").glob("step-*"))[-1]
-    return [name for name in load_file(str(newest / "weights.safetensors")) if name.endswith((".start_A", ".start_B"))]
+    latest_valid = sorted((stage.folder / "checkpoints").glob("step-*"))[-1]
+    return [
+        name
+        for name in load_file(str(latest_valid / "weights.safetensors"))
+        if name.endswith((".init_A", ".start_B"))
+    ]
 
 
 def _kill_after(stage: Stage, *, step: int) -> int:
@@ -310,7 +397,14 @@ def _kill_after(stage: Stage, *, step: int) -> int:
         " stdout=open(sys.argv[2], 'w'), stderr=-2, preexec_fn=launcher.die_with_parent)"
     )
     log = stage.begin().parent / "killed.txt"
-    argv = [launcher.sys.executable, "-c", code, str(stage.folder), str(log), str(launcher.REPOSITORY)]
+    argv = [
+        launcher.sys.executable,
+        "-c",
+        code,
+        str(stage.folder),
+        str(log),
+        str(launcher.REPOSITORY),
+    ]
     run = subprocess.Popen(argv)
     metrics = stage.folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -342,7 +436,10 @@ def _processes_of(stage: Stage) -> list[Path]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if str(stage.folder).encode() in (process / "cmdline").read_bytes() and int(process.name) != os.getpid():
+            if (
+                str(stage.folder).encode() in (process / "cmdline").read_bytes()
+                and int(process.name) != os.getpid()
+            ):
                 found.append(process)
         except OSError:
             continue

@@ -22,7 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.server,
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # PEFT's
+    pytest.mark.filterwarnings(
+        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+    ),  # PEFT's
 ]
 NATS = 2e-4
 """Per token, in float32, of models whose weights are large."""
@@ -30,7 +32,9 @@ FAMILIES = ["gemma3_text", "gemma3", "mistral", "granite", "gpt_oss", "qwen3_moe
 SLOW = {"lfm2"}
 CONTROLLED = {"gemma3", "gpt_oss"}
 """Where full fine-tuning is tried as well: what takes no part in the loss must not end a run at its first checkpoint."""
-LAUNCHES = {"lfm2": {"config": "cpu_zero2", "processes": 2}}  # one example at a time, under an engine
+LAUNCHES = {
+    "lfm2": {"config": "cpu_zero2", "processes": 2}
+}  # one example at a time, under an engine
 EXPERTS = {"gpt_oss": [], "qwen3_moe": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
@@ -38,18 +42,31 @@ def save_family(name: str, folder: Path) -> Path:
     """Write a tiny base of a family with the tiny tokenizer."""
     save_tiny_model(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for file in (*folder.glob("*.safetensors"), folder / "config.json", folder / "generation_config.json"):
+    for file in (
+        *folder.glob("*.safetensors"),
+        folder / "config.json",
+        folder / "generation_config.json",
+    ):
         file.unlink(missing_ok=True)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ends = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     config = tiny_config(name, **({} if name == "gemma3" else {"vocab_size": VOCABULARY, **ends}))
     if name == "gemma3":
-        config = tiny_config(name, text_config={**tiny_config("gemma3_text", vocab_size=VOCABULARY, **ends).to_dict()})
+        config = tiny_config(
+            name,
+            text_config={**tiny_config("gemma3_text", vocab_size=VOCABULARY, **ends).to_dict()},
+        )
     built(config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path, dict[str, Any]]:
     """Return a family, the folder of its run, and the run's summary."""
     name = request.param
     folder = tmp_path_factory.mktemp(name)
@@ -68,15 +85,24 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     ended = lora(folder, "run", "tiny.yaml")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    return name, folder, json.loads((folder / "runs" / "pairs_tiny_cpu" / "summary.json").read_text())
+    return (
+        name,
+        folder,
+        json.loads((folder / "runs" / "pairs_tiny_cpu" / "summary.json").read_text()),
+    )
 
 
-def test_reported_losses_are_those_of_the_models_own_forward(finished: tuple[str, Path, dict[str, Any]]) -> None:
+def test_reported_losses_are_those_of_the_models_own_forward(
+    finished: tuple[str, Path, dict[str, Any]],
+) -> None:
     name, folder, summary = finished
     for label, load in loaders(folder, summary).items():
         reported = [record for record in items(summary, label) if record["kind"] == "task"]
         own = own_losses(load(), next((folder / "runs" / "data").glob("*")) / "validation")
-        differences = [abs(record["nll"] - loss) / record["tokens"] for record, loss in zip(reported, own, strict=True)]
+        differences = [
+            abs(record["nll"] - loss) / record["tokens"]
+            for record, loss in zip(reported, own, strict=True)
+        ]
         assert max(differences) < NATS, (name, label)
 
 
@@ -99,16 +125,26 @@ def items(summary: dict[str, Any], label: str) -> list[dict[str, Any]]:
 
 def loaders(folder: Path, summary: dict[str, Any]) -> dict[str, Callable[[], PreTrainedModel]]:
     """Return what loads each scored model with transformers and PEFT alone."""
-    trained = {label: Path(model["folder"]) for label, model in summary["models"].items() if "folder" in model}
+    trained = {
+        label: Path(model["folder"])
+        for label, model in summary["models"].items()
+        if "folder" in model
+    }
 
     def plain(path: Path) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            path, attn_implementation="eager", dtype=torch.float32
+        ).eval()
 
     found = {
         "base": lambda: plain(folder / "model"),
-        "rank-2": lambda: PeftModel.from_pretrained(plain(folder / "model"), trained["rank-2"] / "adapter").eval(),
+        "rank-2": lambda: PeftModel.from_pretrained(
+            plain(folder / "model"), trained["rank-2"] / "adapter"
+        ).eval(),
     }
-    return found | ({"control": lambda: plain(trained["control"] / "model")} if "control" in trained else {})
+    return found | (
+        {"control": lambda: plain(trained["control"] / "model")} if "control" in trained else {}
+    )
 
 
 @torch.no_grad()
@@ -118,20 +154,30 @@ def own_losses(model: PreTrainedModel, validation: Path) -> list[float]:
     for example in load_from_disk(str(validation)):
         ids = torch.tensor([example["input_ids"]])
         supervised = torch.tensor(example["supervised"])[1:]
-        likelihoods = model(input_ids=ids).logits[0, :-1].log_softmax(dim=1).gather(1, ids[0, 1:, None])[:, 0]
+        likelihoods = (
+            model(input_ids=ids).logits[0, :-1].log_softmax(dim=1).gather(1, ids[0, 1:, None])[:, 0]
+        )
         found.append(-float(likelihoods[supervised].sum()))
     return found
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("bert", "'bert' is an encoder"), ("bart", "'bart' is an encoder-decoder"), ("t5", "'t5' is an encoder-decoder")],
+    [
+        ("bert", "'bert' is an encoder"),
+        ("bart", "'bart' is an encoder-decoder"),
+        ("t5", "'t5' is an encoder-decoder"),
+    ],
 )
-def test_what_is_no_causal_language_model_ends_a_run_in_one_sentence(tmp_path: Path, name: str, message: str) -> None:
+def test_what_is_no_causal_language_model_ends_a_run_in_one_sentence(
+    tmp_path: Path, name: str, message: str
+) -> None:
     save_tiny_model(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": name}))
     save_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(tmp_path / "model", tmp_path / "pairs.jsonl")))
+    (tmp_path / "tiny.yaml").write_text(
+        yaml.safe_dump(tiny_recipe(tmp_path / "model", tmp_path / "pairs.jsonl"))
+    )
     ended = lora(tmp_path, "plan", "tiny.yaml")
     said = " ".join((ended.stdout + ended.stderr).split())
     assert ended.returncode == 2 and message in said and "Traceback" not in said
@@ -141,7 +187,9 @@ def test_what_is_no_causal_language_model_ends_a_run_in_one_sentence(tmp_path: P
 def test_a_plan_says_how_a_base_is_read_and_what_of_it_is_not_adapted(tmp_path: Path) -> None:
     save_family("gpt_oss", tmp_path / "model")
     save_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(tmp_path / "model", tmp_path / "pairs.jsonl")))
+    (tmp_path / "tiny.yaml").write_text(
+        yaml.safe_dump(tiny_recipe(tmp_path / "model", tmp_path / "pairs.jsonl"))
+    )
     ended = lora(tmp_path, "plan", "tiny.yaml")
     said = " ".join(ended.stdout.split())
     assert ended.returncode == 0, ended.stderr
@@ -152,11 +200,19 @@ def test_a_plan_says_how_a_base_is_read_and_what_of_it_is_not_adapted(tmp_path: 
     assert "nf4" in queries and " yes " in queries
 
 
-def test_a_base_that_is_read_one_by_one_is_refused_where_ranks_share_its_weights(tmp_path: Path) -> None:
+def test_a_base_that_is_read_one_by_one_is_refused_where_ranks_share_its_weights(
+    tmp_path: Path,
+) -> None:
     save_family("lfm2", tmp_path / "model")
     save_pairs(tmp_path / "pairs.jsonl")
-    recipe = tiny_recipe(tmp_path / "model", tmp_path / "pairs.jsonl", launch={"config": "cpu_zero3", "processes": 2})
+    recipe = tiny_recipe(
+        tmp_path / "model", tmp_path / "pairs.jsonl", launch={"config": "cpu_zero3", "processes": 2}
+    )
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     ended = lora(tmp_path, "plan", "tiny.yaml")
     said = " ".join((ended.stdout + ended.stderr).split())
-    assert ended.returncode == 2 and "is read one example at a time" in said and "use ddp, zero1 or zero2" in said
+    assert (
+        ended.returncode == 2
+        and "is read one example at a time" in said
+        and "use ddp, zero1 or zero2" in said
+    )
