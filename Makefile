@@ -28,14 +28,14 @@ format: $(READY)
 ui: $(READY) ## the MLflow and Prefect pages
 	$(BIN)/lora ui
 
-bench: $(VENV)/.peers ## speed and memory beside TRL and a bare PEFT loop
+bench: $(READY) ## speed and memory beside TRL and a bare PEFT loop
 	$(BIN)/python tests/benchmarks/bench.py
 	$(BIN)/python tests/benchmarks/scoring_bench.py
 
 parity: $(READY) ## the library and the adapters of `make run` beside PEFT, other programs and published figures
 	PYTHONPATH=tests $(BIN)/python -m parity
 
-truth: $(VENV)/.peers ## which figures see forgetting, and whether LoRA forgets less here; about an hour on two cores
+truth: $(READY) ## which figures see forgetting, and whether LoRA forgets less here; about an hour on two cores
 	$(BIN)/python tests/truth/truth.py
 
 matrix: $(READY) ## every launch by every method, two hosts and a pulled cable, what checkpoints cost; about 15 minutes on two cores
@@ -61,10 +61,6 @@ $(READY): pyproject.toml constraints.txt infra/embedded.txt
 	echo "compiling DeepSpeed's shared-memory operator, once"; \
 	$(BIN)/python -m pipelines.runtime.warm_up; \
 	touch $(READY); echo "set up in $$(( $$(date +%s) - start )) s"
-
-$(VENV)/.peers: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[peers]'
-	touch $(VENV)/.peers
 
 clean: ## build and tool caches
 	rm -rf build .mypy_cache .ruff_cache .pytest_cache
