@@ -1,6 +1,6 @@
-"""LoRA and QLoRA layers over PyTorch: plan, inject, train, save in PEFT's format, load strictly, merge exactly.
+"""LoRA and QLoRA layers for PyTorch: plan, inject, train, save as PEFT does, load strictly, merge.
 
-Names are imported on first use: `lora_core.files` and `lora_core.errors` cost no torch.
+Names are imported on first use, so `lora_core.files` and `lora_core.errors` do not import torch.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lora_core.adapter.io import Identity, load_adapter, save_adapter
     from lora_core.bank.bank import Bank
     from lora_core.base.identity import fingerprint, fingerprint_of_folder
-    from lora_core.calibration.given import set_starts
+    from lora_core.calibration.data_driven import set_initialization
     from lora_core.calibration.ranks import eva_ranks
     from lora_core.config import LoraConfig
     from lora_core.errors import (
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lora_core.planning import plan_targets
     from lora_core.targets import Target
 
-_HOMES = {
+_NAMES_BY_MODULE = {
     "adapter.io": ("Identity", "load_adapter", "save_adapter"),
     "bank.bank": ("Bank",),
     "config": ("LoraConfig",),
@@ -55,12 +55,12 @@ _HOMES = {
     "layers.linear": ("LoraLinear",),
     "merging.merge": ("merge", "unmerge"),
     "merging.streaming": ("merge_checkpoint",),
-    "calibration.given": ("set_starts",),
+    "calibration.data_driven": ("set_initialization",),
     "calibration.ranks": ("eva_ranks",),
     "planning": ("plan_targets",),
     "targets": ("Target",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 __all__ = [
     "AdapterError",
@@ -92,15 +92,16 @@ __all__ = [
     "merge_fidelity",
     "plan_targets",
     "save_adapter",
-    "set_starts",
+    "set_initialization",
     "trained_weights",
     "unmerge",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
+    module = import_module(f"{__name__}.{_MODULE_OF[name]}")
+    value = getattr(module, name)
     globals()[name] = value
     return value

@@ -1,10 +1,10 @@
-"""Singular value decompositions of a dense matrix: all of it exactly, or its strong part by subspace iteration.
+"""Singular value decompositions of a dense matrix: exact, or truncated by subspace iteration.
 
-Both work in float64. Nothing else of the library is needed here, so a layer can start from a decomposition and a
-decomposition can be made of an adapter.
+Both work in float64. This module imports nothing else of the library except its errors, so layers
+can be initialized from a decomposition and adapters can be decomposed.
 
-Sources: best approximation of a given rank (Eckart & Young 1936, Psychometrika 1); randomised subspace iteration
-(Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1).
+Sources: best approximation of a given rank (Eckart & Young 1936, Psychometrika 1); randomized
+subspace iteration (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1).
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from torch import Tensor
 from lora_core.errors import ConfigError
 
 OVERSAMPLING = 8
-"""Directions followed beside those asked for: they take up what the random start had of the others."""
+"""Extra directions in the subspace: they absorb the random start's share of unwanted directions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Svd:
-    """left · diag(values) · right, with orthonormal columns in left and rows in right; values fall."""
+    """left · diag(values) · right: orthonormal columns and rows, descending singular values."""
 
     left: Tensor
     """(out, k), float64"""
@@ -30,60 +30,72 @@ class Svd:
     """(k, in), float64"""
 
     def factors(self, rank: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return B (out, rank) and A (rank, in) of equal norms with scale · B A the best approximation of that rank."""
+        """Return B (out, rank) and A (rank, in) of equal norms.
+
+        scale · B A is the best approximation of that rank.
+        """
         roots = (self.values[:rank] / scale).sqrt()
-        return self.left[:, :rank] * roots, roots[:, None] * self.right[:rank]
+        b = self.left[:, :rank] * roots
+        a = roots[:, None] * self.right[:rank]
+        return b, a
 
 
 def decompose(matrix: Tensor) -> Svd:
     """Return all min(out, in) directions of `matrix` (out, in)."""
-    return Svd(*torch.linalg.svd(matrix.double(), full_matrices=False))
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return Svd(left, values, right)
 
 
 def decompose_leading(
     matrix: Tensor, rank: int, iterations: int, generator: torch.Generator
 ) -> Svd:
-    """Return about the `rank` strongest directions of `matrix`, and a few weaker ones that are known less well.
+    """Approximate the `rank` strongest directions of `matrix`, and a few weaker ones less well.
 
-    The error of a direction falls by (σ of the first one not followed / its own σ)² with each iteration.
+    Each iteration reduces the error of a direction by the factor
+    (σ of the first direction outside the subspace / σ of the direction)².
 
     Args:
         matrix: (out, in).
-        rank: directions wanted, at most min(out, in).
-        iterations: products with WWᵀ; 0 takes the random start as it is.
-        generator: draws the start on the CPU, so that every device follows the same.
+        rank: number of directions, at most min(out, in).
+        iterations: number of products with WWᵀ; 0 uses the random start unchanged.
+        generator: draws the start on the CPU, so that it is the same for every device.
 
     Raises:
-        ConfigError: the iterations are not a whole number of at least 0.
+        ConfigError: `iterations` is not an integer of at least 0.
     """
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
         raise ConfigError(
-            f"iterations={iterations!r} must be a whole number of at least 0; 4 to 16 are common, leave it out for all"
+            f"iterations={iterations!r} must be an integer of at least 0; common values are "
+            "4 to 16; leave it out for the exact decomposition"
         )
     matrix = matrix.double()
     width = min(rank + OVERSAMPLING, *matrix.shape)
     start = torch.randn(matrix.shape[1], width, dtype=torch.float64, generator=generator)
     basis = _orthonormal(matrix @ start.to(matrix.device))
     for _ in range(iterations):
-        basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))
+        row_basis = _orthonormal(matrix.T @ basis)
+        basis = _orthonormal(matrix @ row_basis)
     inner = decompose(basis.T @ matrix)
     return Svd(basis @ inner.left, inner.values, inner.right)
 
 
 def check_matrix(matrix: Tensor) -> None:
-    """Refuse what is no finite matrix."""
+    """Raise unless `matrix` is a finite, non-empty matrix."""
     if matrix.dim() != 2 or matrix.numel() == 0 or not torch.isfinite(matrix).all():
         raise ConfigError(
-            f"a tensor of shape {tuple(matrix.shape)} must be a matrix of finite values with at least one entry"
+            f"a tensor of shape {tuple(matrix.shape)} must be a matrix of finite values "
+            "with at least one entry"
         )
 
 
 def check_rank(matrix: Tensor, rank: int) -> None:
-    """Refuse a rank that no factors of a finite `matrix` could have."""
+    """Raise unless `rank` is possible for factors of the finite `matrix`."""
     check_matrix(matrix)
-    if not 1 <= rank <= min(matrix.shape):
+    limit = min(matrix.shape)
+    if not 1 <= rank <= limit:
         raise ConfigError(
-            f"rank {rank} of a {matrix.shape[0]}×{matrix.shape[1]} matrix must lie in 1 to {min(matrix.shape)}; choose another"
+            f"rank {rank} of a {matrix.shape[0]}×{matrix.shape[1]} matrix must be "
+            f"from 1 to {limit}; choose another"
         )
 
 

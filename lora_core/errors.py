@@ -1,8 +1,8 @@
-"""The exceptions of the library. Each message holds the value, the rule and what to do."""
+"""The exceptions of the library. Each message gives the value, the rule and the fix."""
 
 
 class LoraError(Exception):
-    """Base of every error a user of this library can cause and mend."""
+    """Base class of every error that a user of this library can cause and fix."""
 
 
 class ConfigError(LoraError, ValueError):
@@ -22,11 +22,11 @@ class BaseMismatchError(AdapterError):
 
 
 class RoutingError(LoraError, ValueError):
-    """A batch is not laid out as the routing of its rows to adapters says."""
+    """The layout of a batch does not match the routing of its rows to adapters."""
 
 
 class CheckpointError(LoraError, ValueError):
-    """A base model's files are incomplete, malformed or stored in a way that cannot be used here."""
+    """A base model's files are incomplete, malformed or stored in an unsupported way."""
 
 
 class MergeError(LoraError, RuntimeError):
@@ -34,4 +34,4 @@ class MergeError(LoraError, RuntimeError):
 
 
 class ExportError(LoraError, ValueError):
-    """An adapter cannot be said in another program's format without changing what it computes."""
+    """An adapter cannot be written in another program's format without changing its output."""

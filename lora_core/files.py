@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written aside, flushed to disk, then renamed into place."""
+"""Atomic writes: a file is written under a temporary name, flushed to disk, then renamed."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part.
+    """Write `text` to `path` so that a reader sees the old or the new file, never a partial one.
 
     Raises:
-        OSError: the disk refused; whatever stood at `path` is untouched.
+        OSError: the write failed; a previous file at `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -37,47 +37,49 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def folder_written_aside(folder: Path) -> Iterator[Path]:
-    """Yield an empty sibling folder that takes the place of `folder` when the block succeeds.
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that replaces `folder` when the block succeeds.
 
-    On an exception the sibling is removed and `folder` stays as it was.
+    On an exception the temporary folder is removed and `folder` is unchanged.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        yield aside
-        for path in sorted(p for p in aside.rglob("*") if p.is_file()):
-            _flush(path)
-        aside.chmod(0o755)
-        _replace_folder(aside, folder)
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                _flush(path)
+        temporary.chmod(0o755)
+        _replace_folder(temporary, folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 @contextmanager
-def file_written_aside(path: Path) -> Iterator[Path]:
-    """Yield the path of a sibling that takes the place of `path` when the block, which writes it, succeeds.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path for the block to write; it replaces `path` when the block succeeds.
 
-    On an exception the sibling is removed and `path` stays as it was.
+    On an exception the temporary file is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
-    aside = Path(name)
+    temporary = Path(name)
     try:
-        yield aside
-        _flush(aside)
-        aside.chmod(0o644)
-        aside.replace(path)
+        yield temporary
+        _flush(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def overlap(one: Path, other: Path) -> bool:
-    """Tell whether the two are one place, or one lies inside the other."""
-    one, other = one.resolve(), other.resolve()
+    """Return whether the paths are the same, or one is inside the other."""
+    one = one.resolve()
+    other = other.resolve()
     return one == other or one in other.parents or other in one.parents
 
 
@@ -95,19 +97,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace_folder(aside: Path, folder: Path) -> None:
-    """Rename `aside` to `folder`; a former `folder` steps out of the way first and is then removed."""
-    former = aside.with_name(f"{aside.name}.former")
-    stood = folder.exists()
-    if stood:
-        folder.rename(former)
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Rename `temporary` to `folder`; an existing `folder` is moved away first and then removed."""
+    previous = temporary.with_name(f"{temporary.name}.former")
+    existed = folder.exists()
+    if existed:
+        folder.rename(previous)
     try:
-        aside.rename(folder)
+        temporary.rename(folder)
     except BaseException:
-        if stood:
-            former.rename(folder)
+        if existed:
+            previous.rename(folder)
         raise
-    if former.is_dir() and not former.is_symlink():
-        shutil.rmtree(former, ignore_errors=True)
+    if previous.is_dir() and not previous.is_symlink():
+        shutil.rmtree(previous, ignore_errors=True)
     else:
-        former.unlink(missing_ok=True)
+        previous.unlink(missing_ok=True)

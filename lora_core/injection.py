@@ -1,4 +1,4 @@
-"""Put an adapter into a model: a plan that can refuse, parts that are built aside, and an act that cannot half-fail."""
+"""Inject an adapter into a model: plan and check, build the parts, then insert all of them."""
 
 from collections.abc import Iterator, Mapping
 from typing import cast
@@ -7,8 +7,8 @@ from torch import nn
 
 from lora_core.base.quant import disable_cpu_repacking
 from lora_core.base.sharing import memory_of
+from lora_core.calibration.data_driven import Original, check_init_inputs, initialize_from_inputs
 from lora_core.calibration.eva import Batches
-from lora_core.calibration.given import Original, check_given, start_given
 from lora_core.config import LoraConfig
 from lora_core.errors import TargetError
 from lora_core.layers.conv import LoraConv2d
@@ -30,7 +30,7 @@ from lora_core.validation import plan_adapter
 
 LAYERS = (LoraLinear, LoraEmbedding, LoraConv2d)
 Parts = dict[str, nn.Module]
-"""Module path → the part that stands in the module's place."""
+"""Module path → the part that replaces the module."""
 
 
 def inject(
@@ -41,64 +41,64 @@ def inject(
     data: Batches | None = None,
     original: Original | None = None,
 ) -> list[Target]:
-    """Put the adapter that `config` describes into `model` and freeze the rest; return the plan of its updates.
+    """Inject the adapter that `config` describes, freeze the rest, and return the targets.
 
-    The model computes what it computed before until something is trained: bit for bit, and up to a rounding under DoRA
-    and with starts in which B is not zero. Only `loftq` is there to change it, towards the base before it was rounded.
+    Before training, the model computes the same as before: bit for bit, or up to rounding under
+    DoRA and with initializations in which B is not zero. Only `loftq` changes the output, towards
+    the base before quantization.
 
     Args:
-        model: changed in place, wholly or not at all.
+        model: changed in place; on an error it is unchanged.
         config: the adapter.
-        seed: draws every start.
-        data: for init_lora_weights='eva', and for no other: calls that each push one batch through `model`.
-        original: for init_lora_weights='loftq', and for no other: module path → its weight before it was rounded.
+        seed: seed of every initialization.
+        data: only for init_lora_weights='eva': calls that each run one batch through `model`.
+        original: only for init_lora_weights='loftq': module path → its weight before quantization.
 
     Raises:
         TargetError: see `plan_adapter`; the model is unchanged.
-        ConfigError: `data` or `original` is missing, has no effect, or does not fit; the model is unchanged.
+        ConfigError: `data` or `original` is missing, has no effect, or does not fit; the model
+            is unchanged.
     """
-    check_given(config, data, original)
+    check_init_inputs(config, data, original)
     targets = plan_adapter(model, config)
-    parts = _parts(model, config, targets, seed)
-    start_given(
-        model,
-        {name: part for name, part in parts.items() if isinstance(part, LoraLinear)},
-        data,
-        original,
-    )
+    parts = _build_uninitialized_parts(model, config, targets, seed)
+    linear_layers = {name: part for name, part in parts.items() if isinstance(part, LoraLinear)}
+    initialize_from_inputs(model, linear_layers, data, original)
     place_parts(model, parts)
     return targets
 
 
 def build_parts(model: nn.Module, config: LoraConfig, targets: list[Target], seed: int) -> Parts:
-    """Build everything an adapter consists of, over the modules of `model`, which is not changed.
+    """Build all parts of an adapter over the modules of `model`, which is not changed.
 
     Raises:
-        ConfigError: the config's start has to be found first; see `set_starts`.
-        TargetError: a setting has no effect, or two settings want the same module.
+        ConfigError: the initialization needs data or original weights; see `set_initialization`.
+        TargetError: a setting has no effect, or two settings select the same module.
     """
-    check_given(config, None, None)
-    return _parts(model, config, targets, seed)
+    check_init_inputs(config, None, None)
+    return _build_uninitialized_parts(model, config, targets, seed)
 
 
-def _parts(model: nn.Module, config: LoraConfig, targets: list[Target], seed: int) -> Parts:
-    """Build the parts; a start that is given is still to be put into them."""
-    layers = {
-        one.name: _layer(module_at(model, one.name), one, config, seed)
-        for one in targets
-        if one.layer != "experts"
-    }
+def _build_uninitialized_parts(
+    model: nn.Module, config: LoraConfig, targets: list[Target], seed: int
+) -> Parts:
+    """Build the parts; a data-driven initialization is not applied yet."""
+    layers: Parts = {}
+    for target in targets:
+        if target.layer != "experts":
+            module = module_at(model, target.name)
+            layers[target.name] = _build_layer(module, target, config, seed)
     saved = named_modules(model, config.modules_to_save, "modules_to_save")
-    wholes: Parts = {name: TrainedModule(module, name) for name, module in saved.items()}
-    rows = _rows(model, config.trainable_token_indices)
-    experts = _experts(model, config, seed)
-    _refuse_twice(layers, wholes, rows, experts)
-    parts = {**layers, **wholes, **rows, **experts}
-    return {**parts, **_biases(model, config, parts)}
+    full_modules: Parts = {name: TrainedModule(module, name) for name, module in saved.items()}
+    rows = _build_rows(model, config.trainable_token_indices)
+    experts = _build_experts(model, config, seed)
+    _check_no_overlap(layers, full_modules, rows, experts)
+    parts = {**layers, **full_modules, **rows, **experts}
+    return {**parts, **_build_biases(model, config, parts)}
 
 
 def place_parts(model: nn.Module, parts: Parts) -> None:
-    """Freeze `model` and put the parts into it."""
+    """Freeze `model` and insert the parts."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     disable_cpu_repacking(model)
@@ -114,11 +114,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def trained_weights(model: nn.Module) -> int:
-    """Count the weights that an optimiser would change."""
+    """Return the number of trainable weights."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _layer(module: nn.Module, target: Target, config: LoraConfig, seed: int) -> nn.Module:
+def _build_layer(module: nn.Module, target: Target, config: LoraConfig, seed: int) -> nn.Module:
     layer: LoraLinear | LoraEmbedding | LoraConv2d
     if isinstance(module, nn.Embedding):
         layer = LoraEmbedding(module, target, config)
@@ -130,77 +130,83 @@ def _layer(module: nn.Module, target: Target, config: LoraConfig, seed: int) -> 
     return layer
 
 
-def _experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
-    """Build the updates of stacked experts; like PEFT's, they know plain starts alone."""
+def _build_experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
+    """Build the updates of stacked experts; as in PEFT, they support random initialization only."""
     if config.target_parameters and (config.use_dora or config.lora_bias):
-        raise TargetError("target_parameters take neither use_dora nor lora_bias; switch these off")
+        raise TargetError("target_parameters take neither use_dora nor lora_bias; disable these")
     parts: Parts = {}
     for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
-        sizes = {
-            stack: (config.rank_of(f"{path}.{stack}"), config.scale_of(f"{path}.{stack}"))
-            for stack in stacks
-        }
-        parts[path] = part = LoraExperts(module_at(model, path), sizes)
+        sizes = {}
+        for stack in stacks:
+            name = f"{path}.{stack}"
+            sizes[stack] = (config.rank_of(name), config.scale_of(name))
+        part = LoraExperts(module_at(model, path), sizes)
         part.reset(path, config.init_lora_weights, seed)
+        parts[path] = part
     return parts
 
 
-def _rows(model: nn.Module, wanted: Mapping[str, tuple[int, ...]]) -> Parts:
-    """Build the trained rows of embeddings; a head that is tied to one, by its very storage, follows."""
+def _build_rows(model: nn.Module, rows_by_name: Mapping[str, tuple[int, ...]]) -> Parts:
+    """Build the trained rows of embeddings, and the heads that share the storage of one."""
     parts: Parts = {}
-    plain = plain_modules(model)
-    for name, rows in wanted.items():
+    path_of = {module: path for path, module in plain_modules(model).items()}
+    for name, rows in rows_by_name.items():
+        head = output_head(unwrapped(model))
         for path, module in named_modules(model, [name], "trainable_token_indices").items():
-            trained = parts[path] = TrainedRows(module, path, rows)
-            head = output_head(unwrapped(model))
-            if (
-                head is not None
-                and head is not module
-                and memory_of(head.weight) == memory_of(module.weight)
-            ):
-                parts[next(other for other, one in plain.items() if one is head)] = TiedHead(
-                    head, trained
-                )
+            trained = TrainedRows(module, path, rows)
+            parts[path] = trained
+            if head is not None and _is_tied(head, module):
+                parts[path_of[head]] = TiedHead(head, trained)
     return parts
 
 
-def _biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
-    """Build the trained biases of modules that have no part of their own; the layers train theirs themselves."""
+def _is_tied(head: nn.Module, embedding: nn.Module) -> bool:
+    """Return whether `head` is another module that shares the storage of the embedding."""
+    return head is not embedding and memory_of(head.weight) == memory_of(embedding.weight)
+
+
+def _build_biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
+    """Build the trained biases of modules outside all parts; layers train their own biases."""
     if config.bias == "none":
         return {}
-    biased = {
-        name: m
-        for name, m in plain_modules(model).items()
-        if isinstance(m._parameters.get("bias"), nn.Parameter)
-    }
-    free = {
-        name: module
-        for name, module in biased.items()
-        if config.bias == "all" and not _lies_in(name, parts)
-    }
-    if not free and all(getattr(part, "trained_bias", None) is None for part in parts.values()):
+    modules = _biased_modules_outside(parts, model) if config.bias == "all" else {}
+    parts_train_none = all(getattr(part, "trained_bias", None) is None for part in parts.values())
+    if not modules and parts_train_none:
         raise TargetError(
-            f"bias={config.bias!r} has no effect: none of the modules it means has a bias; use 'none'"
+            f"bias={config.bias!r} has no effect: none of the selected modules has a bias; "
+            "use 'none'"
         )
-    for name in free:
-        inner = [other for other in (*parts, *free) if other.startswith(f"{name}.")]
+    for name in modules:
+        inner = [other for other in (*parts, *modules) if other.startswith(f"{name}.")]
         if inner:
             raise TargetError(
-                f"bias='all' would train the bias of {name} around {inner[0]}, which is trained as well; use 'lora_only'"
+                f"bias='all' would train the bias of {name} around {inner[0]}, "
+                "which is trained as well; use 'lora_only'"
             )
-    return {name: TrainedBias(module) for name, module in free.items()}
+    return {name: TrainedBias(module) for name, module in modules.items()}
 
 
-def _lies_in(name: str, parts: Parts) -> bool:
+def _biased_modules_outside(parts: Parts, model: nn.Module) -> dict[str, nn.Module]:
+    found = {}
+    for name, module in plain_modules(model).items():
+        has_bias = isinstance(module._parameters.get("bias"), nn.Parameter)
+        if has_bias and not _is_inside(name, parts):
+            found[name] = module
+    return found
+
+
+def _is_inside(name: str, parts: Parts) -> bool:
     return any(name == path or name.startswith(f"{path}.") for path in parts)
 
 
-def _refuse_twice(*groups: Parts) -> None:
-    """Refuse a module that two settings name, or that lies inside another that is trained."""
+def _check_no_overlap(*groups: Parts) -> None:
+    """Raise if two settings select a module, or a module inside another trained one."""
     names = [name for group in groups for name in group]
     for name in names:
         outer = [other for other in names if other != name and name.startswith(f"{other}.")]
         if names.count(name) > 1 or outer:
+            container = outer[0] if outer else name
             raise TargetError(
-                f"{name} is named by two settings, or lies in {(outer or [name])[0]}, which is trained whole; name it once"
+                f"{name} is named by two settings, or is inside {container}, "
+                "which is fully trained; name it once"
             )

@@ -1,4 +1,4 @@
-"""Find and replace modules by path, whatever compilation and data parallelism have put around the model or its blocks."""
+"""Find and replace modules by path, ignoring wrappers of compilation and data parallelism."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -26,52 +26,52 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def plain_name(name: str) -> str:
-    """Strip what the compilation of a block puts into the paths of its modules."""
+    """Strip the prefix that the compilation of a block adds to the paths of its modules."""
     return re.sub(rf"(^|\.){COMPILED}(?=\.|$)", "", name).lstrip(".")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model under what compilation and data parallelism put around it: a module of one child of their name."""
+    """Return the model without the wrappers of compilation and data parallelism.
+
+    A wrapper is a module whose only child has the name that these wrappers use.
+    """
     while list(dict(model.named_children())) in ([COMPILED], ["module"]):
         model = next(model.children())
     return model
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head: Hugging Face models name theirs, and a tied head must never be adapted by accident.
+    """Return the output head of a Hugging Face model: a tied head must not be adapted by accident.
 
-    Under an adapter too it is the model's own: what stands in its place is no head of a plan.
+    If an adapter part replaces the head, the result is the original head inside that part.
     """
     getter = getattr(model, "get_output_embeddings", None)
     head: nn.Module | None = getter() if getter is not None else None
-    return (
-        cast(nn.Module, head.base)
-        if head is not None and hasattr(type(head), "adapter_tensors")
-        else head
-    )
+    if head is not None and hasattr(type(head), "adapter_tensors"):
+        return cast(nn.Module, head.base)
+    return head
 
 
 def modules_outside_language_model(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules of a multimodal model that are not part of its language model, such as a vision tower, by path.
+    """Return the modules of a multimodal model outside its language model, such as a vision tower.
 
-    Hugging Face models identify it: their config contains that of the language model, and `get_decoder` returns the model.
+    Keys are paths. Hugging Face models identify the language model: their config contains its
+    config, and `get_decoder` returns it.
     """
     model = unwrapped(model)
     text = getattr(getattr(model, "config", None), "get_text_config", None)
     if text is None or text() is model.config:
         return {}
-    language, head = model.get_decoder(), output_head(model)  # type: ignore[operator]
-    inside = {
-        id(module) for part in (language, head) if part is not None for module in part.modules()
-    }
-    around = {
-        id(module)
-        for module in model.modules()
-        if any(inner is language for inner in module.modules())
-    }
-    own = inside | around
+    language_model = model.get_decoder()  # type: ignore[operator]
+    head = output_head(model)
+    excluded = {id(module) for module in language_model.modules()}
+    if head is not None:
+        excluded |= {id(module) for module in head.modules()}
+    excluded |= _ids_of_ancestors(model, language_model)
     others = {
-        plain_name(name): module for name, module in model.named_modules() if id(module) not in own
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if id(module) not in excluded
     }
     return {
         name: module for name, module in others.items() if name.rpartition(".")[0] not in others
@@ -79,26 +79,38 @@ def modules_outside_language_model(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adapter_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield each part of an adapter with the path of the module in whose place it stands, in model order."""
+    """Yield each part of an adapter and the path of the module that it replaces, in model order."""
     for name, module in unwrapped(model).named_modules():
         if hasattr(type(module), "adapter_tensors"):
             yield plain_name(name), module
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that the model has without an adapter, under the paths they have without it."""
+    """Return the modules of the model under the paths that they have without the adapter."""
     return dict(_without_parts(model, unwrapped(model).named_modules()))
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that the model has without an adapter, under the names they have without it; tied ones once."""
+    """Return the parameters of the model under the names that they have without the adapter.
+
+    Tied parameters appear once.
+    """
     return dict(_without_parts(model, unwrapped(model).named_parameters()))
+
+
+def _ids_of_ancestors(model: nn.Module, descendant: nn.Module) -> set[int]:
+    """Return the ids of the modules that contain `descendant`, itself included."""
+    return {
+        id(module)
+        for module in model.modules()
+        if any(inner is descendant for inner in module.modules())
+    }
 
 
 def _without_parts(
     model: nn.Module, named: Iterable[tuple[str, Named]]
 ) -> Iterator[tuple[str, Named]]:
-    """Leave out what belongs to an adapter, and the `base` from the paths of what lies under one."""
+    """Drop what belongs to an adapter, and drop `base` from the paths of the modules it wraps."""
     parts = {name for name, _ in adapter_parts(model)}
     for raw, value in named:
         name = plain_name(raw)
@@ -110,12 +122,13 @@ def _without_parts(
 
 
 def _owner(name: str, parts: set[str]) -> str | None:
-    """Return the path of the part that `name` is or lies in."""
-    steps = name.split(".")
-    return next(
-        (path for path in (".".join(steps[:n]) for n in range(1, len(steps) + 1)) if path in parts),
-        None,
-    )
+    """Return the path of the part that `name` is or is inside of."""
+    path = ""
+    for component in name.split("."):
+        path = f"{path}.{component}" if path else component
+        if path in parts:
+            return path
+    return None
 
 
 def _inside(module: nn.Module) -> nn.Module:

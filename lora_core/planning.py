@@ -1,7 +1,8 @@
-"""Which modules get an adapter, of what rank and scale: planned from names and shapes, before anything is changed.
+"""Plan which modules get an adapter, and its rank and scale, from names and shapes only.
 
-A plan is made on the base alone, also on the meta device, where it costs no memory. Every pattern of a config has to
-match something: a misspelt one is an error and not a smaller adapter.
+Planning reads the base and changes nothing. It also works on the meta device, where the model takes
+no memory. Every pattern of a config must match something: a misspelled pattern is an error instead
+of a smaller adapter.
 """
 
 import re
@@ -27,102 +28,104 @@ from lora_core.targets import Layer, Target
 
 @dataclass(frozen=True)
 class Candidate:
-    """A module that could get an update."""
+    """A module that LoRA can adapt."""
 
     in_features: int
     out_features: int
     kind: str
     layer: Layer
 
+    @property
+    def smaller_side(self) -> int:
+        """The largest possible rank of an update."""
+        return min(self.in_features, self.out_features)
+
 
 def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
-    """List the modules of `model` that `config` adapts, in model order; nothing is changed.
+    """Return the modules of `model` that `config` adapts, in model order; the model is unchanged.
 
     Raises:
-        TargetError: a pattern matches nothing, a match cannot be adapted, or the rank exceeds a layer.
+        TargetError: a pattern matches nothing, a match cannot be adapted, or a rank is too large.
     """
-    _refuse_second_injection(model)
-    candidates = _candidates(model)
+    _check_not_adapted(model)
+    candidates = _find_candidates(model)
     names = matched_names(model, config) if config.target_modules else []
-    targets = [_target(name, candidates[name], config) for name in names] + _stacks(model, config)
-    _check_patterns([target.name for target in targets], config)
+    targets = [_make_target(name, candidates[name], config) for name in names]
+    targets += _expert_stack_targets(model, config)
+    target_names = [target.name for target in targets]
+    _check_pattern_keys("rank_pattern", config.rank_pattern, target_names)
+    _check_pattern_keys("alpha_pattern", config.alpha_pattern, target_names)
     for target in targets:
         _check_target(target, config)
     return targets
 
 
 def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """List the modules that `config` names in a model, whether adapted or not."""
-    candidates = _candidates(model)
-    names = (
-        _every_linear(model, candidates, config)
-        if config.target_modules == ALL_LINEAR
-        else _chosen(model, candidates, config)
-    )
+    """Return the paths of the modules that `config` selects in a model, whether adapted or not."""
+    candidates = _find_candidates(model)
+    is_all_linear = config.target_modules == ALL_LINEAR
+    if is_all_linear:
+        names = _all_linear_names(model, candidates, config)
+    else:
+        names = _names_matching(config.target_modules, model, candidates)
     if config.layers_to_transform:
-        names = _in_layers(names, config.layers_to_transform)
+        names = _names_in_blocks(names, config.layers_to_transform)
     if config.exclude_modules:
         names = _without_excluded(names, config)
-    if config.target_modules == ALL_LINEAR:  # gates of width 1, in which no update has a low rank
-        names = [
-            name
-            for name in names
-            if min(candidates[name].in_features, candidates[name].out_features) > 1
-        ]
+    if is_all_linear:  # a gate of width 1 has no low-rank update
+        names = [name for name in names if candidates[name].smaller_side > 1]
     return names
 
 
 def _without_excluded(names: list[str], config: LoraConfig) -> list[str]:
-    """Leave out what a config excludes."""
     left = [name for name in names if not _is_named(name, config.exclude_modules)]
     if not left or len(left) == len(names):
         raise TargetError(
-            f"exclude_modules={config.exclude_modules!r} leaves {len(left)} of {len(names)} targets; it must leave out some and not all"
+            f"exclude_modules={config.exclude_modules!r} leaves {len(left)} of {len(names)} "
+            "targets; it must exclude some but not all"
         )
     return left
 
 
 def named_modules(model: nn.Module, names: Iterable[str], what: str) -> dict[str, nn.Module]:
-    """Return the modules that `names` mean, by path; each name is a path or its last part.
+    """Return the modules that `names` select, by path; each name is a path or a path suffix.
 
     Raises:
-        TargetError: a name matches no module; `what` is the setting that held it.
+        TargetError: a name matches no module; `what` is the name of the setting.
     """
     plain = plain_modules(model)
     found: dict[str, nn.Module] = {}
     for name in names:
-        hits = {
-            path: module
-            for path, module in plain.items()
-            if path == name or path.endswith(f".{name}")
-        }
-        if not hits:
+        matches = {path: module for path, module in plain.items() if _is_named(path, (name,))}
+        if not matches:
             raise TargetError(
-                f"{what} names {name!r}, which matches no module; name one by its path or the last part of it"
+                f"{what} names {name!r}, which matches no module; "
+                "use the path of a module or the last part of it"
             )
-        found |= hits
+        found |= matches
     return found
 
 
 def block_number(name: str) -> int | None:
-    """Return the first number in a module's path: the number of its block in any common model."""
+    """Return the first number in a module's path: the index of its block in any common model."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(number[1]) if number else None
 
 
-def _candidates(model: nn.Module) -> dict[str, Candidate]:
-    found = ((name, _candidate(module)) for name, module in plain_modules(model).items())
-    return {
-        name: candidate for name, candidate in found if candidate is not None and name
-    }  # the root has no place to be replaced in
+def _find_candidates(model: nn.Module) -> dict[str, Candidate]:
+    found = {}
+    for name, module in plain_modules(model).items():
+        candidate = _make_candidate(module)
+        if candidate is not None and name:  # the root has no parent in which to replace it
+            found[name] = candidate
+    return found
 
 
-def _candidate(module: nn.Module) -> Candidate | None:
+def _make_candidate(module: nn.Module) -> Candidate | None:
     if type(module) is nn.Conv2d:
-        places = module.kernel_size[0] * module.kernel_size[1]
-        return Candidate(
-            module.in_channels // module.groups * places, module.out_channels, "dense", "conv2d"
-        )
+        kernel_positions = module.kernel_size[0] * module.kernel_size[1]
+        in_features = module.in_channels // module.groups * kernel_positions
+        return Candidate(in_features, module.out_channels, "dense", "conv2d")
     if isinstance(module, nn.Embedding):
         return Candidate(module.num_embeddings, module.embedding_dim, "dense", "embedding")
     weight = base_weight(module)
@@ -132,44 +135,47 @@ def _candidate(module: nn.Module) -> Candidate | None:
     return Candidate(in_features, out_features, weight.kind, "linear")
 
 
-def _every_linear(
+def _all_linear_names(
     model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig
 ) -> list[str]:
-    """Return all linear layers of the language model but its head and what is trained whole.
+    """Return all linear layers of the language model except its head and fully trained modules.
 
-    What a multimodal model holds next to its language model is adapted only by name.
+    Other modules of a multimodal model are adapted only if they are named.
     """
-    head, plain = output_head(unwrapped(model)), plain_modules(model)
+    head = output_head(unwrapped(model))
+    plain = plain_modules(model)
     towers = tuple(f"{name}." for name in modules_outside_language_model(model))
-    candidates = (
-        {name: one for name, one in candidates.items() if not f"{name}.".startswith(towers)}
-        if towers
-        else candidates
-    )
-    linear = [
-        name
-        for name, one in candidates.items()
-        if one.layer == "linear" and plain[name] is not head
-    ]
-    names = [name for name in linear if not _is_named(name, config.modules_to_save)]
+    in_language_model = {
+        name: candidate
+        for name, candidate in candidates.items()
+        if not f"{name}.".startswith(towers)
+    }
+    names = []
+    for name, candidate in in_language_model.items():
+        is_trained_fully = _is_named(name, config.modules_to_save)
+        if candidate.layer == "linear" and plain[name] is not head and not is_trained_fully:
+            names.append(name)
     if not names:
         raise TargetError(
-            f"target_modules={ALL_LINEAR!r} matches no linear layer; linear layers here end in {_endings(candidates)}"
+            f"target_modules={ALL_LINEAR!r} matches no linear layer; "
+            f"linear layers here end in {_linear_endings(in_language_model)}"
         )
     return names
 
 
-def _chosen(model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig) -> list[str]:
-    patterns = config.target_modules
-    rules: tuple[Names, ...] = (
-        (patterns,) if isinstance(patterns, str) else tuple((name,) for name in patterns)
-    )
+def _names_matching(
+    patterns: Names, model: nn.Module, candidates: Mapping[str, Candidate]
+) -> list[str]:
+    """Return the adaptable layers that any of the patterns matches, in model order."""
+    paths = list(plain_modules(model))
     chosen: set[str] = set()
-    for rule in rules:
-        every = [name for name in plain_modules(model) if _is_named(name, rule)]
-        chosen.update(
-            _only_adaptable(rule if isinstance(rule, str) else rule[0], every, candidates)
-        )
+    if isinstance(patterns, str):
+        matches = [path for path in paths if _is_named(path, patterns)]
+        chosen.update(_adaptable(patterns, matches, candidates))
+    else:
+        for pattern in patterns:
+            matches = [path for path in paths if _is_named(path, (pattern,))]
+            chosen.update(_adaptable(pattern, matches, candidates))
     return [name for name in candidates if name in chosen]
 
 
@@ -179,71 +185,80 @@ def _is_named(name: str, names: Names) -> bool:
     return any(name == one or name.endswith(f".{one}") for one in names)
 
 
-def _only_adaptable(
-    pattern: str, names: list[str], candidates: Mapping[str, Candidate]
-) -> list[str]:
-    """Return the layers among `names` that can be adapted; a pattern that finds none is an error of its own."""
+def _adaptable(pattern: str, names: list[str], candidates: Mapping[str, Candidate]) -> list[str]:
+    """Return the matches of a pattern that LoRA can adapt; raise if there is none."""
     adaptable = [name for name in names if name in candidates]
     if not adaptable:
-        what = f"matches {names[0]}, which can get no update" if names else "matches no module"
+        problem = "matches no module"
+        if names:
+            problem = f"matches {names[0]}, which cannot be adapted"
         raise TargetError(
-            f"target {pattern!r} {what}; linear layers here end in {_endings(candidates)}"
+            f"target {pattern!r} {problem}; linear layers here end in {_linear_endings(candidates)}"
         )
     return adaptable
 
 
-def _in_layers(names: list[str], layers: tuple[int, ...]) -> list[str]:
-    """Keep the targets of some blocks; each number must be that of a block."""
-    present = {number for name in names if (number := block_number(name)) is not None}
-    missing = sorted(set(layers) - present)
+def _names_in_blocks(names: list[str], blocks: tuple[int, ...]) -> list[str]:
+    """Keep the targets of the given blocks; each of them must contain a target."""
+    present: set[int] = set()
+    for name in names:
+        number = block_number(name)
+        if number is not None:
+            present.add(number)
+    missing = sorted(set(blocks) - present)
     if missing:
         raise TargetError(
-            f"layers_to_transform names block {missing[0]}, and the targets lie in blocks {sorted(present)}"
+            f"layers_to_transform names block {missing[0]}, but the targets are in blocks "
+            f"{sorted(present)}"
         )
-    return [name for name in names if block_number(name) in layers]
+    return [name for name in names if block_number(name) in blocks]
 
 
-def _endings(candidates: Mapping[str, Candidate]) -> str:
-    linear = {
-        name.rpartition(".")[2]
-        for name, candidate in candidates.items()
-        if candidate.layer == "linear"
-    }
-    return ", ".join(sorted(linear)) or "nothing: the model has none"
+def _linear_endings(candidates: Mapping[str, Candidate]) -> str:
+    endings = set()
+    for name, candidate in candidates.items():
+        if candidate.layer == "linear":
+            endings.add(name.rpartition(".")[2])
+    return ", ".join(sorted(endings)) or "nothing: the model has none"
 
 
-def _check_patterns(names: list[str], config: LoraConfig) -> None:
-    """Refuse a key that decides nothing: it matches no target, or another key comes first wherever it does."""
-    for field_name, patterns in (
-        ("rank_pattern", config.rank_pattern),
-        ("alpha_pattern", config.alpha_pattern),
-    ):
-        deciding = {
-            next((key for key in patterns if matches_end(key, name)), None) for name in names
-        }
-        for key in patterns:
-            if key not in deciding:
-                raise TargetError(
-                    f"{field_name} has {key!r}, which decides for no target; targets here are such as {names[0]}"
-                )
+def _check_pattern_keys(field_name: str, patterns: Mapping[str, object], names: list[str]) -> None:
+    """Raise for a key without effect: no target matches it, or an earlier key takes precedence."""
+    effective = {_first_matching_key(patterns, name) for name in names}
+    for key in patterns:
+        if key not in effective:
+            raise TargetError(
+                f"{field_name} has {key!r}, which applies to no target; "
+                f"an example of a target here is {names[0]}"
+            )
 
 
-def _target(name: str, found: Candidate, config: LoraConfig) -> Target:
-    rank, scale = config.rank_of(name), config.scale_of(name)
-    return Target(name, found.in_features, found.out_features, rank, scale, found.kind, found.layer)
+def _first_matching_key(patterns: Mapping[str, object], name: str) -> str | None:
+    return next((key for key in patterns if matches_end(key, name)), None)
 
 
-def _stacks(model: nn.Module, config: LoraConfig) -> list[Target]:
-    """Plan the stacked weights of experts, each a target of its own."""
+def _make_target(name: str, candidate: Candidate, config: LoraConfig) -> Target:
+    return Target(
+        name=name,
+        in_features=candidate.in_features,
+        out_features=candidate.out_features,
+        rank=config.rank_of(name),
+        scale=config.scale_of(name),
+        kind=candidate.kind,
+        layer=candidate.layer,
+    )
+
+
+def _expert_stack_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
+    """Plan the stacked weights of experts, one target per stack."""
     targets = []
     for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
+        module = module_at(model, path)
         for stack in stacks:
-            name, (experts, out_features, in_features) = (
-                f"{path}.{stack}",
-                getattr(module_at(model, path), stack).shape,
-            )
-            found = Candidate(in_features, out_features, "dense", "experts")
-            targets.append(replace(_target(name, found, config), experts=experts))
+            experts, out_features, in_features = getattr(module, stack).shape
+            candidate = Candidate(in_features, out_features, "dense", "experts")
+            target = _make_target(f"{path}.{stack}", candidate, config)
+            targets.append(replace(target, experts=experts))
     return targets
 
 
@@ -251,17 +266,20 @@ def _check_target(target: Target, config: LoraConfig) -> None:
     limit = min(target.in_features, target.out_features)
     if target.rank > limit:
         raise TargetError(
-            f"rank {target.rank} exceeds {target.name} of shape {target.out_features}×{target.in_features}; "
-            f"use a rank of at most {limit}, or name that module in exclude_modules"
+            f"rank {target.rank} exceeds {target.name} of shape "
+            f"{target.out_features}×{target.in_features}; use a rank of at most "
+            f"{limit}, or name that module in exclude_modules"
         )
     if target.layer == "embedding" and config.lora_bias:
         raise TargetError(
-            f"lora_bias=True has no meaning for the embedding {target.name}; switch it off or leave the embedding out"
+            f"lora_bias=True has no meaning for the embedding {target.name}; "
+            "disable it or exclude the embedding"
         )
 
 
-def _refuse_second_injection(model: nn.Module) -> None:
+def _check_not_adapted(model: nn.Module) -> None:
     if any(True for _ in adapter_parts(model)):
         raise TargetError(
-            "the model already carries an adapter; load a fresh base, or merge the first adapter before adding another"
+            "the model already carries an adapter; load a fresh base, "
+            "or merge the first adapter before adding another"
         )

@@ -1,7 +1,7 @@
-"""Plan an adapter that is yet to be trained, and refuse every setting that would decide nothing about it.
+"""Plan a new adapter, and raise for every setting that would have no effect on it.
 
-An adapter that is read from files is planned more leniently (`plan_targets`): what had no effect on its training takes
-nothing from it.
+Adapters that are loaded from files are planned without these checks (`plan_targets`): a setting
+that had no effect on their training does no harm.
 """
 
 from collections.abc import Iterable
@@ -17,92 +17,100 @@ from lora_core.targets import Target
 
 
 def plan_adapter(model: nn.Module, config: LoraConfig) -> list[Target]:
-    """List the modules of `model` that `config` adapts, as `plan_targets` does; nothing is changed.
+    """Return the modules of `model` that `config` adapts: `plan_targets` with stricter checks.
 
     Raises:
         TargetError: see `plan_targets`, or a setting has no effect on the targets.
     """
     targets = plan_targets(model, config)
     _check_parameters(config)
-    _check_names(config, [target.name for target in targets])
+    _check_target_names(config, [target.name for target in targets])
     _check_exclusions(model, config)
     _check_only_embeddings(config, targets)
     for target in targets:
-        _check_start(config, target)
+        _check_init(config, target)
     return targets
 
 
 def _check_parameters(config: LoraConfig) -> None:
-    """Refuse what chooses among modules where parameters are adapted, which are chosen by their own names."""
+    """Raise for settings that select modules if parameters are adapted, which only names select."""
     if config.target_parameters and config.layers_to_transform:
         raise TargetError(
-            f"layers_to_transform={config.layers_to_transform!r} has no effect on target_parameters; name these by their whole paths"
+            f"layers_to_transform={config.layers_to_transform!r} has no effect on "
+            "target_parameters; name these by their full paths"
         )
     if config.exclude_modules and not config.target_modules:
         raise TargetError(
-            f"exclude_modules={config.exclude_modules!r} has no effect on target_parameters; leave it out"
+            f"exclude_modules={config.exclude_modules!r} has no effect on target_parameters; "
+            "leave it out"
         )
 
 
-def _check_names(config: LoraConfig, names: list[str]) -> None:
-    """Refuse a target of which exclusions and the choice of blocks leave nothing."""
-    for one in config.target_modules if isinstance(config.target_modules, tuple) else ():
-        if not _names_any(one, names):
+def _check_target_names(config: LoraConfig, names: list[str]) -> None:
+    """Raise if exclude_modules and layers_to_transform remove all matches of a target."""
+    if isinstance(config.target_modules, str):
+        return
+    for target in config.target_modules:
+        if not _matches_any(target, names):
             raise TargetError(
-                f"target {one!r} has no effect: exclude_modules and layers_to_transform leave nothing of it; leave it out"
+                f"target {target!r} has no effect: exclude_modules and layers_to_transform "
+                "leave nothing of it; leave it out"
             )
 
 
 def _check_exclusions(model: nn.Module, config: LoraConfig) -> None:
-    """Refuse a name that excludes nothing beside others that do."""
+    """Raise for a name that excludes nothing if other names do."""
     if isinstance(config.exclude_modules, str) or len(config.exclude_modules) < 2:
-        return  # what excludes nothing by itself is refused by `plan_targets`
+        return  # `plan_targets` raises for a single name without effect
     names = matched_names(model, replace(config, exclude_modules=()))
-    for one in config.exclude_modules:
-        if not _names_any(one, names):
+    for excluded in config.exclude_modules:
+        if not _matches_any(excluded, names):
             raise TargetError(
-                f"exclude_modules names {one!r}, which is no target and so leaves out nothing; check its spelling"
+                f"exclude_modules names {excluded!r}, which is not a target, so it excludes "
+                "nothing; check its spelling"
             )
 
 
 def _check_only_embeddings(config: LoraConfig, targets: list[Target]) -> None:
-    """Refuse what acts on other layers than embeddings, where there are no others."""
+    """Raise for settings without effect on embeddings if there are no other targets."""
     if any(target.layer != "embedding" for target in targets):
         return
     if config.lora_dropout:
         raise TargetError(
-            f"lora_dropout={config.lora_dropout!r} has no effect: an embedding reads no input that could be dropped; use 0"
+            f"lora_dropout={config.lora_dropout!r} has no effect: an embedding has no input "
+            "that could be dropped; use 0"
         )
     if config.init_lora_weights == "gaussian":
         raise TargetError(
-            "init_lora_weights='gaussian' has no effect: embeddings start from normal draws anyway; use 'kaiming'"
+            "init_lora_weights='gaussian' has no effect: embeddings are always initialized "
+            "from a normal distribution; use 'kaiming'"
         )
 
 
-def _check_start(config: LoraConfig, target: Target) -> None:
-    """Refuse a start that the target's kind of layer does not know, or that its saved form would not fit."""
-    method, shape = config.init_lora_weights, f"{target.out_features}×{target.in_features}"
-    if target.layer not in _starting(method):
+def _check_init(config: LoraConfig, target: Target) -> None:
+    """Raise if the layer does not support the initialization, or its saved form would not fit."""
+    method = config.init_lora_weights
+    if target.layer not in _layers_supporting(method):
         raise TargetError(
-            f"init_lora_weights={method!r} has no effect on {target.name} ({target.layer}); use 'kaiming', or leave that module out"
+            f"init_lora_weights={method!r} has no effect on {target.name} ({target.layer}); "
+            "use 'kaiming', or exclude that module"
         )
     if is_spectral(method) and 2 * target.rank > min(target.in_features, target.out_features):
         raise TargetError(
-            f"init_lora_weights={method!r} doubles the rank of the saved adapter, and twice {target.rank} exceeds {target.name} of "
-            f"shape {shape}; halve the rank"
+            f"init_lora_weights={method!r} doubles the rank of the saved adapter, and twice "
+            f"{target.rank} exceeds {target.name} of shape "
+            f"{target.out_features}×{target.in_features}; halve the rank"
         )
 
 
-def _starting(method: str) -> tuple[str, ...]:
-    """Return the kinds of layers that know a start."""
+def _layers_supporting(method: str) -> tuple[str, ...]:
+    """Return the kinds of layers that support an initialization."""
     if method == "eva" or is_spectral(method):
         return ("linear",)
-    return (
-        ("linear", "conv2d")
-        if method == "orthogonal"
-        else ("linear", "conv2d", "embedding", "experts")
-    )
+    if method == "orthogonal":
+        return ("linear", "conv2d")
+    return ("linear", "conv2d", "embedding", "experts")
 
 
-def _names_any(one: str, names: Iterable[str]) -> bool:
-    return any(name == one or name.endswith(f".{one}") for name in names)
+def _matches_any(suffix: str, names: Iterable[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for name in names)

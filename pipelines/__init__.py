@@ -1,1 +1,3 @@
-"""The pipeline around lora_core: data, base model, training, evaluation, forgetting check, registry, workflow."""
+"""The pipeline around lora_core: data, base model, training, evaluation, forgetting check,
+registry, workflow.
+"""

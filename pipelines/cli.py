@@ -1,4 +1,7 @@
-"""The `lora` command. Heavy libraries are imported by the command that needs them, so `lora --help` is quick."""
+"""The `lora` command.
+
+Each command imports its heavy libraries itself, so that `lora --help` is fast.
+"""
 
 import inspect
 import json
@@ -6,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from errno import ENOSPC
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +27,14 @@ from pipelines.errors import (
 from pipelines.paths import runs_root
 from pipelines.planning.cluster import Cluster
 
-AGAIN = 75
-"""Exit status where nothing is wrong with what was asked, and running it again goes on: sysexits.h's EX_TEMPFAIL."""
-PASSING = {error.__name__ for error in (PeerError, EndedError, UnreachableError)}
-"""Kinds of a stage's errors of which that is so."""
+EXIT_USER_ERROR = 2
+EXIT_RETRY = 75
+"""Exit status if the input is valid and running again resumes: EX_TEMPFAIL of sysexits.h."""
+RETRYABLE_ERRORS = {error.__name__ for error in (PeerError, EndedError, UnreachableError)}
+"""Kinds of stage errors with that exit status."""
+EXIT_SIGTERM = 128 + signal.SIGTERM
 QUIET = "CRITICAL"
-"""Level of Prefect's own log on the terminal, unless the user names another."""
+"""Level of Prefect's own log on the terminal, unless the user sets another."""
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -37,23 +43,20 @@ app = typer.Typer(
 )
 RecipeArgument = Annotated[
     str,
-    typer.Argument(
-        help="A YAML file, or the name of a recipe that comes along.", show_default=False
-    ),
+    typer.Argument(help="A YAML file, or the name of an included recipe.", show_default=False),
 ]
 RanksOption = Annotated[
     list[int],
-    typer.Option(
-        "--rank", help="Train this rank instead of the recipe's; may be given more than once."
-    ),
+    typer.Option("--rank", help="Train this rank instead of the recipe's; may be repeated."),
 ]
 
 
 def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that replaces the argument `name` of a typer command by the fields of a dataclass.
+    """Return a decorator that replaces the argument `name` of a typer command by the fields of a
+    dataclass.
 
     Args:
-        name: of the argument, which gets an instance.
+        name: name of the argument, which receives an instance.
         options: a dataclass whose fields are annotated as typer's options and have defaults.
     """
 
@@ -65,14 +68,14 @@ def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Ca
             chosen = options(**{field: values.pop(field) for field in fields})
             command(**values, **{name: chosen})
 
-        flat = [parameter for parameter in own.values() if parameter.name != name] + list(
-            fields.values()
-        )
+        parameters = [parameter for parameter in own.values() if parameter.name != name]
+        parameters += fields.values()
         keyword_only = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in flat
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters
         ]
-        call.__name__, call.__doc__ = command.__name__, command.__doc__
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+        call.__name__ = command.__name__
+        call.__doc__ = command.__doc__
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         vars(call)["__signature__"] = inspect.Signature(keyword_only)
         return call
 
@@ -80,18 +83,21 @@ def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Ca
 
 
 @app.command()
-def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 - typer reads the list as a default
-    """Run a recipe: data, adapters, control, forgetting check, registration, report. Goes on where it was stopped."""
-    load_recipe(recipe, ranks=rank)  # a bad recipe is refused before anything is started
+def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 - typer needs a list
+    """Run a recipe: data, adapters, control, forgetting check, registration, report.
+
+    Resumes where it stopped.
+    """
+    load_recipe(recipe, ranks=rank)  # reject an invalid recipe before anything is started
     prepare_prefect()
     from pipelines.orchestration.cancellation import mark_orphaned_runs_crashed
     from pipelines.orchestration.flow_log import log_for_pages_only
-    from pipelines.orchestration.local_server import serving
+    from pipelines.orchestration.local_server import prefect_server
     from pipelines.workflow.flows import finetune
 
     if os.environ["PREFECT_LOGGING_LEVEL"] == QUIET:
         log_for_pages_only()
-    with serving() as url:
+    with prefect_server() as url:
         mark_orphaned_runs_crashed(url)
         finetune(recipe, rank)
 
@@ -101,21 +107,23 @@ def join(
     machine: Annotated[
         int,
         typer.Option(
-            min=1, help="This host's number; 0 is the one that runs the recipe.", show_default=False
+            min=1, help="Index of this host; 0 is the one that runs the recipe.", show_default=False
         ),
     ],
 ) -> None:
-    """Train beside another host that runs a recipe with launch.machines; needs its runs folder, and LORA_MAIN_ADDRESS."""
+    """Train with another host that runs a recipe with launch.machines; needs its runs folder, and
+    LORA_MAIN_ADDRESS.
+    """
     from pipelines.console import print_status
-    from pipelines.runtime.hosts import Joined
+    from pipelines.runtime.hosts import JoiningHost
 
-    Joined(machine, runs_root(), print_status).serve()
+    JoiningHost(machine, runs_root(), print_status).serve()
 
 
 @app.command()
 @with_options("cluster", Cluster)
 def plan(recipe: RecipeArgument, cluster: Cluster, rank: RanksOption = []) -> None:  # noqa: B006
-    """Print the matched modules, trained weights, expected memory and file size, without training."""
+    """Print the matched modules, trained weights, expected memory and file size; train nothing."""
     settings = load_recipe(recipe, ranks=rank)
     from pipelines.workflow.print_plan import print_plan
     from pipelines.workflow.stages import Stages
@@ -131,16 +139,16 @@ def compare(
     ],
 ) -> None:
     """Print the table of an earlier run."""
-    path = _summary(name)
-    from pipelines.console import show
+    path = _find_summary(name)
+    from pipelines.console import print_table
     from pipelines.reporting.report import terminal_table
 
-    show(terminal_table(json.loads(path.read_text())))
+    print_table(terminal_table(json.loads(path.read_text())))
 
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to answer.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="Prompt to answer.", show_default=False)],
     adapter: Annotated[
         str,
         typer.Option(
@@ -149,9 +157,9 @@ def generate(
         ),
     ],
     base: Annotated[
-        str, typer.Option(help="Base model, where the adapter's own is elsewhere on this machine.")
+        str, typer.Option(help="Base model, if the adapter's own has another path on this machine.")
     ] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of the answer.")] = 64,
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help="Run the Python code that comes with the base."),
@@ -159,19 +167,20 @@ def generate(
 ) -> None:
     """Answer a prompt with an adapter, on the base that it was trained on."""
     if not adapter.startswith("models:/") and not Path(adapter).is_dir():
-        raise PipelineError(f"adapter {adapter!r} is no folder; give one, or models:/NAME@champion")
+        raise PipelineError(
+            f"adapter {adapter!r} is not a folder; give one, or models:/NAME@champion"
+        )
     from pipelines.workflow.generate import answer
 
-    typer.echo(
-        answer(
-            prompt,
-            adapter,
-            base or None,
-            max_new_tokens,
-            runs_root(),
-            trust_remote_code=trust_remote_code,
-        )
+    text = answer(
+        prompt,
+        adapter=adapter,
+        base=base or None,
+        max_new_tokens=max_new_tokens,
+        runs=runs_root(),
+        trust_remote_code=trust_remote_code,
     )
+    typer.echo(text)
 
 
 @app.command()
@@ -188,17 +197,19 @@ def deploy(
     load_recipe(recipe)
     if not os.environ.get("PREFECT_API_URL"):
         raise PipelineError(
-            "PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` or name your server"
+            "PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` "
+            "or name your server"
         )
     prepare_prefect()
-    from pipelines.orchestration.deploy import When, deploy_recipe
+    from pipelines.orchestration.deploy import Triggers, deploy_recipe
 
-    typer.echo(deploy_recipe(recipe, When(cron or None, interval or None, on_event or None), pool))
+    triggers = Triggers(cron or None, interval or None, on_event or None)
+    typer.echo(deploy_recipe(recipe, triggers, pool))
 
 
 @app.command()
 def ui() -> None:
-    """Start the MLflow and Prefect pages on what the runs produced, and print their addresses; Ctrl-C ends both."""
+    """Start the MLflow and Prefect pages of the runs, and print their URLs; Ctrl-C ends both."""
     prepare_prefect()
     from pipelines.orchestration.cancellation import mark_orphaned_runs_crashed
     from pipelines.orchestration.pages import serve
@@ -207,47 +218,55 @@ def ui() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error the user can mend is one sentence and exit status 2."""
+    """Run the command line; an error that the user can fix is printed as one sentence, with exit
+    status 2.
+    """
     from lora_core.errors import LoraError
 
     os.environ.setdefault("LORA_RUNS", str(runs_root()))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended
+    # Turn SIGTERM into SystemExit, so that `finally` blocks end the child processes.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     try:
         app()
     except (PipelineError, LoraError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        _print_error(error)
         kind = error.kind if isinstance(error, StageError) else ""
         if kind == UnreachableError.__name__:
+            # All children have ended. A normal exit would let Prefect try for minutes to send its
+            # events to the server that is away.
             sys.stdout.flush()
-            os._exit(
-                AGAIN
-            )  # all that was started has ended; Prefect would offer its events to a server that is away, for minutes
-        sys.exit(AGAIN if kind in PASSING else 2)
+            os._exit(EXIT_RETRY)
+        sys.exit(EXIT_RETRY if kind in RETRYABLE_ERRORS else EXIT_USER_ERROR)
     except OSError as error:
-        if error.errno != 28:  # ENOSPC
+        if error.errno != ENOSPC:
             raise
-        typer.secho(f"error: {no_space(error.filename or runs_root())}", fg="red", err=True)
-        sys.exit(2)
+        _print_error(no_space(error.filename or runs_root()))
+        sys.exit(EXIT_USER_ERROR)
+
+
+def _print_error(error: object) -> None:
+    typer.secho(f"error: {error}", fg="red", err=True)
 
 
 def prepare_prefect() -> None:
-    """Keep Prefect's state beside the runs unless a server or a home is named; it must be set before the import."""
+    """Store Prefect's state in the folder of runs unless a server or PREFECT_HOME is set; call
+    before importing prefect.
+    """
     os.environ.setdefault("PREFECT_HOME", str(runs_root() / "prefect"))
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    if (
-        "PREFECT_API_URL" not in os.environ
-    ):  # a server of the run's own that does not answer has ended with it
+    if "PREFECT_API_URL" not in os.environ:
+        # If the local server does not answer, it has ended together with the run.
         os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "2")
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", QUIET)
 
 
-def _summary(name: str) -> Path:
+def _find_summary(name: str) -> Path:
     path = Path(name)
     for candidate in (path, runs_root() / path.stem / "summary.json"):
         if candidate.name == "summary.json" and candidate.is_file():
             return candidate
-    known = sorted(p.parent.name for p in runs_root().glob("*/summary.json"))
+    known = sorted(summary.parent.name for summary in runs_root().glob("*/summary.json"))
     raise PipelineError(
         f"no summary of {name!r} under {runs_root()}; runs here: {', '.join(known) or 'none yet'}"
     )

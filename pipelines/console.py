@@ -1,4 +1,4 @@
-"""Show a training run while it goes on: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a running training: a bar on a terminal, a line from time to time elsewhere."""
 
 import os
 import sys
@@ -25,21 +25,22 @@ LOG_WIDTH = 120
 MARKS = {"✓": "green", "✗": "yellow", "…": "yellow"}
 console = Console(file=sys.stderr)
 
-
 Row = dict[str, Any]
 """One line of a training's metrics.jsonl."""
 Watch = Callable[[Row], None]
+"""Called with each new row of metrics."""
 
 
 @contextmanager
 def training_progress(label: str, *, lines: bool = True) -> Iterator[Watch]:
-    """Yield what takes each new row of metrics and shows step, loss, tokens/s and the time left.
+    """Yield a callback for each new row of metrics; it shows step, loss, tokens/s and the time
+    left.
 
-    Without a terminal it prints a line now and then, if `lines` are wanted.
+    Without a terminal it prints a line from time to time, if `lines` is True.
     """
     if console.is_terminal:
-        with _bar() as bar:
-            yield _Bar(bar, label)
+        with _progress() as progress:
+            yield _TerminalBar(progress, label)
     elif lines:
         yield Throttled(lambda row: print_status(f"  {progress_line(label, row)}"))
     else:
@@ -47,75 +48,85 @@ def training_progress(label: str, *, lines: bool = True) -> Iterator[Watch]:
 
 
 def fan_out(*watches: Watch) -> Watch:
-    """Return one that passes each row on to several."""
+    """Return a callback that passes each row on to several."""
 
     def watch(row: Row) -> None:
-        for one in watches:
-            one(row)
+        for receive in watches:
+            receive(row)
 
     return watch
 
 
 def print_status(text: str, *, mark: str = "", aside: str = "") -> None:
-    """Print one line of what the run is doing, to stderr, as it is: an error's brackets are no markup, a log's lines stay whole.
+    """Print one line about the run to stderr, verbatim: brackets are not markup, and a log has no
+    line breaks in it.
 
     Args:
         text: the line.
-        mark: one of MARKS before it.
-        aside: what matters less, after it.
+        mark: one of MARKS, printed first.
+        aside: less important text, printed last.
     """
     line = Text(f"{mark} ", style=MARKS[mark]) if mark else Text()
     line.append(text, style="default")
-    console.print(
-        line.append(f" {aside}", style="dim") if aside else line, soft_wrap=not console.is_terminal
-    )
+    if aside:
+        line.append(f" {aside}", style="dim")
+    console.print(line, soft_wrap=not console.is_terminal)
 
 
-def show(table: Table) -> None:
-    """Print a table to stdout; where nobody gave a width, as in a log, it gets one in which no column is cut."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+def print_table(table: Table) -> None:
+    """Print a table to stdout.
+
+    Without a known width, as in a log, use one in which every column fits.
+    """
+    has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+    width = None if has_width else LOG_WIDTH
     Console(width=width).print(table)
 
 
-def _bar() -> Progress:
-    columns = (
+def _progress() -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    return Progress(
-        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console
+        TextColumn("{task.fields[metrics]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
     )
 
 
-class _Bar:
-    def __init__(self, bar: Progress, label: str) -> None:
-        self.bar = bar
-        self.task = bar.add_task(label, total=None, figures="starting")
+class _TerminalBar:
+    def __init__(self, progress: Progress, label: str) -> None:
+        self.progress = progress
+        self.task = progress.add_task(label, total=None, metrics="starting")
 
     def __call__(self, row: Row) -> None:
-        self.bar.update(self.task, total=row["steps"], completed=row["step"], figures=_figures(row))
+        self.progress.update(
+            self.task, total=row["steps"], completed=row["step"], metrics=_format_metrics(row)
+        )
 
 
 class Throttled:
-    """Passes a row on now and then, and the last one."""
+    """Passes a row on every SECONDS_BETWEEN_LINES, and the last row."""
 
-    def __init__(self, show: Watch) -> None:
-        self.show, self.last = show, -inf
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.last_time = -inf
 
     def __call__(self, row: Row) -> None:
-        if row["step"] < row["steps"] and time.monotonic() - self.last < SECONDS_BETWEEN_LINES:
+        is_last = row["step"] >= row["steps"]
+        if not is_last and time.monotonic() - self.last_time < SECONDS_BETWEEN_LINES:
             return
-        self.last = time.monotonic()
-        self.show(row)
+        self.last_time = time.monotonic()
+        self.watch(row)
 
 
 def progress_line(label: str, row: Row) -> str:
-    """Say how far a training is, in a line of a log."""
+    """Return the progress of a training as a line of a log."""
     left = (row["steps"] - row["step"]) * row["seconds"]
-    return f"{label}: step {row['step']}/{row['steps']}, {_figures(row)}, {left:.0f} s left"
+    return f"{label}: step {row['step']}/{row['steps']}, {_format_metrics(row)}, {left:.0f} s left"
 
 
-def _figures(row: Row) -> str:
+def _format_metrics(row: Row) -> str:
     return f"loss {row['loss']:.3f}, {row['tokens'] / row['seconds']:.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""What a user of the pipeline can get wrong; each message holds the value, the rule and what to do."""
+"""Errors that a user can fix; each message contains the value, the rule and the fix."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ ERROR_FILE = "error.json"
 
 
 class PipelineError(Exception):
-    """Base of every error that is the user's to mend; the command line prints its text alone."""
+    """Base of all errors that the user can fix; the command line prints only its text."""
 
 
 class RecipeError(PipelineError, ValueError):
-    """A recipe that cannot be honoured."""
+    """An invalid recipe."""
 
 
 class DataError(PipelineError, ValueError):
@@ -25,49 +25,65 @@ class BaseModelError(PipelineError, ValueError):
 
 
 class DivergenceError(PipelineError, ArithmeticError):
-    """A training whose loss is no longer finite."""
+    """The loss of a training is no longer finite."""
 
 
 class MemoryExceededError(PipelineError, MemoryError):
-    """A step that needs more memory than there is."""
+    """A step needs more memory than is available."""
 
 
 class PeerError(PipelineError, ConnectionError):
-    """A rank that ended, or does not answer in time."""
+    """A rank has ended, or does not answer in time."""
 
 
 class EndedError(PipelineError, RuntimeError):
-    """A process that was ended from outside, or for want of memory."""
+    """A process was ended from outside, or because memory ran out."""
 
 
 class StageError(PipelineError, RuntimeError):
     """A stage ended without a result."""
 
     def __init__(self, message: str, kind: str = "") -> None:
-        """Keep what the stage said, and the name of the error that it ended with; empty where it left none."""
+        """Store the stage's message and the name of its error type; empty if it recorded none."""
         super().__init__(message)
         self.kind = kind
 
 
 class RegistryError(PipelineError, RuntimeError):
-    """The tracking server refused or did not answer; nothing trained is lost."""
+    """The tracking server refused or did not answer; no trained weights are lost."""
 
 
 class UnreachableError(RegistryError):
-    """A server does not answer at all, MLflow's or Prefect's; it may in a while."""
+    """MLflow's or Prefect's server does not answer at all; it may answer later."""
+
+
+def one_line(error: BaseException, *, with_type: bool = True, limit: int | None = None) -> str:
+    """Return the type of an error and the first line of its text, such as `ValueError: bad header`.
+
+    Args:
+        error: any exception.
+        with_type: if False, return the text alone, or the type if the text is empty.
+        limit: maximum number of characters of the text.
+    """
+    name = type(error).__name__
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return name
+    text = lines[0][:limit]
+    return f"{name}: {text}" if with_type else text
 
 
 def no_space(where: object) -> str:
-    """Return what is said of a disk that is full; `where` is a file or folder on it."""
+    """Return the message for a full disk; `where` is a file or folder on it."""
     return (
-        f"no space left on the disk of {where}; free some and run again, what is finished is kept"
+        f"no space left on the disk of {where}; free some and run again, finished stages are kept"
     )
 
 
 def record_error(folder: Path, error: Exception) -> None:
-    """Leave the error's text in a stage's folder, where the parent process finds it.
+    """Write the error to a stage's folder for the parent process.
 
-    That a peer is gone is no news where a rank has left its own error: it went because of that.
+    A lost peer is not recorded over another rank's own error, which is the cause.
     """
     if isinstance(error, PeerError) and (folder / ERROR_FILE).is_file():
         return
@@ -75,7 +91,7 @@ def record_error(folder: Path, error: Exception) -> None:
 
 
 def recorded_error(folder: Path) -> StageError | None:
-    """Return the error that a child process left, if any."""
+    """Return the error that a child process recorded, if any."""
     path = folder / ERROR_FILE
     if not path.is_file():
         return None

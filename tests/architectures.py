@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lora_core.training.attention import Segment, reading
+from lora_core.training.attention import Segment, use_segments
 from pipelines.models.forward import PACKED
 
 Build = Callable[[], PreTrainedModel]
@@ -121,7 +121,7 @@ def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
         "use_cache": False,
     }
     with (
-        reading([Segment(tokens // 2)] * 2),
+        use_segments([Segment(tokens // 2)] * 2),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         output = model.base_model(input_ids=ids, **options)

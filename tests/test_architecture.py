@@ -1,7 +1,8 @@
 """The rules of the architecture, read from the source.
 
-Packages import in one direction and never each other, heavy or external libraries stay in the packages that wrap them,
-what a newcomer starts with loads no torch, and no file, function or argument list grows long.
+Packages import in one direction and never each other, heavy or external libraries stay in the
+packages that wrap them, what a newcomer starts with loads no torch, and no file, function or
+argument list grows long.
 """
 
 import ast
@@ -36,7 +37,8 @@ LEVELS = (
     {"workflow"},
     {"cli"},
 )
-"""The packages of `pipelines`, from the bottom to the top: each imports only from levels below its own."""
+"""The packages of `pipelines`, from the bottom to the top: each imports only from levels below its
+own."""
 WITHOUT_TORCH = ("config.recipe", "runtime.launcher", "workflow.stages", "orchestration.deploy")
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 400, 80, 6
 FOLDERS = {"pipelines", "lora_core", "infra", "tests"}
@@ -68,7 +70,9 @@ def module_name(path: Path) -> str:
 
 
 def imported_names(path: Path) -> set[str]:
-    """Return what a file imports anywhere, in functions too; `from a import b` counts as a and as a.b."""
+    """Return what a file imports anywhere, in functions too; `from a import b` counts as a and as
+    a.b.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -265,7 +269,9 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("path", SCRIPTS.values(), ids=SCRIPTS.keys())
 def test_what_no_test_runs_imports_names_that_exist(path: Path) -> None:
-    """Benchmarks and the long experiments are run seldom, and are not to find out then that a name has gone."""
+    """Benchmarks and the long experiments are run seldom, and are not to find out then that a name
+    has gone.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         module = (
             FILES.get(f"{str(node.module).replace('.', '/')}.py")

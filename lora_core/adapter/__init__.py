@@ -1,1 +1,1 @@
-"""An adapter's files: PEFT's format with an identity beside it, loaded strictly; and other programs' formats."""
+"""Adapter files: PEFT's format plus an identity sidecar, read strictly, and other formats."""

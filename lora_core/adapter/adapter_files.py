@@ -1,8 +1,10 @@
-"""The three files of an adapter, read without trust.
+"""The three files of an adapter, read as untrusted input.
 
-    adapter_model.safetensors   base_model.model.<module path>.lora_A.weight (r, in), .lora_B.weight (out, r), …
+    adapter_model.safetensors   base_model.model.<module path>.lora_A.weight (r, in),
+                                .lora_B.weight (out, r), …
     adapter_config.json         PEFT's fields, sorted
-    adapter_identity.json       ours: the base's digests, each file's digest, lineage
+    adapter_identity.json       this library's sidecar: the base's digests, each file's digest,
+                                lineage
 
 Only safetensors and JSON are read; a pickle is refused.
 """
@@ -22,26 +24,25 @@ from torch import Tensor
 from lora_core.errors import AdapterError, BaseMismatchError
 from lora_core.files import sha256_of_file
 
-WEIGHTS, CONFIG, IDENTITY = (
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "adapter_identity.json",
-)
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+IDENTITY = "adapter_identity.json"
 PREFIX = "base_model.model."
-TEXTS = ("base", "revision", "adapter_sha256", "config_sha256")
-OBJECTS = ("base_digests", "lineage", "tensor_sha256")
-"""What the sidecar's keys hold, where they are there."""
+STRING_KEYS = ("base", "revision", "adapter_sha256", "config_sha256")
+"""Optional sidecar keys whose value is a string or null."""
+OBJECT_KEYS = ("base_digests", "lineage", "tensor_sha256")
+"""Optional sidecar keys whose value is an object."""
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read adapter_model.safetensors; raises AdapterError when it is missing, damaged or a pickle."""
+    """Read adapter_model.safetensors.
+
+    Raises:
+        AdapterError: the file is missing, damaged or a pickle.
+    """
     path = folder / WEIGHTS
     if not path.is_file():
-        pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
-        hint = "give the folder of a saved adapter"
-        if pickles:
-            hint = f"{pickles[0]} is a pickle, which can run code: convert it to safetensors"
-        raise AdapterError(f"{path} is missing; {hint}")
+        raise AdapterError(f"{path} is missing; {_missing_weights_hint(folder)}")
     try:
         return load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
@@ -50,36 +51,52 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def _missing_weights_hint(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
+    if pickles:
+        return f"{pickles[0]} is a pickle, which can run code: convert it to safetensors"
+    return "give the folder of a saved adapter"
+
+
 def read_identity(folder: Path) -> dict[str, Any] | None:
-    """Read the sidecar; None where the adapter was not written by this library.
+    """Read the sidecar; None if the adapter was not written by this library.
 
     Raises:
-        AdapterError: it is malformed, or a key holds what does not belong there.
+        AdapterError: the sidecar is malformed, or a value has the wrong type.
     """
     path = folder / IDENTITY
     if not path.is_file():
         return None
     values = read_json(path)
-    for key, kind, what in (
-        *((key, str, "text") for key in TEXTS),
-        *((key, dict, "an object") for key in OBJECTS),
-    ):
-        if not isinstance(values.get(key, kind()), kind) and not (
-            kind is str and values[key] is None
-        ):
-            raise AdapterError(
-                f"{path} has {key}={values[key]!r}, where {what} belongs; fetch or train the adapter again"
-            )
+    for key in STRING_KEYS:
+        _check_type(path, key, values.get(key), str)
+    for key in OBJECT_KEYS:
+        _check_type(path, key, values.get(key, {}), dict)
     for kind_of_storage, digest in values.get("base_digests", {}).items():
         if not isinstance(digest, str):
             raise AdapterError(
-                f"{path} has the {kind_of_storage} digest {digest!r}, where text belongs; fetch or train the adapter again"
+                f"{path} has the {kind_of_storage} digest {digest!r}, but it must be a string; "
+                "fetch or train the adapter again"
             )
     return values
 
 
+def _check_type(path: Path, key: str, value: Any, kind: type) -> None:
+    """Refuse a sidecar value of the wrong type; a string may be null."""
+    if isinstance(value, kind) or (kind is str and value is None):
+        return
+    expected = "a string" if kind is str else "an object"
+    raise AdapterError(
+        f"{path} has {key}={value!r}, but it must be {expected}; fetch or train the adapter again"
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file of one JSON object; raises AdapterError when it is missing or malformed."""
+    """Read a file that contains one JSON object.
+
+    Raises:
+        AdapterError: the file is missing or malformed.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -90,13 +107,14 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise AdapterError(
-            f"{path} holds {type(value).__name__} where an object belongs; fetch or train the adapter again"
+            f"{path} contains {type(value).__name__}, but it must contain an object; "
+            "fetch or train the adapter again"
         )
     return value
 
 
 def file_digests(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what the sidecar keeps of the two files beside it and of each tensor."""
+    """Return the digests that the sidecar records: of both files and of each tensor."""
     return {
         "adapter_sha256": sha256_of_file(folder / WEIGHTS),
         "config_sha256": sha256_of_file(folder / CONFIG),
@@ -106,52 +124,65 @@ def file_digests(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def tensor_digest(tensor: Tensor) -> str:
     """Return the SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def pattern_for(name: str, names: Collection[str]) -> str:
-    """Return a key of rank_pattern or alpha_pattern that decides for `name` alone among `names`.
+    """Return a key for rank_pattern or alpha_pattern that matches only `name` among `names`.
 
     PEFT matches the end of a module path and takes the first hit, and a file's keys are sorted.
     """
     ending = re.compile(rf"(.*\.)?({name})")
-    return (
-        name
-        if [other for other in names if ending.fullmatch(other)] == [name]
-        else f"^{re.escape(name)}"
-    )
+    matched = [other for other in names if ending.fullmatch(other)]
+    return name if matched == [name] else f"^{re.escape(name)}"
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse a tensor that holds no floats or what is not finite."""
+    """Refuse a tensor that is not floating-point or has values that are not finite."""
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise AdapterError(
-                f"{key} of {where} is {tensor.dtype} of shape {tuple(tensor.shape)}; floats belong there"
+                f"{key} of {where} is {tensor.dtype} of shape {tuple(tensor.shape)}, but it must "
+                "be floating-point; fetch or train the adapter again"
             )
         if not torch.isfinite(tensor.float()).all():
             raise AdapterError(
-                f"{key} of {where} holds values that are not finite; train again with a lower learning rate"
+                f"{key} of {where} has values that are not finite; train again with a lower "
+                "learning rate"
             )
 
 
 def check_digests(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse files that are not those the sidecar was written for; sidecars of old know the weights alone."""
+    """Refuse files that differ from the sidecar's digests; older sidecars record no config."""
     for file, key in ((WEIGHTS, "adapter_sha256"), (CONFIG, "config_sha256")):
-        found, recorded = sha256_of_file(folder / file), identity.get(key)
-        if found != recorded and not (recorded is None and key == "config_sha256"):
+        found = sha256_of_file(folder / file)
+        recorded = identity.get(key)
+        if recorded is None and key == "config_sha256":
+            continue
+        if found != recorded:
             raise AdapterError(
-                f"{folder / file} has sha256 {found[:12]}… but its sidecar says {str(recorded)[:12]}…; fetch or train the adapter again"
+                f"{folder / file} has sha256 {found[:12]}…, but its sidecar records "
+                f"{str(recorded)[:12]}…; fetch or train the adapter again"
             )
 
 
-def check_fingerprint(found: tuple[str, str], folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a base whose kind of storage and digest are not among those of the sidecar of the adapter in `folder`."""
-    kind, digest = found
+def check_fingerprint(
+    kind: str, digest: str, *, adapter: Path, identity: Mapping[str, Any]
+) -> None:
+    """Refuse a base whose fingerprint is not in the sidecar of the adapter.
+
+    Args:
+        kind: the base's kind of storage.
+        digest: the base's digest.
+        adapter: the adapter's folder, for the message.
+        identity: the adapter's sidecar.
+    """
     recorded = identity.get("base_digests", {})
     if recorded.get(kind) != digest:
-        known = ", ".join(f"{k} {v[:12]}…" for k, v in sorted(recorded.items())) or "none"
+        known = ", ".join(f"{kind} {value[:12]}…" for kind, value in sorted(recorded.items()))
         raise BaseMismatchError(
-            f"{folder} was trained on {identity.get('base') or 'an unnamed base'} (fingerprints: {known}), "
-            f"but this {kind} model has {digest[:12]}…; load that base, or pass check_base=False if you accept wrong answers"
+            f"{adapter} was trained on {identity.get('base') or 'an unnamed base'} "
+            f"(fingerprints: {known or 'none'}), but this {kind} model has {digest[:12]}…; "
+            "load that base, or pass check_base=False if you accept wrong outputs"
         )

@@ -1,7 +1,7 @@
-"""adapter_config.json: a LoraConfig in PEFT's words, and back.
+"""adapter_config.json: a LoraConfig in PEFT's terms, and back.
 
-What is read is honoured or refused: a feature that would be ignored here is an error. What is written names the adapted
-modules so that PEFT adapts the same ones.
+Every field that is read is applied or refused: a feature that would be ignored is an error. The
+written file names the adapted modules so that PEFT adapts the same ones.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lora_core.adapter.adapter_files import CONFIG, read_json
+from lora_core.adapter.checks import path_ends_with
 from lora_core.config import ALL_LINEAR, LoraConfig, Names
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.modules import plain_modules, unwrapped
@@ -26,7 +27,7 @@ PLAIN = (
     "rank_pattern",
     "alpha_pattern",
 )
-"""Fields that both sides call and mean the same."""
+"""Fields with the same name and meaning in both libraries."""
 NAMES = (
     "target_modules",
     "target_parameters",
@@ -34,133 +35,141 @@ NAMES = (
     "modules_to_save",
     "layers_to_transform",
 )
-"""Fields that hold a list in JSON."""
-HONOURED = frozenset(
-    {*PLAIN, *NAMES, "trainable_token_indices", "init_lora_weights", "fan_in_fan_out"}
-    | {
-        "peft_type",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "peft_version",
+"""Fields that are a list in JSON."""
+DESCRIPTIVE = (
+    "peft_type",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "peft_version",
+)
+"""Fields that describe the file."""
+SUPPORTED = frozenset(
+    {
+        *PLAIN,
+        *NAMES,
+        *DESCRIPTIVE,
+        "trainable_token_indices",
+        "init_lora_weights",
+        "fan_in_fan_out",
     }
 )
-NO_EFFECT: tuple[Any, ...] = (
-    None,
-    False,
-    "none",
-    [],
-    {},
-    "lora",
-)  # what PEFT writes for a feature that is off
-INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base weight as it is
-WITHOUT_MEANING_HERE = frozenset(
+IGNORED = frozenset(
     {"auto_mapping", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
 )
-"""What says how PEFT ran, or (eva_config) how it found a start that the file no longer needs."""
+"""How PEFT ran, or (eva_config) how it computed an initialization that the file contains."""
+NO_EFFECT: tuple[Any, ...] = (None, False, "none", [], {}, "lora")
+"""What PEFT writes for a feature that is off."""
+INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Initializations that leave the base weight unchanged."""
 EMBEDDING = "embed_tokens"
-"""What PEFT takes a bare list of token rows to mean."""
+"""The module that PEFT applies a bare list of token rows to."""
 
 
 def read_config(folder: Path) -> LoraConfig:
     """Read adapter_config.json.
 
     Raises:
-        AdapterError: the file is missing or malformed, or asks for a feature that would be ignored here.
+        AdapterError: the file is missing or malformed, or sets a feature that is not supported.
     """
-    values = read_json(folder / CONFIG)
-    if values.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{folder / CONFIG} has peft_type {values.get('peft_type')!r}; only LORA adapters can be loaded"
-        )
-    for key, value in values.items():
-        if key not in HONOURED | WITHOUT_MEANING_HERE and not _is_off(value):
-            raise AdapterError(
-                f"{folder / CONFIG} sets {key}={value!r}, a feature that would be ignored here, so it is refused"
-            )
-    if values.get("init_lora_weights", True) not in INITS:
-        raise AdapterError(
-            f"{folder / CONFIG} sets init_lora_weights={values['init_lora_weights']!r}, which changes the base; save it as plain LoRA"
-        )
+    path = folder / CONFIG
+    values = read_json(path)
+    _check_supported(path, values)
     try:
         return LoraConfig(**_fields(values))
     except (KeyError, ConfigError, TypeError, AttributeError) as error:
         raise AdapterError(
-            f"{folder / CONFIG} is no usable LoRA configuration: {error}; save the adapter again"
+            f"{path} is not a valid LoRA configuration: {error}; save the adapter again"
         ) from error
 
 
+def _check_supported(path: Path, values: dict[str, Any]) -> None:
+    """Refuse a config with an unsupported type, feature or initialization."""
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{path} has peft_type {values.get('peft_type')!r}, but only LORA adapters can be "
+            "loaded; save the adapter as LoRA"
+        )
+    for key, value in values.items():
+        if key not in SUPPORTED | IGNORED and not _is_off(value):
+            raise AdapterError(
+                f"{path} sets {key}={value!r}, a feature that would be ignored here; train the "
+                "adapter without it"
+            )
+    if values.get("init_lora_weights", True) not in INITS:
+        raise AdapterError(
+            f"{path} sets init_lora_weights={values['init_lora_weights']!r}, which changes the "
+            "base; save it as plain LoRA"
+        )
+
+
 def peft_config(model: nn.Module, config: LoraConfig, names: list[str]) -> dict[str, Any]:
-    """Spell `config` in PEFT's words.
+    """Return `config` in PEFT's terms.
 
     Args:
         model: carries the adapter.
-        config: what was injected.
+        config: the config that was injected.
         names: the paths of the modules with a low-rank update.
     """
+    token_rows = {name: list(rows) for name, rows in config.trainable_token_indices.items()}
     return {
         "peft_type": "LORA",
         "task_type": _task_type(model, config),
         **{name: _plain(getattr(config, name)) for name in PLAIN},
-        "target_modules": _targets(model, config, names),
+        "target_modules": _target_modules(model, config, names),
         "target_parameters": sorted(config.target_parameters) or None,
         "modules_to_save": sorted(config.modules_to_save) or None,
-        "trainable_token_indices": {
-            name: list(rows) for name, rows in config.trainable_token_indices.items()
-        }
-        or None,
+        "trainable_token_indices": token_rows or None,
         "fan_in_fan_out": any(type(module).__name__ == "Conv1D" for module in model.modules()),
-        "init_lora_weights": _init_word(config),
+        "init_lora_weights": _initialization(config),
         "inference_mode": True,
     }
 
 
-def _init_word(config: LoraConfig) -> str | bool:
-    """Return a start that PEFT takes to a file of weights: others ask for data or change the base, or it knows no such word.
+def _initialization(config: LoraConfig) -> str | bool:
+    """Return an initialization that PEFT accepts together with saved weights.
 
-    Beside lora_bias it takes none but its own.
+    Others need data, change the base or are unknown to PEFT; with lora_bias it accepts only True.
     """
-    return "gaussian" if config.init_lora_weights == "gaussian" and not config.lora_bias else True
+    if config.init_lora_weights == "gaussian" and not config.lora_bias:
+        return "gaussian"
+    return True
 
 
 def _task_type(model: nn.Module, config: LoraConfig) -> str | None:
     """Return what PEFT wraps the model as; None is its plain wrapper, which fits every model.
 
-    A classifier is named only where its head is saved, since PEFT then looks for the head in the file.
+    A classifier is named only if its head is saved, because PEFT then expects the head in the file.
     """
     model = unwrapped(model)
     if hasattr(model, "prepare_inputs_for_generation"):
-        return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
-    heads = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
-    return next(
-        (
-            kind
-            for name, kind in heads.items()
-            if type(model).__name__.endswith(name) and config.modules_to_save
-        ),
-        None,
-    )
+        is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
+        return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
+    if not config.modules_to_save:
+        return None
+    if type(model).__name__.endswith("SequenceClassification"):
+        return "SEQ_CLS"
+    if type(model).__name__.endswith("TokenClassification"):
+        return "TOKEN_CLS"
+    return None
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a LoraConfig that a file's values mean."""
+    """Return the fields of a LoraConfig that correspond to a file's values."""
     fields = {name: values[name] for name in PLAIN if values.get(name) is not None}
-    fields |= {
-        name: _names(values[name]) for name in NAMES if values.get(name) not in (None, [], "")
-    }
+    for name in NAMES:
+        if values.get(name) not in (None, [], ""):
+            fields[name] = _names(values[name])
     for name in ("r", "lora_alpha"):
         fields[name] = values[name]
     fields["target_modules"] = _names(values.get("target_modules") or ())
     tokens = values.get("trainable_token_indices") or {}
     by_name = tokens if isinstance(tokens, dict) else {EMBEDDING: tokens}
     fields["trainable_token_indices"] = {name: tuple(rows) for name, rows in by_name.items()}
-    return {
-        **fields,
-        "init_lora_weights": "gaussian"
-        if values.get("init_lora_weights") == "gaussian"
-        else "kaiming",
-    }
+    is_gaussian = values.get("init_lora_weights") == "gaussian"
+    fields["init_lora_weights"] = "gaussian" if is_gaussian else "kaiming"
+    return fields
 
 
 def _names(value: Any) -> Any:
@@ -173,28 +182,25 @@ def _plain(value: Any) -> Any:
     return dict(value) if hasattr(value, "items") else value
 
 
-def _targets(model: nn.Module, config: LoraConfig, names: list[str]) -> str | list[str]:
-    """Name the adapted modules: as the config does where PEFT then finds the same, else spelt out."""
+def _target_modules(model: nn.Module, config: LoraConfig, names: list[str]) -> str | list[str]:
+    """Name the adapted modules: as the config does if PEFT then matches the same, else in full."""
     targets: Names = config.target_modules
     if not names:
         return []
     plain = plain_modules(model)
     if isinstance(targets, tuple):
-        by_end = {
-            name
-            for name in plain
-            if any(name == one or name.endswith(f".{one}") for one in targets)
-        }
-        return sorted(targets) if by_end == set(names) else sorted(_spelt_out(plain, names))
-    if targets != ALL_LINEAR and {name for name in plain if re.fullmatch(targets, name)} == set(
-        names
-    ):
-        return targets
-    return sorted(_spelt_out(plain, names))
+        matched = {path for path in plain if path_ends_with(path, targets)}
+        if matched == set(names):
+            return sorted(targets)
+    elif targets != ALL_LINEAR:
+        matched = {path for path in plain if re.fullmatch(targets, path)}
+        if matched == set(names):
+            return targets
+    return sorted(_explicit_names(plain, names))
 
 
-def _spelt_out(plain: dict[str, nn.Module], names: list[str]) -> set[str]:
-    """Return the last parts of the names, or, where another module shares one, the whole names."""
+def _explicit_names(plain: dict[str, nn.Module], names: list[str]) -> set[str]:
+    """Return the last parts of the names, or the full names if another module has the same part."""
     endings = {name.rpartition(".")[2] for name in names}
     matched = {name for name in plain if name.rpartition(".")[2] in endings}
     return endings if matched == set(names) else set(names)

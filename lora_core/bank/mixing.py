@@ -1,10 +1,11 @@
-"""Several adapters at work in one pass: each row of a batch, or stretch of a pack, has an adapter of its own.
+"""Several adapters in one pass: each row of a batch, or segment of a pack, has its own adapter.
 
     y[i] = x[i] W0ᵀ + bias + s_i · dropout(x[i]) A_iᵀ B_iᵀ        i: the rows of one adapter
 
-The product with the frozen weight is formed once for all rows, and a 4-bit weight made dense once; what is each
-adapter's own is formed on its rows alone. So the gradient of an adapter is the one it would get from its rows by
-itself, and several can be trained together (mLoRA, Ye et al. 2023, arXiv 2312.02515; LoRAFusion, arXiv 2510.00206).
+The product with the frozen weight is computed once for all rows, and a 4-bit weight is dequantized
+once; each adapter's update is computed on its rows alone. Therefore an adapter gets the gradient
+that its rows alone would give, and several adapters can be trained together (mLoRA, Ye et al. 2023,
+arXiv 2312.02515; LoRAFusion, arXiv 2510.00206).
 
 Shapes: x (…, I) with the rows along `Routing.dim`, A_i (R_i, I), B_i (O, R_i), y (…, O).
 """
@@ -18,20 +19,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_core.bank.routing import Routing, Rows
+from lora_core.base.quant import BaseWeight
 from lora_core.layers.experts import LoraExperts, autocast_dtype
 from lora_core.layers.linear import LoraLinear
 
 
 def mixed(base: nn.Module, layers: Mapping[str, nn.Module], route: Routing) -> nn.Module:
-    """Return the module of the base with the updates that several adapters, by name, have there."""
-    kind = (
-        MixedExperts if any(isinstance(layer, LoraExperts) for layer in layers.values()) else Mixed
-    )
-    return kind(base, layers, route)
+    """Return the base module combined with the updates of several adapters, by adapter name."""
+    if any(isinstance(layer, LoraExperts) for layer in layers.values()):
+        return MixedExperts(base, layers, route)
+    return Mixed(base, layers, route)
 
 
 class Mixed(nn.Module):
-    """One module of the base with several adapters' updates over it, each on its own rows."""
+    """One module of the base with several adapters' updates, each on its own rows."""
 
     def __init__(self, base: nn.Module, layers: Mapping[str, nn.Module], route: Routing) -> None:
         super().__init__()
@@ -41,23 +42,28 @@ class Mixed(nn.Module):
         self.route = route
 
     def forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        """Let each adapter that has an update here answer on its rows, and the base on the others."""
-        self.route.check_features(x) if x.is_floating_point() else self.route.check(x)
+        """Compute each adapter's rows with its update, and all other rows with the base."""
+        if x.is_floating_point():
+            self.route.check_features(x)
+        else:
+            self.route.check(x)
         rows = [self.route.rows(name, x.device) for name in self.names]
         linear = [layer for layer in self.layers if isinstance(layer, LoraLinear)]
         if len(linear) == len(self.layers):
             return _mixed_linear(x, linear, rows)
         y: Tensor = self.base(x, *arguments)
         for layer, own in zip(self.layers, rows, strict=True):
-            y = y.index_copy(own.dim, own.places, layer(own.of(x), *arguments).to(y.dtype))
+            updated = layer(own.of(x), *arguments)
+            y = y.index_copy(own.dim, own.indices, updated.to(y.dtype))
         return y
 
 
 class MixedExperts(nn.Module):
-    """The experts of one module with several adapters' updates over them, each on the tokens of its own rows.
+    """The experts of one module with several adapters' updates, each on the tokens of its rows.
 
-    Tokens share no product here: an expert answers to each alone, so the stacks are read by each adapter for its tokens.
-    Experts see the tokens of all rows laid flat, and cannot tell a batch of other rows: `check_rows` asks the module around them.
+    Tokens share no product here: each adapter reads the stacks for its own tokens. Experts see the
+    flattened tokens of all rows and cannot detect a batch with other rows, so `check_rows` checks
+    the input of the enclosing module.
     """
 
     def __init__(self, base: nn.Module, layers: Mapping[str, nn.Module], route: Routing) -> None:
@@ -68,93 +74,111 @@ class MixedExperts(nn.Module):
         self.route = route
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Return (N, H): what each token's experts answer, updated by the adapter of its row."""
-        count, device = len(hidden_states), hidden_states.device
+        """Return (N, H): each token's expert output, updated by the adapter of its row."""
+        count = len(hidden_states)
+        device = hidden_states.device
         owned = [self.route.tokens(name, count, device) for name in self.names]
-        free = torch.ones(count, dtype=torch.bool, device=device)
-        free[torch.cat(owned)] = False
-        shares = [(free.nonzero()[:, 0], self.base), *zip(owned, self.layers, strict=True)]
-        answers = [
-            expert(hidden_states[own], top_k_index[own], top_k_weights[own])
-            for own, expert in shares
-            if len(own)
-        ]
-        order = torch.cat([own for own, _ in shares])
-        return torch.cat(answers)[order.argsort()] if answers else torch.zeros_like(hidden_states)
+        is_free = torch.ones(count, dtype=torch.bool, device=device)
+        is_free[torch.cat(owned)] = False
+        indices = [is_free.nonzero()[:, 0], *owned]
+        outputs: list[Tensor] = []
+        for own, experts in zip(indices, [self.base, *self.layers], strict=True):
+            if len(own):
+                outputs.append(experts(hidden_states[own], top_k_index[own], top_k_weights[own]))
+        if not outputs:
+            return torch.zeros_like(hidden_states)
+        return torch.cat(outputs)[torch.cat(indices).argsort()]
 
     def check_rows(self, _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Hold the input of the module around the experts against the routing; a forward pre-hook."""
-        self.route.check_features(
-            next(value for value in (*arguments, *options.values()) if isinstance(value, Tensor))
-        )
+        """Check the input of the enclosing module against the routing; a forward pre-hook."""
+        values = (*arguments, *options.values())
+        x = next(value for value in values if isinstance(value, Tensor))
+        self.route.check_features(x)
 
 
 def _mixed_linear(x: Tensor, layers: list[LoraLinear], rows: list[Rows]) -> Tensor:
-    """Return (…, O); what an adapter has beyond s · B A, such as DoRA's lengths, is put on its rows of the common product."""
-    first, bias = layers[0], _bias(layers[0].base)
-    dtype = autocast_dtype(x) or first.frozen.compute_dtype(x)
-    apart = [(own, layer) for own, layer in zip(rows, layers, strict=True) if not layer.is_plain]
-    parts = [_part(own, layer, x) for own, layer in zip(rows, layers, strict=True)]
-    factors = [factor for layer in layers for factor in layer.factors()]
+    """Return (…, O); updates beyond s · B A, such as DoRA's, are applied to their rows last."""
+    frozen = layers[0].frozen
+    bias = _bias(layers[0].base)
+    dtype = autocast_dtype(x) or frozen.compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    inside = None if apart else bias
-    y: Tensor = _MixedLinear.apply(x.to(dtype), (first.frozen, inside, parts), *factors)  # type: ignore[no-untyped-call]
-    if apart:
-        y = _finished(y, bias, apart)
-    return (
-        y if first.frozen.kind == "dense" else y.to(x.dtype)
-    )  # bitsandbytes answers in its input's dtype under autocast too
+    pairs = list(zip(rows, layers, strict=True))
+    extended = [(own, layer) for own, layer in pairs if not layer.is_plain]
+    updates: list[_RowUpdate] = []
+    factors: list[Tensor] = []
+    for own, layer in pairs:
+        updates.append(_row_update(own, layer, x))
+        factors += layer.factors()
+    product_bias = None if extended else bias
+    y: Tensor = _MixedLinear.apply(x.to(dtype), frozen, product_bias, updates, *factors)  # type: ignore[no-untyped-call]
+    if extended:
+        y = _with_extras(y, bias, extended)
+    # Under autocast too, bitsandbytes returns its input's dtype.
+    return y if frozen.kind == "dense" else y.to(x.dtype)
 
 
-def _finished(y: Tensor, bias: Tensor | None, apart: Sequence[tuple[Rows, LoraLinear]]) -> Tensor:
-    own = [
-        layer.finished(rows.of(y), None if layer.bias is None else layer.bias.to(y.dtype))
-        for rows, layer in apart
-    ]
-    whole, dim = y if bias is None else y + bias, apart[0][0].dim
-    return whole.index_copy(dim, torch.cat([rows.places for rows, _ in apart]), torch.cat(own, dim))
+def _with_extras(
+    y: Tensor, bias: Tensor | None, extended: Sequence[tuple[Rows, LoraLinear]]
+) -> Tensor:
+    """Add the bias to `y`, and apply what layers have beyond s · B A to their rows."""
+    outputs: list[Tensor] = []
+    for rows, layer in extended:
+        own_bias = None if layer.bias is None else layer.bias.to(y.dtype)
+        outputs.append(layer.add_extras(rows.of(y), own_bias))
+    total = y if bias is None else y + bias
+    dim = extended[0][0].dim
+    indices = torch.cat([rows.indices for rows, _ in extended])
+    return total.index_copy(dim, indices, torch.cat(outputs, dim))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """What one adapter does to its rows, the factors aside."""
+class _RowUpdate:
+    """What one adapter does to its rows, without its factors."""
 
     rows: Rows
     scale: float
     dropout: float
     keep: Tensor | None
-    """Which inputs of A are kept, as booleans; None where none is dropped."""
+    """Which inputs of A are kept, as booleans; None without dropout."""
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return A's inputs as a matrix (N_i, I)."""
         return self.dropped(_flat(self.rows.of(x)))
 
     def dropped(self, own: Tensor) -> Tensor:
-        """Drop entries of a matrix (N_i, I), and scale what is kept."""
-        return own if self.keep is None else own * self.keep / (1 - self.dropout)
+        """Drop entries of a matrix (N_i, I), and scale the rest."""
+        if self.keep is None:
+            return own
+        return own * self.keep / (1 - self.dropout)
 
 
-def _part(rows: Rows, layer: LoraLinear, x: Tensor) -> _Part:
-    """Return an adapter's part in a product with `x`, its inputs drawn where some are dropped."""
+def _row_update(rows: Rows, layer: LoraLinear, x: Tensor) -> _RowUpdate:
+    """Return an adapter's update for a product with `x`, drawing its dropout mask."""
     dropout = layer.dropout if layer.training else 0.0
-    # drawn as booleans: in x's dtype the chance itself would be rounded
-    keep = (
-        torch.empty_like(_flat(rows.of(x)), dtype=torch.bool).bernoulli_(1 - dropout)
-        if dropout > 0
-        else None
-    )
-    return _Part(rows, layer.scale, dropout, keep)
+    keep = None
+    if dropout > 0:
+        # Drawn as booleans: x's dtype would round the probability itself.
+        keep = torch.empty_like(_flat(rows.of(x)), dtype=torch.bool).bernoulli_(1 - dropout)
+    return _RowUpdate(rows, layer.scale, dropout, keep)
 
 
 class _MixedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, frozen: tuple[Any, ...], *factors: Tensor) -> Tensor:
-        base, bias, parts = frozen
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: BaseWeight,
+        bias: Tensor | None,
+        updates: list[_RowUpdate],
+        *factors: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(x, *factors)
-        ctx.base, ctx.parts = base, parts
+        ctx.base = base
+        ctx.updates = updates
         y: Tensor = base.linear(x, bias)
-        for part, a, b in zip(parts, factors[::2], factors[1::2], strict=True):
-            part.rows.add_to(y, (part.inputs(x) @ a.to(x.dtype).T) @ (part.scale * b.to(x.dtype)).T)
+        for update, (a, b) in zip(updates, _pairs(factors, x.dtype), strict=True):
+            down = update.inputs(x) @ a.T
+            update.rows.add_to(y, down @ (update.scale * b).T)
         return y
 
     @staticmethod
@@ -162,14 +186,24 @@ class _MixedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
         grad_x = grad_y @ ctx.base.dense(x.dtype) if ctx.needs_input_grad[0] else None
-        grads: list[Tensor | None] = []
-        for part, a, b in zip(ctx.parts, factors[::2], factors[1::2], strict=True):
-            grad_own, inputs = _flat(part.rows.of(grad_y)), part.inputs(x)
-            grad_down = (grad_own @ b.to(x.dtype)) * part.scale
-            grads += [grad_down.T @ inputs, grad_own.T @ ((inputs @ a.to(x.dtype).T) * part.scale)]
+        grads: list[Tensor] = []
+        for update, (a, b) in zip(ctx.updates, _pairs(factors, x.dtype), strict=True):
+            inputs = update.inputs(x)
+            down = (inputs @ a.T) * update.scale
+            grad_own = _flat(update.rows.of(grad_y))
+            grad_down = (grad_own @ b) * update.scale
+            grad_a = grad_down.T @ inputs
+            grad_b = grad_own.T @ down
+            grads += [grad_a, grad_b]
             if grad_x is not None:
-                part.rows.add_to(grad_x, part.dropped(grad_down @ a.to(x.dtype)))
-        return grad_x, None, *grads
+                update.rows.add_to(grad_x, update.dropped(grad_down @ a))
+        return grad_x, None, None, None, *grads
+
+
+def _pairs(factors: Sequence[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Return each adapter's A and B, cast to `dtype`, from A, B, A, B, …"""
+    cast = [factor.to(dtype) for factor in factors]
+    return list(zip(cast[::2], cast[1::2], strict=True))
 
 
 def _bias(base: nn.Module) -> Tensor | None:

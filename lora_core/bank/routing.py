@@ -1,7 +1,7 @@
-"""Which rows of a batch, or stretches of a pack, belong to which adapter, and the tokens that these rows are.
+"""Which rows of a batch, or segments of a pack, belong to which adapter, and which tokens they are.
 
-A module inside a model sees its input in one of two layouts: rows (B, T, …), or, in a mixture of experts, the tokens of
-all rows one after the other, (B·T, …).
+A module inside a model sees its input in one of two layouts: rows (B, T, …) or, in a mixture of
+experts, the flattened tokens of all rows, (B·T, …).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,38 +13,34 @@ from torch import Tensor
 from lora_core.errors import RoutingError
 
 BATCH, TOKENS = 0, 1
-"""Dimensions that rows may lie along: examples of a batch, or tokens of a pack (1, T, …)."""
+"""Dimensions that can be routed: examples of a batch, or tokens of a pack (1, T, …)."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one adapter, on the device where they are asked for."""
+    """The rows of one adapter, on the device where they are used."""
 
     dim: int
     """BATCH or TOKENS."""
-    places: Tensor
-    """(n,) of int64, rising."""
+    indices: Tensor
+    """(n,) of int64, ascending."""
     start: int | None
-    """The first place where each follows the one before, so that no row has to be copied to be read."""
+    """The first index if all are consecutive, so that reading copies no row; else None."""
 
     def of(self, x: Tensor) -> Tensor:
-        """Return these rows of `x`, as a view where they lie together."""
-        return (
-            x.index_select(self.dim, self.places)
-            if self.start is None
-            else x.narrow(self.dim, self.start, len(self.places))
-        )
-
-    def add_to(self, whole: Tensor, own: Tensor) -> None:
-        """Add a matrix (N, F), a line for each token of these rows, to these rows of `whole` (…, F), in place."""
-        shape = [
-            len(self.places) if place == self.dim else size
-            for place, size in enumerate(whole.shape)
-        ]
+        """Return these rows of `x`, as a view if they are consecutive."""
         if self.start is None:
-            whole.index_add_(self.dim, self.places, own.view(shape))
+            return x.index_select(self.dim, self.indices)
+        return x.narrow(self.dim, self.start, len(self.indices))
+
+    def add_to(self, total: Tensor, own: Tensor) -> None:
+        """Add a matrix (N, F), one line per token, to these rows of `total` (…, F), in place."""
+        shape = list(total.shape)
+        shape[self.dim] = len(self.indices)
+        if self.start is None:
+            total.index_add_(self.dim, self.indices, own.view(shape))
         else:
-            self.of(whole).add_(own.view(shape))
+            self.of(total).add_(own.view(shape))
 
 
 @dataclass(frozen=True)
@@ -53,52 +49,57 @@ class Routing:
 
     dim: int
     """BATCH or TOKENS."""
-    places: Mapping[str, Tensor]
-    """Adapter → its rows, (n,) of int64, rising; a row that is nobody's is the base's."""
+    indices: Mapping[str, Tensor]
+    """Adapter → its rows, (n,) of int64, ascending; all other rows belong to the base."""
     length: int
-    """Rows in all."""
+    """Total number of rows."""
     _rows: dict[tuple[str, torch.device], Rows] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def rows(self, name: str, device: torch.device) -> Rows:
-        """Return the rows of an adapter for inputs on `device`, where they are sent once."""
+        """Return the rows of an adapter for inputs on `device`; they are copied there once."""
         if (name, device) not in self._rows:
-            places = self.places[name]
-            start = int(places[0]) if int(places[-1] - places[0]) == len(places) - 1 else None
-            self._rows[name, device] = Rows(self.dim, places.to(device), start)
+            indices = self.indices[name]
+            first = int(indices[0])
+            is_consecutive = int(indices[-1] - indices[0]) == len(indices) - 1
+            start = first if is_consecutive else None
+            self._rows[name, device] = Rows(self.dim, indices.to(device), start)
         return self._rows[name, device]
 
     def check(self, x: Tensor) -> None:
-        """Refuse an input that is not laid out as the routing says."""
+        """Refuse an input whose layout does not match the routing."""
         found = x.shape[self.dim] if x.dim() > self.dim else 0
         if found != self.length:
             raise RoutingError(
-                f"the routing names {self.length} rows and dimension {self.dim} of an input of shape {tuple(x.shape)} has "
-                f"{found}; name an adapter, or None, for every row"
+                f"the routing names {self.length} rows, but dimension {self.dim} of an input of "
+                f"shape {tuple(x.shape)} has {found}; name an adapter, or None, for every row"
             )
 
     def check_features(self, x: Tensor) -> None:
-        """Refuse the same, and an input whose rows would lie along its features."""
+        """Refuse an input that `check` refuses, or whose features are in the routed dimension."""
         if x.dim() <= self.dim + 1:
             raise RoutingError(
-                f"rows lie along dimension {self.dim} and an input of shape {tuple(x.shape)} holds its features there; "
-                "route along the batch instead, or leave this module out of the adapters"
+                f"rows are routed along dimension {self.dim}, but an input of shape "
+                f"{tuple(x.shape)} has its features there; route along the batch instead, or leave "
+                "this module out of the adapters"
             )
         self.check(x)
 
     def tokens(self, name: str, count: int, device: torch.device) -> Tensor:
-        """Return the places of an adapter's tokens among the `count` tokens of a batch laid flat, (B·T, …).
+        """Return the indices of an adapter's tokens among the `count` flattened tokens (B·T, …).
 
         Raises:
-            RoutingError: so many tokens are no batch of the rows that the routing names.
+            RoutingError: `count` is not a multiple of the number of routed rows.
         """
         other, rest = divmod(count, self.length)
         if rest:
             raise RoutingError(
-                f"the routing names {self.length} rows and {count} tokens are no multiple of that; name every row once"
+                f"the routing names {self.length} rows, but {count} tokens are not a multiple of "
+                "that; name every row once"
             )
-        rows, others = self.rows(name, device).places, torch.arange(other, device=device)
+        rows = self.rows(name, device).indices
+        others = torch.arange(other, device=device)
         if self.dim == BATCH:
             return (rows[:, None] * other + others).flatten()
         return (others[:, None] * self.length + rows).flatten()
@@ -107,27 +108,32 @@ class Routing:
 def routing(
     names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None
 ) -> Routing:
-    """Return the routing of rows that bear these names.
+    """Return the routing of rows to the adapters with these names.
 
     Args:
-        names: for each row, or each stretch, its adapter; None is the base alone.
+        names: for each row or segment, its adapter; None is the base alone.
         dim: BATCH or TOKENS.
-        lengths: rows in each stretch; one where it is left out.
+        lengths: rows in each segment; 1 each if omitted.
 
     Raises:
-        RoutingError: there is no row, a dimension that rows do not lie along, or not one length for each name.
+        RoutingError: no row is given, the dimension cannot be routed, or names and lengths differ
+            in number.
     """
     lengths = [1] * len(names) if lengths is None else lengths
     if dim not in (BATCH, TOKENS):
-        raise RoutingError(f"rows cannot lie along dimension {dim}; use BATCH (0) or TOKENS (1)")
+        raise RoutingError(
+            f"rows cannot be routed along dimension {dim}; use BATCH (0) or TOKENS (1)"
+        )
     if len(lengths) != len(names) or any(length < 0 for length in lengths) or not sum(lengths):
         raise RoutingError(
-            f"lengths={list(lengths)} do not fit {len(names)} names; give one for each, none below 0 and not all 0"
+            f"lengths={list(lengths)} do not fit {len(names)} names; give one for each, none below "
+            "0 and not all 0"
         )
-    spread = [name for name, count in zip(names, lengths, strict=True) for _ in range(count)]
-    present = dict.fromkeys(name for name in spread if name is not None)
-    places = {
-        name: torch.tensor([place for place, one in enumerate(spread) if one == name])
-        for name in present
-    }
-    return Routing(dim, places, len(spread))
+    rows: dict[str, list[int]] = {}
+    total = 0
+    for name, length in zip(names, lengths, strict=True):
+        if name is not None and length:
+            rows.setdefault(name, []).extend(range(total, total + length))
+        total += length
+    indices = {name: torch.tensor(own) for name, own in rows.items()}
+    return Routing(dim, indices, total)

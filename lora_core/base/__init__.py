@@ -1,1 +1,1 @@
-"""The frozen model under an adapter: its weights behind one seam, its fingerprint, its checkpoint on disk."""
+"""The frozen model under an adapter: its weights, its fingerprint, its checkpoint on disk."""

@@ -1,9 +1,10 @@
-"""Which base is this? A digest of a model's weights that is cheap, and the same wherever the model is loaded.
+"""Identify a base: a cheap digest of a model's weights that is the same wherever it is loaded.
 
-From every weight matrix a fixed, evenly spread sample of values is taken, so that the cost grows with the number of
-tensors and not with their size. A dense sample is rounded to bfloat16 first: float32 and bfloat16 copies of one
-checkpoint agree. A 4-bit base is sampled in its packed codes, which differ from the dense values by design; hence
-one digest for each kind of storage, and a comparison only within a kind.
+Each weight matrix contributes a fixed, evenly spaced sample of values, so the cost grows with the
+number of tensors and not with their size. A dense sample is rounded to bfloat16 first, so that
+float32 and bfloat16 copies of one checkpoint agree. A 4-bit base is sampled in its packed codes,
+which differ from the dense values by design; therefore each kind of storage has its own digest, and
+only digests of one kind are compared.
 """
 
 import hashlib
@@ -23,20 +24,19 @@ SAMPLES_PER_TENSOR = 256
 def fingerprint(model: nn.Module) -> tuple[Kind, str]:
     """Return how the model's linear layers are stored and the digest of its frozen weights.
 
-    An injected adapter does not count: the model under it is what is identified.
+    An injected adapter is ignored: the base model is identified.
     """
-    return kind_of(model), digest_of(
-        {name: parameter.detach() for name, parameter in plain_parameters(model).items()}
-    )
+    tensors = {name: parameter.detach() for name, parameter in plain_parameters(model).items()}
+    return kind_of(model), digest_of(tensors)
 
 
 def fingerprint_of_folder(folder: Path) -> tuple[Kind, str]:
-    """Return what `fingerprint` gives for the dense model that is saved in `folder`, reading only what is sampled.
+    """Return the `fingerprint` of the dense model saved in `folder`, reading only the samples.
 
-    A tied output head counts once, whether its file holds it twice or not.
+    A tied output head counts once, even if its file stores it twice.
 
     Raises:
-        CheckpointError: the folder holds no whole checkpoint.
+        CheckpointError: the folder has no complete checkpoint.
     """
     checkpoint = open_checkpoint(folder)
     entries = {
@@ -61,8 +61,8 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def _sample(tensor: Tensor) -> bytes:
     flat = tensor.reshape(-1)
     count = min(SAMPLES_PER_TENSOR, flat.numel())
-    places = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
-    values = flat[places].cpu()
+    indices = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    values = flat[indices].cpu()
     if values.is_floating_point():
         values = values.to(torch.bfloat16).view(torch.int16)
     return bytes(values.contiguous().view(torch.uint8).tolist())

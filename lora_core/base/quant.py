@@ -1,10 +1,12 @@
-"""BaseWeight: the frozen matrix under an adapter, behind one seam, however it is stored.
+"""BaseWeight: one interface to the frozen matrix under an adapter, for every kind of storage.
 
-    dense   a `Linear`'s weight (out, in), or a Hugging Face `Conv1D`'s (in, out), which is seen turned
-    nf4 fp4 bitsandbytes' `Linear4bit`: codes of 4 bits with a scale per block (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)
-    int8    bitsandbytes' `Linear8bitLt`: codes of 8 bits with a scale per row (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339)
+    dense   a `Linear`'s weight (out, in), or a Hugging Face `Conv1D`'s (in, out), transposed
+    nf4 fp4 bitsandbytes' `Linear4bit`: 4-bit codes with a scale per block
+            (QLoRA, Dettmers et al. 2023, arXiv 2305.14314)
+    int8    bitsandbytes' `Linear8bitLt`: 8-bit codes with a scale per row
+            (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339)
 
-An adapter asks for the base's own product, to the bit, and for the dense matrix, from which it forms gradients.
+An adapter needs the base's own product, to the bit, and the dense matrix for its gradients.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.base.nf4 import dequantised
+from lora_core.base.nf4 import dequantized_weight
 from lora_core.errors import TargetError
 
 Kind = Literal["dense", "nf4", "fp4", "int8"]
@@ -32,22 +34,22 @@ class BaseWeight(Protocol):
 
     @property
     def stored(self) -> Tensor:
-        """The tensor that holds the weight: W0 itself, or its packed codes."""
+        """The tensor that stores the weight: W0 itself, or its packed codes."""
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """The dtype in which the base itself would compute on `x`."""
+        """Return the dtype in which the base itself computes on `x`."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x W0ᵀ + bias as the base itself computes it, to the bit, also under autocast."""
+        """Return x W0ᵀ + bias as the base computes it, to the bit, also under autocast."""
 
     def output_dtype(self, x: Tensor, y: Tensor) -> torch.dtype:
-        """The dtype in which the base itself would answer on `x`, where its product is `y`."""
+        """Return the dtype of the base's output on `x`, given its product `y`."""
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """W0 as a dense (out, in) tensor of `dtype`."""
+        """Return W0 as a dense (out, in) tensor of `dtype`."""
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        """A dense (out, in) tensor turned the way `stored` lies."""
+        """Return a dense (out, in) tensor in the orientation of `stored`."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class DenseWeight:
 
 @dataclass(frozen=True)
 class SubclassedWeight(DenseWeight):
-    """The weight of a subclass of `nn.Linear` that forms the same product in a way of its own, such as Falcon's."""
+    """The weight of a subclass of `nn.Linear` with a custom forward, such as Falcon's."""
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not self.module.bias or self.module.weight.dtype != x.dtype:
@@ -101,8 +103,8 @@ class TransposedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        wide, out = self.module.weight.shape
-        return (out, wide)
+        in_features, out_features = self.module.weight.shape
+        return (out_features, in_features)
 
     @property
     def stored(self) -> Tensor:
@@ -113,7 +115,8 @@ class TransposedWeight:
         return x.dtype
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        rows, weight = x.reshape(-1, x.shape[-1]), self.module.weight.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        weight = self.module.weight.to(x.dtype)
         y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
@@ -121,8 +124,8 @@ class TransposedWeight:
         return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        turned: Tensor = self.module.weight.T
-        return turned.to(dtype)
+        transposed: Tensor = self.module.weight.T
+        return transposed.to(dtype)
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight.T.contiguous()
@@ -130,7 +133,7 @@ class TransposedWeight:
 
 @dataclass(frozen=True)
 class FourBitWeight:
-    """The weight of a bitsandbytes `Linear4bit`, with or without double quantisation."""
+    """The weight of a bitsandbytes `Linear4bit`, with or without double quantization."""
 
     module: Any
 
@@ -158,10 +161,10 @@ class FourBitWeight:
         return x.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return dequantised(self.module.weight, dtype)
+        return dequantized_weight(self.module.weight, dtype)
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        raise TypeError("codes of 4 bits are no dense tensor")
+        raise TypeError("4-bit codes are not a dense tensor")
 
 
 @dataclass(frozen=True)
@@ -184,10 +187,10 @@ class Int8Weight:
         return x.dtype
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Let bitsandbytes multiply: it rounds the inputs to 8 bits as well, though not where it trains without a GPU."""
+        """Let bitsandbytes multiply: except in CPU training, it also rounds inputs to 8 bits."""
         import bitsandbytes
 
-        self._settle()
+        self._load_codes()
         y: Tensor = bitsandbytes.matmul(x, self.module.weight, bias=bias, state=self.module.state)  # type: ignore[attr-defined]
         return y
 
@@ -197,71 +200,77 @@ class Int8Weight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
-        self._settle()
+        self._load_codes()
         dense: Tensor = int8_vectorwise_dequant(self.module.state.CB, self.module.state.SCB)
         return dense.to(dtype)
 
     def as_stored(self, weight: Tensor) -> Tensor:
-        raise TypeError("codes of 8 bits are no dense tensor")
+        raise TypeError("8-bit codes are not a dense tensor")
 
-    def _settle(self) -> None:
-        """Let the module note its mode, and take its codes up from the checkpoint's form, as its own call would."""
+    def _load_codes(self) -> None:
+        """Update the module's mode and load its codes, as its own forward would."""
         self.module.state.is_training = self.module.training
         if self.module.weight.CB is not None:
             self.module.init_8bit_state()
 
 
 def base_weight(module: nn.Module) -> BaseWeight | None:
-    """Return the seam over `module`'s weight, or None where it is no linear layer.
+    """Return the interface to `module`'s weight, or None if it is not a linear layer.
 
     Raises:
-        TargetError: a 4-bit layer whose codes bitsandbytes has stored in another layout, or an 8-bit one that keeps none.
+        TargetError: a 4-bit layer whose codes bitsandbytes has repacked, or an 8-bit layer that
+            does not store its codes.
     """
-    kind = quantised_kind(module)
+    kind = quantized_kind(module)
     if kind == "int8":
         if module.state.has_fp16_weights:  # type: ignore[union-attr]
             raise TargetError(
-                "an 8-bit layer has has_fp16_weights=True and rounds its weight at every call; load the base with it off"
+                "an 8-bit layer has has_fp16_weights=True and rounds its weight at every call; "
+                "load the base with it off"
             )
         return Int8Weight(module)
     if kind is not None:
-        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
             raise TargetError(
-                "a 4-bit layer was stored anew when the base was evaluated; load the base again and adapt it before that"
+                "a 4-bit layer was repacked when the base was evaluated; load the base again and "
+                "adapt it before that"
             )
         return FourBitWeight(module)
-    kind_of_module: Any = type(module)
-    if isinstance(module, nn.Linear) and is_plain_product(kind_of_module):
-        return DenseWeight(module) if type(module) is nn.Linear else SubclassedWeight(module)
+    module_type: Any = type(module)
+    if isinstance(module, nn.Linear) and computes_linear(module_type):
+        return DenseWeight(module) if module_type is nn.Linear else SubclassedWeight(module)
     return TransposedWeight(module) if _is_conv1d(module) else None
 
 
 @cache
-def is_plain_product(kind: Any) -> bool:
-    """Return whether a class computes what `nn.Linear` does: by its own forward, or as a small instance of it shows."""
-    if kind is nn.Linear:
+def computes_linear(module_type: Any) -> bool:
+    """Return whether a class computes what `nn.Linear` does.
+
+    It does if it inherits the forward, or if a small instance gives the same output.
+    """
+    if module_type is nn.Linear:
         return True
-    if kind.__module__.startswith(
-        "torch."
-    ):  # such as the projection whose weight nn.MultiheadAttention reads past its forward
+    if module_type.__module__.startswith("torch."):
+        # For example, nn.MultiheadAttention reads its projection's weight without its forward.
         return False
-    if kind.forward is nn.Linear.forward:
+    if module_type.forward is nn.Linear.forward:
         return True
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            small, x = kind(8, 6, device="cpu", dtype=torch.float32), torch.randn(5, 8)
-            found, expected = small(x), F.linear(x, small.weight, small.bias)
-    except Exception:  # noqa: BLE001 - its constructor may want anything else, and then it is none
+            small = module_type(8, 6, device="cpu", dtype=torch.float32)
+            x = torch.randn(5, 8)
+            found = small(x)
+            expected = F.linear(x, small.weight, small.bias)
+    except Exception:  # noqa: BLE001 - a constructor with other arguments is not nn.Linear's
         return False
-    return (
-        isinstance(found, Tensor)
-        and found.shape == expected.shape
-        and bool((found - expected).abs().max() < 1e-5)
-    )
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() < 1e-5)
 
 
-def quantised_kind(module: nn.Module) -> Kind | None:
-    """Return how bitsandbytes stores the module's weight, None where it does not; it is not imported for that."""
+def quantized_kind(module: nn.Module) -> Kind | None:
+    """Return how bitsandbytes stores the module's weight, or None; it is not imported for that."""
     if not type(module).__module__.startswith("bitsandbytes"):
         return None
     if type(module).__name__ == "Linear8bitLt":
@@ -271,18 +280,18 @@ def quantised_kind(module: nn.Module) -> Kind | None:
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """Return how a model's linear layers are stored: the kind of those that are quantised, or dense where none is."""
-    kinds = (quantised_kind(module) for module in model.modules())
+    """Return how a model's linear layers are stored: the first quantized kind, or dense."""
+    kinds = (quantized_kind(module) for module in model.modules())
     return next((kind for kind in kinds if kind is not None), "dense")
 
 
 def disable_cpu_repacking(model: nn.Module) -> None:
-    """Stop bitsandbytes from storing a 4-bit layer anew, rounded and in another order, when it is first evaluated.
+    """Stop bitsandbytes from repacking 4-bit layers, rounded and reordered, at first evaluation.
 
-    It does so on processors with AVX512-BF16; the codes would no longer be those that the fingerprint names.
+    It does so on processors with AVX512-BF16, and then the codes no longer match the fingerprint.
     """
     for module in model.modules():
-        if quantised_kind(module) in ("nf4", "fp4"):
+        if quantized_kind(module) in ("nf4", "fp4"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 

@@ -1,12 +1,13 @@
-"""Weights that several modules share, such as the output head that is the embedding, and what a model's config says of them.
+"""Weights that several modules share, such as a tied output head, and the config flag for them.
 
-A tie is a matter of memory: two parameters are one weight where they read the same bytes in the same order, whether they
-are one object or two.
+A tie is a matter of memory: two parameters are one weight if they read the same bytes in the same
+order, whether they are one object or two.
 
-transformers notes ties in `tie_word_embeddings`, one word for every tie of a model. Told that there is none, it saves
-each weight that lies apart and looks for each when it loads. So the word is changed only where no tie is left; while one
-is, transformers (from 5 on) compares what it loads, and leaves apart what differs. Models of two stacks keep the word in
-any case: those of T5's kind scale their logits by it.
+transformers records ties in `tie_word_embeddings`, one flag for every tie of a model. If it is
+false, transformers saves each untied weight separately and expects each one when it loads.
+Therefore the flag changes only if no tie is left; while one is, transformers (from 5 on) compares
+what it loads and does not tie weights that differ. Encoder-decoder models always keep the flag:
+T5-like models scale their logits by it.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ FLAG = "tie_word_embeddings"
 
 
 class Slot(NamedTuple):
-    """A place where a module holds a parameter of its own."""
+    """A module and the name of a parameter that it has directly."""
 
     owner: nn.Module
     name: str
@@ -30,73 +31,77 @@ class Slot(NamedTuple):
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:
-    """Yield every place in `module` that holds a parameter; a tied one has several."""
+    """Yield every slot in `module`; a tied parameter has several."""
     for owner in module.modules():
-        yield from (
-            Slot(owner, name)
-            for name, parameter in owner._parameters.items()
-            if parameter is not None
-        )
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                yield Slot(owner, name)
 
 
 def memory_of(parameter: Any) -> Hashable:
-    """Return what two parameters have in common exactly when they are one weight; without memory, each is its own."""
-    place = parameter.data_ptr() if parameter.numel() else 0
-    return (
-        (parameter.device, place, parameter.dtype, parameter.shape, parameter.stride())
-        if place
-        else id(parameter)
-    )
+    """Return a key that two parameters share exactly if they are one weight.
+
+    A parameter without memory has a unique key.
+    """
+    address = parameter.data_ptr() if parameter.numel() else 0
+    if not address:
+        return id(parameter)
+    return (parameter.device, address, parameter.dtype, parameter.shape, parameter.stride())
 
 
 def is_head_tied(model: nn.Module) -> bool:
-    """Tell whether the output head of a Hugging Face model, adapted or not, has the weight of the embedding."""
-    head, embedding = (
-        _plain(_asked(model, f"get_{which}_embeddings")) for which in ("output", "input")
-    )
-    weights = [getattr(module, "weight", None) for module in (head, embedding)]
-    if head is embedding or not all(isinstance(weight, Tensor) for weight in weights):
+    """Return whether a Hugging Face model's output head shares the embedding's weight.
+
+    The model can be adapted or not.
+    """
+    head = _without_adapter(_call_getter(model, "get_output_embeddings"))
+    embedding = _without_adapter(_call_getter(model, "get_input_embeddings"))
+    head_weight = getattr(head, "weight", None)
+    embedding_weight = getattr(embedding, "weight", None)
+    if head is embedding or not isinstance(head_weight, Tensor):
         return False
-    return memory_of(weights[0]) == memory_of(weights[1])
+    if not isinstance(embedding_weight, Tensor):
+        return False
+    return memory_of(head_weight) == memory_of(embedding_weight)
 
 
 def models_of_tied_heads(model: nn.Module) -> list[nn.Module]:
-    """Return the modules in `model` whose head is tied and whose config says so."""
-    return [
-        module
-        for module in model.modules()
-        if getattr(getattr(module, "config", None), FLAG, None) is True and is_head_tied(module)
-    ]
+    """Return the modules in `model` whose head is tied and whose config sets the flag."""
+    found: list[nn.Module] = []
+    for module in model.modules():
+        flag = getattr(getattr(module, "config", None), FLAG, None)
+        if flag is True and is_head_tied(module):
+            found.append(module)
+    return found
 
 
 def configs_to_untie(models: list[nn.Module]) -> tuple[Any, ...]:
-    """Return the configs that no longer say what is: of those `models`, tied before, in which no weight is shared now."""
-    stale = [
-        m.config
-        for m in models
-        if not getattr(m.config, "is_encoder_decoder", False) and not _shares_any(m)
-    ]
-    nested = [getattr(config, "text_config", None) for config in stale]
-    found = {
-        id(config): config for config in (*stale, *nested) if getattr(config, FLAG, None) is True
-    }
+    """Return the configs of `models`, tied before, whose flag is now wrong: nothing is shared."""
+    found: dict[int, Any] = {}
+    for model in models:
+        if getattr(model.config, "is_encoder_decoder", False) or _shares_any(model):
+            continue
+        for config in (model.config, getattr(model.config, "text_config", None)):
+            if getattr(config, FLAG, None) is True:
+                found[id(config)] = config
     return tuple(found.values())
 
 
 def _shares_any(model: nn.Module) -> bool:
-    return any(
-        users > 1 for users in Counter(memory_of(slot.parameter) for slot in slots(model)).values()
-    )
+    users = Counter(memory_of(slot.parameter) for slot in slots(model))
+    return any(count > 1 for count in users.values())
 
 
-def _asked(model: nn.Module, getter: str) -> nn.Module | None:
+def _call_getter(model: nn.Module, getter: str) -> nn.Module | None:
     try:
         found: nn.Module | None = getattr(model, getter, lambda: None)()
-    except NotImplementedError:  # how transformers says that a model has no embedding
+    except NotImplementedError:  # transformers raises it for a model without an embedding
         return None
     return found
 
 
-def _plain(module: nn.Module | None) -> nn.Module | None:
-    """Return the module under a part of an adapter."""
-    return module.base if hasattr(type(module), "adapter_tensors") else module  # type: ignore[return-value, union-attr]
+def _without_adapter(module: nn.Module | None) -> nn.Module | None:
+    """Return the base module if `module` is a part of an adapter, else `module`."""
+    if hasattr(type(module), "adapter_tensors"):
+        return module.base  # type: ignore[return-value, union-attr]
+    return module

@@ -1,12 +1,13 @@
 """A Hugging Face checkpoint folder, read and written one tensor at a time.
 
-    config.json                     what the model is
-    model.safetensors               every weight, or else
+    config.json                     describes the model
+    model.safetensors               every weight, or instead:
     model.safetensors.index.json    tensor name → file, and the files it names
 
-Tensors are mapped from their files and read where they are touched, so a model of any size can be looked at. A
-safetensors file is the length of a header in 8 bytes, the header (JSON: dtype, shape and place of each tensor), and
-the tensors' bytes without a gap; it is written in that order, so that one tensor at a time is held.
+Tensors are memory-mapped and read on access, so a model of any size can be inspected. A safetensors
+file is the length of its header in 8 bytes, the header (JSON: dtype, shape and offsets of each
+tensor), and the tensors' bytes without gaps; it is written in that order, so only one tensor at a
+time is in memory.
 """
 
 import json
@@ -23,7 +24,9 @@ from torch import Tensor
 
 from lora_core.errors import CheckpointError
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,7 +42,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 HEADS = ("lm_head", "embed_out")
-"""What language models call their output head; tied, it has no weight of its own."""
+"""Names of language models' output heads; a tied head has no stored weight."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -58,12 +61,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint folder holds; no weight has been read yet."""
+    """The content of a checkpoint folder; no weight has been read yet."""
 
     folder: Path
     config: dict[str, Any]
     entries: dict[str, Entry]
-    """Tensor name → where and what it is."""
+    """Tensor name → its file, shape and dtype."""
     index: dict[str, Any] | None
     """The content of the index; None for a single file."""
 
@@ -74,30 +77,26 @@ class Checkpoint:
 
     @property
     def head_is_tied(self) -> bool | None:
-        """Whether config.json says that the output head is the embedding; None where it leaves that to the model's class."""
+        """The flag for a tied output head in config.json; None leaves it to the model's class."""
         text = self.config.get("text_config")
         inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
         return self.config.get("tie_word_embeddings", inner)
 
     def is_tied_copy(self, name: str) -> bool:
-        """Tell whether the tensor `name` is the embedding a second time: the weight of a tied head."""
+        """Return whether tensor `name` duplicates the embedding: the weight of a tied head."""
         return bool(self.head_is_tied) and module_name(name) in HEADS
 
     @property
     def stored_head(self) -> str | None:
-        """The output head's weight, where the files hold one."""
-        return next(
-            (
-                name
-                for name in self.entries
-                if name.endswith(".weight") and module_name(name) in HEADS
-            ),
-            None,
-        )
+        """The name of the output head's weight; None if the files have none."""
+        for name in self.entries:
+            if name.endswith(".weight") and module_name(name) in HEADS:
+                return name
+        return None
 
 
 def module_name(tensor: str) -> str:
-    """Return the last part of the path of the module whose weight `tensor` is."""
+    """Return the last part of the path of the module that owns the weight `tensor`."""
     return tensor.removesuffix(".weight").rpartition(".")[2]
 
 
@@ -105,43 +104,46 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's config, index and headers.
 
     Raises:
-        CheckpointError: a file is missing or damaged, the index and the files disagree, or there are only pickles.
+        CheckpointError: a file is missing or damaged, the index and the files disagree, or the
+            folder has only pickles.
     """
     config = read_object(folder / CONFIG)
     if (folder / SINGLE).is_file():
         return Checkpoint(folder, config, dict(_entries(folder / SINGLE)), None)
     if not (folder / INDEX).is_file():
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = (
-            f"{pickles[0]} is a pickle, which can run code: convert it to safetensors"
-            if pickles
-            else "give the folder of a saved model"
+        raise CheckpointError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; {_missing_weights_hint(folder)}"
         )
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; {hint}")
     index = read_object(folder / INDEX)
-    places = _weight_map(folder, index)
-    entries = {
-        name: entry
-        for file in sorted(set(places.values()))
-        for name, entry in _entries(folder / file)
-    }
-    wrong = sorted(
-        name
-        for name in places.keys() | entries.keys()
-        if name not in entries or entries[name].file != places.get(name)
-    )
+    files = _weight_map(folder, index)
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(files.values())):
+        entries.update(_entries(folder / file))
+    wrong: list[str] = []
+    for name in files.keys() | entries.keys():
+        if name not in entries or entries[name].file != files.get(name):
+            wrong.append(name)
     if wrong:
         raise CheckpointError(
-            f"{folder / INDEX} and the files disagree about {len(wrong)} tensors, such as {wrong[0]}; fetch the base again"
+            f"{folder / INDEX} and the files disagree about {len(wrong)} tensors, such as "
+            f"{min(wrong)}; fetch the base again"
         )
     return Checkpoint(folder, config, entries, index)
 
 
+def _missing_weights_hint(folder: Path) -> str:
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        return f"{pickles[0]} is a pickle, which can run code: convert it to safetensors"
+    return "give the folder of a saved model"
+
+
 class Tensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors by name, mapped from their files: only what is touched is read."""
+    """A checkpoint's tensors by name, memory-mapped: only tensors that are accessed are read."""
 
     def __init__(self, handles: dict[str, Any], entries: Mapping[str, Entry]) -> None:
-        self._handles, self._entries = handles, entries
+        self._handles = handles
+        self._entries = entries
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._handles[self._entries[name].file].get_tensor(name)
@@ -158,29 +160,29 @@ class Tensors(Mapping[str, Tensor]):
 def mapped_tensors(folder: Path, entries: Mapping[str, Entry]) -> Iterator[Tensors]:
     """Map the files of `entries` into memory while the block runs."""
     with ExitStack() as stack:
-        files = {entry.file for entry in entries.values()}
-        yield Tensors(
-            {file: stack.enter_context(_opened(folder / file)) for file in sorted(files)}, entries
-        )
+        handles: dict[str, Any] = {}
+        for file in sorted({entry.file for entry in entries.values()}):
+            handles[file] = stack.enter_context(_opened(folder / file))
+        yield Tensors(handles, entries)
 
 
 def write_tensors(path: Path, entries: Mapping[str, Entry], tensors: Iterable[Tensor]) -> None:
-    """Write a safetensors file in the order of `entries`, taking one tensor after the other.
+    """Write a safetensors file in the order of `entries`, one tensor at a time.
 
     Args:
         path: created or replaced, not flushed.
         entries: name, shape and dtype of each; widest dtype first keeps every tensor aligned.
-        tensors: as many, in the same order, drawn one at a time.
+        tensors: the same number, in the same order; consumed one at a time.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    offset = 0
     for name, entry in entries.items():
         header[name] = {
             "dtype": _NAMES[entry.dtype],
             "shape": list(entry.shape),
-            "data_offsets": [place, place + entry.bytes],
+            "data_offsets": [offset, offset + entry.bytes],
         }
-        place += entry.bytes
+        offset += entry.bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as stream:
@@ -192,16 +194,15 @@ def write_tensors(path: Path, entries: Mapping[str, Entry], tensors: Iterable[Te
 
 def _entries(path: Path) -> Iterator[tuple[str, Entry]]:
     with _opened(path) as handle:
-        for name in handle.keys():  # noqa: SIM118 - a handle is no mapping
-            described = handle.get_slice(name)
-            if described.get_dtype() not in DTYPES:
+        for name in handle.keys():  # noqa: SIM118 - a handle is not a mapping
+            header = handle.get_slice(name)
+            dtype = header.get_dtype()
+            if dtype not in DTYPES:
                 raise CheckpointError(
-                    f"{name} of {path} is stored as {described.get_dtype()}, which is no plain dtype; use a dense base"
+                    f"{name} of {path} is stored as {dtype}, which is not a plain dtype; use a "
+                    "dense base"
                 )
-            yield (
-                name,
-                Entry(path.name, tuple(described.get_shape()), DTYPES[described.get_dtype()]),
-            )
+            yield name, Entry(path.name, tuple(header.get_shape()), DTYPES[dtype])
 
 
 @contextmanager
@@ -218,20 +219,25 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _weight_map(folder: Path, index: dict[str, Any]) -> dict[str, str]:
     """Return tensor name → file name; a name that leaves the folder is refused."""
-    places = index.get("weight_map")
-    if (
-        not isinstance(places, dict)
-        or not places
-        or not all(isinstance(file, str) and Path(file).name == file for file in places.values())
-    ):
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files or not all(map(_is_file_name, files.values())):
         raise CheckpointError(
-            f"{folder / INDEX} has no weight_map of tensor names to file names; fetch the base again"
+            f"{folder / INDEX} has no weight_map of tensor names to file names; fetch the base "
+            "again"
         )
-    return places
+    return files
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and Path(value).name == value
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file of the base that holds an object; raises CheckpointError where it does not."""
+    """Read a JSON file of the base that contains an object.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or contains something else.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -240,6 +246,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error}); fetch the base again") from error
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{path} holds {type(value).__name__} where an object belongs; fetch the base again"
+            f"{path} contains {type(value).__name__}, but it must contain an object; "
+            "fetch the base again"
         )
     return value

@@ -1,1 +1,1 @@
-"""Weights, file sizes and memory before anything is loaded."""
+"""Estimates of weights, file sizes, memory and communication before a model is loaded."""

@@ -1,13 +1,17 @@
-"""The parts of a decoder's blocks, told by the shapes and names of their modules: what stands between two readings of the stream.
+"""The parts of a decoder's blocks, identified by the shapes and names of their modules.
 
-    plain     readers that share one input (q, k, v; gate, up) and, last, a writer into the stream (o; down)
-    latent    attention whose queries, keys and values pass a narrow place: q_a, q_b, kv_a, kv_b, o (DeepSeek-V2, arXiv 2405.04434)
-    experts   stacks of gated units, of which each token visits K (`lora_core.layers.expert_layout`)
+A part reads the residual stream and writes its output into the stream:
 
-Each part says how many numbers it keeps for a token, from its forward pass for its backward pass. What is none of these, nor a
-norm, an embedding or a router, has a memory that its shapes don't tell: `uncounted` names it.
+    plain     readers that share one input (q, k, v; gate, up) and a final writer (o; down)
+    latent    attention with low-rank queries, keys and values: q_a, q_b, kv_a, kv_b, o
+              (DeepSeek-V2, arXiv 2405.04434)
+    experts   stacks of gated units; each token uses K of them (`lora_core.layers.expert_layout`)
 
-Shapes: D width of the residual stream, W what a writer reads, I inner width and K experts a token of a stack.
+Each part reports how many numbers per token its forward pass saves for the backward pass. For any
+other module except norms, embeddings and routers, the shapes do not determine the memory:
+`uncounted` names it.
+
+Shapes: D width of the residual stream, I inner width of an expert, K experts per token.
 """
 
 from collections.abc import Iterator
@@ -24,100 +28,115 @@ from lora_core.modules import output_head
 Shape = tuple[int, int]
 """(out, in) of a linear layer."""
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
-"""Names under which the units of Hugging Face's models hold their activation."""
+"""Attribute names of the activation function in Hugging Face models."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What of a model is trained, as far as its activations are concerned."""
+class TrainedScope:
+    """Which weights of a model are trained, as far as it affects the activations."""
 
     full: bool = False
-    """Everything."""
+    """All weights are trained."""
     stacks: frozenset[str] = frozenset()
-    """Stacks of experts that carry an adapter."""
+    """Stacks of experts that have an adapter."""
 
 
 @dataclass(frozen=True)
 class Activation:
-    """What an activation keeps of each number that passes it, its result aside."""
+    """What an activation function saves per number, in addition to its result."""
 
     input: bool
+    """It saves its input."""
     others: int
-    """Intermediate results: some activations are formed in several steps."""
+    """Number of intermediate results: some activations are computed in several steps."""
 
 
 KERNELS = {"eager": 2, "grouped_mm": 1}
-"""How transformers computes experts → how often an answer is kept: for the router's weight, and by the loop that adds it up.
+"""Implementation of experts in transformers → copies of an expert's output that are saved.
 
-`batched_mm` keeps a copy of the weights for each token, which no training can afford."""
+One copy is for the router's weight, another is saved by the loop that sums the outputs.
+`batched_mm` is missing, because it saves a copy of the weights per token, too much for training.
+"""
 SMOOTH = Activation(input=True, others=0)
-"""Such as SiLU and GELU in one kernel."""
+"""For example SiLU, or GELU in one kernel."""
 
 
-class Part(Protocol):
+class BlockPart(Protocol):
     """A part of a block."""
 
     @property
     def writer(self) -> Shape: ...
 
-    def kept(self, trained: Trained) -> int:
-        """Numbers that are kept for a token."""
+    def saved(self, trained: TrainedScope) -> int:
+        """Return how many numbers per token are saved."""
 
     @property
     def in_flight(self) -> int:
-        """Gradients for a token of what the writer reads and of what the readers give, which a backward pass holds at once."""
+        """Gradients per token of the writer's input and the readers' outputs, alive at once."""
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainPart:
     """Readers and a writer."""
 
     readers: tuple[Shape, ...]
     writer: Shape
     activation: Activation = SMOOTH
 
-    def kept(self, trained: Trained) -> int:
-        """The shared input, what the readers give, what the writer reads, and what stands between.
+    def saved(self, trained: TrainedScope) -> int:
+        """Return the shared input, readers' outputs, intermediate results and the writer's input.
 
-        Attention keeps its result and the copy that o reads, a gated unit its activated gate and the product that down reads.
+        Attention saves its result and the copy that o reads. A gated unit saves its activated gate
+        and the product that down reads.
         """
-        given, written_from = self._given, self.writer[1]
-        shared = self.readers[0][1] if self.readers else 0
-        between = written_from if self.readers and given != written_from else 0
-        activated = written_from if self.readers else 0
+        reader_outputs = self._reader_outputs
+        writer_input = self.writer[1]
+        if not self.readers:
+            return reader_outputs + writer_input
+        shared_input = self.readers[0][1]
+        intermediate = writer_input if reader_outputs != writer_input else 0
+        saved_by_activation = self.activation.others - (not self.activation.input)
         return (
-            shared
-            + given
-            + written_from
-            + between
-            + activated * (self.activation.others - (not self.activation.input))
+            shared_input
+            + reader_outputs
+            + writer_input
+            + intermediate
+            + writer_input * saved_by_activation
         )
 
     @property
     def in_flight(self) -> int:
-        return self.writer[1] + self._given
+        return self.writer[1] + self._reader_outputs
 
     @property
-    def _given(self) -> int:
+    def _reader_outputs(self) -> int:
         return sum(out for out, _ in self.readers)
 
 
 @dataclass(frozen=True)
-class Latent:
-    """Attention whose keys and values, and often its queries, are made from narrow vectors."""
+class LatentAttentionPart:
+    """Attention that computes keys and values, and often queries, from low-rank vectors."""
 
     stream: int
     """D."""
     inner: tuple[Shape, ...]
-    """q_b, where there is one, and kv_b: they read the narrow vectors."""
+    """q_b, if there is one, and kv_b: they read the low-rank vectors."""
     query: int
-    """Width of all queries; keys are put together as wide."""
+    """Width of all queries; the concatenated keys have the same width."""
     writer: Shape
 
-    def kept(self, trained: Trained) -> int:
-        """The shared input and the narrow ones, queries, keys, what kv_b gives, the result and the copy that o reads."""
-        narrow = sum(wide for _, wide in self.inner)
-        return self.stream + narrow + 2 * self.query + self.inner[-1][0] + 2 * self.writer[1]
+    def saved(self, trained: TrainedScope) -> int:
+        """Return the numbers saved per token.
+
+        These are the shared input, the low-rank vectors, queries, keys, the output of kv_b, the
+        result and the copy that o reads.
+        """
+        low_rank = sum(width for _, width in self.inner)
+        inputs = self.stream + low_rank
+        queries_and_keys = 2 * self.query
+        kv_b_output = self.inner[-1][0]
+        results = 2 * self.writer[1]
+        return inputs + queries_and_keys + kv_b_output + results
 
     @property
     def in_flight(self) -> int:
@@ -125,7 +144,7 @@ class Latent:
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertsPart:
     """Stacks of gated units."""
 
     chosen: int
@@ -133,22 +152,23 @@ class Experts:
     writer: Shape
     """(D, I) of the stack down_proj."""
     kernel: str
-    """How the base computes them; adapted ones are computed in a loop, as by `eager`."""
+    """The implementation in the base; adapted stacks are computed in a loop, as by `eager`."""
     activation: Activation = SMOOTH
 
-    def kept(self, trained: Trained) -> int:
-        """For each expert of a token: gate and up, the activated gate, and the answer.
+    def saved(self, trained: TrainedScope) -> int:
+        """Return, for each expert of a token, gate and up, the activated gate and the output.
 
-        A trained stack also keeps its inputs: the token, gathered for each of its experts, or what down_proj reads.
+        A trained stack also saves its inputs: the token, gathered for each of its experts, or the
+        input of down_proj.
         """
         stream, inner = self.writer
-        answers = KERNELS["eager" if trained.stacks else self.kernel]
-        inputs = sum(
-            width
-            for name, width in zip(STACKS, (stream, inner), strict=True)
-            if trained.full or name in trained.stacks
-        )
-        return self.chosen * ((3 + self.activation.others) * inner + answers * stream + inputs)
+        kernel = "eager" if trained.stacks else self.kernel
+        outputs = KERNELS[kernel] * stream
+        inputs = 0
+        for name, width in zip(STACKS, (stream, inner), strict=True):
+            if trained.full or name in trained.stacks:
+                inputs += width
+        return self.chosen * ((3 + self.activation.others) * inner + outputs + inputs)
 
     @property
     def in_flight(self) -> int:
@@ -160,50 +180,56 @@ class Norm:
     """A module whose weights are vectors."""
 
     width: int
-    """Numbers that it reads for a token."""
+    """Numbers that it reads per token."""
     upcast: bool
-    """It computes in float32 step by step, as RMSNorm is written; else in one kernel, in the dtype it is given."""
+    """It computes in float32 step by step, as RMSNorm does.
+
+    Otherwise it computes in one kernel, in the dtype of its input.
+    """
 
 
 def linear_shapes(model: nn.Module) -> Iterator[Shape]:
-    """Yield the shape of every linear layer but the output head."""
+    """Yield the shape of every linear layer except the output head."""
     head = output_head(model)
     for parent in model.modules():
         yield from _linears(parent, head).values()
 
 
-def parts(model: nn.Module) -> list[Part]:
-    """Return the parts of a model or a block in order; the output head is none."""
+def parts(model: nn.Module) -> list[BlockPart]:
+    """Return the parts of a model or a block in order, without the output head."""
     head = output_head(model)
-    found: list[Part] = []
+    found: list[BlockPart] = []
     for module in model.modules():
-        found += [*_layers(module, head), *_experts(module)]
+        found += _projections(module, head)
+        found += _experts(module)
     return found
 
 
 def norms(model: nn.Module) -> Iterator[Norm]:
     """Yield the norms of a model or a block.
 
-    One inside attention, narrower than the reader that it follows, is as wide as a head and reads all of them.
+    A norm inside attention that is narrower than the input of the reader before it is as wide as
+    one head and reads all heads.
     """
     for parent in model.modules():
         readers = [] if hasattr(parent, "kv_b_proj") else list(_linears(parent, None).values())[:-1]
-        for index, norm in enumerate(child for child in parent.children() if _is_norm(child)):
+        norm_modules = [child for child in parent.children() if _is_norm(child)]
+        for index, norm in enumerate(norm_modules):
             width = next(norm.parameters()).numel()
-            follows = index < len(readers) and width < readers[index][1]
-            yield Norm(readers[index][0] if follows else width, not isinstance(norm, nn.LayerNorm))
+            if index < len(readers) and width < readers[index][1]:
+                width = readers[index][0]
+            yield Norm(width, upcast=not isinstance(norm, nn.LayerNorm))
 
 
 def routers(model: nn.Module) -> Iterator[Shape]:
-    """Yield the shapes (E, D) of the routers that are no linear layers."""
+    """Yield the shapes (number of experts, D) of the routers that are not linear layers."""
     for parent in model.modules():
-        if _holds_experts(parent):
-            weights = (
-                child.weight
-                for child in parent.children()
-                if _is_router(child) and isinstance(child.weight, Tensor)
-            )
-            yield from ((weight.shape[0], weight.shape[1]) for weight in weights)
+        if not _has_experts(parent):
+            continue
+        for child in parent.children():
+            if _is_router(child) and isinstance(child.weight, Tensor):
+                experts, stream = child.weight.shape
+                yield experts, stream
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -213,20 +239,22 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def uncounted(model: nn.Module) -> tuple[str, ...]:
-    """Name the kinds of modules whose activations the shapes don't tell; what they keep is in no figure."""
-    routing = {
-        id(child)
-        for parent in model.modules()
-        if _holds_experts(parent)
-        for child in parent.children()
-    }
-    unknown = (
-        module for module in model.modules() if not _is_known(module, routed=id(module) in routing)
-    )
-    return tuple(sorted({type(module).__name__ for module in unknown}))
+    """Return the names of module types whose activations shapes do not determine.
+
+    No estimate includes what these modules save.
+    """
+    routed = set()
+    for parent in model.modules():
+        if _has_experts(parent):
+            routed |= {id(child) for child in parent.children()}
+    unknown = set()
+    for module in model.modules():
+        if not _is_known(module, routed=id(module) in routed):
+            unknown.add(type(module).__name__)
+    return tuple(sorted(unknown))
 
 
-def _layers(parent: nn.Module, head: nn.Module | None) -> Iterator[Part]:
+def _projections(parent: nn.Module, head: nn.Module | None) -> Iterator[BlockPart]:
     shapes = _linears(parent, head)
     if not shapes:
         return
@@ -234,45 +262,47 @@ def _layers(parent: nn.Module, head: nn.Module | None) -> Iterator[Part]:
     if "kv_b_proj" in shapes:
         query = shapes["q_b_proj"] if "q_b_proj" in shapes else shapes["q_proj"]
         inner = tuple(shapes[name] for name in ("q_b_proj", "kv_b_proj") if name in shapes)
-        yield Latent(readers[0][1], inner, query[0], writer)
+        yield LatentAttentionPart(stream=readers[0][1], inner=inner, query=query[0], writer=writer)
     else:
-        yield Plain(tuple(readers), writer, _activation(parent))
+        yield PlainPart(tuple(readers), writer, _activation(parent))
 
 
-def _experts(parent: nn.Module) -> Iterator[Experts]:
+def _experts(parent: nn.Module) -> Iterator[ExpertsPart]:
     chosen = _chosen(parent)
     for child in parent.children():
         kernel = getattr(getattr(child, "config", None), "_experts_implementation", "eager")
         if chosen is not None and kernel in KERNELS and supports(child):
             _, stream, inner = getattr(child, STACKS[1]).shape
-            yield Experts(chosen, (stream, inner), kernel, _activation(child))
+            yield ExpertsPart(chosen, (stream, inner), kernel, _activation(child))
 
 
-def _holds_experts(parent: nn.Module) -> bool:
+def _has_experts(parent: nn.Module) -> bool:
     return any(True for _ in _experts(parent))
 
 
 def _chosen(parent: nn.Module) -> int | None:
-    """Return how many experts a token visits, as the router beside them or the module around them notes it."""
+    """Return how many experts a token uses: `top_k` of the parent module or of its router."""
     found = (getattr(module, "top_k", None) for module in (parent, *parent.children()))
     return next((k for k in found if isinstance(k, int)), None)
 
 
 def _linears(parent: nn.Module, head: nn.Module | None) -> dict[str, Shape]:
-    weights = {
-        name: base_weight(child) for name, child in parent.named_children() if child is not head
-    }
-    return {name: weight.shape for name, weight in weights.items() if weight is not None}
+    shapes = {}
+    for name, child in parent.named_children():
+        weight = None if child is head else base_weight(child)
+        if weight is not None:
+            shapes[name] = weight.shape
+    return shapes
 
 
 def _is_known(module: nn.Module, *, routed: bool) -> bool:
-    own = list(module.parameters(recurse=False))
-    if not own:
-        return not type(module).__name__.endswith(
-            "Norm"
-        )  # without a weight it does not tell its width
-    known = base_weight(module) is not None or isinstance(module, nn.Embedding) or _is_norm(module)
-    return known or (routed and (supports(module) or _is_router(module)))
+    has_parameters = any(True for _ in module.parameters(recurse=False))
+    if not has_parameters:
+        # The width of a norm without a weight is unknown.
+        return not type(module).__name__.endswith("Norm")
+    if base_weight(module) is not None or isinstance(module, nn.Embedding) or _is_norm(module):
+        return True
+    return routed and (supports(module) or _is_router(module))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -295,30 +325,28 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def _activation(parent: nn.Module) -> Activation:
-    module = next(
-        (
-            found
-            for name in ACTIVATIONS
-            if isinstance(found := getattr(parent, name, None), nn.Module)
-        ),
-        None,
-    )
-    return SMOOTH if module is None or any(True for _ in module.parameters()) else _probed(module)
+    for name in ACTIVATIONS:
+        module = getattr(parent, name, None)
+        if isinstance(module, nn.Module):
+            has_parameters = any(True for _ in module.parameters())
+            return SMOOTH if has_parameters else _probe_activation(module)
+    return SMOOTH
 
 
-def _probed(module: nn.Module) -> Activation:
-    """Let an activation pass a number of the meta device, and look at what autograd keeps."""
-    given = torch.empty(1, device="meta", requires_grad=True)
-    kept: dict[int, Tensor] = {}
+def _probe_activation(module: nn.Module) -> Activation:
+    """Apply an activation function on the meta device and record what autograd saves."""
+    x = torch.empty(1, device="meta", requires_grad=True)
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept[_memory(tensor)] = tensor  # held, so that no address is used twice
+    def save(tensor: Tensor) -> Tensor:
+        saved[_storage_id(tensor)] = tensor  # keeps the storage alive, so that its id stays unique
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = module(given)
-    return Activation(_memory(given) in kept, len(kept.keys() - {_memory(given), _memory(result)}))
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        result = module(x)
+    others = saved.keys() - {_storage_id(x), _storage_id(result)}
+    return Activation(input=_storage_id(x) in saved, others=len(others))
 
 
-def _memory(tensor: Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)

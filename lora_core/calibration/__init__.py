@@ -1,1 +1,1 @@
-"""Initialization that reads data or the full-precision weights: EVA, LoftQ, and how EVA distributes ranks."""
+"""Initialization from data or full-precision weights: EVA, LoftQ, and EVA's choice of ranks."""

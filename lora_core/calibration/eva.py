@@ -1,14 +1,16 @@
-"""A start of A from data: the strongest directions of a layer's inputs (EVA).
+"""Initialization of A from data: the strongest directions of a layer's inputs (EVA).
 
     X = U Σ Vᵀ        A = the first r rows of Vᵀ, B = 0
 
-X (N, in) holds the inputs of a layer for all tokens of a few batches, one a row. It is never held: each batch is stacked
-under the k directions kept so far, diag(σ) · Vᵀ, and decomposed anew, so k + rows of the batch are the most that a
-layer needs. Nothing is lost while the inputs span no more than k directions; after that the strongest are followed
-nearly. The rows are not centred, unlike those of PEFT: a mean that all tokens share is a direction the layer reads.
+X (N, in) contains the inputs of a layer for all tokens of a few batches, one per row. It is never
+in memory: each batch is appended to the k directions kept so far, diag(σ) · Vᵀ, and decomposed
+again, so a layer needs at most k + (rows of the batch) rows. The result is exact while the inputs
+span at most k directions; after that, the strongest directions are approximate. Unlike in PEFT, the
+rows are not centered: a mean that all tokens share is a direction that the layer reads.
 
-q, k and v read one tensor, and share one decomposition. Explained shares of the layers can be weighed against each
-other to give more rank to those that offer more.
+q, k and v read the same tensor and share one decomposition. The explained fractions of different
+layers can be compared, to give a larger rank to the layers whose inputs have more strong
+directions.
 
 Sources: EVA (Paischer et al. 2024, arXiv 2410.07170); incremental SVD (Ross et al. 2008, IJCV 77).
 """
@@ -30,7 +32,7 @@ from lora_core.layers.linear import LoraLinear
 from lora_core.modules import module_at, plain_modules
 
 Batches = Iterable[Callable[[], object]]
-"""Each call pushes one batch through the model."""
+"""Each call runs one batch through the model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,21 +42,23 @@ class InputSpectrum:
     right: Tensor
     """(k, in), orthonormal rows, strongest first, float32"""
     values: Tensor
-    """(k,), singular values of the inputs, falling"""
+    """(k,), singular values of the inputs, descending"""
     squared_norm: float
-    """Σ‖x‖² over all rows, also of the directions that were not kept."""
+    """Σ‖x‖² over all rows, including the directions that were dropped."""
 
     @property
     def explained(self) -> Tensor:
-        """Share of the squared norm of the inputs that each direction holds, (k,); they sum to 1 at most."""
+        """Fraction of the inputs' squared norm in each direction, (k,); the sum is at most 1."""
         return self.values.square() / self.squared_norm
 
 
-def eva_starts(model: nn.Module, targets: Mapping[str, int], batches: Batches) -> dict[str, Tensor]:
-    """Return for each target an A (rank, in) of orthonormal rows; its B starts at zero.
+def eva_initialization(
+    model: nn.Module, targets: Mapping[str, int], batches: Batches
+) -> dict[str, Tensor]:
+    """Return an A (rank, in) with orthonormal rows for each target; the matching B is zero.
 
     Args:
-        model: not changed, and left in its mode of training or evaluation.
+        model: not changed; it stays in training or evaluation mode.
         targets: module path → rank.
         batches: see `input_spectra`.
 
@@ -62,15 +66,16 @@ def eva_starts(model: nn.Module, targets: Mapping[str, int], batches: Batches) -
         TargetError, ConfigError: see `input_spectra`.
     """
     if not targets:
-        raise ConfigError("no target to start from data; name at least one module and its rank")
+        raise ConfigError("no target to initialize; name at least one module and its rank")
     widths = {name: width for name, (_, width) in _readers(model, targets).items()}
     for name, rank in targets.items():
         _check_rank(name, rank, widths[name])
     spectra = input_spectra(model, targets, batches, rank=max(targets.values()))
     for name, rank in targets.items():
-        if rank > len(spectra[name].values):
+        rows = len(spectra[name].values)
+        if rank > rows:
             raise ConfigError(
-                f"{name} received {len(spectra[name].values)} rows, fewer than its rank {rank}; push more tokens"
+                f"{name} received {rows} rows, fewer than its rank {rank}; run more tokens"
             )
     return {name: spectra[name].right[:rank].clone() for name, rank in targets.items()}
 
@@ -78,76 +83,85 @@ def eva_starts(model: nn.Module, targets: Mapping[str, int], batches: Batches) -
 def input_spectra(
     model: nn.Module, names: Collection[str], batches: Batches, *, rank: int
 ) -> dict[str, InputSpectrum]:
-    """Return the strongest `rank` directions of each module's inputs, or as many as the inputs have.
+    """Return the `rank` strongest directions of each module's inputs, or fewer if there are fewer.
 
-    Every row counts, so push batches without padding. Processes that are to start alike must push the same batches.
+    Every row counts, so use batches without padding. Processes that need the same result must run
+    the same batches.
 
     Args:
-        model: run without gradients; its weights, mode and hooks are afterwards what they were.
+        model: run without gradients; its weights, mode and hooks are unchanged afterwards.
         names: paths of linear modules, adapted or not.
         batches: callables, each of which runs the model on one batch.
-        rank: at least 1; above the rank wanted, the directions kept are truer and ranks can be redistributed.
+        rank: at least 1; a value above the rank of the adapter makes the directions more accurate
+            and lets ranks be redistributed.
 
     Raises:
-        TargetError: a name is no linear module, receives nothing, or shares its input with another only at times.
+        TargetError: a name is not a linear module, receives nothing, or shares its input with
+            another module in some batches only.
         ConfigError: the rank is below 1, or an input is not finite.
     """
     if rank < 1:
         raise ConfigError(
-            f"rank={rank!r} must be at least 1; follow as many directions as the largest rank wanted"
+            f"rank={rank!r} must be at least 1; use the largest rank of the adapter or more"
         )
     readers = _readers(model, names)
-    disable_cpu_repacking(model)  # running a 4-bit base must not store it anew
-    listener = _Listener(rank, {name: width for name, (_, width) in readers.items()})
-    # a compiled block looks at hooks only when it is compiled
+    disable_cpu_repacking(model)  # running a 4-bit base must not change its storage
+    recorder = _InputRecorder(rank, {name: width for name, (_, width) in readers.items()})
+    # A compiled block reads its hooks only at compilation.
     with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for name, (module, _) in readers.items():
-            hooks.enter_context(
-                module.register_forward_pre_hook(partial(_hear, listener, name), with_kwargs=True)
-            )
-        for push in batches:
-            push()
-    return listener.spectra()
+            record = partial(_record_input, recorder, name)
+            hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
+        for run_batch in batches:
+            run_batch()
+    return recorder.spectra()
 
 
-def redistributed(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Return ranks that sum to `budget`, one for each direction that is among the `budget` strongest of all layers.
+def redistribute_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """Return ranks that sum to `budget`: a layer's number of directions in the `budget` strongest.
 
-    A layer of rank 0 is better left out of the targets. For scales to stay, alpha changes with the rank.
+    Exclude a layer of rank 0 from the targets. To keep the scales, alpha must change with the rank.
 
     Args:
-        explained: module path → share of each direction, falling, (k,), as `InputSpectrum.explained`; k bounds the
-            rank of that layer, so compute ρ times the mean rank, such as twice.
-        budget: total rank, such as that of an even distribution.
+        explained: module path → explained fraction of each direction, descending, (k,), as in
+            `InputSpectrum.explained`; k limits the rank of that layer, so compute ρ times the mean
+            rank, for example twice.
+        budget: total rank, for example that of a uniform distribution.
 
     Raises:
         ConfigError: the budget is below 1 or above the number of directions.
     """
-    offers = [(share, name) for name, shares in explained.items() for share in shares.tolist()]
-    if not 1 <= budget <= len(offers):
+    directions: list[tuple[float, str]] = []
+    for name, fractions in explained.items():
+        directions += [(fraction, name) for fraction in fractions.tolist()]
+    if not 1 <= budget <= len(directions):
         raise ConfigError(
-            f"budget={budget!r} must lie in 1 to {len(offers)}, the directions there are; compute more of them, or ask for less"
+            f"budget={budget!r} must be from 1 to {len(directions)}, the number of directions; "
+            "compute more of them, or lower the budget"
         )
-    strongest = sorted(offers, key=lambda offer: -offer[0])[
-        :budget
-    ]  # stable: equal shares go to the layer named first
-    ranks = Counter(name for _, name in strongest)
+    # A stable sort: of equal fractions, the layer that is named first gets the rank.
+    directions.sort(key=lambda direction: -direction[0])
+    ranks = Counter(name for _, name in directions[:budget])
     return {name: ranks[name] for name in explained}
 
 
 @dataclass
 class _Stream:
-    """The running decomposition of inputs that one or several layers receive."""
+    """The incremental decomposition of inputs that one or several layers receive."""
 
     rank: int
     kept: tuple[Tensor, Tensor] | None = None
     squared_norm: float = 0.0
     absorbed: int = 0
     latest: tuple[ref[Tensor], int] | None = None
+    """The last tensor that was absorbed, and its version."""
 
-    def holds(self, x: Tensor) -> bool:
-        """Whether this very tensor, unchanged, was the last to be absorbed."""
-        return self.latest is not None and self.latest[0]() is x and self.latest[1] == _version(x)
+    def has_just_absorbed(self, x: Tensor) -> bool:
+        """Return whether this same tensor, unchanged, was the last to be absorbed."""
+        if self.latest is None:
+            return False
+        tensor, version = self.latest
+        return tensor() is x and version == _version(x)
 
     def absorb(self, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -155,13 +169,10 @@ class _Stream:
         if self.kept is not None:
             values, right = self.kept
             rows = torch.cat([values[:, None] * right, rows])
-        left, values, _ = torch.linalg.svd(
-            rows.T, full_matrices=False
-        )  # turned: a wide matrix takes three times as long
-        self.kept = (
-            values[: self.rank].clone(),
-            left.T[: self.rank].clone(),
-        )  # a slice would keep the whole
+        # Transposed, because a wide matrix takes three times as long.
+        left, values, _ = torch.linalg.svd(rows.T, full_matrices=False)
+        # Cloned, because a slice would keep the complete tensor in memory.
+        self.kept = (values[: self.rank].clone(), left.T[: self.rank].clone())
         self.absorbed += 1
         self.latest = (ref(x), _version(x))
 
@@ -172,57 +183,69 @@ class _Stream:
 
 
 @dataclass
-class _Listener:
-    """Leads what each target receives to its stream."""
+class _InputRecorder:
+    """Passes the inputs of each target to its stream."""
 
     rank: int
     widths: Mapping[str, int]
     streams: dict[str, _Stream] = field(default_factory=dict)
-    """Target → its stream, the same for targets whose first input was one tensor."""
+    """Target → its stream; targets whose first input was the same tensor share one."""
     received: Counter[str] = field(default_factory=Counter)
 
     def receive(self, name: str, x: Tensor) -> None:
         if not x.is_floating_point() or x.shape[-1] != self.widths[name]:
             raise TargetError(
-                f"{name} received {tuple(x.shape)} of {x.dtype}, not rows of {self.widths[name]}; only linear layers start from data"
+                f"{name} received {tuple(x.shape)} of {x.dtype}, not rows of {self.widths[name]}; "
+                "only linear layers can be initialized from data"
             )
         if not torch.isfinite(x).all():
-            raise ConfigError(
-                f"an input of {name} is not finite; look at the batch and the model before starting from them"
-            )
+            raise ConfigError(f"an input of {name} is not finite; check the batch and the model")
         if name not in self.streams:
-            sharing = (stream for stream in self.streams.values() if stream.holds(x))
-            self.streams[name] = next(sharing, None) or _Stream(self.rank)
+            self.streams[name] = self._stream_for(x)
         self.received[name] += 1
-        if not self.streams[name].holds(x):
+        if not self.streams[name].has_just_absorbed(x):
             self.streams[name].absorb(x)
 
     def spectra(self) -> dict[str, InputSpectrum]:
         for name in self.widths:
             if self.received[name] == 0 or self.streams[name].squared_norm == 0:
                 raise TargetError(
-                    f"{name} received no input other than zero; push batches that reach it, or leave it out of the targets"
+                    f"{name} received no input other than zero; run batches that reach it, "
+                    "or exclude it from the targets"
                 )
             if self.received[name] < self.streams[name].absorbed:
                 raise TargetError(
-                    f"{name} shares its input with another target in some batches only; start the two in separate calls"
+                    f"{name} shares its input with another target in some batches only; "
+                    "initialize the two in separate calls"
                 )
         return {name: self.streams[name].spectrum() for name in self.widths}
 
+    def _stream_for(self, x: Tensor) -> _Stream:
+        """Return the stream that has just absorbed `x` for another target, or a new one."""
+        for stream in self.streams.values():
+            if stream.has_just_absorbed(x):
+                return stream
+        return _Stream(self.rank)
 
-def _hear(
-    listener: _Listener, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+
+def _record_input(
+    recorder: _InputRecorder,
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> None:
-    listener.receive(name, (*args, *kwargs.values())[0])
+    first_input = (*args, *kwargs.values())[0]
+    recorder.receive(name, first_input)
 
 
 def _version(x: Tensor) -> int:
-    """Return what changes when a tensor is written to in place; tensors of inference mode do not count it."""
+    """Return a counter of in-place writes to a tensor; tensors of inference mode have none."""
     return 0 if x.is_inference() else x._version
 
 
 def _readers(model: nn.Module, names: Collection[str]) -> dict[str, tuple[nn.Module, int]]:
-    """Return the linear layer at each path, as it computes now, and the width of what it reads."""
+    """Return the linear layer at each path, adapted or not, and the width of its input."""
     known = plain_modules(model)
     for name in names:
         if name not in known:
@@ -237,7 +260,8 @@ def _width(name: str, module: nn.Module) -> int:
     weight = module.frozen if isinstance(module, LoraLinear) else base_weight(module)
     if weight is None:
         raise TargetError(
-            f"{name} is no linear layer ({type(module).__name__}); only linear layers start from data"
+            f"{name} is not a linear layer ({type(module).__name__}); "
+            "only linear layers can be initialized from data"
         )
     return weight.shape[1]
 
@@ -245,5 +269,6 @@ def _width(name: str, module: nn.Module) -> int:
 def _check_rank(name: str, rank: int, in_features: int) -> None:
     if not 1 <= rank <= in_features:
         raise ConfigError(
-            f"rank {rank} of {name}, which reads {in_features} features, must lie in 1 to {in_features}; choose another"
+            f"rank {rank} of {name}, which reads {in_features} features, must be from 1 to "
+            f"{in_features}; choose another"
         )

@@ -1,1 +1,1 @@
-"""How A and B start: at random, or from the singular vectors of the weight."""
+"""Initialization of A and B: random, or from a decomposition of the weight."""

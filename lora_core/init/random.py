@@ -1,9 +1,11 @@
-"""How A and B start when nothing but their shapes is known, so that the adapted model starts as the base.
+"""Random initialization of A and B from their shapes: the adapted model initially equals the base.
 
-B starts at zero, or, orthogonal to A, beside it. `kaiming` is the uniform start of the reference implementation, of
-bound 1/√in; `gaussian` is the paper's, here of standard deviation 1/r as in PEFT. Each target draws from a generator of
-its own, seeded by the run's seed and the target's name: the same start for the same name, whatever else is adapted and
-on however many processes.
+    kaiming      A uniform with bound 1/√in, as in the reference implementation; B = 0
+    gaussian     A normal with standard deviation 1/r, as in the paper and in PEFT; B = 0
+    orthogonal   A and B random with B A = 0
+
+Each target has a separate generator, seeded by the run's seed and the target's name. So a name
+always gets the same initialization, whatever else is adapted and however many processes there are.
 """
 
 import hashlib
@@ -30,11 +32,12 @@ def initial_a(
 def orthogonal(
     rank: int, shape: tuple[int, int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return A (rank, in) and B (out, rank), both other than zero and with B A = 0, in float32.
+    """Return A (rank, in) and B (out, rank), both nonzero and with B A = 0, in float32.
 
-    The columns of A lie in one half of a random orthonormal basis of ℝʳ and the rows of B in the other; each half is
-    weighted with normal draws, as in PEFT, so that an entry has a standard deviation of 1/√200 at every rank. Both
-    factors have a gradient from the first step; B A is zero up to its rounding, below 1e-6 an entry.
+    One half of a random orthonormal basis of ℝʳ spans the columns of A, the other half the rows of
+    B. As in PEFT, the weights of the basis vectors are normal, so that an entry has a standard
+    deviation of 1/√200 at every rank. Both factors have a gradient from the first step. B A is zero
+    up to rounding, below 1e-6 per entry.
 
     Source: datta0.github.io/posts/rethink-lora-init, as in PEFT.
 
@@ -48,16 +51,18 @@ def orthogonal(
     """
     if rank < 2 or rank % 2:
         raise ConfigError(
-            f"rank {rank} must be even for an orthogonal start, half of it for A and half for B; use {max(rank, 1) + 1}"
+            f"rank {rank} must be even for orthogonal initialization, half of it for A and half "
+            f"for B; use {max(rank, 1) + 1}"
         )
     out_features, in_features = shape
     basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
-    a = basis[:, 0::2] @ torch.randn(rank // 2, in_features, generator=generator) / 10
-    b = torch.randn(out_features, rank // 2, generator=generator) @ basis[:, 1::2].T / 10
+    half = rank // 2
+    a = basis[:, 0::2] @ torch.randn(half, in_features, generator=generator) / 10
+    b = torch.randn(out_features, half, generator=generator) @ basis[:, 1::2].T / 10
     return a, b
 
 
 def generator_for(name: str, seed: int) -> torch.Generator:
-    """Return a generator whose stream depends on the target's name and the seed alone."""
+    """Return a generator that depends only on the target's name and the seed."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

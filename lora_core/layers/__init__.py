@@ -1,1 +1,1 @@
-"""The trained parts that stand in a model: low-rank updates of each kind of layer, and what is trained whole."""
+"""The adapter's modules: low-rank updates of each kind of layer, and modules trained in full."""

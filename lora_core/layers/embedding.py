@@ -1,7 +1,7 @@
-"""LoraEmbedding: a table of vectors with a low-rank update, y = W0[ids] + s · A[:, ids]ᵀ Bᵀ.
+"""LoraEmbedding: an embedding table with a low-rank update, y = W0[ids] + s · A[:, ids]ᵀ Bᵀ.
 
-The table is W0ᵀ of the usual picture: it stores (V, D), so its update is ΔW = s · B A with A (R, V) and B (D, R). As in
-PEFT it is A that starts at zero and B that is drawn.
+The table is the transpose of a linear weight: it is stored as (V, D), so its update is ΔW = s · B A
+with A (R, V) and B (D, R). As in PEFT, A is initialized to zero and B is drawn.
 """
 
 import torch
@@ -20,7 +20,7 @@ class LoraEmbedding(nn.Module):
     """An update over a frozen embedding.
 
     Attributes:
-        lora_embedding_A: (r, V), trained; zero at the start.
+        lora_embedding_A: (r, V), trained; initialized to zero.
         lora_embedding_B: (D, r), trained.
         magnitude: (D,), under DoRA.
     """
@@ -28,33 +28,25 @@ class LoraEmbedding(nn.Module):
     row_squares: Tensor | None
 
     def __init__(self, base: nn.Embedding, target: Target, config: LoraConfig) -> None:
-        """Build an update of zero over `base`; raises TargetError where that is more than a table of vectors."""
+        """Build a zero update over `base`; raise TargetError if `base` is not a plain table."""
         super().__init__()
         check_table(base, target.name)
+        vocabulary, width = base.num_embeddings, base.embedding_dim
         device = base.weight.device
         self.base = base
         self.scale = target.scale
-        self.dropout = 0.0  # as in PEFT: there is no input whose parts could be dropped
-        self.lora_embedding_A = nn.Parameter(
-            torch.zeros(target.rank, base.num_embeddings, device=device)
-        )
-        self.lora_embedding_B = nn.Parameter(
-            torch.zeros(base.embedding_dim, target.rank, device=device)
-        )
-        self.magnitude = (
-            nn.Parameter(torch.zeros(base.embedding_dim, device=device))
-            if config.use_dora
-            else None
-        )
-        squares = torch.zeros(base.embedding_dim, device=device) if config.use_dora else None
+        self.dropout = 0.0  # as in PEFT: row numbers have no entries to drop
+        self.lora_embedding_A = _zeros(target.rank, vocabulary, device=device)
+        self.lora_embedding_B = _zeros(width, target.rank, device=device)
+        self.magnitude = _zeros(width, device=device) if config.use_dora else None
+        squares = torch.zeros(width, device=device) if config.use_dora else None
         self.register_buffer("row_squares", squares, persistent=False)
 
     @torch.no_grad()
     def reset(self, name: str, config: LoraConfig, seed: int) -> None:
-        """Draw B anew and set A to zero: the layer is its base again."""
-        drawn = torch.empty(self.lora_embedding_B.shape).normal_(
-            generator=generator_for(name, seed)
-        )
+        """Draw B again and set A to zero: the layer equals its base."""
+        generator = generator_for(name, seed)
+        drawn = torch.empty(self.lora_embedding_B.shape).normal_(generator=generator)
         self.lora_embedding_A.zero_()
         self.lora_embedding_B.copy_(drawn)
         if self.magnitude is not None and self.row_squares is not None:
@@ -70,20 +62,18 @@ class LoraEmbedding(nn.Module):
         return y if self.magnitude is None else y * self._row_factors().to(y.dtype)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, under PEFT's names after the module's path."""
+        """Return what is trained and saved, under PEFT's names relative to the module's path."""
         tensors = {
             "lora_embedding_A": self.lora_embedding_A,
             "lora_embedding_B": self.lora_embedding_B,
         }
-        return (
-            tensors
-            if self.magnitude is None
-            else {**tensors, "lora_magnitude_vector": self.magnitude}
-        )
+        if self.magnitude is not None:
+            tensors["lora_magnitude_vector"] = self.magnitude
+        return tensors
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return ΔW, (D, V) in float32; of DoRA, what its rows' lengths change as well."""
+        """Return ΔW, (D, V) in float32; under DoRA with the change of row norms."""
         change = dense_update(self.lora_embedding_A, self.lora_embedding_B, self.scale)
         if self.magnitude is None:
             return change
@@ -91,7 +81,7 @@ class LoraEmbedding(nn.Module):
 
     @torch.no_grad()
     def merged_tensors(self) -> dict[str, Tensor]:
-        """Return the table with the update in it, (V, D) in float32."""
+        """Return the table with the update, (V, D) in float32."""
         return {"weight": self._weight() + self.delta().T}
 
     @property
@@ -113,16 +103,24 @@ class LoraEmbedding(nn.Module):
 
 
 def check_table(module: nn.Embedding, name: str) -> None:
-    """Refuse an embedding whose answer is not its table's rows, at most times a factor: an update would be added to something else."""
-    is_looked_up = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    if not (is_looked_up and module.weight.is_floating_point()):
+    """Refuse an embedding that does more than look up rows and multiply them by a factor.
+
+    Its output is not a row of the table, so an update would be added to something else.
+    """
+    is_lookup = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if not (is_lookup and module.weight.is_floating_point()):
         raise TargetError(
-            f"{name} is a {type(module).__name__} in {module.weight.dtype}, which does not just look vectors up; "
-            "leave it out, or train it whole with modules_to_save"
+            f"{name} is a {type(module).__name__} in {module.weight.dtype}, "
+            "which does not just look vectors up; "
+            "leave it out, or train it in full with modules_to_save"
         )
 
 
 def factor_of(module: nn.Embedding) -> Tensor | float:
-    """Return what some models (Gemma) multiply their vectors with inside the embedding, rounded as they do."""
+    """Return the factor that some embeddings (Gemma) apply to their vectors, rounded as they do."""
     factor: Tensor | float = getattr(module, "embed_scale", 1.0)
     return factor.to(module.weight.dtype) if isinstance(factor, Tensor) else factor
+
+
+def _zeros(*shape: int, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, device=device))

@@ -1,19 +1,21 @@
-"""The LoRA product as one autograd function that keeps only its input for the backward pass.
+"""The LoRA product as one autograd function that saves only its input for the backward pass.
 
     y = x W0ᵀ + bias + s · (x̃ Aᵀ) Bᵀ        x̃ = dropout(x)
 
-Shapes: x (…, I), W0 (O, I), A (R, I), B (O, R), y (…, O). W0 is frozen: no gradient is formed for it, and an
-NF4 weight is made dense again in the backward pass rather than kept. Autograd over two linear layers keeps x, x̃ and
-x̃Aᵀ per projection; here q, k and v share one x.
+Shapes: x (…, I), W0 (O, I), A (R, I), B (O, R), y (…, O). W0 is frozen: it gets no gradient, and
+the backward pass dequantizes an NF4 weight again instead of storing the dense copy. Autograd over
+two linear layers saves x, x̃ and x̃Aᵀ per projection; here q, k and v share one x.
 
-Under autocast the base multiplies as it would alone, and the update in the dtype in which that answers; x is kept as it
-came, and A, B and x get their gradients in their own dtypes. Nothing here depends on the device.
+Under autocast the base multiplies in the dtype it would use alone, and the update uses the dtype of
+that result. x is saved in its original dtype, and A, B and x get gradients in their own dtypes.
+Nothing here depends on the device.
 
 Source: LoRA (Hu et al. 2021, arXiv 2106.09685), equation 3.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,31 +24,61 @@ from torch.autograd.function import once_differentiable
 from lora_core.base.quant import BaseWeight
 
 
+class ScaledFactors(NamedTuple):
+    """The update s · B A as its factors."""
+
+    a: Tensor
+    """(R, I)"""
+    b: Tensor
+    """(O, R)"""
+    scale: float
+    """Factor of B·A."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Constants:
+    """The inputs of the product that get no gradient."""
+
+    base: BaseWeight
+    bias: Tensor | None
+    scale: float
+    keep: Tensor | None
+    """Dropout mask of x's shape, True where an input is kept; None without dropout."""
+    dropout: float
+
+
 def lora_linear(
     x: Tensor,
     base: BaseWeight,
+    *,
     bias: Tensor | None,
-    update: tuple[Tensor, Tensor, float],
+    update: ScaledFactors,
     dropout: float = 0.0,
 ) -> Tensor:
     """Return x W0ᵀ + bias + s · dropout(x) Aᵀ Bᵀ.
 
     Args:
-        x: (…, I), in the dtype of the computation; under autocast in any.
+        x: (…, I), in the dtype of the computation; under autocast in any dtype.
         base: the frozen weight, (O, I).
         bias: (O,) or None; frozen.
-        update: A (R, I), B (O, R) and the scale s.
-        dropout: chance of dropping an input of A; 0 outside training.
+        update: A, B and the scale s.
+        dropout: probability of dropping an input of A; 0 outside training.
     """
+    keep = None
+    if dropout > 0:
+        # Drawn as booleans: x's dtype would round the probability.
+        keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
     a, b, scale = update
-    # drawn as booleans: in x's dtype the chance itself would be rounded
-    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout > 0 else None
-    result: Tensor = _LoraLinear.apply(x, a, b, (base, bias, scale, keep, dropout))  # type: ignore[no-untyped-call]
+    constants = _Constants(base, bias, scale, keep, dropout)
+    result: Tensor = _LoraLinear.apply(x, a, b, constants)  # type: ignore[no-untyped-call]
     return result
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off in a block, where it is on for the device of `tensor`: there every dtype is chosen by hand."""
+    """Disable autocast in a block if it is on for the device of `tensor`.
+
+    The code inside chooses every dtype explicitly.
+    """
     kind = tensor.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
@@ -54,21 +86,25 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def dense_update(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return s · B A, (O, I) in float32, whatever the dtype of A (R, I) and B (O, R)."""
+    """Return s · B A, (O, I) in float32, for any dtype of A (R, I) and B (O, R)."""
     with without_autocast(a):
         return scale * (b.float() @ a.float())
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, frozen: tuple[Any, ...]) -> Tensor:
-        base, bias, scale, keep, dropout = frozen
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, constants: _Constants) -> Tensor:
+        keep, dropout = constants.keep, constants.dropout
         ctx.save_for_backward(x, a, b, keep)
-        ctx.base, ctx.scale, ctx.dropout = base, scale, dropout
-        y: Tensor = base.linear(x, bias)
+        ctx.base = constants.base
+        ctx.scale = constants.scale
+        ctx.dropout = dropout
+        y: Tensor = constants.base.linear(x, constants.bias)
         with without_autocast(x):
-            down_NR = _rows(_dropped(x.to(y.dtype), keep, dropout)) @ a.to(y.dtype).T
-            y.view(-1, y.shape[-1]).addmm_(down_NR, b.to(y.dtype).T, alpha=scale)
+            x_NI = _rows(_dropped(x.to(y.dtype), keep, dropout))
+            down_NR = x_NI @ a.to(y.dtype).T
+            y_NO = y.view(-1, y.shape[-1])
+            y_NO.addmm_(down_NR, b.to(y.dtype).T, alpha=constants.scale)
         return y
 
     @staticmethod
@@ -79,16 +115,20 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, A and B, all in the dtype of the product; autograd turns each into that of its tensor."""
+    """Return the gradients of x, A and B in the dtype of the product; autograd casts each one."""
     x, a, b, keep = ctx.saved_tensors
-    x, a, b = x.to(grad_y.dtype), a.to(grad_y.dtype), b.to(grad_y.dtype)
-    x_NI, grad_NO = _rows(_dropped(x, keep, ctx.dropout)), _rows(grad_y)
+    dtype = grad_y.dtype
+    x = x.to(dtype)
+    a = a.to(dtype)
+    b = b.to(dtype)
+    x_NI = _rows(_dropped(x, keep, ctx.dropout))
+    grad_NO = _rows(grad_y)
     grad_down_NR = (grad_NO @ b) * ctx.scale
     grad_a = grad_down_NR.T @ x_NI
     grad_b = grad_NO.T @ ((x_NI @ a.T) * ctx.scale)
     grad_x = None
     if ctx.needs_input_grad[0]:
-        grad_x_NI = grad_NO @ ctx.base.dense(x.dtype)
+        grad_x_NI = grad_NO @ ctx.base.dense(dtype)
         if keep is None:
             grad_x_NI.addmm_(grad_down_NR, a)
         else:

@@ -1,7 +1,7 @@
-"""LoraLinear: a linear layer, however it is stored, with a trained low-rank update beside it.
+"""LoraLinear: a linear layer in any storage, plus a trained low-rank update.
 
-It wraps the layer instead of inheriting from it, so the base keeps its type, its storage and its bits. Every layer of an
-adapter, here and in the rooms beside, answers to `AdapterPart`.
+It wraps the layer instead of inheriting from it, so the base keeps its type, its storage and its
+bits. Every layer of an adapter, in this package and elsewhere, implements `AdapterPart`.
 """
 
 from typing import Protocol, runtime_checkable
@@ -13,24 +13,24 @@ from lora_core.base.quant import base_weight
 from lora_core.config import LoraConfig
 from lora_core.errors import MergeError
 from lora_core.init.random import generator_for, initial_a, orthogonal
-from lora_core.init.spectral import is_spectral, plain_pair, spectral_start
+from lora_core.init.spectral import is_spectral, plain_pair, spectral_init
 from lora_core.layers.dora import row_norms, squared_row_norms
-from lora_core.layers.functional import dense_update, lora_linear
+from lora_core.layers.functional import ScaledFactors, dense_update, lora_linear
 from lora_core.targets import Target
 
 
 @runtime_checkable
 class AdapterPart(Protocol):
-    """What stands in the model in a module's place while it is adapted."""
+    """A module that replaces a module of the model while the model is adapted."""
 
     base: nn.Module
     """The module of the model, frozen."""
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, under PEFT's names after the module's path."""
+        """Return what is trained and saved, under PEFT's names relative to the module's path."""
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The base's parameters with the training in them, by name, laid out as the base stores them."""
+        """Return the base's parameters with the training merged in, in the base's layout."""
 
 
 @runtime_checkable
@@ -41,63 +41,59 @@ class LoraLayer(AdapterPart, Protocol):
     """Factor of B·A."""
 
     def reset(self, name: str, config: LoraConfig, seed: int) -> None:
-        """Draw the start anew: the layer is its base again."""
+        """Initialize again: the layer computes what its base computes."""
 
     def delta(self) -> Tensor:
-        """ΔW as a matrix, (out, in) in float32."""
+        """Return ΔW as a matrix, (out, in) in float32."""
 
 
 class LoraLinear(nn.Module):
-    """y = x W0ᵀ + bias + s · dropout(x) Aᵀ Bᵀ over a frozen `base` module; rows rescaled under DoRA.
+    """y = x W0ᵀ + bias + s · dropout(x) Aᵀ Bᵀ over a frozen `base`; DoRA rescales the rows.
 
     Attributes:
         lora_A: (r, in), trained.
-        lora_B: (out, r), trained; zero at the start.
+        lora_B: (out, r), trained; initialized to zero.
         scale: the factor of B·A.
-        lora_bias: (out,), trained, inside the scale; None where the config has none.
-        init_A, start_B: the frozen start that a spectral init takes off again; None for the others.
-        trained_bias: (out,), in the place of the base's bias; None where the config leaves that alone.
-        magnitude: (out,), the length of each row under DoRA; None without.
+        lora_bias: (out,), trained, inside the scale; None if the config has none.
+        init_A, init_B: the frozen initial factors, which a spectral init subtracts; otherwise None.
+        trained_bias: (out,), replaces the base's bias; None if the config does not train it.
+        magnitude: (out,), the norm of each row under DoRA; otherwise None.
     """
 
     row_squares: Tensor | None
     init_A: Tensor | None
-    start_B: Tensor | None
+    init_B: Tensor | None
 
     def __init__(self, base: nn.Module, target: Target, config: LoraConfig) -> None:
-        """Build an update of zero over `base`, on its device; A is still empty, `reset` fills it."""
+        """Build a zero update over `base`, on its device; `reset` initializes A."""
         super().__init__()
         weight = base_weight(base)
         assert weight is not None, target.name
-        (out_features, in_features), device = weight.shape, weight.stored.device
+        out_features, in_features = weight.shape
+        device = weight.stored.device
         self.base = base
         self.frozen = weight
         self.scale = target.scale
         self.dropout = config.lora_dropout
-        self.lora_A = _empty(target.rank, in_features, device=device)
-        self.lora_B = _empty(out_features, target.rank, device=device)
+        self.lora_A = _zeros(target.rank, in_features, device=device)
+        self.lora_B = _zeros(out_features, target.rank, device=device)
         self.register_buffer("init_A", None)
-        self.register_buffer("start_B", None)
-        self.lora_bias = _empty(out_features, device=device) if config.lora_bias else None
-        self.trained_bias = (
-            None
-            if self.bias is None or config.bias == "none"
-            else nn.Parameter(self.bias.detach().clone())
-        )
-        self.magnitude = _empty(out_features, device=device) if config.use_dora else None
-        self.register_buffer(
-            "row_squares",
-            torch.zeros(out_features, device=device) if config.use_dora else None,
-            persistent=False,
-        )
+        self.register_buffer("init_B", None)
+        self.lora_bias = _zeros(out_features, device=device) if config.lora_bias else None
+        self.trained_bias = None
+        if self.bias is not None and config.bias != "none":
+            self.trained_bias = nn.Parameter(self.bias.detach().clone())
+        self.magnitude = _zeros(out_features, device=device) if config.use_dora else None
+        squares = torch.zeros(out_features, device=device) if config.use_dora else None
+        self.register_buffer("row_squares", squares, persistent=False)
 
     @torch.no_grad()
     def reset(self, name: str, config: LoraConfig, seed: int) -> None:
-        """Draw A anew for the target `name` and let B·A be zero: the layer is its base again."""
+        """Draw A again for the target `name` and make B·A zero: the layer equals its base."""
         if is_spectral(config.init_lora_weights):
-            self._start_from_weight(name, config, seed)
+            self._init_from_weight(name, config, seed)
         else:
-            start(self.lora_A, self.lora_B, name, config, seed)
+            init_factors(self.lora_A, self.lora_B, name=name, config=config, seed=seed)
         if self.lora_bias is not None:
             self.lora_bias.zero_()
         if self.magnitude is not None and self.row_squares is not None:
@@ -106,50 +102,48 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        dropout = self.dropout if self.training else 0.0
         dtype = self.frozen.compute_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
-        inside = None if self._is_finished_apart else bias
-        y = lora_linear(x.to(dtype), self.frozen, inside, (*self.factors(), self.scale), dropout)
-        if self._is_finished_apart:
-            y = self.finished(y, bias)
+        y = lora_linear(
+            x.to(dtype),
+            self.frozen,
+            bias=None if self._has_extras else bias,
+            update=ScaledFactors(*self.factors(), self.scale),
+            dropout=self.dropout if self.training else 0.0,
+        )
+        if self._has_extras:
+            y = self.add_extras(y, bias)
         return y.to(self.frozen.output_dtype(x, y))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A and B of the whole update: of a spectral start the trained pair less the start, of twice the rank."""
-        if self.init_A is None or self.start_B is None:
+        """Return A and B of the complete update.
+
+        After a spectral init this is the trained pair minus the initial pair, of twice the rank.
+        """
+        if self.init_A is None or self.init_B is None:
             return self.lora_A, self.lora_B
-        return plain_pair(self.lora_A, self.lora_B, self.init_A, self.start_B)
+        return plain_pair(self.lora_A, self.lora_B, self.init_A, self.init_B)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, under PEFT's names after the module's path."""
-        tensors = {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
-        optional = {
+        """Return what is trained and saved, under PEFT's names relative to the module's path."""
+        tensors = {
+            "lora_A.weight": self.lora_A,
+            "lora_B.weight": self.lora_B,
             "lora_B.bias": self.lora_bias,
             "base_layer.bias": self.trained_bias,
             "lora_magnitude_vector": self.magnitude,
         }
-        return tensors | {
-            name: parameter for name, parameter in optional.items() if parameter is not None
-        }
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     @property
     def is_plain(self) -> bool:
-        """Whether the layer adds s · B A to a frozen layer and nothing more, so that all is done in one function."""
-        return (
-            self.lora_bias is None
-            and self.trained_bias is None
-            and self.magnitude is None
-            and self.init_A is None
-        )
+        """Whether the layer only adds s · B A to a frozen layer, which one function can do."""
+        return not self._has_extras and self.init_A is None
 
     @property
-    def _is_finished_apart(self) -> bool:
-        return (
-            self.lora_bias is not None
-            or self.trained_bias is not None
-            or self.magnitude is not None
-        )
+    def _has_extras(self) -> bool:
+        extras = (self.lora_bias, self.trained_bias, self.magnitude)
+        return any(extra is not None for extra in extras)
 
     @property
     def bias(self) -> Tensor | None:
@@ -159,12 +153,12 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's stored weight, for models that look at its dtype or device."""
+        """The base's stored weight, for models that read its dtype or device."""
         return self.frozen.stored
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """Return ΔW = s · B A, (out, in), in float32; of DoRA, what its rows' lengths change as well."""
+        """Return ΔW = s · B A, (out, in) in float32; under DoRA with the change of row norms."""
         change = dense_update(*self.factors(), self.scale)
         if self.magnitude is None:
             return change
@@ -173,27 +167,26 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged_tensors(self) -> dict[str, Tensor]:
-        """Return the weight with the update in it, in float32, and the bias where it is trained."""
-        merged = {"weight": self.frozen.as_stored(self.frozen.dense(torch.float32) + self.delta())}
+        """Return the weight with the update, in float32, and the bias if it is trained."""
+        total = self.frozen.dense(torch.float32) + self.delta()
+        merged = {"weight": self.frozen.as_stored(total)}
         bias = self.merged_bias()
         return merged if bias is None else {**merged, "bias": bias}
 
     @torch.no_grad()
     def merged_bias(self) -> Tensor | None:
-        """Return the bias that a plain layer would need; None where the base's own stays."""
-        if self.trained_bias is None and self.lora_bias is None:
-            return None
+        """Return the bias that a plain layer needs; None if the base's bias does not change."""
         if self.lora_bias is None:
             return self.trained_bias
-        own = self.bias
-        if own is None:
+        bias = self.bias
+        if bias is None:
             raise MergeError(
                 "lora_bias=True gives a bias to a layer that has none; export the adapter unmerged"
             )
-        return own.float() + self.scale * self.lora_bias
+        return bias.float() + self.scale * self.lora_bias
 
-    def finished(self, y: Tensor, bias: Tensor | None) -> Tensor:
-        """Put on the product what is more than s · B A."""
+    def add_extras(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply to the product what the layer computes in addition to s · B A."""
         if self.magnitude is not None:
             y = y * self._row_factors().to(y.dtype)
         if self.lora_bias is not None:
@@ -206,33 +199,41 @@ class LoraLinear(nn.Module):
         weight = self.frozen.dense(torch.float32)
         return self.magnitude / row_norms(weight, self.row_squares, *self.factors(), self.scale)
 
-    def _start_from_weight(self, name: str, config: LoraConfig, seed: int) -> None:
-        """Start A and B from the weight itself, and keep that start, which is taken off again in every product."""
-        weight, rank = self.frozen.dense(torch.float32), self.lora_A.shape[0]
-        a, b = spectral_start(
-            weight, (rank, self.scale), config.init_lora_weights, generator_for(name, seed)
+    def _init_from_weight(self, name: str, config: LoraConfig, seed: int) -> None:
+        """Initialize A and B from the weight and keep that pair: every product subtracts it."""
+        a, b = spectral_init(
+            self.frozen.dense(torch.float32),
+            self.lora_A.shape[0],
+            self.scale,
+            config.init_lora_weights,
+            generator_for(name, seed),
         )
         self.lora_A.copy_(a)
         self.lora_B.copy_(b)
-        self.init_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.init_A = self.lora_A.detach().clone()
+        self.init_B = self.lora_B.detach().clone()
 
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, base={self.frozen.kind}"
 
 
 @torch.no_grad()
-def start(a: Tensor, b: Tensor, name: str, config: LoraConfig, seed: int) -> None:
-    """Fill A (r, in) and B (out, r) with the start that the config names; both may be seen through a reshape."""
+def init_factors(a: Tensor, b: Tensor, *, name: str, config: LoraConfig, seed: int) -> None:
+    """Fill A (r, in) and B (out, r) with the initialization that the config names.
+
+    Both may be views of the trained tensors.
+    """
     rank, in_features = a.shape
+    method = config.init_lora_weights
     generator = generator_for(name, seed)
-    if config.init_lora_weights == "orthogonal":
-        first, second = orthogonal(rank, (b.shape[0], in_features), generator)
-        a.copy_(first)
-        b.copy_(second)
+    if method == "orthogonal":
+        orthogonal_a, orthogonal_b = orthogonal(rank, (b.shape[0], in_features), generator)
+        a.copy_(orthogonal_a)
+        b.copy_(orthogonal_b)
         return
-    a.copy_(initial_a(rank, in_features, config.init_lora_weights, generator))
+    a.copy_(initial_a(rank, in_features, method, generator))
     b.zero_()
 
 
-def _empty(*shape: int, device: torch.device) -> nn.Parameter:
+def _zeros(*shape: int, device: torch.device) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))

@@ -1,7 +1,7 @@
-"""What an adapter trains besides low-rank updates: whole modules, single rows of an embedding, biases.
+"""What an adapter trains in addition to low-rank updates: modules, embedding rows, biases.
 
-Each stands in the model over the frozen module and holds weights of its own, so the base keeps its bits: what it trains
-is taken away by taking it out of the model.
+Each part replaces a frozen module in the model and holds its own weights, so the base keeps its
+bits: removing the part from the model removes what it trained.
 """
 
 from copy import deepcopy
@@ -12,32 +12,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from lora_core.base.quant import quantised_kind
+from lora_core.base.quant import quantized_kind
 from lora_core.errors import TargetError
 from lora_core.layers.embedding import check_table, factor_of
 
 
 class TrainedModule(nn.Module):
-    """A module that is trained whole, as a copy of the base's (PEFT's modules_to_save)."""
+    """A module that is trained in full, as a copy of the base's (PEFT's modules_to_save)."""
 
     def __init__(self, base: nn.Module, name: str) -> None:
-        """Copy `base`; raises TargetError where it has no weights that could be trained."""
+        """Copy `base`; raise TargetError if it has no weights that can be trained."""
         super().__init__()
-        if any(quantised_kind(module) for module in base.modules()):
-            raise TargetError(
-                f"modules_to_save names {name}, which is quantised and cannot be trained; leave it out or load it dense"
-            )
-        if not any(True for _ in base.parameters()):
-            raise TargetError(
-                f"modules_to_save names {name}, which has no weights to train; leave it out"
-            )
-        if any(
-            isinstance(module, _NormBase) and module.track_running_stats
-            for module in base.modules()
-        ):
-            raise TargetError(
-                f"modules_to_save names {name}, whose running statistics no adapter's file holds; leave their layers out"
-            )
+        objection = _objection_to_training(base)
+        if objection is not None:
+            raise TargetError(f"modules_to_save names {name}, {objection}")
         self.base = base
         self.trained = deepcopy(base)
         self.trained.requires_grad_(True)
@@ -47,26 +35,27 @@ class TrainedModule(nn.Module):
         return self.trained(*arguments, **options)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, under the names it has in the module."""
+        """Return what is trained and saved, under the names it has in the module."""
         return dict(self.trained.named_parameters())
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The base's parameters with the training in them."""
+        """Return the trained copy's parameters."""
         return dict(self.trained.named_parameters())
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("trained"), name)  # a head is asked for its weight
+            return getattr(super().__getattr__("trained"), name)  # models read a head's weight
 
 
 class TrainedRows(nn.Module):
-    """An embedding of which some rows are trained, such as those of new special tokens.
+    """An embedding with some trained rows, such as those of new special tokens.
 
     Attributes:
         rows: (n,), their numbers.
-        trainable_tokens_delta: (n, D), the rows themselves (PEFT's name; it holds no differences), in float32 at least.
+        trainable_tokens_delta: (n, D), the rows themselves, in float32 or wider. The name is
+            PEFT's; it does not hold differences.
     """
 
     rows: Tensor
@@ -74,7 +63,7 @@ class TrainedRows(nn.Module):
     sorted_rows: Tensor
 
     def __init__(self, base: nn.Module, name: str, rows: tuple[int, ...]) -> None:
-        """Copy the rows of `base`; raises TargetError where it is no embedding, more than a table, or has no such row."""
+        """Copy the rows of `base`; raise TargetError if it is not a plain table with these rows."""
         super().__init__()
         if not isinstance(base, nn.Embedding):
             raise TargetError(
@@ -83,43 +72,43 @@ class TrainedRows(nn.Module):
         check_table(base, name)
         if max(rows) >= base.num_embeddings:
             raise TargetError(
-                f"trainable_token_indices names row {max(rows)} of {name}, which has {base.num_embeddings}; resize it first"
+                f"trainable_token_indices names row {max(rows)} of {name}, "
+                f"which has {base.num_embeddings}; resize it first"
             )
         self.base = base
-        numbers = torch.tensor(rows, device=base.weight.device)
-        self.register_buffer("rows", numbers, persistent=False)
-        self.register_buffer("order", numbers.argsort(), persistent=False)
-        self.register_buffer("sorted_rows", numbers.sort().values, persistent=False)
+        indices = torch.tensor(rows, device=base.weight.device)
+        self.register_buffer("rows", indices, persistent=False)
+        self.register_buffer("order", indices.argsort(), persistent=False)
+        self.register_buffer("sorted_rows", indices.sort().values, persistent=False)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        self.trainable_tokens_delta = nn.Parameter(
-            base.weight.detach()[numbers].to(dtype, copy=True)
-        )
+        initial = base.weight.detach()[indices].to(dtype, copy=True)
+        self.trainable_tokens_delta = nn.Parameter(initial)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map (…) of row numbers to (…, D)."""
         y: Tensor = self.base(ids)
-        place = torch.searchsorted(self.sorted_rows, ids).clamp(max=len(self.rows) - 1)
-        trained = self.trainable_tokens_delta[self.order[place]].to(y.dtype) * factor_of(
-            self._base()
-        )
-        return torch.where((self.sorted_rows[place] == ids)[..., None], trained, y)
+        index = torch.searchsorted(self.sorted_rows, ids).clamp(max=len(self.rows) - 1)
+        trained = self.trainable_tokens_delta[self.order[index]].to(y.dtype)
+        trained = trained * factor_of(self._base())
+        is_trained = self.sorted_rows[index] == ids
+        return torch.where(is_trained[..., None], trained, y)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, under PEFT's name after the module's path."""
+        """Return what is trained and saved, under PEFT's name relative to the module's path."""
         return {"token_adapter.trainable_tokens_delta": self.trainable_tokens_delta}
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The base's table with the trained rows in it."""
+        """Return the base's table with the trained rows in it."""
         return {"weight": self.weight.detach()}
 
     @property
     def weight(self) -> Tensor:
-        """The whole table (V, D), through which the trained rows get their gradient."""
+        """The full table (V, D), through which the trained rows get their gradient."""
         weight = self._base().weight
         return weight.index_copy(0, self.rows, self.trainable_tokens_delta.to(weight.dtype))
 
     def change(self) -> Tensor:
-        """Return by how much the rows differ from the base's, (n, D) in float32: nothing, at the start."""
+        """Return the trained rows minus the base's, (n, D) in float32; zero before training."""
         return self.trainable_tokens_delta - self._base().weight.detach()[self.rows]
 
     def _base(self) -> nn.Embedding:
@@ -128,16 +117,16 @@ class TrainedRows(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """An output head whose weight is the embedding's: its trained rows are those of the embedding."""
+    """An output head that shares the embedding's weight, and so the embedding's trained rows."""
 
     def __init__(self, base: nn.Module, rows: TrainedRows) -> None:
         super().__init__()
         self.base = base
-        self._rows = (rows,)  # in a tuple, since the rows belong to the embedding alone
+        self._rows = (rows,)  # a tuple hides the module: the rows belong to the embedding alone
 
     @property
     def embedding(self) -> TrainedRows:
-        """The embedding that is followed."""
+        """The embedding whose rows the head uses."""
         return self._rows[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,21 +136,21 @@ class TiedHead(nn.Module):
         return y.index_add(-1, self.embedding.rows, change.to(y.dtype))
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """Nothing: the embedding saves the rows."""
+        """Return nothing: the embedding saves the rows."""
         return {}
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """Nothing: the weight is the embedding's."""
+        """Return nothing: the weight is the embedding's."""
         return {}
 
     @property
     def weight(self) -> Tensor:
-        """The whole weight (V, D), as the embedding has it."""
+        """The full weight (V, D), shared with the embedding."""
         return self.embedding.weight
 
 
 class TrainedBias(nn.Module):
-    """A module that is no target and whose bias is trained."""
+    """A module that is not a target and whose bias is trained."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -174,14 +163,26 @@ class TrainedBias(nn.Module):
         return functional_call(self.base, {"bias": self.bias}, arguments, options)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
-        """What is trained and saved, under PEFT's name after the module's path."""
+        """Return what is trained and saved, under PEFT's name relative to the module's path."""
         return {"bias": self.bias}
 
     def merged_tensors(self) -> dict[str, Tensor]:
-        """The base's bias with the training in it."""
+        """Return the trained bias."""
         return {"bias": self.bias}
 
     @property
     def weight(self) -> Tensor:
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight
+
+
+def _objection_to_training(module: nn.Module) -> str | None:
+    """Return why `module` cannot be trained in full and what to do instead, or None if it can."""
+    modules = list(module.modules())
+    if any(quantized_kind(inner) for inner in modules):
+        return "which is quantized and cannot be trained; leave it out or load it dense"
+    if not list(module.parameters()):
+        return "which has no weights to train; leave it out"
+    if any(isinstance(inner, _NormBase) and inner.track_running_stats for inner in modules):
+        return "whose running statistics no adapter file stores; leave their layers out"
+    return None

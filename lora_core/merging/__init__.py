@@ -1,1 +1,1 @@
-"""Merging an adapter into its base, in memory or on disk, and what a merge keeps."""
+"""Merge an adapter into its base, in memory or on disk, and measure what the merge retains."""

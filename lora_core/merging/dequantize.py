@@ -1,13 +1,14 @@
-"""Replace 4-bit layers by dense layers that compute the same, for scoring where memory is not what is short.
+"""Replace 4-bit layers by dense layers with the same values, for scoring if memory allows it.
 
-Scoring passes over a 4-bit weight many times and makes it dense each time. On a CPU, doing so once is about twice as
-fast; the values are the 4-bit ones, so what is measured is still the quantised model.
+Scoring reads a 4-bit weight many times and dequantizes it every time. On a CPU, dequantizing once
+is about twice as fast. The values are the 4-bit ones, so the scores still are those of the
+quantized model.
 """
 
 import torch
 from torch import nn
 
-from lora_core.base.quant import BaseWeight, DenseWeight, base_weight, quantised_kind
+from lora_core.base.quant import BaseWeight, DenseWeight, base_weight, quantized_kind
 from lora_core.injection import lora_layers
 from lora_core.layers.linear import LoraLinear
 from lora_core.modules import module_at, plain_name, replace_module, unwrapped
@@ -15,36 +16,33 @@ from lora_core.modules import module_at, plain_name, replace_module, unwrapped
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype) -> int:
-    """Make every 4-bit layer of `model` dense in place, also under adapters; return how many there were.
+    """Make every 4-bit layer of `model` dense in place, also under adapters; return their number.
 
-    Keeps the model's outputs up to the rounding of `dtype`.
+    The model's outputs change only by the rounding of `dtype`.
 
     Raises:
-        TargetError: bitsandbytes has stored a layer anew; the model is unchanged.
+        TargetError: bitsandbytes has repacked a layer; the model is unchanged.
     """
-    four_bit = [
-        (plain_name(n), m)
-        for n, m in unwrapped(model).named_modules()
-        if quantised_kind(m) in ("nf4", "fp4")
-    ]
-    found = {name: base_weight(module) for name, module in four_bit}
-    for name, frozen in found.items():
-        assert frozen is not None, name
-        replace_module(model, name, _dense_linear(module_at(model, name), frozen, dtype))
+    weights: dict[str, BaseWeight | None] = {}
+    for name, module in unwrapped(model).named_modules():
+        if quantized_kind(module) in ("nf4", "fp4"):
+            weights[plain_name(name)] = base_weight(module)
+    for name, weight in weights.items():
+        assert weight is not None, name
+        replace_module(model, name, _dense_linear(module_at(model, name), weight, dtype))
     for _, layer in lora_layers(model):
-        if (
-            isinstance(layer, LoraLinear) and type(layer.base) is nn.Linear
-        ):  # bitsandbytes' own are of a class below
+        # An exact type: the layers of bitsandbytes are subclasses.
+        if isinstance(layer, LoraLinear) and type(layer.base) is nn.Linear:
             layer.frozen = DenseWeight(layer.base)
-    return len(found)
+    return len(weights)
 
 
 def _dense_linear(module: nn.Module, frozen: BaseWeight, dtype: torch.dtype) -> nn.Linear:
     out_features, in_features = frozen.shape
-    linear = nn.Linear(
-        in_features, out_features, bias=module.bias is not None, device="meta", dtype=dtype
-    )
+    has_bias = module.bias is not None
+    linear = nn.Linear(in_features, out_features, bias=has_bias, device="meta", dtype=dtype)
     linear.weight = nn.Parameter(frozen.dense(dtype), requires_grad=False)
-    if module.bias is not None:
-        linear.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)  # type: ignore[operator]
+    if has_bias:
+        bias = module.bias.detach().to(dtype)  # type: ignore[operator]
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear

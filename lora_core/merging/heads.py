@@ -1,9 +1,11 @@
-"""What a merge on disk does with an output head that is the embedding: one tensor in the files, two in the result.
+"""How a merge on disk treats an output head that is tied to the embedding.
 
-An adapter over one of the two changes what that one computes. So its result holds both, and its config.json says that
-they are no longer tied, as a merge in memory and a save leave them.
+The base's files hold one tensor for both; an adapter over one of the two changes only that one. The
+result then holds both tensors, and its config.json declares them untied, as after a merge in memory
+and a save.
 
-Only the heads of decoders are told by their names here; of a checkpoint that may tie in another way, nothing is guessed.
+Only the heads of decoders are recognized, by their names. For a checkpoint that may tie weights in
+another way, the merge raises an error instead of guessing.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from lora_core.errors import MergeError
 from lora_core.spectrum.updates import Update
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings")
-"""What language models call the embedding that a head can be tied to."""
+"""Names that language models give to the embedding that a head can be tied to."""
 WITH_HEAD = ("ForCausalLM", "LMHeadModel", "DoubleHeadsModel", "ForConditionalGeneration")
 WITHOUT_HEAD = (
     "Model",
@@ -23,98 +25,109 @@ WITHOUT_HEAD = (
     "ForTokenClassification",
     "ForQuestionAnswering",
 )
-"""How the classes are called that have an output head over the vocabulary, and those that have none."""
+"""Class name endings of models with an output head over the vocabulary, and of those without."""
 MERGE_IN_MEMORY = "merge it in memory and save the model"
 
 
 @dataclass(frozen=True)
-class Parting:
-    """What has to be written where an adapter parts the head from the embedding."""
+class Untying:
+    """What the result needs if an adapter unties the head from the embedding."""
 
     copies: Mapping[str, str]
-    """Tensor that the files lack → the one that it starts as."""
-    is_told: bool = False
-    """Whether config.json has to say that nothing is tied."""
+    """Tensor that the files lack → the tensor that it is a copy of."""
+    is_declared: bool = False
+    """Whether config.json must declare that no weights are tied."""
 
-    def config(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return config.json as the result needs it."""
-        if not self.is_told:
-            return dict(values)
+    def updated_config(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the config.json that the result needs."""
+        updated = dict(values)
+        if not self.is_declared:
+            return updated
         text = values.get("text_config")
-        nested = (
-            {"text_config": {**text, "tie_word_embeddings": False}}
-            if isinstance(text, dict)
-            else {}
-        )
-        return {**values, **nested, "tie_word_embeddings": False}
+        if isinstance(text, dict):
+            updated["text_config"] = {**text, "tie_word_embeddings": False}
+        updated["tie_word_embeddings"] = False
+        return updated
 
 
-def parting(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> Parting:
-    """Return what the adapter does to the tie of head and embedding; nothing where it touches neither, or they are not tied.
+def plan_untying(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> Untying:
+    """Return how the adapter changes the tie between head and embedding.
+
+    It changes nothing if it targets neither of the two, or if they are not tied.
 
     Raises:
-        MergeError: the checkpoint may tie weights in a way that is not known here.
+        MergeError: the checkpoint may tie weights in a way that is not recognized.
     """
     head = next((module for module in updates if module_name(module) in HEADS), None)
-    tied = (
-        checkpoint.head_is_tied
-        if checkpoint.head_is_tied is not None
-        else checkpoint.stored_head is None
-    )
-    if not tied or not (head or any(update.embedding for update in updates.values())):
-        return Parting({})
-    embedding = _embedding(checkpoint)
-    parted = [
-        module
-        for module, update in updates.items()
-        if update.embedding and _is_of(module, embedding)
-    ]
-    if not (head or (parted and _has_head(checkpoint, parted[0], embedding))):
-        return Parting({})
-    return Parting(
-        {} if checkpoint.stored_head else {_head_tensor(checkpoint, head or ""): embedding},
-        is_told=True,
-    )
+    embeddings = [module for module, update in updates.items() if update.embedding]
+    if not _is_tied(checkpoint) or not (head or embeddings):
+        return Untying({})
+    embedding = _tied_embedding(checkpoint)
+    changed = [module for module in embeddings if _is_of(module, embedding)]
+    if not (head or (changed and _has_head(checkpoint, changed[0], embedding))):
+        return Untying({})
+    copies = {}
+    if not checkpoint.stored_head:
+        copies[_head_tensor(checkpoint, head or "")] = embedding
+    return Untying(copies, is_declared=True)
 
 
-def _embedding(checkpoint: Checkpoint) -> str:
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    if checkpoint.head_is_tied is not None:
+        return checkpoint.head_is_tied
+    return checkpoint.stored_head is None
+
+
+def _tied_embedding(checkpoint: Checkpoint) -> str:
     """Return the tensor that the head is tied to."""
     found = [
         name
         for name in checkpoint.entries
         if name.endswith(".weight") and module_name(name) in EMBEDDINGS
     ]
-    strange = [
-        name
-        for name in checkpoint.entries
-        if name.startswith(("cls.", "lm_head.")) and name not in ("lm_head.weight", "lm_head.bias")
-    ]
-    if len(found) != 1 or strange or checkpoint.config.get("is_encoder_decoder"):
+    is_known = (
+        len(found) == 1
+        and not any(_is_unknown_head(name) for name in checkpoint.entries)
+        and not checkpoint.config.get("is_encoder_decoder")
+    )
+    if not is_known:
         raise MergeError(
-            f"{checkpoint.folder} may tie its output head to an embedding, and which tensors these are is not known "
+            f"{checkpoint.folder} may tie its output head to an embedding, "
+            f"and which tensors these are is not known "
             f"(embeddings: {', '.join(found) or 'none'}); {MERGE_IN_MEMORY}"
         )
     return found[0]
 
 
+def _is_unknown_head(tensor: str) -> bool:
+    is_head = tensor.startswith(("cls.", "lm_head."))
+    return is_head and tensor not in ("lm_head.weight", "lm_head.bias")
+
+
 def _has_head(checkpoint: Checkpoint, module: str, embedding: str) -> bool:
-    """Tell whether the model that the adapter was trained on had an output head."""
+    """Return whether the model that the adapter was trained on has an output head."""
     if f"{module}.weight" != embedding:
-        return True  # the files are those of a model without one, and the adapter's paths are not
+        return True  # the files are of a model without a head, and the adapter's paths are not
     names = checkpoint.config.get("architectures") or ["ForCausalLM"]
     if str(names[0]).endswith(WITH_HEAD):
         return True
     if str(names[0]).endswith(WITHOUT_HEAD):
         return False
     raise MergeError(
-        f"{checkpoint.folder} holds a {names[0]}, whose output head may be tied to {module}; {MERGE_IN_MEMORY}"
+        f"{checkpoint.folder} holds a {names[0]}, whose output head may be tied to {module}; "
+        f"{MERGE_IN_MEMORY}"
     )
 
 
 def _head_tensor(checkpoint: Checkpoint, module: str) -> str:
-    """Return how files call the weight of the head at the path `module`, or of a model's own; GPT-NeoX's modules are renamed in files."""
+    """Return the file's name for the weight of the head at the path `module`.
+
+    An empty path means the head of the model itself. GPT-NeoX renames its modules in files.
+    """
     inside, dot, _ = module.rpartition(".")
-    return f"{inside}{dot}{'embed_out' if checkpoint.config.get('model_type') == 'gpt_neox' else 'lm_head'}.weight"
+    is_neox = checkpoint.config.get("model_type") == "gpt_neox"
+    head = "embed_out" if is_neox else "lm_head"
+    return f"{inside}{dot}{head}.weight"
 
 
 def _is_of(module: str, tensor: str) -> bool:

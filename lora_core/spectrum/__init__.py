@@ -1,1 +1,1 @@
-"""ΔW without a model: singular values, cuts to a lower rank, combinations."""
+"""ΔW without a model: singular values, truncation to a lower rank, combination of adapters."""

@@ -1,11 +1,12 @@
-"""What singular values say about a matrix and about an update: its rank, its best approximation, its directions.
+"""Singular values of a matrix or an update: its rank, best approximation and directions.
 
-The singular values of ΔW = s · B A are those of the r×r matrix s · R_B R_Aᵀ, where B = Q_B R_B and Aᵀ = Q_A R_A: a
-product of (out, in) is never formed. All of it is computed in float64 and is exact to about 1e-14 of the largest
-value; factors stored in float32 are known to 6e-8.
+The singular values of ΔW = s · B A are those of the r×r matrix s · R_B R_Aᵀ, where B = Q_B R_B and
+Aᵀ = Q_A R_A: an (out, in) product is never formed. Everything is computed in float64 and is exact
+to about 1e-14 of the largest value; factors stored in float32 are known to 6e-8.
 
-Sources: best approximation of a given rank (Eckart & Young 1936, Psychometrika 1); effective rank (Roy & Vetterli
-2007, EUSIPCO); similarity of subspaces (LoRA, Hu et al. 2021, arXiv 2106.09685, section 7.2).
+Sources: best approximation of a given rank (Eckart & Young 1936, Psychometrika 1); effective rank
+(Roy & Vetterli 2007, EUSIPCO); similarity of subspaces (LoRA, Hu et al. 2021, arXiv 2106.09685,
+section 7.2).
 """
 
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Factors:
     a: Tensor
     """(rank, in)"""
     relative_error: float
-    """Frobenius norm of what is lost over that of the matrix, before B and A are rounded to their dtype."""
+    """Frobenius norm of the error over that of the matrix, before B and A are rounded."""
 
 
 def numerical_rank(matrix: Tensor, tolerance: float | None = None) -> int:
@@ -38,8 +39,8 @@ def numerical_rank(matrix: Tensor, tolerance: float | None = None) -> int:
 
     Args:
         matrix: (out, in).
-        tolerance: an absolute bound; max(out, in) · ε · σ₁ unless given, with ε of the matrix's dtype, or of float32
-            where that is coarser.
+        tolerance: an absolute bound. The default is max(out, in) · ε · σ₁, with ε of the matrix's
+            dtype, or of float32 if the dtype is less precise.
     """
     check_matrix(matrix)
     if tolerance is not None and not tolerance >= 0:
@@ -47,14 +48,16 @@ def numerical_rank(matrix: Tensor, tolerance: float | None = None) -> int:
             f"tolerance={tolerance!r} must be at least 0; leave it out for the usual rule"
         )
     values = torch.linalg.svdvals(matrix.double())
-    precision = torch.finfo(torch.promote_types(matrix.dtype, torch.float32)).eps
-    return _count_above(
-        values, max(matrix.shape) * precision * values[0].item() if tolerance is None else tolerance
-    )
+    if tolerance is None:
+        precision = torch.finfo(torch.promote_types(matrix.dtype, torch.float32)).eps
+        tolerance = max(matrix.shape) * precision * values[0].item()
+    return _count_above(values, tolerance)
 
 
-def factorise(matrix: Tensor, rank: int) -> Factors:
-    """Return the best approximation of `matrix` (out, in) as B (out, rank) times A (rank, in), in its dtype.
+def factorize(matrix: Tensor, rank: int) -> Factors:
+    """Return the best approximation of `matrix` (out, in) as B (out, rank) times A (rank, in).
+
+    B and A have the dtype of the matrix.
 
     Raises:
         ConfigError: the rank is below 1 or above the smaller side, or the matrix is not finite.
@@ -74,75 +77,91 @@ def thin_svd(update: Update) -> Svd:
 
 
 def singular_values(update: Update) -> Tensor:
-    """Return those of ΔW that can differ from zero, falling, (min(r, out, in),) in float64."""
+    """Return the singular values of ΔW that can be nonzero: (min(r, out, in),), float64.
+
+    They are in descending order.
+    """
     return thin_svd(update).values
 
 
 def effective_rank(values: Tensor) -> float:
-    """Return exp(H(p)), p = σ / Σσ and H the entropy in nats: k for k equal values, 1 for a single one, 0 for none."""
+    """Return exp(H(p)) with p = σ / Σσ and H the entropy in nats.
+
+    The result is k for k equal values, 1 for a single value and 0 for none.
+    """
     if not values.any():
         return 0.0
-    return float(torch.special.entr(values.double() / values.double().sum()).sum().exp())
+    probabilities = values.double() / values.double().sum()
+    entropy = torch.special.entr(probabilities).sum()
+    return float(entropy.exp())
 
 
 def energy(values: Tensor) -> Tensor:
-    """Return the share of Σσ² that the first 1, 2, … values hold, (k,); all ones where there is nothing to hold."""
+    """Return the fraction of Σσ² in the first 1, 2, … values, (k,); all ones if the sum is zero."""
     sums = values.double().square().cumsum(0)
     return sums / sums[-1] if values.any() else torch.ones_like(sums)
 
 
-def rank_for_energy(values: Tensor, share: float) -> int:
-    """Return the smallest rank, at least 1, whose first values hold `share` of the squared norm.
+def rank_for_energy(values: Tensor, fraction: float) -> int:
+    """Return the smallest rank, at least 1, whose values hold `fraction` of the squared norm.
 
     Raises:
-        ConfigError: the share does not lie in (0, 1].
+        ConfigError: the fraction is not in (0, 1].
     """
-    if not 0 < share <= 1:
+    if not 0 < fraction <= 1:
         raise ConfigError(
-            f"share={share!r} of the energy must lie above 0 and at most at 1; 0.9 is a common choice"
+            f"fraction={fraction!r} of the energy must be above 0 and at most 1; "
+            "0.9 is a common choice"
         )
-    return int((energy(values) < share).sum()) + 1
+    return int((energy(values) < fraction).sum()) + 1
 
 
 def truncation_error(values: Tensor, rank: int) -> float:
-    """Return the relative Frobenius error of the best approximation of `rank`: ‖σ after rank‖ / ‖σ‖."""
+    """Return the relative Frobenius error of the best approximation: ‖σ after rank‖ / ‖σ‖."""
     return float(values[rank:].norm() / values.norm()) if values.any() else 0.0
 
 
 def subspace_similarity(first: Update, second: Update, *, side: Side = "right") -> Tensor:
-    """Return φ(i, j) = ‖U₁[:i] U₂[:j]ᵀ‖²_F / min(i, j) for all i and j: 0 is orthogonal, 1 contained.
+    """Return φ(i, j) = ‖U₁[:i] U₂[:j]ᵀ‖²_F / min(i, j) for all i and j.
 
-    U holds the singular vectors of ΔW, strongest first, as many as its numerical rank.
+    0 means orthogonal, 1 contained. U holds the singular vectors of ΔW, strongest first, as many as
+    its numerical rank.
 
     Args:
         first: one update of a weight.
         second: another of the same weight.
-        side: `right` compares what the updates read (their row spaces), `left` what they write.
+        side: `right` compares what the updates read (row spaces), `left` what they write.
 
     Returns:
-        (i, j) float64; place (0, 0) compares the first direction of each.
+        (i, j) float64; entry (0, 0) compares the first direction of each.
 
     Raises:
-        AdapterError: the updates are not of the same size on that side.
+        AdapterError: the updates do not have the same size on that side.
     """
     if side not in ("left", "right"):
         raise ConfigError(
-            f"side={side!r} is unknown; use 'right' for the row spaces or 'left' for the column spaces"
+            f"side={side!r} is unknown; "
+            "use 'right' for the row spaces or 'left' for the column spaces"
         )
-    one, other = _directions(first, side), _directions(second, side)
+    one = _directions(first, side)
+    other = _directions(second, side)
     if one.shape[1] != other.shape[1]:
         raise AdapterError(
-            f"the {side} side has {one.shape[1]} and {other.shape[1]} entries; compare updates of the same weight"
+            f"the {side} side has {one.shape[1]} and {other.shape[1]} entries; "
+            "compare updates of the same weight"
         )
     shared = (one @ other.T).square().cumsum(0).cumsum(1)
-    smaller = torch.minimum(
-        *torch.meshgrid(*(torch.arange(1, len(u) + 1) for u in (one, other)), indexing="ij")
-    )
-    return (shared / smaller).clamp(max=1)  # rounding can exceed 1 by 1e-15
+    rows = torch.arange(1, len(one) + 1)[:, None]
+    columns = torch.arange(1, len(other) + 1)
+    similarity = shared / torch.minimum(rows, columns)
+    return similarity.clamp(max=1)  # rounding can exceed 1 by 1e-15
 
 
 def _directions(update: Update, side: Side) -> Tensor:
-    """Return the singular vectors of one side as rows (numerical rank, out or in); those of zero values are arbitrary."""
+    """Return the singular vectors of one side as rows, (numerical rank, out or in).
+
+    Vectors of zero singular values are arbitrary and are not returned.
+    """
     svd = thin_svd(update)
     noise = max(update.shape) * torch.finfo(torch.float32).eps * svd.values[0].item()
     vectors = svd.right if side == "right" else svd.left.T

@@ -1,7 +1,7 @@
-"""Cut an adapter to lower ranks: the best update of each rank, and what the cut will cost, told before it is made.
+"""Truncate an adapter to lower ranks: the best update of each rank, and its error in advance.
 
-The best approximation of ΔW by rank k keeps its k largest singular values (Eckart & Young 1936); the relative error is
-‖σ after k‖ / ‖σ‖ and is known from the singular values alone.
+The best approximation of ΔW by rank k keeps its k largest singular values (Eckart & Young 1936);
+its relative error is ‖σ after k‖ / ‖σ‖ and follows from the singular values alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from lora_core.spectrum.updates import Update, read_updates, write_updates
 
 @dataclass(frozen=True)
 class TruncationRow:
-    """What cutting every layer of an adapter to one rank would cost."""
+    """The cost of truncating every layer of an adapter to one rank."""
 
     rank: int
     mean_error: float
@@ -26,24 +26,27 @@ class TruncationRow:
     max_error: float
     """The same for the layer that loses most."""
     energy: float
-    """Share of the squared norm of all updates together that is kept."""
+    """Retained fraction of the squared norm, summed over all updates."""
     weights: int
-    """Weights of the adapter after the cut."""
+    """Weights of the truncated adapter."""
 
 
 def truncate(update: Update, rank: int) -> Update:
-    """Return the update of `rank` closest to ΔW, which is never formed; the scale stays and the factors are balanced.
+    """Return the update of `rank` closest to ΔW, which is never formed.
+
+    The scale does not change, and the factors have equal norms.
 
     Args:
-        update: returned as it is where it has that rank already.
-        rank: at least 1; one above min(out, in) comes down to it without loss.
+        update: returned unchanged if it has that rank already.
+        rank: at least 1; a rank above min(out, in) is reduced to it without loss.
 
     Raises:
         ConfigError: the rank is below 1 or above the update's.
     """
     if not 1 <= rank <= update.rank:
         raise ConfigError(
-            f"rank {rank} for an update of rank {update.rank} must lie in 1 to {update.rank}; a cut cannot add directions"
+            f"rank {rank} for an update of rank {update.rank} must be from 1 to {update.rank}; "
+            "truncation cannot add directions"
         )
     if rank == update.rank:
         return update
@@ -54,52 +57,56 @@ def truncate(update: Update, rank: int) -> Update:
 def truncate_adapter(
     folder: Path, destination: Path, rank: int | Mapping[str, int]
 ) -> dict[str, float]:
-    """Write the adapter of `folder`, cut to `rank`, to `destination` in PEFT's format.
+    """Write the adapter of `folder`, truncated to `rank`, to `destination` in PEFT's format.
 
     Args:
         folder: the adapter; unchanged.
         destination: created or replaced.
-        rank: one for all layers (those below it stay), or module path → rank (layers not named stay).
+        rank: one for all layers (lower ranks do not change), or module path → rank (other layers
+            do not change).
 
     Returns:
         Module path → relative Frobenius error of its ΔW.
 
     Raises:
         AdapterError: the adapter cannot be read, or `rank` names a module that it lacks.
-        ConfigError: a rank is below 1 or above its layer's, or one for all that cuts nothing.
+        ConfigError: a rank is below 1 or above its layer's, or no layer has a higher rank.
     """
     updates = read_updates(folder)
-    ranks = (
-        _ranks_for_all(updates, rank, folder)
-        if isinstance(rank, int)
-        else _ranks_by_name(updates, rank, folder)
-    )
-    cut = {name: truncate(update, ranks[name]) for name, update in updates.items()}
-    write_updates(destination, cut, like=folder, done=f"truncated to rank {_spelt(ranks)}")
+    if isinstance(rank, int):
+        ranks = _ranks_for_all(updates, rank, folder)
+    else:
+        ranks = _ranks_by_name(updates, rank, folder)
+    truncated = {name: truncate(update, ranks[name]) for name, update in updates.items()}
+    derived_by = f"truncated to rank {_formatted(ranks)}"
+    write_updates(destination, truncated, like=folder, derived_by=derived_by)
     return {
         name: truncation_error(singular_values(update), ranks[name])
         for name, update in updates.items()
     }
 
 
-def recommended_ranks(folder: Path, share: float = 0.9) -> dict[str, int]:
-    """Return, for each module path, the smallest rank that keeps `share` of its update's squared norm.
+def recommended_ranks(folder: Path, fraction: float = 0.9) -> dict[str, int]:
+    """Return, per module path, the smallest rank that retains `fraction` of the squared norm.
 
-    The result can be given to `truncate_adapter`, or, by `rank_pattern`, to the config of a next training.
+    Pass the result to `truncate_adapter`, or through `rank_pattern` to the config of a new run.
     """
     return {
-        name: rank_for_energy(singular_values(update), share)
+        name: rank_for_energy(singular_values(update), fraction)
         for name, update in read_updates(folder).items()
     }
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Return ranks by module path as the rank_pattern of a LoraConfig: each key decides for its module alone."""
+    """Return ranks by module path as a LoraConfig's rank_pattern: each key matches one module."""
     return {pattern_for(name, ranks): rank for name, rank in ranks.items()}
 
 
 def truncation_table(folder: Path, ranks: Iterable[int]) -> list[TruncationRow]:
-    """Predict what cutting the adapter of `folder` to each of `ranks` would cost; a layer below a rank stays as it is."""
+    """Predict the cost of truncating the adapter of `folder` to each of `ranks`.
+
+    Layers of a lower rank do not change.
+    """
     updates = read_updates(folder)
     values = {name: singular_values(update) for name, update in updates.items()}
     return [_row(rank, updates, values) for rank in ranks]
@@ -111,22 +118,28 @@ def _row(rank: int, updates: Mapping[str, Update], values: Mapping[str, Tensor])
             f"rank {rank} must be at least 1; give the ranks to compare, such as 1, 2, 4, 8"
         )
     errors = [truncation_error(each, rank) for each in values.values()]
-    total = sum(float(each.square().sum()) for each in values.values())
-    lost = sum(float(each[rank:].square().sum()) for each in values.values())
+    total = _energy_after(0, values)
+    lost = _energy_after(rank, values)
+    weights = [min(rank, update.rank) * sum(update.shape) for update in updates.values()]
     return TruncationRow(
         rank=rank,
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
         energy=1 - lost / total if total else 1.0,
-        weights=sum(min(rank, update.rank) * sum(update.shape) for update in updates.values()),
+        weights=sum(weights),
     )
+
+
+def _energy_after(rank: int, values: Mapping[str, Tensor]) -> float:
+    return sum(float(each[rank:].square().sum()) for each in values.values())
 
 
 def _ranks_for_all(updates: Mapping[str, Update], rank: int, folder: Path) -> dict[str, int]:
     largest = max(update.rank for update in updates.values())
     if rank >= largest:
         raise ConfigError(
-            f"rank {rank} cuts nothing from {folder}, whose largest is {largest}; choose a lower one"
+            f"rank {rank} truncates nothing of {folder}, whose largest rank is {largest}; "
+            "choose a lower one"
         )
     return {name: min(rank, update.rank) for name, update in updates.items()}
 
@@ -137,11 +150,13 @@ def _ranks_by_name(
     unknown = sorted(ranks.keys() - updates.keys())
     if unknown:
         raise AdapterError(
-            f"{folder} has no update of {unknown[0]}; it has {len(updates)}, such as {next(iter(updates))}"
+            f"{folder} has no update of {unknown[0]}; "
+            f"it has {len(updates)}, such as {next(iter(updates))}"
         )
     return {name: ranks.get(name, update.rank) for name, update in updates.items()}
 
 
-def _spelt(ranks: Mapping[str, int]) -> str:
-    lowest, highest = min(ranks.values()), max(ranks.values())
+def _formatted(ranks: Mapping[str, int]) -> str:
+    lowest = min(ranks.values())
+    highest = max(ranks.values())
     return f"{lowest}" if lowest == highest else f"{lowest} to {highest} by layer"

@@ -1,7 +1,8 @@
 """The updates of an adapter, weight by weight and without a model: ΔW = s · B A.
 
-Shapes: a (r, in), b (out, r), ΔW (out, in). A folder is read into one `Update` for each module path; a set of updates is
-written as a PEFT adapter derived from another, whose ranks and scales may differ from layer to layer.
+Shapes: a (r, in), b (out, r), ΔW (out, in). A folder is read into one `Update` per module path. A
+set of updates is written as a PEFT adapter derived from another one; its ranks and scales can
+differ from layer to layer.
 
 Source: LoRA (Hu et al. 2021, arXiv 2106.09685), equation 3.
 """
@@ -34,14 +35,16 @@ from lora_core.adapter.adapter_files import (
 from lora_core.adapter.peft_config import read_config
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError, BaseMismatchError
-from lora_core.files import folder_written_aside, sha256_of_file, write_json
+from lora_core.files import atomic_folder, sha256_of_file, write_json
 
 EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
-"""How the factors of an embedding's update are called, A (r, V) and B (D, r)."""
+"""Suffix of the factors of an embedding's update, A (r, V) and B (D, r)."""
 BASE_COPY = ".base_layer.weight"
-"""How the base's own weight is called, which PEFT saves beside them."""
+"""Suffix of the base's weight, which PEFT saves next to an embedding's factors."""
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
-"""Settings that leave out some of the modules that target_modules names."""
+"""Settings that exclude some of the modules that target_modules names."""
+PAIR_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
+"""Key of one factor: module path and letter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +62,19 @@ class Update:
     scale: float
     """Factor of B·A, above 0: a sign belongs into B."""
     embedding: bool = False
-    """Whether it is of an embedding, whose weight is stored as (in, out)."""
+    """Whether the weight is an embedding's, which is stored as (in, out)."""
 
     def __post_init__(self) -> None:
-        if not (self.a.dim() == self.b.dim() == 2 and self.a.shape[0] == self.b.shape[1] >= 1):
+        are_matrices = self.a.dim() == self.b.dim() == 2
+        if not (are_matrices and self.a.shape[0] == self.b.shape[1] >= 1):
             raise AdapterError(
-                f"A of {tuple(self.a.shape)} and B of {tuple(self.b.shape)} are not the factors of one weight; give A (r, in), B (out, r)"
+                f"A of {tuple(self.a.shape)} and B of {tuple(self.b.shape)} "
+                "are not the factors of one weight; give A (r, in), B (out, r)"
             )
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise AdapterError(
-                f"the scale {self.scale} of an update must be finite and above 0; put a sign or a zero into B"
+                f"the scale {self.scale} of an update must be finite and above 0; "
+                "put a sign or a zero into B"
             )
 
     @property
@@ -77,7 +83,7 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight that is updated."""
+        """(out, in) of the updated weight."""
         return (self.b.shape[0], self.a.shape[1])
 
     def dense(self) -> Tensor:
@@ -85,7 +91,7 @@ class Update:
         return self.scale * (self.b.float() @ self.a.float())
 
     def folded(self) -> "Update":
-        """Return the same update with its scale inside B, and 1 in its place."""
+        """Return the same update with its scale multiplied into B, and scale 1."""
         return Update(self.a, self.scale * self.b, 1.0)
 
 
@@ -94,37 +100,51 @@ def read_updates(folder: Path, *, embeddings: bool = False) -> dict[str, Update]
 
     Args:
         folder: in PEFT's format.
-        embeddings: read the updates of embeddings too; else they are refused. The base's own weights, of which PEFT saves a
-            copy beside them, are left out.
+        embeddings: also read the updates of embeddings, which are refused otherwise. The copies of
+            the base's weights that PEFT saves with them are skipped.
 
     Raises:
-        AdapterError: the folder is damaged, asks for what is ignored here, or holds more than pure low-rank updates.
+        AdapterError: the folder is damaged, sets something that would be ignored here, or holds
+            more than pure low-rank updates.
     """
-    config, tensors, identity = read_config(folder), read_tensors(folder), read_identity(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder)
+    identity = read_identity(folder)
     if config.target_parameters:
         raise AdapterError(
-            f"{folder} updates stacks of experts ({', '.join(config.target_parameters)}), and only plain LoRA of linear layers is read; "
+            f"{folder} updates stacks of experts ({', '.join(config.target_parameters)}), "
+            "and only plain LoRA of linear layers is read; "
             "load it into a model to merge or serve it"
         )
-    turned = {key.rpartition(".")[0] for key in tensors if embeddings and EMBEDDING.search(key)}
-    copies = {f"{module}{BASE_COPY}" for module in turned}
-    tensors = {
-        EMBEDDING.sub(r".lora_\1.weight", key) if embeddings else key: one
-        for key, one in tensors.items()
-        if key not in copies
-    }
+    embedded = set()
+    if embeddings:
+        embedded = {key.rpartition(".")[0] for key in tensors if EMBEDDING.search(key)}
+        tensors = _with_linear_keys(tensors, embedded)
     names = _module_paths(tensors, folder)
     check_values(tensors, str(folder))
     if identity is not None:
         check_digests(folder, identity)
-    found = {name: _update(name, tensors, config, folder) for name in names}
+    updates = {}
+    for name in names:
+        update = _update(name, tensors, config, folder)
+        updates[name] = replace(update, embedding=PREFIX + name in embedded)
+    return updates
+
+
+def _with_linear_keys(tensors: Mapping[str, Tensor], embedded: set[str]) -> dict[str, Tensor]:
+    """Name the factors of embeddings like those of linear layers; skip copies of base weights."""
+    copies = {f"{module}{BASE_COPY}" for module in embedded}
     return {
-        name: replace(update, embedding=PREFIX + name in turned) for name, update in found.items()
+        EMBEDDING.sub(r".lora_\1.weight", key): tensor
+        for key, tensor in tensors.items()
+        if key not in copies
     }
 
 
 def read_over_one_base(folders: Sequence[Path]) -> list[dict[str, Update]]:
-    """Read several adapters that are to act together; an adapter without our sidecar names no base that could be checked.
+    """Read several adapters that are used together and check that they have one base.
+
+    An adapter without a sidecar names no base, so it is not checked.
 
     Raises:
         AdapterError: see `read_updates`.
@@ -133,9 +153,11 @@ def read_over_one_base(folders: Sequence[Path]) -> list[dict[str, Update]]:
     identities = {folder: read_identity(folder) for folder in folders}
     for (one, first), (other, second) in combinations(identities.items(), 2):
         if first is not None and second is not None and not _same_base(first, second):
+            base = first.get("base") or "an unnamed base"
+            other_base = second.get("base") or "another"
             raise BaseMismatchError(
-                f"{one} was trained on {first.get('base') or 'an unnamed base'} and {other} on {second.get('base') or 'another'}, "
-                "by the fingerprints or names beside them; combine adapters of one base"
+                f"{one} was trained on {base} and {other} on {other_base}, "
+                "by the fingerprints or names in their sidecars; combine adapters of one base"
             )
     return [read_updates(folder) for folder in folders]
 
@@ -145,42 +167,40 @@ def write_updates(
     updates: Mapping[str, Update],
     *,
     like: Path,
-    done: str,
+    derived_by: str,
     parents: Sequence[Path] = (),
 ) -> str:
     """Write `updates` as a PEFT adapter; return the SHA-256 of its weights file.
 
-    The scale is written as alpha/r, also where `like` had alpha/√r. A layer whose rank or alpha differs from those of
-    the widest is named in rank_pattern or alpha_pattern; vLLM ignores both.
+    The scale is written as alpha/r, even if `like` uses alpha/√r. rank_pattern and alpha_pattern
+    list the layers whose rank or alpha differs from those of the widest layer; vLLM ignores both.
 
     Args:
         folder: created or replaced; it appears complete or not at all.
         updates: module path → update.
-        like: the adapter whose settings and sidecar are carried over; without a sidecar there, none is written.
-        done: what was done, such as `truncated to rank 4`; recorded in the sidecar's lineage.
-        parents: the adapters that went in, named by digest in the lineage; `like` unless given.
+        like: the adapter whose settings and sidecar are copied; without a sidecar none is written.
+        derived_by: the operation, such as `truncated to rank 4`, for the sidecar's lineage.
+        parents: the source adapters, which the lineage lists by digest; the default is `like`.
 
     Raises:
-        AdapterError: nothing to write, a value that is not finite, or a `like` that cannot be read.
+        AdapterError: there is nothing to write, a value is not finite, or `like` cannot be read.
     """
     if not updates:
         raise AdapterError(f"there is no update to write to {folder}; give at least one")
     tensors = _tensors(updates)
     check_values(tensors, "the updates")
-    config, identity = _peft_config(updates, like), read_identity(like)
-    history = {
-        "derived_by": done,
-        "derived_from": ", ".join(sha256_of_file(parent / WEIGHTS) for parent in parents or [like]),
-    }
-    with folder_written_aside(folder) as aside:
-        save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
-        sha256 = sha256_of_file(aside / WEIGHTS)
-        write_json(aside / CONFIG, config)
+    config = _peft_config(updates, like)
+    identity = read_identity(like)
+    digests = [sha256_of_file(parent / WEIGHTS) for parent in parents or [like]]
+    history = {"derived_by": derived_by, "derived_from": ", ".join(digests)}
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, str(temporary / WEIGHTS), metadata={"format": "pt"})
+        sha256 = sha256_of_file(temporary / WEIGHTS)
+        write_json(temporary / CONFIG, config)
         if identity is not None:
             lineage = {**identity.get("lineage", {}), **history}
-            write_json(
-                aside / IDENTITY, {**identity, "lineage": lineage, **file_digests(aside, tensors)}
-            )
+            derived = {**identity, "lineage": lineage, **file_digests(temporary, tensors)}
+            write_json(temporary / IDENTITY, derived)
     return sha256
 
 
@@ -188,16 +208,18 @@ def _module_paths(tensors: Mapping[str, Tensor], folder: Path) -> list[str]:
     """Return the module paths in order; every key must be one factor of a pair."""
     letters: dict[str, set[str]] = {}
     for key in sorted(tensors):
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+        match = PAIR_KEY.fullmatch(key)
         if match is None:
             raise AdapterError(
-                f"{folder} holds {key}, which is no factor of a low-rank update; only plain LoRA of linear layers is read"
+                f"{folder} holds {key}, which is not a factor of a low-rank update; "
+                "only plain LoRA of linear layers is read"
             )
         letters.setdefault(match[1], set()).add(match[2])
     for name, found in letters.items():
         if found != {"A", "B"}:
             raise AdapterError(
-                f"{folder} holds lora_{found.pop()} of {name} alone; fetch or train the adapter again"
+                f"{folder} holds lora_{found.pop()} of {name} alone; "
+                "fetch or train the adapter again"
             )
     if not letters:
         raise AdapterError(f"{folder} holds no tensor; fetch or train the adapter again")
@@ -205,7 +227,8 @@ def _module_paths(tensors: Mapping[str, Tensor], folder: Path) -> list[str]:
 
 
 def _update(name: str, tensors: Mapping[str, Tensor], config: LoraConfig, folder: Path) -> Update:
-    a, b = (tensors[f"{PREFIX}{name}.lora_{letter}.weight"].float() for letter in "AB")
+    a = tensors[f"{PREFIX}{name}.lora_A.weight"].float()
+    b = tensors[f"{PREFIX}{name}.lora_B.weight"].float()
     try:
         return Update(a, b, _scale(name, a.shape[0], config))
     except AdapterError as error:
@@ -216,52 +239,54 @@ def _scale(name: str, rank: int, config: LoraConfig) -> float:
     """Return the factor of one module's B·A."""
     if rank != config.rank_of(name):
         raise AdapterError(
-            f"its rank is {rank} where the config says {config.rank_of(name)}; fetch or train the adapter again"
+            f"its rank is {rank}, but the config gives {config.rank_of(name)}; "
+            "fetch or train the adapter again"
         )
     return config.scale_of(name)
 
 
 def _same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Compare the fingerprints of one kind of storage; where no kind is common to both, the names and revisions."""
-    one, other = first.get("base_digests", {}), second.get("base_digests", {})
-    kinds = one.keys() & other.keys()
+    """Compare fingerprints of the same storage kind, or names and revisions if none is common."""
+    digests = first.get("base_digests", {})
+    other_digests = second.get("base_digests", {})
+    kinds = digests.keys() & other_digests.keys()
     if kinds:
-        return all(one[kind] == other[kind] for kind in kinds)
+        return all(digests[kind] == other_digests[kind] for kind in kinds)
     return all(first.get(key) == second.get(key) for key in ("base", "revision"))
 
 
 def _tensors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    """Return the factors under PEFT's keys, each in memory of its own, as safetensors demands."""
-    return {
-        f"{PREFIX}{name}.lora_{letter}.weight": factor.detach()
-        .to("cpu", torch.float32, copy=True)
-        .contiguous()
-        for name, update in updates.items()
-        for letter, factor in (("A", update.a), ("B", update.b))
-    }
+    """Return the factors under PEFT's keys, each in separate memory as safetensors requires."""
+    tensors = {}
+    for name, update in updates.items():
+        for letter, factor in (("A", update.a), ("B", update.b)):
+            copy = factor.detach().to("cpu", torch.float32, copy=True)
+            tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = copy.contiguous()
+    return tensors
 
 
 def _peft_config(updates: Mapping[str, Update], like: Path) -> dict[str, Any]:
     """Return the settings of `like` with the ranks, scales and modules of `updates`."""
     read_config(like)
-    values = read_json(like / CONFIG)
-    widest = max(updates.values(), key=lambda update: update.rank)
-    ranks = {name: update.rank for name, update in updates.items() if update.rank != widest.rank}
-    alphas = {
-        name: _alpha(update) for name, update in updates.items() if _alpha(update) != _alpha(widest)
-    }
+    config = read_json(like / CONFIG)
     if set(updates) != set(_module_paths(read_tensors(like), like)):
-        values |= {
-            "target_modules": sorted(updates),
-            **{key: None for key in NARROWING if key in values},
-        }
+        config["target_modules"] = sorted(updates)
+        config |= {key: None for key in NARROWING if key in config}
+    widest = max(updates.values(), key=lambda update: update.rank)
+    rank_pattern = {}
+    alpha_pattern = {}
+    for name, update in updates.items():
+        if update.rank != widest.rank:
+            rank_pattern[pattern_for(name, updates)] = update.rank
+        if _alpha(update) != _alpha(widest):
+            alpha_pattern[pattern_for(name, updates)] = _alpha(update)
     return {
-        **values,
+        **config,
         "r": widest.rank,
         "lora_alpha": _alpha(widest),
         "use_rslora": False,
-        "rank_pattern": {pattern_for(name, updates): rank for name, rank in ranks.items()},
-        "alpha_pattern": {pattern_for(name, updates): alpha for name, alpha in alphas.items()},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "inference_mode": True,
     }
 

@@ -1,1 +1,1 @@
-"""What a training step needs besides the layers: the loss, attention inside a pack, parameter groups."""
+"""Parts of a training step outside the layers: loss, packed attention, parameter groups."""

@@ -1,1 +1,1 @@
-"""From item records to figures, differences and a verdict: pure functions."""
+"""From item records to metrics, differences and a verdict: pure functions."""

@@ -1,35 +1,40 @@
-"""The summary of a run: every model's figures, every adapter's verdict, and which adapter is put forward.
+"""The summary of a run: every model's metrics, every adapter's verdict, and the adapter to promote.
 
-A pure function from stage results and item records to the plain values of summary.json; reports and the registry
-read nothing else.
+A pure function from stage results and item records to the plain values of summary.json. Reports and
+the registry read nothing else.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from pipelines.comparison.case import (
-    BASE,
-    CONTROL,
-    QUANTIZED_BASE,
-    Beside,
-    Case,
-    Incumbent,
-    Trained,
-)
 from pipelines.comparison.differences import (
     change,
     drop_beyond_control,
     gain_share,
     general_change,
-    general_figure,
+    general_metric,
     general_samples,
     open_samples,
     score_scales,
     task_gain,
 )
-from pipelines.comparison.frontier import Point, Variant, place, recommend
+from pipelines.comparison.frontier import (
+    FrontierPoint,
+    FrontierVariant,
+    frontier_point,
+    recommend,
+)
 from pipelines.comparison.gate import Evidence, OpenChange, decide
+from pipelines.comparison.inputs import (
+    BASE,
+    CONTROL,
+    QUANTIZED_BASE,
+    ComparedChampion,
+    ComparedModel,
+    ComparisonContext,
+    ComparisonInputs,
+)
 from pipelines.comparison.power import power_of
 from pipelines.comparison.records import Records, align, scored
 from pipelines.comparison.resampling import Interval, mean_interval
@@ -40,10 +45,10 @@ __all__ = [
     "BASE",
     "CONTROL",
     "QUANTIZED_BASE",
-    "Beside",
-    "Incumbent",
-    "Trained",
-    "Variant",
+    "ComparedChampion",
+    "ComparedModel",
+    "ComparisonContext",
+    "FrontierVariant",
     "compare",
 ]
 Values = dict[str, Any]
@@ -51,136 +56,149 @@ Values = dict[str, Any]
 
 def compare(
     recipe: Recipe,
-    trained: Sequence[Trained],
+    trained: Sequence[ComparedModel],
     items: Mapping[str, Records],
-    beside: Beside | None = None,
+    context: ComparisonContext | None = None,
 ) -> Values:
-    """Return the figures of the base, the control and each adapter, and the decision.
+    """Return the metrics of the base, the control and each adapter, and the decision.
 
     Args:
-        recipe: its gate, control and training are read.
-        trained: the control, unless there is none, and the adapters, in the order of the report.
-        items: label → item records, for the base, the base in 4 bits (where adapters train over it), each trained model,
-            each variant and the registered champion.
-        beside: what else is known.
+        recipe: its gate, control and training sections are used.
+        trained: the control, if there is one, and the adapters, in the order of the report.
+        items: label → item records, for the base, the base in 4 bits (if adapters train over it),
+            each trained model, each variant and the registered champion.
+        context: optional inputs.
 
     Raises:
         ValueError: two models were not scored on the same items.
     """
-    case = Case(recipe, tuple(trained), align(items), beside or Beside())
-    models = {label: _base(case, label) for label in (BASE, QUANTIZED_BASE) if label in items}
-    models |= {model.label: _trained(case, model) for model in trained}
-    for model in case.adapters:
-        models[model.label] |= _judged(case, model)
-    adapters = {model.label: models[model.label] for model in case.adapters}
-    points = _points(case)
-    recommended = recommend(points, _with_status(adapters, "pass"), case.items)
+    inputs = ComparisonInputs(recipe, tuple(trained), align(items), context or ComparisonContext())
+    models = {}
+    for label in (BASE, QUANTIZED_BASE):
+        if label in items:
+            models[label] = _base(inputs, label)
+    for model in trained:
+        models[model.label] = _trained(inputs, model)
+    for model in inputs.adapters:
+        models[model.label] |= _judged(inputs, model)
+    adapters = {model.label: models[model.label] for model in inputs.adapters}
+    points = _points(inputs)
+    recommended = recommend(points, _with_status(adapters, "pass"), inputs.items)
     return {
         "models": models,
         **_decision(adapters),
-        "recommended": asdict(recommended) if recommended is not None else None,
-        "control": case.control,
-        "incumbent": _incumbent(case),
-        "general_figure": general_figure(case.items[BASE]),
-        "frontier": [asdict(one) for one in points],
+        "recommended": None if recommended is None else asdict(recommended),
+        "control": inputs.control,
+        "incumbent": _champion(inputs),
+        "general_figure": general_metric(inputs.items[BASE]),
+        "frontier": [asdict(point) for point in points],
     }
 
 
-def _base(case: Case, label: str) -> Values:
-    """Return a base's figures; the change of the one in 4 bits is what quantisation costs."""
-    own = {"scores": _scores(case, label)}
-    return (
-        own
-        if label == BASE
-        else {**own, "change": _effect(case, BASE, label), "power": _power(case, BASE, label)}
-    )
+def _base(inputs: ComparisonInputs, label: str) -> Values:
+    """Return a base's metrics; the change of the 4-bit base is the cost of quantization."""
+    if label == BASE:
+        return {"scores": _scores(inputs, label)}
+    return {
+        "scores": _scores(inputs, label),
+        "change": _effect(inputs, BASE, label),
+        "power": _power(inputs, BASE, label),
+    }
 
 
-def _trained(case: Case, model: Trained) -> Values:
-    """Return a trained model's figures, what its training changed and what has changed in all."""
-    before = case.base_of(case.variant(model))
-    by_training = _effect(case, before, model.label)
+def _trained(inputs: ComparisonInputs, model: ComparedModel) -> Values:
+    """Return a trained model's metrics, its change by training and its total change."""
+    before = inputs.base_of(inputs.variant(model))
+    by_training = _effect(inputs, before, model.label)
+    total = by_training if before == BASE else _effect(inputs, BASE, model.label)
     return {
         **asdict(model),
-        "scores": _scores(case, model.label),
+        "scores": _scores(inputs, model.label),
         "change": by_training,
-        "total": by_training if before == BASE else _effect(case, BASE, model.label),
-        "power": _power(case, before, model.label),
+        "total": total,
+        "power": _power(inputs, before, model.label),
     }
 
 
-def _judged(case: Case, model: Trained) -> Values:
-    """Return an adapter's figures beside the control's, and its verdict."""
-    evidence = _evidence(case, model)
+def _judged(inputs: ComparisonInputs, model: ComparedModel) -> Values:
+    """Return an adapter's comparison with the control, and its verdict."""
+    evidence = _evidence(inputs, model)
+    verdict = decide(evidence, inputs.recipe.gate.model_dump())
     return {
-        "gain_share": asdict(evidence.gain_share) if evidence.gain_share is not None else None,
-        "beyond_control": asdict(evidence.beyond_control)
-        if evidence.beyond_control is not None
-        else None,
-        "verdict": asdict(decide(evidence, case.recipe.gate.model_dump())),
+        "gain_share": _interval_values(evidence.gain_share),
+        "beyond_control": _interval_values(evidence.beyond_control),
+        "verdict": asdict(verdict),
     }
 
 
-def _scores(case: Case, label: str) -> Values:
-    section = case.recipe.evaluation
-    return asdict(
-        scores(case.items[label], (*section.metrics, *(["execution"] if section.execute else [])))
-    )
+def _interval_values(interval: Interval | None) -> Values | None:
+    return None if interval is None else asdict(interval)
 
 
-def _effect(case: Case, before: str, after: str) -> Values:
-    """Return how one model differs from another; the KL divergence only where both have distributions."""
-    moved = case.divergences.get((before, after))
-    known = {"mean": None, "interval": None} if moved is None else asdict(moved)
+def _scores(inputs: ComparisonInputs, label: str) -> Values:
+    section = inputs.recipe.evaluation
+    metrics = list(section.metrics)
+    if section.execute:
+        metrics.append("execution")
+    return asdict(scores(inputs.items[label], metrics))
+
+
+def _effect(inputs: ComparisonInputs, before: str, after: str) -> Values:
+    """Return the difference between two models; KL divergence only if both have distributions."""
+    values = asdict(change(inputs.items[before], inputs.items[after]))
+    divergence = inputs.divergences.get((before, after))
+    if divergence is None:
+        return {**values, "kl": None, "kl_interval": None}
     return {
-        **asdict(change(case.items[before], case.items[after])),
-        "kl": known["mean"],
-        "kl_interval": known["interval"],
+        **values,
+        "kl": divergence.mean,
+        "kl_interval": _interval_values(divergence.interval),
     }
 
 
-def _power(case: Case, before: str, after: str) -> Values | None:
-    """Return what the general items can tell, together and by benchmark; None where no benchmark has two left.
+def _power(inputs: ComparisonInputs, before: str, after: str) -> Values | None:
+    """Return what the general items can detect, together and by benchmark.
 
-    Of a benchmark that rates itself, drops are in its own score; scores of several have no common bound.
+    It is None if no benchmark has two items left. For a task with its own score, drops are in that
+    score; the scores of several tasks have no common bound.
     """
-    first, second, drop = case.items[before], case.items[after], case.recipe.gate.max_general_drop
-    general, apart, scales = (
-        general_samples(first, second),
-        open_samples(first, second),
-        score_scales(first),
-    )
-    every = {**general, **apart}
+    first = inputs.items[before]
+    second = inputs.items[after]
+    drop = inputs.recipe.gate.max_general_drop
+    general = general_samples(first, second)
+    separate = open_samples(first, second)
+    scales = score_scales(first)
+    every = {**general, **separate}
     if not every:
         return None
-    pooled = power_of(list((general or apart).values()), drop if general else 0)
-    single = {
-        name: asdict(power_of([values], drop * scales.get(name, 1)))
-        for name, values in every.items()
-    }
+    if general:
+        pooled = power_of(list(general.values()), drop)
+    else:
+        pooled = power_of(list(separate.values()), 0)
+    single = {}
+    for name, values in every.items():
+        single[name] = asdict(power_of([values], drop * scales.get(name, 1)))
     return {**asdict(pooled), "benchmarks": single}
 
 
-def _evidence(case: Case, model: Trained) -> Evidence:
+def _evidence(inputs: ComparisonInputs, model: ComparedModel) -> Evidence:
     assert model.rank is not None, "an adapter has a rank"
-    own, base, before = (
-        case.items[label] for label in (model.label, BASE, case.base_of(case.variant(model)))
-    )
-    share, beyond = _beside_control(case, before, own)
-    rival = _rival(case)
+    own = inputs.items[model.label]
+    base = inputs.items[BASE]
+    before = inputs.items[inputs.base_of(inputs.variant(model))]
+    rival = _rival(inputs)
     return Evidence(
-        control=case.recipe.control.method,
+        control=inputs.recipe.control.method,
         task_gain=task_gain(base, own),
-        gain_share=share,
+        gain_share=_gain_share(inputs, own),
         general=general_change(before, own),
-        general_figure=general_figure(base),
-        beyond_control=beyond,
+        general_metric=general_metric(base),
+        beyond_control=_beyond_control(inputs, before, own),
         open_changes=_open_changes(before, own),
         file_bytes=model.figures["file_bytes"],
-        rank=model.figures.get(
-            "file_rank", model.rank
-        ),  # a start from the weight doubles it in the file
-        over_champion=_over_champion(case, model),
+        # an initialization from the weight doubles the rank in the file
+        rank=model.figures.get("file_rank", model.rank),
+        over_champion=_over_champion(inputs, model),
         champion_objection=None if rival is None else rival.objection,
         errors=metric_errors(own),
         examples=len(scored(own, "task")),
@@ -189,99 +207,114 @@ def _evidence(case: Case, model: Trained) -> Evidence:
     )
 
 
-def _beside_control(
-    case: Case, before: Records, own: Records
-) -> tuple[Interval | None, Interval | None]:
-    """Return an adapter's share of the control's gain and its change beyond the control's; None and None without one."""
-    control = next((model for model in case.trained if model.label == CONTROL), None)
+def _control_model(inputs: ComparisonInputs) -> ComparedModel | None:
+    return next((model for model in inputs.trained if model.label == CONTROL), None)
+
+
+def _gain_share(inputs: ComparisonInputs, own: Records) -> Interval | None:
+    """Return an adapter's fraction of the control's gain; None without a control."""
+    if _control_model(inputs) is None:
+        return None
+    return gain_share(inputs.items[BASE], inputs.items[CONTROL], own)
+
+
+def _beyond_control(inputs: ComparisonInputs, before: Records, own: Records) -> Interval | None:
+    """Return an adapter's general change minus the control's; None without a control."""
+    control = _control_model(inputs)
     if control is None:
-        return None, None
-    records, control_base = case.items[CONTROL], case.items[case.base_of(case.variant(control))]
-    return gain_share(case.items[BASE], records, own), drop_beyond_control(
-        (control_base, before), records, own
+        return None
+    control_base = inputs.items[inputs.base_of(inputs.variant(control))]
+    return drop_beyond_control(
+        inputs.items[CONTROL], own, control_base=control_base, adapter_base=before
     )
 
 
 def _open_changes(before: Records, own: Records) -> tuple[OpenChange, ...]:
-    """Return the change of each benchmark of open questions, unless one of them is all there is to general abilities."""
-    samples, scales = open_samples(before, own), score_scales(before)
-    held = [name for name in samples if list(general_samples(before, own)) != [name]]
-    return tuple(
-        OpenChange(name, mean_interval(samples[name]), scales.get(name), len(samples[name]))
-        for name in held
-    )
+    """Return the change of each benchmark of open questions.
 
-
-def _rival(case: Case) -> Incumbent | None:
-    """Return the registered champion that every adapter has to beat; None where there is none, or it is one of them.
-
-    A run that is repeated finds the adapter that it promoted, and its verdicts must not change: which of its adapters is
-    the best is decided among those that pass.
+    A benchmark that alone makes up the general change is left out.
     """
-    return case.beside.incumbent if case.twin is None else None
+    general = list(general_samples(before, own))
+    scales = score_scales(before)
+    changes = []
+    for name, values in open_samples(before, own).items():
+        if general != [name]:
+            change = mean_interval(values)
+            changes.append(OpenChange(name, change, scales.get(name), len(values)))
+    return tuple(changes)
 
 
-def _over_champion(case: Case, model: Trained) -> Interval | None:
-    """Return the task gain over the registered champion; None where it need not be beaten, or cannot be compared."""
-    rival = _rival(case)
-    return (
-        None
-        if rival is None or rival.objection is not None
-        else task_gain(case.items[rival.label], case.items[model.label])
-    )
+def _rival(inputs: ComparisonInputs) -> ComparedChampion | None:
+    """Return the registered champion to beat; None if there is none, or it is one of the adapters.
+
+    A repeated run finds the adapter that it promoted itself, and its verdicts must not change: the
+    best of its own adapters is chosen among those that pass.
+    """
+    return inputs.context.champion if inputs.champion_here is None else None
 
 
-def _incumbent(case: Case) -> Values | None:
-    """Return the registered champion, with a sentence on what it was held against."""
-    known = case.beside.incumbent
-    if known is None:
+def _over_champion(inputs: ComparisonInputs, model: ComparedModel) -> Interval | None:
+    """Return the task gain over the registered champion; None if there is none to compare with."""
+    rival = _rival(inputs)
+    if rival is None or rival.objection is not None:
         return None
-    if case.twin is not None:
-        words = f"The registered champion, version {known.version}, is {case.twin.label} of this run, byte for byte, and need not be beaten."
-    elif known.objection is not None:
-        words = f"The registered champion, version {known.version}, could not be compared: {known.objection}."
+    return task_gain(inputs.items[rival.label], inputs.items[model.label])
+
+
+def _champion(inputs: ComparisonInputs) -> Values | None:
+    """Return the registered champion, with a sentence about its comparison."""
+    champion = inputs.context.champion
+    if champion is None:
+        return None
+    subject = f"The registered champion, version {champion.version},"
+    if inputs.champion_here is not None:
+        label = inputs.champion_here.label
+        words = f"{subject} is identical to {label} of this run and need not be beaten."
+    elif champion.objection is not None:
+        words = f"{subject} could not be compared: {champion.objection}."
     else:
-        gain = task_gain(case.items[BASE], case.items[known.label])
-        words = f"The registered champion, version {known.version}, gains {gain.mean:+.3f} nats a token over the base on the same items."
-    return {**asdict(known), "label": known.label, "words": words}
+        gain = task_gain(inputs.items[BASE], inputs.items[champion.label])
+        words = f"{subject} gains {gain.mean:+.3f} nats per token over the base on the same items."
+    return {**asdict(champion), "label": champion.label, "words": words}
 
 
-def _points(case: Case) -> list[Point]:
-    """Place every model that was scored between learning and forgetting, those that are judged first."""
-    every = [
-        *((case.variant(model), True) for model in case.trained),
-        *((variant, False) for variant in case.beside.variants),
-    ]
-    items = case.items
-    return [
-        place(
+def _points(inputs: ComparisonInputs) -> list[FrontierPoint]:
+    """Return the frontier point of every scored model, the compared ones first."""
+    variants = [(inputs.variant(model), True) for model in inputs.trained]
+    variants += [(variant, False) for variant in inputs.context.variants]
+    points = []
+    for variant, trained in variants:
+        point = frontier_point(
             variant,
-            (items[BASE], items[case.base_of(variant)]),
-            items[variant.label],
+            inputs.items[variant.label],
+            full_precision_base=inputs.items[BASE],
+            training_base=inputs.items[inputs.base_of(variant)],
             trained=trained,
         )
-        for variant, trained in every
-    ]
+        points.append(point)
+    return points
 
 
 def _decision(adapters: Mapping[str, Any]) -> Values:
-    """Put forward the newest adapter that was not rejected and, of those that pass, the one that learnt most."""
+    """Choose the candidate, the last adapter that is not rejected, and the champion.
+
+    The champion is the adapter with the largest gain among those that pass.
+    """
     kept = _with_status(adapters, "pass", "can't tell")
-    champion = max(
-        _with_status(adapters, "pass"),
-        key=lambda label: adapters[label]["total"]["task_gain"]["mean"],
-        default=None,
-    )
+    gains = {}
+    for label in _with_status(adapters, "pass"):
+        gains[label] = adapters[label]["total"]["task_gain"]["mean"]
+    champion = max(gains, key=lambda label: gains[label], default=None)
     if champion is not None:
-        gain = adapters[champion]["total"]["task_gain"]["mean"]
         reason = (
-            f"{champion} passes and gains most on the task ({gain:+.3f} nats a token over the base)"
+            f"{champion} passes and gains most on the task "
+            f"({gains[champion]:+.3f} nats per token over the base)"
         )
     else:
-        reason = "no adapter passes: " + "; ".join(
-            f"{label}: {adapters[label]['verdict']['reason']}" for label in adapters
-        )
-    return {"candidate": kept[-1] if kept else None, "champion": champion, "decision": reason}
+        reasons = [f"{label}: {model['verdict']['reason']}" for label, model in adapters.items()]
+        reason = "no adapter passes: " + "; ".join(reasons)
+    candidate = kept[-1] if kept else None
+    return {"candidate": candidate, "champion": champion, "decision": reason}
 
 
 def _with_status(adapters: Mapping[str, Any], *statuses: str) -> list[str]:

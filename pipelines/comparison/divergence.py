@@ -1,11 +1,12 @@
-"""How far one model's next tokens have moved from another's: the KL divergence over general questions put as chats.
+"""KL divergence between two models' next-token distributions, on general questions as chats.
 
-    log_probabilities    (N, V) float16    row = one position, in the file beside each model's items
+    log_probabilities    (N, V) float16    row = one position; the file is next to the model's items
 
-KL(before ‖ after) = mean over positions of Σ p_before (log p_before − log p_after), in nats per token. It sees any change
-of the model, wanted or not, and knows no right answer: a sign to look, and never judged. On the new task it goes with
-forgetting (Shenfeld et al. 2025, arXiv 2509.04259); here it is taken where nothing was meant to change. Its interval draws
-whole chats, since the positions of one chat stray together.
+KL(before ‖ after) = mean over positions of Σ p_before (log p_before − log p_after), in nats per
+token. It detects any change of the model, wanted or not, and uses no right answer. It is a hint to
+look closer and is never judged. On the new task it correlates with forgetting (Shenfeld et al.
+2025, arXiv 2509.04259); here it is measured on questions that training should not affect. Its
+interval resamples complete chats, since the positions of one chat are correlated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,70 +23,85 @@ from pipelines.comparison.records import Records, scored
 from pipelines.comparison.resampling import Array, Interval, ratio_interval
 
 TENSOR = "log_probabilities"
-NO_CHANCE = np.float32(np.finfo(np.float16).min)
-"""Stands for −∞, whose products are no numbers."""
+LOG_ZERO = np.float32(np.finfo(np.float16).min)
+"""Replaces −∞, whose product with 0 is NaN."""
 Pair = tuple[str, str]
+"""Labels of the models before and after."""
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """How far one model moved from another."""
+class KLDivergence:
+    """Divergence of one model from another."""
 
     mean: float
     """Nats per token."""
     interval: Interval | None
-    """The same with its interval, which never reaches below 0; None for a single chat."""
+    """The mean with its interval, which never reaches below 0; None for a single chat."""
 
 
 def divergences(
     chats: Records, files: Mapping[str, Path], pairs: Sequence[Pair]
-) -> dict[Pair, Divergence]:
-    """Return the KL divergence of some models from others, nats per token; none where no chat was scored.
+) -> dict[Pair, KLDivergence]:
+    """Return the KL divergence of each pair, in nats per token; empty if no chat was scored.
 
     Args:
-        chats: item records of any model, whose chats name their rows.
+        chats: item records of any model; its chats name their rows.
         files: label → distributions of that model.
         pairs: labels of before and after; each position is read once for all pairs.
 
     Raises:
-        ValueError: two files hold other positions or another vocabulary.
+        ValueError: two files have different positions or vocabularies.
     """
     rows = [record["rows"] for record in scored(chats, "chat")]
-    totals: dict[Pair, list[float]] = {pair: [] for pair in (pairs if rows else [])}
+    if not rows:
+        return {}
+    sums = _sums_by_chat(rows, files, pairs)
+    positions = np.array([end - first for first, end in rows], dtype=np.float64)
+    return {pair: _divergence(np.array(values), positions) for pair, values in sums.items()}
+
+
+def _sums_by_chat(
+    rows: Sequence[tuple[int, int]], files: Mapping[str, Path], pairs: Sequence[Pair]
+) -> dict[Pair, list[float]]:
+    """Return, for each pair, the divergence summed over the positions of each chat.
+
+    Args:
+        rows: first row and end of each chat.
+        files: label → distributions of that model.
+        pairs: labels of before and after.
+    """
+    sums: dict[Pair, list[float]] = {pair: [] for pair in pairs}
     with ExitStack() as stack:
-        opened = {
-            label: stack.enter_context(safe_open(files[label], framework="np"))
-            for pair in totals
-            for label in pair
-        }
-        tables = {label: file.get_slice(TENSOR) for label, file in opened.items()}
+        tables = {}
+        for label in dict.fromkeys(label for pair in pairs for label in pair):
+            file = stack.enter_context(safe_open(files[label], framework="np"))
+            tables[label] = file.get_slice(TENSOR)
         _check_shapes({label: tuple(table.get_shape()) for label, table in tables.items()})
         for first, end in rows:
-            logarithms = {label: _logarithms(table[first:end]) for label, table in tables.items()}
-            chances = {before: np.exp(logarithms[before]) for before, _ in totals}
-            for before, after in totals:
-                totals[before, after].append(
-                    float(np.vdot(chances[before], logarithms[before] - logarithms[after]))
-                )
-    positions = np.array([end - first for first, end in rows], dtype=np.float64)
-    return {pair: _divergence(np.array(sums), positions) for pair, sums in totals.items()}
+            logs = {label: _logarithms(table[first:end]) for label, table in tables.items()}
+            probabilities = {before: np.exp(logs[before]) for before, _ in sums}
+            for before, after in sums:
+                difference = logs[before] - logs[after]
+                sums[before, after].append(float(np.vdot(probabilities[before], difference)))
+    return sums
 
 
-def _divergence(sums: Array, positions: Array) -> Divergence:
-    found = ratio_interval(sums, positions)
-    floor = min(found.mean, 0.0)  # of halves, what did not move may be found a hair below 0
-    return Divergence(
-        found.mean,
-        Interval(found.mean, max(found.low, floor), found.high) if len(sums) > 1 else None,
-    )
+def _divergence(sums: Array, positions: Array) -> KLDivergence:
+    result = ratio_interval(sums, positions)
+    if len(sums) == 1:
+        return KLDivergence(result.mean, None)
+    floor = min(result.mean, 0.0)  # in float16, an unchanged model may be slightly below 0
+    interval = Interval(result.mean, max(result.low, floor), result.high)
+    return KLDivergence(result.mean, interval)
 
 
 def _logarithms(halves: NDArray[Any]) -> NDArray[np.float32]:
-    return np.maximum(halves.astype(np.float32), NO_CHANCE)
+    return np.maximum(halves.astype(np.float32), LOG_ZERO)
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
     if len(set(shapes.values())) > 1:
         raise ValueError(
-            f"the distributions have unlike shapes ({shapes}); score all models with the same tokenizer and settings"
+            f"the distributions have different shapes ({shapes}); "
+            "score all models with the same tokenizer and settings"
         )

@@ -1,28 +1,31 @@
-"""Learning against forgetting, a point for each model that was scored, and which adapter the points speak for.
+"""Learning versus forgetting: a point for each scored model, and the adapter recommended from them.
 
-Champion is the adapter that gains most; recommended is the one of the lowest rank that surely gives up little of that gain,
-since a rank that buys next to nothing costs memory and time wherever it is served. That it is not surely lower would not
-do: from few examples nothing is sure, and the lowest rank would always be recommended. An adapter that was only cut for the picture is
-named where it would do, and never put forward: it is not registered.
+The champion is the adapter with the largest gain. The recommended adapter has the lowest rank that
+gives up little of that gain by its 95 % interval, since a rank that gains next to nothing costs
+memory and time wherever it is served. "Not significantly lower" is not enough: with few examples
+nothing is significant, and the lowest rank would always be recommended. An adapter that was
+rank-truncated only for the frontier is mentioned if it is sufficient, but never recommended: it is
+not registered.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
 
-from pipelines.comparison.differences import pictured_change, task_gain
+from pipelines.comparison.differences import displayed_change, task_gain
 from pipelines.comparison.records import Records
 from pipelines.comparison.resampling import Interval
 
-LITTLE = 0.1
-"""Share of the best one's gain that a lower rank may give up, at the upper end of the interval. It is a convention like the
-gate's bounds: small beside the half that `min_gain_share` lets an adapter lack, and wide enough for some dozen paired examples
-to show it; each halving of the rank halves the file."""
+MAX_GIVEN_UP = 0.1
+"""Fraction of the best adapter's gain that a lower rank may give up, at the upper end of the
+interval. It is a convention like the gate's bounds: small compared with the half that
+`min_gain_share` lets an adapter lack, and large enough for a few dozen paired examples to confirm
+it. Each halving of the rank halves the file."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """One model between learning and forgetting."""
+class FrontierPoint:
+    """Learning and forgetting of one model."""
 
     label: str
     method: str
@@ -31,18 +34,18 @@ class Point:
     step: int
     learning_rate: float
     cut_from: int | None
-    """Rank of the adapter that it was cut from."""
+    """Rank of the adapter from which it was truncated."""
     trained: bool
-    """Whether it is one of the models that are judged, and not scored for the picture only."""
+    """Whether it is one of the compared models, not scored for the frontier only."""
     gain: Interval
     """Task gain over the full-precision base, nats per token."""
     general: Interval | None
-    """Change of general abilities by training, or of the scores by which tasks rate themselves where nothing else was asked."""
+    """Change of general abilities by training or, without these, of the tasks' own scores."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A model that is scored for the picture: an earlier step, another learning rate, or a cut to a lower rank."""
+class FrontierVariant:
+    """A model that only the frontier shows: an earlier step, another rate, or a truncated rank."""
 
     label: str
     """rank-R@STEP, control@STEP, rank-R lr RATE or rank-R→RANK."""
@@ -53,7 +56,7 @@ class Variant:
     step: int
     learning_rate: float
     cut_from: int | None = None
-    """Rank of the adapter that it was cut from."""
+    """Rank of the adapter from which it was truncated."""
 
 
 @dataclass(frozen=True)
@@ -63,99 +66,120 @@ class Recommendation:
     label: str
     reason: str
     gives_up: float | None = None
-    """The most that it gives up, as a share of the best one's gain; None for the best itself."""
+    """Most that it gives up, as a fraction of the best adapter's gain; None for the best itself."""
 
 
-def place(
-    variant: Variant, bases: tuple[Records, Records], records: Records, *, trained: bool
-) -> Point:
-    """Place a model between learning and forgetting.
+def frontier_point(
+    variant: FrontierVariant,
+    records: Records,
+    *,
+    full_precision_base: Records,
+    training_base: Records,
+    trained: bool,
+) -> FrontierPoint:
+    """Return a model's point on the frontier.
 
     Args:
-        variant: what it is.
-        bases: the base in full precision, and the one it was trained on.
-        records: its own.
-        trained: whether it is judged.
+        variant: how the model was trained.
+        records: the model's item records.
+        full_precision_base: item records of the base in full precision.
+        training_base: item records of the base on which the model was trained.
+        trained: whether it is one of the compared models.
     """
-    gain, general = task_gain(bases[0], records), pictured_change(bases[1], records)
-    return Point(**asdict(variant), trained=trained, gain=gain, general=general)
+    return FrontierPoint(
+        **asdict(variant),
+        trained=trained,
+        gain=task_gain(full_precision_base, records),
+        general=displayed_change(training_base, records),
+    )
 
 
 def recommend(
-    points: Sequence[Point], passed: Sequence[str], items: Mapping[str, Records]
+    points: Sequence[FrontierPoint], passed: Sequence[str], items: Mapping[str, Records]
 ) -> Recommendation | None:
-    """Return the adapter of the lowest rank that surely gives up little of the best one's gain; None where none passes.
+    """Return the lowest-rank adapter that gives up little of the best gain; None if none passes.
 
     Args:
-        points: every model that was placed.
+        points: every model on the frontier.
         passed: labels of the adapters that pass the gate.
-        items: label → item records, on which gains are compared pair by pair.
+        items: label → item records, on which gains are compared item by item.
     """
-    adapters = sorted((one for one in points if one.label in passed), key=_rank)
+    adapters = sorted((point for point in points if point.label in passed), key=_rank)
     if not adapters:
         return None
-    best = max(adapters, key=lambda one: one.gain.mean)
-    behind = {
-        one.label: task_gain(items[one.label], items[best.label])
-        for one in adapters
-        if _rank(one) < _rank(best)
-    }
-    chosen = next(
-        (one for one in adapters if one.label in behind and _is_little(behind[one.label], best)),
-        best,
-    )
-    reason = _reason(chosen, best, behind, alone=len(adapters) == 1)
-    given_up = None if chosen is best else round(_share(behind[chosen.label], best), 6)
-    return Recommendation(chosen.label, reason + _shorter(chosen, best, points, items), given_up)
+    best = max(adapters, key=lambda point: point.gain.mean)
+    lower = [point for point in adapters if _rank(point) < _rank(best)]
+    behind = {point.label: task_gain(items[point.label], items[best.label]) for point in lower}
+    sufficient = [point for point in lower if _gives_up_little(behind[point.label], best)]
+    if sufficient:
+        chosen = sufficient[0]
+        reason = _lower_rank_reason(chosen, best, behind[chosen.label])
+        given_up = round(_fraction_given_up(behind[chosen.label], best), 6)
+    else:
+        chosen = best
+        reason = _best_reason(best, behind, alone=len(adapters) == 1)
+        given_up = None
+    return Recommendation(chosen.label, reason + _truncation(chosen, best, points, items), given_up)
 
 
-def _is_little(behind: Interval, best: Point) -> bool:
-    return behind.high <= LITTLE * best.gain.mean
+def _gives_up_little(behind: Interval, best: FrontierPoint) -> bool:
+    return behind.high <= MAX_GIVEN_UP * best.gain.mean
 
 
-def _share(behind: Interval, best: Point) -> float:
-    """Return the most that is given up, as a share of the best one's gain."""
+def _fraction_given_up(behind: Interval, best: FrontierPoint) -> float:
+    """Return the most that is given up, as a fraction of the best adapter's gain."""
     return max(0.0, behind.high) / best.gain.mean
 
 
-def _reason(chosen: Point, best: Point, behind: Mapping[str, Interval], *, alone: bool) -> str:
-    if alone:
-        return f"{chosen.label} is the only one that passes"
-    if chosen is not best:
-        most = percent(_share(behind[chosen.label], best))
-        return (
-            f"{chosen.label} has the lowest rank that surely gives up no more than {LITTLE:.0%} of the task gain of {best.label} "
-            f"({best.gain.mean:+.3f}): {_less(behind[chosen.label])} on the same items, at most {most}%"
-        )
-    if not behind:
-        return f"{chosen.label} gains most of those that pass ({chosen.gain.mean:+.3f}) and has the lowest rank of them"
-    lower = "; ".join(f"{label} {_less(interval)}" for label, interval in behind.items())
-    return f"{chosen.label} gains most ({chosen.gain.mean:+.3f}), and no lower rank that passes surely gives up at most {LITTLE:.0%}: {lower}"
-
-
-def percent(share: float) -> int:
-    """Return a share in whole percent, rounded up."""
-    return ceil(round(100 * share, 4))
-
-
-def _shorter(
-    chosen: Point, best: Point, points: Sequence[Point], items: Mapping[str, Records]
-) -> str:
-    """Name the shortest cut below the chosen rank that surely gives up little too, if there is one."""
-    cuts = sorted(
-        (one for one in points if one.cut_from is not None and _rank(one) < _rank(chosen)),
-        key=_rank,
+def _lower_rank_reason(chosen: FrontierPoint, best: FrontierPoint, behind: Interval) -> str:
+    most = percent(_fraction_given_up(behind, best))
+    return (
+        f"{chosen.label} has the lowest rank that gives up at most {MAX_GIVEN_UP:.0%} "
+        f"of the task gain of {best.label} ({best.gain.mean:+.3f}) by its 95 % interval: "
+        f"{_less(behind)} on the same items, at most {most}%"
     )
-    for one in cuts:
-        behind = task_gain(items[one.label], items[best.label])
-        if _is_little(behind, best):
-            general = (
-                f", with a general change of {one.general.mean:+.3f}"
-                if one.general is not None
-                else ""
+
+
+def _best_reason(best: FrontierPoint, behind: Mapping[str, Interval], *, alone: bool) -> str:
+    if alone:
+        return f"{best.label} is the only one that passes"
+    if not behind:
+        return (
+            f"{best.label} gains most of those that pass ({best.gain.mean:+.3f}) "
+            "and has the lowest rank of them"
+        )
+    lower = "; ".join(f"{label} {_less(interval)}" for label, interval in behind.items())
+    return (
+        f"{best.label} gains most ({best.gain.mean:+.3f}), and no lower rank that passes "
+        f"gives up at most {MAX_GIVEN_UP:.0%} by its 95 % interval: {lower}"
+    )
+
+
+def percent(fraction: float) -> int:
+    """Return a fraction in percent, rounded up to an integer."""
+    return ceil(round(100 * fraction, 4))
+
+
+def _truncation(
+    chosen: FrontierPoint,
+    best: FrontierPoint,
+    points: Sequence[FrontierPoint],
+    items: Mapping[str, Records],
+) -> str:
+    """Mention the lowest truncated rank below the chosen one that gives up little too, if any."""
+    truncated = [point for point in points if point.cut_from is not None]
+    lower = [point for point in truncated if _rank(point) < _rank(chosen)]
+    for point in sorted(lower, key=_rank):
+        behind = task_gain(items[point.label], items[best.label])
+        if _gives_up_little(behind, best):
+            most = percent(_fraction_given_up(behind, best))
+            general = ""
+            if point.general is not None:
+                general = f", with a general change of {point.general.mean:+.3f}"
+            return (
+                f"; rank {point.cut_from} truncated to {point.rank} would give up at most {most}% "
+                f"({_less(behind)}){general}, but is not registered"
             )
-            little = f"at most {percent(_share(behind, best))}% ({_less(behind)})"
-            return f"; rank {one.cut_from} cut to {one.rank} would give up {little}{general}, but is not registered"
     return ""
 
 
@@ -163,6 +187,6 @@ def _less(behind: Interval) -> str:
     return f"{behind.mean:.3f} less ({behind.low:.3f} to {behind.high:.3f})"
 
 
-def _rank(one: Point) -> int:
-    assert one.rank is not None, "adapters and cuts have a rank"
-    return one.rank
+def _rank(point: FrontierPoint) -> int:
+    assert point.rank is not None, "adapters and truncations have a rank"
+    return point.rank

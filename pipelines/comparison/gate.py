@@ -1,43 +1,48 @@
-"""The gate: each rule is held against an end of an interval; one failure rejects, and what cannot be told does not pass.
+"""The gate: compare each rule with an end of an interval; one failure rejects, all must pass.
 
-    learnt enough                        a share of the control's task gain; without a control, surely more than nothing
-    forgot little                        general abilities, against the base it was trained on
-    forgot hardly more than the control  the same, less the control's own change
-    forgot little of BENCHMARK           each benchmark of open questions by itself, against the base it was trained on
-    is small enough to serve             its file, and its rank
-    beats the registered champion        on the same items
-    all metrics could be computed
+    learned enough                       a fraction of the control's task gain
+    gained on the task                   without a control: a significant gain over the base
+    forgot little                        general abilities, from the base on which it was trained
+    forgot little more than the control  the same, minus the control's own change
+    forgot little of BENCHMARK           one benchmark of open questions, from the same base
+    the file is small enough             to serve
+    the rank can be served               by the engine
+    beats the champion                   on the same items
+    all metrics could be computed        of the generated answers
 
-A rule that does not apply is not listed: those that ask for a control without one, a limit that the recipe does not set,
-a champion where none is registered or an adapter of the same comparison is that champion.
+A rule that does not apply is not listed: comparisons with the control if there is none, a limit
+that the recipe does not set, the champion if none is registered or an adapter of the same
+comparison is that champion.
 
-The score by which a task rates itself may have any scale, so the largest drop is there a share of the base's own mean
-absolute score, which is taken as it was found: it is a measure, and not what is asked.
+A task's own score may have any scale, so its largest drop is a fraction of the base's mean absolute
+score. That scale is taken as a constant, without an interval.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import floor, log10
-from typing import Any, Literal
+from typing import Any
 
-from pipelines.comparison.power import items_to_tell
+from pipelines.comparison.criterion import (
+    Criterion,
+    RuleResult,
+    Status,
+    check_limit,
+    escape_braces,
+)
 from pipelines.comparison.resampling import Interval
 
-Status = Literal["pass", "reject", "can't tell"]
-HOPELESS = 100
-"""As many times the items are not asked for; the two are too close to tell."""
 NAMED_ERRORS = 3
-SOMETHING = 1e-6
-"""The least that is more than nothing: intervals have six digits."""
+MIN_POSITIVE = 1e-6
+"""Smallest value above 0: intervals have six decimals."""
 
 
 @dataclass(frozen=True)
 class OpenChange:
-    """How training changed one benchmark of open questions, which have no choices."""
+    """Change by training on one benchmark of open questions, which have no choices."""
 
     benchmark: str
     change: Interval
-    """Of accuracy; of a benchmark that rates itself, of its score."""
+    """Of accuracy; of the task's own score if it has one."""
     scale: float | None
     """The base's mean absolute score; None for accuracy."""
     items: int
@@ -45,47 +50,38 @@ class OpenChange:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of one adapter."""
+    """The measurements of one adapter."""
 
     control: str
     """How the control was trained: full, lora or none."""
     task_gain: Interval
     """Over the base in full precision, nats per token."""
     gain_share: Interval | None
-    """Of the control's task gain; None where the control did not surely learn, or there is none."""
+    """Fraction of the control's task gain; None if that is not significant, or there is no
+    control."""
     general: Interval | None
-    """Change of general abilities by training; None where none could be scored."""
-    general_figure: str
+    """Change of general abilities by training; None if none could be scored."""
+    general_metric: str
     """What that change is of: choice_probability, or accuracy."""
     beyond_control: Interval | None
-    """That change less the control's."""
+    """That change minus the control's."""
     open_changes: tuple[OpenChange, ...]
-    """Changes that the general one leaves out."""
+    """Changes that `general` does not include."""
     file_bytes: int
     rank: int
     over_champion: Interval | None
-    """Task gain over the registered champion; None where there is none, or it is an adapter of the same comparison."""
+    """Task gain over the registered champion; None if there is none, or it is an adapter of the
+    same comparison."""
     champion_objection: str | None
-    """Why the registered champion cannot be compared; None where it can, or there is none."""
+    """Why the registered champion cannot be compared; None if it can, or there is none."""
     errors: tuple[str, ...]
     """Metrics that could not be computed, each with its answer."""
     examples: int
-    """Held-out examples behind the task's figures."""
+    """Held-out examples on which the task metrics were measured."""
     items: int
-    """Items behind the general figures."""
+    """Items on which general abilities were measured."""
     answers: int
-    """Generated answers behind the metrics."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule, and how the adapter stands to it."""
-
-    name: str
-    status: Status
-    reason: str
-    beyond_items: bool = False
-    """Whether it can't be told however many items are scored: something else is missing."""
+    """Generated answers on which the metrics were measured."""
 
 
 @dataclass(frozen=True)
@@ -94,192 +90,161 @@ class Verdict:
 
     status: Status
     reason: str
-    rules: tuple[Rule, ...]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A rule that asks whether a figure reaches a bound."""
-
-    name: str
-    found: str
-    """The figure in words, with a place for its value."""
-    wanted: str
-    """The rule in words, with a place for its bound."""
-    sample: tuple[int, str]
-    """How many there are of what the figure was measured on."""
-
-    def hold(self, interval: Interval, bound: float) -> Rule:
-        """Hold an interval against the bound: it passes from the bound up, is rejected below, and between cannot be told."""
-        value = (
-            f"{self.found.format(value=interval.mean)} ({interval.low:.3f} to {interval.high:.3f}"
-        )
-        wanted = self.wanted.format(bound=bound)
-        if interval.low >= bound:
-            return Rule(self.name, "pass", f"{value}; {wanted})")
-        if interval.high < bound:
-            return Rule(self.name, "reject", f"{value}), but the rule is {wanted}")
-        more = _more(interval, bound, *self.sample)
-        reason = f"{value}) spans the bound ({wanted}): {more or _too_close(*self.sample)}"
-        return Rule(self.name, "can't tell", reason, beyond_items=more is None)
+    rules: tuple[RuleResult, ...]
 
 
 def decide(evidence: Evidence, gate: Mapping[str, Any]) -> Verdict:
-    """Hold an adapter against every rule that applies.
+    """Evaluate every rule that applies to an adapter.
 
     Args:
-        evidence: what is known of the adapter.
+        evidence: the adapter's measurements.
         gate: the recipe's gate section as plain values.
     """
-    forgetting = (
-        *_forgetting(evidence, gate),
-        *_forgetting_apart(evidence, gate["max_general_drop"]),
-    )
     rules = (
         _learning(evidence, gate),
-        *forgetting,
+        *_forgetting(evidence, gate),
+        *_forgetting_by_benchmark(evidence, gate["max_general_drop"]),
         *_serving(evidence, gate),
-        *_beside(evidence, gate),
+        *_champion(evidence, gate["min_gain_over_champion"]),
+        *_metrics(evidence),
     )
     statuses = {rule.status for rule in rules}
-    status: Status = (
-        "reject" if "reject" in statuses else "pass" if statuses <= {"pass"} else "can't tell"
-    )
-    return Verdict(status, "; ".join(rule.reason for rule in rules if rule.status == status), rules)
+    status: Status = "can't tell"
+    if "reject" in statuses:
+        status = "reject"
+    elif statuses <= {"pass"}:
+        status = "pass"
+    reason = "; ".join(rule.reason for rule in rules if rule.status == status)
+    return Verdict(status, reason, rules)
 
 
-def _learning(evidence: Evidence, gate: Mapping[str, Any]) -> Rule:
-    sample = (evidence.examples, "held-out examples")
+def _learning(evidence: Evidence, gate: Mapping[str, Any]) -> RuleResult:
     if evidence.control == "none":
-        question = Question(
-            "surely learnt", "a task gain of {value:+.3f} over the base", "above 0", sample
+        criterion = Criterion(
+            name="gained on the task",
+            measured="a task gain of {value:+.3f} over the base",
+            required="above 0",
+            count=evidence.examples,
+            unit="held-out examples",
         )
-        return question.hold(evidence.task_gain, SOMETHING)
+        return criterion.evaluate(evidence.task_gain, MIN_POSITIVE)
     if evidence.gain_share is None:
         reason = (
-            "the control did not surely learn, so no share of it can be asked: give it more steps"
+            "the control's own task gain is not significant, so no fraction of it can be computed; "
+            "train the control for more steps"
         )
-        return Rule("learnt enough", "can't tell", reason, beyond_items=True)
-    question = Question(
-        "learnt enough", "{value:.0%} of the control's gain", "at least {bound:.0%}", sample
+        return RuleResult("learned enough", "can't tell", reason, beyond_items=True)
+    criterion = Criterion(
+        name="learned enough",
+        measured="{value:.0%} of the control's gain",
+        required="at least {bound:.0%}",
+        count=evidence.examples,
+        unit="held-out examples",
     )
-    return question.hold(evidence.gain_share, gate["min_gain_share"])
+    return criterion.evaluate(evidence.gain_share, gate["min_gain_share"])
 
 
-def _forgetting(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
-    wanted, sample = "no less than {bound:+.3f}", (evidence.items, "items")
-    found = (
-        "general change {value:+.3f}"
-        if evidence.general_figure == "choice_probability"
-        else "general change of accuracy {value:+.3f}"
-    )
+def _forgetting(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[RuleResult]:
     if evidence.general is None:
-        reason = "no question of general ability could be scored: ask some that fit the context"
-        yield from (
-            ()
-            if evidence.open_changes
-            else [Rule("forgot little", "can't tell", reason, beyond_items=True)]
-        )
+        if not evidence.open_changes:
+            reason = (
+                "no question of general ability could be scored; use questions that fit the context"
+            )
+            yield RuleResult("forgot little", "can't tell", reason, beyond_items=True)
         return
-    yield Question("forgot little", found, wanted, sample).hold(
-        evidence.general, -gate["max_general_drop"]
+    measured = "general change {value:+.3f}"
+    if evidence.general_metric == "accuracy":
+        measured = "general change of accuracy {value:+.3f}"
+    criterion = Criterion(
+        name="forgot little",
+        measured=measured,
+        required="at least {bound:+.3f}",
+        count=evidence.items,
+        unit="items",
     )
+    yield criterion.evaluate(evidence.general, -gate["max_general_drop"])
     if evidence.beyond_control is not None:
-        question = Question(
-            "forgot hardly more than the control",
-            "{value:+.3f} against the control",
-            wanted,
-            sample,
+        criterion = Criterion(
+            name="forgot little more than the control",
+            measured="{value:+.3f} relative to the control",
+            required="at least {bound:+.3f}",
+            count=evidence.items,
+            unit="items",
         )
-        yield question.hold(evidence.beyond_control, -gate["max_drop_beyond_control"])
+        yield criterion.evaluate(evidence.beyond_control, -gate["max_drop_beyond_control"])
 
 
-def _forgetting_apart(evidence: Evidence, drop: float) -> Iterator[Rule]:
-    """Hold each benchmark of open questions: a drop is of accuracy, or a share of the base's own score."""
+def _forgetting_by_benchmark(evidence: Evidence, drop: float) -> Iterator[RuleResult]:
+    """Evaluate each benchmark of open questions.
+
+    The largest drop is a drop of accuracy, or a fraction of the base's own score.
+    """
     for one in evidence.open_changes:
-        figure, scale = ("accuracy", 1.0) if one.scale is None else ("score", one.scale)
-        found = f"change of {figure} on {_literal(one.benchmark)} {{value:+.3f}}"
-        wanted = "no less than {bound:+.3f}" + (
-            "" if one.scale is None else f", {100 * drop:g}% of the base's {scale:.3f}"
+        metric = "accuracy"
+        scale = 1.0
+        required = "at least {bound:+.3f}"
+        if one.scale is not None:
+            metric = "score"
+            scale = one.scale
+            required += f", {100 * drop:g}% of the base's {scale:.3f}"
+        criterion = Criterion(
+            name=f"forgot little of {one.benchmark}",
+            measured=f"change of {metric} on {escape_braces(one.benchmark)} {{value:+.3f}}",
+            required=required,
+            count=one.items,
+            unit=f"items of {one.benchmark}",
         )
-        question = Question(
-            f"forgot little of {one.benchmark}",
-            found,
-            wanted,
-            (one.items, f"items of {one.benchmark}"),
-        )
-        yield question.hold(one.change, -drop * scale)
+        yield criterion.evaluate(one.change, -drop * scale)
 
 
-def _serving(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
-    largest, highest = gate["max_file_mb"], gate["max_rank"]
-    if largest is not None:
-        yield _limit(
+def _serving(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[RuleResult]:
+    megabytes = evidence.file_bytes / 1e6
+    if gate["max_file_mb"] is not None:
+        yield check_limit(
             "the file is small enough",
-            f"a file of {evidence.file_bytes / 1e6:.3g} MB",
-            evidence.file_bytes / 1e6,
-            largest,
-            " MB",
+            megabytes,
+            gate["max_file_mb"],
+            measured=f"a file of {megabytes:.3g} MB",
+            unit=" MB",
         )
-    if highest is not None:
-        yield _limit("the rank can be served", f"rank {evidence.rank}", evidence.rank, highest, "")
+    if gate["max_rank"] is not None:
+        yield check_limit(
+            "the rank can be served",
+            evidence.rank,
+            gate["max_rank"],
+            measured=f"rank {evidence.rank}",
+            unit="",
+        )
 
 
-def _beside(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[Rule]:
-    margin = gate["min_gain_over_champion"]
-    if evidence.champion_objection is not None and margin is not None:
-        way_out = "set gate.min_gain_over_champion to null to do without"
+def _champion(evidence: Evidence, min_gain: float | None) -> Iterator[RuleResult]:
+    if min_gain is None:
+        return
+    if evidence.champion_objection is not None:
         reason = (
-            f"the registered champion cannot be compared: {evidence.champion_objection}; {way_out}"
+            f"the registered champion cannot be compared: {evidence.champion_objection}; "
+            "set gate.min_gain_over_champion to null to skip the comparison"
         )
-        yield Rule("beats the champion", "can't tell", reason, beyond_items=True)
-    elif evidence.over_champion is not None and margin is not None:
-        sample = (evidence.examples, "held-out examples")
-        question = Question(
-            "beats the champion",
-            "{value:+.3f} over the registered champion",
-            "at least {bound:+.3f}",
-            sample,
+        yield RuleResult("beats the champion", "can't tell", reason, beyond_items=True)
+    elif evidence.over_champion is not None:
+        criterion = Criterion(
+            name="beats the champion",
+            measured="{value:+.3f} over the registered champion",
+            required="at least {bound:+.3f}",
+            count=evidence.examples,
+            unit="held-out examples",
         )
-        yield question.hold(evidence.over_champion, margin)
+        yield criterion.evaluate(evidence.over_champion, min_gain)
+
+
+def _metrics(evidence: Evidence) -> Iterator[RuleResult]:
+    name = "all metrics could be computed"
     if evidence.errors:
-        named, more = "; ".join(evidence.errors[:NAMED_ERRORS]), len(evidence.errors) - NAMED_ERRORS
-        reason = f"not every metric could be computed: {named}" + (
-            f"; and {more} more" if more > 0 else ""
-        )
-        yield Rule("all metrics could be computed", "can't tell", reason, beyond_items=True)
+        reason = "not every metric could be computed: " + "; ".join(evidence.errors[:NAMED_ERRORS])
+        unnamed = len(evidence.errors) - NAMED_ERRORS
+        if unnamed > 0:
+            reason += f"; and {unnamed} more"
+        yield RuleResult(name, "can't tell", reason, beyond_items=True)
     elif evidence.answers:
-        yield Rule(
-            "all metrics could be computed",
-            "pass",
-            f"every metric of {evidence.answers} answers could be computed",
-        )
-
-
-def _limit(name: str, found: str, value: float, limit: float, unit: str) -> Rule:
-    if value <= limit:
-        return Rule(name, "pass", f"{found} (at most {limit:g}{unit})")
-    return Rule(name, "reject", f"{found}, but the rule is at most {limit:g}{unit}")
-
-
-def _more(interval: Interval, bound: float, number: int, unit: str) -> str | None:
-    """Say how many items would tell; None where no sensible number would."""
-    needed = items_to_tell(interval, bound, number)
-    if needed is None or needed > HOPELESS * number:
-        return None
-    return f"with about {_rounded(needed):,} {unit} (now {number:,}) it could be told"
-
-
-def _too_close(number: int, unit: str) -> str:
-    return f"so close that even {HOPELESS} times the {number:,} {unit} would not tell; set another bound, or judge it yourself"
-
-
-def _literal(name: str) -> str:
-    """Return a name as it stands in a text with places."""
-    return name.replace("{", "{{").replace("}", "}}")
-
-
-def _rounded(number: int) -> int:
-    """Round up to two digits."""
-    unit = 10 ** max(0, floor(log10(number)) - 1) if number > 0 else 1
-    return -(-number // unit) * unit
+        reason = f"every metric of {evidence.answers} answers could be computed"
+        yield RuleResult(name, "pass", reason)

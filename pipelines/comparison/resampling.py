@@ -1,26 +1,29 @@
-"""Chance, by drawing again: bootstrap intervals and sign-flip p-values of figures that are paired item by item.
+"""Bootstrap intervals and sign-flip p-values of metrics that are paired item by item.
 
-    values      (…, n)    n items; before it, figures that share them
-    draws       (R, n)    how often each item is drawn in each of R resamples
-    signs       (R, n)    −1 or 1 for each item in each of R rearrangements
+    values       (…, n)    n items; leading axis: metrics that share the items
+    counts       (R, n)    how often each item is drawn in each of R resamples
+    signs        (R, n)    −1 or 1 for each item in each of R rearrangements
 
-A resample's mean is a row of draws times the values, so that one set of draws, kept by the number of items, serves every
-figure of every model: scipy.stats.bootstrap and permutation_test, which give the same, draw anew for each. Draws are the
-same each time.
+A resample's mean is a row of counts times the values. One set of counts, cached by the number of
+items, therefore serves every metric of every model. scipy.stats.bootstrap and permutation_test give
+the same results, but resample for each metric. The resamples are deterministic.
 
-Intervals are percentiles of the resampled figure (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13),
-whose ends are then stretched away from the figure by
+Intervals are percentiles of the resampled metric (Efron & Tibshirani 1993, An Introduction to the
+Bootstrap, chapter 13). Their ends are then stretched away from the metric by
 
     t₀.₉₇₅(df) / z₀.₉₇₅ · √(n / (n − 1))
 
-Percentiles by themselves are too narrow, and of 5 items hold the truth in 84 % of samples instead of 95 %: a resample of n
-items varies by σ²/n with σ² taken over n instead of n − 1, and by z where σ, itself found from the sample, asks for t
-(Hesterberg 2015, What Teachers Should Know About the Bootstrap, arXiv 1411.5279). Over several benchmarks both follow from
-the benchmarks' own variances, df by Welch and Satterthwaite (Satterthwaite 1946; Welch 1947). Of few items from a very skewed
-distribution they are still too narrow: 5 from an exponential one hold the truth in 90 %.
+Percentiles alone are too narrow: for 5 items they cover the truth in 84 % of samples instead of 95
+%. A resample of n items varies by σ²/n with σ² taken over n instead of n − 1, and by z although an
+estimated σ requires t (Hesterberg 2015, What Teachers Should Know About the Bootstrap, arXiv
+1411.5279). Over several benchmarks both factors follow from the benchmarks' own variances, df by
+Welch and Satterthwaite (Satterthwaite 1946; Welch 1947). For few items from a very skewed
+distribution the intervals remain too narrow: 5 items from an exponential distribution cover the
+truth in 90 % of samples.
 
-p-values count the rearrangements that differ as much as was seen (Good 2005, Permutation, Parametric and Bootstrap Tests of
-Hypotheses; Phipson & Smyth 2010, on the 1 that is added where not all rearrangements are tried).
+p-values count the rearrangements that differ at least as much as the observed one (Good 2005,
+Permutation, Parametric and Bootstrap Tests of Hypotheses; Phipson & Smyth 2010, on the 1 that is
+added if not all rearrangements are tried).
 """
 
 from collections.abc import Sequence
@@ -36,7 +39,7 @@ Counts = NDArray[np.int8]
 RESAMPLES = 4999
 LEVEL = 0.95
 BLOCK = 500
-"""Resamples that are multiplied at once, to need little memory."""
+"""Resamples that are multiplied at once; limits the memory needed."""
 
 
 @dataclass(frozen=True)
@@ -50,112 +53,126 @@ class Interval:
 
 def ratio_interval(numerator: Array, denominator: Array) -> Interval:
     """Return the interval of Σ numerator / Σ denominator over the same items."""
-    sums, ratio = (
-        _resampled_sums(np.stack([numerator, denominator]), 0),
-        numerator.sum() / denominator.sum(),
-    )
-    return _interval(
-        ratio, sums[0] / sums[1], stretches([(numerator - ratio * denominator)[None]])[0]
-    )
+    ratio = numerator.sum() / denominator.sum()
+    residuals = numerator - ratio * denominator
+    sums = _resampled_sums(np.stack([numerator, denominator]), 0)
+    stretch = stretch_factors([residuals[None]])[0]
+    return _interval(ratio, sums[0] / sums[1], stretch)
 
 
 def mean_intervals(samples: Sequence[Array]) -> list[Interval]:
-    """Return, for each figure, the interval of the mean of its benchmarks' means.
+    """Return, for each metric, the interval of the mean of its benchmarks' means.
 
     Args:
-        samples: for each benchmark its values, (figures, n); items are drawn within their benchmark.
+        samples: for each benchmark its values, (metrics, n); items are resampled within it.
     """
     means = np.mean([values.mean(axis=-1) for values in samples], axis=0)
-    resampled = np.mean(
-        [_resampled_sums(values, place) / values.shape[-1] for place, values in enumerate(samples)],
-        axis=0,
-    )
-    return [_interval(*one) for one in zip(means, resampled, stretches(samples), strict=True)]
+    resampled_means = []
+    for stream, values in enumerate(samples):
+        resampled_means.append(_resampled_sums(values, stream) / values.shape[-1])
+    resampled = np.mean(resampled_means, axis=0)
+    rows = zip(means, resampled, stretch_factors(samples), strict=True)
+    return [_interval(*row) for row in rows]
 
 
 def mean_interval(*samples: Array) -> Interval:
-    """Return the interval of the mean of some benchmarks' means, each (n,)."""
+    """Return the interval of the mean of the benchmarks' means, each (n,)."""
     return mean_intervals([values[None] for values in samples])[0]
 
 
-def stretches(samples: Sequence[Array]) -> Array:
-    """Return, for each figure, how many times as far from it the ends of its interval lie as the percentiles, (figures,).
+def stretch_factors(samples: Sequence[Array]) -> Array:
+    """Return the factor that moves a percentile away from the metric, (metrics,).
 
     Args:
-        samples: as for `mean_intervals`; where all items agree nothing is left to stretch.
+        samples: as for `mean_intervals`; if all items agree there is nothing to stretch.
     """
-    of_resamples = sum(values.var(axis=-1) / values.shape[-1] for values in samples)
-    of_items = squared_errors(samples).sum(axis=0)
-    unbiased = np.sqrt(
-        np.divide(of_items, of_resamples, out=np.ones_like(of_items), where=of_items > 0)
-    )
-    return np.asarray(t_quantile(samples) / norm.ppf((1 + LEVEL) / 2) * unbiased)
+    biased = sum(values.var(axis=-1) / values.shape[-1] for values in samples)
+    unbiased = squared_errors(samples).sum(axis=0)
+    ratio = np.divide(unbiased, biased, out=np.ones_like(unbiased), where=unbiased > 0)
+    z_quantile = norm.ppf((1 + LEVEL) / 2)
+    return np.asarray(t_quantile(samples) / z_quantile * np.sqrt(ratio))
 
 
 def t_quantile(samples: Sequence[Array]) -> Array:
-    """Return, for each figure, how many standard errors from it the end of an interval lies, (figures,)."""
+    """Return the distance of an interval's end from the metric in standard errors, (metrics,)."""
     errors = squared_errors(samples)
     total = errors.sum(axis=0)
-    shares = np.divide(errors, total, out=np.full_like(errors, 1 / len(errors)), where=total > 0)
+    equal = np.full_like(errors, 1 / len(errors))
+    fractions = np.divide(errors, total, out=equal, where=total > 0)
     freedom = np.array([max(1, values.shape[-1] - 1) for values in samples])[:, None]
-    return np.asarray(t.ppf((1 + LEVEL) / 2, 1 / (shares**2 / freedom).sum(axis=0)))
+    total_freedom = 1 / (fractions**2 / freedom).sum(axis=0)
+    return np.asarray(t.ppf((1 + LEVEL) / 2, total_freedom))
 
 
 def squared_errors(samples: Sequence[Array]) -> Array:
-    """Return the squared standard error of each benchmark's mean, (benchmarks, figures); 0 where it has a single item."""
+    """Return the squared standard error of each benchmark's mean, (benchmarks, metrics).
+
+    It is 0 for a single item.
+    """
     return np.stack([values.var(axis=-1) / max(1, values.shape[-1] - 1) for values in samples])
 
 
 def sign_flip_p_value(differences: Array) -> float:
-    """Return the chance that a mean so far from 0 arises where before and after could as well be swapped for each item.
+    """Return the probability of a mean at least as far from 0 if before and after are exchangeable.
 
     Args:
-        differences: after less before, (n,); of few items every swap is tried, of more a sample of them.
+        differences: after minus before, (n,); for few items every swap is tried, for more a random
+            sample of swaps.
     """
-    flipped, seen = _products(differences, signs(len(differences))), abs(differences.sum())
-    as_far = np.count_nonzero(np.abs(flipped) >= seen - 1e-9 * np.abs(differences).sum())
-    untried = 2 ** len(differences) > RESAMPLES
-    return float((as_far + untried) / (len(flipped) + untried))
+    items = len(differences)
+    flipped = _products(differences, sign_flips(items))
+    observed = abs(differences.sum())
+    tolerance = 1e-9 * np.abs(differences).sum()
+    as_far = np.count_nonzero(np.abs(flipped) >= observed - tolerance)
+    sampled = 2**items > RESAMPLES
+    return float((as_far + sampled) / (len(flipped) + sampled))
 
 
 @lru_cache(maxsize=64)
-def draws(items: int, stream: int) -> Counts:
-    """Return how often each item is drawn in each resample, (R, items); samples of unlike streams are drawn independently."""
+def resample_counts(items: int, stream: int) -> Counts:
+    """Return how often each item is drawn in each resample, (R, items).
+
+    Different streams are drawn independently.
+    """
     rng = np.random.default_rng((items, stream))
-    return np.concatenate(
-        [_counts(rng, min(BLOCK, RESAMPLES - start), items) for start in range(0, RESAMPLES, BLOCK)]
-    )
+    blocks = []
+    for start in range(0, RESAMPLES, BLOCK):
+        rows = min(BLOCK, RESAMPLES - start)
+        blocks.append(_draw_counts(rng, rows, items))
+    return np.concatenate(blocks)
 
 
 @lru_cache(maxsize=64)
-def signs(items: int) -> Counts:
-    """Return all rearrangements of the signs where there are no more than R, else R of them at random, (R, items)."""
+def sign_flips(items: int) -> Counts:
+    """Return all sign patterns if there are at most R, else R random ones, (R, items)."""
     if 2**items <= RESAMPLES:
         bits = np.arange(2**items)[:, None] >> np.arange(items) & 1
     else:
-        bits = np.random.default_rng(items).integers(0, 2, size=(RESAMPLES, items), dtype=np.int8)
+        rng = np.random.default_rng(items)
+        bits = rng.integers(0, 2, size=(RESAMPLES, items), dtype=np.int8)
     return (2 * bits - 1).astype(np.int8)
 
 
-def _counts(rng: np.random.Generator, rows: int, items: int) -> Counts:
-    places = rng.integers(0, items, size=(rows, items)) + items * np.arange(rows)[:, None]
-    return np.bincount(places.ravel(), minlength=rows * items).reshape(rows, items).astype(np.int8)
+def _draw_counts(rng: np.random.Generator, rows: int, items: int) -> Counts:
+    drawn = rng.integers(0, items, size=(rows, items))
+    indices = drawn + items * np.arange(rows)[:, None]
+    counts = np.bincount(indices.ravel(), minlength=rows * items)
+    return counts.reshape(rows, items).astype(np.int8)
 
 
 def _resampled_sums(values: Array, stream: int) -> Array:
-    """Return the sum of each figure in each resample, (figures, R)."""
-    return _products(values, draws(values.shape[-1], stream))
+    """Return the sum of each metric in each resample, (metrics, R)."""
+    return _products(values, resample_counts(values.shape[-1], stream))
 
 
 def _products(values: Array, table: Counts) -> Array:
     """Return values times each row of a table, (…, rows)."""
-    return np.concatenate(
-        [values @ table[start : start + BLOCK].T for start in range(0, len(table), BLOCK)], axis=-1
-    )
+    starts = range(0, len(table), BLOCK)
+    blocks = [values @ table[start : start + BLOCK].T for start in starts]
+    return np.concatenate(blocks, axis=-1)
 
 
 def _interval(value: float, resampled: Array, stretch: float) -> Interval:
-    low, high = value + stretch * (
-        np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) - value
-    )
+    percentiles = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = value + stretch * (percentiles - value)
     return Interval(round(float(value), 6), round(float(low), 6), round(float(high), 6))

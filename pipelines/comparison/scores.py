@@ -1,18 +1,18 @@
-"""One model's figures, from its item records.
+"""One model's metrics, from its item records.
 
-    task loss             what was learnt: nats per supervised token of the held-out examples
-    choice probability    what was forgotten: p(right) / Σ p(choice), for questions with choices
-    accuracy              the same, coarser: whether the right answer is the likeliest
-    margin                the same, per byte: log-likelihood of the right answer over the best wrong one's
-    text loss, chat loss  what a change of style does: plain passages, and right answers put as chats
+    task loss             learning: nats per supervised token of the held-out examples
+    choice probability    forgetting: p(right) / Σ p(choice), for multiple-choice questions
+    accuracy              forgetting, coarser: whether the right answer is the likeliest
+    margin                forgetting: log-likelihood per byte, right answer over best wrong one
+    text loss, chat loss  style: plain passages, and right answers formatted as chats
 
-A likelihood by itself shows no forgetting: the base is an instruct model, and any training on plain text makes plain text
-likelier, right and wrong answers alike; so text and chat loss are shown and never judged. Accuracy moves only where an
-order flips, so that some hundred items cannot show it (Schaeffer et al. 2024, arXiv 2406.04391, on which scores move
-smoothly).
+A likelihood alone does not show forgetting: the base is an instruct model, and any training on
+plain text makes plain text likelier, right and wrong answers alike. Text and chat loss are
+therefore shown and never judged. Accuracy changes only if a ranking flips, so some hundred items
+cannot show a change (Schaeffer et al. 2024, arXiv 2406.04391, on which scores change smoothly).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 
@@ -22,25 +22,27 @@ from sacrebleu.metrics.chrf import CHRF
 
 from pipelines.comparison.records import ABILITIES, Record, Records, by_benchmark, left_out, scored
 
-LENGTH_NORMALISED = ("hellaswag", "piqa", "arc_easy", "openbookqa")
-"""Benchmarks whose accuracy divides by the answer's bytes; the others compare answers of one or two tokens, or the same text."""
+LENGTH_NORMALIZED = ("hellaswag", "piqa", "arc_easy", "openbookqa")
+"""Benchmarks whose accuracy divides by the answer's bytes; the others compare answers of one or two
+tokens, or the same text."""
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """One model's figures on one benchmark."""
+class BenchmarkScores:
+    """One model's metrics on one benchmark."""
 
     choice_probability: float | None
-    """None where its questions have no choices."""
+    """None if its questions have no choices."""
     accuracy: float | None
-    """Share of right answers; for a task that rates itself, its mean score, negative where lower is better; None without items."""
+    """Fraction of right answers; for a task with its own score, the mean score, negated if lower is
+    better; None without items."""
     items: int
     left_out: int
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One model's figures; what was not asked is None."""
+    """One model's metrics; None if nothing was evaluated for a metric."""
 
     task_loss: float
     """Nats per supervised token of the held-out examples."""
@@ -49,58 +51,48 @@ class Scores:
     generation: dict[str, float | None]
     """Metric → its mean over the answers that have it."""
     corpus: dict[str, float | None]
-    """bleu and chrf of all answers as one text, of 100."""
+    """bleu and chrf of all answers as one text, from 0 to 100."""
     unfinished_answers: int
-    """Answers that stopped only because they reached the longest length."""
+    """Answers that stopped at the maximum length."""
     choice_probability: float | None
     """Mean p(right) / Σ p(choice); the mean of the benchmarks' means."""
     accuracy: float | None
-    """Share of right answers; the mean of the benchmarks' shares."""
+    """Fraction of right answers; the mean of the benchmarks' fractions."""
     margin: float | None
     """Log-likelihood per byte of the right answer over the best wrong one."""
     text_loss: float | None
     """Nats per byte of plain text."""
     chat_loss: float | None
-    """Nats per token of right answers, put as chats."""
-    benchmarks: dict[str, Benchmark]
+    """Nats per token of right answers, formatted as chats."""
+    benchmarks: dict[str, BenchmarkScores]
     errors: dict[str, int]
-    """Metric → answers for which it could not be computed."""
+    """Metric → number of answers for which it could not be computed."""
 
 
 def scores(records: Records, metrics: Sequence[str] = ()) -> Scores:
-    """Summarise one model's item records.
+    """Summarize one model's item records.
 
     Args:
         records: in the order of evaluation.
-        metrics: names of the metrics that were asked for; where nothing was generated they are None.
+        metrics: names of the requested metrics; they are None if nothing was generated.
     """
-    answers, choices = scored(records, "generation"), by_benchmark(records, "general")
+    answers = scored(records, "generation")
+    choices = by_benchmark(records, "general")
     loss = _loss_per(scored(records, "task"), "tokens")
     assert loss is not None, "evaluation scores held-out examples"
     return Scores(
         task_loss=loss,
         perplexity=exp(loss),
-        generation={
-            **dict.fromkeys(metrics),
-            **{name: _mean(metric_values(answers, name)) for name in metric_names(answers)},
-        },
+        generation=_generation(answers, metrics),
         corpus=_corpus(answers),
         unfinished_answers=sum(not answer["ended"] for answer in answers),
-        choice_probability=_mean(
-            [_mean([choice_probability(one) for one in rows]) for rows in choices.values()]
-        ),
-        accuracy=_mean(
-            [_mean([accuracy(one) for one in rows]) for rows in right_or_wrong(records).values()]
-        ),
-        margin=_mean([_mean([margin(one) for one in rows]) for rows in choices.values()]),
+        choice_probability=_mean_over_benchmarks(choices, choice_probability),
+        accuracy=_mean_over_benchmarks(accuracy_benchmarks(records), accuracy),
+        margin=_mean_over_benchmarks(choices, margin),
         text_loss=_loss_per(scored(records, "text"), "bytes"),
         chat_loss=_loss_per(scored(records, "chat"), "tokens"),
         benchmarks=_benchmarks(records),
-        errors={
-            name: count
-            for name in metric_names(answers)
-            if (count := sum(name in answer["errors"] for answer in answers))
-        },
+        errors=_error_counts(answers),
     )
 
 
@@ -108,14 +100,16 @@ def choice_probability(record: Record) -> float:
     """Return p(right) / Σ p(choice)."""
     values = record["log_likelihoods"]
     highest = max(values)
-    return exp(values[record["gold"]] - highest) / sum(exp(value - highest) for value in values)
+    total = sum(exp(value - highest) for value in values)
+    return exp(values[record["gold"]] - highest) / total
 
 
 def accuracy(record: Record) -> float:
-    """Return 1 where the answer is right and 0 where it is wrong; where a task rates itself its value, negative if lower is better.
+    """Return 1 for a right and 0 for a wrong answer; for a task with its own score, that score.
 
-    An answer is right where it is the likeliest of its choices: per byte, or as is; in LAMBADA, and where there are no
-    choices, the likeliest of all.
+    An answer is right if it is the likeliest of its choices: per byte, or in total. In LAMBADA, and
+    if there are no choices, it must be the likeliest of all texts. A score is negated if lower is
+    better.
     """
     if record["kind"] == "score":
         return float(record["value"] if record["higher_is_better"] else -record["value"])
@@ -123,34 +117,34 @@ def accuracy(record: Record) -> float:
         return float(record["greedy"])
     if record["benchmark"] == "lambada":
         return float(record["greedy"][record["gold"]])
-    values = (
-        _per_byte(record) if record["benchmark"] in LENGTH_NORMALISED else record["log_likelihoods"]
-    )
+    values = record["log_likelihoods"]
+    if record["benchmark"] in LENGTH_NORMALIZED:
+        values = _per_byte(record)
     return float(values.index(max(values)) == record["gold"])
 
 
 def margin(record: Record) -> float:
-    """Return by how much the right answer's log-likelihood per byte exceeds the best wrong one's; 0 where it stands alone."""
+    """Return log-likelihood per byte, right answer minus best wrong one; 0 without wrong ones."""
     values = _per_byte(record)
     right = values.pop(record["gold"])
     return right - max(values, default=right)
 
 
-def right_or_wrong(records: Records) -> dict[str, list[Record]]:
-    """Return the benchmarks whose answers are right or wrong, or if there are none those that rate themselves.
+def accuracy_benchmarks(records: Records) -> dict[str, list[Record]]:
+    """Return the benchmarks whose mean is the accuracy.
 
-    The two are not averaged: a task's own score may have any scale.
+    They are those with right and wrong answers or, if there are none, the tasks with their own
+    score. The two are not averaged: a task's own score may have any scale.
     """
     return by_benchmark(records, "general", "answer") or by_benchmark(records, "score")
 
 
 def metric_names(answers: Records) -> list[str]:
-    """Return the metrics of some generated answers, those that failed as well, in the order of their first appearance."""
-    return list(
-        dict.fromkeys(
-            name for answer in answers for name in (*answer["metrics"], *answer["errors"])
-        )
-    )
+    """Return the metrics of generated answers, also failed ones, in order of appearance."""
+    names: dict[str, None] = {}
+    for answer in answers:
+        names |= dict.fromkeys([*answer["metrics"], *answer["errors"]])
+    return list(names)
 
 
 def metric_values(answers: Records, name: str) -> list[float]:
@@ -159,53 +153,77 @@ def metric_values(answers: Records, name: str) -> list[float]:
 
 
 def metric_errors(records: Records) -> tuple[str, ...]:
-    """Return which metric could not be computed of which answer, and why."""
-    answers = scored(records, "generation")
-    return tuple(
-        f"{name} of answer {answer['id']}: {message}"
-        for answer in answers
-        for name, message in answer["errors"].items()
-    )
+    """Return a message for each metric of an answer that could not be computed."""
+    messages = []
+    for answer in scored(records, "generation"):
+        for name, message in answer["errors"].items():
+            messages.append(f"{name} of answer {answer['id']}: {message}")
+    return tuple(messages)
 
 
-def _benchmarks(records: Records) -> dict[str, Benchmark]:
-    every, choices, missing = (
-        by_benchmark(records, *ABILITIES),
-        by_benchmark(records, "general"),
-        left_out(records),
-    )
+def _generation(answers: Records, metrics: Sequence[str]) -> dict[str, float | None]:
+    means: dict[str, float | None] = dict.fromkeys(metrics)
+    for name in metric_names(answers):
+        means[name] = _mean(metric_values(answers, name))
+    return means
+
+
+def _error_counts(answers: Records) -> dict[str, int]:
+    counts = {}
+    for name in metric_names(answers):
+        failed = sum(name in answer["errors"] for answer in answers)
+        if failed:
+            counts[name] = failed
+    return counts
+
+
+def _benchmarks(records: Records) -> dict[str, BenchmarkScores]:
+    every = by_benchmark(records, *ABILITIES)
+    choices = by_benchmark(records, "general")
+    missing = left_out(records)
     names = dict.fromkeys(record["benchmark"] for record in records if record["kind"] in ABILITIES)
-    return {
-        name: Benchmark(
-            choice_probability=_mean([choice_probability(one) for one in choices.get(name, [])]),
-            accuracy=_mean([accuracy(one) for one in every.get(name, [])]),
-            items=len(every.get(name, [])),
+    results = {}
+    for name in names:
+        rows = every.get(name, [])
+        results[name] = BenchmarkScores(
+            choice_probability=_mean([choice_probability(row) for row in choices.get(name, [])]),
+            accuracy=_mean([accuracy(row) for row in rows]),
+            items=len(rows),
             left_out=missing.get(name, 0),
         )
-        for name in names
-    }
+    return results
 
 
 def _corpus(answers: Records) -> dict[str, float | None]:
-    """Rate all answers at once, which weighs long ones more (Papineni et al. 2002; Popović 2015)."""
+    """Score all answers as one text; long ones weigh more.
+
+    Sources: Papineni et al. 2002 (BLEU), Popović 2015 (chrF).
+    """
     if not answers:
         return {"bleu": None, "chrf": None}
-    said, wanted = (
-        [answer["answer"] for answer in answers],
-        [[answer["reference"] for answer in answers]],
-    )
+    generated = [answer["answer"] for answer in answers]
+    references = [[answer["reference"] for answer in answers]]
     return {
-        "bleu": float(BLEU(force=True).corpus_score(said, wanted).score),
-        "chrf": float(CHRF().corpus_score(said, wanted).score),
+        "bleu": float(BLEU(force=True).corpus_score(generated, references).score),
+        "chrf": float(CHRF().corpus_score(generated, references).score),
     }
 
 
 def _loss_per(records: Records, unit: str) -> float | None:
-    return (
-        float(sum(record["nll"] for record in records) / sum(record[unit] for record in records))
-        if records
-        else None
-    )
+    if not records:
+        return None
+    total = sum(record["nll"] for record in records)
+    return float(total / sum(record[unit] for record in records))
+
+
+def _mean_over_benchmarks(
+    benchmarks: Mapping[str, Records], metric: Callable[[Record], float]
+) -> float | None:
+    """Return the mean of the benchmarks' means of one metric; None without benchmarks."""
+    means = []
+    for rows in benchmarks.values():
+        means.append(_mean([metric(row) for row in rows]))
+    return _mean(means)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -213,6 +231,5 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _per_byte(record: Record) -> list[float]:
-    return [
-        value / size for value, size in zip(record["log_likelihoods"], record["bytes"], strict=True)
-    ]
+    pairs = zip(record["log_likelihoods"], record["bytes"], strict=True)
+    return [value / size for value, size in pairs]

@@ -1,4 +1,6 @@
-"""What is wrong with a recipe, a sentence for each problem: the value, the rule, and what to write instead."""
+"""What is wrong with a recipe, a sentence for each problem: the value, the rule, and what to write
+instead.
+"""
 
 import difflib
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ RENAMED = {
     "training.accumulation": "training.gradient_accumulation_steps",
     "training.checkpoint_share": "training.checkpoint_time_fraction",
 }
-"""Former keys, and what they are called now."""
+"""Former keys → their new names."""
 
 
 def sentences(error: ValidationError, root: type[BaseModel]) -> list[str]:
@@ -19,36 +21,37 @@ def sentences(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def _causes(problems: Sequence[Any]) -> list[Any]:
-    """Leave out that a list is too short where it is so only because an item in it was refused."""
-    places = [problem["loc"] for problem in problems]
-    refused_inside = {place[:end] for place in places for end in range(len(place))}
-    return [
-        problem
-        for problem in problems
-        if problem["type"] != "too_short" or problem["loc"] not in refused_inside
-    ]
+    """Drop "list too short" problems that are only a consequence of a rejected item in the list."""
+    parents = set()
+    for problem in problems:
+        location = problem["loc"]
+        parents |= {location[:end] for end in range(len(location))}
+    causes = []
+    for problem in problems:
+        if problem["type"] != "too_short" or problem["loc"] not in parents:
+            causes.append(problem)
+    return causes
 
 
 def _sentence(problem: Any, root: type[BaseModel]) -> str:
-    place = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if place in RENAMED:
-        return f"unknown key {place!r}; it is now called {RENAMED[place]!r}"
+    key = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if key in RENAMED:
+        return f"unknown key {key!r}; it is now called {RENAMED[key]!r}"
     if problem["type"] == "extra_forbidden":
-        known = _fields_beside(problem["loc"], root)
+        known = _sibling_keys(problem["loc"], root)
         close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        return f"unknown key {place!r}; " + (
-            f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        )
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
     if problem["type"] == "missing":
-        return f"{place} is missing; add it"
-    message = problem["msg"].removeprefix("Value error, ")
+        return f"{key} is missing; add it"
+    message: str = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return message if place == "recipe" else f"{place} {message}"
-    return f"{place} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
+        return message if key == "recipe" else f"{key} {message}"
+    return f"{key} = {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _fields_beside(location: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
-    """Return the keys that may stand where an unknown one stood."""
+def _sibling_keys(location: tuple[str | int, ...], root: type[BaseModel]) -> list[str]:
+    """Return the keys that are allowed in the section of an unknown key."""
     section = root
     for part in location[:-1]:
         annotation = section.model_fields[str(part)].annotation

@@ -1,11 +1,14 @@
-"""The arms of a comparison: what a recipe trains, and what of it is scored. Pure, and imports no torch.
+"""The experiments of a recipe: what it trains, and which models it scores.
 
-    control          full fine-tuning, or an adapter of high rank; at each rate of a grid until one is chosen
+Pure, and imports no torch.
+
+    control          full fine-tuning, or an adapter of high rank; at several learning rates until
+                     one is chosen
     rank-R           the adapters that may be registered
-    rank-R lr X      the same at other rates, for the frontier alone
+    rank-R lr X      the same at other learning rates, for the frontier only
 
-Of each arm the frontier may score what it had learnt after S steps, `rank-R@S`, and of the highest rank what is left
-when it is cut to rank C, `rank-R→C`.
+For the frontier, an experiment may also be scored after S steps, as `rank-R@S`, and the adapter of
+the highest rank may be truncated to rank C, as `rank-R→C`.
 """
 
 from dataclasses import dataclass
@@ -22,14 +25,14 @@ class Experiment:
     """One training."""
 
     label: str
-    """What a reader calls it."""
+    """Name for readers."""
     method: Method
     learning_rate: float
-    """Peak rate."""
+    """Peak learning rate."""
     rank: int | None = None
     """None for full fine-tuning."""
     snapshots: tuple[int, ...] = ()
-    """Steps after which what was learnt so far is kept as well."""
+    """Steps after which the weights are saved as well."""
 
 
 @dataclass(frozen=True)
@@ -38,25 +41,27 @@ class EvaluatedModel:
 
     label: str
     quantized: bool
-    """Whether its base is stored in NF4, and not in full precision."""
+    """Whether its base is stored in NF4 instead of full precision."""
     weights: str | None = None
-    """Digest of what was trained, or the key of its training; None for a base."""
+    """Digest of the trained weights, or the key of their training; None for a base."""
     output: str | None = None
     """adapter or model; None for a base."""
     folder: str = ""
-    """Where that output lies."""
-    arm: Experiment | None = None
-    """What it was trained as; None for a base, and for what an earlier run registered."""
+    """Folder of that output."""
+    experiment: Experiment | None = None
+    """The training that it comes from; None for a base, and for an adapter that an earlier run
+    registered."""
     step: int | None = None
-    """After how many steps; None for its last."""
-    cut: int | None = None
-    """Rank to which it was cut."""
-    whole: bool = True
-    """Whether it answers everything; what only the frontier shows answers the task's examples and the benchmarks."""
+    """Number of training steps; None for the final weights."""
+    truncated_rank: int | None = None
+    """Rank to which the adapter was truncated; None if it was not."""
+    is_complete: bool = True
+    """Whether it is scored on every item. A model that only the frontier shows is scored on the
+    task's examples and the benchmarks."""
 
 
 def control_experiments(recipe: Recipe) -> list[Experiment]:
-    """Return the control at each of its rates; nothing where the recipe wants none."""
+    """Return the control at each of its learning rates; nothing if the recipe has no control."""
     section = recipe.control
     if section.method == "none":
         return []
@@ -71,19 +76,15 @@ def control_experiments(recipe: Recipe) -> list[Experiment]:
 
 def rank_experiments(recipe: Recipe) -> list[Experiment]:
     """Return the adapters that are compared and may be registered."""
-    return [
-        Experiment(
-            f"rank-{rank}", "lora", recipe.lora.learning_rate, rank, recipe.frontier.snapshots
-        )
-        for rank in recipe.lora.ranks
-    ]
+    rate = recipe.lora.learning_rate
+    steps = recipe.frontier.snapshots
+    return [Experiment(f"rank-{rank}", "lora", rate, rank, steps) for rank in recipe.lora.ranks]
 
 
 def learning_rate_experiments(recipe: Recipe) -> list[Experiment]:
-    """Return the adapters at other rates."""
-    rates = recipe.frontier.learning_rates
-    return [
-        Experiment(f"rank-{rank} lr {rate:g}", "lora", rate, rank)
-        for rank in recipe.lora.ranks
-        for rate in rates
-    ]
+    """Return the adapters at other learning rates."""
+    experiments = []
+    for rank in recipe.lora.ranks:
+        for rate in recipe.frontier.learning_rates:
+            experiments.append(Experiment(f"rank-{rank} lr {rate:g}", "lora", rate, rank))
+    return experiments

@@ -1,4 +1,7 @@
-"""The sections of a recipe: what can be set, between which bounds, and what it means. Loading them imports no torch."""
+"""The sections of a recipe: all settings, their bounds, and their meaning.
+
+Loading them imports no torch.
+"""
 
 import re
 from pathlib import Path
@@ -6,41 +9,44 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from lora_core.config import INIT_WORDS, INITS
+from lora_core.config import INIT_NAMES, INITS
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Sample = Annotated[int, Field(ge=2)]
-"""Things that are scored; an interval over them needs two."""
-Rate = Annotated[float, Field(gt=0, lt=1)]
+SampleSize = Annotated[int, Field(ge=2)]
+"""Number of scored items; a confidence interval needs two."""
+LearningRate = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) != len(values):
-        raise ValueError(f"repeats itself in {list(values)}; name each once")
+        raise ValueError(f"has duplicates in {list(values)}; name each once")
     return values
 
 
-def _alone(value: Any) -> Any:
-    """Take one value for a list of one."""
+def _as_tuple(value: Any) -> Any:
+    """Accept one value as a list of one."""
     return value if isinstance(value, list | tuple) else (value,)
 
 
-Rates = Annotated[
-    tuple[Rate, ...], BeforeValidator(_alone), Field(min_length=1), AfterValidator(_distinct)
+LearningRates = Annotated[
+    tuple[LearningRate, ...],
+    BeforeValidator(_as_tuple),
+    Field(min_length=1),
+    AfterValidator(_distinct),
 ]
-"""One rate, or several."""
+"""One learning rate, or several."""
 
 
-def _init_word(word: str) -> str:
-    if not INITS.fullmatch(word):
-        raise ValueError(f"is {word!r}, which names no start; use {INIT_WORDS}")
-    return word
+def _check_init(name: str) -> str:
+    if not INITS.fullmatch(name):
+        raise ValueError(f"is {name!r}, which is not an initialization; use {INIT_NAMES}")
+    return name
 
 
 class Section(BaseModel):
-    """Settings that cannot be changed after loading and refuse what they do not know."""
+    """Settings that cannot be changed after loading and reject unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -53,45 +59,48 @@ class BaseModelSection(Section):
     id: str
     """A hub id, a local folder, a .gguf file, or `embedded:SmolLM2-135M-Instruct`."""
     revision: str | None = None
-    """Commit or tag of a hub model; pin it, so that a second run means the same."""
+    """Commit or tag of a hub model; pin it, so that a second run uses the same weights."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the base, which can do anything on this machine. A hub model is then pinned by `revision`, to the
-    commit whose code was read."""
+    """Run Python code that comes with the base, which can do anything on this machine. A hub model
+    then needs a `revision`: the commit whose code was reviewed."""
     quantization: Literal["nf4", "none"] = "nf4"
-    """How the adapters see the base: NF4 with double quantisation (QLoRA), or in full precision (LoRA)."""
+    """How the adapters see the base: NF4 with double quantization (QLoRA), or in full precision
+    (LoRA)."""
 
     @model_validator(mode="after")
-    def _trusted_code_is_pinned(self) -> "BaseModelSection":
-        is_hub_id = (
-            self.id.count("/") == 1
-            and not self.id.startswith((".", "/", "~"))
-            and not Path(self.id).is_dir()
-        )
-        if self.trust_remote_code and is_hub_id and not COMMIT.fullmatch(self.revision or ""):
+    def _check_trusted_code_is_pinned(self) -> "BaseModelSection":
+        is_path = self.id.startswith((".", "/", "~")) or Path(self.id).is_dir()
+        is_hub_id = self.id.count("/") == 1 and not is_path
+        is_pinned = COMMIT.fullmatch(self.revision or "") is not None
+        if self.trust_remote_code and is_hub_id and not is_pinned:
             raise ValueError(
-                f"has trust_remote_code and revision {self.revision!r}: code is trusted at a commit only, as a branch or tag may get other "
-                "code; set revision to the 40 digits of the commit whose code was read"
+                f"has trust_remote_code and revision {self.revision!r}: code is trusted at a "
+                "commit only, since a branch or tag can change; set revision to the 40 digits of "
+                "the commit whose code was reviewed"
             )
         return self
 
 
 class DataSection(Section):
-    """What is learnt."""
+    """The training data."""
 
     source: str
-    """`docstrings` (the interpreter's standard library), a .jsonl, .json, .csv or .parquet file, or a hub data set id."""
+    """`docstrings` (the interpreter's standard library), a .jsonl, .json, .csv or .parquet file, or
+    a hub data set id."""
     revision: str | None = None
     """Commit or tag of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
     group_column: str | None = None
-    """Rows that share this value stay on one side of the split; without it, rows of the same text, prompt or conversation do."""
-    validation_examples: Sample = 64
+    """Rows with the same value are on the same side of the split; without it, rows with the same
+    text, prompt or conversation are."""
+    validation_examples: SampleSize = 64
     """Held-out examples that are scored, from groups that are not trained on."""
     max_tokens: Annotated[int, Field(ge=8)] = 512
-    """Longer examples are cut on the right; one whose completion is cut off whole is left out and counted."""
+    """Longer examples are truncated on the right; an example without any of its completion left is
+    dropped and counted."""
     max_source_characters: Count = 700
-    """Longest function that `docstrings` harvests; no other source uses it."""
+    """Longest function that `docstrings` includes; no other source uses it."""
 
 
 class LoraSection(Section):
@@ -100,83 +109,96 @@ class LoraSection(Section):
     ranks: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
     """Ranks to compare."""
     alpha: Annotated[float, Field(gt=0)] = 32
-    """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the rank."""
+    """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the
+    rank."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the head and gates of width 1), a regular expression, or a list of names."""
+    """`all-linear` (every linear layer but the head and gates of width 1), a regular expression, or
+    a list of names."""
     target_parameters: tuple[str, ...] = ()
-    """Stacked weights of experts to adapt as well, such as `mlp.experts.gate_up_proj`; `lora plan` lists what is adapted and what not."""
+    """Stacked weights of experts to adapt as well, such as `mlp.experts.gate_up_proj`; `lora plan`
+    lists what is adapted and what is not."""
     exclude_modules: str | tuple[str, ...] = ()
-    """Modules that are left out: a regular expression, or a list of names."""
+    """Modules to leave out: a regular expression, or a list of names."""
     layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Numbers of the blocks to adapt; all when empty."""
+    """Indices of the blocks to adapt; empty for all."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Chance of dropping an input of A while training."""
+    """Probability of dropping an input of A in training."""
     use_rslora: bool = False
     """Scale by alpha/√r."""
     use_dora: bool = False
-    """Train the length of each row of the adapted weight by itself (DoRA)."""
-    init: Annotated[str, AfterValidator(_init_word)] = "kaiming"
-    """How A and B start: drawn (kaiming, gaussian, orthogonal), from the weight (pissa, pissa_niter_N, olora; the saved adapter
-    has twice the rank), from the first training examples (eva), or towards the unrounded weight (loftq)."""
+    """Train the norm of each row of the adapted weight separately (DoRA)."""
+    init: Annotated[str, AfterValidator(_check_init)] = "kaiming"
+    """Initialization of A and B: random (kaiming, gaussian, orthogonal), from the weight (pissa,
+    pissa_niter_N, olora; the saved adapter has twice the rank), from the first training examples
+    (eva), or toward the full-precision weight (loftq)."""
     loraplus_ratio: Annotated[float, Field(gt=0)] = 1
-    """Rate of B over that of A (LoRA+); 1 is one rate for both."""
-    learning_rate: Rate = 1e-3
-    """Peak rate; about ten times the control's."""
+    """Learning rate of B divided by that of A (LoRA+); 1 for one learning rate."""
+    learning_rate: LearningRate = 1e-3
+    """Peak learning rate; about ten times the control's."""
 
 
 class ControlSection(Section):
-    """What the adapters are held against: trained on the same data, in the same order, with the same number of tokens."""
+    """What the adapters are compared with: trained on the same data, in the same order, with the
+    same number of tokens.
+    """
 
     method: Literal["full", "lora", "none"] = "full"
-    """Full fine-tuning; for a base too large for that an adapter of high rank, or none, and the report says so."""
-    learning_rate: Rates = (1e-4,)
-    """Peak rate, or a few of them: each is tried, and the one of the lowest loss on examples kept for that is the control."""
+    """Full fine-tuning; if the base is too large for that, an adapter of high rank, or none. The
+    report states which."""
+    learning_rate: LearningRates = (1e-4,)
+    """Peak learning rate, or several: each is tried, and the one with the lowest loss on the tuning
+    examples is the control."""
     rank: Count | None = None
-    """Rank of a control by `lora`."""
+    """Rank of the control if the method is 'lora'."""
 
     @model_validator(mode="after")
-    def _rank_belongs_to_lora(self) -> "ControlSection":
+    def _check_rank(self) -> "ControlSection":
         if (self.rank is None) == (self.method == "lora"):
             raise ValueError(
-                f"has rank {self.rank} and method {self.method!r}: give a rank to 'lora', and to nothing else"
+                f"has rank {self.rank} and method {self.method!r}: set a rank for method 'lora', "
+                "and only then"
             )
         return self
 
 
 class FrontierSection(Section):
-    """What is scored besides, to draw learning against forgetting; none of it is registered."""
+    """Further models that are scored, to plot learning versus forgetting; none of them is
+    registered.
+    """
 
     snapshots: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = ()
-    """Steps after which what the control and each rank have learnt so far is scored too."""
-    learning_rates: Annotated[tuple[Rate, ...], AfterValidator(_distinct)] = ()
-    """Rates at which each rank is trained besides."""
+    """Steps after which the control and each rank are scored too."""
+    learning_rates: Annotated[tuple[LearningRate, ...], AfterValidator(_distinct)] = ()
+    """Further learning rates at which each rank is trained."""
     cuts: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = ()
-    """Ranks to which the adapter of the highest rank is cut."""
+    """Ranks to which the adapter of the highest rank is truncated."""
 
 
 class TrainingSection(Section):
-    """What every run of the comparison shares."""
+    """What all trainings of the comparison have in common."""
 
     steps: Count
-    """Optimiser steps."""
+    """Optimizer steps."""
     batch_size: Count = 8
-    """Examples in one step, over all processes."""
+    """Examples per step, over all processes."""
     gradient_accumulation_steps: Count = 1
-    """Parts in which each process takes its share of a step; more parts need less memory."""
+    """Micro-batches per step and process; more of them need less memory."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2
-    """Steps in which the rate rises linearly; after them it falls along a cosine to a tenth."""
+    """Steps in which the learning rate rises linearly; after them it falls along a cosine to a
+    tenth."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decay."""
+    """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients longer than this are shortened to it."""
+    """Gradients with a larger norm are clipped to it."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: slower, smaller."""
+    """Recompute activations in the backward pass instead of storing them: slower, less memory."""
     checkpoint_every: Count = 10
-    """Steps between checkpoints, from which a stopped run goes on."""
+    """Steps between checkpoints, from which a stopped run resumes."""
     checkpoint_time_fraction: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Of the training's time, what writing checkpoints may take: one that would take more waits for a later turn; 1 writes all."""
+    """Fraction of the training time that writing checkpoints may take. A checkpoint that would take
+    more is postponed; 1 writes all."""
     checkpoints_kept: Count = 2
-    """How many of the newest checkpoints stay beside the best."""
+    """Number of latest checkpoints to keep, in addition to the best."""
 
 
 class LaunchSection(Section):
@@ -185,21 +207,24 @@ class LaunchSection(Section):
     config: str = "cpu_zero2"
     """A file of infra/accelerate, by name, or the path of another accelerate config."""
     processes: Count = 1
-    """Ranks on all machines together: one per GPU, or a few on a CPU."""
+    """Ranks on all hosts together: one per GPU, or a few on a CPU."""
     machines: Count = 1
-    """Hosts that train together; on all but the first runs `lora join`, and LORA_MAIN_ADDRESS names the first on each."""
+    """Hosts that train together. All but the first run `lora join`, and on each LORA_MAIN_ADDRESS
+    names the first."""
     timeout_seconds: Count = 600
-    """How long a rank waits for another, and a run for any of its ranks to move, before it is ended with an error."""
+    """How long a rank waits for another, and a run for progress of any rank, before it ends with an
+    error."""
     stall_seconds: Count = 60
-    """After how long the rank that holds the others up is named."""
+    """After how long the run names the rank that blocks the others."""
     evaluations_at_once: Count = 1
-    """Models that are scored side by side: one per GPU, or one per core or two on a CPU."""
+    """Models that are scored at the same time: one per GPU, or one or two per core on a CPU."""
 
     @model_validator(mode="after")
-    def _ranks_are_shared_out(self) -> "LaunchSection":
+    def _check_processes_per_machine(self) -> "LaunchSection":
         if self.processes % self.machines:
             raise ValueError(
-                f"has {self.processes} processes on {self.machines} machines; give each machine as many"
+                f"has {self.processes} processes on {self.machines} machines; give each machine "
+                "the same number"
             )
         return self
 
@@ -208,14 +233,16 @@ Benchmark = Literal["hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande",
 
 
 class LmEvalSection(Section):
-    """Tasks that lm-eval knows or that a folder of YAML files describes; needs `pip install lora-pipeline[lm-eval]`."""
+    """Tasks that lm-eval knows or that a folder of YAML files describes; needs `pip install
+    lora-pipeline[lm-eval]`.
+    """
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
     """Names of tasks."""
     include_path: str | None = None
-    """Folder of task files of one's own."""
-    limit: Sample | None = None
-    """First items of each task; all when left out."""
+    """Folder of user-defined task files."""
+    limit: SampleSize | None = None
+    """Number of items of each task, from its start; all if left out."""
 
 
 class EvaluationSection(Section):
@@ -229,83 +256,95 @@ class EvaluationSection(Section):
         "winogrande",
         "lambada",
     )
-    """General abilities that training should leave alone. It may be empty where there are probes or lm_eval; then chat_prompts
-    and passages, which come from the same wheel, are 0 unless they are given."""
-    items_per_benchmark: Sample = 40
+    """General abilities that training should not change. It may be empty if there are probes or
+    lm_eval; then chat_prompts and passages, which come from the same package, are 0 unless they are
+    set."""
+    items_per_benchmark: SampleSize = 40
     """Sampled by seed; the same items for every model."""
     probes: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
-    """Questions of one's own: .jsonl files of prompt, choices and gold (its place), or of prompt and answer."""
+    """User-defined questions: .jsonl files with prompt, choices and gold (the index of the right
+    choice), or with prompt and answer."""
     lm_eval: LmEvalSection | None = None
     """Tasks of the lm-eval library."""
     chat_prompts: Annotated[int, Field(ge=0)] = 40
-    """General questions put as chats, whose right answer's loss and whose change of distribution (KL) are measured; 0 for none."""
+    """General questions in chat format; the loss of the right answer and the change of the
+    distribution (KL) are measured; 0 for none."""
     passages: Annotated[int, Field(ge=0)] = 30
     """Passages of plain text whose loss is measured; 0 for none."""
     generations: Count = 24
-    """Held-out prompts that are answered greedily, for the metrics; left out, no more than are held out."""
+    """Held-out prompts that are answered greedily for the metrics; by default at most as many as
+    are held out."""
     max_new_tokens: Count = 40
-    """Longest answer."""
+    """Maximum length of an answer."""
     metrics: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = (
         "chrf",
         "rouge_l",
         "bleu",
         "exact_match",
     )
-    """Of each answer against its reference: chrf, rouge_l, bleu, exact_match, or `module:function` of one's own, of
-    (answer, reference, prompt); higher is better."""
+    """Metrics of each answer against its reference: chrf, rouge_l, bleu, exact_match, or a
+    user-defined `module:function` of (answer, reference, prompt); higher is better."""
     execute: tuple[str, ...] = ()
-    """Command that judges an answer, such as ["python", "check.py"]: reads JSON (prompt, answer, reference) from its standard
-    input; status 0 is right and 1 wrong, and any other, a signal, a Python traceback or too long a time is an error."""
+    """Command that judges an answer, such as ["python", "check.py"]. It reads JSON (prompt, answer,
+    reference) from standard input; status 0 means right and 1 wrong. Any other status, a signal, a
+    Python traceback or a timeout is an error."""
     execute_seconds: Annotated[float, Field(gt=0)] = 10
-    """Longest time of that command."""
+    """Timeout of that command."""
 
     @model_validator(mode="before")
     @classmethod
-    def _wheel_is_needed_only_where_it_is_asked(cls, values: Any) -> Any:
+    def _default_to_no_passages_without_benchmarks(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("general") in ([], ()):
             return {"chat_prompts": 0, "passages": 0, **values}
         return values
 
     @model_validator(mode="after")
-    def _asks_for_general_abilities(self) -> "EvaluationSection":
+    def _check_general_abilities(self) -> "EvaluationSection":
         if not self.general and not self.probes and self.lm_eval is None:
             raise ValueError(
-                "asks no question of general abilities, so that forgetting could not be seen: evaluation.general is empty and there "
-                "are no probes and no lm_eval; name benchmarks in general, or questions of your own in probes or lm_eval"
+                "measures no general abilities, so that forgetting would not be detected: "
+                "evaluation.general is empty and probes and lm_eval are missing; name "
+                "benchmarks in general, or your own questions in probes or lm_eval"
             )
         return self
 
 
 class GateSection(Section):
-    """When an adapter passes; every bound is held against an end of a 95 % interval, not against a mean."""
+    """When an adapter passes.
 
-    min_gain_share: Share = 0.5
-    """Least share of the control's task gain, over the base in full precision."""
-    max_general_drop: Share = 0.03
-    """Largest loss of choice probability on general abilities that training may cause; of accuracy on each benchmark of open
-    questions; and on each that rates itself, as a share of the base's mean absolute score."""
-    max_drop_beyond_control: Share = 0.03
+    Every bound is compared with an end of a 95 % interval, not with a mean.
+    """
+
+    min_gain_share: Fraction = 0.5
+    """Minimum fraction of the control's task gain, over the base in full precision."""
+    max_general_drop: Fraction = 0.03
+    """Largest drop that training may cause on general abilities: of choice probability; of accuracy
+    on each benchmark of open questions; and, on each benchmark that rates itself, as a fraction of
+    the base's mean absolute score."""
+    max_drop_beyond_control: Fraction = 0.03
     """How much more than the control an adapter may lose of general abilities; 0 for no more."""
     max_file_mb: Annotated[float, Field(gt=0)] | None = None
     """Largest adapter file, in 10⁶ bytes."""
     max_rank: Count | None = None
-    """Highest rank that the serving engine takes."""
+    """Highest rank that the serving engine supports."""
     min_gain_over_champion: float | None = 0.0
-    """Least task gain over the registered champion, in nats per token, on the same items; `null` does not compare them."""
+    """Minimum task gain over the registered champion, in nats per token, on the same items; `null`
+    skips the comparison."""
 
 
 def _registry_name(name: str) -> str:
     if "/" in name or ":" in name or not name.strip():
         raise ValueError(
-            f"is {name!r}: a registered name has no '/' and no ':'; use letters, digits, '-' and '_'"
+            f"is {name!r}: a registered name has no '/' and no ':'; use letters, digits, '-' "
+            "and '_'"
         )
     return name
 
 
 class RegistrySection(Section):
-    """Where MLflow keeps it."""
+    """Where MLflow stores the adapters."""
 
     model: Annotated[str, AfterValidator(_registry_name)]
     """Registered model whose versions are this recipe's adapters."""
     experiment: str | None = None
-    """Experiment of the runs; the recipe's name when left out."""
+    """MLflow experiment of the runs; the recipe's name if left out."""

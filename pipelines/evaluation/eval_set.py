@@ -1,4 +1,7 @@
-"""Everything that is asked of the models of a comparison: read, checked and tokenised once, before any model is loaded."""
+"""Everything that the models of a comparison are evaluated on.
+
+It is read, checked and tokenized once, before any model is loaded.
+"""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,88 +28,107 @@ from pipelines.paths import folders
 
 @dataclass(frozen=True)
 class EvalSet:
-    """What each model is to do."""
+    """What each model is evaluated on."""
 
     tokenizer: PreTrainedTokenizerBase
     examples: list[dict[str, Any]]
     """Held-out examples of the task."""
     questions: list[Question]
-    """General abilities and the user's own."""
+    """General abilities and custom questions."""
     texts: list[Question]
     """Passages of plain text."""
     chats: list[Question]
     answered: int
-    """How many of the examples are answered."""
-    judging: GenerationConfig
+    """Number of examples whose prompts are answered."""
+    generation: GenerationConfig
     tasks: Any
-    """Tasks of lm-eval (`harness.Tasks`); None where the recipe has none."""
+    """Tasks of lm-eval (`harness.Tasks`); None if the recipe has none."""
 
 
 def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
     """Read what a stage's evaluation section names.
 
     Raises:
-        DataError: a question, a file or a setting cannot be honoured.
-        RecipeError: a metric, a command or a task is not there.
+        DataError: a question, a file or a setting is not valid.
+        RecipeError: a metric, a command or a task does not exist.
     """
-    settings, places = inputs["evaluation"], folders(paths)
-    trusted = inputs.get("trust_remote_code", False)
-    tokenizer = load_tokenizer(Path(paths["base"]), trust_remote_code=trusted)
-    context = context_tokens(AutoConfig.from_pretrained(paths["base"], trust_remote_code=trusted))
-    judging = GenerationConfig(
-        settings["max_new_tokens"],
-        load_metrics(settings["metrics"], places),
-        command(settings["execute"], places) if settings["execute"] else [],
-        settings["execute_seconds"],
-        context,
+    settings = inputs["evaluation"]
+    seed = inputs["seed"]
+    search_folders = folders(paths)
+    is_trusted = inputs.get("trust_remote_code", False)
+    tokenizer = load_tokenizer(Path(paths["base"]), trust_remote_code=is_trusted)
+    config = AutoConfig.from_pretrained(paths["base"], trust_remote_code=is_trusted)
+    context = context_tokens(config)
+    generation = _generation_config(settings, search_folders, context)
+    custom = read_probes(settings["probes"], search_folders)
+    general = _general_items(settings, seed)
+    texts = _passages(settings, seed)
+    chats = chat_items(
+        tokenizer, settings["chat_prompts"], seed, _sampled_items(settings, "arc_easy")
     )
-    sampled = {
-        name: settings["items_per_benchmark"] if name in settings["general"] else 0
-        for name in ("arc_easy", "lambada")
-    }
-    own = read_probes(settings["probes"], places)
-    general = [
-        item
-        for name in settings["general"]
-        for item in sample(name, settings["items_per_benchmark"], inputs["seed"])
-    ]
-    plain = (
-        passages(settings["passages"], inputs["seed"], sampled["lambada"])
-        if settings["passages"]
-        else []
-    )
-    chats = chat_items(tokenizer, settings["chat_prompts"], inputs["seed"], sampled["arc_easy"])
-    tasks = _tasks(settings["lm_eval"], inputs["seed"], places)
-    _refuse_shared_names(general, own, tasks)
+    tasks = _tasks(settings["lm_eval"], seed, search_folders)
+    _check_names_differ(general, custom, tasks)
     return EvalSet(
-        tokenizer,
-        list(load_from_disk(str(Path(paths["data"]) / "validation"))),
-        tokenize([*general, *own], tokenizer, context),
-        tokenize(plain, tokenizer, context),
-        tokenize(chats, tokenizer, context),
-        settings["generations"],
-        judging,
-        tasks,
+        tokenizer=tokenizer,
+        examples=list(load_from_disk(str(Path(paths["data"]) / "validation"))),
+        questions=tokenize([*general, *custom], tokenizer, context),
+        texts=tokenize(texts, tokenizer, context),
+        chats=tokenize(chats, tokenizer, context),
+        answered=settings["generations"],
+        generation=generation,
+        tasks=tasks,
     )
 
 
-def _tasks(settings: Mapping[str, Any] | None, seed: int, places: Sequence[Path]) -> Any:
+def _generation_config(
+    settings: Mapping[str, Any], search_folders: Sequence[Path], context: int | None
+) -> GenerationConfig:
+    words = settings["execute"]
+    return GenerationConfig(
+        max_new_tokens=settings["max_new_tokens"],
+        metrics=load_metrics(settings["metrics"], search_folders),
+        argv=command(words, search_folders) if words else [],
+        seconds=settings["execute_seconds"],
+        context=context,
+    )
+
+
+def _general_items(settings: Mapping[str, Any], seed: int) -> list[Item]:
+    items = []
+    for benchmark in settings["general"]:
+        items += sample(benchmark, settings["items_per_benchmark"], seed)
+    return items
+
+
+def _passages(settings: Mapping[str, Any], seed: int) -> list[Item]:
+    if not settings["passages"]:
+        return []
+    return passages(settings["passages"], seed, _sampled_items(settings, "lambada"))
+
+
+def _sampled_items(settings: Mapping[str, Any], benchmark: str) -> int:
+    """Return the number of sampled items of a benchmark; chats and passages differ from them."""
+    return settings["items_per_benchmark"] if benchmark in settings["general"] else 0
+
+
+def _tasks(settings: Mapping[str, Any] | None, seed: int, search_folders: Sequence[Path]) -> Any:
     if settings is None:
         return None
     from pipelines.evaluation.harness import load_tasks
 
-    return load_tasks(settings, seed, places)
+    return load_tasks(settings, seed, search_folders)
 
 
-def _refuse_shared_names(general: Sequence[Item], own: Sequence[Item], tasks: Any) -> None:
-    """Refuse two sources of questions under one name; their figures would be one."""
-    names = [
-        *{item.benchmark for item in general},
-        *{item.benchmark for item in own},
-        *(tasks.names if tasks is not None else []),
-    ]
-    for name, count in Counter([*names, "passages", "chat", ANSWERS]).items():
+def _check_names_differ(general: Sequence[Item], custom: Sequence[Item], tasks: Any) -> None:
+    """Refuse two sources of questions with one name; their results would be mixed."""
+    names = ["passages", "chat", ANSWERS]
+    names += {item.benchmark for item in general}
+    names += {item.benchmark for item in custom}
+    if tasks is not None:
+        names += tasks.names
+    for name, count in Counter(names).items():
         if count > 1:
             raise DataError(
-                f"{name!r} names the questions of two sources in evaluation; rename the probe file or the task"
+                f"{name!r} names the questions of two sources in evaluation; "
+                "rename the probe file or the task"
             )

@@ -2,9 +2,10 @@
 
     python -m pipelines.evaluation.evaluate STAGE_FOLDER [STAGE_FOLDER ...]
 
-items.jsonl keeps what was seen item by item, in the same order for every model, so that models are compared in pairs and
-anyone can compute the figures again. Stages that follow each other and share base and quantisation share what is loaded,
-and those that ask the same share the questions; what each one writes is what it would write alone, to the bit.
+items.jsonl keeps the outputs item by item, in the same order for every model, so that models are
+compared in pairs and anyone can compute the results again. Consecutive stages with equal base and
+quantization share the loaded model, and those with equal evaluation settings share the questions;
+each writes what it would write alone, to the bit.
 """
 
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from lora_core.files import file_written_aside, write_text
+from lora_core.files import atomic_file, write_text
 from pipelines.comparison.records import left_out, unfinished
 from pipelines.evaluation.chat import TENSOR, chat_records
 from pipelines.evaluation.eval_set import EvalSet, prepare
@@ -27,7 +28,7 @@ from pipelines.evaluation.questions import Question, Record, records
 from pipelines.evaluation.scoring import score, score_examples
 from pipelines.models.checked import CheckedReader
 from pipelines.models.hardware import detect, peak_memory_bytes
-from pipelines.runtime.child import run_stages
+from pipelines.runtime.child import execute_stages
 from pipelines.runtime.stage import digest
 
 ITEMS, DISTRIBUTIONS = "items.jsonl", "distributions.safetensors"
@@ -42,94 +43,90 @@ class Timings:
     @contextmanager
     def of(self, part: str) -> Iterator[None]:
         """Add the time of a block to a part's."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         yield
-        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.perf_counter() - begun, 2)
+        elapsed = time.perf_counter() - started
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + elapsed, 2)
 
 
 class Evaluation:
-    """Evaluates one stage after the other, and keeps between them what the next may share."""
+    """Evaluates one stage after the other, and keeps what the next one may share."""
 
     def __init__(self) -> None:
         self.models = Models(detect())
-        self._asked: tuple[str, EvalSet] | None = None
+        self._eval_set: tuple[str, EvalSet] | None = None
 
     def __call__(
         self, folder: Path, inputs: dict[str, Any], paths: dict[str, str]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Write items.jsonl, and where there are chats distributions.safetensors, for the model that the inputs name."""
+        """Write items.jsonl and, if there are chats, distributions.safetensors for one model."""
         timings = Timings()
         with ExitStack() as stack:
             with timings.of("prepare"):
-                asked = self.asked(inputs, paths)
+                eval_set = self.eval_set(inputs, paths)
             with timings.of("load"):
-                model = stack.enter_context(
-                    self.models.use(
-                        paths,
-                        inputs["quantization"],
-                        trust_remote_code=inputs.get("trust_remote_code", False),
-                    )
+                use = self.models.use(
+                    paths,
+                    inputs["quantization"],
+                    trust_remote_code=inputs.get("trust_remote_code", False),
                 )
+                model = stack.enter_context(use)
             reader = CheckedReader(model)
-            found, files = answer(reader, asked, folder, timings)
-        write_text(
-            folder / ITEMS,
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found),
-        )
-        counts = {"items": len(found), "left_out": left_out(found), "unfinished": unfinished(found)}
-        counts["forward"] = None if reader.verified is None else reader.verified.figures()
-        return {
-            **counts,
+            found, files = evaluate(reader, eval_set, folder, timings)
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
+        write_text(folder / ITEMS, "".join(lines))
+        result = {
+            "items": len(found),
+            "left_out": left_out(found),
+            "unfinished": unfinished(found),
+            "forward": None if reader.verified is None else reader.verified.figures(),
             "peak_memory_bytes": peak_memory_bytes(),
             "seconds_of": timings.seconds,
-        }, [ITEMS, *files]
+        }
+        return result, [ITEMS, *files]
 
-    def asked(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
-        """Return what a stage asks; the former stage's where it is the same."""
-        own = {name: path for name, path in paths.items() if name not in ("model", "adapter")}
-        key = digest([inputs["evaluation"], inputs["seed"], own])
-        if self._asked is None or self._asked[0] != key:
-            self._asked = key, prepare(inputs, paths)
-        return self._asked[1]
+    def eval_set(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
+        """Return the evaluation set of a stage; that of the stage before if it is the same."""
+        shared = {name: path for name, path in paths.items() if name not in ("model", "adapter")}
+        key = digest([inputs["evaluation"], inputs["seed"], shared])
+        if self._eval_set is None or self._eval_set[0] != key:
+            self._eval_set = key, prepare(inputs, paths)
+        return self._eval_set[1]
 
 
-def answer(
-    reader: CheckedReader, asked: EvalSet, folder: Path, timings: Timings
+def evaluate(
+    reader: CheckedReader, eval_set: EvalSet, folder: Path, timings: Timings
 ) -> tuple[list[Record], list[str]]:
-    """Return the records of a model, and the names of the files that go with them, which are written."""
+    """Return the records of a model, and the names of the files that are written with them."""
     found, files = list[Record](), list[str]()
     with timings.of("task"):
-        found += score_examples(reader, asked.examples)
+        found += score_examples(reader, eval_set.examples)
     with timings.of("general"):
-        found += scored(reader, asked.questions)
+        found += scored(reader, eval_set.questions)
     with timings.of("lm_eval"):
-        found += (
-            asked.tasks.records(reader, asked.tokenizer, asked.judging.context)
-            if asked.tasks is not None
-            else []
-        )
+        if eval_set.tasks is not None:
+            context = eval_set.generation.context
+            found += eval_set.tasks.records(reader, eval_set.tokenizer, context)
     with timings.of("text"):
-        found += scored(reader, asked.texts)
+        found += scored(reader, eval_set.texts)
     with timings.of("chat"):
-        chats, table = chat_records(reader, asked.chats)
+        chats, table = chat_records(reader, eval_set.chats)
         found += chats
     if table.numel():
-        with file_written_aside(folder / DISTRIBUTIONS) as aside:
+        with atomic_file(folder / DISTRIBUTIONS) as aside:
             save_file({TENSOR: table}, str(aside))
         files.append(DISTRIBUTIONS)
     with timings.of("answers"):
-        found += answer_records(
-            reader, asked.tokenizer, asked.examples[: asked.answered], asked.judging
-        )
+        answered = eval_set.examples[: eval_set.answered]
+        found += answer_records(reader, eval_set.tokenizer, answered, eval_set.generation)
     return found, files
 
 
 def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[Record]:
     """Yield the record of each question."""
-    return records(
-        questions, iter(score(reader, [one.tree for one in questions if one.left_out is None]))
-    )
+    trees = [question.tree for question in questions if question.left_out is None]
+    return records(questions, iter(score(reader, trees)))
 
 
 if __name__ == "__main__":
-    run_stages(Evaluation())
+    execute_stages(Evaluation())

@@ -1,15 +1,17 @@
-"""Judge an answer by running it: a command of the user's own reads the answer and says by its status whether it is right.
+"""Score an answer by running it: a user-defined command reads the answer and reports by its status.
 
     status 0           the answer is right: 100
-    status 1           it is wrong: 0; but where standard error ends in a Python traceback, the command has failed
-    any other status,
-    a signal, no end   the command has failed, and the answer has an error in place of a value
+    status 1           it is wrong: 0; but if standard error ends in a Python traceback, the command
+                       has failed
+    any other status,  the command has failed, and the answer has an error instead of a value
+    a signal, a timeout
 
-So a command that is broken itself is no wrong answer. One written in Python catches what an answer raises, and exits with 1.
+A command that is broken itself therefore never counts as a wrong answer. A command in Python must
+catch what an answer raises, and exit with 1.
 
-No shell is asked. The command reads one JSON object (prompt, answer, reference) from its standard input, in an empty
-folder of its own that goes with it, and is ended with all it started when its time is over. What it prints is dropped, but
-for the last line of standard error where it fails.
+The command runs without a shell. It reads one JSON object (prompt, answer, reference) from its standard
+input, in an empty temporary folder. When its time is over, it is killed with all processes that it
+started. Its output is dropped, except for the last line of standard error if it fails.
 """
 
 import json
@@ -31,36 +33,37 @@ from pipelines.runtime.child import die_with_parent
 
 RIGHT, WRONG = 100.0, 0.0
 SCRIPTS = (".py", ".sh", ".bash", ".pl", ".rb", ".js", ".mjs", ".ts", ".lua", ".r", ".jl", ".jar")
-"""Endings of files that a program is given to run."""
-READ_OF_ERRORS = 65536
-"""Bytes from the end of standard error that are looked at."""
-LONGEST_LINE = 200
+"""Extensions of files that a program is given to run."""
+STDERR_BYTES = 65536
+"""Bytes from the end of standard error that are read."""
+STDERR_CHARACTERS = 200
 """Characters of its last line that are kept."""
 TRACEBACK = re.compile(
     r'^.*Traceback \(most recent call last\):$|\A  File ".*", line \d+$', re.MULTILINE
 )
-"""Opens what Python prints when it fails; where a file is no Python at all there is no heading."""
+"""The first line that Python prints when it fails; a syntax error in the file has no heading."""
 Verdict = float | str
-"""100 or 0; or in words why the command says neither."""
+"""100 or 0; or the reason why the command failed."""
 
 
 def command(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
-    """Return the command with the files that it names made absolute, as it runs elsewhere.
+    """Return the command with absolute paths of its files, as it runs in another folder.
 
     Raises:
-        RecipeError: there is no such program, or a word that reads like a file's path names none.
+        RecipeError: there is no such program, or a word that looks like a path is not a file.
     """
     first, *rest = words
     program = shutil.which(first) or _file(first, folders)
     if program is None or not os.access(program, os.X_OK):
         raise RecipeError(
-            f"evaluation.execute names the program {first!r}, which is neither on the path nor in {listed(folders)}"
+            f"evaluation.execute names the program {first!r}, "
+            f"which is neither on the path nor in {listed(folders)}"
         )
     for word in rest:
-        if _reads_like_a_file(word) and find(word, folders) is None:
+        if _looks_like_a_file(word) and find(word, folders) is None:
             raise RecipeError(
-                f"evaluation.execute names {word!r}, which is not in {listed(folders)}; put it there, "
-                "or if it is no file of this machine put the command into a script of its own"
+                f"evaluation.execute names {word!r}, which is not in {listed(folders)}; put it "
+                "there, or if it is not a file of this machine move the command into a script"
             )
     return [str(Path(program).absolute()), *(_file(word, folders) or word for word in rest)]
 
@@ -68,15 +71,15 @@ def command(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
 def execute(
     argv: Sequence[str], answers: Sequence[dict[str, str]], seconds: float
 ) -> list[Verdict]:
-    """Return what the command says of each answer.
+    """Return the verdict of the command on each answer.
 
     Args:
         argv: the command, see `command`.
-        answers: what each run of it reads.
-        seconds: longest time of a run.
+        answers: the JSON object that each run of it reads.
+        seconds: maximum duration of a run.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda one: _run(argv, one, seconds), answers))
+        return list(pool.map(lambda answer: _run(argv, answer, seconds), answers))
 
 
 def _run(argv: Sequence[str], answer: dict[str, Any], seconds: float) -> Verdict:
@@ -96,25 +99,31 @@ def _run(argv: Sequence[str], answer: dict[str, Any], seconds: float) -> Verdict
         return _verdict(child.returncode, _end_of(errors))
 
 
-def _verdict(status: int, said: str) -> Verdict:
-    """Judge by the status, and by the end of standard error where that alone does not tell."""
+def _verdict(status: int, stderr: str) -> Verdict:
+    """Decide by the status, and by the end of standard error if the status is ambiguous."""
     if status == 0:
         return RIGHT
-    if status == 1 and not _ends_in_a_traceback(said):
+    if status == 1 and not _ends_in_a_traceback(stderr):
         return WRONG
-    how = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
-    last = said.rstrip().rpartition("\n")[2].strip()[:LONGEST_LINE]
-    return f"{how}: {last}" if last else how
+    end = f"ended with status {status}" if status > 0 else f"was ended by signal {-status}"
+    last_line = stderr.rstrip().rpartition("\n")[2].strip()[:STDERR_CHARACTERS]
+    return f"{end}: {last_line}" if last_line else end
 
 
-def _ends_in_a_traceback(said: str) -> bool:
-    """Tell whether nothing follows the last traceback; what a program prints after one stands behind an empty line."""
-    found = list(TRACEBACK.finditer(said))
-    return bool(found) and "\n\n" not in said[found[-1].start() :].rstrip()
+def _ends_in_a_traceback(stderr: str) -> bool:
+    """Return whether nothing follows the last traceback.
+
+    Output of a program after a traceback comes after an empty line.
+    """
+    matches = list(TRACEBACK.finditer(stderr))
+    if not matches:
+        return False
+    return "\n\n" not in stderr[matches[-1].start() :].rstrip()
 
 
 def _end_of(errors: IO[bytes]) -> str:
-    errors.seek(max(0, errors.seek(0, os.SEEK_END) - READ_OF_ERRORS))
+    size = errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, size - STDERR_BYTES))
     return errors.read().decode(errors="replace")
 
 
@@ -126,7 +135,7 @@ def _started(argv: Sequence[str], folder: str, errors: IO[bytes]) -> "subprocess
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=errors,
-            start_new_session=True,  # what it starts is ended with it
+            start_new_session=True,  # so that its children can be killed with it
             preexec_fn=die_with_parent,
         )
     except OSError as error:
@@ -135,8 +144,8 @@ def _started(argv: Sequence[str], folder: str, errors: IO[bytes]) -> "subprocess
         ) from error
 
 
-def _reads_like_a_file(word: str) -> bool:
-    """Tell whether a word is a path; options, addresses and text with blanks in it are none."""
+def _looks_like_a_file(word: str) -> bool:
+    """Return whether a word is a path; options, URLs and text with blanks in it are not."""
     if word.startswith("-") or "://" in word or any(map(str.isspace, word)):
         return False
     return "/" in word or word.lower().endswith(SCRIPTS)

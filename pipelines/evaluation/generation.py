@@ -1,4 +1,4 @@
-"""Greedy answers, and what each held-out prompt's answer is worth against its reference."""
+"""Greedy answers to held-out prompts, and their scores compared with the references."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,77 +21,67 @@ from pipelines.runtime.stage import digest
 
 BATCH = 24
 EXECUTION = "execution"
-"""Name under which what the recipe's command says is kept."""
+"""Name of the score that the recipe's command gives."""
 ANSWERS = "answers"
-"""Name under which the records of answers stand, as those of questions stand under their benchmark's."""
+"""Benchmark name of the records of answers."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote."""
+    """What a model generated."""
 
     text: str
     ended: bool
-    """Whether it came to an end by itself, before the most tokens it may write."""
+    """Whether it ended by itself, before the maximum number of tokens."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How answers are had and judged; the same for every model."""
+    """How answers are generated and scored; the same for every model."""
 
     max_new_tokens: int
     metrics: Mapping[str, Metric]
     argv: Sequence[str]
-    """Command that judges an answer; empty for none."""
+    """Command that scores an answer; empty for none."""
     seconds: float
-    """Its longest time."""
+    """Its maximum duration."""
     context: int | None
-    """How many tokens the model takes; None where it does not say."""
+    """The model's context length in tokens; None if unknown."""
 
 
 def answer_records(
     reader: CheckedReader,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Mapping[str, Any]],
-    judging: GenerationConfig,
+    config: GenerationConfig,
 ) -> Iterator[Record]:
-    """Yield, for each example with a prompt, the greedy answer and its figures, or why it is not asked."""
-    prompted = {
-        place: one
-        for place, one in enumerate(examples)
-        if one["prompt_tokens"] > 0 and one["reference"]
-    }
-    reasons = {place: _unasked(one, judging) for place, one in prompted.items()}
-    prompts = {place: one["input_ids"][: one["prompt_tokens"]] for place, one in prompted.items()}
-    asked = [place for place, reason in reasons.items() if reason is None]
-    answers = dict(
-        zip(
-            asked,
-            generate(
-                reader, tokenizer, [prompts[place] for place in asked], judging.max_new_tokens
-            ),
-            strict=True,
-        )
-    )
-    heads = {
-        place: _head(place, prompts[place], one["reference"], tokenizer)
-        for place, one in prompted.items()
-    }
-    judged = dict(
-        zip(
-            asked,
-            _judged(
-                [{**heads[place], "answer": answers[place].text.strip()} for place in asked],
-                judging,
-            ),
-            strict=True,
-        )
-    )
-    for place, head in heads.items():
-        if place in judged:
-            yield {**judged[place], "ended": answers[place].ended}
+    """Yield, for each example with a prompt, the greedy answer and its scores.
+
+    If the prompt is not answered, the record has the reason.
+    """
+    prompts = list[list[int]]()
+    records = list[Record]()
+    for index, example in enumerate(examples):
+        if example["prompt_tokens"] > 0 and example["reference"]:
+            prompt = example["input_ids"][: example["prompt_tokens"]]
+            record = _head(index, prompt, example["reference"], tokenizer)
+            reason = _reason_to_leave_out(example, config)
+            if reason is None:
+                prompts.append(prompt)
+            else:
+                record["left_out"] = reason
+            records.append(record)
+    answers = generate(reader, tokenizer, prompts, config.max_new_tokens)
+    answered = [record for record in records if "left_out" not in record]
+    for record, answer in zip(answered, answers, strict=True):
+        record["answer"] = answer.text.strip()
+    scores = iter(_scores(answered, config))
+    ended = iter([answer.ended for answer in answers])
+    for record in records:
+        if "left_out" in record:
+            yield record
         else:
-            yield {**head, "left_out": reasons[place]}
+            yield {**record, **next(scores), "ended": next(ended)}
 
 
 @torch.inference_mode()
@@ -102,39 +92,34 @@ def generate(
     max_new_tokens: int,
     until: Sequence[str] = (),
 ) -> list[Answer]:
-    """Answer token prompts greedily, in batches of about one length where the model writes the same as on each alone.
+    """Answer token prompts greedily.
+
+    Prompts of similar length form a batch, if the model answers a batch like each prompt alone.
 
     Args:
         reader: of the model.
-        tokenizer: the base's; its end mark ends an answer, and so do those of the model's own settings.
+        tokenizer: the base's; its end-of-text token ends an answer, and so do those in the model's
+            generation settings.
         prompts: tokens of each prompt.
-        max_new_tokens: longest answer.
-        until: texts that end an answer as well; what begins with one is cut off.
+        max_new_tokens: maximum length of an answer.
+        until: texts that end an answer as well; the answer is cut off before them.
     """
-    answers: dict[int, Answer] = {}
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     if not prompts:
         return []
-    way = reader.generation(prompts)
-    size = BATCH if way.batched else 1
-    with attending_by(reader.model, way.attention):
+    answers: dict[int, Answer] = {}
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    method = reader.generation(prompts)
+    size = BATCH if method.batched else 1
+    with attending_by(reader.model, method.attention):
         for start in range(0, len(order), size):
-            part = order[start : start + size]
-            answers |= zip(
-                part,
-                _batch(
-                    reader.model,
-                    tokenizer,
-                    [prompts[place] for place in part],
-                    max_new_tokens,
-                    until,
-                ),
-                strict=True,
-            )
-    return [answers[place] for place in range(len(prompts))]
+            indices = order[start : start + size]
+            batch = [prompts[index] for index in indices]
+            found = _answer_batch(reader.model, tokenizer, batch, max_new_tokens, until)
+            answers |= zip(indices, found, strict=True)
+    return [answers[index] for index in range(len(prompts))]
 
 
-def _batch(
+def _answer_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
@@ -142,9 +127,13 @@ def _batch(
     until: Sequence[str],
 ) -> list[Answer]:
     """Answer one batch, padded on the left."""
-    width, ends = max(len(prompt) for prompt in prompts), _end_marks(model, tokenizer)
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
+    width = max(len(prompt) for prompt in prompts)
+    ends = _end_tokens(model, tokenizer)
+    filler = tokenizer.pad_token_id
+    if filler is None:
+        filler = ends[0] if ends else 0
     ids, mask = padded(prompts, filler=filler, device=str(model.device))
+    criteria = [_Until(tokenizer, width, until)] if until else []
     output = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask,
@@ -152,22 +141,26 @@ def _batch(
         do_sample=False,
         pad_token_id=filler,
         eos_token_id=ends or None,
-        stopping_criteria=StoppingCriteriaList([_Until(tokenizer, width, until)] if until else []),
-    )[:, width:].tolist()
-    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    return [
-        _answer(text, any(token in ends for token in tokens), until)
-        for text, tokens in zip(texts, output, strict=True)
-    ]
+        stopping_criteria=StoppingCriteriaList(criteria),
+    )
+    generated = output[:, width:].tolist()
+    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+    answers = []
+    for text, tokens in zip(texts, generated, strict=True):
+        has_end = any(token in ends for token in tokens)
+        answers.append(_answer(text, has_end, until))
+    return answers
 
 
 class _Until(StoppingCriteria):
-    """Ends an answer whose text holds one of several texts."""
+    """Ends an answer that contains one of several texts."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, width: int, until: Sequence[str]
     ) -> None:
-        self.tokenizer, self.width, self.until = tokenizer, width, until
+        self.tokenizer = tokenizer
+        self.width = width
+        self.until = until
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
@@ -176,53 +169,60 @@ class _Until(StoppingCriteria):
 
 
 def _answer(text: str, ended: bool, until: Sequence[str]) -> Answer:
-    places = [text.index(end) for end in until if end in text]
-    return Answer(text[: min(places)] if places else text, ended or bool(places))
+    positions = [text.index(end) for end in until if end in text]
+    if positions:
+        return Answer(text[: min(positions)], ended=True)
+    return Answer(text, ended)
 
 
-def _end_marks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer: the tokenizer's, which training teaches, and the model's own."""
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end an answer.
+
+    They are the tokenizer's, which training teaches, and the model's own.
+    """
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
     named = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
     return list(dict.fromkeys(int(token) for token in named if token is not None))
 
 
-def _unasked(example: Mapping[str, Any], judging: GenerationConfig) -> str | None:
-    """Return why a prompt is not answered; None where it is. Half a question has another answer than the whole one."""
-    whole, kept = example["prompt_tokens"], len(example["input_ids"])
-    if whole > kept:
-        return f"its prompt of {whole:,} tokens is cut to data.max_tokens {kept:,}"
-    return too_long(whole + judging.max_new_tokens, judging.context)
+def _reason_to_leave_out(example: Mapping[str, Any], config: GenerationConfig) -> str | None:
+    """Return why a prompt is not answered; None if it is.
+
+    A truncated question has another answer than the complete one.
+    """
+    prompt_tokens = example["prompt_tokens"]
+    kept = len(example["input_ids"])
+    if prompt_tokens > kept:
+        return f"its prompt of {prompt_tokens:,} tokens is truncated to data.max_tokens {kept:,}"
+    return too_long(prompt_tokens + config.max_new_tokens, config.context)
 
 
 def _head(
-    place: int, prompt: list[int], reference: str, tokenizer: PreTrainedTokenizerBase
+    index: int, prompt: list[int], reference: str, tokenizer: PreTrainedTokenizerBase
 ) -> Record:
-    shown = str(tokenizer.decode(prompt, skip_special_tokens=True)).strip()
     return {
         "kind": "generation",
-        "id": place,
+        "id": index,
         "benchmark": ANSWERS,
-        "prompt": shown,
+        "prompt": str(tokenizer.decode(prompt, skip_special_tokens=True)).strip(),
         "prompt_sha256": digest([str(tokenizer.decode(prompt)), reference]),
         "reference": reference,
     }
 
 
-def _judged(records: Sequence[Record], judging: GenerationConfig) -> Iterator[Record]:
-    """Yield the records with each answer's figures, and what went wrong."""
-    asked = [
-        {name: record[name] for name in ("prompt", "answer", "reference")} for record in records
-    ]
-    verdicts: Sequence[Verdict | None] = (
-        execute(judging.argv, asked, judging.seconds) if judging.argv else [None] * len(asked)
-    )
+def _scores(records: Sequence[Record], config: GenerationConfig) -> Iterator[Record]:
+    """Yield the metrics and errors of each answer."""
+    verdicts: Sequence[Verdict | None] = [None] * len(records)
+    if config.argv:
+        fields = ("prompt", "answer", "reference")
+        inputs = [{name: record[name] for name in fields} for record in records]
+        verdicts = execute(config.argv, inputs, config.seconds)
     for record, verdict in zip(records, verdicts, strict=True):
         values, errors = measure(
-            judging.metrics, record["answer"], record["reference"], record["prompt"]
+            config.metrics, record["answer"], record["reference"], record["prompt"]
         )
         if isinstance(verdict, str):
             errors[EXECUTION] = verdict
         elif verdict is not None:
             values[EXECUTION] = verdict
-        yield {**record, "metrics": values, "errors": errors}
+        yield {"metrics": values, "errors": errors}

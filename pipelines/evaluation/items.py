@@ -1,11 +1,11 @@
-"""What is asked of every model, as text: a context, the answers whose likelihood counts, and which of them is right."""
+"""What every model is evaluated on, as text: a context, the scored answers, and the right one."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["general", "answer", "chat", "text", "score"]
-"""A question with one right answer among wrong ones; one with an answer alone; one put as a chat; a passage of plain text;
-a document of a task that has a value of its own."""
+"""A question with one right answer among wrong ones; one with a single answer; one as a chat; a
+passage of plain text; a document of a task that computes its own value."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,11 @@ class Item:
     context: str
     choices: tuple[Choice, ...]
     gold: int
-    """Place of the right answer among the choices."""
+    """Index of the right answer among the choices."""
     kind: Kind = "general"
 
 
 def choice_item(benchmark: str, name: str, context: str, answers: list[str], gold: int) -> Item:
     """Return a question whose answers follow its context after one blank."""
-    return Item(
-        benchmark,
-        name,
-        context,
-        tuple(Choice("", f" {answer.strip()}") for answer in answers),
-        gold,
-    )
+    choices = tuple(Choice("", f" {answer.strip()}") for answer in answers)
+    return Item(benchmark, name, context, choices, gold)

@@ -1,12 +1,17 @@
-"""Answers against their references, by name: each metric is a number for one answer, of 100 where it is one of ours.
+"""Answers compared with their references: each metric is a number for one answer.
+
+The built-in metrics range from 0 to 100:
 
     chrf         character n-grams (Popović 2015)
-    bleu         word n-grams up to those the answer has, so that a short answer is no zero (Papineni et al. 2002)
-    rouge_l      F1 of the longest common subsequence of words, of any script, and of symbols (Lin 2004)
-    exact_match  100 where the texts are equal but for blanks around them
+    bleu         word n-grams up to the length of the answer, so that a short answer does not score
+                 zero (Papineni et al. 2002)
+    rouge_l      F1 of the longest common subsequence of words, of any script, and of symbols
+                 (Lin 2004)
+    exact_match  100 if the texts are equal except for blanks around them
 
-A metric of the user's own is `module:function`, called with answer, reference and prompt; higher is better, as in ours, so
-one that counts errors returns them below zero. What it raises is kept with the answer, and the others go on.
+A custom metric is `module:function`, called with answer, reference and prompt. Higher is better, as
+in the built-in ones, so a metric that counts errors returns them below zero. An exception in it is
+kept with the answer, and the other metrics continue.
 """
 
 import difflib
@@ -22,8 +27,11 @@ from pipelines.paths import listed
 
 Metric = Callable[[str, str, str], float]
 """(answer, reference, prompt) → value; higher is better."""
-UNSPACED = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
-"""Characters of Chinese and Japanese, which has no blanks between words."""
+UNSPACED = (
+    "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
+)
+"""Characters of Chinese and Japanese, which have no blanks between words."""
 TOKEN = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+|\S")
 """One of them, a word, or a symbol."""
 
@@ -32,19 +40,19 @@ def load_metrics(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Met
     """Return the metrics that a recipe names.
 
     Args:
-        names: of ours, or `module:function`.
-        folders: where modules are looked for before the installed ones.
+        names: of built-in metrics, or `module:function`.
+        folders: searched for modules before the installed packages.
 
     Raises:
         RecipeError: there is no such metric.
     """
-    return {name: _imported(name, folders) if ":" in name else _ours(name) for name in names}
+    return {name: _imported(name, folders) if ":" in name else _built_in(name) for name in names}
 
 
 def measure(
     metrics: Mapping[str, Metric], answer: str, reference: str, prompt: str
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return each metric's value, and for those that gave none what went wrong."""
+    """Return each metric's value, and the error of each metric that failed."""
     values: dict[str, float] = {}
     errors: dict[str, str] = {}
     for name, metric in metrics.items():
@@ -52,7 +60,7 @@ def measure(
             values[name] = _number(metric(answer, reference, prompt))
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # noqa: BLE001 - the user's function may raise anything, SystemExit too; the others go on
+        except BaseException as error:  # noqa: BLE001 - a custom metric may raise even SystemExit
             errors[name] = f"{type(error).__name__}: {error}"
     return values, errors
 
@@ -64,14 +72,15 @@ def _number(value: object) -> float:
     return number
 
 
-def _ours(name: str) -> Metric:
-    if name not in OURS:
-        near = difflib.get_close_matches(name, OURS, n=1)
+def _built_in(name: str) -> Metric:
+    if name not in BUILT_IN:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(
-            f"evaluation.metrics has no {name!r}; {guess}it knows {', '.join(OURS)}, or `module:function` of your own"
+            f"evaluation.metrics has no {name!r}; {guess}use one of {', '.join(BUILT_IN)}, "
+            "or a custom `module:function`"
         )
-    return OURS[name]()
+    return BUILT_IN[name]()
 
 
 def _imported(name: str, folders: Sequence[Path]) -> Metric:
@@ -79,14 +88,15 @@ def _imported(name: str, folders: Sequence[Path]) -> Metric:
     sys.path[:0] = [str(folder) for folder in folders if str(folder) not in sys.path]
     try:
         metric: Metric = getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # a custom module may raise anything
         raise RecipeError(
             f"evaluation.metrics {name!r} cannot be imported ({type(error).__name__}: {error}); "
             f"put {module}.py into {listed(folders)}, or install the package"
         ) from error
     if not callable(metric):
         raise RecipeError(
-            f"evaluation.metrics {name!r} is {metric!r}; name a function of answer, reference and prompt"
+            f"evaluation.metrics {name!r} is {metric!r}; "
+            "name a function of answer, reference and prompt"
         )
     return metric
 
@@ -106,7 +116,7 @@ def _bleu() -> Metric:
 
 
 class _Tokenizer:
-    """Cuts a text for ROUGE, whose own tokenizer keeps a to z and 0 to 9 alone."""
+    """Splits a text for ROUGE, whose default tokenizer keeps only a to z and 0 to 9."""
 
     def tokenize(self, text: str) -> list[str]:
         return TOKEN.findall(text.lower())
@@ -123,7 +133,7 @@ def _exact_match() -> Metric:
     return lambda answer, reference, prompt: 100.0 * (answer.strip() == reference.strip())
 
 
-OURS: dict[str, Callable[[], Metric]] = {
+BUILT_IN: dict[str, Callable[[], Metric]] = {
     "chrf": _chrf,
     "rouge_l": _rouge_l,
     "bleu": _bleu,

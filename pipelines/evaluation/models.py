@@ -1,7 +1,8 @@
-"""One base in memory for several models: it is loaded and made dense once, and adapters come and go.
+"""One base in memory for several models: load and dequantize it once, swap the adapters.
 
-An adapter is always held against the base as it is stored, whose fingerprint it names; only then do the layers that
-compute take the places of the stored ones. Both stay in memory, the stored ones at an eighth of the size.
+An adapter is always checked against the base as it is stored, whose fingerprint it names. Only then
+do the dense layers that compute replace the stored ones. Both stay in memory, the stored ones at an
+eighth of the size.
 """
 
 import gc
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_core import load_adapter
-from lora_core.base.quant import quantised_kind
+from lora_core.base.quant import quantized_kind
 from lora_core.merging.dequantize import dequantize
 from lora_core.modules import adapter_parts, module_at, replace_module
 from pipelines.models.hardware import Hardware
@@ -23,7 +24,7 @@ Layers = dict[str, nn.Module]
 
 
 class Models:
-    """Gives one model after the other; those that share base and quantisation share what is loaded."""
+    """Provides one model after the other; those with equal base and quantization share it."""
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
@@ -39,7 +40,7 @@ class Models:
         """Yield the model of a stage, in evaluation mode.
 
         Args:
-            paths: the base, or a `model` that was trained whole in its place; an `adapter`, where there is one.
+            paths: the base, or a fully fine-tuned `model` that replaces it; an optional `adapter`.
             quantization: nf4 or none.
             trust_remote_code: run the code that comes with the base.
 
@@ -52,54 +53,55 @@ class Models:
                 self._adapt(model, Path(paths["adapter"]))
             yield model
         except BaseException:
-            self._key = self._model = (
-                None  # whatever state it is in, no other stage computes with it
-            )
+            # the state of the model is unknown, so no other stage may compute with it
+            self._key = None
+            self._model = None
             raise
-        _strip(model)
+        _remove_adapter(model)
 
-    def _loaded(self, folder: str, quantization: str, trusted: bool) -> PreTrainedModel:
-        if self._model is None or self._key != (folder, quantization):
-            self._key = self._model = None
-            self._stored, self._dense = {}, {}
-            gc.collect()  # before the next one comes
-            self._model = load_model(
-                Path(folder), quantization, self.hardware, trust_remote_code=trusted
-            )
-            if self.hardware.device == "cpu":
-                self._stored = {
-                    name: module
-                    for name, module in self._model.named_modules()
-                    if quantised_kind(module) in ("nf4", "fp4")
-                }
-                dequantize(self._model, self.hardware.dtype)
-                self._dense = {name: module_at(self._model, name) for name in self._stored}
-            self._key = (folder, quantization)
-        return self._model
+    def _loaded(self, folder: str, quantization: str, is_trusted: bool) -> PreTrainedModel:
+        if self._model is not None and self._key == (folder, quantization):
+            return self._model
+        self._key = None
+        self._model = None
+        self._stored = {}
+        self._dense = {}
+        gc.collect()  # before the next one is loaded
+        model = load_model(Path(folder), quantization, self.hardware, trust_remote_code=is_trusted)
+        self._model = model
+        if self.hardware.device == "cpu":
+            self._stored = _quantized_layers(model)
+            dequantize(model, self.hardware.dtype)
+            self._dense = {name: module_at(model, name) for name in self._stored}
+        self._key = (folder, quantization)
+        return model
 
     def _adapt(self, model: PreTrainedModel, folder: Path) -> None:
-        """Put an adapter into the model: over the layers as they are stored, which then make room for those that compute."""
-        _place(model, self._stored)
+        """Load an adapter over the stored layers, then replace these with the dense ones."""
+        _replace(model, self._stored)
         load_adapter(model, folder)
-        parts = dict(adapter_parts(model))
-        _place(
-            model,
-            {
-                f"{name}.base" if name in parts else name: module
-                for name, module in self._dense.items()
-            },
-        )
-        dequantize(
-            model, self.hardware.dtype
-        )  # nothing is left to be made dense; the updates take note of their new bases
+        adapted = dict(adapter_parts(model))
+        dense = {}
+        for name, module in self._dense.items():
+            dense[f"{name}.base" if name in adapted else name] = module
+        _replace(model, dense)
+        # all layers are dense already; this makes the adapter's parts register their new bases
+        dequantize(model, self.hardware.dtype)
 
 
-def _place(model: PreTrainedModel, layers: Layers) -> None:
+def _quantized_layers(model: PreTrainedModel) -> Layers:
+    found = {}
+    for name, module in model.named_modules():
+        if quantized_kind(module) in ("nf4", "fp4"):
+            found[name] = module
+    return found
+
+
+def _replace(model: PreTrainedModel, layers: Layers) -> None:
     for name, module in layers.items():
         replace_module(model, name, module)
 
 
-def _strip(model: PreTrainedModel) -> None:
-    """Take an adapter's parts out again."""
+def _remove_adapter(model: PreTrainedModel) -> None:
     for name, part in list(adapter_parts(model)):
         replace_module(model, name, part.base)  # type: ignore[arg-type]

@@ -1,4 +1,7 @@
-"""From items to token trees and, once a model has answered, to records. Tokenised once for all models of a comparison."""
+"""Turn items into token trees and, once a model is scored, into records.
+
+Items are tokenized once for all models of a comparison.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +25,9 @@ class Question:
     item: Item
     tree: Tree
     left_out: str | None
-    """Why the item is not asked; None where it is."""
+    """Why the item is not evaluated; None if it is."""
     bytes: int
-    """Length of what is scored of the right answer."""
+    """Length of the scored text of the right answer."""
 
 
 def tokenize(
@@ -35,32 +38,41 @@ def tokenize(
     Args:
         items: of any kinds.
         tokenizer: the base's.
-        context: how many tokens the model takes; None where it does not say.
+        context: the model's context length in tokens; None if unknown.
 
     Raises:
         DataError: an item has nothing to read or nothing to score.
     """
-    texts: dict[bool, list[str]] = {item.kind == "chat": [] for item in items}
+    plain, chats = list[str](), list[str]()
     for item in items:
-        texts[item.kind == "chat"] += [text for pair in _pairs(item) for text in pair]
-    tokens = {
-        is_chat: encode(some, tokenizer, special=not is_chat) for is_chat, some in texts.items()
-    }
-    return [_question(item, tokens[item.kind == "chat"], context, tokenizer) for item in items]
+        texts = chats if item.kind == "chat" else plain
+        for before, whole in _texts(item):
+            texts += [before, whole]
+    plain_tokens = encode(plain, tokenizer)
+    chat_tokens = encode(chats, tokenizer, special=False)
+    found = []
+    for item in items:
+        tokens = chat_tokens if item.kind == "chat" else plain_tokens
+        found.append(_question(item, tokens, context, tokenizer))
+    return found
 
 
 def records(questions: Sequence[Question], scores: Iterator[list[Score]]) -> Iterator[Record]:
-    """Yield each question's record; `scores` are those of the questions that are asked, in their order."""
+    """Yield each question's record.
+
+    Args:
+        questions: all of them.
+        scores: of the questions that are evaluated, in their order.
+    """
     for question in questions:
-        yield (
-            left_out(question)
-            if question.left_out is not None
-            else {**head(question.item), **_values(question, next(scores))}
-        )
+        if question.left_out is not None:
+            yield left_out(question)
+        else:
+            yield {**head(question.item), **_values(question, next(scores))}
 
 
 def head(item: Item) -> Record:
-    """Return what an item's record says whatever a model answers."""
+    """Return the part of an item's record that does not depend on the model."""
     answers = [choice.lead + choice.scored for choice in item.choices]
     return {
         "kind": item.kind,
@@ -73,7 +85,7 @@ def head(item: Item) -> Record:
 def general_values(
     gold: int, log_likelihoods: Sequence[float], greedy: Sequence[bool], choices: Sequence[Choice]
 ) -> Record:
-    """Return what the record of a question with several answers says of a model's."""
+    """Return the part of the record of a multiple-choice question that depends on the model."""
     return {
         "gold": gold,
         "log_likelihoods": [round(value, 6) for value in log_likelihoods],
@@ -83,25 +95,24 @@ def general_values(
 
 
 def left_out(question: Question) -> Record:
-    """Return the record of a question that is not asked."""
+    """Return the record of a question that is not evaluated."""
     return {**head(question.item), "left_out": question.left_out}
 
 
 def too_long(tokens: int, context: int | None) -> str | None:
-    """Return why so many tokens are left out, or None where the model takes them."""
-    return (
-        f"{tokens:,} tokens exceed the context of {context:,}"
-        if context is not None and tokens > context
-        else None
-    )
+    """Return why so many tokens are left out, or None if they fit into the context."""
+    if context is None or tokens <= context:
+        return None
+    return f"{tokens:,} tokens exceed the context of {context:,}"
 
 
-def _pairs(item: Item) -> list[tuple[str, str]]:
-    """Return, for each answer, what is read before it and the whole text."""
-    read = [item.context + choice.lead for choice in item.choices]
-    return [
-        (before, before + choice.scored) for before, choice in zip(read, item.choices, strict=True)
-    ]
+def _texts(item: Item) -> list[tuple[str, str]]:
+    """Return, for each answer, the text that is read before it and the complete text."""
+    found = []
+    for choice in item.choices:
+        before = item.context + choice.lead
+        found.append((before, before + choice.scored))
+    return found
 
 
 def _question(
@@ -110,36 +121,31 @@ def _question(
     context: int | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Question:
-    pairs = [(tokens[before], tokens[whole]) for before, whole in _pairs(item)]
-    starts = [
-        1 if item.kind == "text" else len(before) for before, _ in pairs
-    ]  # a passage is scored after its first token
-    tree = build_prefix_tree([whole for _, whole in pairs], starts)
+    is_text = item.kind == "text"
+    wholes, starts = [], []
+    for before, whole in _texts(item):
+        wholes.append(tokens[whole])
+        starts.append(1 if is_text else len(tokens[before]))  # text is scored after its first token
+    tree = build_prefix_tree(wholes, starts)
     if tree is None:
         raise DataError(f"{item.id} has an empty context or answer; leave it out")
-    unscored = (
-        str(tokenizer.decode(pairs[0][1][:1], skip_special_tokens=True))
-        if item.kind == "text"
-        else ""
-    )
-    return Question(
-        item,
-        tree,
-        too_long(tree.context, context),
-        len(item.choices[item.gold].scored.encode()) - len(unscored.encode()),
-    )
+    scored_bytes = len(item.choices[item.gold].scored.encode())
+    if is_text:
+        unscored = str(tokenizer.decode(wholes[0][:1], skip_special_tokens=True))
+        scored_bytes -= len(unscored.encode())
+    return Question(item, tree, too_long(tree.context, context), scored_bytes)
 
 
 def _values(question: Question, scores: list[Score]) -> Record:
-    if question.item.kind == "general":
-        likelihoods, greedy = (
-            [score.log_likelihood for score in scores],
-            [score.greedy for score in scores],
-        )
-        return general_values(question.item.gold, likelihoods, greedy, question.item.choices)
+    item = question.item
+    if item.kind == "general":
+        likelihoods = [score.log_likelihood for score in scores]
+        greedy = [score.greedy for score in scores]
+        return general_values(item.gold, likelihoods, greedy, item.choices)
     [score] = scores
     values: Record = {"nll": -score.log_likelihood, "tokens": score.tokens}
-    if question.item.kind == "chat":
-        return values
-    values["bytes"] = question.bytes
-    return values if question.item.kind == "text" else {**values, "greedy": score.greedy}
+    if item.kind != "chat":
+        values["bytes"] = question.bytes
+    if item.kind not in ("chat", "text"):
+        values["greedy"] = score.greedy
+    return values

@@ -1,12 +1,14 @@
-"""A prompt and the answers that continue it, as a tree of tokens: what answers share is read once, however far it goes.
+"""A prompt and the answers that continue it, as a tree of tokens: shared tokens are read once.
 
-An answer's tokens are what the tokenizer makes of context and answer read as one text. Each token of the tree is read
-after those between it and the root. The last token of an answer predicts nothing and is not read.
+An answer's tokens are those of context and answer tokenized as one text. Each token of the tree is
+read after those between it and the root. The last token of an answer predicts nothing and is not
+read.
 
     the ─ capital ─ of ┬ France ─ is
                        └ Spain ─ is
 
-Tokens stand in preorder, so that what follows from a token is one stretch after it: the mask is two comparisons.
+Tokens are in preorder, so that the descendants of a token follow it without a gap: the mask is two
+comparisons.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +24,7 @@ class Answer:
     """Where an answer is scored."""
 
     predicts: list[int]
-    """Places in the tree whose next token counts."""
+    """Indices of the tokens of the tree whose next token counts."""
     targets: list[int]
     """Those next tokens."""
 
@@ -34,9 +36,9 @@ class Tree:
     tokens: list[int]
     """(T,)"""
     depths: list[int]
-    """(T,) tokens before each one."""
+    """(T,) number of tokens before each one."""
     ends: list[int]
-    """(T,) where the stretch of tokens that follow from each one ends."""
+    """(T,) end of the descendants of each token, exclusive."""
     answers: list[Answer]
 
     @property
@@ -46,47 +48,59 @@ class Tree:
 
 
 def build_prefix_tree(wholes: Sequence[list[int]], starts: Sequence[int]) -> Tree | None:
-    """Return the tree of several answers; None where nothing is read before one, or nothing of one is scored.
+    """Return the tree of several answers; None if one has no context or no scored token.
 
     Args:
         wholes: the tokens of context and answer, for each answer.
         starts: for each answer, the first token that counts.
     """
-    if any(not 0 < start < len(ids) for start, ids in zip(starts, wholes, strict=True)):
-        return None
-    tokens, depths, ends, paths = list[int](), list[int](), list[int](), {}
-    path, before = list[int](), list[int]()
+    for start, ids in zip(starts, wholes, strict=True):
+        if not 0 < start < len(ids):
+            return None
+    tokens, depths, ends = list[int](), list[int](), list[int]()
+    path_of = dict[tuple[int, ...], list[int]]()
+    path, previous = list[int](), tuple[int, ...]()
     for read in sorted({tuple(ids[:-1]) for ids in wholes}):
-        shared = _shared(before, read)
-        path = path[:shared] + list(range(len(tokens), len(tokens) + len(read) - shared))
+        shared = _shared_prefix(previous, read)
+        added = len(read) - shared
+        path = path[:shared] + list(range(len(tokens), len(tokens) + added))
         tokens += read[shared:]
         depths += range(shared, len(read))
-        ends += [0] * (len(read) - shared)
-        for place in path:
-            ends[place] = len(tokens)
-        paths[read], before = path, list(read)
-    answers = [
-        Answer(paths[tuple(ids[:-1])][start - 1 :], ids[start:])
-        for ids, start in zip(wholes, starts, strict=True)
-    ]
+        ends += [0] * added
+        for index in path:
+            ends[index] = len(tokens)
+        path_of[read] = path
+        previous = read
+    answers = []
+    for start, ids in zip(starts, wholes, strict=True):
+        path = path_of[tuple(ids[:-1])]
+        answers.append(Answer(path[start - 1 :], ids[start:]))
     return Tree(tokens, depths, ends, answers)
 
 
 def mask(tree: Tree) -> Tensor:
-    """Return who may look at whom, (T, T) of bool: each token at itself and at those it follows from."""
-    places, ends = torch.arange(len(tree.tokens)), torch.tensor(tree.ends)
-    return (places[:, None] >= places[None, :]) & (places[:, None] < ends[None, :])
+    """Return who attends to whom, (T, T) of bool: each token to itself and to its ancestors."""
+    indices = torch.arange(len(tree.tokens))
+    rows, columns = indices[:, None], indices[None, :]
+    ends = torch.tensor(tree.ends)[None, :]
+    return (rows >= columns) & (rows < ends)
 
 
-def packs(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
-    """Yield the places of the trees that are read together: the longest first, up to a number of tokens, without padding."""
+def bin_pack(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of the trees that are read together, longest first, without padding.
+
+    Args:
+        trees: to pack.
+        tokens: maximum number of tokens in a pack of several trees.
+    """
     group, filled = list[int](), 0
-    for place in sorted(range(len(trees)), key=lambda i: (-len(trees[i].tokens), i)):
-        if group and filled + len(trees[place].tokens) > tokens:
+    for index in sorted(range(len(trees)), key=lambda i: (-len(trees[i].tokens), i)):
+        size = len(trees[index].tokens)
+        if group and filled + size > tokens:
             yield group
             group, filled = [], 0
-        group.append(place)
-        filled += len(trees[place].tokens)
+        group.append(index)
+        filled += size
     if group:
         yield group
 
@@ -94,27 +108,30 @@ def packs(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
 def group_by_prefix(
     wholes: Sequence[Sequence[int]], contexts: Sequence[str], tokens: int
 ) -> Iterator[list[int]]:
-    """Yield the places of the answers that are grown into one tree.
+    """Yield the indices of the answers that share one tree.
 
-    Answers after one context stand together, and so do contexts of which at least half is the same, such as those that
-    open with the same worked examples.
+    Answers after one context share a tree, and so do contexts of which at least half is the same,
+    such as those that start with the same few-shot examples.
 
     Args:
         wholes: the tokens of context and answer, for each answer.
         contexts: the text before each answer.
-        tokens: most tokens of a tree of several contexts.
+        tokens: maximum number of tokens in a tree of several contexts.
     """
     units: dict[str, list[int]] = {}
-    for place, context in enumerate(contexts):
-        units.setdefault(context, []).append(place)
+    for index, context in enumerate(contexts):
+        units.setdefault(context, []).append(index)
     group, filled = list[int](), 0
-    for unit in sorted(units.values(), key=lambda places: list(wholes[places[0]])):
-        shared = _shared(wholes[group[0]], wholes[unit[0]]) if group else 0
-        new = sum(len(wholes[place]) - shared for place in unit)
-        if group and (2 * shared < len(wholes[unit[0]]) or filled + new > tokens):
+    for unit in sorted(units.values(), key=lambda indices: list(wholes[indices[0]])):
+        first = wholes[unit[0]]
+        shared = _shared_prefix(wholes[group[0]], first) if group else 0
+        added = sum(len(wholes[index]) - shared for index in unit)
+        if group and (2 * shared < len(first) or filled + added > tokens):
             yield group
-            group, filled, new = [], 0, new + shared * len(unit)
-        group, filled = group + unit, filled + new
+            added += shared * len(unit)
+            group, filled = [], 0
+        group = group + unit
+        filled += added
     if group:
         yield group
 
@@ -127,21 +144,19 @@ def encode(
     Args:
         texts: any number of them.
         tokenizer: the base's.
-        special: let it add its own marks, such as one for the beginning; a chat template has written them already.
+        special: let it add special tokens, such as one for the beginning; a chat template has
+            already added them.
     """
-    different = list(dict.fromkeys(texts))
-    return (
-        dict(
-            zip(different, tokenizer(different, add_special_tokens=special).input_ids, strict=True)
-        )
-        if different
-        else {}
-    )
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        return {}
+    ids = tokenizer(distinct, add_special_tokens=special).input_ids
+    return dict(zip(distinct, ids, strict=True))
 
 
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+def _shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     """Return how many first tokens two sequences share."""
-    return next(
-        (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))

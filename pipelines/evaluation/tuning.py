@@ -14,7 +14,7 @@ from pipelines.evaluation.scoring import score_examples
 from pipelines.models.checked import CheckedReader
 from pipelines.models.hardware import detect
 from pipelines.models.loading import load_model
-from pipelines.runtime.child import run_stage
+from pipelines.runtime.child import execute_stage
 
 
 def tuning_loss(
@@ -24,19 +24,19 @@ def tuning_loss(
     split = Path(paths["data"]) / "tuning"
     if not split.is_dir():
         raise DataError(
-            "the held-out groups leave no examples to choose a learning rate on; hold out fewer examples, or name one rate"
+            "the held-out groups leave no examples to choose a learning rate on; "
+            "hold out fewer examples, or name one rate"
         )
-    folder, trusted = (
-        Path(paths.get("model", paths["base"])),
-        inputs.get("trust_remote_code", False),
-    )
-    model = load_model(folder, inputs["quantization"], detect(), trust_remote_code=trusted)
+    trained = Path(paths.get("model", paths["base"]))
+    is_trusted = inputs.get("trust_remote_code", False)
+    model = load_model(trained, inputs["quantization"], detect(), trust_remote_code=is_trusted)
     if "adapter" in paths:
         load_adapter(model, Path(paths["adapter"]))
     scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(split)))))
-    loss = sum(record["nll"] for record in scored) / sum(record["tokens"] for record in scored)
-    return {"tuning_loss": loss, "examples": len(scored)}, []
+    nll = sum(record["nll"] for record in scored)
+    tokens = sum(record["tokens"] for record in scored)
+    return {"tuning_loss": nll / tokens, "examples": len(scored)}, []
 
 
 if __name__ == "__main__":
-    run_stage(tuning_loss)
+    execute_stage(tuning_loss)

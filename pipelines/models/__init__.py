@@ -1,1 +1,1 @@
-"""How a base model is read: which families are supported, by which path, and the proof that the path is the model's own."""
+"""How a base model is read: supported families, their readers, and the check of each reader."""

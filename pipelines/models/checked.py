@@ -1,9 +1,11 @@
-"""A model whose way of being read is verified on what it reads, before any number of it counts.
+"""A model whose reader is verified on what it reads, before any of its numbers count.
 
-What is read first is verified first, and so is any example longer than those before it: a window shows itself only there.
-Where a faster way no longer agrees, the model goes on by a slower one that does.
+The first pack is verified first, and so is any example longer than those before it: only a longer
+example shows a window. If a faster reader no longer agrees, the model continues with a slower one
+that does.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,20 +13,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipelines.models.equivalence import IN_16_BITS, TOLERANCES, Probe, verified_reader
+from pipelines.models.equivalence import verified_reader
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
+from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack, join
 from pipelines.models.support import why_not_packed
+from pipelines.models.tolerances import tolerance_of
 from pipelines.models.verified import Verified
 from pipelines.runtime.memory import is_out_of_memory
 
 FIRST_TOKENS = 3
-"""Tokens of an answer that are compared before answers are written in batches."""
+"""Tokens of an answer that are compared before answers are generated in batches."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How answers are written."""
+    """How answers are generated."""
 
     attention: str
     batched: bool
@@ -32,18 +36,18 @@ class Generation:
 
 
 class CheckedReader:
-    """Reads packs, each by a way that is verified for examples of its length."""
+    """Reads packs, each with a reader that is verified for examples of its length."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.verified: Verified | None = None
         self._reader = PackReader.default(model)
         self._longest = {False: 0, True: 0}
-        """Whether trees → tokens of the longest example that was verified."""
+        """Whether a pack has trees → tokens of the longest example that was verified."""
         self._generation: tuple[int, Generation] | None = None
 
     def log_likelihoods(self, pack: Pack, chunk_rows: int) -> tuple[Tensor, Tensor]:
-        """Return the log-likelihood of each target in nats, and whether it is the likeliest token there."""
+        """Return the log-likelihood of each target in nats, and whether it is the likeliest."""
         self.check(pack)
         return self._reader.log_likelihoods(pack, chunk_rows)
 
@@ -53,7 +57,7 @@ class CheckedReader:
         return self._reader.logits(pack)
 
     def check(self, pack: Pack) -> None:
-        """Verify the way of reading on an excerpt of a pack, where it holds a longer example than any before.
+        """Verify the reader on an excerpt of a pack with a longer example than any before.
 
         Raises:
             BaseModelError: see `verified_reader`.
@@ -62,68 +66,99 @@ class CheckedReader:
             return
         reader, verified = verified_reader(self.model, [Probe(excerpt(pack))])
         self._longest[pack.has_trees] = pack.longest
-        self._reader = reader if self.verified is None else _slower_of(self._reader, reader)
-        self.verified = (
-            verified if self.verified is None else _both(self.verified, verified, self._reader)
-        )
+        if self.verified is None:
+            self._reader = reader
+            self.verified = verified
+        else:
+            self._reader = _slower_of(self._reader, reader)
+            self.verified = _merged(self.verified, verified, self._reader)
 
     def generation(self, prompts: Sequence[list[int]]) -> Generation:
-        """Return the fastest way of writing answers that begins each as the model's own forward does on the prompt alone.
+        """Return the fastest way to generate that starts each answer as the own forward does.
+
+        The own forward reads each prompt alone.
 
         Args:
             prompts: tokens of each, at least one.
         """
-        longest, shortest = max(prompts, key=len), min(prompts, key=len)
+        longest = max(prompts, key=len)
+        shortest = min(prompts, key=len)
         if self._generation is None or len(longest) > self._generation[0]:
-            self._generation = len(longest), self._way_of_writing([shortest, longest])
+            self._generation = len(longest), self._verified_generation([shortest, longest])
         return self._generation[1]
 
     @torch.inference_mode()
-    def _way_of_writing(self, prompts: Sequence[list[int]]) -> Generation:
-        if why_not_packed(self.model) is None:
-            for attention in (SDPA, EAGER):
-                try:
-                    difference = self._difference_of_batch(prompts, attention)
-                except Exception as error:
-                    if is_out_of_memory(error):
-                        raise
-                    continue  # a family that refuses an attention function or padding raises an error of its own
-                if difference <= 10 * TOLERANCES.get(self.model.dtype, IN_16_BITS).loss:
-                    return Generation(attention, batched=True)
-        return Generation(EAGER, batched=False)
+    def _verified_generation(self, prompts: Sequence[list[int]]) -> Generation:
+        slow = Generation(EAGER, batched=False)
+        if why_not_packed(self.model) is not None:
+            return slow
+        tolerance = 10 * tolerance_of(self.model.dtype).loss
+        for attention in (SDPA, EAGER):
+            try:
+                difference = self._batch_difference(prompts, attention)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                continue  # a family that refuses an attention function or padding raises any error
+            if difference <= tolerance:
+                return Generation(attention, batched=True)
+        return slow
 
-    def _difference_of_batch(self, prompts: Sequence[list[int]], attention: str) -> float:
-        """Return how far the log-probabilities of the first tokens of a padded batch are from those of each prompt alone."""
-        ids, mask = padded(prompts, filler=prompts[0][0], device=str(self.model.device))
+    def _batch_difference(self, prompts: Sequence[list[int]], attention: str) -> float:
+        """Compare the first tokens of a padded batch with each prompt alone.
+
+        Returns:
+            The largest difference of a log-probability; infinity if one is not a number.
+        """
         with attending_by(self.model, attention):
-            output = self.model.generate(  # type: ignore[operator]
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=FIRST_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=prompts[0][0],
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        found = torch.stack(output.logits, dim=1).float().log_softmax(dim=2)
-        written = output.sequences[:, ids.shape[1] : -1]
+            generated, found = self._generate_batch(prompts)
         differences = []
         with attending_by(self.model, EAGER):
-            for prompt, tokens, row in zip(prompts, written, found, strict=True):
-                whole = torch.cat([torch.tensor(prompt, device=tokens.device), tokens])
-                own = self.model(input_ids=whole[None]).logits[0, len(prompt) - 1 :]
-                differences.append(float((own.float().log_softmax(dim=1) - row).abs().max()))
-        return max(value if value == value else float("inf") for value in differences)
+            for prompt, tokens, log_probabilities in zip(prompts, generated, found, strict=True):
+                own = self._own_log_probabilities(prompt, tokens)
+                difference = float((own - log_probabilities).abs().max())
+                differences.append(math.inf if math.isnan(difference) else difference)
+        return max(differences)
+
+    def _generate_batch(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Generate `FIRST_TOKENS` tokens per prompt.
+
+        Returns:
+            All of them but the last, (prompts, FIRST_TOKENS - 1), and the log-probabilities of each
+            step, (prompts, FIRST_TOKENS, V).
+        """
+        filler = prompts[0][0]
+        ids, mask = padded(prompts, filler=filler, device=str(self.model.device))
+        output = self.model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=FIRST_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=filler,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits = torch.stack(output.logits, dim=1)
+        generated = output.sequences[:, ids.shape[1] : -1]
+        return generated, logits.float().log_softmax(dim=2)
+
+    def _own_log_probabilities(self, prompt: list[int], generated: Tensor) -> Tensor:
+        """Return log-probabilities (generated + 1, V) after a prompt, by the own forward."""
+        start = torch.tensor(prompt, device=generated.device)
+        ids = torch.cat([start, generated])
+        logits = self.model(input_ids=ids[None]).logits[0]
+        return logits[len(prompt) - 1 :].float().log_softmax(dim=1)  # type: ignore[no-any-return]
 
 
 def excerpt(pack: Pack) -> Pack:
-    """Return a small pack of the same kind: its longest example, and two answers of its shortest tree or its shortest example."""
-    pieces = [one for one in pack.pieces() if len(one.predicts)]
-    longest, shortest = (
-        max(pieces, key=lambda one: one.longest),
-        min(pieces, key=lambda one: len(one.input_ids)),
-    )
+    """Return a small pack of the same kind.
+
+    It holds the longest example, and the shortest example or two answers of the shortest tree.
+    """
+    pieces = [piece for piece in pack.pieces() if len(piece.predicts)]
+    longest = max(pieces, key=lambda piece: piece.longest)
+    shortest = min(pieces, key=lambda piece: len(piece.input_ids))
     if longest is shortest:
         return _some_answers(longest, 2)
     return join([_some_answers(longest, 1), _some_answers(shortest, 2)])
@@ -132,30 +167,29 @@ def excerpt(pack: Pack) -> Pack:
 def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[Tensor, Tensor]:
     """Return prompts as one batch, padded on the left, and its mask, both (prompts, longest)."""
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor(
-        [[filler] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device
-    )
-    mask = torch.tensor(
-        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-    )
-    return ids, mask
+    ids, mask = [], []
+    for prompt in prompts:
+        missing = width - len(prompt)
+        ids.append([filler] * missing + list(prompt))
+        mask.append([0] * missing + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _some_answers(piece: Pack, number: int) -> Pack:
-    """Keep what the longest paths of a segment predict."""
+    """Keep the predictions on the longest paths of a segment."""
     chosen = sorted(piece.paths(), key=lambda path: -len(path.places))[:number]
-    return piece.only(torch.cat([path.rows for path in chosen]).sort().values)
+    rows = torch.cat([path.rows for path in chosen])
+    return piece.only(rows.sort().values)
 
 
 def _slower_of(one: PackReader, other: PackReader) -> PackReader:
-    """Return the path that avoids whatever either verification rejected."""
-    return PackReader(
-        one.model, one.packed and other.packed, None if one.head is None else other.head
-    )
+    """Return the reader that avoids whatever either verification rejected."""
+    head = None if one.head is None else other.head
+    return PackReader(one.model, one.packed and other.packed, head)
 
 
-def _both(one: Verified, other: Verified, reader: PackReader) -> Verified:
-    """Return what two verifications say together."""
+def _merged(one: Verified, other: Verified, reader: PackReader) -> Verified:
+    """Return the result of two verifications together."""
     return replace(
         one,
         path=reader.path,

@@ -1,22 +1,29 @@
-"""What the machine can do decides device, dtype, backend, attention kernel and optimiser: here, and nowhere else."""
+"""Choose device, dtype, backend, attention kernel and optimizer from what the machine can do.
+
+No other module makes these choices.
+"""
 
 import os
 import resource
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
 
-from pipelines.runtime.child import PLACE
+from pipelines.runtime.child import WORKER_INDEX
 
 AdamState = Literal["whole", "shared", "replaced"]
-"""What an engine does with Adam's state: each rank has all of it, or a share (ZeRO), or DeepSpeed's own Adam takes the
-place of what was given, as where the launch offloads and says nothing of zero_force_ds_cpu_optimizer."""
+"""What an engine does with Adam's state.
+
+Each rank has all of it, or a shard (ZeRO), or DeepSpeed's own Adam replaces the given optimizer,
+for example if the launch offloads and does not set zero_force_ds_cpu_optimizer."""
 PLAIN, FUSED, PAGED, REPLACED = "AdamW", "fused AdamW", "paged 8-bit AdamW", "DeepSpeed's AdamW"
-"""Names of what trains, for logs and results."""
+"""Names of the optimizers, for logs and results."""
 COMFORTABLE = 0.9
-"""The share of a GPU's memory that a training may be estimated to need; the rest is for what an allocator cannot use."""
+"""Largest fraction of GPU memory that a training may be estimated to need.
+
+The rest is for what an allocator cannot use."""
 GIB = 1 << 30
 
 
@@ -31,18 +38,35 @@ class Hardware:
     backend: str
     """Collective library of torch.distributed."""
     gpu_bytes: int = 0
-    """Memory of the GPU, whoever holds how much of it: the same card chooses the same each time. 0 for a CPU."""
+    """Total memory of the GPU, 0 for a CPU. Free memory would make the choices vary on one card."""
 
     @property
     def name(self) -> str:
-        """Return what computes, as a report names it."""
+        """The name of the device in reports."""
         return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "CPU"
 
     def describe(self, attention: str, optimizer: "Optimizer") -> str:
         """Return one line for the start of a log."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        chosen = f"device {self.device}, {dtype}, {self.backend}, {attention} attention, {optimizer.name} ({optimizer.reason})"
-        return f"{chosen}, {torch.get_num_threads()} threads"
+        parts = [
+            f"device {self.device}",
+            str(self.dtype).removeprefix("torch."),
+            self.backend,
+            f"{attention} attention",
+            f"{optimizer.name} ({optimizer.reason})",
+            f"{torch.get_num_threads()} threads",
+        ]
+        return ", ".join(parts)
+
+
+class AttentionShape(NamedTuple):
+    """The attention heads of a layer."""
+
+    heads: int
+    """Query heads."""
+    key_heads: int
+    """Key and value heads; fewer if query heads share them."""
+    size: int
+    """Width of one head."""
 
 
 @dataclass(frozen=True)
@@ -54,76 +78,78 @@ class Optimizer:
 
 
 def detect() -> Hardware:
-    """Choose for this process from what is there.
+    """Choose for this process from the available hardware.
 
-    bfloat16 is chosen where the hardware multiplies it; a CPU without such units is 30 to 60 times slower in it.
+    bfloat16 is chosen if the hardware multiplies it; a CPU without such units is 30 to 60 times
+    slower in it.
     """
-    if torch.cuda.is_available():
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        place = os.environ.get("LOCAL_RANK") or os.environ.get(
-            PLACE, "0"
-        )  # a rank's, or that of an evaluation beside others
-        device = int(place) % torch.cuda.device_count()
-        return Hardware(
-            f"cuda:{device}", dtype, "nccl", torch.cuda.get_device_properties(device).total_memory
-        )
-    return Hardware("cpu", torch.float32, "gloo")
+    if not torch.cuda.is_available():
+        return Hardware("cpu", torch.float32, "gloo")
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # the rank of a training process, or the index of one of several evaluation processes
+    index = os.environ.get("LOCAL_RANK") or os.environ.get(WORKER_INDEX, "0")
+    device = int(index) % torch.cuda.device_count()
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return Hardware(f"cuda:{device}", dtype, "nccl", memory)
 
 
 def choose_optimizer(hardware: Hardware, state: AdamState, full_bytes: int | None) -> Optimizer:
     """Choose the AdamW that trains.
 
-    In 8 bits its state takes a quarter of float32's, and pages of it go to the host when the GPU is full (Dettmers et al.
-    2022, arXiv 2110.02861, and 2023, arXiv 2305.14314). That rounds, so it is taken only where nothing else would fit.
+    In 8 bits its state takes a quarter of float32's, and pages of it move to the host when the GPU
+    is full (Dettmers et al. 2022, arXiv 2110.02861, and 2023, arXiv 2305.14314). That rounds, so it
+    is used only if nothing else would fit.
 
     Args:
         hardware: this process's.
         state: what the engine does with Adam's state.
-        full_bytes: what full fine-tuning with the plain AdamW is estimated to need of this device; None for an adapter.
+        full_bytes: estimated bytes on this device of full fine-tuning with the plain AdamW; None
+            for an adapter.
     """
     if state == "replaced":
         return Optimizer(REPLACED, "the launch offloads it, and does not keep PyTorch's")
     if not hardware.gpu_bytes:
         return Optimizer(PLAIN, "on a CPU")
     if state == "shared":
-        return Optimizer(FUSED, "ZeRO shares out its state")
+        return Optimizer(FUSED, "ZeRO shards its state")
     if full_bytes is None:
         return Optimizer(FUSED, "an adapter's state is small")
-    needs = (
-        f"full fine-tuning needs about {full_bytes / GIB:.1f} of {hardware.gpu_bytes / GIB:.1f} GiB"
-    )
-    return Optimizer(FUSED if full_bytes <= COMFORTABLE * hardware.gpu_bytes else PAGED, needs)
+    needed = f"{full_bytes / GIB:.1f} of {hardware.gpu_bytes / GIB:.1f} GiB"
+    fits = full_bytes <= COMFORTABLE * hardware.gpu_bytes
+    return Optimizer(FUSED if fits else PAGED, f"full fine-tuning needs about {needed}")
 
 
-def attention_kernel(hardware: Hardware, shape: tuple[int, int, int] | None) -> str:
-    """Return the kernel by which PyTorch computes causal attention here: flash where device, dtype and heads allow it.
+def attention_kernel(hardware: Hardware, shape: AttentionShape | None) -> str:
+    """Return the kernel by which PyTorch computes causal attention here.
+
+    It is flash if device, dtype and heads allow it.
 
     Args:
         hardware: this process's.
-        shape: heads of the queries, heads of keys and values (fewer are shared), width of a head; None for a model without.
+        shape: of the attention heads; None for a model without heads.
     """
     if shape is None:
         return "no"
-    heads, key_heads, width = shape
     query, key = (
-        torch.empty(1, count, 2, width, dtype=hardware.dtype, device=hardware.device)
-        for count in (heads, key_heads)
+        torch.empty(1, count, 2, shape.size, dtype=hardware.dtype, device=hardware.device)
+        for count in (shape.heads, shape.key_heads)
     )
+    is_shared = shape.heads != shape.key_heads
     choice = torch._fused_sdp_choice(
-        query.requires_grad_(), key, key, is_causal=True, enable_gqa=heads != key_heads
+        query.requires_grad_(), key, key, is_causal=True, enable_gqa=is_shared
     )
     return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
 def reset_peak_memory() -> None:
-    """Begin anew to look for a GPU's peak; a process's resident peak is the system's and stays."""
+    """Reset the peak of GPU memory; the resident peak of a process cannot be reset."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory_bytes() -> int:
-    """Return this process's peak: GPU memory where there is one, resident memory otherwise."""
+    """Return this process's peak: GPU memory if there is a GPU, resident memory otherwise."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

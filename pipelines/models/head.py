@@ -1,6 +1,6 @@
-"""The output head as a product with a few terms in closed form, where the model's config says that this is what it is.
+"""The output head as a product with a few terms in closed form, if the model's config implies it.
 
-Whether it is, `pipelines.models.equivalence` finds out; a model whose head does anything else computes its own logits.
+`pipelines.models.equivalence` verifies that. A model with any other head computes its own logits.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from lora_core.training.losses import (
 )
 
 FACTORS = ("logit_scale", "lm_head_multiplier")
-"""Names under which configs hold a factor of the logits (Cohere; Falcon-H1)."""
+"""Names of a factor of the logits in configs (Cohere; Falcon-H1)."""
 DIVISORS = ("logits_scaling",)
-"""Names under which configs hold a divisor of the logits (Granite)."""
+"""Names of a divisor of the logits in configs (Granite)."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""Names under which configs hold a bound of the logits (Gemma 2 to 4; RecurrentGemma)."""
+"""Names of a bound of the logits in configs (Gemma 2 to 4; RecurrentGemma)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Head:
     transform: LogitTransform = PLAIN
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed negative log-likelihood of targets (N,) after hidden states (N, D), in nats."""
+        """Return the summed NLL of targets (N,) after hidden states (N, D), in nats."""
         return linear_cross_entropy(
             hidden, self.weight, targets, bias=self.bias, transform=self.transform
         )
@@ -43,16 +43,23 @@ class Head:
         self, hidden: Tensor, targets: Tensor, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
         """Return the log-likelihood of each target and whether it is the likeliest."""
-        terms = {"bias": self.bias, "transform": self.transform}
-        return token_log_likelihoods(hidden, self.weight, targets, chunk_rows=chunk_rows, **terms)  # type: ignore[arg-type]
+        return token_log_likelihoods(
+            hidden,
+            self.weight,
+            targets,
+            chunk_rows=chunk_rows,
+            bias=self.bias,
+            transform=self.transform,
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (N, V) in float32."""
-        return self.transform.apply_(nn.functional.linear(hidden, self.weight, self.bias).float())
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
+        return self.transform.apply_(logits.float())
 
 
 def linear_head(model: PreTrainedModel) -> Head | None:
-    """Return a model's head where it is a plain linear layer; None where it is anything else, such as one with an adapter."""
+    """Return a model's head if it is a plain linear layer, else None, such as with an adapter."""
     module = model.get_output_embeddings()
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
         return None
@@ -60,14 +67,14 @@ def linear_head(model: PreTrainedModel) -> Head | None:
 
 
 def logit_transform(config: PreTrainedConfig) -> LogitTransform:
-    """Return what a config says is done to the logits."""
+    """Return the transform of the logits that a config names."""
     scale = 1.0
     for name in FACTORS:
         scale *= _number(config, name) or 1.0
     for name in DIVISORS:
         scale /= _number(config, name) or 1.0
-    caps = [cap for name in CAPS if (cap := _number(config, name))]
-    return LogitTransform(scale, min(caps, default=None))
+    caps = [_number(config, name) for name in CAPS]
+    return LogitTransform(scale, min((cap for cap in caps if cap), default=None))
 
 
 def _number(config: PreTrainedConfig, name: str) -> float | None:

@@ -1,4 +1,7 @@
-"""Load a prepared base: dense or NF4, attending as its own code does; `pipelines.models` reads packs with it."""
+"""Load a prepared base, dense or in NF4, with the attention that its code defines.
+
+`pipelines.models` reads packs with it.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 
 from lora_core.base.quant import disable_cpu_repacking
 from pipelines.models.forward import EAGER
-from pipelines.models.hardware import Hardware
+from pipelines.models.hardware import AttentionShape, Hardware
 from pipelines.models.support import check_supported
 from pipelines.models.tokenizer import quiet
 
@@ -25,13 +28,14 @@ def load_model(
 
     Args:
         folder: Hugging Face format.
-        quantization: nf4 (with double quantisation) or none.
+        quantization: nf4 (with double quantization) or none.
         hardware: device and dtype.
+        masters: keep the weights in float32 for any dtype of the computation, since all of them
+            are trained.
         trust_remote_code: run the code that comes with it.
-        masters: hold the weights in float32 whatever the dtype of the computation, since all of them are trained.
 
     Raises:
-        BaseModelError: it is no causal language model.
+        BaseModelError: it is not a causal language model.
     """
     quiet()
     check_supported(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
@@ -59,21 +63,23 @@ def load_model(
 
 
 def _detach_from_mmap(model: PreTrainedModel) -> None:
-    """Copy what was not quantised: as views into the checkpoint, they would hold all of its dense weights in memory."""
+    """Copy what is not quantized.
+
+    As views into the checkpoint, these weights would keep all dense weights of it in memory.
+    """
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
 
 
-def attention_heads(model: PreTrainedModel) -> tuple[int, int, int] | None:
-    """Return the heads of the queries, those of keys and values, and the width of one; None where the config has no heads."""
+def attention_heads(model: PreTrainedModel) -> AttentionShape | None:
+    """Return the attention heads of a model's layers; None if the config has none."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int):  # some hold one number for each layer
+    if not isinstance(heads, int):  # some configs have one number for each layer
         return None
-    width = (
-        getattr(config, "qk_head_dim", None)
-        or getattr(config, "head_dim", None)
-        or config.hidden_size // heads
-    )
-    return heads, getattr(config, "num_key_value_heads", None) or heads, width
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "qk_head_dim", None) or getattr(config, "head_dim", None)
+    if not size:
+        size = config.hidden_size // heads
+    return AttentionShape(heads, key_heads, size)

@@ -1,4 +1,4 @@
-"""Pack: several examples in one row without padding, and how each of them would be read alone."""
+"""Pack several examples into one row without padding, and map each to how it is read alone."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ class Pack:
     input_ids: Tensor
     """(T,)"""
     position_ids: Tensor
-    """(T,), starting anew in each example."""
+    """(T,), starting at 0 in each example."""
     segments: list[Segment]
     predicts: Tensor
     """(N,) positions whose next token is supervised."""
@@ -26,41 +26,45 @@ class Pack:
 
     @property
     def longest(self) -> int:
-        """Return the most tokens of one example."""
+        """The number of tokens of the longest example."""
         return int(self.position_ids.max()) + 1
-
-    def paths(self) -> "list[ExamplePath]":
-        """Return the examples one by one, as they would be read alone; of a tree, each answer with its whole prompt."""
-        predicts, begin = self.predicts.cpu(), 0
-        found = list[ExamplePath]()
-        for segment in self.segments:
-            rows = ((predicts >= begin) & (predicts < begin + segment.length)).nonzero()[:, 0]
-            found += _paths(segment, begin, rows, predicts)
-            begin += segment.length
-        return found
 
     @property
     def has_trees(self) -> bool:
-        """Return whether answers share a prompt in it."""
+        """Whether answers share a prompt."""
         return any(segment.mask is not None for segment in self.segments)
+
+    def paths(self) -> "list[ExamplePath]":
+        """Return the examples one by one, as they would be read alone.
+
+        Of a tree these are its answers, each with its complete prompt.
+        """
+        predicts = self.predicts.cpu()
+        found = list[ExamplePath]()
+        start = 0
+        for segment in self.segments:
+            end = start + segment.length
+            rows = ((predicts >= start) & (predicts < end)).nonzero()[:, 0]
+            found += _paths(segment, start, rows, predicts)
+            start = end
+        return found
 
     def pieces(self) -> "list[Pack]":
         """Return each segment as a pack by itself."""
-        found, begin = list[Pack](), 0
+        found = list[Pack]()
+        start = 0
         for segment in self.segments:
-            end = begin + segment.length
-            own = (self.predicts >= begin) & (self.predicts < end)
-            row = slice(begin, end)
-            found.append(
-                Pack(
-                    self.input_ids[row],
-                    self.position_ids[row],
-                    [segment],
-                    self.predicts[own] - begin,
-                    self.targets[own],
-                )
+            end = start + segment.length
+            is_inside = (self.predicts >= start) & (self.predicts < end)
+            piece = Pack(
+                input_ids=self.input_ids[start:end],
+                position_ids=self.position_ids[start:end],
+                segments=[segment],
+                predicts=self.predicts[is_inside] - start,
+                targets=self.targets[is_inside],
             )
-            begin = end
+            found.append(piece)
+            start = end
         return found
 
     def only(self, rows: Tensor) -> "Pack":
@@ -70,58 +74,73 @@ class Pack:
 
 @dataclass(frozen=True)
 class ExamplePath:
-    """One example of a pack: all tokens of it, and where it predicts."""
+    """One example of a pack: all its tokens, and where it predicts."""
 
     places: Tensor
-    """(L,) of its tokens in the pack."""
+    """(L,) indices of its tokens in the pack."""
     at: Tensor
     """(M,) positions in the example whose predictions count."""
     rows: Tensor
-    """(M,) which of the pack's predictions these are."""
+    """(M,) indices of these predictions in the pack."""
 
 
-def _paths(segment: Segment, begin: int, rows: Tensor, predicts: Tensor) -> Iterator[ExamplePath]:
-    """Yield what is read for the predictions of a segment: the example, or for each answer of a tree the way down to it."""
+def _paths(segment: Segment, start: int, rows: Tensor, predicts: Tensor) -> Iterator[ExamplePath]:
+    """Yield the example of a segment, or each answer of its tree with the tokens before it.
+
+    Args:
+        segment: of a pack.
+        start: its first token in the pack.
+        rows: (M,) the indices of its predictions in the pack.
+        predicts: (N,) positions of all predictions of the pack.
+    """
     if segment.mask is None:
         if len(rows):
-            yield ExamplePath(
-                torch.arange(begin, begin + segment.length), predicts[rows] - begin, rows
-            )
+            indices = torch.arange(start, start + segment.length)
+            yield ExamplePath(indices, predicts[rows] - start, rows)
         return
     mask = segment.mask.cpu()
-    for chain in _chains(mask, rows, predicts - begin):
-        read = mask[predicts[chain[-1]] - begin]  # up to the last token that predicts
-        yield ExamplePath(
-            begin + read.nonzero()[:, 0], (read.cumsum(dim=0) - 1)[predicts[chain] - begin], chain
-        )
+    for chain in _chains(mask, rows, predicts - start):
+        positions = predicts[chain] - start
+        read = mask[positions[-1]]  # up to the last token that predicts
+        position_in_answer = read.cumsum(dim=0) - 1
+        yield ExamplePath(start + read.nonzero()[:, 0], position_in_answer[positions], chain)
 
 
-def _chains(mask: Tensor, rows: Tensor, places: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of each answer: a chain goes on as long as a token's parent is the token before it."""
-    begun = 0
-    for row in range(1, len(rows) + 1):
-        if row == len(rows) or not _is_parent(
-            mask, int(places[rows[row - 1]]), int(places[rows[row]])
-        ):
-            yield rows[begun:row]
-            begun = row
+def _chains(mask: Tensor, rows: Tensor, positions: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of each answer: a chain whose tokens each have the one before as parent."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        if end < len(rows):
+            last = int(positions[rows[end - 1]])
+            following = int(positions[rows[end]])
+            if _parent(mask, following) == last:
+                continue
+        yield rows[start:end]
+        start = end
 
 
-def _is_parent(mask: Tensor, place: int, child: int) -> bool:
-    ancestors = mask[child, :child].nonzero()[:, 0]
-    return len(ancestors) > 0 and int(ancestors[-1]) == place
+def _parent(mask: Tensor, position: int) -> int | None:
+    """Return the position of the token before one in its answer."""
+    ancestors = mask[position, :position].nonzero()[:, 0]
+    return int(ancestors[-1]) if len(ancestors) else None
 
 
 def pack(examples: Sequence[dict[str, Any]], device: str) -> Pack:
     """Put examples one after the other into one row."""
-    ids = [torch.tensor(example["input_ids"]) for example in examples]
-    supervised = torch.cat([torch.tensor(example["supervised"]) for example in examples])
+    ids, supervised, positions = list[Tensor](), list[Tensor](), list[Tensor]()
+    segments = []
+    for example in examples:
+        length = len(example["input_ids"])
+        ids.append(torch.tensor(example["input_ids"]))
+        supervised.append(torch.tensor(example["supervised"]))
+        positions.append(torch.arange(length))
+        segments.append(Segment(length))
     input_ids = torch.cat(ids)
-    targets_at = supervised.nonzero()[:, 0]
+    targets_at = torch.cat(supervised).nonzero()[:, 0]
     return Pack(
         input_ids=input_ids.to(device),
-        position_ids=torch.cat([torch.arange(len(one)) for one in ids]).to(device),
-        segments=[Segment(len(one)) for one in ids],
+        position_ids=torch.cat(positions).to(device),
+        segments=segments,
         predicts=(targets_at - 1).to(device),
         targets=input_ids[targets_at].to(device),
     )
@@ -129,13 +148,17 @@ def pack(examples: Sequence[dict[str, Any]], device: str) -> Pack:
 
 def join(packs: Sequence[Pack]) -> Pack:
     """Put packs one after the other into one row."""
-    begins = torch.tensor([0, *(len(one.input_ids) for one in packs)]).cumsum(0).tolist()
+    segments = list[Segment]()
+    predicts = list[Tensor]()
+    start = 0
+    for one in packs:
+        segments += one.segments
+        predicts.append(one.predicts + start)
+        start += len(one.input_ids)
     return Pack(
         input_ids=torch.cat([one.input_ids for one in packs]),
         position_ids=torch.cat([one.position_ids for one in packs]),
-        segments=[segment for one in packs for segment in one.segments],
-        predicts=torch.cat(
-            [one.predicts + begin for one, begin in zip(packs, begins, strict=False)]
-        ),
+        segments=segments,
+        predicts=torch.cat(predicts),
         targets=torch.cat([one.targets for one in packs]),
     )

@@ -1,8 +1,9 @@
 """Which bases are supported, decided from config and class before any weight is loaded.
 
-A causal language model whose layers all attend through transformers' attention interface can be read in packs. Any other
-causal language model is read one example at a time, by its own forward. A model that is not causal is refused. The final
-decision is made at run time by `pipelines.models.equivalence`; this one only skips what cannot work.
+A causal language model whose layers all attend through transformers' attention interface can be
+read in packs. Any other causal language model is read one example at a time, by its own forward.
+A model that is not causal is refused. This module only skips what cannot work;
+`pipelines.models.equivalence` makes the final decision at run time.
 """
 
 from typing import Any
@@ -14,46 +15,50 @@ from transformers.models.auto import modeling_auto
 from pipelines.errors import BaseModelError
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers, as configs name them, whose past is read through an attention mask alone."""
+"""Kinds of layers, as configs name them, that read the past through an attention mask alone."""
 BODIES = ("model", "transformer")
-"""Where a model holds its body that does not say where."""
+"""Attributes that may hold the body of a model that does not name it."""
 ENCODERS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation", "xlnet"}
 ENCODER_DECODERS = {
     *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }
+DECODER_ONLY = "Llama, Qwen or Mistral"
+"""Families that messages recommend."""
 
 
 def check_supported(config: PreTrainedConfig) -> None:
-    """Refuse a base that is no causal language model.
+    """Refuse a base that is not a causal language model.
 
     Raises:
-        BaseModelError: the family, what it does, and what to take in its place.
+        BaseModelError: the family, what it does, and what to use instead.
     """
     family = config.model_type
     if getattr(config, "is_encoder_decoder", False) or family in ENCODER_DECODERS:
         raise BaseModelError(
-            f"base model family {family!r} is an encoder-decoder, which reads a source with one half and writes with the other; "
-            "this pipeline trains causal language models only; take a decoder-only base such as Llama, Qwen or Mistral"
+            f"base model family {family!r} is an encoder-decoder, which reads a source with one "
+            "half and writes with the other; this pipeline trains causal language models only; "
+            f"take a decoder-only base such as {DECODER_ONLY}"
         )
     if family in ENCODERS:
         raise BaseModelError(
-            f"base model family {family!r} is an encoder, whose tokens attend in both directions; this pipeline trains causal language "
-            "models only; take a decoder-only base such as Llama, Qwen or Mistral"
+            f"base model family {family!r} is an encoder, whose tokens attend in both directions; "
+            "this pipeline trains causal language models only; "
+            f"take a decoder-only base such as {DECODER_ONLY}"
         )
-    if family not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not _has_custom_class(
-        config
-    ):
-        sees = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        kind = "a vision-language model" if sees else "no causal language model"
+    is_causal = family in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not is_causal and not _has_custom_class(config):
+        reads_images = family in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        kind = "a vision-language model" if reads_images else "not a causal language model"
         raise BaseModelError(
-            f"base model family {family!r} is {kind} for transformers, which has no class of it that reads text alone; take the language "
-            "model that it is built on, or a decoder-only base such as Llama, Qwen or Mistral"
+            f"base model family {family!r} is {kind} for transformers, which has no class of it "
+            "that reads text alone; take the language model that it is built on, or a decoder-only "
+            f"base such as {DECODER_ONLY}"
         )
 
 
 def why_not_packed(model: nn.Module) -> str | None:
-    """Return why a model cannot read several examples in one row; None where nothing speaks against it.
+    """Return why a model cannot read several examples in one row; None if no reason is known.
 
     Args:
         model: on any device, the meta device included.
@@ -70,26 +75,27 @@ def why_not_packed(model: nn.Module) -> str | None:
 
 
 def context_tokens(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a base takes, as its config has it; None where it has none."""
+    """Return the context length in a base's config, in tokens; None if the config has none."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def check_checkpointing(model: PreTrainedModel) -> None:
-    """Refuse a family whose blocks cannot be computed again in the backward pass.
+    """Refuse a family whose blocks cannot be recomputed in the backward pass.
 
     Raises:
         BaseModelError: the family has no gradient checkpointing.
     """
     if not model.supports_gradient_checkpointing:
         raise BaseModelError(
-            f"training.gradient_checkpointing is true, and base model family {model.config.model_type!r} does not support it; set it to "
-            "false, and raise training.gradient_accumulation_steps or lower data.max_tokens where memory is short"
+            "training.gradient_checkpointing is true, and base model family "
+            f"{model.config.model_type!r} does not support it; set it to false, and if memory is "
+            "short raise training.gradient_accumulation_steps or lower data.max_tokens"
         )
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Have blocks computed again in the backward pass.
+    """Recompute blocks in the backward pass.
 
     Raises:
         BaseModelError: see `check_checkpointing`.
@@ -99,7 +105,7 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
 
 
 def is_wrapper(config: PreTrainedConfig) -> bool:
-    """Return whether a model holds its language model beside others, such as a vision tower."""
+    """Return whether a model wraps a language model and other parts, such as a vision tower."""
     return config.get_text_config() is not config
 
 
@@ -108,7 +114,10 @@ def _has_custom_class(config: PreTrainedConfig) -> bool:
 
 
 def text_body(model: PreTrainedModel) -> nn.Module:
-    """Return what turns tokens into the hidden states that the head reads; of a wrapper its language model alone."""
+    """Return the part that turns tokens into the hidden states that the head reads.
+
+    In a wrapper it is the body of the language model alone.
+    """
     if is_wrapper(model.config):
         return model.get_decoder()  # type: ignore[no-any-return]
     bodies = (
@@ -120,14 +129,19 @@ def text_body(model: PreTrainedModel) -> nn.Module:
 
 
 def _attends_by_interface(model: PreTrainedModel) -> bool:
-    """Return whether every part of the language model can be given another attention function."""
-    parts = (module for module in text_body(model).modules() if isinstance(module, PreTrainedModel))
-    return model._can_set_attn_implementation() and all(
-        part._can_set_attn_implementation() for part in parts
-    )
+    """Return whether the attention function of every part of the language model can be set."""
+    if not model._can_set_attn_implementation():
+        return False
+    for module in text_body(model).modules():
+        if isinstance(module, PreTrainedModel) and not module._can_set_attn_implementation():
+            return False
+    return True
 
 
 def _layer_kinds(config: Any) -> set[str]:
-    text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    return {str(kind) for kind in kinds}
+    text_config = config.get_text_config()
+    for name in ("layer_types", "layers_block_type"):
+        kinds = getattr(text_config, name, None)
+        if kinds:
+            return {str(kind) for kind in kinds}
+    return set()

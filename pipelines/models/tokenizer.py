@@ -1,4 +1,4 @@
-"""Load a base's tokenizer; lighter than loading models."""
+"""Load a base's tokenizer without loading its model."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a verification of the way of reading found; see `pipelines.models.equivalence`. Imports no torch."""
+"""The result of verifying a reader; see `pipelines.models.equivalence`. Imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -7,28 +7,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Verified:
-    """The way that was taken, and how well it agrees with the model's own forward."""
+    """The reader that is used, and how well it agrees with the model's own forward."""
 
     path: str
     """packed, or one by one."""
     own_head: bool
-    """The model forms its own logits; else the head is a product in closed form."""
+    """The model computes its own logits; else the head is a product in closed form."""
     examples: int
-    """That were read both ways."""
+    """Examples that were read by both."""
     longest: int
     """Tokens of the longest of them."""
     loss_difference: float
-    """Largest of any example, nats a token."""
+    """Largest of any example, nats per token."""
     gradient_difference: float | None
-    """Largest of any tensor, of its norm; None where no gradient was compared."""
+    """Largest of any tensor, relative to its norm; None if no gradient was compared."""
     loss_tolerance: float
     gradient_tolerance: float
     rejected: tuple[str, ...] = ()
-    """Why faster ways were not taken."""
+    """Why faster readers are not used."""
     without_gradient: tuple[str, ...] = ()
-    """What is trained and took no part in the loss."""
+    """Trained tensors that do not affect the loss."""
     seconds: float = 0.0
-    """That the verification took."""
+    """Duration of the verification."""
 
     def figures(self) -> dict[str, Any]:
         """Return plain values for a stage's result."""
@@ -43,12 +43,14 @@ class Verified:
 
 
 def sentence(figures: Mapping[str, Any]) -> str:
-    """Return what a log, a report and a model card say of a verified way, from its plain values."""
-    way = (
-        "fast path (packed)" if figures["path"] == "packed" else "slow path (one example at a time)"
-    )
-    many = f"{figures['examples']} example{'s' * (figures['examples'] != 1)} of up to {figures['longest']:,} tokens"
+    """Describe a verified reader for a log, a report or a model card, from its plain values."""
+    is_packed = figures["path"] == "packed"
+    path = "fast path (packed)" if is_packed else "slow path (one example at a time)"
+    plural = "s" if figures["examples"] != 1 else ""
+    examples = f"{figures['examples']} example{plural} of up to {figures['longest']:,} tokens"
+    text = f"{path} matches the model's own forward: "
+    text += f"{figures['loss_difference']:.0e} nats per token on {examples}"
     gradient = figures["gradient_difference"]
-    also = "" if gradient is None else f", gradients within {gradient:.0e} of their norm"
-    text = f"{way} matches the model's own forward: {figures['loss_difference']:.0e} nats per token on {many}{also}"
-    return text + "".join(f"; {reason}" for reason in figures["rejected"])
+    if gradient is not None:
+        text += f", gradients within {gradient:.0e} of their norm"
+    return "; ".join([text, *figures["rejected"]])

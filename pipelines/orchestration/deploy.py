@@ -1,4 +1,4 @@
-"""Make a recipe a Prefect deployment: run on a schedule or on an event, by a worker on the host with the GPUs."""
+"""Deploy a recipe with Prefect: a worker on the GPU host runs it on a schedule or on an event."""
 
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,12 +21,13 @@ from pipelines.runtime.launcher import REPOSITORY
 
 ENTRYPOINT = "pipelines/workflow/flows.py:finetune"
 ONE_AT_A_TIME = ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
-"""A run that is due while one is at work waits; what the first finished, it finds again."""
+"""A run that is due while another is in progress waits, then reuses the cached results of the
+first."""
 
 
 @dataclass(frozen=True)
-class When:
-    """What starts a run; none of them leaves it to a person."""
+class Triggers:
+    """What starts a run; without any, a person does."""
 
     cron: str | None = None
     interval_seconds: int | None = None
@@ -34,13 +35,14 @@ class When:
     """Name of a Prefect event, such as `data.arrived`."""
 
 
-def deploy_recipe(recipe: str, when: When, pool: str) -> str:
-    """Create or update the deployment `finetune/<recipe name>`; return what to do next.
+def deploy_recipe(recipe: str, triggers: Triggers, pool: str) -> str:
+    """Create or update the deployment `finetune/<recipe name>`; return the next steps as text.
 
     Args:
-        recipe: a file or the name of one in pipelines/recipes; the worker must find it under the same path.
-        when: its triggers.
-        pool: a process work pool, made when it is missing.
+        recipe: a file or the name of one in pipelines/recipes; the worker needs it under the same
+            path.
+        triggers: schedules and events that start a run.
+        pool: a process work pool, created if it is missing.
 
     Raises:
         PipelineError: the cron string is malformed, or the server does not answer.
@@ -54,8 +56,8 @@ def deploy_recipe(recipe: str, when: When, pool: str) -> str:
             name=name,
             work_pool_name=pool,
             parameters={"recipe": path, "ranks": []},
-            schedules=_schedules(when),
-            triggers=_triggers(name, when),
+            schedules=_schedules(triggers),
+            triggers=_event_triggers(name, triggers),
             concurrency_limit=ONE_AT_A_TIME,
             job_variables={"env": {"LORA_RUNS": str(runs_root())}},
             build=False,
@@ -74,24 +76,25 @@ def deploy_recipe(recipe: str, when: When, pool: str) -> str:
     )
 
 
-def _schedules(when: When) -> list[Schedule]:
+def _schedules(triggers: Triggers) -> list[Schedule]:
     schedules: list[Schedule] = []
-    if when.cron is not None:
+    if triggers.cron is not None:
         try:
-            schedules.append(Cron(when.cron))
+            schedules.append(Cron(triggers.cron))
         except ValueError as error:
             raise PipelineError(
-                f"cron {when.cron!r} is malformed; five fields such as '0 2 * * *' mean 2 o'clock every night"
+                f"cron {triggers.cron!r} is malformed; give five fields, such as '0 2 * * *' for "
+                "2 o'clock every night"
             ) from error
-    if when.interval_seconds is not None:
-        schedules.append(Interval(timedelta(seconds=when.interval_seconds)))
+    if triggers.interval_seconds is not None:
+        schedules.append(Interval(timedelta(seconds=triggers.interval_seconds)))
     return schedules
 
 
-def _triggers(name: str, when: When) -> list[DeploymentEventTrigger]:
-    if when.event is None:
+def _event_triggers(name: str, triggers: Triggers) -> list[DeploymentEventTrigger]:
+    if triggers.event is None:
         return []
-    return [DeploymentEventTrigger(name=f"{name} on {when.event}", expect={when.event})]
+    return [DeploymentEventTrigger(name=f"{name} on {triggers.event}", expect={triggers.event})]
 
 
 def _ensure_pool(pool: str) -> None:

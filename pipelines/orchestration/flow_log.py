@@ -1,7 +1,8 @@
-"""What a training tells Prefect: lines in the log of its task, and a bar on the page of the flow run.
+"""What a training reports to Prefect: lines in the log of its task, and a progress bar on the flow
+run's page.
 
-A server that is away costs the training neither time nor a failure: lines wait in Prefect's own queue, and the bar is
-drawn by a thread.
+A server that is away neither delays nor fails the training: lines wait in Prefect's own queue, and
+a thread draws the bar.
 """
 
 import logging
@@ -16,15 +17,15 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
 from pipelines.console import Row, Throttled, Watch, print_status, progress_line
-from pipelines.orchestration.cancellation import by_worker
+from pipelines.orchestration.cancellation import started_by_worker
 
 SECONDS_BETWEEN_BARS = 10
 SECONDS_TO_FINISH = 3
-"""How long the end of a training waits for the last bar to be drawn."""
+"""How long the end of a training waits for the last update of the bar."""
 
 
 def log_for_pages_only() -> None:
-    """Have runs log to the server and not to the terminal, which shows them in its own way."""
+    """Have runs log to the server and not to the terminal, which displays them in its own way."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         logger.setLevel(logging.INFO)
@@ -32,21 +33,27 @@ def log_for_pages_only() -> None:
 
 
 def log_and_print(text: str) -> None:
-    """Say a line and put it into the log of the task; a worker shows that log, so there it is said once."""
+    """Log a line to the task and print it.
+
+    A worker prints the log itself, so there it is only logged.
+    """
     get_run_logger().info(text)
-    if not by_worker():
+    if not started_by_worker():
         print_status(text)
 
 
 @contextmanager
-def reported(label: str) -> Iterator[Watch]:
-    """Yield what takes each new row of metrics and passes it on: to the log now and then, and to the bar."""
-    bar, logger = _Bar(label), get_run_logger()
-    lines = Throttled(lambda row: logger.info(progress_line(label, row)))
+def report_training(label: str) -> Iterator[Watch]:
+    """Yield a callback for each new row of metrics; it updates the log from time to time, and the
+    bar.
+    """
+    bar = _ProgressBar(label)
+    logger = get_run_logger()
+    log_line = Throttled(lambda row: logger.info(progress_line(label, row)))
 
     def watch(row: Row) -> None:
         bar.row = row
-        lines(row)
+        log_line(row)
 
     bar.start()
     try:
@@ -55,8 +62,10 @@ def reported(label: str) -> Iterator[Watch]:
         bar.finish()
 
 
-class _Bar:
-    """Draws the newest row every few seconds, in a thread: a server that does not answer must hold nobody up."""
+class _ProgressBar:
+    """Draws the latest row every few seconds, in a thread: a server that does not answer must not
+    block.
+    """
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -65,36 +74,34 @@ class _Bar:
         self._drawn: Row | None = None
         self._failed = False
         self._over = threading.Event()
-        self._thread = threading.Thread(
-            target=copy_context().run, args=(self._draw_on,), daemon=True
-        )  # the context names the run
+        context = copy_context()  # identifies the run
+        self._thread = threading.Thread(target=context.run, args=(self._keep_drawing,), daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def finish(self) -> None:
-        """Have the last row drawn, if the server answers in time."""
+        """Draw the last row, if the server answers in time."""
         self._over.set()
         self._thread.join(SECONDS_TO_FINISH)
 
-    def _draw_on(self) -> None:
+    def _keep_drawing(self) -> None:
         while not self._over.wait(SECONDS_BETWEEN_BARS):
             self._draw()
         self._draw()
 
     def _draw(self) -> None:
-        """Draw the newest row; what fails is said once."""
+        """Draw the latest row; print only the first failure."""
         row = self.row
         if row is None or row is self._drawn:
             return
         try:
             self._write(100 * row["step"] / row["steps"], progress_line(self.label, row))
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with a page, the training goes on
+        except Exception as error:  # noqa: BLE001 - the training continues, whatever is wrong with a page
             if not self._failed:
-                print_status(
-                    f"{self.label}: Prefect's page does not show how far it is ({type(error).__name__}: {error})",
-                    mark="…",
-                )
+                reason = f"{type(error).__name__}: {error}"
+                text = f"{self.label}: Prefect's page does not show the progress ({reason})"
+                print_status(text, mark="…")
             self._failed = True
             return
         self._drawn = row
@@ -107,6 +114,6 @@ class _Bar:
 
 
 def _id(value: Any) -> UUID:
-    """Return an artifact's id; Prefect's functions are typed for both of their ways to be called."""
+    """Return an artifact's id; Prefect types its functions for both sync and async calls."""
     assert isinstance(value, UUID), value
     return value

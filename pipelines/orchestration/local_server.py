@@ -1,10 +1,13 @@
-"""The Prefect server that a run brings along where none is named: a child that outlives what ends the run, and not the run.
+"""The local Prefect server of a run, used unless PREFECT_API_URL names one.
+
+It ends together with the run.
 
     python -m pipelines.orchestration.local_server SOCKET
 
-Prefect would start one itself. But Ctrl-C, a batch system and systemd signal every process of a run at once, and a server
-that ended by that could not be told how the run ended; nor would it end with a run that is killed. This one hears no signal,
-and ends when the pipe from the run closes, which the kernel does however the run ends.
+Prefect would start a server itself. But Ctrl-C, a batch system and systemd send a signal to every
+process of a run at once; Prefect's server would end before the run could report how it ended, and
+it would survive a run that is killed. This one ignores signals. It ends when the pipe from the run
+closes, which the kernel does however the run ends.
 """
 
 import atexit
@@ -18,7 +21,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import uvicorn
@@ -30,22 +33,22 @@ from pipelines.errors import PipelineError, StageError, UnreachableError
 
 HOST = "127.0.0.1"
 SECONDS_TO_START = 90
-"""A new home has its tables made first."""
+"""A new PREFECT_HOME needs its database tables first."""
 SECONDS_TO_END = 10
 SECONDS_TO_ANSWER = 5
-"""Of them, for what is still being asked."""
+"""Part of SECONDS_TO_END, for requests in progress."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _servers: "list[subprocess.Popen[bytes]]" = []
-"""Held for as long as this process lives, for their pipes."""
+"""Kept for the lifetime of this process, because of their pipes."""
 
 
 @contextmanager
-def serving() -> Iterator[str]:
-    """Yield the address of a server: the one that the user has named, or else a new one, which ends with this process.
+def prefect_server() -> Iterator[str]:
+    """Yield the address of a server: the one that the user has configured, or else a local one.
 
     Raises:
-        PipelineError: it does not start.
-        StageError: it does not answer, now or while the block is at work.
+        PipelineError: the local server does not start.
+        StageError: the server does not answer, now or during the block.
     """
     if PREFECT_API_URL.value() is None:
         os.environ[PREFECT_API_URL.name] = _start()
@@ -59,70 +62,76 @@ def serving() -> Iterator[str]:
         yield url
     except httpx.HTTPError as error:
         raise StageError(
-            f"the Prefect server at {httpx.URL(url).netloc.decode()} does not serve this run ({error}); see that it is well, or unset "
-            "PREFECT_API_URL for one of the run's own",
+            f"the Prefect server at {httpx.URL(url).netloc.decode()} does not answer this run "
+            f"({error}); check the server, or unset PREFECT_API_URL to use a local one",
             kind=UnreachableError.__name__,
         ) from error
 
 
-def is_own() -> bool:
-    """Tell whether the server is this process's own, which no other run asks."""
+def is_server_local() -> bool:
+    """Return whether this process has started its own server, which no other run uses."""
     return bool(_servers)
 
 
 def _start() -> str:
-    """Start a server and wait until it answers; return its address. Two at once would both make the tables of a new home."""
+    """Start a server, wait until it answers, and return its address.
+
+    A lock prevents two servers from creating the tables of a new PREFECT_HOME at the same time.
+    """
     home: Path = PREFECT_HOME.value()
     log = home / "server.log"
     with (
-        (home / "starting").open("wb") as turn,
+        (home / "starting").open("wb") as lock,
         socket.create_server((HOST, 0)) as listener,
         log.open("ab") as stream,
     ):
-        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         url = f"http://{HOST}:{listener.getsockname()[1]}/api"
-        server = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.orchestration.local_server", str(listener.fileno())],
-            env={
-                **os.environ,
-                **get_current_settings().to_environment_variables(exclude_unset=True),
-                "PREFECT_SERVER_UI_ENABLED": "0",
-            },
-            stdin=subprocess.PIPE,
-            stdout=stream,
-            stderr=stream,
-            pass_fds=[listener.fileno()],
-            start_new_session=True,
-            preexec_fn=_ignore_signals,  # system calls, no lock is taken
-        )
+        server = _launch(listener, stream)
         _servers.append(server)
         bypass_proxy(HOST)
-        atexit.register(_end, server)  # after all that Prefect has to say at the end
-        listener.close()  # the server's alone, so that whoever asks one that has ended is refused
+        atexit.register(_end, server)  # after Prefect's last request
+        # Only the server listens now, so that requests are refused once it has ended.
+        listener.close()
         try:
-            httpx.get(
-                f"{url}/health", timeout=SECONDS_TO_START
-            ).raise_for_status()  # waits in the socket's queue until it is up
+            # The request waits in the socket's queue until the server is up.
+            httpx.get(f"{url}/health", timeout=SECONDS_TO_START).raise_for_status()
         except httpx.HTTPError as error:
             raise PipelineError(
-                f"Prefect's own server does not start ({error}); {log} says why"
+                f"the local Prefect server does not start ({error}); see {log} for the reason"
             ) from error
     return url
 
 
+def _launch(listener: socket.socket, log: IO[bytes]) -> "subprocess.Popen[bytes]":
+    socket_number = str(listener.fileno())
+    settings = get_current_settings().to_environment_variables(exclude_unset=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.orchestration.local_server", socket_number],
+        env={**os.environ, **settings, "PREFECT_SERVER_UI_ENABLED": "0"},
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        pass_fds=[listener.fileno()],
+        start_new_session=True,
+        preexec_fn=_ignore_signals,  # system calls only, takes no lock
+    )
+
+
 def bypass_proxy(host: str) -> None:
-    """Have no proxy stand between this process and a host, whatever the environment says of others."""
+    """Let this process reach a host directly, whichever proxy the environment configures."""
     for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), host]))
+        hosts = [os.environ.get(name), host]
+        os.environ[name] = ",".join(filter(None, hosts))
 
 
 def _ignore_signals() -> None:
-    for one in ENDING:
-        signal.signal(one, signal.SIG_IGN)
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:
-    """Let the server write down what it holds, and end."""
+    """Let the server write its state and end."""
     assert server.stdin is not None
     server.stdin.close()
     try:
@@ -132,27 +141,28 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
 
 
 class _Server(uvicorn.Server):
-    """Ends when the pipe from its run closes, and by nothing else."""
+    """Ends when the pipe from its run closes, and only then."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Leave it to the run to end."""
+        """Ignore the signal; the run ends the server."""
 
     def end_with_run(self) -> None:
-        """Wait for the pipe to close, and end in order."""
+        """Wait for the pipe to close, then shut down in order."""
         os.read(sys.stdin.fileno(), 1)
         self.should_exit = True
 
 
 def serve(listener: socket.socket) -> None:
-    """Serve Prefect's interface without its pages until the run is gone."""
+    """Serve Prefect's API, without its pages, until the run has ended."""
     from prefect.server.api.server import create_app
 
-    app = create_app(ephemeral=True, final=True)
-    server = _Server(
-        uvicorn.Config(
-            app, log_level="error", lifespan="on", timeout_graceful_shutdown=SECONDS_TO_ANSWER
-        )
+    config = uvicorn.Config(
+        create_app(ephemeral=True, final=True),
+        log_level="error",
+        lifespan="on",
+        timeout_graceful_shutdown=SECONDS_TO_ANSWER,
     )
+    server = _Server(config)
     threading.Thread(target=server.end_with_run, daemon=True).start()
     server.run(sockets=[listener])
 

@@ -1,4 +1,4 @@
-"""`lora ui`: the MLflow and Prefect pages over the folder of runs."""
+"""`lora ui`: the MLflow and Prefect pages for the folder of runs."""
 
 import os
 import socket
@@ -15,57 +15,40 @@ from pipelines.console import print_status
 from pipelines.orchestration.local_server import HOST, bypass_proxy
 from pipelines.paths import tracking_uri
 
-SECONDS_BETWEEN_LOOKS = 0.5
-LEASES = {
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"
-}
-"""Prefect's server forgets who holds a slot when it ends, unless it is told to write that down."""
+POLL_SECONDS = 0.5
+LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
+LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASE_STORAGE}
+"""By default, Prefect's server loses the leases of slots when it ends; this setting stores them."""
 
 
 def serve(
     runs: Path, once_up: Callable[[str], None], *, mlflow_port: int = 5000, prefect_port: int = 4200
 ) -> None:
-    """Serve both pages until a signal; a port that is taken is replaced by a free one.
+    """Serve both pages until a signal; use a free port if one is taken.
 
     Args:
         runs: the folder of runs.
-        once_up: called with the address of Prefect's interface when that answers.
-        mlflow_port: wanted for MLflow.
-        prefect_port: wanted for Prefect.
+        once_up: called with the address of Prefect's API when it answers.
+        mlflow_port: preferred port of MLflow.
+        prefect_port: preferred port of Prefect.
     """
     bypass_proxy(HOST)
-    mlflow, prefect = _free(mlflow_port), _free(prefect_port)
+    mlflow = _free_port(mlflow_port)
+    prefect = _free_port(prefect_port)
     store = tracking_uri(runs)
-    python = [sys.executable, "-m"]
-    commands = [[*python, "prefect", "server", "start", "--host", HOST, "--port", str(prefect)]]
-    url = f"http://{HOST}:{prefect}/api"
-    print_status(
-        f"Prefect  http://{HOST}:{prefect}   (export PREFECT_API_URL={url} to deploy to it)"
-    )
+    address = f"http://{HOST}:{prefect}"
+    url = f"{address}/api"
+    print_status(f"Prefect  {address}   (export PREFECT_API_URL={url} to deploy to it)")
+    commands = [_command("prefect", "server", "start", "--host", HOST, "--port", str(prefect))]
     if store.startswith("http"):
         print_status(f"MLflow   {store}")
     else:
-        commands.append(
-            [
-                *python,
-                "mlflow",
-                "server",
-                "--backend-store-uri",
-                store,
-                "--host",
-                HOST,
-                "--port",
-                str(mlflow),
-            ]
-        )
+        options = ["--backend-store-uri", store, "--host", HOST, "--port", str(mlflow)]
+        commands.append(_command("mlflow", "server", *options))
         print_status(f"MLflow   http://{HOST}:{mlflow}")
-    environment, quiet = {**LEASES, **os.environ}, subprocess.DEVNULL
-    servers = [
-        subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
-        for command in commands
-    ]
+    servers = [_start(command) for command in commands]
     try:
-        if _answers(url, servers[0]):
+        if _wait_until_up(url, servers[0]):
             once_up(url)
         for server in servers:
             server.wait()
@@ -78,18 +61,28 @@ def serve(
             server.wait(30)
 
 
-def _answers(url: str, server: "subprocess.Popen[bytes]") -> bool:
-    """Wait until Prefect's interface answers; False where its server has ended."""
+def _command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+def _start(command: list[str]) -> "subprocess.Popen[bytes]":
+    environment = {**LEASES, **os.environ}
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
+
+
+def _wait_until_up(url: str, server: "subprocess.Popen[bytes]") -> bool:
+    """Wait until Prefect's API answers; return False if its server has ended."""
     while server.poll() is None:
         with suppress(httpx.HTTPError):
             if httpx.get(f"{url}/health").is_success:
                 return True
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(POLL_SECONDS)
     return False
 
 
-def _free(port: int) -> int:
-    """Return `port` when nothing listens there, else any free port."""
+def _free_port(port: int) -> int:
+    """Return `port` if it is free, else any free port."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

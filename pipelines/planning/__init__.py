@@ -1,1 +1,1 @@
-"""What a recipe will train, what it will cost, and what would fit: from configs and lengths, before any weight is loaded."""
+"""What a recipe trains, costs and needs, from configs and lengths; loads no weights."""

@@ -1,6 +1,7 @@
-"""`lora plan` on more GPUs than there are here: what fits, what goes over the wire, and how often to keep a checkpoint. Pure.
+"""`lora plan` for a cluster: what fits, network traffic, and checkpoint intervals. Pure.
 
-All of it is for training in bfloat16 with as many tokens at once on each GPU as the recipe gives a process.
+All numbers are for training in bfloat16 with as many tokens per micro-batch as the recipe gives a
+process.
 """
 
 from dataclasses import dataclass, fields
@@ -13,13 +14,13 @@ from lora_core.budget.checkpoints import (
     FAILURES_PER_GPU_YEAR,
     best_interval_seconds,
     checkpoint_bytes,
-    lost_share,
+    lost_fraction,
     seconds_between_failures,
 )
 from lora_core.budget.wire import (
     SHARDINGS,
+    CommunicatedWeights,
     Exchange,
-    Moved,
     Sharding,
     Traffic,
     seconds_on_wire,
@@ -30,21 +31,22 @@ from pipelines.errors import PipelineError
 GBIT = 100.0
 DISK_GB_PER_SECOND = 1.0
 GIB = 1024**3
-"""A card sold as 24 GB holds 24 GiB."""
+"""A GPU sold as 24 GB has 24 GiB."""
 LEVELS = ("", "checkpointed_")
-"""Without and with gradient checkpointing: how the plan's names of their figures begin."""
+"""Without and with gradient checkpointing: the prefixes of the plan's keys."""
 METHODS = ("full", "lora", "qlora")
 TITLE_WIDTH = 78
-"""Columns that a title of two lines needs; a table is as wide at least."""
+"""Columns needed for a title of two lines; the minimum width of a table."""
+ONLY_WITH_GPUS = ("disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which GPUs a plan is made for; what is left out is not asked about, or has the default that its help names."""
+    """The GPUs for which a plan is made; an option that is not given has the default in its help."""
 
     gpu_gb: Annotated[
         float | None,
-        typer.Option(help="Also print which ways of training fit GPUs of this size.", min=1),
+        typer.Option(help="Also print which configurations fit GPUs of this size.", min=1),
     ] = None
     gpus: Annotated[
         int | None,
@@ -53,13 +55,13 @@ class Cluster:
     gbit: Annotated[
         float | None,
         typer.Option(
-            help="10⁹ bits a second that each GPU sends; 100.", min=0.001, show_default=False
+            help="10⁹ bits per second that each GPU sends; 100.", min=0.001, show_default=False
         ),
     ] = None
     disk_gb_per_second: Annotated[
         float | None,
         typer.Option(
-            help="10⁹ bytes a second that one process writes; 1.", min=0.001, show_default=False
+            help="10⁹ bytes per second that one process writes; 1.", min=0.001, show_default=False
         ),
     ] = None
     failures_per_gpu_year: Annotated[
@@ -73,169 +75,188 @@ class Cluster:
     tokens_per_second: Annotated[
         float | None,
         typer.Option(
-            help="Of the whole job; with it, checkpoints are counted in steps.",
+            help="Of the complete job; with it, checkpoint intervals are in steps.",
             min=1e-9,
             show_default=False,
         ),
     ] = None
 
     def __post_init__(self) -> None:
-        alone = {"gbit": self.gpu_gb is None and self.gpus is None}
-        alone |= dict.fromkeys(
-            ("disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second"), self.gpus is None
-        )
+        without_effect = list(ONLY_WITH_GPUS) if self.gpus is None else []
+        if self.gpu_gb is None and self.gpus is None:
+            without_effect.append("gbit")
         for field in fields(self):
-            if getattr(self, field.name) is not None and alone.get(field.name, False):
+            value = getattr(self, field.name)
+            if value is not None and field.name in without_effect:
                 option = field.name.replace("_", "-")
                 raise PipelineError(
-                    f"--{option} {getattr(self, field.name):g} has no effect without --gpus; give the number of GPUs too"
+                    f"--{option} {value:g} has no effect without --gpus; "
+                    "give the number of GPUs too"
                 )
 
     def seconds(self, sent_bytes: int) -> float:
-        """Return how long a GPU sends so many bytes."""
+        """Return how long a GPU needs to send this many bytes."""
         return seconds_on_wire(sent_bytes, self.gbit or GBIT)
 
 
 def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Table:
-    """Print the first way of sharing that fits, for each method on 1 to 512 GPUs, and what it costs a step to send."""
-    ways = {(way["method"], way["processes"], way["sharding"]): way for way in plan["scaling"]}
-    counts = sorted({count for _, count, _ in ways})
+    """Return the first sharding that fits, for each method on 1 to 512 GPUs, and its traffic."""
+    configurations = {
+        (
+            configuration["method"],
+            configuration["processes"],
+            configuration["sharding"],
+        ): configuration
+        for configuration in plan["scaling"]
+    }
+    counts = sorted({count for _, count, _ in configurations})
     title = (
-        f"How much must be shared on GPUs of {gpu_gb:g} GB: the first that fits of {', '.join(SHARDINGS)} (8: with the "
-        "paged 8-bit AdamW, c: with gradient checkpointing), and the seconds that a step's traffic takes at "
-        f"{cluster.gbit or GBIT:g} Gbit/s with nothing beside it"
+        f"Sharding needed on GPUs of {gpu_gb:g} GB: "
+        f"the first that fits of {', '.join(SHARDINGS)} "
+        "(8: with the paged 8-bit AdamW, c: with gradient checkpointing), "
+        f"and the seconds of a step's traffic at {cluster.gbit or GBIT:g} Gbit/s without overlap"
     )
     table = Table("GPUs", *METHODS, title=title, title_justify="left", min_width=TITLE_WIDTH)
     for count in counts:
-        cells = [
-            first_that_fits(
-                [ways[method, count, sharding] for sharding in SHARDINGS],
-                cluster,
-                gpu_gb,
-                plan["comfortable_share"],
-            )
-            for method in METHODS
-        ]
+        cells = []
+        for method in METHODS:
+            shardings = [configurations[method, count, sharding] for sharding in SHARDINGS]
+            cells.append(first_that_fits(shardings, cluster, gpu_gb, plan["comfortable_share"]))
         table.add_row(str(count), *cells)
     return table
 
 
 def first_that_fits(
-    ways: list[dict[str, Any]], cluster: Cluster, gpu_gb: float, comfortable: float
+    configurations: list[dict[str, Any]], cluster: Cluster, gpu_gb: float, comfortable: float
 ) -> str:
-    """Return the first way that fits as it is, or else the first with checkpointing, and its seconds on the wire."""
+    """Return the first configuration that fits, with checkpointing if needed, and its traffic.
+
+    Args:
+        configurations: entries of the plan's `scaling`.
+        cluster: the GPUs.
+        gpu_gb: memory of a GPU.
+        comfortable: see `memory_of`.
+    """
     for level in LEVELS:
-        for way in ways:
-            used, mark = memory_of(way, level, gpu_gb, comfortable)
-            if used <= gpu_gb * GIB:
-                sent = way[level + "sent_bytes"]
-                return f"{way['sharding']}{mark and f' {mark}'}" + (
-                    f" {duration(cluster.seconds(sent))}" if sent else ""
-                )
+        for configuration in configurations:
+            used, mark = memory_of(configuration, level, gpu_gb, comfortable)
+            if used > gpu_gb * GIB:
+                continue
+            words = [configuration["sharding"]]
+            if mark:
+                words.append(mark)
+            sent = configuration[level + "sent_bytes"]
+            if sent:
+                words.append(duration(cluster.seconds(sent)))
+            return " ".join(words)
     return "×"
 
 
 def memory_of(
-    way: dict[str, Any], level: str, gpu_gb: float, comfortable: float
+    configuration: dict[str, Any], level: str, gpu_gb: float, comfortable: float
 ) -> tuple[int, str]:
-    """Return what a way takes of a GPU in bytes, and its mark: 8 where AdamW in 8 bits is taken, c with checkpointing, 8c.
+    """Return the memory of a configuration in bytes, and its mark: 8, c, 8c or nothing.
+
+    8 means with AdamW in 8 bits, c with gradient checkpointing.
 
     Args:
-        way: of the plan's `scaling`.
+        configuration: an entry of the plan's `scaling`.
         level: one of LEVELS.
-        gpu_gb: of the GPU.
-        comfortable: the share of it above which full fine-tuning takes the 8 bits; see `pipelines.models.hardware.choose_optimizer`.
+        gpu_gb: memory of a GPU.
+        comfortable: the fraction of it above which full fine-tuning uses the 8 bits; see
+            `pipelines.models.hardware.choose_optimizer`.
     """
-    plain, eight_bit = (
-        way["checkpointed_bytes" if level else "memory_bytes"],
-        way[f"{level}eight_bit_bytes"],
-    )
-    takes_eight = eight_bit < plain and plain > comfortable * gpu_gb * GIB
-    return (eight_bit if takes_eight else plain), "8" * takes_eight + "c" * bool(level)
+    plain = configuration["checkpointed_bytes" if level else "memory_bytes"]
+    eight_bit = configuration[f"{level}eight_bit_bytes"]
+    mark = "c" if level else ""
+    if eight_bit < plain and plain > comfortable * gpu_gb * GIB:
+        return eight_bit, f"8{mark}"
+    return plain, mark
 
 
 def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
-    """Print what each GPU sends in a step under each way of sharing, and for how long."""
-    how = plan["exchanged"]["exchange"]
-    again = "with" if how["checkpointing"] else "without"
+    """Return what each GPU sends in a step under each sharding, and for how long."""
+    exchange = plan["exchanged"]["exchange"]
+    micro_batches = _plural(exchange["gradient_accumulation_steps"], "micro-batch", "micro-batches")
+    checkpointing = "with" if exchange["checkpointing"] else "without"
     title = (
-        f"What each of {gpus} GPUs sends in a step of {how['gradient_accumulation_steps']} part{'s' * (how['gradient_accumulation_steps'] > 1)}, {again} gradient "
-        f"checkpointing, and seconds at {cluster.gbit or GBIT:g} Gbit/s with nothing beside it"
+        f"What each of {gpus} GPUs sends in a step of {micro_batches}, "
+        f"{checkpointing} gradient checkpointing, "
+        f"and the seconds at {cluster.gbit or GBIT:g} Gbit/s without overlap"
     )
-    table = Table("sharing", *METHODS, title=title, title_justify="left")
+    table = Table("sharding", *METHODS, title=title, title_justify="left")
     for sharding in SHARDINGS:
-        sent = [traffic_on(plan, method, sharding, gpus) for method in METHODS]
-        table.add_row(sharding, *(_sent(one, cluster) for one in sent))
+        cells = []
+        for method in METHODS:
+            cells.append(_format_traffic(traffic_on(plan, method, sharding, gpus), cluster))
+        table.add_row(sharding, *cells)
     return table
 
 
 def traffic_on(plan: dict[str, Any], method: str, sharding: Sharding, gpus: int) -> Traffic:
     """Return what each GPU sends in a step."""
-    figures = plan["exchanged"]
-    return wire_bytes(
-        Moved(**figures["weights"][method]),
-        Exchange(sharding=sharding, processes=gpus, **figures["exchange"]),
-    )
+    exchanged = plan["exchanged"]
+    weights = CommunicatedWeights(**exchanged["weights"][method])
+    exchange = Exchange(sharding=sharding, processes=gpus, **exchanged["exchange"])
+    return wire_bytes(weights, exchange)
 
 
 def checkpoints_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
-    """Print the size of each run's checkpoint and how often to write one, by Young's and Daly's rule."""
-    rate = cluster.failures_per_gpu_year or FAILURES_PER_GPU_YEAR
-    between, disk = (
-        seconds_between_failures(rate, gpus),
-        cluster.disk_gb_per_second or DISK_GB_PER_SECOND,
-    )
+    """Return each run's checkpoint size and best write interval, by Young's and Daly's formula."""
+    failures = cluster.failures_per_gpu_year or FAILURES_PER_GPU_YEAR
+    between_failures = seconds_between_failures(failures, gpus)
+    disk = cluster.disk_gb_per_second or DISK_GB_PER_SECOND
     title = (
-        f"Checkpoints of trained weights and Adam's means in float32: {gpus} GPUs fail every {duration(between)} "
-        f"({rate:g} times a year each), and one process writes {disk:g} GB/s"
+        "Checkpoints of trained weights and Adam's moments in float32: "
+        f"{gpus} GPUs fail every {duration(between_failures)} ({failures:g} times a year each), "
+        f"and one process writes {disk:g} GB/s"
     )
-    table = Table(
-        "run",
-        "size",
-        "written in",
-        "write every",
-        "time lost",
-        title=title,
-        title_justify="left",
-        min_width=TITLE_WIDTH,
-    )
+    columns = ("run", "size", "write time", "write every", "time lost")
+    table = Table(*columns, title=title, title_justify="left", min_width=TITLE_WIDTH)
     for label, run in plan["runs"].items():
         size = checkpoint_bytes(run["trained_weights"])
-        written = size / (disk * 1e9)
-        interval = best_interval_seconds(written, between)
-        every = interval_words(interval, plan["tokens_of_a_step"], cluster.tokens_per_second)
+        write_seconds = size / (disk * 1e9)
+        interval = best_interval_seconds(write_seconds, between_failures)
+        lost = lost_fraction(interval, write_seconds, between_failures)
         table.add_row(
             label,
-            _bytes(size),
-            duration(written),
-            every,
-            f"{lost_share(interval, written, between):.3%}",
+            _format_bytes(size),
+            duration(write_seconds),
+            interval_words(interval, plan["tokens_of_a_step"], cluster.tokens_per_second),
+            f"{lost:.3%}",
         )
     return table
 
 
 def interval_words(seconds: float, tokens_of_a_step: float, tokens_per_second: float | None) -> str:
-    """Say an interval in steps where their time is known, and else in time; at least one step."""
+    """Return an interval in steps, at least one, if their time is known, and else as a duration."""
     if tokens_per_second is None:
         return duration(seconds)
     steps = max(1, round(seconds * tokens_per_second / tokens_of_a_step))
-    return f"{steps:,} step{'s' * (steps > 1)} ({duration(steps * tokens_of_a_step / tokens_per_second)})"
+    step_words = _plural(steps, "step", "steps")
+    return f"{step_words} ({duration(steps * tokens_of_a_step / tokens_per_second)})"
 
 
 def duration(seconds: float) -> str:
-    """Say a time in the unit in which it is a small number."""
+    """Return a duration in the unit that makes it a small number."""
     for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
-def _sent(traffic: Traffic, cluster: Cluster) -> str:
-    host = f" (+ {_bytes(traffic.host_bytes)} to the host)" if traffic.host_bytes else ""
-    return f"{_bytes(traffic.wire_bytes)}, {duration(cluster.seconds(traffic.wire_bytes))}{host}"
+def _plural(number: int, singular: str, plural: str) -> str:
+    return f"{number:,} {singular if number == 1 else plural}"
 
 
-def _bytes(size: int) -> str:
+def _format_traffic(traffic: Traffic, cluster: Cluster) -> str:
+    sent = f"{_format_bytes(traffic.wire_bytes)}, {duration(cluster.seconds(traffic.wire_bytes))}"
+    if not traffic.host_bytes:
+        return sent
+    return f"{sent} (+ {_format_bytes(traffic.host_bytes)} to the host)"
+
+
+def _format_bytes(size: int) -> str:
     for unit, length in (("TB", 1e12), ("GB", 1e9)):
         if size >= length:
             return f"{size / length:.3g} {unit}"

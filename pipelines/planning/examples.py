@@ -1,4 +1,4 @@
-"""How long the training examples are, and how large the largest share of a process is over a whole training."""
+"""Lengths of the training examples, and the largest micro-batch of a training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,15 +6,15 @@ from typing import Any
 
 from datasets import load_from_disk
 
-from pipelines.data.batches import order, shares
+from pipelines.data.batches import balance_by_tokens, order
 
 
 @dataclass(frozen=True)
 class Examples:
     """The training examples of a data stage, without their text."""
 
-    marks: list[list[bool]]
-    """Of each token of each example, whether it is supervised."""
+    supervised_masks: list[list[bool]]
+    """For each token of each example, whether it is supervised."""
 
     @classmethod
     def read(cls, data: Path) -> "Examples":
@@ -24,27 +24,33 @@ class Examples:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
-        return [len(marks) for marks in self.marks]
+        return [len(mask) for mask in self.supervised_masks]
 
-    def cut(self, max_tokens: int) -> "Examples":
-        """Return the examples cut on the right."""
-        return Examples([marks[:max_tokens] for marks in self.marks])
+    def truncate(self, max_tokens: int) -> "Examples":
+        """Return the examples truncated on the right."""
+        return Examples([mask[:max_tokens] for mask in self.supervised_masks])
 
-    def largest_share(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """Return the most tokens, and the most supervised ones, that any process gets at once in the whole training."""
-        lengths, supervised = self.lengths, [sum(marks) for marks in self.marks]
+    def largest_micro_batch(self, inputs: dict[str, Any]) -> dict[str, int]:
+        """Return the most tokens, and the most supervised tokens, of any micro-batch."""
+        lengths = self.lengths
+        supervised = [sum(mask) for mask in self.supervised_masks]
         parts = inputs["processes"] * inputs["training"]["gradient_accumulation_steps"]
-        packs = [pack for step in self._steps(inputs) for pack in shares(step, lengths, parts)]
-        return {
-            "tokens": max(sum(lengths[i] for i in pack) for pack in packs),
-            "supervised": max(sum(supervised[i] for i in pack) for pack in packs),
-        }
+        largest = {"tokens": 0, "supervised": 0}
+        for step in self._steps(inputs):
+            for indices in balance_by_tokens(step, lengths, parts):
+                tokens = sum(lengths[index] for index in indices)
+                supervised_tokens = sum(supervised[index] for index in indices)
+                largest["tokens"] = max(largest["tokens"], tokens)
+                largest["supervised"] = max(largest["supervised"], supervised_tokens)
+        return largest
 
     def tokens_of_a_step(self, inputs: dict[str, Any]) -> float:
-        """Return the mean over the training, on all processes together."""
-        lengths, steps = self.lengths, self._steps(inputs)
-        return sum(lengths[i] for step in steps for i in step) / len(steps)
+        """Return the mean tokens of a step over the training, on all processes together."""
+        lengths = self.lengths
+        steps = self._steps(inputs)
+        return sum(lengths[index] for step in steps for index in step) / len(steps)
 
     def _steps(self, inputs: dict[str, Any]) -> list[list[int]]:
         training = inputs["training"]
-        return order(len(self.marks), training["steps"], training["batch_size"], inputs["seed"])
+        examples = len(self.supervised_masks)
+        return order(examples, training["steps"], training["batch_size"], inputs["seed"])

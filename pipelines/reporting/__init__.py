@@ -1,1 +1,1 @@
-"""What people see: the page, the tables, MLflow."""
+"""The report of a comparison: tables, plots and the HTML page. Pure functions of the summary."""

@@ -1,7 +1,8 @@
-"""The report of a comparison: a table for the terminal, one for a workflow's page, and a page of HTML to hand on.
+"""The report of a comparison: a terminal table, a Markdown table and a self-contained HTML page.
 
-All three read the plain values of summary.json and show the same columns, which are declared here once. The page needs
-nothing beside itself: its plots are inline SVG, its style is in the file, and whatever a model wrote is escaped.
+All three read the plain values of summary.json and show the same columns, which are declared here
+once. The page needs no other file: its plots are inline SVG, its style is in the file, and all text
+that a model wrote is escaped.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,17 +18,25 @@ from rich.text import Text
 
 from lora_core.files import write_text
 from pipelines.comparison.comparison import BASE, QUANTIZED_BASE
-from pipelines.reporting import formats, page_sections, words
-from pipelines.reporting.figures import benchmark_figure, figures, general_change, unmeasured
+from pipelines.reporting import formats, item_records, page_sections, words
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
-from pipelines.reporting.plots.frontier_plot import plot_frontier, ways
+from pipelines.reporting.plots.frontier_plot import plot_frontier, trajectories
 from pipelines.reporting.plots.rank_plot import plot_ranks
 from pipelines.reporting.plots.strips import SHADES, strips
+from pipelines.reporting.report_metrics import (
+    benchmark_score,
+    general_change,
+    report_metrics,
+    unmeasured,
+)
 
 NOTHING = "–"
-COLOURS = {"pass": "green", "reject": "red", "can't tell": "yellow"}
+COLORS = {"pass": "green", "reject": "red", "can't tell": "yellow"}
 PAGE = Path(__file__).parent / "page"
+FILTERS = ("signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
+"""Functions of `formats` that the templates use."""
 Model = Mapping[str, Any]
+Summary = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,20 +44,24 @@ class Column:
     """One column of the tables."""
 
     key: str
-    """Names the figure in the page's data-figure."""
+    """Value of the page's data-figure attribute."""
     title: str
-    find: Callable[[Model], Any]
-    """Takes the figure from a model's entry; None where it has none."""
-    show: Callable[[Any], str]
+    extract: Callable[[Model], Any]
+    """Takes the value from a model's entry; returns None if the entry has none."""
+    format: Callable[[Any], str]
+
+    @property
+    def is_text(self) -> bool:
+        return self.key == "verdict"
 
 
-def _trained(name: str) -> Callable[[Model], Any]:
+def _training_result(name: str) -> Callable[[Model], Any]:
     return lambda model: model.get("figures", {}).get(name)
 
 
 COLUMNS = (
-    Column("trained_weights", "Trained weights", _trained("trained_weights"), short_count),
-    Column("file_bytes", "File", _trained("file_bytes"), short_size),
+    Column("trained_weights", "Trained weights", _training_result("trained_weights"), short_count),
+    Column("file_bytes", "File", _training_result("file_bytes"), short_size),
     Column("task_loss", "Task loss", lambda model: model["scores"]["task_loss"], "{:.3f}".format),
     Column(
         "task_gain",
@@ -58,12 +71,12 @@ COLUMNS = (
     ),
     Column("general_change", "General change", general_change, interval_text),
     Column("verdict", "Verdict", lambda model: model.get("verdict", {}).get("status"), str),
-    Column("tokens_per_second", "Tokens/s", _trained("tokens_per_second"), short_count),
-    Column("peak_memory_bytes", "Peak memory", _trained("peak_memory_bytes"), short_size),
+    Column("tokens_per_second", "Tokens/s", _training_result("tokens_per_second"), short_count),
+    Column("peak_memory_bytes", "Peak memory", _training_result("peak_memory_bytes"), short_size),
 )
 
 
-def terminal_table(summary: dict[str, Any]) -> Table:
+def terminal_table(summary: Summary) -> Table:
     """Return one row per model of summary.json, for a terminal of 100 columns or more."""
     table = Table(
         title=summary["name"],
@@ -71,80 +84,87 @@ def terminal_table(summary: dict[str, Any]) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.title_style, table.caption_justify = "bold", "left"
+    table.title_style = "bold"
+    table.caption_justify = "left"
     table.add_column("Model", no_wrap=True)
     for column in COLUMNS:
-        is_text = column.key == "verdict"
         table.add_column(
             column.title.replace(" ", "\n"),
-            justify="left" if is_text else "right",
-            no_wrap=not is_text,
-            min_width=10 if is_text else None,
+            justify="left" if column.is_text else "right",
+            no_wrap=not column.is_text,
+            min_width=10 if column.is_text else None,
         )
     for label, cells in _rows(summary):
-        style = (
-            "dim"
-            if label in (BASE, QUANTIZED_BASE)
-            else "bold"
-            if label == summary["champion"]
-            else ""
-        )
-        texts = [Text(text, style=COLOURS.get(text.partition(",")[0], "")) for text in cells]
-        table.add_row(label, *texts, style=style)
+        texts = [Text(cell, style=_cell_style(cell)) for cell in cells]
+        table.add_row(label, *texts, style=_row_style(summary, label))
     return table
 
 
-def markdown_table(summary: dict[str, Any]) -> str:
-    """Return the same table as GitHub Markdown, with the headline above and the remarks below it."""
+def _cell_style(cell: str) -> str:
+    status = cell.partition(",")[0]
+    return COLORS.get(status, "")
+
+
+def _row_style(summary: Summary, label: str) -> str:
+    if label in (BASE, QUANTIZED_BASE):
+        return "dim"
+    return "bold" if label == summary["champion"] else ""
+
+
+def markdown_table(summary: Summary) -> str:
+    """Return the same table in GitHub Markdown, below the headline and above the remarks."""
     decision, *remarks = _remarks(summary)
-    lines = [
-        f"**{words.headline(summary)}**",
-        "",
-        f"Decision: {decision}",
-        "",
-        "| " + " | ".join(["Model", *(column.title for column in COLUMNS)]) + " |",
-        "| "
-        + " | ".join(["---", *("---" if column.key == "verdict" else "---:" for column in COLUMNS)])
-        + " |",
-        *("| " + " | ".join([label, *cells]) + " |" for label, cells in _rows(summary)),
-    ]
-    return "\n".join([*lines, *(f"\n{remark}" for remark in remarks)]) + "\n"
+    titles = ["Model", *(column.title for column in COLUMNS)]
+    rules = ["---"]
+    for column in COLUMNS:
+        rules.append("---" if column.is_text else "---:")
+    lines = [f"**{words.headline(summary)}**", "", f"Decision: {decision}", ""]
+    lines += [_markdown_row(titles), _markdown_row(rules)]
+    for label, cells in _rows(summary):
+        lines.append(_markdown_row([label, *cells]))
+    for remark in remarks:
+        lines += ["", remark]
+    return "\n".join(lines) + "\n"
 
 
-def write_html(summary: dict[str, Any], path: Path) -> None:
-    """Write the whole comparison as one page that needs no other file.
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def write_html(summary: Summary, path: Path) -> None:
+    """Write the complete comparison as one page that needs no other file.
 
     Args:
-        summary: the plain values of summary.json; the item files that it names are read for sample answers.
-        path: the .html file; replaced when complete.
+        summary: the plain values of summary.json; sample answers are read from the item files
+            that it names.
+        path: the .html file; replaced once the new page is complete.
     """
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            summary=summary,
-            columns=COLUMNS,
-            words=words,
-            sections=page_sections,
-            figures=figures(summary["models"]),
-            unmeasured=unmeasured(summary["models"]),
-            benchmark_figure=benchmark_figure,
-            general_change=general_change,
-            left_out=page_sections.left_out(summary),
-            ways=ways(summary),
-            spectra={label: strips(modules) for label, modules in summary["spectrum"].items()},
-            shades=SHADES,
-            samples=page_sections.samples(summary),
-            plot_frontier=plot_frontier(summary) if ways(summary) else "",
-            plot_ranks=plot_ranks(summary),
-        )
+    spectra = {label: strips(modules) for label, modules in summary["spectrum"].items()}
+    found = trajectories(summary)
+    template = _environment().get_template("report.html.jinja")
+    page = template.render(
+        summary=summary,
+        columns=COLUMNS,
+        words=words,
+        sections=page_sections,
+        metrics=report_metrics(summary["models"]),
+        unmeasured=unmeasured(summary["models"]),
+        benchmark_score=benchmark_score,
+        general_change=general_change,
+        left_out=item_records.left_out(summary),
+        trajectories=found,
+        spectra=spectra,
+        shades=SHADES,
+        samples=item_records.samples(summary),
+        plot_frontier=plot_frontier(summary) if found else "",
+        plot_ranks=plot_ranks(summary),
     )
     write_text(path, page)
 
 
 @cache
 def _environment() -> Environment:
-    """Return what compiles the templates, once."""
+    """Return the environment that compiles the templates, created once."""
     environment = Environment(
         loader=FileSystemLoader(PAGE),
         autoescape=True,
@@ -152,16 +172,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        name: getattr(formats, name)
-        for name in ("signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
-    }
+    for name in FILTERS:
+        environment.filters[name] = getattr(formats, name)
     environment.filters["count"] = short_count
     return environment
 
 
-def _remarks(summary: Mapping[str, Any]) -> list[str]:
-    """Return what stands below the table: the decision, the rank to use, what can't be told, the control, the registry, the legend."""
+def _remarks(summary: Summary) -> list[str]:
+    """Return the lines below the table, from the decision to the legend."""
     texts = [
         summary["decision"],
         words.recommended_text(summary),
@@ -174,13 +192,15 @@ def _remarks(summary: Mapping[str, Any]) -> list[str]:
     return [text for text in texts if text]
 
 
-def _rows(summary: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def _rows(summary: Summary) -> list[tuple[str, list[str]]]:
+    """Return label and cells of each model."""
     rows = []
     for label, model in summary["models"].items():
-        found = [(column, column.find(model)) for column in COLUMNS]
-        cells = {
-            column.key: NOTHING if value is None else column.show(value) for column, value in found
-        }
+        cells = {}
+        for column in COLUMNS:
+            value = column.extract(model)
+            text = NOTHING if value is None else column.format(value)
+            cells[column.key] = text
         if label == summary["champion"]:
             cells["verdict"] += ", champion"
         rows.append((label, list(cells.values())))

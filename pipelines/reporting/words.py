@@ -1,4 +1,4 @@
-"""What a comparison comes to, in sentences for readers who know no ranks."""
+"""The outcome of a comparison in sentences, for readers who are not familiar with LoRA."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,55 +11,59 @@ Summary = Mapping[str, Any]
 
 def headline(summary: Summary) -> str:
     """Return the outcome as one sentence."""
-    champion, candidate = summary["champion"], summary["candidate"]
+    champion = summary["champion"]
     if champion is None:
-        return "No adapter is put forward" + (
-            f"; {candidate} was not rejected, {_missing(summary['models'][candidate])}."
-            if candidate
-            else "."
-        )
+        return _headline_without_champion(summary)
     model = summary["models"][champion]
-    trained = 100 * model["figures"]["trained_weights"] / summary["base"]["weights"]
+    trained = model["figures"]["trained_weights"]
+    percentage = 100 * trained / summary["base"]["weights"]
     return (
-        f"Use {champion}: by training {trained:.2g}\u00a0% as many weights {_learnt(summary, model)}, "
-        f"and it forgot no more than the gate allows{_smaller(summary)}."
+        f"Use {champion}: by training {percentage:.2g}\u00a0% as many weights "
+        f"{_learned(summary, model)}, and it forgot no more than the gate allows"
+        f"{_smaller_alternative(summary)}."
     )
+
+
+def _headline_without_champion(summary: Summary) -> str:
+    candidate = summary["candidate"]
+    if not candidate:
+        return "No adapter is put forward."
+    missing = _missing(summary["models"][candidate])
+    return f"No adapter is put forward; {candidate} was not rejected, {missing}."
 
 
 def _missing(model: Summary) -> str:
-    """Say what is missing for an adapter that was not rejected to pass: items, unless something else is."""
-    open_rules = [rule for rule in model["verdict"]["rules"] if rule["status"] == "can't tell"]
-    others = [rule["reason"].rstrip(".") for rule in open_rules if rule.get("beyond_items", False)]
-    return (
-        "but it cannot be told to pass: " + "; ".join(others)
-        if others
-        else "and scoring more items would tell"
-    )
+    """Return what an adapter lacks to pass: more items, unless a rule needs something else."""
+    others = []
+    for rule in model["verdict"]["rules"]:
+        if rule["status"] == "can't tell" and rule.get("beyond_items", False):
+            others.append(rule["reason"].rstrip("."))
+    if others:
+        return "but more items cannot decide whether it passes: " + "; ".join(others)
+    return "and scoring more items would decide"
 
 
-def _smaller(summary: Summary) -> str:
-    found = summary["recommended"]
-    if not found or found["label"] == summary["champion"]:
+def _smaller_alternative(summary: Summary) -> str:
+    recommended = summary["recommended"]
+    if not recommended or recommended["label"] == summary["champion"]:
         return ""
-    given_up = found.get("gives_up")  # summaries of before say only that it was not surely worse
-    worse = (
-        "not surely worse"
-        if given_up is None
-        else f"gives up at most {percent(given_up)}\u00a0% of the gain"
-    )
-    return f"; {found['label']} is smaller and {worse}"
+    given_up = recommended.get("gives_up")  # older summaries do not have it
+    difference = "not clearly worse"
+    if given_up is not None:
+        difference = f"gives up at most {percent(given_up)}\u00a0% of the gain"
+    return f"; {recommended['label']} is smaller and {difference}"
 
 
-def _learnt(summary: Summary, model: Summary) -> str:
-    share = model["gain_share"]
-    if share is None:
-        return f"it gained {model['total']['task_gain']['mean']:.3f} nats per token on the task"
-    whom = (
-        "full fine-tuning"
-        if summary["control"]["method"] == "full"
-        else f"the control, an adapter of rank {_control_rank(summary)},"
-    )
-    return f"it learnt {100 * share['mean']:.0f}\u00a0% of what {whom} learnt"
+def _learned(summary: Summary, model: Summary) -> str:
+    fraction = model["gain_share"]
+    if fraction is None:
+        gain = model["total"]["task_gain"]["mean"]
+        return f"it gained {gain:.3f} nats per token on the task"
+    control = "full fine-tuning"
+    if summary["control"]["method"] != "full":
+        control = f"the control, an adapter of rank {_control_rank(summary)},"
+    percentage = 100 * fraction["mean"]
+    return f"it learned {percentage:.0f}\u00a0% of what {control} learned"
 
 
 def _control_rank(summary: Summary) -> int:
@@ -67,78 +71,81 @@ def _control_rank(summary: Summary) -> int:
 
 
 def recommended_text(summary: Summary) -> str:
-    """Return the smallest rank that does, and why; nothing where no adapter passes."""
-    found = summary["recommended"]
-    if not found:
+    """Return the recommended rank and the reason; empty if no adapter passes."""
+    recommended = summary["recommended"]
+    if not recommended:
         return ""
-    where_size_counts = " where size counts" if found["label"] != summary["champion"] else ""
-    return f"Recommended{where_size_counts}: {found['reason']}."
+    is_champion = recommended["label"] == summary["champion"]
+    where_size_counts = "" if is_champion else " where size counts"
+    return f"Recommended{where_size_counts}: {recommended['reason']}."
 
 
 def registered_text(summary: Summary) -> str:
-    """Return which versions and aliases the registry holds; nothing where none was registered."""
+    """Return the registered versions and aliases; empty if nothing was registered."""
     registered = summary.get("registered")
     if not registered:
         return ""
-    versions = ", ".join(
-        f"{label} as version {version}" for label, version in registered["versions"].items()
-    )
-    aliases = ", ".join(
-        f"{alias} is version {version}" for alias, version in registered["aliases"].items()
-    )
-    return f"Registered in {registered['model']}: {versions}" + (
-        f"; {aliases}." if aliases else "; no alias was moved."
-    )
+    versions = []
+    for label, version in registered["versions"].items():
+        versions.append(f"{label} as version {version}")
+    aliases = []
+    for alias, version in registered["aliases"].items():
+        aliases.append(f"{alias} is version {version}")
+    listed = ", ".join(versions)
+    moved = ", ".join(aliases) or "no alias was moved"
+    return f"Registered in {registered['model']}: {listed}; {moved}."
 
 
 def verified_text(summary: Summary) -> str:
-    """Return how far training and scoring are from the models' own forward, and what was read one example at a time."""
-    found = [
-        one
-        for ways in summary.get("forward", {}).values()
-        for one in ways.values()
-        if one is not None
-    ]
-    if not found:
+    """Return how closely training and scoring match the models' own forward pass.
+
+    It also names the models that are read one example at a time.
+    """
+    differences = []
+    unpacked = set()
+    for label, checks in summary.get("forward", {}).items():
+        for check in checks.values():
+            if check is None:
+                continue
+            differences.append(check["loss_difference"])
+            if check["path"] != "packed":
+                unpacked.add(label)
+    if not differences:
         return ""
-    largest = max(one["loss_difference"] for one in found)
-    slow = sorted(
-        {
-            label
-            for label, ways in summary["forward"].items()
-            for one in ways.values()
-            if one and one["path"] != "packed"
-        }
+    path = ""
+    if unpacked:
+        labels = ", ".join(sorted(unpacked))
+        path = f"; read one example at a time: {labels}"
+    largest = max(differences)
+    return (
+        f"Training and scoring match the models' own forward within {largest:.0e} "
+        f"nats per token{path}."
     )
-    path = f"; read one example at a time: {', '.join(slow)}" if slow else ""
-    return f"Training and scoring match the models' own forward within {largest:.0e} nats per token{path}."
 
 
 def legend(summary: Summary) -> str:
     """Return what the columns of the tables mean."""
-    of_base = (
-        f"; of {QUANTIZED_BASE}: by quantisation" if QUANTIZED_BASE in summary["models"] else ""
+    has_quantized_base = QUANTIZED_BASE in summary["models"]
+    of_base = f"; of {QUANTIZED_BASE}: by quantization" if has_quantized_base else ""
+    return (
+        "Task gain: nats per token over the base. "
+        f"General change: by training, with its 95 % interval{of_base}."
     )
-    return f"Task gain: nats per token over the base. General change: by training, with its 95 % interval{of_base}."
 
 
 def control_name(summary: Summary) -> str:
-    """Return the control as a legend names it; nothing where there is none."""
+    """Return the control's name in a legend; empty without a control."""
     if CONTROL not in summary["models"]:
         return ""
-    return (
-        "control: full fine-tuning"
-        if summary["control"]["method"] == "full"
-        else f"control: rank {_control_rank(summary)}"
-    )
+    if summary["control"]["method"] == "full":
+        return "control: full fine-tuning"
+    return f"control: rank {_control_rank(summary)}"
 
 
 def learning_rate(summary: Summary, label: str) -> float | None:
-    """Return the peak rate at which a model was trained; None for what was not trained."""
+    """Return the peak learning rate of a model's training; None if the model was not trained."""
     if label == CONTROL:
         return float(summary["control"]["chosen"])
-    return (
-        float(summary["recipe"]["lora"]["learning_rate"])
-        if "figures" in summary["models"][label]
-        else None
-    )
+    if "figures" not in summary["models"][label]:
+        return None
+    return float(summary["recipe"]["lora"]["learning_rate"])

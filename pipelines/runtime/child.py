@@ -1,6 +1,6 @@
-"""The frame of a stage that runs in a process of its own: read the inputs, do the work, leave a result or an error.
+"""The child process of a stage: read the inputs, do the work, write a result or an error.
 
-A child dies with its parent: no process of a run outlives the run.
+A child ends with its parent: no process of a run outlives the run.
 """
 
 import ctypes
@@ -10,70 +10,73 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
 from lora_core.errors import LoraError
-from pipelines.errors import PipelineError, StageError, no_space, record_error
-from pipelines.runtime.stage import read_inputs, read_result, write_result
+from pipelines.errors import PipelineError, StageError, no_space, one_line, record_error
+from pipelines.runtime.stage import StageResult, read_inputs, read_result, write_result
 
 PR_SET_PDEATHSIG = 1
 PARENT = "LORA_RUN_PID"
 """Environment variable with the process id of the run that started a stage."""
-PLACE = "LORA_PLACE"
-"""Environment variable with the place of a stage among those that work beside it, by which it takes a GPU."""
+WORKER_INDEX = "LORA_PLACE"
+"""Environment variable with the index of a stage among those that run at the same time; it selects
+the GPU."""
 USER_ERROR = 2
-"""Exit status of a stage that was refused for a reason the user can mend."""
+"""Exit status of a stage that failed for a reason that the user can fix."""
 
-Work = Callable[[Path, dict[str, Any], dict[str, str]], tuple[dict[str, Any], list[str]]]
+Work = Callable[[Path, dict[str, Any], dict[str, str]], tuple[StageResult, list[str]]]
+"""Folder, inputs, paths → what the stage reports, and the files that it wrote for later stages."""
 
 
-def run_stage(work: Work) -> None:
-    """Run `work` on the stage folder named on the command line; its figures and files become the result.
+def execute_stage(work: Work) -> None:
+    """Run `work` on the stage folder named on the command line, and write its result.
 
-    Exits with 2 and one sentence when the inputs cannot be honoured.
+    If the inputs are invalid, print one sentence and exit with status 2.
     """
     die_with_parent()
-    folder = Path(sys.argv[1])
-    started = time.perf_counter()
-    with errors_recorded(folder):
-        figures, files = work(folder, *read_inputs(folder))
-        write_result(folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files)
+    _execute(work, Path(sys.argv[1]))
 
 
-def run_stages(work: Work) -> None:
-    """Run `work` on each stage folder named on the command line, in order; each gets its own result or its own error.
+def execute_stages(work: Work) -> None:
+    """Run `work` on each stage folder named on the command line, in order; each gets its own result
+    or error.
 
-    A stage that is done is passed over, so an interrupted batch loses the one at work. One that is refused for a reason
-    the user can mend leaves the others to be done, and the exit status is 2. Any other error is left in its stage's folder
-    as well and ends the batch with its traceback.
+    A finished stage is skipped, so an interrupted batch loses only the running stage. After an
+    error that the user can fix, the batch continues, and the exit status is 2. Any other error is
+    recorded in its stage's folder as well, and ends the batch with a traceback.
     """
     die_with_parent()
-    refused = [not _attempted(work, Path(name)) for name in sys.argv[1:]]
-    if any(refused):
+    failed = False
+    for name in sys.argv[1:]:
+        folder = Path(name)
+        if read_result(folder) is not None:
+            continue
+        try:
+            _execute(work, folder)
+        except SystemExit:  # errors_recorded has printed the reason
+            failed = True
+    if failed:
         sys.exit(USER_ERROR)
 
 
-def _attempted(work: Work, folder: Path) -> bool:
-    """Do one stage of several; tell whether it has a result."""
-    if read_result(folder) is not None:
-        return True
+def _execute(work: Work, folder: Path) -> None:
+    """Run one stage and write its result or its error."""
     started = time.perf_counter()
-    try:
-        with errors_recorded(folder):
-            figures, files = work(folder, *read_inputs(folder))
-            write_result(
-                folder, {**figures, "seconds": round(time.perf_counter() - started, 2)}, files
-            )
-    except SystemExit:  # refused, and said so
-        return False
-    return True
+    with errors_recorded(folder):
+        result, files = work(folder, *read_inputs(folder))
+        seconds = round(time.perf_counter() - started, 2)
+        write_result(folder, {**result, "seconds": seconds}, files)
 
 
 class errors_recorded:
-    """Turn an error the user can mend into error.json, one sentence on stderr and exit status 2.
+    """Turn an error that the user can fix into error.json, one sentence on stderr and exit status
+    2.
 
-    Any other error is left there in one line as well, with the rank that it ended; its traceback goes to the log.
+    Any other error is recorded there in one line as well, with its rank; the traceback goes to the
+    log.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -85,39 +88,34 @@ class errors_recorded:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        if isinstance(error, OSError) and error.errno == 28:  # ENOSPC
+        if isinstance(error, OSError) and error.errno == ENOSPC:
             error = PipelineError(no_space(self.folder))
         if isinstance(error, (PipelineError, LoraError)):
-            with suppress(
-                OSError
-            ):  # a full disk has no room for it; the parent sees that by itself
-                record_error(self.folder, error)
+            self._record(error)
             print(f"error: {error}", file=sys.stderr)
             sys.exit(USER_ERROR)
         if isinstance(error, Exception):
-            with suppress(OSError):
-                record_error(
-                    self.folder,
-                    StageError(
-                        f"{self.folder} failed{_on_rank()} with {_one_line(error)}; its log holds the rest"
-                    ),
-                )
+            failure = f"{self.folder} failed{_on_rank()} with {one_line(error)}"
+            self._record(StageError(f"{failure}; its log has the details"))
+
+    def _record(self, error: Exception) -> None:
+        with suppress(OSError):  # the disk may be full; the parent detects that itself
+            record_error(self.folder, error)
 
 
 def _on_rank() -> str:
-    """Name the rank of several that this process is."""
-    return f" on rank {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-
-
-def _one_line(error: Exception) -> str:
-    """Return an error's kind and the first line of its text."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+    """Return " on rank R" if this process is one of several ranks, else nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return ""
+    return f" on rank {os.environ['RANK']}"
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel (Linux) to end this process, by a signal, when its parent ends, however the parent ends.
+    """Have the Linux kernel send this process a signal when its parent ends, for whatever reason it
+    ends.
 
-    The run that started the stage is looked for by its process id as well: it may have ended before the kernel was asked.
+    Also check that the run which started the stage still exists: it may have ended before this
+    call.
     """
     if sys.platform != "linux":
         return

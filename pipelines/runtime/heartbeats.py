@@ -1,10 +1,12 @@
-"""What each rank of a training is doing, in a small file of its own, and which one holds the others up. Imports no torch.
+"""Heartbeats: each rank writes its progress to a small file, which shows which rank blocks the
+others.
 
-    <stage>/ranks/rank-1.json    {"rank": 1, "host": "node-b", "step": 7, "phase": "backward", "beats": 412}
+    <stage>/ranks/rank-1.json
+    {"rank": 1, "host": "node-b", "step": 7, "phase": "backward", "beats": 412}
 
-A rank that waits for others is in the phase `communication`; the one that they wait for is in another, or behind.
-Whether anything moves is told by the number of beats, so that neither a clock that jumps nor two hosts whose clocks differ
-are taken for a stall.
+A rank that waits for others is in the phase `communication`; the rank that they wait for is in
+another phase or in an earlier step. A stall is detected from the number of heartbeats alone, so
+neither a clock that jumps nor two hosts with different clocks look like a stall. Imports no torch.
 """
 
 import json
@@ -18,11 +20,11 @@ from typing import Any
 RANKS, NOTES = "ranks", "notes.txt"
 COMMUNICATION = "communication"
 WIDTH = 256
-"""Bytes of a file, which is written over in place: a beat costs one system call."""
-Beat = dict[str, Any]
+"""Bytes per file. The file is overwritten in place, so that a heartbeat costs one system call."""
+Heartbeat = dict[str, Any]
 
 
-class Pulse:
+class HeartbeatWriter:
     """Writes one rank's file."""
 
     def __init__(self, folder: Path, rank: int, host: str) -> None:
@@ -33,36 +35,38 @@ class Pulse:
         self._beats = 0
 
     def beat(self, step: int, phase: str) -> None:
-        """Say what the rank begins to do."""
+        """Record the step and the phase that the rank starts."""
         self._beats += 1
         text = json.dumps({**self._fixed, "step": step, "phase": phase, "beats": self._beats})
         os.pwrite(self._file, text.encode().ljust(WIDTH), 0)
 
 
 @dataclass
-class Stalls:
-    """Notices when no rank of a run has moved for a while."""
+class StallDetector:
+    """Measures how long no rank of a run has made progress."""
 
     folder: Path
-    """The stage's."""
-    _seen: dict[int, int] = field(default_factory=dict)
+    """Folder of the stage."""
+    _last_beats: dict[int, int] = field(default_factory=dict)
     _since: float = field(default_factory=time.monotonic)
 
-    def seconds(self) -> float:
-        """Return how long no rank has moved."""
-        beats = {beat["rank"]: beat["beats"] for beat in read_beats(self.folder)}
-        if beats != self._seen or not beats:
-            self._seen, self._since = beats, time.monotonic()
+    def stalled_seconds(self) -> float:
+        """Return for how many seconds no rank has made progress."""
+        beats = {beat["rank"]: beat["beats"] for beat in read_heartbeats(self.folder)}
+        if beats != self._last_beats or not beats:
+            self._last_beats = beats
+            self._since = time.monotonic()
         return time.monotonic() - self._since
 
-    def words(self) -> str:
-        """Say which rank the others wait for, in which step and for how long."""
-        seconds, beats = self.seconds(), read_beats(self.folder)
-        return f"{'; '.join(culprit_words(beats))}; nothing has moved for {seconds:.0f} s"
+    def describe(self) -> str:
+        """Name the rank that the others wait for, its step, and for how long."""
+        seconds = self.stalled_seconds()
+        ranks = "; ".join(describe_blocking_ranks(read_heartbeats(self.folder)))
+        return f"{ranks}; nothing has moved for {seconds:.0f} s"
 
 
-def read_beats(folder: Path) -> list[Beat]:
-    """Return the last beat of each rank; a file that is being written is passed over."""
+def read_heartbeats(folder: Path) -> list[Heartbeat]:
+    """Return the last heartbeat of each rank; skip a file that is being written."""
     beats = []
     for path in sorted((folder / RANKS).glob("rank-*.json")):
         try:
@@ -72,39 +76,46 @@ def read_beats(folder: Path) -> list[Beat]:
     return beats
 
 
-def clear(folder: Path) -> None:
-    """Forget the ranks and the notes of a former run."""
+def clear_heartbeats(folder: Path) -> None:
+    """Delete the heartbeats and the notes of an earlier run."""
     (folder / NOTES).unlink(missing_ok=True)
     for path in (folder / RANKS).glob("rank-*.json"):
         path.unlink(missing_ok=True)
 
 
 def note(folder: Path, text: str) -> None:
-    """Leave a line for whoever watches the run; it stands in the log as well, and there alone where the disk is full."""
+    """Write a line for the parent to print.
+
+    The log gets it too, and is the only place if the disk is full.
+    """
     print(text, flush=True)
     with suppress(OSError), (folder / NOTES).open("a", encoding="utf-8") as stream:
         stream.write(text + "\n")
 
 
 def read_notes(folder: Path, after: int) -> list[str]:
-    """Return the lines that were left after the first `after`."""
+    """Return the notes after the first `after`."""
     path = folder / NOTES
-    return path.read_text(encoding="utf-8").splitlines()[after:] if path.is_file() else []
+    if not path.is_file():
+        return []
+    return path.read_text(encoding="utf-8").splitlines()[after:]
 
 
-def culprit_words(beats: list[Beat]) -> list[str]:
-    """Name the ranks that hold the others up: those that are behind, at work while the rest waits, or in an earlier collective.
+def describe_blocking_ranks(beats: list[Heartbeat]) -> list[str]:
+    """Describe the ranks that block the others.
 
-    All ranks go through the same phases, so of those that wait in one step the one with fewer beats has stopped before the others.
+    Candidates are the ranks in the lowest step. Those that compute while the rest communicates
+    block the others. If all of them communicate, those with the fewest heartbeats do: every rank
+    goes through the same phases, so they stopped in an earlier collective.
     """
     if not beats:
-        return ["no rank has begun"]
-    first = min(beat["step"] for beat in beats)
-    behind = [beat for beat in beats if beat["step"] == first]
-    fewest = min(beat["beats"] for beat in behind)
-    at_work = [beat for beat in behind if beat["phase"] != COMMUNICATION]
-    earlier = [beat for beat in behind if beat["beats"] == fewest]
+        return ["no rank has started"]
+    lowest_step = min(beat["step"] for beat in beats)
+    behind = [beat for beat in beats if beat["step"] == lowest_step]
+    fewest_beats = min(beat["beats"] for beat in behind)
+    computing = [beat for beat in behind if beat["phase"] != COMMUNICATION]
+    in_earlier_collective = [beat for beat in behind if beat["beats"] == fewest_beats]
     return [
-        f"rank {one['rank']} on {one['host']} is in {one['phase']} of step {one['step']}"
-        for one in at_work or earlier
+        f"rank {beat['rank']} on {beat['host']} is in {beat['phase']} of step {beat['step']}"
+        for beat in computing or in_earlier_collective
     ]

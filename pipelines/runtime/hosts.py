@@ -1,11 +1,13 @@
-"""Several hosts that train together: one runs the recipe, the others join each training that it begins. Imports no torch.
+"""Training on several hosts: the first host runs the recipe, the others join each training.
 
-    <stage>/call.json    {"attempt": "…", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 17}
+    <stage>/call.json
+    {"attempt": "…", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 17}
 
-The first host writes the call into the stage's folder, which all hosts see under the same path, counts on in it as long as it
-lives, and takes it away when the training has ended. Whoever joins answers each call that counts once, with the ranks that
-are its own; one that stands still was left by a host that is gone. All name the first host by
-LORA_MAIN_ADDRESS; the backend's own variables (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) choose the network.
+The first host writes this call for hosts into the stage's folder, which every host sees under the
+same path. It increases the count every second and deletes the file when the training has ended. A
+joining host starts its own ranks once per attempt, and only if the count increases; otherwise the
+first host has died. All hosts find the first one by LORA_MAIN_ADDRESS; the backend's own variables
+(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) select the network. Imports no torch.
 """
 
 import itertools
@@ -25,164 +27,174 @@ from pipelines.config.sections import LaunchSection
 from pipelines.console import Watch
 from pipelines.errors import PipelineError
 from pipelines.runtime import launcher
-from pipelines.runtime.sharding import Launch
-from pipelines.runtime.stage import Stage
+from pipelines.runtime.monitor import StallMonitor
+from pipelines.runtime.sharding import LaunchConfig
+from pipelines.runtime.stage import Stage, StageResult
 
 CALL = "call.json"
 MAIN_ADDRESS = "LORA_MAIN_ADDRESS"
-POLL_SECONDS, COUNT_SECONDS, GONE_SECONDS = 0.5, 1, 60
-"""Between looks for calls; between counts in one; and without a count until its host is taken for gone."""
+POLL_SECONDS = 0.5
+"""Between two checks for calls."""
+COUNT_SECONDS = 1
+"""Between two increments of the count."""
+GONE_SECONDS = 60
+"""Without an increment for this long, the first host counts as gone."""
 BACKEND_SECONDS = 30
-"""How much longer the run waits than its ranks for each other, whose own error says more."""
+"""How much longer the run waits than its ranks wait for each other, since their own error is more
+specific."""
 Call = dict[str, Any]
 
 
 def train(
-    stage: Stage, settings: LaunchSection, watch: Watch | None, print_status: Callable[[str], None]
-) -> dict[str, Any]:
-    """Train on this host and those that join it; return the figures.
+    stage: Stage, settings: LaunchSection, *, watch: Watch | None, report: Callable[[str], None]
+) -> StageResult:
+    """Train on this host and those that join it.
+
+    Args:
+        stage: a training.
+        settings: the launch section of the recipe.
+        watch: called with each new row of metrics.
+        report: called with each note and each stall.
 
     Raises:
         StageError: see `launcher.run_child`.
-        PipelineError: see `calling`.
+        PipelineError: see `calling_hosts`.
     """
-    stall_monitor = launcher.StallMonitor(
-        settings.stall_seconds, settings.timeout_seconds + BACKEND_SECONDS, print_status
-    )
-    with calling(settings, stage.begin()) as place:
-        argv = launcher.accelerate_argv(settings.config, settings.processes, stage.folder, place)
-        threads = launcher.threads_each(settings.processes // settings.machines)
-        return launcher.run_child(
-            stage, argv, threads=threads, watch=watch, stall_monitor=stall_monitor
+    abort_after = settings.timeout_seconds + BACKEND_SECONDS
+    stall_monitor = StallMonitor(settings.stall_seconds, abort_after, report)
+    threads = launcher.threads_each(settings.processes // settings.machines)
+    with calling_hosts(settings, stage.begin()) as arguments:
+        argv = launcher.accelerate_argv(
+            settings.config, settings.processes, stage.folder, arguments
         )
+        return launcher.run_child(
+            [stage], argv, threads=threads, watch=watch, stall_monitor=stall_monitor
+        )[0]
 
 
 @contextmanager
-def calling(settings: LaunchSection, folder: Path) -> Iterator[Sequence[str]]:
-    """Call the other hosts to a training for the length of a block; yield this host's place among them.
+def calling_hosts(settings: LaunchSection, folder: Path) -> Iterator[Sequence[str]]:
+    """Call the other hosts to a training for the duration of a block; yield this host's launcher
+    arguments.
 
     Raises:
-        PipelineError: there are other hosts, and LORA_MAIN_ADDRESS does not say how they find this one.
+        PipelineError: there are other hosts, but LORA_MAIN_ADDRESS does not name this one.
     """
     if settings.machines == 1:
-        yield launcher.ALONE
+        yield launcher.SINGLE_HOST
         return
-    path, over = folder / CALL, threading.Event()
     call = {
         "attempt": uuid4().hex,
         "config": settings.config,
         "processes": settings.processes,
         "machines": settings.machines,
     }
-    place = place_of(call, 0)
-    counting = threading.Thread(target=_count_on, args=(path, call, over), daemon=True)
+    arguments = host_arguments(call, 0)
+    path = folder / CALL
+    is_over = threading.Event()
+    counting = threading.Thread(target=_count, args=(path, call, is_over), daemon=True)
     counting.start()
     try:
-        yield place
+        yield arguments
     finally:
-        over.set()
+        is_over.set()
         counting.join()
         path.unlink(missing_ok=True)
 
 
-def _count_on(path: Path, call: Call, over: threading.Event) -> None:
+def _count(path: Path, call: Call, is_over: threading.Event) -> None:
     for count in itertools.count():
         write_json(path, {**call, "count": count})
-        if over.wait(COUNT_SECONDS):
+        if is_over.wait(COUNT_SECONDS):
             return
 
 
-def place_of(call: Call, machine: int) -> list[str]:
-    """Return a host's place among others, in the words of accelerate's launcher."""
-    host, _, port = os.environ.get(MAIN_ADDRESS, "").rpartition(":")
+def host_arguments(call: Call, machine: int) -> list[str]:
+    """Return a host's rank among the hosts, as arguments of accelerate's launcher."""
+    address = os.environ.get(MAIN_ADDRESS)
+    host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit():
         raise PipelineError(
-            f"{MAIN_ADDRESS} is {os.environ.get(MAIN_ADDRESS)!r}; set it on each of the {call['machines']} hosts to the name or address "
-            "of the first and a free port there, such as node-a:29500"
+            f"{MAIN_ADDRESS} is {address!r}; set it on each of the {call['machines']} hosts to "
+            "the name or address of the first and a free port there, such as node-a:29500"
         )
-    named = {
-        "--num_machines": str(call["machines"]),
-        "--machine_rank": str(machine),
-        "--main_process_ip": host,
-        "--main_process_port": port,
-        "--deepspeed_multinode_launcher": "standard",
-    }
-    return [word for pair in named.items() for word in pair]
+    arguments = ["--num_machines", str(call["machines"]), "--machine_rank", str(machine)]
+    arguments += ["--main_process_ip", host, "--main_process_port", port]
+    return [*arguments, "--deepspeed_multinode_launcher", "standard"]
 
 
 @dataclass
-class Joined:
-    """A host that joins what the first one begins."""
+class JoiningHost:
+    """A host that joins the trainings of the first host."""
 
     machine: int
     root: Path
-    """Folder of all runs, the same as the first host's."""
+    """Folder of all runs, the same as on the first host."""
     report: Callable[[str], None]
     _counts: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """Attempt → the last count seen in it, and when that was new."""
-    _answered: set[str] = field(default_factory=set)
+    """Attempt → its last known count, and when the count reached it."""
+    _joined: set[str] = field(default_factory=set)
+    """Attempts that this host has joined."""
 
     def serve(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Answer every call until `until` holds, or this process is ended."""
+        """Join every training until `until` returns True or this process ends."""
         self.report(f"machine {self.machine} waits for trainings under {self.root}")
         while not until():
-            for folder, call in calls(self.root):
-                if (
-                    call["attempt"] not in self._answered
-                    and self.machine < call["machines"]
-                    and self.counts_on(call)
-                ):
-                    self._answered.add(call["attempt"])
-                    self.answer(folder, call)
+            for folder, call in open_calls(self.root):
+                if self._is_new(call) and self.is_counting(call):
+                    self._joined.add(call["attempt"])
+                    self.join(folder, call)
             time.sleep(POLL_SECONDS)
 
-    def counts_on(self, call: Call) -> bool:
-        """Tell whether a call has counted since it was first seen."""
-        first = self._counts.setdefault(call["attempt"], (call["count"], time.monotonic()))
-        return bool(call["count"] != first[0])
+    def _is_new(self, call: Call) -> bool:
+        return call["attempt"] not in self._joined and self.machine < call["machines"]
+
+    def is_counting(self, call: Call) -> bool:
+        """Return whether the count has increased since this host first read the call."""
+        first_count, _ = self._counts.setdefault(call["attempt"], (call["count"], time.monotonic()))
+        return bool(call["count"] != first_count)
 
     def is_over(self, folder: Path, attempt: str) -> bool:
-        """Tell whether a call was taken away, or another stands in its place, or nobody has counted on in it for a while."""
-        own = next(
-            (
-                call
-                for place, call in calls(self.root)
-                if place == folder and call["attempt"] == attempt
-            ),
-            None,
-        )
-        if own is None:
+        """Return whether a call was deleted or replaced, or stopped counting GONE_SECONDS ago."""
+        count = self._current_count(folder, attempt)
+        if count is None:
             return True
-        count, since = self._counts[attempt]
-        if own["count"] != count:
-            self._counts[attempt] = own["count"], time.monotonic()
+        last_count, since = self._counts[attempt]
+        if count != last_count:
+            self._counts[attempt] = count, time.monotonic()
             return False
         return time.monotonic() - since > GONE_SECONDS
 
-    def answer(self, folder: Path, call: Call) -> int:
-        """Train this host's ranks to their end; return the status."""
+    def _current_count(self, folder: Path, attempt: str) -> int | None:
+        for other, call in open_calls(self.root):
+            if other == folder and call["attempt"] == attempt:
+                return int(call["count"])
+        return None
+
+    def join(self, folder: Path, call: Call) -> int:
+        """Run this host's ranks until the training ends; return their exit status."""
         argv = launcher.accelerate_argv(
-            call["config"], call["processes"], folder, place_of(call, self.machine)
+            call["config"], call["processes"], folder, host_arguments(call, self.machine)
         )
         self.report(f"joining {folder.name}")
         with (folder / f"log-{self.machine}.txt").open("ab") as log:
-            status = launcher.run_beside(
+            status = launcher.run_joined_ranks(
                 argv,
                 log,
                 threads=launcher.threads_each(call["processes"] // call["machines"]),
-                on_cpu=Launch.read(call["config"]).on_cpu,
+                on_cpu=LaunchConfig.read(call["config"]).on_cpu,
                 until=lambda: self.is_over(folder, call["attempt"]),
             )
         self.report(f"{folder.name} ended with status {status}")
         return status
 
 
-def calls(root: Path) -> list[tuple[Path, Call]]:
-    """Return the trainings that wait for hosts, with their folders."""
+def open_calls(root: Path) -> list[tuple[Path, Call]]:
+    """Return the folders of the trainings that wait for hosts, with their calls."""
     found = []
     for path in sorted(root.glob(f"train/*/{CALL}")):
         try:
             found.append((path.parent, json.loads(path.read_text())))
-        except (OSError, ValueError):  # it was taken away, or is being written
+        except (OSError, ValueError):  # it was deleted, or is being written
             continue
     return found

@@ -1,11 +1,11 @@
 """Start a stage as a child process, follow it, and leave no process behind. Imports no torch.
 
-What passes between parent and child are files in the stage's folder; the child's own output goes to log.txt there.
-A stage's folder is locked while its child runs, so a second run of the same recipe is told so instead of doing harm.
+Parent and child exchange files in the stage's folder; the child's output goes to log.txt there. The
+folder is locked while the child runs, so a second run of the same recipe fails with an error
+instead of interfering.
 """
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -14,118 +14,67 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import psutil
 import yaml
 
 from pipelines.console import Watch
-from pipelines.errors import (
-    EndedError,
-    PeerError,
-    RecipeError,
-    StageError,
-    no_space,
-    recorded_error,
-)
-from pipelines.runtime.child import PARENT, PLACE, die_with_parent
-from pipelines.runtime.heartbeats import Stalls, clear, read_notes
-from pipelines.runtime.stage import LOG, Stage, read_result
+from pipelines.errors import EndedError, RecipeError, StageError, no_space, recorded_error
+from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
+from pipelines.runtime.monitor import POLL_SECONDS, StallMonitor, follow
+from pipelines.runtime.processes import GRACE_SECONDS, end, kill_leftovers
+from pipelines.runtime.stage import LOG, MODULES, Stage, StageResult, read_result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "infra" / "accelerate"
-POLL_SECONDS = 0.5
-ROOM_BYTES = 1 << 20
-"""With less than this, a child that ended without a word had nowhere to leave one."""
+MIN_FREE_BYTES = 1 << 20
+"""If the disk has less than this, a child without a result or an error had no room to write one."""
 ENDING = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals by which a process is ended from outside, and not by a fault of its own."""
-GRACE_SECONDS = 15
-"""Before a child that was asked to end is ended by force, with its ranks: Prefect's worker forces the whole run after 30."""
+"""Signals that end a process from outside; the process itself is not at fault."""
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
-"""Environment in which neither PyTorch nor DeepSpeed sees a GPU; ROCm's PyTorch heeds it too."""
-ALONE = ("--main_process_port", "0")
-"""What accelerate's launcher is told where one host trains by itself: any free port will do."""
-
-
-@dataclass
-class StallMonitor:
-    """How long no rank of a training may move before that is said, and before the training is ended."""
-
-    warn_after: float
-    """Seconds."""
-    abort_after: float
-    """Seconds."""
-    report: Callable[[str], None]
-    _warned: bool = False
-    _noted: int = 0
-
-    def check(self, stalls: Stalls) -> None:
-        """Pass on what the run has noted, name the rank that holds the others up once, and raise StageError when it takes too long."""
-        for text in read_notes(stalls.folder, self._noted):
-            self._noted += 1
-            self.report(text)
-        seconds = stalls.seconds()
-        if seconds < self.warn_after:
-            self._warned = False
-        elif not self._warned:
-            self._warned = True
-            self.report(stalls.words())
-        if seconds > self.abort_after:
-            raise StageError(
-                f"{stalls.words()}, longer than launch.timeout_seconds {self.abort_after:g}; see that its host is well, and run again: "
-                "it goes on from the last checkpoint",
-                kind=PeerError.__name__,
-            )
-
+"""Environment in which neither PyTorch nor DeepSpeed finds a GPU; ROCm's PyTorch respects it
+too."""
+SINGLE_HOST = ("--main_process_port", "0")
+"""Arguments of accelerate's launcher if one host trains: any free port."""
 
 _running: "set[subprocess.Popen[bytes]]" = set()
-"""Children at work, over all threads: an interrupted run ends those that other threads wait for."""
+"""Running children of all threads: an interrupted run ends those that other threads wait for."""
 
 
-def python_argv(module: str, *folders: Path) -> list[str]:
-    """Return the command of a stage, or of several, in one process."""
-    return [sys.executable, "-m", module, *map(str, folders)]
+def stage_argv(stages: Sequence[Stage]) -> list[str]:
+    """Return the command that runs stages of one kind in one process."""
+    module = MODULES[stages[0].kind]
+    return [sys.executable, "-m", module, *(str(stage.folder) for stage in stages)]
 
 
 def accelerate_argv(
-    config: str, processes: int, folder: Path, place: Sequence[str] = ALONE
+    config: str, processes: int, folder: Path, host_arguments: Sequence[str] = SINGLE_HOST
 ) -> list[str]:
-    """Return the command that trains on `processes` ranks under a named accelerate config.
+    """Return the command that trains on `processes` ranks with an accelerate config.
 
     Args:
         config: see `config_file`.
         processes: ranks on all hosts together.
-        folder: the stage's.
-        place: where this host stands among others, in the words of accelerate's launcher.
+        folder: folder of the stage.
+        host_arguments: this host's rank among the hosts, as arguments of accelerate's launcher.
     """
-    launcher = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config_file(config)),
-        *_deepspeed_file(config),
-    ]
-    return [
-        *launcher,
-        "--num_processes",
-        str(processes),
-        *place,
-        "-m",
-        "pipelines.training.train",
-        str(folder),
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    file = str(config_file(config))
+    launch += ["--config_file", file, *_deepspeed_arguments(config)]
+    launch += ["--num_processes", str(processes), *host_arguments]
+    return [*launch, "-m", MODULES["train"], str(folder)]
 
 
-def _deepspeed_file(config: str) -> list[str]:
-    """Name DeepSpeed's own config by its whole path: accelerate would look for it where the command runs."""
-    named = (yaml.safe_load(config_file(config).read_text()).get("deepspeed_config") or {}).get(
-        "deepspeed_config_file"
-    )
-    path = None if named is None else REPOSITORY / named
-    return ["--deepspeed_config_file", str(path)] if path is not None and path.is_file() else []
+def _deepspeed_arguments(config: str) -> list[str]:
+    """Pass DeepSpeed's config as an absolute path: accelerate resolves it against the working
+    folder.
+    """
+    settings = yaml.safe_load(config_file(config).read_text())
+    name = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if name is None or not (REPOSITORY / name).is_file():
+        return []
+    return ["--deepspeed_config_file", str(REPOSITORY / name)]
 
 
 def config_file(name: str) -> Path:
@@ -137,68 +86,66 @@ def config_file(name: str) -> Path:
     for path in (CONFIGS / f"{name}.yaml", Path(name).expanduser()):
         if path.is_file():
             return path
-    known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-    raise RecipeError(f"launch.config {name!r} is no file and none of infra/accelerate: {known}")
+    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    raise RecipeError(
+        f"launch.config {name!r} is neither a file nor a config of infra/accelerate: {known}"
+    )
+
+
+def ensure_result(stage: Stage, *, threads: int) -> StageResult:
+    """Return the result of a single-process stage; run the stage first if it is not done."""
+    result = stage.result()
+    if result is not None:
+        return result
+    stage.begin()
+    return run_child([stage], stage_argv([stage]), threads=threads)[0]
 
 
 def run_child(
-    stage: Stage,
-    argv: list[str],
-    *,
-    threads: int,
-    watch: Watch | None = None,
-    stall_monitor: "StallMonitor | None" = None,
-) -> dict[str, Any]:
-    """Run a stage to its end; return its figures.
-
-    Args:
-        stage: its folder has been begun.
-        argv: the command.
-        threads: for each process of the child.
-        watch: called with each new row of the stage's metrics.jsonl.
-        stall_monitor: how long its ranks may stand still; for ever where it is left out.
-
-    Raises:
-        StageError: the child ended without a result; the message is the child's own where it left one.
-    """
-    return run_together([stage], argv, threads=threads, watch=watch, stall_monitor=stall_monitor)[0]
-
-
-def run_together(
     stages: Sequence[Stage],
     argv: list[str],
     *,
     threads: int,
-    place: int = 0,
+    worker_index: int = 0,
     watch: Watch | None = None,
-    stall_monitor: "StallMonitor | None" = None,
-) -> list[dict[str, Any]]:
-    """Run several stages in one child process, which ends each in its own folder; return their figures.
+    stall_monitor: StallMonitor | None = None,
+) -> list[StageResult]:
+    """Run one or several stages in one child process, each in its own folder; return their results.
 
-    `place` chooses the GPU of a process that works beside others of its kind.
+    Args:
+        stages: `begin` was called on each.
+        argv: the command.
+        threads: for each process of the child.
+        worker_index: index of this child among those that run at the same time; it selects the GPU.
+        watch: called with each new row of the first stage's metrics.jsonl.
+        stall_monitor: limits how long its ranks may stall; without it a stall has no limit.
 
-    The child's output goes to the first one's log. Raises StageError for the first that has no result; the others' are kept.
+    Raises:
+        StageError: a stage has no result; the message is the child's own if it wrote one. The
+            results of the other stages are kept. The output of the child is in the log of the first
+            stage.
     """
     with ExitStack() as locks:
         for stage in stages:
             locks.enter_context(_locked(stage.folder))
-            _reap(stage.folder)
+            kill_leftovers(stage.folder)
         log = locks.enter_context((stages[0].folder / LOG).open("ab"))
-        with _started(argv, log, threads, place) as child:
-            _follow(child, stages[0].folder, watch, stall_monitor)
+        with _started(argv, log, _environment(threads, worker_index)) as child:
+            follow(child, stages[0].folder, watch=watch, stall_monitor=stall_monitor)
     return [_outcome(stage, stages[0].folder / LOG, child.returncode) for stage in stages]
 
 
-def result_of(stage: Stage, module: str, *, threads: int) -> dict[str, Any]:
-    """Return the figures of a stage that is one process; run it first where it is not done."""
-    return stage.result() or run_child(stage, python_argv(module, stage.begin()), threads=threads)
-
-
-def run_beside(
+def run_joined_ranks(
     argv: list[str], log: IO[bytes], *, threads: int, on_cpu: bool, until: Callable[[], bool]
 ) -> int:
-    """Run ranks that belong to another host's training; return their status. Once `until` holds they have a moment to end."""
-    with _started(argv, log, threads, on_cpu=on_cpu) as child:
+    """Run this host's ranks of another host's training; return their exit status.
+
+    Once `until` returns True, the ranks have GRACE_SECONDS to end.
+    """
+    environment = _environment(threads)
+    if on_cpu:
+        environment |= WITHOUT_GPUS
+    with _started(argv, log, environment) as child:
         while child.poll() is None and not until():
             time.sleep(POLL_SECONDS)
         with suppress(subprocess.TimeoutExpired):
@@ -207,158 +154,90 @@ def run_beside(
 
 
 def threads_each(processes: int) -> int:
-    """Share this machine's cores among processes that work side by side."""
+    """Divide this machine's cores among processes that run at the same time."""
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def end_all() -> None:
     """End every child that any thread of this process waits for."""
     for child in list(_running):
-        _end(child)
+        end(child)
 
 
 @contextmanager
 def _started(
-    argv: list[str], log: IO[bytes], threads: int, place: int = 0, *, on_cpu: bool = False
+    argv: list[str], log: IO[bytes], environment: dict[str, str]
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """Start a child for the length of a block, after which neither it nor anything it started is there."""
+    """Start a child; at the end of the block, end it and everything that it started."""
     child = subprocess.Popen(
         argv,
-        env=_environment(threads, place) | (WITHOUT_GPUS if on_cpu else {}),
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child in order
-        preexec_fn=die_with_parent,  # one system call, no lock is taken
+        start_new_session=True,  # Ctrl-C reaches only the parent, which ends the child in order
+        preexec_fn=die_with_parent,  # one system call, takes no lock
     )
     _running.add(child)
     try:
         yield child
     finally:
-        _end(child)
+        end(child)
         _running.discard(child)
 
 
-def _outcome(stage: Stage, log: Path, status: int) -> dict[str, Any]:
-    error, figures = recorded_error(stage.folder), read_result(stage.folder, stage.expects)
+def _outcome(stage: Stage, log: Path, status: int) -> StageResult:
+    error = recorded_error(stage.folder)
     if error is not None:
         raise error
-    if figures is not None:
-        return figures
-    if shutil.disk_usage(stage.folder).free < ROOM_BYTES:
+    result = read_result(stage.folder, stage.expects)
+    if result is not None:
+        return result
+    if shutil.disk_usage(stage.folder).free < MIN_FREE_BYTES:
         raise StageError(no_space(stage.folder))
+    name = f"stage {stage.kind} {stage.label}"
     if -status in ENDING:
         raise StageError(
-            f"stage {stage.kind} {stage.label} was ended by {signal.Signals(-status).name}, from outside or for want of memory; run again: "
-            "what is finished is kept, and a training goes on from its last checkpoint",
+            f"{name} was ended by {signal.Signals(-status).name}, from outside or because memory "
+            "ran out; run again: finished stages are kept, and a training resumes from its last "
+            "checkpoint",
             kind=EndedError.__name__,
         )
     lines = log.read_text(errors="replace").splitlines()
-    raise StageError(
-        f"stage {stage.kind} {stage.label} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}"
-    )
+    raise StageError(f"{name} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}")
 
 
-def _follow(
-    child: "subprocess.Popen[bytes]",
-    folder: Path,
-    watch: Watch | None,
-    stall_monitor: "StallMonitor | None",
-) -> None:
-    """Wait for the child while passing on what it writes to metrics.jsonl, and no longer than its ranks may stand still."""
-    rows, stalls = _rows_as_they_come(folder / "metrics.jsonl"), Stalls(folder)
-    clear(folder)
-    while True:
-        ended = child.poll() is not None
-        if stall_monitor is not None:
-            stall_monitor.check(stalls)
-        for row in rows:
-            if row is None:
-                break
-            if watch is not None:
-                watch(row)
-        if ended:
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def _rows_as_they_come(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Yield each complete row once, and None whenever there is no new one."""
-    step = 0
-    while True:
-        rows = _complete_rows(path)
-        for row in rows:
-            if row["step"] > step:
-                step = row["step"]
-                yield row
-        yield None
-
-
-def _complete_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
-def _environment(threads: int, place: int = 0) -> dict[str, str]:
-    """Return the child's environment: its parent, its threads, and the interpreter's tools (ninja) on the path."""
+def _environment(threads: int, worker_index: int = 0) -> dict[str, str]:
+    """Return the child's environment: its parent, its threads, and the interpreter's tools (ninja)
+    on PATH.
+    """
     tools = str(Path(sys.executable).parent)
+    python_path = [str(REPOSITORY)]
+    if os.environ.get("PYTHONPATH"):
+        python_path.append(os.environ["PYTHONPATH"])
     return {
         **os.environ,
         PARENT: str(os.getpid()),
-        PLACE: str(place),
+        WORKER_INDEX: str(worker_index),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONSAFEPATH": "1",  # the child works where the user does, and a file there must not pass for a library
-        "PYTHONPATH": os.pathsep.join(
-            [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
+        # The child works in the user's folder, where a file must not shadow a library.
+        "PYTHONSAFEPATH": "1",
+        "PYTHONPATH": os.pathsep.join(python_path),
         "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
     }
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the stage's lock; the kernel lets go of it when this process ends."""
+    """Hold the stage's lock; the kernel releases it when this process ends."""
     with (folder / "lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StageError(
-                f"another run is at work in {folder}; wait for it, then run again: what it finished is found"
+                f"another run is working in {folder}; wait for it, then run again: what it "
+                "finishes is reused"
             ) from error
         yield
-
-
-def _reap(folder: Path) -> None:
-    """End what a former run left at work in this folder, such as ranks whose launcher was killed."""
-    left = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if str(folder) in (process.info["cmdline"] or [])
-    ]
-    kill([process for process in left if process.pid != os.getpid()])
-
-
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    """End the child and all it started: first in order, then by force. Ranks live in sessions of their own."""
-    with suppress(psutil.NoSuchProcess):
-        descendants = psutil.Process(child.pid).children(recursive=True)
-        if child.poll() is None:
-            child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(GRACE_SECONDS)
-        kill(descendants)
-    if child.poll() is None:
-        child.kill()
-        child.wait()
-
-
-def kill(processes: list[psutil.Process]) -> None:
-    """End processes by force, and wait until they are gone."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=5)

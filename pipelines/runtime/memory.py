@@ -1,4 +1,4 @@
-"""How much memory is left here. Imports no torch."""
+"""Free memory on this machine. Imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,37 +6,42 @@ from pathlib import Path
 import psutil
 
 GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Where Linux shows control groups, and which of them this process is in; a container sees its own at the top."""
-
-
+"""Where Linux lists control groups, and the group of this process; a container sees its own group
+as the root."""
 SHORTAGE = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-"""Words of PyTorch's errors for want of memory that are not errors of their own kind."""
+"""Substrings of PyTorch's out-of-memory errors without a separate exception type."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that memory did not suffice, on a CPU or a GPU."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in SHORTAGE)
-    )
+    """Return whether an error means that the CPU or the GPU ran out of memory."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SHORTAGE)
 
 
 def free_memory_bytes(groups: Path = GROUPS, own: Path = OWN) -> int:
-    """Return what the machine has left, or a group that this process is confined to where that is less."""
-    return min([int(psutil.virtual_memory().available), *_left_in_groups(groups, own)])
+    """Return the machine's free memory, or that of the process's control group if it is smaller."""
+    available = int(psutil.virtual_memory().available)
+    return min([available, *_free_in_groups(groups, own)])
 
 
-def _left_in_groups(groups: Path, own: Path) -> Iterator[int]:
-    """Yield what each limited group has left, from the process's own up to the top."""
+def _free_in_groups(groups: Path, own: Path) -> Iterator[int]:
+    """Yield the free memory of each limited group, from the process's own group up to the root."""
     try:
-        place = own.read_text().rpartition("::/")[2].strip()
-    except OSError:  # no Linux
+        group_path = own.read_text().rpartition("::/")[2].strip()
+    except OSError:  # not Linux
         return
-    for group in (groups / place, *(groups / place).parents):
+    group = groups / group_path
+    for folder in (group, *group.parents):
         try:
-            limit, used = (
-                int((group / f"memory.{name}").read_text()) for name in ("max", "current")
-            )
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            yield limit - used + int(stat["inactive_file"])
-        except (OSError, ValueError, KeyError):  # not limited, or of another make
+            yield _free_in_group(folder)
+        except (OSError, ValueError, KeyError):  # not limited, or in another format
             continue
+
+
+def _free_in_group(folder: Path) -> int:
+    limit = int((folder / "memory.max").read_text())
+    used = int((folder / "memory.current").read_text())
+    lines = (folder / "memory.stat").read_text().splitlines()
+    statistics = dict(line.split() for line in lines)
+    return limit - used + int(statistics["inactive_file"])

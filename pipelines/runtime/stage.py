@@ -1,11 +1,14 @@
-"""A stage of a run: what goes in, the folder that those inputs name, and the result that says it is done.
+"""A stage of a run: its inputs, the folder that those inputs name, and the result that marks it as
+done.
 
     <runs>/<kind>/<label>-<key>/
-        inputs.json    everything that decides the outcome, and where to find it
-        result.json    written last: the figures, and a digest of each file that later stages read
+        inputs.json    everything that determines the outcome, and where to find it
+        result.json    written last: the results, and a digest of each file that later stages read
 
-The key is a digest of the inputs, so equal work is found again whoever asks for it, and a changed setting repeats only
-what depends on it. A stage is run by hand with the command that `inputs.json` holds.
+The key is a digest of the inputs: equal work is cached, whichever recipe needs it, and a changed
+setting repeats only what depends on it. To run a stage by hand:
+
+    python -m <module of its kind, see MODULES> <folder of the stage>
 """
 
 import hashlib
@@ -22,8 +25,21 @@ from pipelines.errors import ERROR_FILE
 
 INPUTS, RESULT, LOG, SNAPSHOTS = "inputs.json", "result.json", "log.txt", "snapshots"
 FORMATS = {"base": 4, "data": 5, "plan": 7, "train": 6, "tune": 5, "cut": 3, "evaluate": 6}
-"""Kind of a stage → a number to raise when its outcome changes for the same inputs."""
+"""Kind of a stage → a number to increase when its outcome changes for the same inputs."""
+MODULES = {
+    "base": "pipelines.models.base_model",
+    "data": "pipelines.data.preparation",
+    "plan": "pipelines.planning.plan",
+    "train": "pipelines.training.train",
+    "tune": "pipelines.evaluation.tuning",
+    "cut": "pipelines.models.truncate",
+    "evaluate": "pipelines.evaluation.evaluate",
+}
+"""Kind of a stage → the module that runs it in a child process. The parent does not import it,
+because most of these modules import torch."""
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets")
+StageResult = dict[str, Any]
+"""What a stage reports: plain values by name."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +47,19 @@ class Stage:
     """One unit of work, identified by its inputs."""
 
     kind: str
-    """base, data, plan, train or evaluate."""
+    """A key of MODULES."""
     label: str
-    """What a reader calls it, such as rank-4."""
+    """Name for readers, such as rank-4."""
     inputs: Mapping[str, Any]
-    """Plain values that decide the outcome; they make the key."""
+    """Plain values that determine the outcome; they make the key."""
     root: Path
     """Folder of all runs."""
     paths: Mapping[str, str] = field(default_factory=dict)
     """Where to find what the inputs name by digest; not part of the key."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What is asked for besides and leaves the outcome as it is; not part of the key."""
+    """Further settings that do not change the outcome; not part of the key."""
     expects: tuple[str, ...] = ()
-    """Files that the options ask for: a result without them is not the whole one."""
+    """Files that the options require: a result without them is incomplete."""
 
     @property
     def key(self) -> str:
@@ -59,12 +75,17 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """The folder that bears the key; the label is a name for whoever looks, and the first to begin the stage gives it."""
-        kind, key = self.root / self.kind, self.key[:12]
-        return next(iter(sorted(kind.glob(f"*-{key}"))), kind / f"{self.label}-{key}")
+        """The folder with the key in its name.
+
+        The label in the name is that of the first run to begin the stage.
+        """
+        parent = self.root / self.kind
+        key = self.key[:12]
+        existing = sorted(parent.glob(f"*-{key}"))
+        return existing[0] if existing else parent / f"{self.label}-{key}"
 
     def begin(self) -> Path:
-        """Create the folder with inputs.json, clear a former error, and return the folder."""
+        """Create the folder with inputs.json, delete an earlier error, and return the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ERROR_FILE).unlink(missing_ok=True)
         write_json(
@@ -81,8 +102,8 @@ class Stage:
         )
         return self.folder
 
-    def result(self) -> dict[str, Any] | None:
-        """Return the result when the stage is done and every file it names or that is expected is whole; None otherwise."""
+    def result(self) -> StageResult | None:
+        """Return the result if the stage is done and all its files are complete, else None."""
         return read_result(self.folder, self.expects)
 
 
@@ -93,54 +114,57 @@ def read_inputs(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_options(folder: Path) -> dict[str, Any]:
-    """Return what a stage is asked for besides."""
+    """Return a stage's options."""
     options: dict[str, Any] = json.loads((folder / INPUTS).read_text())["options"]
     return options
 
 
-def read_result(folder: Path, expects: Iterable[str] = ()) -> dict[str, Any] | None:
-    """Return a stage's figures, or None where it is unfinished, or a file of it was changed, lost or never made."""
+def read_result(folder: Path, expects: Iterable[str] = ()) -> StageResult | None:
+    """Return what a stage reported; None if it is unfinished, or if a file was changed, lost or
+    never written.
+    """
     path = folder / RESULT
     if not path.is_file():
         return None
     values: dict[str, Any] = json.loads(path.read_text())
-    if not set(expects) <= values["files"].keys():
+    digests: dict[str, str] = values["files"]
+    if not set(expects) <= digests.keys():
         return None
-    whole = all(
-        (folder / name).is_file() and sha256_of_file(folder / name) == sha256
-        for name, sha256 in values["files"].items()
-    )
-    return values["figures"] if whole else None
+    for name, sha256 in digests.items():
+        file = folder / name
+        if not file.is_file() or sha256_of_file(file) != sha256:
+            return None
+    result: StageResult = values["figures"]
+    return result
 
 
 def write_result(folder: Path, figures: Mapping[str, Any], files: list[str]) -> None:
-    """Declare a stage done.
+    """Mark a stage as done.
 
     Args:
         folder: the stage's folder.
-        figures: plain values.
-        files: paths inside the folder that later stages read; their digests are kept.
+        figures: plain values that the stage reports.
+        files: paths inside the folder that later stages read; their digests are stored.
     """
     digests = {name: sha256_of_file(folder / name) for name in sorted(files)}
     write_json(folder / RESULT, {"figures": dict(figures), "files": digests})
 
 
 def snapshot(step: int) -> str:
-    """Return where in a training stage's folder stands what was trained after `step` steps."""
+    """Return the subfolder of a training stage with the weights after `step` steps."""
     return f"{SNAPSHOTS}/step-{step:05d}"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object a line."""
+    """Read a file with one JSON object per line."""
     with path.open(encoding="utf-8") as stream:
         return [json.loads(line) for line in stream]
 
 
 def digest(value: Any) -> str:
     """Return the SHA-256 of a plain value in canonical JSON."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache

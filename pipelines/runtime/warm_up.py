@@ -1,8 +1,9 @@
-"""Do once, at set-up, what would otherwise stop the first run: compile the operator that DeepSpeed uses on CPUs.
+"""Compile, once at setup, the operator that DeepSpeed uses on CPUs.
 
     python -m pipelines.runtime.warm_up
 
-Two ranks that compile at a time would wait for each other; and a run should not spend a minute on a compiler.
+Otherwise the first run would spend a minute on it, and two ranks that compile at the same time
+would wait for each other.
 """
 
 import os
@@ -13,15 +14,14 @@ from pipelines.runtime.launcher import WITHOUT_GPUS
 
 
 def main() -> None:
-    """Compile for the launches on the CPU, which a host with GPUs may run as well."""
+    """Compile for CPU launch configs, which a host with GPUs may use too."""
     os.environ.update(WITHOUT_GPUS)
-    os.environ["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
-    )  # ninja
+    tools = str(Path(sys.executable).parent)  # ninja
+    os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    if accelerator.device_name() == "cpu":  # neither CUDA nor another that DeepSpeed would prefer
+    if accelerator.device_name() == "cpu":  # neither CUDA nor another device that DeepSpeed prefers
         accelerator.create_op_builder("ShareMemCommBuilder").load(verbose=False)
 
 

@@ -1,4 +1,4 @@
-"""A tracking server that is away for a moment is waited for: what it was asked is asked again, which makes nothing twice."""
+"""Retries requests to a tracking server that is away for a moment; every request is idempotent."""
 
 import os
 import time
@@ -8,27 +8,31 @@ from typing import TypeVar
 from pipelines.console import print_status
 from pipelines.errors import UnreachableError
 
-PATIENCE, PATIENCE_SECONDS = "LORA_REGISTRY_SECONDS", 90.0
-"""Environment variable that says how long a server is waited for, and how long where it says nothing."""
-FIRST_PAUSE, LONGEST_PAUSE = 2.0, 20.0
+RETRY_VARIABLE = "LORA_REGISTRY_SECONDS"
+"""Environment variable for how long requests are retried."""
+RETRY_SECONDS = 90.0
+"""The default of that variable."""
+FIRST_PAUSE_SECONDS = 2.0
+MAX_PAUSE_SECONDS = 20.0
 Result = TypeVar("Result")
 
 
-def until_it_answers(ask: Callable[[], Result]) -> Result:
-    """Ask a server that may be away, again and again, for as long as the user has patience.
+def retry_until_reachable(request: Callable[[], Result]) -> Result:
+    """Send a request again and again, with growing pauses, while the server is away.
 
     Raises:
-        UnreachableError: it was away all the time.
+        UnreachableError: the server was away for the entire retry time.
     """
-    begun, pause = time.monotonic(), FIRST_PAUSE
-    patience = float(os.environ.get(PATIENCE) or PATIENCE_SECONDS)
+    started = time.monotonic()
+    pause = FIRST_PAUSE_SECONDS
+    retry_seconds = float(os.environ.get(RETRY_VARIABLE) or RETRY_SECONDS)
     while True:
         try:
-            return ask()
+            return request()
         except UnreachableError as error:
-            left = patience - (time.monotonic() - begun)
+            left = retry_seconds - (time.monotonic() - started)
             if left <= 0:
                 raise
-            print_status(str(error), mark="…", aside=f"(asking again for {left:.0f} s)")
+            print_status(str(error), mark="…", aside=f"(retrying for {left:.0f} s)")
             time.sleep(min(pause, left))
-            pause = min(2 * pause, LONGEST_PAUSE)
+            pause = min(2 * pause, MAX_PAUSE_SECONDS)

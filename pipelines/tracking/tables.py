@@ -1,28 +1,30 @@
-"""The tables of the report on MLflow's pages, by file name: columns, and rows of data.
+"""The report's tables on the MLflow pages, by file name: columns, and rows of data.
 
-comparison      each figure of each model, and how training and quantisation changed it
+comparison      each metric of each model, and how training and quantization changed it
 benchmarks      each benchmark of each model
-rules           how each adapter stands to each rule of the gate
-power           what the items can tell, of all benchmarks and of each
-frontier        every model that was scored, those that are no run too: they would crowd the page where models are compared
-provenance      what was trained on what, for how long
-control_rates   the rates that were tried for the control
-spectra         of each update its rank, its effective rank and its largest singular values
+rules           each adapter's result on each rule of the gate
+power           the statistical power of the items, of all benchmarks and of each
+frontier        every scored model; snapshots and the like are not runs, to keep the run list short
+provenance      what was trained on which data, and for how long
+control_rates   the learning rates that were tried for the control
+spectra         rank, effective rank and largest singular values of each update
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.reporting import page_sections
-from pipelines.reporting.figures import figures
+from pipelines.reporting.report_metrics import ReportMetric, report_metrics
 from pipelines.reporting.words import learning_rate
 from pipelines.tracking.logged import EFFECTS
 
 Values = dict[str, Any]
 Rows = list[Values]
+Interval = Mapping[str, float]
 INTERVAL = ("mean", "low", "high")
 POINT = ("label", "method", "rank", "step", "learning_rate", "cut_from", "trained")
-TRAINED = (
+POWER = ("items", "needed", "smallest_drop", "enough")
+TRAINING = (
     "steps",
     "tokens",
     "supervised_tokens",
@@ -31,149 +33,162 @@ TRAINED = (
     "training_seconds",
     "adapter_sha256",
 )
-LARGEST = 4
-"""Singular values of each update that are listed."""
+MAX_SINGULAR_VALUES = 4
+"""How many of the largest singular values of each update are listed."""
 
 
 def tables(summary: Values) -> dict[str, Values]:
-    """Return the tables by file name, in the form that MLflow's pages show."""
+    """Return the tables by file name, in the format of MLflow's pages."""
     models = summary["models"]
-    found = {
+    rows_by_name = {
         "comparison": _comparison(models),
         "benchmarks": _benchmarks(models),
         "rules": _rules(models),
-        "power": list(_power(models)),
+        "power": _power(models),
         "frontier": [_point(row) for row in summary["frontier"]],
         "provenance": _provenance(summary),
         "control_rates": page_sections.control_rates(summary),
         "spectra": _spectra(summary["spectrum"]),
     }
-    return {f"{name}.json": _table(rows) for name, rows in found.items() if rows}
+    return {f"{name}.json": _table(rows) for name, rows in rows_by_name.items() if rows}
 
 
 def _table(rows: Rows) -> Values:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    return {"columns": columns, "data": [[row.get(name) for name in columns] for row in rows]}
+    data = []
+    for row in rows:
+        data.append([row.get(name) for name in columns])
+    return {"columns": columns, "data": data}
 
 
 def _comparison(models: Values) -> Rows:
-    """Return a row for each model and figure."""
-    return [
-        {
-            "model": label,
-            "figure": figure.name,
-            "unit": figure.unit,
-            "value": figure.level(model),
-            **{f"value_{end}": (figure.spread(model) or {}).get(end) for end in ("low", "high")},
-            **{
-                f"{name}_{end}": value
-                for name, effect in EFFECTS.items()
-                for end, value in _ends(figure.change(model, effect)).items()
-            },
-            "verdict": model.get("verdict", {}).get("status"),
-        }
-        for label, model in models.items()
-        for figure in figures(models)
-    ]
+    """Return a row for each model and metric."""
+    metrics = report_metrics(models)
+    rows = []
+    for label, model in models.items():
+        for metric in metrics:
+            rows.append(_metric_row(label, model, metric))
+    return rows
+
+
+def _metric_row(label: str, model: Values, metric: ReportMetric) -> Values:
+    interval = metric.interval(model) or {}
+    row = {
+        "model": label,
+        "figure": metric.name,
+        "unit": metric.unit,
+        "value": metric.value(model),
+        "value_low": interval.get("low"),
+        "value_high": interval.get("high"),
+    }
+    for name, effect in EFFECTS.items():
+        row |= _prefixed(name, metric.change(model, effect))
+    row["verdict"] = model.get("verdict", {}).get("status")
+    return row
 
 
 def _benchmarks(models: Values) -> Rows:
-    """Return a row for each model, benchmark and effect; of base-nf4 the change is that by quantisation."""
-    return [
-        {
-            "model": label,
-            "benchmark": name,
-            "effect": shown,
-            **_ends(change),
-            **{key: change.get(key) for key in ("p_value", "adjusted_p")},
-            **own,
-        }
-        for label, model in models.items()
-        for name, own in model["scores"]["benchmarks"].items()
-        for shown, effect in EFFECTS.items()
-        if (change := model.get(effect, {}).get("benchmarks", {}).get(name))
-    ]
+    """Return a row for each model, benchmark and effect; base-nf4 changes by quantization."""
+    rows = []
+    for label, model in models.items():
+        for name, own in model["scores"]["benchmarks"].items():
+            for shown, effect in EFFECTS.items():
+                change = model.get(effect, {}).get("benchmarks", {}).get(name)
+                if not change:
+                    continue
+                row = {"model": label, "benchmark": name, "effect": shown, **_ends(change)}
+                row["p_value"] = change.get("p_value")
+                row["adjusted_p"] = change.get("adjusted_p")
+                rows.append(row | own)
+    return rows
 
 
 def _rules(models: Values) -> Rows:
-    """Return a row for each adapter and rule, with the verdict that they come to."""
-    return [
-        {
-            "model": label,
-            "rule": rule["name"],
-            "status": rule["status"],
-            "reason": rule["reason"],
-            "verdict": model["verdict"]["status"],
-        }
-        for label, model in page_sections.adapters(models).items()
-        for rule in model["verdict"]["rules"]
-    ]
-
-
-def _power(models: Values) -> Iterator[Values]:
-    """Yield a row for each adapter on all benchmarks, and where it is known on each."""
+    """Return a row for each adapter and rule, with the resulting verdict."""
+    rows = []
     for label, model in page_sections.adapters(models).items():
-        for name, power in {
-            "all": model["power"],
-            **page_sections.power_by_benchmark(model),
-        }.items():
-            if power is not None:
-                yield {
+        verdict = model["verdict"]
+        for rule in verdict["rules"]:
+            rows.append(
+                {
                     "model": label,
-                    "benchmark": name,
-                    **{
-                        key: power.get(key)
-                        for key in ("items", "needed", "smallest_drop", "enough")
-                    },
+                    "rule": rule["name"],
+                    "status": rule["status"],
+                    "reason": rule["reason"],
+                    "verdict": verdict["status"],
                 }
+            )
+    return rows
+
+
+def _power(models: Values) -> Rows:
+    """Return a row for each adapter on all benchmarks, and on each benchmark if it is known."""
+    rows = []
+    for label, model in page_sections.adapters(models).items():
+        powers = {"all": model["power"], **page_sections.power_by_benchmark(model)}
+        for name, power in powers.items():
+            if power is None:
+                continue
+            row = {"model": label, "benchmark": name}
+            for key in POWER:
+                row[key] = power.get(key)
+            rows.append(row)
+    return rows
 
 
 def _point(row: Values) -> Values:
-    ends = {
-        f"{name}_{end}": value
-        for name in ("gain", "general")
-        for end, value in _ends(row[name]).items()
-    }
-    return {**{name: row[name] for name in POINT}, **ends}
+    point = {name: row[name] for name in POINT}
+    point |= _prefixed("gain", row["gain"])
+    point |= _prefixed("general", row["general"])
+    return point
 
 
 def _provenance(summary: Values) -> Rows:
     """Return a row for each trained model."""
-    base, data = summary["base"], summary["data"]
-    return [
-        {
+    shared = {
+        "base": summary["base"]["id"],
+        "base_revision": summary["base"]["revision"],
+        "data": summary["recipe"]["data"]["source"],
+        "data_digest": summary["data"]["digest"],
+        "commit": summary["commit"],
+        "machine": summary["machine"],
+    }
+    rows = []
+    for label, model in summary["models"].items():
+        if "figures" not in model:
+            continue
+        row = {
             "model": label,
             "trained": page_sections.training_method(summary, label),
             "learning_rate": learning_rate(summary, label),
-            **{name: model["figures"].get(name) for name in TRAINED},
-            "base": base["id"],
-            "base_revision": base["revision"],
-            "data": summary["recipe"]["data"]["source"],
-            "data_digest": data["digest"],
-            "commit": summary["commit"],
-            "machine": summary["machine"],
         }
-        for label, model in summary["models"].items()
-        if "figures" in model
-    ]
+        for name in TRAINING:
+            row[name] = model["figures"].get(name)
+        rows.append(row | shared)
+    return rows
 
 
 def _spectra(spectrum: Mapping[str, Any]) -> Rows:
     """Return a row for each adapter and module."""
-    return [
-        {
-            "model": label,
-            **{name: module[name] for name in ("module", "rank", "effective_rank")},
-            **{
-                f"singular_value_{place + 1}": value
-                for place, value in enumerate(module["values"][:LARGEST])
-            },
-        }
-        for label, modules in spectrum.items()
-        for module in modules
-    ]
+    rows = []
+    for label, modules in spectrum.items():
+        for module in modules:
+            row = {"model": label}
+            for name in ("module", "rank", "effective_rank"):
+                row[name] = module[name]
+            largest = module["values"][:MAX_SINGULAR_VALUES]
+            for index, value in enumerate(largest, start=1):
+                row[f"singular_value_{index}"] = value
+            rows.append(row)
+    return rows
 
 
-def _ends(interval: Mapping[str, float] | None) -> dict[str, float | None]:
-    """Return mean and ends; each None where there is no interval."""
-    return {end: None if interval is None else interval[end] for end in INTERVAL}
+def _prefixed(prefix: str, interval: Interval | None) -> Values:
+    return {f"{prefix}_{end}": value for end, value in _ends(interval).items()}
+
+
+def _ends(interval: Interval | None) -> Values:
+    """Return mean, low and high; each is None without an interval."""
+    if interval is None:
+        return dict.fromkeys(INTERVAL)
+    return {end: interval[end] for end in INTERVAL}

@@ -1,1 +1,1 @@
-"""Training on any number of ranks under any engine: the loop, what the engine wraps, checkpoints, what is written."""
+"""Train on any number of ranks under any engine: loop, engines, checkpoints and output."""

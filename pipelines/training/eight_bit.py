@@ -1,12 +1,13 @@
-"""What bitsandbytes' 8-bit AdamW keeps of a parameter: codes and scales, or plain float32 where a parameter is small.
+"""State of bitsandbytes' 8-bit AdamW: codes and scales, or plain float32 if a parameter is small.
 
     exp_avg       state1, with absmax1 and the code book qmap1 (signed)
     exp_avg_sq    state2, with absmax2 and the code book qmap2 (unsigned)
 
-A mean is the code book's entry times the scale of its block of 256 (Dettmers et al. 2022, arXiv 2110.02861). The code books
-are the same in every run, and nothing of them is kept.
+A mean is the code book's entry times the scale of its block of 256 (Dettmers et al. 2022, arXiv
+2110.02861). The code books are the same in every run, so they are not stored.
 
-A mean's parts: "" → the float32 mean, or the codes (uint8, in the parameter's shape); "/absmax" → the scales (float32).
+Parts of a mean: "" → the float32 mean, or the codes (uint8, in the parameter's shape);
+"/absmax" → the scales (float32).
 """
 
 from collections.abc import Mapping
@@ -23,69 +24,74 @@ BLOCK = 256
 Parts = dict[str, Tensor]
 
 
-def keeps(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimiser is one of bitsandbytes' with 8 bits."""
+def is_eight_bit(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer is one of bitsandbytes' 8-bit optimizers."""
     return hasattr(optimizer, "name2qmap")
 
 
-def parts(state: Mapping[str, Any], key: str) -> Parts:
-    """Return a mean's parts from an optimiser's state of a parameter; a plain optimiser has the whole one."""
+def mean_parts(state: Mapping[str, Any], key: str) -> Parts:
+    """Return a mean's parts from an optimizer's state of a parameter; a plain optimizer has one."""
     if key in state:
         return {CODES: state[key]}
     number = NUMBERS[key]
-    scales = (
-        {SCALES: state[f"absmax{number}"]} if state[f"state{number}"].dtype is torch.uint8 else {}
-    )
-    return {CODES: state[f"state{number}"], **scales}
+    codes = state[f"state{number}"]
+    if codes.dtype is torch.uint8:
+        return {CODES: codes, SCALES: state[f"absmax{number}"]}
+    return {CODES: codes}
 
 
-def of(tensors: Mapping[str, Tensor], name: str) -> Parts:
-    """Return the parts of one parameter's mean from those of all, by name."""
-    return {
-        ending: tensors[name + ending] for ending in (CODES, SCALES) if name + ending in tensors
-    }
+def parts_of(tensors: Mapping[str, Tensor], name: str) -> Parts:
+    """Return the parts of one parameter's mean from those of all parameters, by name."""
+    endings = [ending for ending in (CODES, SCALES) if name + ending in tensors]
+    return {ending: tensors[name + ending] for ending in endings}
 
 
-def whole(mean: Parts, key: str) -> Tensor:
+def dequantize(mean: Parts, key: str) -> Tensor:
     """Return a mean in float32."""
+    codes = mean[CODES]
     if SCALES not in mean:
-        return mean[CODES]
-    values = _code_book(key)[mean[CODES].flatten().int()]
-    return (values * mean[SCALES].repeat_interleave(BLOCK)[: values.numel()]).view(
-        mean[CODES].shape
-    )
+        return codes
+    values = _code_book(key)[codes.flatten().int()]
+    scales = mean[SCALES].repeat_interleave(BLOCK)[: values.numel()]
+    return (values * scales).view(codes.shape)
 
 
 @torch.no_grad()
 def restore(optimizer: Any, parameter: nn.Parameter, means: Mapping[str, Parts], step: int) -> None:
-    """Give an 8-bit optimiser back both means of a parameter, as after `step` steps; codes to the bit, float32 rounded to them."""
-    from bitsandbytes.functional import quantize_blockwise
+    """Restore both means of a parameter in an 8-bit optimizer, as after `step` steps.
 
-    group, place = _place(optimizer, parameter)
-    optimizer.init_state(optimizer.param_groups[group], parameter, group, place)
+    Stored codes are restored bit by bit; a stored float32 mean is quantized if the optimizer keeps
+    codes.
+    """
+    group, index = _position(optimizer, parameter)
+    optimizer.init_state(optimizer.param_groups[group], parameter, group, index)
     state = optimizer.state[parameter]
     state["step"] = step
-    for key, mean in means.items():
-        held = parts(state, key)
-        if SCALES in held and SCALES not in mean:
-            codes, rounding = quantize_blockwise(
-                mean[CODES].float(), _code_book(key), blocksize=BLOCK
-            )
-            mean = {CODES: codes, SCALES: rounding.absmax}
-        elif SCALES not in held:
-            mean = {CODES: whole(mean, key)}
-        for ending, tensor in held.items():
-            tensor.copy_(mean[ending])
+    for key, stored in means.items():
+        current = mean_parts(state, key)
+        converted = _converted(stored, key, to_codes=SCALES in current)
+        for ending, tensor in current.items():
+            tensor.copy_(converted[ending])
 
 
-def _place(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int]:
-    """Return the numbers of a parameter's group and of the parameter in it."""
-    return next(
-        (number, place)
-        for number, group in enumerate(optimizer.param_groups)
-        for place, one in enumerate(group["params"])
-        if one is parameter
-    )
+def _converted(mean: Parts, key: str, *, to_codes: bool) -> Parts:
+    from bitsandbytes.functional import quantize_blockwise
+
+    if not to_codes:
+        return {CODES: dequantize(mean, key)}
+    if SCALES in mean:
+        return mean
+    codes, quantization = quantize_blockwise(mean[CODES].float(), _code_book(key), blocksize=BLOCK)
+    return {CODES: codes, SCALES: quantization.absmax}
+
+
+def _position(optimizer: Any, parameter: nn.Parameter) -> tuple[int, int]:
+    """Return the index of a parameter's group and the parameter's index in it."""
+    for number, group in enumerate(optimizer.param_groups):
+        for index, candidate in enumerate(group["params"]):
+            if candidate is parameter:
+                return number, index
+    raise AssertionError("the optimizer does not train this parameter")
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Put the adapter into the model that a run trains: what its start is found from, and the same start on every rank.
+"""Put the adapter into the model that a run trains, with the same initialization on every rank.
 
-eva      the first examples of the run, one at a time, whatever the number of ranks
-loftq    the base's own files, one weight at a time: no second model is in memory
+eva      from the first examples of the run, one at a time, whatever the number of ranks
+loftq    from the base's own files, one weight at a time: no second model is in memory
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +21,7 @@ from pipelines.models.forward import read_through
 from pipelines.models.packs import pack
 
 EVA_TOKENS = 2048
-"""Enough for the ranks in use, and a small part of what a run reads; the time for it grows with their number."""
+"""Enough for the ranks in use and a small fraction of a run; the time for it grows linearly."""
 
 
 def inject_initialized(
@@ -32,14 +32,14 @@ def inject_initialized(
     examples: Iterable[dict[str, Any]],
     base: Path,
 ) -> None:
-    """Inject an adapter and find its start; every rank then holds that of rank 0.
+    """Inject an adapter and initialize it. Every rank calls it and receives rank 0's tensors.
 
     Args:
         model: as it was loaded.
         config: the adapter.
-        seed: draws what is drawn.
-        examples: in the order of the run, all of every step; an eva start reads the first of them.
-        base: folder of the unrounded base; a loftq start reads it.
+        seed: of the random initialization.
+        examples: of all steps and ranks, in the order of the run; eva reads the first of them.
+        base: folder of the unquantized base; loftq reads it.
     """
     if config.init_lora_weights == "eva":
         inject(model, config, seed=seed, data=calibration_batches(model, examples))
@@ -48,9 +48,8 @@ def inject_initialized(
             inject(model, config, seed=seed, original=original)
     else:
         inject(model, config, seed=seed)
-    for _, layer in lora_layers(
-        model
-    ):  # engines hand out parameters, and not what a start from the weight takes off again
+    # Engines broadcast parameters, but not the buffers of an initialization from the weight.
+    for _, layer in lora_layers(model):
         for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):  # type: ignore[attr-defined]
             broadcast(tensor.data)
 
@@ -58,22 +57,22 @@ def inject_initialized(
 def calibration_batches(
     model: PreTrainedModel, examples: Iterable[dict[str, Any]]
 ) -> Iterator[Callable[[], object]]:
-    """Yield a call that pushes each example through the model, until `EVA_TOKENS` were read."""
+    """Yield a call that runs the model on each example, until `EVA_TOKENS` were read."""
     read = 0
     for example in examples:
         if read >= EVA_TOKENS:
             return
         read += len(example["input_ids"])
-        one = pack([example], str(model.device))
-        yield partial(read_through, model, one)
+        batch = pack([example], str(model.device))
+        yield partial(read_through, model, batch)
 
 
 @contextmanager
 def full_precision_weights(base: Path) -> Iterator[Callable[[str], Tensor]]:
-    """Yield what reads a linear layer's weight by its path from the files in `base`.
+    """Yield a function that reads a linear layer's weight by its path from the files in `base`.
 
     Raises:
-        BaseModelError: the files hold no weight of that name.
+        BaseModelError: the files have no weight of that name.
     """
     checkpoint = open_checkpoint(base)
     with mapped_tensors(base, checkpoint.entries) as tensors:
@@ -81,8 +80,8 @@ def full_precision_weights(base: Path) -> Iterator[Callable[[str], Tensor]]:
         def weight(name: str) -> Tensor:
             if f"{name}.weight" not in tensors:
                 raise BaseModelError(
-                    f"{base} holds no {name}.weight, from which lora.init 'loftq' starts; save the base anew with save_pretrained, "
-                    "or use another init"
+                    f"{base} has no {name}.weight, which lora.init 'loftq' needs; save the base "
+                    "again with save_pretrained, or use another init"
                 )
             return tensors[f"{name}.weight"]
 

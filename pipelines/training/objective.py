@@ -1,4 +1,6 @@
-"""The loss of a pack as one module: engines hook into the modules that are called, so what they wrap must be what is called.
+"""The loss of a pack as one module.
+
+Engines hook into the modules that are called, so they must wrap the module that is called.
 
 Shapes: states (N, D) of the positions that predict, weight (V, D), targets (N,).
 """
@@ -16,14 +18,17 @@ class Objective(nn.Module):
     """A language model with its loss."""
 
     def __init__(self, model: PreTrainedModel, reader: PackReader | None = None) -> None:
-        """Wrap a model; without a reader it is read by the fastest way that is not known to be wrong, unverified."""
+        """Wrap a model; without a reader, use the fastest one not known to be wrong, unverified."""
         super().__init__()
         self.model = model
         self.reader = PackReader.default(model) if reader is None else reader
         self.head = None if self.reader.head is None else LossHead(self.reader.head)
 
     def forward(self, part: Pack) -> Tensor:
-        """Return the pack's summed negative log-likelihood in nats; the head sees the supervised positions only."""
+        """Return the pack's summed negative log-likelihood in nats.
+
+        The head sees the supervised positions only.
+        """
         rows = self.reader.rows(part)
         if self.head is None:
             return F.cross_entropy(rows.float(), part.targets, reduction="sum")
@@ -32,7 +37,7 @@ class Objective(nn.Module):
 
 
 class LossHead(nn.Module):
-    """The output head's weights and the loss in one module, so that an engine that shares out weights gathers these."""
+    """The output head's weights and the loss in one module, so that ZeRO-3 gathers the weights."""
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -46,10 +51,9 @@ class LossHead(nn.Module):
 
 
 def trained_parameters(objective: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained, under the names that the model gives it."""
-    named = objective.named_parameters()
+    """Return the trained parameters, by their names in the model."""
     return {
         name.removeprefix("model."): parameter
-        for name, parameter in named
+        for name, parameter in objective.named_parameters()
         if parameter.requires_grad
     }

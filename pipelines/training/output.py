@@ -1,37 +1,83 @@
-"""What a training leaves: the adapter in PEFT's format with its identity, or the control's weights. Rank 0 writes."""
+"""Output of a training: the adapter in PEFT format with its identity, or the control's weights.
+
+Rank 0 writes.
+"""
 
 import shutil
 from pathlib import Path
 from typing import Any
+
+from accelerate.utils import gather_object
 
 from lora_core import Identity, LoraConfig, save_adapter
 from lora_core.adapter.adapter_files import CONFIG, read_json
 from lora_core.errors import AdapterError
 from lora_core.spectrum.spectrum import effective_rank, singular_values
 from lora_core.spectrum.updates import read_updates
+from pipelines.models.hardware import peak_memory_bytes
+from pipelines.runtime.stage import RESULT, SNAPSHOTS, snapshot, write_result
 from pipelines.training.engine import Engine
 
 
-def save_trained(
-    engine: Engine, config: LoraConfig | None, inputs: dict[str, Any], place: Path
+def finish(
+    folder: Path,
+    engine: Engine,
+    config: LoraConfig | None,
+    inputs: dict[str, Any],
+    metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write the adapter, or the control's weights, into `place`; return their size and digest. Every rank calls it."""
+    """Save the trained weights; return the run's results. A collective: every rank calls it.
+
+    The peak of memory is the largest of all ranks.
+    """
+    peak = max(gather_object([peak_memory_bytes()]))
+    saved = save_trained(engine, config, inputs, folder)
+    return {**metrics, "peak_memory_bytes": peak, **saved}
+
+
+def declare_done(
+    folder: Path, engine: Engine, config: LoraConfig | None, results: dict[str, Any]
+) -> None:
+    """Write the stage's result, with every snapshot that was ever kept. Every rank calls it."""
+    if engine.is_first:
+        files = [*(folder / output_folder(config)).iterdir(), *(folder / SNAPSHOTS).glob("*/*/*")]
+        write_result(folder, results, [str(path.relative_to(folder)) for path in sorted(files)])
     engine.accelerator.wait_for_everyone()
-    folder, figures = place / output_of(config), dict[str, Any]()
+
+
+def missing_snapshots(folder: Path, steps: list[int]) -> list[int]:
+    """Return the steps for which a finished run has no snapshot."""
+    files = read_json(folder / RESULT)["files"]
+    return [step for step in steps if not _has_snapshot(files, step)]
+
+
+def _has_snapshot(files: list[str], step: int) -> bool:
+    return any(name.startswith(f"{snapshot(step)}/") for name in files)
+
+
+def save_trained(
+    engine: Engine, config: LoraConfig | None, inputs: dict[str, Any], parent: Path
+) -> dict[str, Any]:
+    """Write the adapter, or the control's weights, into `parent`; return its size and digest.
+
+    A collective: every rank calls it, and the weights are gathered from all.
+    """
+    engine.accelerator.wait_for_everyone()
+    folder = parent / output_folder(config)
+    results: dict[str, Any] = {}
     with engine.gathered():
         if engine.is_first:
-            figures = (
+            if config is None:
                 _save_model(engine, folder, inputs)
-                if config is None
-                else _save_adapter(engine, folder, config, inputs)
-            )
-            figures["file_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
+            else:
+                results = _save_adapter(engine, folder, config, inputs)
+            results["file_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
     engine.accelerator.wait_for_everyone()
-    return figures
+    return results
 
 
-def output_of(config: LoraConfig | None) -> str:
-    """Name the folder of what is trained."""
+def output_folder(config: LoraConfig | None) -> str:
+    """Return the name of the folder of the trained weights."""
     return "adapter" if config is not None else "model"
 
 
@@ -48,33 +94,39 @@ def _save_adapter(
     }
 
 
-def _save_model(engine: Engine, folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+def _save_model(engine: Engine, folder: Path, inputs: dict[str, Any]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     engine.model.save_pretrained(folder)
-    if inputs.get("trust_remote_code"):  # what was written is loaded by the same code
-        base = Path(engine.model.config._name_or_path)
-        for source in base.rglob("*.py"):
-            (folder / source.relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source, folder / source.relative_to(base))
-    return {}
+    if inputs.get("trust_remote_code"):
+        _copy_code(Path(engine.model.config._name_or_path), folder)
+
+
+def _copy_code(base: Path, folder: Path) -> None:
+    """Copy the base's Python files, which also load the saved model."""
+    for source in base.rglob("*.py"):
+        target = folder / source.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
 
 
 def spectrum(adapter: Path) -> list[dict[str, Any]]:
-    """Return the singular values of each module's ΔW and how many of them count; nothing where ΔW is not all that was trained."""
+    """Return the singular values and the effective rank of each module's ΔW.
+
+    The list is empty if more than ΔW was trained: with DoRA, biases or fully trained modules, no
+    product of two factors is the complete update.
+    """
     try:
         values = {name: singular_values(update) for name, update in read_updates(adapter).items()}
-    except (
-        AdapterError
-    ):  # DoRA, biases, modules trained whole: no product of two factors says what they changed
+    except AdapterError:
         return []
     return [
         {
             "module": name,
-            "rank": len(one),
-            "effective_rank": round(effective_rank(one), 3),
-            "values": [float(f"{v:.4g}") for v in one.tolist()],
+            "rank": len(module),
+            "effective_rank": round(effective_rank(module), 3),
+            "values": [float(f"{value:.4g}") for value in module.tolist()],
         }
-        for name, one in values.items()
+        for name, module in values.items()
     ]
 
 

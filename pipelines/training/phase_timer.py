@@ -1,9 +1,10 @@
-"""Where a rank's time goes, phase by phase, and the beat by which others see what it does.
+"""Measure where a rank spends its time, phase by phase, and write the heartbeat that others read.
 
-Phases lie in each other: while one runs inside another, the outer one's clock stands, so that the phases of a step add up to
-its time. Collectives are timed where Python calls them; under DDP and on GPUs they run beside the computation, and what is
-counted is the time that a rank waits for them. Every other phase begins and ends when the GPU has done what it was given, so
-that the backward pass is not counted where its end is waited for.
+Phases nest: while one runs inside another, the outer clock is stopped, so the phases of a step add
+up to its time. Collectives are timed where Python calls them; under DDP and on GPUs they overlap
+with computation, and what counts is the time that a rank waits for them. Every other phase
+synchronizes the GPU when it begins and ends. Otherwise the time of the backward pass would count
+towards the phase that waits for it.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from pipelines.runtime.heartbeats import COMMUNICATION, Pulse
+from pipelines.runtime.heartbeats import COMMUNICATION, HeartbeatWriter
 
 COLLECTIVES = (
     "all_reduce",
@@ -30,11 +31,12 @@ COLLECTIVES = (
 
 
 class PhaseTimer:
-    """One rank's phases."""
+    """The phases of one rank."""
 
-    def __init__(self, pulse: Pulse | None) -> None:
-        """Beat into a file; without one, only the time is kept."""
-        self.pulse, self.step = pulse, 0
+    def __init__(self, heartbeat: HeartbeatWriter | None) -> None:
+        """Start without an open phase; without a writer, no heartbeat is written."""
+        self.heartbeat = heartbeat
+        self.step = 0
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
@@ -42,13 +44,13 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time of a block, less that of phases inside it."""
-        _settle(name)
-        self._turn(lambda: self._open.append(name))
+        _synchronize(name)
+        self._switch(lambda: self._open.append(name))
         try:
             yield
-            _settle(name)
+            _synchronize(name)
         finally:
-            self._turn(self._open.pop)
+            self._switch(self._open.pop)
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function whose calls are a phase."""
@@ -61,32 +63,33 @@ class PhaseTimer:
         return call
 
     def collect(self) -> dict[str, float]:
-        """Return the seconds of each phase since the last lap, and begin anew.
+        """Return the seconds of each phase since the last call, and reset them.
 
-        What comes after a step, a checkpoint or a snapshot, so falls into the lap of the next one.
+        A checkpoint or a snapshot follows a step, so its time is collected with the next step.
         """
-        seconds, self._seconds = self._seconds, {}
+        seconds = self._seconds
+        self._seconds = {}
         return {name: round(value, 4) for name, value in seconds.items()}
 
     def watch_collectives(self) -> None:
-        """Count as communication what this process spends in collectives from now on."""
+        """From now on, count the time in this process's collectives as communication."""
         for name in COLLECTIVES:
-            setattr(
-                torch.distributed, name, self.timed(COMMUNICATION, getattr(torch.distributed, name))
-            )
+            collective = getattr(torch.distributed, name)
+            setattr(torch.distributed, name, self.timed(COMMUNICATION, collective))
 
-    def _turn(self, change: Callable[..., Any]) -> None:
+    def _switch(self, change: Callable[..., Any]) -> None:
+        """Add the time since the last switch to the innermost phase, then open or close one."""
         now = time.perf_counter()
         if self._open:
-            self._seconds[self._open[-1]] = (
-                self._seconds.get(self._open[-1], 0.0) + now - self._since
-            )
+            current = self._open[-1]
+            self._seconds[current] = self._seconds.get(current, 0.0) + now - self._since
         change()
         self._since = now
-        if self.pulse is not None and self._open:
-            self.pulse.beat(self.step, self._open[-1])
+        if self.heartbeat is not None and self._open:
+            self.heartbeat.beat(self.step, self._open[-1])
 
 
-def _settle(phase: str) -> None:
+def _synchronize(phase: str) -> None:
+    """Wait for the GPU, except in a collective, which must not wait for earlier work."""
     if phase != COMMUNICATION and torch.cuda.is_initialized():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Which process each rank is, and an error that names those that do not answer any more."""
+"""Know the host of each rank, and raise an error that names the ranks that no longer respond."""
 
 import re
 from collections.abc import Iterator
@@ -12,45 +12,59 @@ from pipelines.errors import PeerError
 from pipelines.training.phase_timer import PhaseTimer
 
 CONTACT = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe")
-"""Words of which the backends' errors have one where a peer is gone or silent."""
+"""Words, one of which is in a backend's error if another rank is gone or silent."""
+BACKEND_PREFIX = re.compile(r"^\[[^\]]*\]\s*")
+REASON_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
-class Peers:
-    """The ranks of a run, as seen by one of them."""
+class RankHosts:
+    """The hosts of all ranks of a run, as seen by one of them."""
 
     rank: int
     hosts: list[str]
     """By rank."""
 
+    def describe(self, rank: int) -> str:
+        return f"rank {rank} on {self.hosts[rank]}"
+
     def others(self) -> str:
-        """Name those that may have gone: the ranks on other hosts, or where there are none all others."""
-        far = [rank for rank, host in enumerate(self.hosts) if host != self.hosts[self.rank]]
-        named = far or [rank for rank in range(len(self.hosts)) if rank != self.rank]
-        return ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in named)
+        """Name the ranks that may be lost: those on other hosts, or, on one host, all others."""
+        ranks = range(len(self.hosts))
+        own_host = self.hosts[self.rank]
+        remote = [rank for rank in ranks if self.hosts[rank] != own_host]
+        candidates = remote or [rank for rank in ranks if rank != self.rank]
+        return ", ".join(map(self.describe, candidates))
 
 
-def gather_hostnames() -> Peers:
-    """Ask every rank where it runs; all ranks call it."""
+def gather_hostnames() -> RankHosts:
+    """Gather the hostname of every rank. A collective: every rank calls it."""
     from accelerate import PartialState
 
-    return Peers(PartialState().process_index, gather_object([gethostname()]))
+    return RankHosts(PartialState().process_index, gather_object([gethostname()]))
 
 
 @contextmanager
-def name_lost_rank(peers: Peers, heart: PhaseTimer) -> Iterator[None]:
-    """Turn a backend's error inside a block into one that says who does not answer, in which step.
+def name_lost_rank(ranks: RankHosts, timer: PhaseTimer) -> Iterator[None]:
+    """Turn a backend's error inside a block into one that names the lost rank and the step.
 
     Raises:
-        PeerError: another rank ended, or did not answer in time.
+        PeerError: another rank ended or did not respond in time.
     """
     try:
         yield
     except RuntimeError as error:
-        if len(peers.hosts) < 2 or not any(word in str(error).lower() for word in CONTACT):
+        if len(ranks.hosts) < 2 or not _is_lost_contact(error):
             raise
-        reason = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip().splitlines()[0])[:200]
+        first_line = str(error).strip().splitlines()[0]
+        reason = BACKEND_PREFIX.sub("", first_line)[:REASON_CHARACTERS]
         raise PeerError(
-            f"rank {peers.rank} on {peers.hosts[peers.rank]} lost {peers.others()} in step {heart.step} ({reason}); "
-            "see that its process and the network are well, and run again: it goes on from the last checkpoint"
+            f"{ranks.describe(ranks.rank)} lost {ranks.others()} in step {timer.step} ({reason}); "
+            "check that process and the network, and run again: the run resumes from the last "
+            "checkpoint"
         ) from error
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return any(word in text for word in CONTACT)

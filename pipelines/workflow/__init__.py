@@ -1,1 +1,4 @@
-"""The flow, step by step, from a recipe to a compared, checked and registered adapter. Start reading in flows.py."""
+"""The flow, step by step, from a recipe to a compared, checked and registered adapter.
+
+Start reading in flows.py.
+"""

@@ -1,4 +1,6 @@
-"""Answer a prompt with an adapter from a folder or from the registry, on the base that its sidecar names."""
+"""Answer a prompt with an adapter from a folder or from the registry, on the base that its sidecar
+names.
+"""
 
 import tempfile
 from pathlib import Path
@@ -20,47 +22,43 @@ REGISTERED = "models:/"
 
 def answer(
     prompt: str,
+    *,
     adapter: str,
     base: str | None,
     max_new_tokens: int,
     runs: Path,
-    *,
     trust_remote_code: bool = False,
 ) -> str:
     """Return the greedy answer to `prompt`.
 
     Args:
-        prompt: put into the base's chat template where it has one.
+        prompt: formatted with the base's chat template, if it has one.
         adapter: a folder, or `models:/NAME@ALIAS`.
-        base: replaces the base that the sidecar names; its weights must still be those of training.
-        max_new_tokens: longest answer.
+        base: replaces the base that the sidecar names; its weights must be those that the adapter
+            was trained on.
+        max_new_tokens: maximum length of the answer.
         runs: folder of all runs.
         trust_remote_code: run the Python code that comes with the base.
 
     Raises:
-        BaseMismatchError: the base is not the one the adapter was trained on.
+        BaseMismatchError: the base is not the one that the adapter was trained on.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = _fetch(adapter, runs, Path(scratch))
-        identity = read_identity(folder)
-        prepared = _prepared_base(
-            base or (identity or {}).get("base", ""),
-            (identity or {}).get("revision"),
+        identity = read_identity(folder) or {}
+        prepared = _prepare_base(
+            base or identity.get("base", ""),
+            identity.get("revision"),
             runs,
-            trust_remote_code,
-        )
-        hardware = detect()
-        model = load_model(
-            prepared,
-            str((identity or {}).get("lineage", {}).get("quantization", "none")),
-            hardware,
             trust_remote_code=trust_remote_code,
         )
+        quantization = str(identity.get("lineage", {}).get("quantization", "none"))
+        model = load_model(prepared, quantization, detect(), trust_remote_code=trust_remote_code)
         load_adapter(model, folder)
     tokenizer = load_tokenizer(prepared, trust_remote_code=trust_remote_code)
-    return generate(
-        CheckedReader(model), tokenizer, [_prompt_tokens(tokenizer, prompt)], max_new_tokens
-    )[0].text.strip()
+    tokens = _prompt_tokens(tokenizer, prompt)
+    [generated] = generate(CheckedReader(model), tokenizer, [tokens], max_new_tokens)
+    return generated.text.strip()
 
 
 def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
@@ -71,24 +69,18 @@ def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
     return Path(adapter)
 
 
-def _prepared_base(base: str, revision: str | None, runs: Path, trusted: bool) -> Path:
+def _prepare_base(base: str, revision: str | None, runs: Path, *, trust_remote_code: bool) -> Path:
     if not base:
         raise PipelineError(
-            "the adapter does not say which base it was trained on; name it with --base"
+            "the adapter does not name the base that it was trained on; name it with --base"
         )
-    return Path(
-        launcher.result_of(
-            base_stage(base, revision, runs, trust_remote_code=trusted),
-            "pipelines.models.base_model",
-            threads=1,
-        )["folder"]
-    )
+    stage = base_stage(base, revision, runs, trust_remote_code=trust_remote_code)
+    return Path(launcher.ensure_result(stage, threads=1)["folder"])
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         return list(tokenizer(prompt).input_ids)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)

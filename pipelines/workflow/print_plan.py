@@ -1,4 +1,4 @@
-"""`lora plan`: prepare what the plan needs, and print what would be trained and what it would cost."""
+"""`lora plan`: prepare what the plan needs, and print what would be trained and its cost."""
 
 from typing import Any
 
@@ -17,32 +17,33 @@ from pipelines.planning.cluster import (
     traffic_table,
 )
 from pipelines.planning.fitting import TERMS
-from pipelines.runtime import launcher
-from pipelines.runtime.sharding import check_launch, check_path
-from pipelines.workflow.stages import Stages
+from pipelines.runtime.launcher import ensure_result
+from pipelines.runtime.sharding import check_forward_path, check_launch
+from pipelines.workflow.stages import PreparedData, Stages
 
-LISTED = 0.001
-"""Part of all weights from which a kind of them has a line of its own."""
+MIN_LISTED_FRACTION = 0.001
+"""Fraction of all weights above which a kind of weight has a separate line."""
 console = Console()
 
 
 def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
-    """Prepare base and data, which are kept for the run, and print the plan, and what the options of a cluster ask for besides."""
+    """Prepare base and data, which the run reuses, and print the plan and the tables that the
+    cluster options select.
+    """
     check_launch(recipe)
-    base = launcher.result_of(stages.base(), "pipelines.models.base_model", threads=1)
-    check_path(recipe, base)
+    base = ensure_result(stages.base(), threads=1)
+    check_forward_path(recipe, base)
     data_stage = stages.data(base)
-    data = (data_stage, launcher.result_of(data_stage, "pipelines.data.preparation", threads=1))
-    plan = launcher.result_of(stages.plan(base, data), "pipelines.planning.plan", threads=1)
+    data = PreparedData(data_stage, ensure_result(data_stage, threads=1))
+    plan = ensure_result(stages.plan(base, data), threads=1)
     console.print(f"{base['id']}: {sentence(base['forward'])}", highlight=False)
     console.print(_targets_table(plan["targets"], recipe.lora.init))
     console.print(_weights_table(plan["weights"]))
     console.print(_runs_table(recipe, plan, base["weights"]))
     uncounted = plan["runs"]["control"]["uncounted"]
     if uncounted:
-        console.print(
-            f"at least: the activations of {', '.join(uncounted)} are not counted", style="yellow"
-        )
+        names = ", ".join(uncounted)
+        console.print(f"at least: the activations of {names} are not counted", style="yellow")
     if cluster.gpu_gb is not None:
         console.print(_fits_table(plan, max(recipe.lora.ranks), cluster.gpu_gb))
         console.print(scaling_table(plan, cluster, cluster.gpu_gb))
@@ -51,17 +52,14 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
         console.print(checkpoints_table(plan, cluster, cluster.gpus))
 
 
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left")
+
+
 def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
-    title = f"Modules with an adapter; init {init}"
-    table = Table(
-        "module",
-        "layers",
-        "out × in",
-        "rank",
-        "scale",
-        "trained weights",
-        title=title,
-        title_justify="left",
+    table = _table(
+        f"Modules with an adapter; init {init}",
+        *("module", "layers", "out × in", "rank", "scale", "trained weights"),
     )
     for target in targets:
         table.add_row(
@@ -76,107 +74,102 @@ def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
 
 
 def _weights_table(weights: list[dict[str, Any]]) -> Table:
-    """Print how each kind of weight is stored and whether it is adapted, the most numerous first; small ones in one line."""
+    """Return how each kind of weight is stored and whether it is adapted; the largest first, small
+    ones in one line.
+    """
+    table = _table(
+        "All weights",
+        *("weights of the base", "tensors", "weights", "share", "stored", "adapter"),
+    )
     total = sum(kind["weights"] for kind in weights)
-    table = Table(
-        "weights of the base",
-        "tensors",
-        "weights",
-        "share",
-        "stored",
-        "adapter",
-        title="All weights",
-        title_justify="left",
-    )
-    listed = sorted(
-        (kind for kind in weights if kind["weights"] >= LISTED * total),
-        key=lambda kind: -kind["weights"],
-    )
-    rest = [kind for kind in weights if kind["weights"] < LISTED * total]
-    if rest:
-        sums = {name: sum(kind[name] for kind in rest) for name in ("count", "weights")}
-        stored = {kind["stored"] for kind in rest}
-        adapted = {kind["adapted"] for kind in rest}
-        listed.append(
-            {
-                "name": "others",
-                **sums,
-                "stored": "/".join(sorted(stored)),
-                "adapted": adapted == {True},
-            }
-        )
+    listed = [kind for kind in weights if kind["weights"] >= MIN_LISTED_FRACTION * total]
+    listed.sort(key=lambda kind: -kind["weights"])
+    others = [kind for kind in weights if kind["weights"] < MIN_LISTED_FRACTION * total]
+    if others:
+        listed.append(_sum_of(others))
     for kind in listed:
-        share, adapter = f"{kind['weights'] / total:.1%}", "yes" if kind["adapted"] else "no"
         table.add_row(
             kind["name"],
             f"{kind['count']:,}",
             f"{kind['weights']:,}",
-            share,
+            f"{kind['weights'] / total:.1%}",
             kind["stored"],
-            adapter,
+            "yes" if kind["adapted"] else "no",
         )
     return table
 
 
+def _sum_of(kinds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one line for several kinds of weight."""
+    stored = sorted({kind["stored"] for kind in kinds})
+    return {
+        "name": "others",
+        "count": sum(kind["count"] for kind in kinds),
+        "weights": sum(kind["weights"] for kind in kinds),
+        "stored": "/".join(stored),
+        "adapted": all(kind["adapted"] is True for kind in kinds),
+    }
+
+
 def _runs_table(recipe: Recipe, plan: dict[str, Any], base_weights: int) -> Table:
-    """Print a column for each run and a row for each term of its memory."""
-    training, setup, runs = recipe.training, plan["setup"], list(plan["runs"].values())
+    """Return a column for each training and a row for each term of its memory."""
+    training = recipe.training
+    setup = plan["setup"]
+    runs = list(plan["runs"].values())
     title = (
-        f"{recipe.name}: {training.steps} steps of {training.batch_size} examples on {recipe.launch.processes} processes "
-        f"({setup['sharding']}), at most {setup['tokens']} tokens at once on each"
+        f"{recipe.name}: {training.steps} steps of {training.batch_size} examples on "
+        f"{recipe.launch.processes} processes ({setup['sharding']}), at most {setup['tokens']} "
+        "tokens at once on each"
     )
-    table = Table("memory of a process", *plan["runs"], title=title, title_justify="left")
+    table = _table(title, "memory of a process", *plan["runs"])
     for column in table.columns[1:]:
         column.justify = "right"
+
+    def add_sizes(name: str, key: str, *, end_section: bool = False) -> None:
+        sizes = [_megabytes(run[key]) for run in runs]
+        table.add_row(name, *sizes, end_section=end_section)
+
     table.add_row("trained weights", *(f"{run['trained_weights']:,}" for run in runs))
     table.add_row("share of all", *(f"{run['trained_weights'] / base_weights:.2%}" for run in runs))
     table.add_row("rank in the file", *(str(run.get("file_rank", "–")) for run in runs))
-    table.add_row("file", *(_megabytes(run["file_bytes"]) for run in runs), end_section=True)
+    add_sizes("file", "file_bytes", end_section=True)
     for term, name in TERMS.items():
-        table.add_row(name, *(_megabytes(run[term]) for run in runs))
+        add_sizes(name, term)
     table.add_section()
-    table.add_row("while loading", *(_megabytes(run["loading_bytes"]) for run in runs))
-    table.add_row("memory at its peak", *(_megabytes(run["memory_bytes"]) for run in runs))
+    add_sizes("while loading", "loading_bytes")
+    add_sizes("memory at its peak", "memory_bytes")
     other = "without" if setup["checkpointing"] else "with"
-    table.add_row(
-        f"{other} checkpointing", *(_megabytes(run["other_checkpointing_bytes"]) for run in runs)
-    )
+    add_sizes(f"{other} checkpointing", "other_checkpointing_bytes")
     if recipe.launch.processes > 1:
         table.add_section()
-        table.add_row(
-            "sent to the others in a step", *(_megabytes(run["sent_bytes"]) for run in runs)
-        )
+        add_sizes("sent to the others in a step", "sent_bytes")
     return table
 
 
 def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
-    """Print each way of training on GPUs of one size: its memory, and whether it fits as it is or with checkpointing."""
+    """Return the memory of each way to train on GPUs of one size, and whether it fits, if need be
+    with checkpointing.
+    """
     ways: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for way in plan["alternatives"]:
-        ways.setdefault((way["method"], way["sharding"]), {})[way["processes"]] = way
+        by_count = ways.setdefault((way["method"], way["sharding"]), {})
+        by_count[way["processes"]] = way
     counts = sorted(next(iter(ways.values())))
     title = (
-        f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan['setup']['tokens']} tokens at once on each: GiB of a process; "
-        "✓ fits, 8 with the paged 8-bit AdamW that is taken then, c with gradient checkpointing, 8c with both, × does not"
+        f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan['setup']['tokens']} tokens at "
+        "once on each: GiB of a process; ✓ fits, 8 with the paged 8-bit AdamW that is used then, "
+        "c with gradient checkpointing, 8c with both, × does not"
     )
-    table = Table(
-        "method",
-        "sharing",
-        *(f"{count} GPU{'s' * (count > 1)}" for count in counts),
-        title=title,
-        title_justify="left",
-    )
+    columns = [f"{count} GPU" if count == 1 else f"{count} GPUs" for count in counts]
+    table = _table(title, "method", "sharding", *columns)
     for (method, sharding), by_count in ways.items():
-        table.add_row(
-            method,
-            sharding,
-            *(_verdict(by_count[count], gpu_gb, plan["comfortable_share"]) for count in counts),
-        )
+        fits = [_fit(by_count[count], gpu_gb, plan["comfortable_share"]) for count in counts]
+        table.add_row(method, sharding, *fits)
     return table
 
 
-def _verdict(way: dict[str, Any], gpu_gb: float, comfortable: float) -> str:
-    """Say whether a way fits, and with what."""
+def _fit(way: dict[str, Any], gpu_gb: float, comfortable: float) -> str:
+    """Return whether a way fits, with what, and its memory in GiB."""
     for level in LEVELS:
         used, mark = memory_of(way, level, gpu_gb, comfortable)
         if used <= gpu_gb * GIB:

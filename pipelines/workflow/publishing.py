@@ -1,4 +1,7 @@
-"""The end of a run: the report, the registry, the table. What fails here loses nothing of what was trained and scored."""
+"""The end of a run: the report, the registry, the table.
+
+A failure here loses nothing that was trained or scored.
+"""
 
 import json
 import time
@@ -7,30 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.files import write_text
-from pipelines.console import print_status, show
+from pipelines.console import print_status, print_table
 from pipelines.errors import RegistryError
-from pipelines.tracking.retry import until_it_answers
+from pipelines.tracking.retry import retry_until_reachable
 from pipelines.workflow import tasks
-from pipelines.workflow.run import Run
+from pipelines.workflow.run import PipelineRun
 
 
-def publish(run: Run, summary: dict[str, Any]) -> Path:
-    """Write the report, register the adapters, write again what they are registered as, and show the table.
+def publish(run: PipelineRun, summary: dict[str, Any]) -> Path:
+    """Write the report, register the adapters, update the report with their versions, and print the
+    table.
 
     Raises:
-        RegistryError: the registry failed; the report is written and shown, and running again registers what is missing.
+        RegistryError: the registry failed. The report is written and the table printed, and running
+            again registers what is missing.
     """
     from pipelines.reporting.report import terminal_table
 
-    note = write_report(run, summary)  # before the registry is asked, which may fail
-    begun = time.monotonic()
+    note = write_report(run, summary)  # before the registry is called, which may fail
+    started = time.monotonic()
     failure = _attempt(lambda: register(run, summary, note))
-    run.note("register", begun)
+    run.record("register", time.monotonic() - started)
     note = write_report(run, summary)
-    failure = failure or _attempt(lambda: describe(run, summary, note))
+    if failure is None:
+        failure = _attempt(lambda: describe(run, summary, note))
     tasks.show_comparison(note, summary["decision"])
     print_status("")
-    show(terminal_table(summary))
+    print_table(terminal_table(summary))
     page, path = paths(run)
     print_status(f"report   {page}\nsummary  {path}")
     if failure is not None:
@@ -38,13 +44,13 @@ def publish(run: Run, summary: dict[str, Any]) -> Path:
     return path
 
 
-def paths(run: Run) -> tuple[Path, Path]:
-    """Return where the page and the summary of a run lie."""
+def paths(run: PipelineRun) -> tuple[Path, Path]:
+    """Return the paths of a run's page and summary."""
     return run.folder / "report.html", run.folder / "summary.json"
 
 
-def write_report(run: Run, summary: dict[str, Any]) -> str:
-    """Write the summary with the times so far, and the page; return the note for other pages, in Markdown."""
+def write_report(run: PipelineRun, summary: dict[str, Any]) -> str:
+    """Write the page, and the summary with the times so far; return the table in Markdown."""
     from pipelines.reporting.report import markdown_table, write_html
 
     page, path = paths(run)
@@ -54,24 +60,24 @@ def write_report(run: Run, summary: dict[str, Any]) -> str:
     return markdown_table(summary)
 
 
-def register(run: Run, summary: dict[str, Any], note: str) -> None:
-    """Register the adapters and put into the summary what they are registered as."""
+def register(run: PipelineRun, summary: dict[str, Any], note: str) -> None:
+    """Register the adapters and add their versions to the summary."""
     from pipelines.tracking import registry
 
     summary["registered"] = registry.register(summary, run.stages.root, list(paths(run)), note)
 
 
-def describe(run: Run, summary: dict[str, Any], note: str) -> None:
-    """Let the comparison's run in the registry say what is registered."""
+def describe(run: PipelineRun, summary: dict[str, Any], note: str) -> None:
+    """Add the registered versions to the comparison's run in the registry."""
     from pipelines.tracking import registry
 
     registry.describe(summary["registered"], run.stages.root, list(paths(run)), note)
 
 
-def _attempt(act: Callable[[], None]) -> RegistryError | None:
-    """Do something with the registry; return what it refused."""
+def _attempt(action: Callable[[], None]) -> RegistryError | None:
+    """Call the registry; return its error, if any."""
     try:
-        until_it_answers(act)
+        retry_until_reachable(action)
     except RegistryError as error:
         return error
     return None

@@ -9,106 +9,97 @@ from typing import Any
 from pipelines.config.experiments import EvaluatedModel, Experiment
 from pipelines.config.recipe import Recipe
 from pipelines.console import print_status
-from pipelines.runtime.stage import Stage, snapshot
-from pipelines.workflow import tasks
+from pipelines.runtime.stage import Stage, StageResult, snapshot
 from pipelines.workflow.stages import Stages
-
-Figures = dict[str, Any]
-Data = tuple[Stage, Figures]
-"""The stage that prepared the data, and what it reported."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One arm when it is trained."""
+class TrainedExperiment:
+    """An experiment after its training."""
 
-    arm: Experiment
+    experiment: Experiment
     stage: Stage
-    figures: Figures
+    result: StageResult
 
     @property
     def output(self) -> str:
-        """Which folder of the stage holds it: model or adapter."""
-        return "model" if self.arm.method == "full" else "adapter"
+        """Folder of the stage with the weights: model or adapter."""
+        return "model" if self.experiment.method == "full" else "adapter"
 
-    def subject(self, step: int | None = None) -> EvaluatedModel:
-        """Return it as a model to be scored, as it was in the end or after `step` steps."""
-        label, weights, folder = (
-            self.arm.label,
-            str(self.figures.get("adapter_sha256", self.stage.key)),
-            self.stage.folder,
-        )
+    def evaluated_model(self, step: int | None = None) -> EvaluatedModel:
+        """Return it as a model to score, with its final weights or those after `step` steps."""
+        label = self.experiment.label
+        weights = str(self.result.get("adapter_sha256", self.stage.key))
+        folder = self.stage.folder
         if step is not None:
-            label, weights, folder = (
-                f"{label}@{step}",
-                f"{self.stage.key}@{step}",
-                folder / snapshot(step),
-            )
-        quantized = self.stage.inputs["quantization"] != "none"
+            label = f"{label}@{step}"
+            weights = f"{self.stage.key}@{step}"
+            folder = folder / snapshot(step)
         return EvaluatedModel(
             label,
-            quantized,
-            weights,
-            self.output,
-            str(folder / self.output),
-            self.arm,
-            step,
-            whole=step is None,
+            quantized=self.stage.inputs["quantization"] != "none",
+            weights=weights,
+            output=self.output,
+            folder=str(folder / self.output),
+            experiment=self.experiment,
+            step=step,
+            is_complete=step is None,
         )
 
 
 @dataclass
-class Run:
+class PipelineRun:
     """One execution of a recipe: its stages, and how long each took."""
 
     recipe: Recipe
     stages: Stages
     started: float = field(default_factory=time.monotonic)
     timings: list[dict[str, Any]] = field(default_factory=list)
-    plan: Figures = field(default_factory=dict)
-    """What the plan reported, once it has."""
+    plan: StageResult = field(default_factory=dict)
+    """What the plan reported; empty before that."""
 
     @property
     def folder(self) -> Path:
-        """Where the run's summary and report go."""
+        """Folder of the run's summary and report."""
         return self.stages.root / self.recipe.name
 
-    def step(self, task: Any, stage: Stage, *arguments: Any) -> dict[str, Any]:
-        """Run or reuse a stage, say so, and note the time."""
-        name, begun = f"{stage.kind} {stage.label}", time.monotonic()
-        figures, reused = tasks.run_or_reuse(task, stage, *arguments)
-        seconds = self.note(name, begun, cached=reused, folder=str(stage.folder))
-        print_status(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
-        return figures
+    def run_stage(self, task: Any, stage: Stage, *arguments: Any) -> StageResult:
+        """Run a stage as a Prefect task, or reuse its cached result; print and record the time.
 
-    def step_together(self, task: Any, stages: Sequence[Stage], *arguments: Any) -> None:
-        """Run those of several stages that are not done, in one process; say so, and note the time of each."""
-        begun, missing = time.monotonic(), [stage for stage in stages if stage.result() is None]
+        Prefect caches the result, but not the files of the stage. They are verified first: if one
+        is missing or changed, the stage runs again, whatever Prefect's cache contains.
+        """
+        started = time.monotonic()
+        is_cached = stage.result() is not None
+        result: StageResult = task.with_options(refresh_cache=not is_cached)(stage, *arguments)
+        self._record_stage(stage, time.monotonic() - started, cached=is_cached)
+        return result
+
+    def run_stages(self, task: Any, stages: Sequence[Stage], *arguments: Any) -> None:
+        """Run in one process those of several stages that are not done; print and record the time
+        of each.
+        """
+        started = time.monotonic()
+        missing = [stage for stage in stages if stage.result() is None]
         if missing:
             task(missing, *arguments)
         for stage in stages:
-            name, reused = f"{stage.kind} {stage.label}", stage not in missing
-            seconds = (
-                self.note(name, begun, cached=reused, folder=str(stage.folder))
-                if reused
-                else self._own_time(name, stage)
-            )
-            print_status(name, mark="✓", aside="found again" if reused else f"{seconds:.0f} s")
+            if stage in missing:
+                result = stage.result() or {}
+                self._record_stage(stage, float(result["seconds"]), cached=False)
+            else:
+                self._record_stage(stage, time.monotonic() - started, cached=True)
 
-    def note(self, name: str, begun: float, *, cached: bool = False, folder: str = "") -> float:
-        """Keep how long a stage took since the clock stood at `begun`; return the seconds."""
-        seconds = round(time.monotonic() - begun, 2)
+    def _record_stage(self, stage: Stage, seconds: float, *, cached: bool) -> None:
+        name = f"{stage.kind} {stage.label}"
+        self.record(name, seconds, cached=cached, folder=str(stage.folder))
+        print_status(name, mark="✓", aside="cached" if cached else f"{seconds:.0f} s")
+
+    def record(self, name: str, seconds: float, *, cached: bool = False, folder: str = "") -> None:
+        """Record how long a stage took."""
+        seconds = round(seconds, 2)
         self.timings.append({"name": name, "seconds": seconds, "cached": cached, "folder": folder})
-        return seconds
-
-    def _own_time(self, name: str, stage: Stage) -> float:
-        """Keep the time that a stage itself says it took, beside others in one process."""
-        seconds = float((stage.result() or {})["seconds"])
-        self.timings.append(
-            {"name": name, "seconds": seconds, "cached": False, "folder": str(stage.folder)}
-        )
-        return seconds
 
     def times(self) -> dict[str, Any]:
-        """Return the stages so far and the time of the whole run, as the summary holds them."""
+        """Return the times of the stages so far and of the run, as the summary stores them."""
         return {"stages": self.timings, "seconds": round(time.monotonic() - self.started, 2)}

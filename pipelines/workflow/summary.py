@@ -1,144 +1,157 @@
-"""The summary of a run: what was compared with what, on which base and data, by which code; the values of summary.json."""
+"""The summary of a run: what was compared, on which base and data, by which code; the content of
+summary.json.
+"""
 
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config.experiments import EvaluatedModel
-from pipelines.runtime.stage import Stage, digest, library_versions, read_records
-from pipelines.workflow.incumbent import Champion
-from pipelines.workflow.run import Figures, Run, Trained
+from pipelines.config.experiments import EvaluatedModel, Experiment
+from pipelines.runtime.stage import Stage, StageResult, digest, library_versions, read_records
+from pipelines.workflow.champion import Champion
+from pipelines.workflow.run import PipelineRun, TrainedExperiment
+from pipelines.workflow.training import TrainedControl
 
-Tuning = dict[float, float]
-"""Learning rate of a control → its loss on the examples kept for choosing one."""
 DISTRIBUTIONS = "distributions.safetensors"
 
 
-def summarize(
-    run: Run,
-    base: Figures,
-    data: Figures,
-    trained: Sequence[Trained],
-    beside: tuple[Tuning, Champion | None],
-    evaluated: Mapping[EvaluatedModel, Stage],
-) -> dict[str, Any]:
-    """Compare everything with everything and return the summary.
+@dataclass(frozen=True)
+class RunResults:
+    """What a run has produced before the comparison."""
 
-    Args:
-        run: the run.
-        base: what the base's stage reported.
-        data: what the data's stage reported.
-        trained: the control and the adapters.
-        beside: the losses by which the control's rate was chosen, and the registered champion.
-        evaluated: every model that was scored.
-    """
-    from pipelines.comparison import comparison
+    base: StageResult
+    """What the base's stage reported."""
+    data: StageResult
+    """What the data's stage reported."""
+    control: TrainedControl
+    adapters: Sequence[TrainedExperiment]
+    champion: Champion | None
+    """The registered champion, if there is one."""
+    evaluated: Mapping[EvaluatedModel, Stage]
+    """Every scored model, with its evaluation stage."""
 
-    tuning, champion = beside
-    folders = {subject.label: stage.folder for subject, stage in evaluated.items()}
-    distributions = {
-        label: folder / DISTRIBUTIONS
-        for label, folder in folders.items()
-        if (folder / DISTRIBUTIONS).is_file()
+    @property
+    def trained(self) -> list[TrainedExperiment]:
+        """The control, if there is one, and the adapters."""
+        return [*self.control.chosen, *self.adapters]
+
+
+def summarize(run: PipelineRun, results: RunResults) -> dict[str, Any]:
+    """Compare all models and return the summary."""
+    recipe = run.recipe.model_dump(mode="json")
+    stage_keys = sorted(stage.key for stage in results.evaluated.values())
+    item_files = {
+        model.label: str(stage.folder / "items.jsonl") for model, stage in results.evaluated.items()
     }
-    variants = [
-        _variant(run, subject)
-        for subject in evaluated
-        if subject.arm is not None and not subject.whole
-    ]
-    known = (
-        None
-        if champion is None
-        else comparison.Incumbent(champion.version, champion.adapter_sha256, champion.objection)
-    )
-    paths = {label: str(folder / "items.jsonl") for label, folder in folders.items()}
-    items = {label: read_records(Path(path)) for label, path in paths.items()}
-    compared = comparison.compare(
-        run.recipe,
-        [_trained(one) for one in trained],
-        items,
-        comparison.Beside(distributions, tuning, known, variants),
-    )
+    spectra = {}
+    for trained in results.trained:
+        if "spectrum" in trained.result:
+            spectra[trained.experiment.label] = trained.result["spectrum"]
     return {
         "name": run.recipe.name,
-        "key": digest(
-            [run.recipe.model_dump(mode="json"), sorted(stage.key for stage in evaluated.values())]
-        ),
+        "key": digest([recipe, stage_keys]),
         "seed": run.recipe.seed,
-        "recipe": run.recipe.model_dump(mode="json"),
+        "recipe": recipe,
         "commit": _commit(),
         "versions": library_versions(),
-        "machine": _machine(trained),
-        "base": base,
-        "data": data,
-        "items": paths,
-        "forward": _forward(trained, evaluated),
-        "spectrum": {
-            one.arm.label: one.figures["spectrum"] for one in trained if "spectrum" in one.figures
-        },
-        **compared,
+        "machine": _machine(results.trained),
+        "base": results.base,
+        "data": results.data,
+        "items": item_files,
+        "forward": _forward_checks(results),
+        "spectrum": spectra,
+        **_compare(run, results, item_files),
     }
 
 
-def _forward(
-    trained: Sequence[Trained], evaluated: Mapping[EvaluatedModel, Stage]
-) -> dict[str, dict[str, Any]]:
-    """Return, for each model, how well the ways in which it was trained and scored agree with its own forward."""
-    training = {one.arm.label: one.figures.get("forward") for one in trained}
-    scoring = {
-        subject.label: (stage.result() or {}).get("forward") for subject, stage in evaluated.items()
-    }
-    return {
-        label: {"training": training.get(label), "scoring": one} for label, one in scoring.items()
-    }
+def _compare(
+    run: PipelineRun, results: RunResults, item_files: Mapping[str, str]
+) -> dict[str, Any]:
+    """Compare the trained models with the base, the control and the champion."""
+    from pipelines.comparison import comparison
 
-
-def _trained(one: Trained) -> Any:
-    """Return a judged model as the comparison takes it; its spectrum stands by itself in the summary."""
-    from pipelines.comparison.comparison import Trained as Judged
-
-    figures = {name: value for name, value in one.figures.items() if name != "spectrum"}
-    return Judged(one.arm.label, one.arm.rank, one.stage.key, str(one.stage.folder), figures)
-
-
-def _variant(run: Run, subject: EvaluatedModel) -> Any:
-    """Return a model that only the frontier shows as the comparison takes it."""
-    from pipelines.comparison.comparison import Variant
-
-    arm = subject.arm
-    assert arm is not None, "a registered champion is no variant"
-    rank, cut_from = (arm.rank, None) if subject.cut is None else (subject.cut, arm.rank)
-    return Variant(
-        subject.label,
-        arm.method,
-        rank,
-        subject.step or run.recipe.training.steps,
-        arm.learning_rate,
-        cut_from,
+    distributions = {}
+    variants = []
+    for model, stage in results.evaluated.items():
+        path = stage.folder / DISTRIBUTIONS
+        if path.is_file():
+            distributions[model.label] = path
+        if model.experiment is not None and not model.is_complete:
+            variants.append(_frontier_variant(run, model, model.experiment))
+    champion = None
+    if results.champion is not None:
+        champion = comparison.ComparedChampion(
+            results.champion.version, results.champion.adapter_sha256, results.champion.objection
+        )
+    return comparison.compare(
+        run.recipe,
+        [_compared_model(trained) for trained in results.trained],
+        {label: read_records(Path(file)) for label, file in item_files.items()},
+        comparison.ComparisonContext(
+            distributions, results.control.tuning_losses, champion, variants
+        ),
     )
 
 
-def _machine(trained: Sequence[Trained]) -> str:
-    """Return what the run was computed on: the GPUs where there were any, and the host."""
-    processors = dict.fromkeys(one.figures.get("processor", "CPU") for one in trained)
+def _compared_model(trained: TrainedExperiment) -> Any:
+    """Return a trained model as the comparison takes it; the summary has its spectrum
+    in a separate section.
+    """
+    from pipelines.comparison.comparison import ComparedModel
+
+    experiment = trained.experiment
+    result = {name: value for name, value in trained.result.items() if name != "spectrum"}
+    return ComparedModel(
+        experiment.label, experiment.rank, trained.stage.key, str(trained.stage.folder), result
+    )
+
+
+def _frontier_variant(run: PipelineRun, model: EvaluatedModel, experiment: Experiment) -> Any:
+    """Return a model that only the frontier shows as the comparison takes it."""
+    from pipelines.comparison.comparison import FrontierVariant
+
+    rank, cut_from = experiment.rank, None
+    if model.truncated_rank is not None:
+        rank, cut_from = model.truncated_rank, experiment.rank
+    return FrontierVariant(
+        label=model.label,
+        method=experiment.method,
+        rank=rank,
+        step=model.step or run.recipe.training.steps,
+        learning_rate=experiment.learning_rate,
+        cut_from=cut_from,
+    )
+
+
+def _forward_checks(results: RunResults) -> dict[str, dict[str, Any]]:
+    """Return how well the forward paths of training and scoring agree with each model's own
+    forward.
+    """
+    training = {}
+    for trained in results.trained:
+        training[trained.experiment.label] = trained.result.get("forward")
+    checks = {}
+    for model, stage in results.evaluated.items():
+        scoring = (stage.result() or {}).get("forward")
+        checks[model.label] = {"training": training.get(model.label), "scoring": scoring}
+    return checks
+
+
+def _machine(trained: Sequence[TrainedExperiment]) -> str:
+    """Return the hardware of the run: its GPUs, if it used any, and the host."""
+    processors = dict.fromkeys(one.result.get("processor", "CPU") for one in trained)
     gpus = [name for name in processors if name != "CPU"]
     return ", ".join([*gpus, f"{os.cpu_count()} cores", platform.machine(), platform.system()])
 
 
 def _commit() -> str:
-    """Return the commit of the code, with a mark where files differ from it."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    """Return the commit of the code, marked if files differ from it."""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

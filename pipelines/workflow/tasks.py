@@ -1,6 +1,7 @@
-"""The stages as Prefect tasks: cached by their key, run as child processes, called directly so that they can be ended."""
+"""The stages as Prefect tasks: cached by key, run as child processes, called directly so that they
+can be ended.
+"""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,16 +12,16 @@ from prefect.context import TaskRunContext
 from pipelines.config.sections import LaunchSection
 from pipelines.console import fan_out, print_status, training_progress
 from pipelines.orchestration import concurrency, flow_log
-from pipelines.orchestration.cancellation import by_worker
+from pipelines.orchestration.cancellation import started_by_worker
 from pipelines.runtime import hosts, launcher
-from pipelines.runtime.stage import Stage
+from pipelines.runtime.stage import Stage, StageResult
 from pipelines.tracking.live import live_run
-
-Figures = dict[str, Any]
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Name the cached result after the stage's inputs; the default key would hold for one flow run only."""
+    """Return the stage's key as the cache key; Prefect's default key is valid for one flow run
+    only.
+    """
     return str(parameters["stage"].key)
 
 
@@ -32,101 +33,91 @@ CACHED: dict[str, Any] = {
 
 
 @task(name="prepare base model", **CACHED)
-def prepare_base(stage: Stage) -> Figures:
-    """Bring the base into Hugging Face format and fingerprint it."""
-    return _perform(stage, "pipelines.models.base_model")
+def prepare_base(stage: Stage) -> StageResult:
+    """Convert the base to Hugging Face format and fingerprint it (pipelines.models.base_model)."""
+    return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="prepare data", **CACHED)
-def prepare_data(stage: Stage) -> Figures:
-    """Load, template, tokenise, mask and split."""
-    return _perform(stage, "pipelines.data.preparation")
+def prepare_data(stage: Stage) -> StageResult:
+    """Load, apply the chat template, tokenize, mask and split (pipelines.data.preparation)."""
+    return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="plan", **CACHED)
-def plan(stage: Stage) -> Figures:
-    """Match targets, check ranks, and count weights and memory."""
-    return _perform(stage, "pipelines.planning.plan")
+def plan(stage: Stage) -> StageResult:
+    """Match target modules, check ranks, and count weights and memory (pipelines.planning.plan)."""
+    return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="train", **CACHED)
-def train(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
-    """Train an adapter or the control on all ranks; goes on from the last checkpoint. MLflow's experiment shows it meanwhile."""
-    found = stage.result()  # made by hand, or for another server
-    if found is not None:
-        return found
-    with concurrency.held(
-        concurrency.slot_names(settings.processes // settings.machines), flow_log.log_and_print
-    ):
-        return stage.result() or _trained(
-            stage, settings, experiment
-        )  # another run may have trained it meanwhile
+def train(stage: Stage, settings: LaunchSection, mlflow_experiment: str) -> StageResult:
+    """Train an adapter or the control on all ranks (pipelines.training.train).
 
-
-def _trained(stage: Stage, settings: LaunchSection, experiment: str) -> Figures:
-    """Train, and show how far it is wherever that is looked for."""
-    with (
-        training_progress(stage.label, lines=not by_worker()) as shown,
-        flow_log.reported(stage.label) as reported,
-        live_run(stage, experiment, print_status) as logged,
-    ):
-        return hosts.train(
-            stage,
-            settings,
-            fan_out(shown, reported, logged),
-            lambda text: flow_log.log_and_print(f"{stage.label}: {text}"),
-        )
+    It resumes from the last checkpoint, and MLflow shows it while it runs.
+    """
+    result = stage.result()  # trained by hand, or for another Prefect server
+    if result is not None:
+        return result
+    slots = concurrency.slot_names(settings.processes // settings.machines)
+    with concurrency.hold_slots(slots, flow_log.log_and_print):
+        result = stage.result()  # another run may have trained it in the meantime
+        if result is not None:
+            return result
+        with (
+            training_progress(stage.label, lines=not started_by_worker()) as on_terminal,
+            flow_log.report_training(stage.label) as on_prefect,
+            live_run(stage, mlflow_experiment, print_status) as on_mlflow,
+        ):
+            return hosts.train(
+                stage,
+                settings,
+                watch=fan_out(on_terminal, on_prefect, on_mlflow),
+                report=lambda text: flow_log.log_and_print(f"{stage.label}: {text}"),
+            )
 
 
 @task(name="tune", **CACHED)
-def tune(stage: Stage) -> Figures:
-    """Find the loss of a control at one rate."""
-    with concurrency.held(
-        concurrency.slot_names(1) if concurrency.gpus() else [], flow_log.log_and_print
-    ):
-        return _perform(stage, "pipelines.evaluation.tuning")
+def tune(stage: Stage) -> StageResult:
+    """Compute the loss of a control at one learning rate (pipelines.evaluation.tuning)."""
+    slots = concurrency.slot_names(1) if concurrency.gpus() else []
+    with concurrency.hold_slots(slots, flow_log.log_and_print):
+        return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="cut", **CACHED)
-def cut(stage: Stage) -> Figures:
-    """Cut an adapter to a lower rank."""
-    return _perform(stage, "pipelines.models.truncate")
+def truncate(stage: Stage) -> StageResult:
+    """Truncate an adapter to a lower rank (pipelines.models.truncate)."""
+    return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="evaluate", task_run_name="evaluate {stages[0].label} …")
-def evaluate(stages: list[Stage], at_once: int, place: int) -> list[Figures]:
-    """Score models that share a base in one process; each has a result of its own, so those that are done are not asked for.
+def evaluate(stages: list[Stage], at_once: int, index: int) -> list[StageResult]:
+    """Score models that share a base in one process (pipelines.evaluation.evaluate).
 
-    Processes at work at once take a GPU each, by their place, where there are several.
+    Each model gets its own result; call this only for those without one. If there are several
+    GPUs, processes that run at the same time use one each, by their index.
     """
-    folders = [stage.begin() for stage in stages]
-    argv = launcher.python_argv("pipelines.evaluation.evaluate", *folders)
-    return launcher.run_together(
-        stages, argv, threads=launcher.threads_each(at_once), place=place % at_once
+    for stage in stages:
+        stage.begin()
+    return launcher.run_child(
+        stages,
+        launcher.stage_argv(stages),
+        threads=launcher.threads_each(at_once),
+        worker_index=index % at_once,
     )
 
 
 def evaluation_slots(stages: list[Stage], at_once: int) -> AbstractContextManager[None]:
-    """Hold the GPUs on which stages are scored, if any is to be; cores are shared as far as the recipe says."""
-    wanted = concurrency.gpus() and any(stage.result() is None for stage in stages)
-    return concurrency.held(concurrency.slot_names(at_once) if wanted else [], print_status)
+    """Hold GPUs for scoring if a stage is not done.
+
+    CPU cores are shared as the recipe configures.
+    """
+    needs_gpus = bool(concurrency.gpus()) and any(stage.result() is None for stage in stages)
+    slots = concurrency.slot_names(at_once) if needs_gpus else []
+    return concurrency.hold_slots(slots, print_status)
 
 
 def show_comparison(table: str, decision: str) -> None:
-    """Put the comparison's table on the flow run's page."""
+    """Show the comparison's table on the flow run's page."""
     create_markdown_artifact(table, key="comparison", description=decision)
-
-
-def run_or_reuse(step: Callable[..., Any], stage: Stage, *arguments: Any) -> tuple[Figures, bool]:
-    """Return a stage's figures and whether they were there already.
-
-    A cached result is a value and says nothing of files; so the stage's files are verified first, and where one is
-    missing or changed the stage is run again whatever the cache holds.
-    """
-    whole = stage.result() is not None
-    configured = step.with_options(refresh_cache=not whole)  # type: ignore[attr-defined]
-    return configured(stage, *arguments), whole
-
-
-def _perform(stage: Stage, module: str) -> Figures:
-    return launcher.result_of(stage, module, threads=launcher.threads_each(1))

@@ -34,8 +34,8 @@ from rich.table import Table
 from lora_core.files import write_json
 from pipelines.config.recipe import parse_recipe
 from pipelines.paths import runs_root
-from pipelines.runtime.launcher import result_of
-from pipelines.workflow.stages import Stages
+from pipelines.runtime.launcher import ensure_result
+from pipelines.workflow.stages import PreparedData, Stages
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build"
@@ -153,10 +153,10 @@ def parse_options() -> argparse.Namespace:
 def prepare() -> tuple[Row, float]:
     """Bring base and data into place, where they are not yet; return the common task and its mean tokens in a step."""
     stages = Stages(parse_recipe(RECIPE), runs_root())
-    base = result_of(stages.base(), "pipelines.models.base_model", threads=threads())
+    base = ensure_result(stages.base(), threads=threads())
     data_stage = stages.data(base)
-    data = result_of(data_stage, "pipelines.data.preparation", threads=threads())
-    training = stages.train(base, (data_stage, data), RANK)
+    data = ensure_result(data_stage, threads=threads())
+    training = stages.train(base, PreparedData(data_stage, data), RANK)
     task = {
         "inputs": dict(training.inputs),
         "paths": {**training.paths, "adapter": str(WORK / "adapter")},

@@ -25,7 +25,9 @@ from pipelines.models.hardware import choose_optimizer, detect, peak_memory_byte
 from pipelines.models.loading import load_model
 from pipelines.training.engine import prepare, start
 from pipelines.training.phase_timer import PhaseTimer
-from pipelines.training.train import Run, adapt, parameter_groups, train_step
+from pipelines.training.run import Run
+from pipelines.training.setup import adapt, parameter_groups
+from pipelines.training.step import train_step
 
 
 @dataclass(frozen=True)

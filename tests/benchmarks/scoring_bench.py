@@ -39,7 +39,7 @@ from pipelines.models.loading import load_model
 from pipelines.models.tokenizer import load_tokenizer
 from pipelines.paths import runs_root
 from pipelines.planning.plan import meta_model
-from pipelines.runtime.launcher import result_of
+from pipelines.runtime.launcher import ensure_result
 from pipelines.workflow.stages import base_stage
 
 BASE = "embedded:SmolLM2-135M-Instruct"
@@ -69,9 +69,7 @@ def main() -> None:
         sys.exit("lm-eval is not installed; run: pip install 'lora-pipeline[lm-eval]'")
     torch.set_num_threads(threads())
     base = options.base or Path(
-        result_of(
-            base_stage(BASE, None, runs_root()), "pipelines.models.base_model", threads=threads()
-        )["folder"]
+        ensure_result(base_stage(BASE, None, runs_root()), threads=threads())["folder"]
     )
     items = [item for name in READERS for item in sample(name, options.items, SEED)]
     console.print(f"{len(items)} items, {threads()} cores", style="bold")

@@ -15,7 +15,7 @@ from bench import Row, row
 from lora_core import Bank, LoraConfig
 from lora_core.bank.routing import TOKENS
 from pipelines.evaluation.scoring import HEAD_ROWS, PACK_TOKENS, score, tree_pack
-from pipelines.evaluation.trees import Tree, packs
+from pipelines.evaluation.trees import Tree, bin_pack
 from pipelines.models.checked import CheckedReader
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import detect
@@ -70,7 +70,7 @@ def scored_alone(bank: Bank, name: str, trees: Sequence[Tree]) -> torch.Tensor:
 def scored_together(bank: Bank, trees: Sequence[Tree]) -> dict[str, torch.Tensor]:
     """Return the same by each adapter, with every pack read once for all of them."""
     found: dict[tuple[str, int], list[float]] = {}
-    for places in packs(trees, PACK_TOKENS // len(NAMES)):
+    for places in bin_pack(trees, PACK_TOKENS // len(NAMES)):
         keys = [(name, place) for name in NAMES for place in places]
         group = [trees[place] for _, place in keys]
         with bank.rows(

@@ -1,4 +1,4 @@
-// Runs in a page that holds the report in frames of several widths; leaves what it found as JSON in #found.
+// Runs in a page with the report in frames of several widths; writes its findings as JSON to #found.
 function rects(node) {
   const range = document.createRange();
   range.selectNodeContents(node);
@@ -17,7 +17,7 @@ function outside(inner, outer) {
   return inner.right > outer.right + slack || inner.left < outer.left - slack;
 }
 
-// A text may not leave the page, nor, where a table scrolls, its own cell; nor an SVG's text its picture.
+// Text must stay within the page; in a scrolling table, within its cell; in an SVG, within the image.
 function overflowing(frame) {
   const page = { left: 0, right: frame.clientWidth };
   return texts(frame.contentDocument).filter((text) => {
@@ -27,7 +27,7 @@ function overflowing(frame) {
   }).map((text) => text.data.trim().slice(0, 60));
 }
 
-// Labels of a plot may come near each other; they may not cover more than a quarter of a line.
+// Labels of a plot may touch; they must not overlap by more than a quarter of a line.
 function colliding(frame) {
   const found = [];
   for (const svg of frame.contentDocument.querySelectorAll("svg")) {

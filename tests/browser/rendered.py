@@ -1,4 +1,4 @@
-"""A page as a headless Chromium shows it, and the figures that stand in it."""
+"""A page as rendered by headless Chromium, and the metrics in it."""
 
 import shutil
 import subprocess
@@ -12,11 +12,11 @@ NO_BROWSER = "no chromium, chromium-browser or google-chrome is installed"
 
 
 class Rendered(HTMLParser):
-    """Collects each element that names a figure, with the text that stands in it."""
+    """Collects each element with a metric, and its text."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.figures: dict[tuple[str, str], dict[str, str]] = {}
+        self.metrics: dict[tuple[str, str], dict[str, str]] = {}
         self.loads: list[str] = []
         self.open: list[tuple[str, dict[str, str]]] = []
 
@@ -29,7 +29,7 @@ class Rendered(HTMLParser):
         ]
         if "data-figure" in values:
             owner = values.get("data-model") or values.get("data-point") or ""
-            self.figures[owner, values["data-figure"]] = values
+            self.metrics[owner, values["data-figure"]] = values
             values["text"] = ""
             self.open.append((tag, values))
 
@@ -43,7 +43,7 @@ class Rendered(HTMLParser):
 
 
 def dump(page: Path, folder: Path) -> str:
-    """Open a page and return the document as it stands once it is loaded."""
+    """Open a page and return the document after loading."""
     assert BROWSER is not None
     options = [
         "--headless=new",

@@ -1,4 +1,4 @@
-"""The report in a real browser: its figures are the summary's, it asks for no other file, and no text leaves its place."""
+"""The report in a real browser: metrics equal the summary, no requests, no overlapping text."""
 
 import html
 import json
@@ -19,18 +19,19 @@ MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 
 
 def measured(page: str, folder: Path) -> list[dict[str, Any]]:
-    """Show a page in frames of several widths (a window of less than 500 is not to be had) and return what was found there."""
-    frames = "".join(
-        f'<iframe style="border:0;width:{width}px;height:2000px" srcdoc="{html.escape(page)}"></iframe>'
-        for width in WIDTHS
-    )
+    """Show a page in frames of several widths and return the measurements of each frame.
+
+    Frames are needed because a browser window cannot be narrower than 500 pixels.
+    """
+    frames = ""
+    for width in WIDTHS:
+        style = f"border:0;width:{width}px;height:2000px"
+        frames += f'<iframe style="{style}" srcdoc="{html.escape(page)}"></iframe>'
+    body = f'{frames}<pre id="found"></pre><script>{MEASURE}</script>'
     host = folder / "host.html"
-    host.write_text(
-        f'<!DOCTYPE html><meta charset="utf-8">{frames}<pre id="found"></pre><script>{MEASURE}</script>',
-        encoding="utf-8",
-    )
+    host.write_text(f'<!DOCTYPE html><meta charset="utf-8">{body}', encoding="utf-8")
     found = re.search(r'<pre id="found">(.+?)</pre>', dump(host, folder), flags=re.DOTALL)
-    assert found is not None, "the measuring script did not end"
+    assert found is not None, "the measuring script did not finish"
     frames_found: list[dict[str, Any]] = json.loads(html.unescape(found.group(1)))
     return frames_found
 
@@ -45,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rendered(folder: Path) -> Rendered:
-    """The report as the browser holds it."""
+    """The report as loaded by the browser."""
     parser = Rendered()
     parser.feed(dump(folder / "report.html", folder))
     return parser
@@ -56,10 +57,10 @@ def summary(folder: Path) -> Summary:
     return build(folder)
 
 
-def test_the_browser_shows_the_summarys_figures(summary: Summary, rendered: Rendered) -> None:
+def test_browser_shows_the_metrics_of_the_summary(summary: Summary, rendered: Rendered) -> None:
     for label, model in summary["models"].items():
         assert (
-            float(rendered.figures[label, "task_loss"]["data-value"])
+            float(rendered.metrics[label, "task_loss"]["data-value"])
             == model["scores"]["task_loss"]
         )
         for figure, change in (
@@ -68,27 +69,25 @@ def test_the_browser_shows_the_summarys_figures(summary: Summary, rendered: Rend
         ):
             if "change" not in model:
                 continue
-            shown, expected = rendered.figures[label, figure], model["change"][change]
+            shown, expected = rendered.metrics[label, figure], model["change"][change]
             assert {
                 end: float(shown[f"data-{key}"])
                 for end, key in (("mean", "value"), ("low", "low"), ("high", "high"))
             } == expected
             assert shown["text"].startswith(signed(expected["mean"]) + ends(expected))
         if "verdict" in model:
-            assert rendered.figures[label, "verdict"]["text"] == model["verdict"]["status"]
+            assert rendered.metrics[label, "verdict"]["text"] == model["verdict"]["status"]
 
 
-def test_the_browser_shows_every_point_of_the_frontier(
-    summary: Summary, rendered: Rendered
-) -> None:
+def test_browser_shows_every_point_of_the_frontier(summary: Summary, rendered: Rendered) -> None:
     for row in summary["frontier"]:
         for figure in ("gain", "general"):
-            shown = rendered.figures[row["label"], figure]
+            shown = rendered.metrics[row["label"], figure]
             assert float(shown["data-value"]) == row[figure]["mean"]
             assert shown["text"].strip() == signed(row[figure]["mean"]) + ends(row[figure])
 
 
-def test_nothing_is_asked_of_anybody(folder: Path, rendered: Rendered) -> None:
+def test_page_makes_no_requests(folder: Path, rendered: Rendered) -> None:
     assert rendered.loads and all(link.startswith("#") for link in rendered.loads)
     assert all(
         frame["requested"] == []
@@ -96,7 +95,7 @@ def test_nothing_is_asked_of_anybody(folder: Path, rendered: Rendered) -> None:
     )
 
 
-def test_no_text_leaves_its_place_on_a_phone_or_a_desk(folder: Path) -> None:
+def test_no_text_overflows_on_a_phone_or_a_desktop(folder: Path) -> None:
     frames = measured((folder / "report.html").read_text(encoding="utf-8"), folder)
     assert [frame["width"] for frame in frames] == list(WIDTHS)
     for frame in frames:
@@ -106,16 +105,19 @@ def test_no_text_leaves_its_place_on_a_phone_or_a_desk(folder: Path) -> None:
         assert frame["colliding"] == []
 
 
-def test_the_measure_finds_what_it_looks_for(folder: Path) -> None:
+def test_measuring_script_detects_each_defect(folder: Path) -> None:
     wide = '<p style="white-space: nowrap">' + "word " * 60 + "</p>"
     cell = (
-        '<div class="scroll"><table style="table-layout: fixed; width: 60px"><tr><td style="white-space: nowrap">'
-        + "cell " * 9
+        '<div class="scroll"><table style="table-layout: fixed; width: 60px"><tr>'
+        '<td style="white-space: nowrap">' + "cell " * 9
     )
-    labels = '<svg width="90" height="40"><text x="5" y="20">one</text><text x="9" y="20">two</text><text x="80" y="20">far out</text></svg>'
-    asked = '<img src="http://127.0.0.1:9/missing.png">'
+    labels = (
+        '<svg width="90" height="40"><text x="5" y="20">one</text><text x="9" y="20">two</text>'
+        '<text x="80" y="20">far out</text></svg>'
+    )
+    image = '<img src="http://127.0.0.1:9/missing.png">'
     narrow, _ = measured(
-        f"<!DOCTYPE html><body>{wide}{labels}{asked}{cell}</td></tr></table></div>", folder
+        f"<!DOCTYPE html><body>{wide}{labels}{image}{cell}</td></tr></table></div>", folder
     )
     assert [text[:7] for text in narrow["overflowing"]] == ["word wo", "far out", "cell ce"]
     assert narrow["colliding"] == ["one / two"]

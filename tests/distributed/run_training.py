@@ -26,7 +26,7 @@ def main() -> None:
 
         strike_launches(sys.argv[2])
     try:
-        print(json.dumps(hosts.train(stage, settings, None, print)))
+        print(json.dumps(hosts.train(stage, settings, watch=None, report=print)))
     except PipelineError as error:
         sys.exit(f"error: {error}")
 

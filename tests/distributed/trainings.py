@@ -15,7 +15,7 @@ from pipelines.config.sections import LaunchSection
 from pipelines.paths import runs_root
 from pipelines.runtime import launcher
 from pipelines.runtime.stage import Stage, read_records
-from pipelines.workflow.stages import Stages
+from pipelines.workflow.stages import PreparedData, Stages
 
 METHODS = {"LoRA": "none", "QLoRA": "nf4", "full": "none"}
 """Name → how the base is stored."""
@@ -49,11 +49,9 @@ class Trainings:
             tiny_recipe(self.root / "model", self.root / "pairs.jsonl", **changes)
         )
         stages = Stages(recipe, self.root / runs)
-        base = launcher.result_of(
-            Stages(recipe, self.root / "shared").base(), "pipelines.models.base_model", threads=1
-        )
+        base = launcher.ensure_result(Stages(recipe, self.root / "shared").base(), threads=1)
         data_stage = Stages(recipe, self.root / "shared").data(base)
-        data = (data_stage, launcher.result_of(data_stage, "pipelines.data.preparation", threads=1))
+        data = PreparedData(data_stage, launcher.ensure_result(data_stage, threads=1))
         arm = (
             control_experiments(recipe)[0]
             if method == "full"
@@ -69,7 +67,7 @@ def train_all(config: str, processes: int, words: list[str], log: Path) -> None:
     argv = launcher.accelerate_argv(config, processes, Path())
     argv = [*argv[: argv.index("-m", 3)], str(SEVERAL), *words]
     with log.open("wb") as stream:
-        status = launcher.run_beside(argv, stream, threads=1, on_cpu=True, until=lambda: False)
+        status = launcher.run_joined_ranks(argv, stream, threads=1, on_cpu=True, until=lambda: False)
     assert status == 0, log.read_text()[-3000:]
 
 
@@ -105,11 +103,9 @@ def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training:
         {**values, **{name: {**values[name], **change} for name, change in changes.items()}}
     )
     shared = Stages(recipe, runs_root())
-    base = launcher.result_of(shared.base(), "pipelines.models.base_model", threads=2)
-    data = (
-        shared.data(base),
-        launcher.result_of(shared.data(base), "pipelines.data.preparation", threads=2),
-    )
+    base = launcher.ensure_result(shared.base(), threads=2)
+    data_stage = shared.data(base)
+    data = PreparedData(data_stage, launcher.ensure_result(data_stage, threads=2))
     arm = (
         control_experiments(recipe)[0]
         if method == "full"

@@ -20,7 +20,8 @@ from pipelines.evaluation.generation import generate
 from pipelines.evaluation.scoring import score
 from pipelines.evaluation.trees import build_prefix_tree
 from pipelines.models.checked import CheckedReader
-from pipelines.models.equivalence import Probe, verified_reader
+from pipelines.models.equivalence import verified_reader
+from pipelines.models.measurement import Probe
 from pipelines.models.packs import pack
 from pipelines.models.support import check_supported
 from pipelines.training.objective import Objective

@@ -85,7 +85,7 @@ def second_run(site: Site, random: Random) -> Outcome:
     since = time.monotonic()
     status, said = second.begin().wait(), last_line(second.said())
     seconds = time.monotonic() - since
-    refused = status != 0 and "another run is at work in" in said
+    refused = status != 0 and "another run is working in" in said
     return Outcome(
         refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1,
         0,

@@ -21,13 +21,13 @@ def away_for_a_minute(site: Site, random: Random) -> Outcome:
     port = free_port()
     trial = site.run(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
     trial.begin()
-    trial.wait_for(lambda: "asking again for" in trial.said(), seconds=300)
+    trial.wait_for(lambda: "retrying for" in trial.said(), seconds=300)
     since = time.monotonic()
     time.sleep(AWAY_SECONDS)
     with tracking_server(trial.runs, port):
         status = trial.ended(180)
         seconds = time.monotonic() - since - AWAY_SECONDS
-    said = next(line.strip() for line in trial.said().splitlines() if "asking again for" in line)
+    said = next(line.strip() for line in trial.said().splitlines() if "retrying for" in line)
     return Outcome(
         status == 0 and bool(trial.summary()["registered"]["versions"]) and trial.is_whole(),
         0,

@@ -43,7 +43,7 @@ def exceed_memory(trial: Trial, step: int, rank: int) -> tuple[bool, float]:
     status, said = trial.ended(), last_line(trial.said())
     named = (
         f"step {step} needs more memory than there is, with" in said
-        and "less would do with" in said
+        and "less memory is needed with" in said
     )
     return status == 2 and named, since
 

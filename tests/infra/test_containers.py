@@ -1,4 +1,4 @@
-"""The compose file and the image: the settings exist, the services find each other, and nothing is open that should not be."""
+"""The compose file and the image: valid settings, connected services, and no open ports."""
 
 import fnmatch
 import os
@@ -35,7 +35,7 @@ def option(service: Service, name: str) -> str:
     return str(value)
 
 
-def test_compose_reads_it() -> None:
+def test_compose_file_is_valid() -> None:
     for command in (["docker", "compose"], ["docker-compose"]):
         if (
             shutil.which(command[0])
@@ -44,7 +44,7 @@ def test_compose_reads_it() -> None:
         ):
             break
     else:
-        pytest.skip("no docker compose is here to read it")
+        pytest.skip("docker compose is not installed")
     env = {**os.environ, "POSTGRES_PASSWORD": "secret", "PREFECT_API_AUTH_STRING": "name:secret"}
     read = subprocess.run(
         [*command, "--file", str(COMPOSE), "config", "--quiet"],
@@ -67,10 +67,10 @@ def test_every_prefect_setting_exists(services: dict[str, Service]) -> None:
     }
     assert {"PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_SERVER_API_AUTH_STRING"} <= names
     for name in names:
-        assert getattr(prefect.settings, name).name == name  # raises for what is no setting
+        assert getattr(prefect.settings, name).name == name  # raises for an unknown setting
 
 
-def test_the_prefect_server_is_locked_says_nothing_home_and_keeps_leases_over_a_restart(
+def test_prefect_server_needs_a_password_sends_no_analytics_and_keeps_leases_after_a_restart(
     services: dict[str, Service],
 ) -> None:
     environment = services["prefect"]["environment"]
@@ -83,8 +83,8 @@ def test_the_prefect_server_is_locked_says_nothing_home_and_keeps_leases_over_a_
     assert environment["PREFECT_SERVER_UI_STATIC_DIRECTORY"].startswith(f"{state}/")
 
 
-@pytest.mark.filterwarnings("ignore:.*inferred as AnyType:UserWarning")  # MLflow's, of itself
-def test_mlflow_answers_the_worker_and_has_every_option(services: dict[str, Service]) -> None:
+@pytest.mark.filterwarnings("ignore:.*inferred as AnyType:UserWarning")  # raised by MLflow itself
+def test_mlflow_accepts_the_worker_and_has_every_option(services: dict[str, Service]) -> None:
     from mlflow.cli import cli
     from mlflow.server.security_utils import get_default_allowed_hosts, is_allowed_host_header
 
@@ -95,13 +95,13 @@ def test_mlflow_answers_the_worker_and_has_every_option(services: dict[str, Serv
     host = urlsplit(services["worker"]["environment"]["MLFLOW_TRACKING_URI"]).netloc
     allowed = option(services["mlflow"], "allowed-hosts").split(",")
     assert not is_allowed_host_header(get_default_allowed_hosts(), host), (
-        "the option would be needless"
+        "the option is unnecessary"
     )
     for one in (host, "localhost:5000"):
         assert is_allowed_host_header(allowed, one)
 
 
-def test_the_worker_finds_the_servers(services: dict[str, Service]) -> None:
+def test_worker_has_the_addresses_of_the_servers(services: dict[str, Service]) -> None:
     environment = services["worker"]["environment"]
     mlflow, prefect = (
         urlsplit(environment["MLFLOW_TRACKING_URI"]),
@@ -133,7 +133,7 @@ def test_the_worker_finds_the_servers(services: dict[str, Service]) -> None:
     assert {prefect_store.hostname, mlflow_store.hostname} == {"postgres"}
 
 
-def test_the_worker_has_the_gpus_and_the_time_to_end(services: dict[str, Service]) -> None:
+def test_worker_has_the_gpus_and_the_time_to_stop(services: dict[str, Service]) -> None:
     worker = services["worker"]
     [device] = worker["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
@@ -151,7 +151,7 @@ def test_every_port_is_on_localhost_only_and_no_password_has_a_default(
         pytest.fail(f"{name} has a default")
 
 
-def test_the_image_takes_its_versions_from_the_constraints() -> None:
+def test_image_uses_the_versions_of_the_constraints() -> None:
     text = DOCKERFILE.read_text()
     assert "://" not in text
     for source in re.findall(r"^COPY (?!\. )(.+) \S+$", text, flags=re.MULTILINE):
@@ -167,8 +167,8 @@ def test_the_image_takes_its_versions_from_the_constraints() -> None:
             assert word == "." or "==" in word or word in constrained, f"{word} has no version"
 
 
-def test_the_image_holds_what_git_knows() -> None:
-    """Else each report of the image would name its commit as changed."""
+def test_image_contains_every_tracked_file() -> None:
+    """Otherwise each report from the image would mark its commit as changed."""
     ignored = [
         line.strip()
         for line in DOCKERFILE.with_name("Dockerfile.dockerignore").read_text().splitlines()
@@ -176,7 +176,7 @@ def test_the_image_holds_what_git_knows() -> None:
     ]
     for line in (REPOSITORY / ".gitignore").read_text().split():
         assert {line.rstrip("/"), f"**/{line.rstrip('/')}"} & set(ignored), (
-            f"{line} would go into the image"
+            f"{line} would be copied into the image"
         )
     known = subprocess.run(
         ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The manifests: rendered, held against Kubernetes' own schemas, and against the recipe and the commands that they start."""
+"""The rendered manifests match the Kubernetes schemas, the recipe and the commands they start."""
 
 import copy
 import os
@@ -15,13 +15,13 @@ from pipelines.runtime.launcher import GRACE_SECONDS, config_file
 
 FOLDER = Path(__file__).parents[2] / "infra" / "kubernetes"
 VERSIONS = ("1.31", "1.34", "1.37")
-"""The first that the page names, and later ones."""
+"""The oldest supported version, and later ones."""
 Manifest = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def written() -> list[Manifest]:
-    """Return the manifests as they are in the files that the kustomization names."""
+    """Return the manifests of the files in the kustomization."""
     names = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
     return [
         document for name in names for document in yaml.safe_load_all((FOLDER / name).read_text())
@@ -30,7 +30,7 @@ def written() -> list[Manifest]:
 
 @pytest.fixture(scope="module")
 def rendered() -> list[Manifest]:
-    """Return the manifests as kustomize makes them."""
+    """Return the manifests as kustomize renders them."""
     for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
         if shutil.which(command[0]):
             ended = subprocess.run(
@@ -38,7 +38,7 @@ def rendered() -> list[Manifest]:
             )
             assert ended.returncode == 0, ended.stderr
             return list(yaml.safe_load_all(ended.stdout))
-    pytest.skip("neither kustomize nor kubectl is here to render with")
+    pytest.skip("neither kustomize nor kubectl is installed")
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +62,10 @@ def job(written: list[Manifest]) -> Manifest:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_is_rendered_meets_the_schemas(rendered: list[Manifest], version: str) -> None:
+def test_rendered_manifests_match_the_schemas(rendered: list[Manifest], version: str) -> None:
     schemas = pytest.importorskip(
         "kubernetes_validate",
-        reason="kubernetes-validate, which carries the schemas, is not installed",
+        reason="kubernetes-validate, which has the schemas, is not installed",
     )
     assert {manifest["kind"] for manifest in rendered} == {
         "ConfigMap",
@@ -76,13 +76,15 @@ def test_what_is_rendered_meets_the_schemas(rendered: list[Manifest], version: s
     }
     for manifest in rendered:
         schemas.validate(manifest, version, strict=True)
-    misspelt = copy.deepcopy(only(rendered, "Job"))
-    misspelt["spec"]["completion"] = 2
+    misspelled = copy.deepcopy(only(rendered, "Job"))
+    misspelled["spec"]["completion"] = 2
     with pytest.raises(schemas.ValidationError, match="completion"):
-        schemas.validate(misspelt, version, strict=True)
+        schemas.validate(misspelled, version, strict=True)
 
 
-def test_what_the_job_refers_to_is_there_under_its_rendered_name(rendered: list[Manifest]) -> None:
+def test_objects_that_the_job_refers_to_exist_under_their_rendered_names(
+    rendered: list[Manifest],
+) -> None:
     job, maps = (
         only(rendered, "Job"),
         {one["metadata"]["name"] for one in rendered if one["kind"] == "ConfigMap"},
@@ -99,7 +101,7 @@ def test_what_the_job_refers_to_is_there_under_its_rendered_name(rendered: list[
     )
     assert {mount["name"] for mount in container(job)["volumeMounts"]} == set(volumes)
     assert container(job)["image"] != "lora-pipeline", (
-        "kustomize did not put the image's full name in"
+        "kustomize did not insert the full name of the image"
     )
     assert (
         "recipe.yaml"
@@ -109,7 +111,7 @@ def test_what_the_job_refers_to_is_there_under_its_rendered_name(rendered: list[
     )
 
 
-def test_hosts_and_gpus_are_those_of_the_recipe(job: Manifest, recipe: Recipe) -> None:
+def test_hosts_and_gpus_match_the_recipe(job: Manifest, recipe: Recipe) -> None:
     hosts = job["spec"]["completions"]
     assert hosts == job["spec"]["parallelism"] == recipe.launch.machines
     assert (
@@ -118,7 +120,7 @@ def test_hosts_and_gpus_are_those_of_the_recipe(job: Manifest, recipe: Recipe) -
     assert config_file(recipe.launch.config).name.startswith("gpu_")
 
 
-def test_every_pod_finds_the_first_by_name(job: Manifest, written: list[Manifest]) -> None:
+def test_every_pod_knows_the_address_of_the_first(job: Manifest, written: list[Manifest]) -> None:
     service, pod = only(written, "Service"), job["spec"]["template"]
     name, [port] = service["metadata"]["name"], service["spec"]["ports"]
     assert {
@@ -141,7 +143,7 @@ def test_every_pod_finds_the_first_by_name(job: Manifest, written: list[Manifest
     ("index", "words"),
     [("0", "run /recipe/recipe.yaml"), ("1", "join --machine 1"), ("31", "join --machine 31")],
 )
-def test_each_pod_starts_the_command_of_its_number(
+def test_each_pod_starts_the_command_of_its_index(
     job: Manifest, tmp_path: Path, index: str, words: str
 ) -> None:
     (tmp_path / "lora").write_text('#!/bin/sh\necho "$@"\n')
@@ -153,11 +155,11 @@ def test_each_pod_starts_the_command_of_its_number(
     assert ended.stdout == f"{words}\n"
 
 
-def test_the_runs_end_is_the_jobs_and_a_pod_may_be_lost(job: Manifest) -> None:
+def test_first_pod_decides_the_job_and_another_pod_may_be_lost(job: Manifest) -> None:
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert spec["completionMode"] == "Indexed"
     assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
-    assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other"
+    assert pod["restartPolicy"] == "Never", "podFailurePolicy allows no other value"
     assert [rule["action"] for rule in spec["podFailurePolicy"]["rules"]] == ["Ignore"]
     assert pod["terminationGracePeriodSeconds"] > GRACE_SECONDS
 

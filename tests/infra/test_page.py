@@ -1,4 +1,4 @@
-"""infra/README.md and the files beside it say nothing that is not so: commands, variables, launches, links, recipes."""
+"""infra/README.md and the files next to it are correct: commands, variables, launches, links."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import yaml
 
 from pipelines.cli import app
 from pipelines.config.sections import LaunchSection
-from pipelines.runtime.child import PARENT, PLACE
+from pipelines.runtime.child import PARENT, WORKER_INDEX
 from pipelines.runtime.launcher import CONFIGS, config_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ COMPOSE = (INFRA / "compose.yaml").read_text()
 
 
 def in_source(name: str, *folders: Path, kinds: tuple[str, ...] = ("*.py",)) -> bool:
-    """Tell whether a file of these kinds under the folders holds the name."""
+    """Return whether a file of these kinds in the folders contains the name."""
     included = [f"--include={kind}" for kind in kinds]
     return (
         subprocess.run(
@@ -63,14 +63,13 @@ READERS: dict[str, Callable[[str], bool]] = {
     "MLflow": lambda name: in_source(name, library("mlflow")),
     "Hugging Face": lambda name: in_source(name, library("huggingface_hub")),
     "PyTorch": lambda name: in_source(name, library("torch"), kinds=("*.py", "libtorch_cpu.so")),
-    "NCCL": lambda name: in_source(
-        name, library("torch"), library("deepspeed")
-    ),  # as its users name it: no CPU build holds it
+    # CPU builds do not contain NCCL, but its users name its variables
+    "NCCL": lambda name: in_source(name, library("torch"), library("deepspeed")),
 }
 
 
 def variables() -> Iterator[tuple[str, list[str]]]:
-    """Yield each variable of the page's table, with who is said to read it."""
+    """Yield each variable of the page's table, with the programs listed as its readers."""
     for names, readers in re.findall(
         r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([^|]+) \|", PAGE, flags=re.MULTILINE
     ):
@@ -88,7 +87,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(INFRA)))
-def test_every_command_is_one_of_ours_with_its_options(path: Path) -> None:
+def test_every_command_and_option_exists(path: Path) -> None:
     known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for command, options in commands(path.read_text()):
         assert command in known, f"lora {command}"
@@ -97,7 +96,7 @@ def test_every_command_is_one_of_ours_with_its_options(path: Path) -> None:
         }, f"lora {command}"
 
 
-def test_the_commands_are_looked_for_where_they_are() -> None:
+def test_commands_are_found_in_the_files() -> None:
     assert ("run", ["--rank"]) in commands(PAGE)
     assert ("join", ["--machine"]) in commands((INFRA / "slurm" / "finetune.sbatch").read_text())
     assert ("join", ["--machine"]) in commands((INFRA / "kubernetes" / "job.yaml").read_text())
@@ -105,14 +104,16 @@ def test_the_commands_are_looked_for_where_they_are() -> None:
 
 
 @pytest.mark.parametrize(("name", "readers"), VARIABLES.items(), ids=VARIABLES)
-def test_every_variable_is_read_by_whom_the_page_says(name: str, readers: list[str]) -> None:
+def test_every_variable_is_read_by_the_named_programs(name: str, readers: list[str]) -> None:
     for reader in readers:
-        assert READERS[reader](name), f"{reader} reads no {name}"
+        assert READERS[reader](name), f"{reader} does not read {name}"
 
 
-def test_every_variable_that_can_be_set_is_on_the_page() -> None:
-    own = {name for folder in ("pipelines", "lora_core") for path in (REPOSITORY / folder).rglob("*.py")
-           for name in re.findall(r'"(LORA_[A-Z_]+)"', path.read_text())}  # fmt: skip
+def test_every_variable_is_on_the_page() -> None:
+    own: set[str] = set()
+    for folder in ("pipelines", "lora_core"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            own |= set(re.findall(r'"(LORA_[A-Z_]+)"', path.read_text()))
     settings = {
         line.partition("=")[0]
         for line in (INFRA / "kubernetes" / "settings.env").read_text().splitlines()
@@ -123,11 +124,11 @@ def test_every_variable_that_can_be_set_is_on_the_page() -> None:
         re.findall(r"\$\{(\w+)", COMPOSE)
     )
     image = {"POSTGRES_USER", "POSTGRES_DB"}
-    """The database image's own, fixed in compose.yaml."""
-    assert own - {PARENT, PLACE} | settings | composed - image <= set(VARIABLES)
+    """Variables of the database image, fixed in compose.yaml."""
+    assert own - {PARENT, WORKER_INDEX} | settings | composed - image <= set(VARIABLES)
 
 
-def test_every_launch_exists_and_is_explained() -> None:
+def test_every_launch_exists_and_is_documented() -> None:
     named = {
         name
         for path in FILES
@@ -137,7 +138,7 @@ def test_every_launch_exists_and_is_explained() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_every_launch_config_finds_its_deepspeed_settings(name: str) -> None:
+def test_every_launch_config_has_its_deepspeed_settings(name: str) -> None:
     section = yaml.safe_load(config_file(name).read_text()).get("deepspeed_config", {})
     if section:
         stage = json.loads((REPOSITORY / section["deepspeed_config_file"]).read_text())[
@@ -153,7 +154,7 @@ def test_every_launch_section_on_the_page_is_valid() -> None:
         LaunchSection.model_validate(yaml.safe_load(section))
 
 
-def test_every_link_leads_somewhere() -> None:
+def test_every_link_has_a_target() -> None:
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert links
     for link in links:
@@ -168,19 +169,19 @@ def test_every_file_is_on_the_page() -> None:
         assert any(str(part) in PAGE for part in (name, name.parent) if str(part) != "."), name
 
 
-def test_the_script_is_sound() -> None:
+def test_slurm_script_passes_shellcheck() -> None:
     script = str(INFRA / "slurm" / "finetune.sbatch")
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = shutil.which(
         "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
     if shellcheck is None:
-        pytest.skip("shellcheck is not here")
+        pytest.skip("shellcheck is not installed")
     checked = subprocess.run([shellcheck, script], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
 
 
-def test_slurm_gives_the_run_time_to_end() -> None:
+def test_slurm_gives_the_run_time_to_stop() -> None:
     from pipelines.runtime.launcher import GRACE_SECONDS
 
     script = (INFRA / "slurm" / "finetune.sbatch").read_text()

@@ -1,4 +1,4 @@
-"""The compose file's servers run without containers: its commands and settings, on a Postgres with its databases."""
+"""The servers of the compose file run without containers, on a Postgres with their databases."""
 
 import os
 import pwd
@@ -35,15 +35,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def until(claim: Callable[[], bool], seconds: float = 120) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while True:
         try:
-            if claim():
+            if condition():
                 return
         except (httpx.TransportError, OSError):
             pass
-        assert time.monotonic() < end, "not within the time"
+        assert time.monotonic() < end, f"not within {seconds} seconds"
         time.sleep(0.5)
 
 
@@ -51,7 +51,7 @@ def until(claim: Callable[[], bool], seconds: float = 120) -> None:
 def started(
     command: Sequence[str], log: Path, env: dict[str, str], user: str | None = None
 ) -> Iterator[None]:
-    """Run a command for the length of a block; nothing of it is left."""
+    """Run a command until the block ends; stop all of its processes then."""
     with log.open("w") as stream:
         process = subprocess.Popen(
             command, env=env, stdout=stream, stderr=subprocess.STDOUT, user=user, cwd=log.parent
@@ -70,18 +70,18 @@ def started(
 
 
 def postgres_tool(name: str) -> str:
-    """Return the path of a program of Postgres, which Debian keeps aside; skip where there is none."""
+    """Return the path of a Postgres program (Debian installs it outside PATH); skip without it."""
     for path in [shutil.which(name), *map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{name}"))]:
         if path is not None:
             return path
-    pytest.skip(f"no {name} is here: Postgres is not installed")
+    pytest.skip(f"{name} is missing: Postgres is not installed")
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[int]:
-    """Run a Postgres with the databases that the compose file makes; yield its port."""
+    """Run a Postgres with the databases of the compose file; yield its port."""
     service, port = COMPOSE["services"]["postgres"]["environment"], free_port()
-    user = "postgres" if os.getuid() == 0 else None  # it refuses root
+    user = "postgres" if os.getuid() == 0 else None  # Postgres refuses to run as root
     initdb, server, psql = map(postgres_tool, ("initdb", "postgres", "psql"))
     folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     env = {**os.environ, "PGPASSWORD": "secret"}
@@ -154,7 +154,7 @@ def postgres() -> Iterator[int]:
 
 @contextmanager
 def served(name: str, postgres: int, state: Path) -> Iterator[str]:
-    """Run a service of the compose file here, with its ports and paths replaced by free ones; yield its address."""
+    """Run a service of the compose file with free ports and local paths; yield its address."""
     service, port = COMPOSE["services"][name], free_port()
     inside = service["ports"][0].rpartition(":")[2]
     new = {
@@ -182,14 +182,14 @@ def served(name: str, postgres: int, state: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-def test_prefect_serves_those_who_know_the_password(postgres: int, tmp_path: Path) -> None:
+def test_prefect_requires_the_password(postgres: int, tmp_path: Path) -> None:
     with served("prefect", postgres, tmp_path) as address:
         until(lambda: httpx.get(f"{address}/api/health").status_code == 200)
         pools = f"{address}/api/work_pools/filter"
         assert httpx.post(pools, json={}).status_code == 401
         assert httpx.post(pools, json={}, auth=("somebody", "secret")).json() == []
         assert "<html" in httpx.get(address, follow_redirects=True).text, (
-            "the pages were not put where they are served from"
+            "the pages are not in the folder they are served from"
         )
         (tmp_path / "recipe.yaml").write_text(
             yaml.safe_dump(tiny_recipe(tmp_path, tmp_path / "pairs.jsonl"))
@@ -216,23 +216,24 @@ def test_prefect_serves_those_who_know_the_password(postgres: int, tmp_path: Pat
 
 @pytest.mark.skipif(
     find_spec("psycopg2") is None,
-    reason="psycopg2, by which MLflow speaks to Postgres, is not installed",
+    reason="psycopg2, which MLflow needs for Postgres, is not installed",
 )
-def test_mlflow_serves_the_worker_by_the_name_of_the_service(postgres: int, tmp_path: Path) -> None:
+def test_mlflow_accepts_the_host_name_of_the_service(postgres: int, tmp_path: Path) -> None:
     with served("mlflow", postgres, tmp_path) as address:
         until(lambda: httpx.get(f"{address}/health").status_code == 200)
         port = address.rpartition(":")[2]
-        search, asked = f"{address}/api/2.0/mlflow/experiments/search", {"max_results": 10}
+        search = f"{address}/api/2.0/mlflow/experiments/search"
+        query = {"max_results": 10}
         assert (
-            httpx.post(search, json=asked, headers={"Host": f"mlflow:{port}"}).json()[
+            httpx.post(search, json=query, headers={"Host": f"mlflow:{port}"}).json()[
                 "experiments"
             ][0]["name"]
             == "Default"
         )
         assert (
-            httpx.post(search, json=asked, headers={"Host": f"elsewhere:{port}"}).status_code == 403
+            httpx.post(search, json=query, headers={"Host": f"elsewhere:{port}"}).status_code == 403
         )
         assert httpx.get(address).status_code == 200
-        kept = f"{address}/api/2.0/mlflow-artifacts/artifacts/0/note.txt"
-        assert httpx.put(kept, content=b"an adapter").status_code == 200
+        artifact = f"{address}/api/2.0/mlflow-artifacts/artifacts/0/note.txt"
+        assert httpx.put(artifact, content=b"an adapter").status_code == 200
         assert (tmp_path / "artifacts" / "0" / "note.txt").read_bytes() == b"an adapter"

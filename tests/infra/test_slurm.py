@@ -1,4 +1,4 @@
-"""The SLURM script runs for real, on stand-ins: an `srun` that starts each task here, and a `lora` that does as it is told."""
+"""The SLURM script runs with a fake `srun`, which starts each task here, and a fake `lora`."""
 
 import os
 import signal
@@ -19,24 +19,30 @@ NODES = ("node-a", "node-b", "node-c")
 
 SRUN = """
 import os, signal, subprocess, sys
-options = dict(word[2:].partition("=")[::2] for word in sys.argv[1:] if word.startswith("--") and "=" in word)
-command = [word for word in sys.argv[1:] if not (word.startswith("--") and "=" in word)]
-assert options["nodes"] == options["ntasks"], "one task a node"
+options, command = {}, []
+for word in sys.argv[1:]:
+    if word.startswith("--") and "=" in word:
+        name, _, value = word[2:].partition("=")
+        options[name] = value
+    else:
+        command.append(word)
+assert options["nodes"] == options["ntasks"], "one task per node"
 tasks = []
 for task in range(int(options["nodes"])):
     node = os.environ["NODES"].split()[int(options["relative"]) + task]
-    tasks.append(subprocess.Popen(command, env={**os.environ, "SLURM_PROCID": str(task), "SLURMD_NODENAME": node}))
+    env = {**os.environ, "SLURM_PROCID": str(task), "SLURMD_NODENAME": node}
+    tasks.append(subprocess.Popen(command, env=env))
 signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
 sys.exit(max(task.wait() % 256 for task in tasks))
 """
 SCONTROL = """
 import os, signal, sys
-signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # who reads one line closes the pipe
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a reader of one line closes the pipe
 if sys.argv[1:3] == ["show", "hostnames"]:
     print("\\n".join(os.environ["NODES"].split()))
 else:
-    with open("scontrol.txt", "a") as told:
-        print(*sys.argv[1:], file=told)
+    with open("scontrol.txt", "a") as changes:
+        print(*sys.argv[1:], file=changes)
 """
 LORA = """
 import os, signal, sys, time
@@ -45,9 +51,10 @@ def ended(*_):
     open(f"ended-{node}", "w").close()
     sys.exit(143)
 signal.signal(signal.SIGTERM, ended)
-with open(f"began-{node}.part", "w") as began:
-    print(*sys.argv[1:], os.environ["LORA_MAIN_ADDRESS"], os.environ["LORA_RUNS"], sep="|", file=began)
-os.rename(began.name, f"began-{node}")
+words = [*sys.argv[1:], os.environ["LORA_MAIN_ADDRESS"], os.environ["LORA_RUNS"]]
+with open(f"started-{node}.part", "w") as started:
+    print(*words, sep="|", file=started)
+os.rename(started.name, f"started-{node}")
 while not os.path.exists(f"end-{node}"):
     time.sleep(0.02)
 sys.exit(int(open(f"end-{node}").read()))
@@ -56,12 +63,12 @@ sys.exit(int(open(f"end-{node}").read()))
 
 @dataclass
 class Job:
-    """A job on three nodes, which are folders' worth of files here."""
+    """A job on three nodes, which communicate with the test through files."""
 
     folder: Path
 
     def write(self, machines: int) -> None:
-        """Lay out a repository with a recipe, and the stand-ins."""
+        """Write a repository with a recipe and the fake programs."""
         recipe = tiny_recipe(
             self.folder,
             self.folder / "pairs.jsonl",
@@ -79,7 +86,7 @@ class Job:
         path.chmod(0o755)
 
     def start(self, nodes: int, *arguments: str) -> "subprocess.Popen[bytes]":
-        """Start the script as SLURM starts it on the first node."""
+        """Start the script as SLURM does on the first node."""
         env = {
             name: value
             for name, value in os.environ.items()
@@ -91,32 +98,33 @@ class Job:
             "SLURM_JOB_NODELIST": "node-[a-c]",
         }
         given |= {"SLURM_JOB_NUM_NODES": str(nodes), "NODES": " ".join(NODES[:nodes])}
-        with (self.folder / "said.txt").open("w") as said:
+        with (self.folder / "stderr.txt").open("w") as stderr:
             return subprocess.Popen(
                 ["bash", str(SCRIPT), *arguments],
                 env=env | given,
-                stderr=said,
+                stderr=stderr,
                 start_new_session=True,
             )
 
     def end(self, node: str, status: int) -> None:
-        """Have a node's command end by itself."""
+        """Make a node's command exit."""
         (self.folder / f"end-{node}.part").write_text(str(status))
         (self.folder / f"end-{node}.part").rename(self.folder / f"end-{node}")
 
     def files(self, kind: str) -> set[str]:
         return {path.name.removeprefix(f"{kind}-") for path in self.folder.glob(f"{kind}-node-?")}
 
-    def began(self, node: str) -> list[str]:
-        return (self.folder / f"began-{node}").read_text().strip().split("|")
+    def command(self, node: str) -> list[str]:
+        """Return the arguments of `lora` on a node, its main address and its runs folder."""
+        return (self.folder / f"started-{node}").read_text().strip().split("|")
 
-    def told(self) -> str:
-        """Return what scontrol was asked to change."""
+    def changes(self) -> str:
+        """Return the arguments of the calls of scontrol that change the job."""
         path = self.folder / "scontrol.txt"
         return path.read_text() if path.exists() else ""
 
-    def said(self) -> str:
-        return (self.folder / "said.txt").read_text()
+    def stderr(self) -> str:
+        return (self.folder / "stderr.txt").read_text()
 
 
 @pytest.fixture
@@ -128,10 +136,10 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture
 def running(job: Job) -> "Iterator[subprocess.Popen[bytes]]":
-    """Yield the script when all three nodes have begun."""
+    """Yield the script once all three nodes have started."""
     script = job.start(3, "recipe.yaml", "--rank", "8")
     try:
-        until(lambda: job.files("began") == set(NODES))
+        until(lambda: job.files("started") == set(NODES))
         yield script
     finally:
         with suppress(ProcessLookupError):
@@ -139,77 +147,75 @@ def running(job: Job) -> "Iterator[subprocess.Popen[bytes]]":
         script.wait()
 
 
-def until(claim: Callable[[], bool], seconds: float = 60) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not claim():
-        assert time.monotonic() < end, "not within the time"
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} seconds"
         time.sleep(0.05)
 
 
-def test_the_first_node_runs_the_recipe_and_the_others_join_by_number(
+def test_first_node_runs_the_recipe_and_the_others_join(
     job: Job, running: "subprocess.Popen[bytes]"
 ) -> None:
-    place = ["node-a:23456", str(job.folder / "runs")]
-    assert job.began("node-a") == ["run", "recipe.yaml", "--rank", "8", *place]
-    assert job.began("node-b") == ["join", "--machine", "1", *place]
-    assert job.began("node-c") == ["join", "--machine", "2", *place]
+    environment = ["node-a:23456", str(job.folder / "runs")]
+    assert job.command("node-a") == ["run", "recipe.yaml", "--rank", "8", *environment]
+    assert job.command("node-b") == ["join", "--machine", "1", *environment]
+    assert job.command("node-c") == ["join", "--machine", "2", *environment]
 
 
 @pytest.mark.parametrize("status", [0, 2])
-def test_the_end_of_the_first_node_ends_the_others_and_its_status_is_the_jobs(
+def test_first_node_ends_the_others_and_its_status_is_the_jobs(
     job: Job, running: "subprocess.Popen[bytes]", status: int
 ) -> None:
     job.end("node-a", status)
     assert running.wait(60) == status
     assert job.files("ended") == {"node-b", "node-c"}
-    assert job.told() == ""
+    assert job.changes() == ""
 
 
-def test_a_node_that_is_lost_ends_the_run(job: Job, running: "subprocess.Popen[bytes]") -> None:
+def test_lost_node_ends_the_run(job: Job, running: "subprocess.Popen[bytes]") -> None:
     job.end("node-b", 1)
     job.end("node-c", 1)
     assert running.wait(60) == 143
     assert job.files("ended") == {"node-a"}
-    assert job.told() == ""
-    assert "goes on from its last checkpoint" in job.said()
+    assert job.changes() == ""
+    assert "from its last checkpoint" in job.stderr()
 
 
-def test_before_the_time_limit_all_end_in_order_and_the_job_is_queued_again(
+def test_job_stops_in_order_and_is_requeued_before_the_time_limit(
     job: Job, running: "subprocess.Popen[bytes]"
 ) -> None:
     running.send_signal(signal.SIGUSR1)
     assert running.wait(60) == 143
     assert job.files("ended") == set(NODES)
-    assert job.told() == "requeue 123456\n"
+    assert job.changes() == "requeue 123456\n"
 
 
-def test_a_job_that_is_cancelled_is_not_queued_again(
-    job: Job, running: "subprocess.Popen[bytes]"
-) -> None:
+def test_canceled_job_is_not_requeued(job: Job, running: "subprocess.Popen[bytes]") -> None:
     running.send_signal(signal.SIGTERM)
     assert running.wait(60) == 143
     assert job.files("ended") == set(NODES)
-    assert job.told() == ""
-    assert job.said() == ""
+    assert job.changes() == ""
+    assert job.stderr() == ""
 
 
-def test_one_node_runs_alone(tmp_path: Path) -> None:
+def test_single_node_runs_alone(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.write(machines=1)
     job.end("node-a", 0)
     assert job.start(1, "recipe.yaml").wait(60) == 0
-    assert job.files("began") == {"node-a"}
+    assert job.files("started") == {"node-a"}
 
 
-def test_a_recipe_for_another_number_of_nodes_is_refused_before_anything_starts(job: Job) -> None:
+def test_recipe_for_another_number_of_nodes_is_refused_before_the_start(job: Job) -> None:
     assert job.start(2, "recipe.yaml").wait(60) == 2
     assert (
-        job.said()
+        job.stderr()
         == "error: launch.machines of recipe.yaml is 3, and the job has 2 nodes; make them equal\n"
     )
-    assert job.files("began") == set()
+    assert job.files("started") == set()
 
 
-def test_a_recipe_is_asked_for(job: Job) -> None:
+def test_missing_recipe_is_an_error(job: Job) -> None:
     assert job.start(3).wait(60) != 0
-    assert "name a recipe" in job.said()
+    assert "name a recipe" in job.stderr()

@@ -1,4 +1,4 @@
-"""What the tests of lora_core share: tiny models made on the spot, dense or 4-bit, and ways to compare them bit by bit."""
+"""Fixtures of the lora_core tests: tiny dense or 4-bit models, and bit-exact comparisons."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +18,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Let a sum be formed in one order, and tests side by side not fight for cores."""
+    """Fix the summation order, and keep parallel tests from competing for cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,13 +32,13 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def build_llama() -> Callable[..., LlamaForCausalLM]:
-    """Return a maker of Llamas of two layers with grouped heads: equal arguments give equal bits."""
+    """Return a factory of two-layer Llamas with grouped heads: equal arguments give equal bits."""
     return make_llama
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama, for what has to be loaded from disk."""
+    """A saved tiny Llama, for tests that load from disk."""
     folder = tmp_path_factory.mktemp("llama")
     make_llama().save_pretrained(folder)
     return folder
@@ -46,23 +46,23 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def build_nf4_llama(llama_folder: Path) -> Callable[..., LlamaForCausalLM]:
-    """Return a loader of the same Llama in NF4 with double quantisation.
+    """Return a loader of the same Llama in NF4 with double quantization.
 
-    The model is in training mode (it has no dropout): in evaluation bitsandbytes swaps the stored codes for another
-    layout on some processors, which test_quant.py looks at by itself.
+    The model is in training mode (it has no dropout): in evaluation mode, bitsandbytes changes the
+    layout of the stored codes on some processors, which test_quant.py covers.
     """
 
     def load(
         dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None
     ) -> LlamaForCausalLM:
-        quantisation = BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype or dtype,
         )
         return AutoModelForCausalLM.from_pretrained(
-            llama_folder, quantization_config=quantisation, dtype=dtype
+            llama_folder, quantization_config=quantization, dtype=dtype
         ).train()
 
     return load
@@ -85,8 +85,8 @@ def logits(tokens: Tensor) -> Callable[[nn.Module], Tensor]:
 
 
 @pytest.fixture(scope="session")
-def randomise() -> Callable[[nn.Module], None]:
-    """Return a function that gives every B of an adapter values large enough to move the logits."""
+def randomize() -> Callable[[nn.Module], None]:
+    """Return a function that fills every B of an adapter with values that change the logits."""
     return fill_with_noise
 
 
@@ -102,7 +102,7 @@ def assert_same_state() -> Callable[[State, State], None]:
 
 @pytest.fixture(scope="session")
 def random_update() -> Callable[..., Update]:
-    """Return a maker of updates of full rank: equal arguments give equal bits."""
+    """Return a factory of updates of full rank: equal arguments give equal bits."""
     return make_update
 
 
@@ -113,7 +113,7 @@ def small_config() -> LoraConfig:
 
 @pytest.fixture
 def adapted(small_config: LoraConfig) -> LlamaForCausalLM:
-    """A Llama that carries an adapter with noise in it."""
+    """A Llama with a random adapter."""
     model = make_llama()
     inject(model, small_config, seed=5)
     fill_with_noise(model)
@@ -132,22 +132,25 @@ def adapter_folder(adapted: LlamaForCausalLM, small_config: LoraConfig, tmp_path
     params=[partial(torch.compile, backend="eager"), nn.DataParallel], ids=["compiled", "parallel"]
 )
 def wrapper(request: pytest.FixtureRequest) -> Callable[[nn.Module], nn.Module]:
-    """What puts a part of its own before every module path; neither computes anything by being put on."""
+    """A wrapper that prefixes every module path; wrapping alone computes nothing."""
     return request.param
 
 
 @pytest.fixture
 def refuses(state_of: Callable[[nn.Module], State]) -> Callable[..., None]:
-    """Return a check that an action on a model raises, and that the model is then what it was."""
+    """Return a check that an action on a model raises and leaves the model unchanged."""
 
     def check(
         model: nn.Module, action: Callable[[], object], error: type[Exception], message: str | None
     ) -> None:
-        before, trainable, adapters = state_of(model), _trainable(model), _adapters(model)
+        before = state_of(model)
+        trainable = _trainable(model)
+        adapters = _adapters(model)
         with pytest.raises(error, match=message):
             action()
         compare_states(state_of(model), before)
-        assert (_trainable(model), _adapters(model)) == (trainable, adapters)
+        assert _trainable(model) == trainable
+        assert _adapters(model) == adapters
 
     return check
 
@@ -165,10 +168,10 @@ def make_llama(
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         attention_bias=bias,
-        initializer_range=0.1,  # at the usual 0.02 a tiny model's logits hardly depend on its layers
+        initializer_range=0.1,  # with the usual 0.02, the logits hardly depend on the layers
     )
     torch.manual_seed(seed)
-    # Through bfloat16, so that a copy in either dtype holds the same values.
+    # Rounded to bfloat16, so that copies in both dtypes have the same values.
     return LlamaForCausalLM(config).to(torch.bfloat16).to(dtype).eval()
 
 
@@ -176,10 +179,8 @@ def make_update(
     out_features: int, in_features: int, rank: int, *, scale: float = 1.0, seed: int = 0
 ) -> Update:
     generator = torch.Generator().manual_seed(seed)
-    a, b = (
-        torch.randn(shape, generator=generator)
-        for shape in ((rank, in_features), (out_features, rank))
-    )
+    a = torch.randn(rank, in_features, generator=generator)
+    b = torch.randn(out_features, rank, generator=generator)
     return Update(a, b, scale)
 
 
@@ -196,12 +197,9 @@ def clone_state(model: nn.Module) -> State:
 
 def compare_states(state: State, reference: State) -> None:
     assert state.keys() == reference.keys()
-    different = [
-        name
-        for name, value in state.items()
-        if value.dtype != reference[name].dtype or not torch.equal(value, reference[name])
-    ]
-    assert not different
+    for name, value in state.items():
+        assert value.dtype == reference[name].dtype, name
+        assert torch.equal(value, reference[name]), name
 
 
 def _trainable(model: nn.Module) -> list[str]:

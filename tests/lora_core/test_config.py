@@ -1,4 +1,4 @@
-"""A LoraConfig that breaks a rule cannot exist, and its error shows the value; the scale is the published one."""
+"""An invalid LoraConfig raises an error that shows the value; scales match the papers."""
 
 import math
 from dataclasses import FrozenInstanceError
@@ -52,30 +52,32 @@ BAD_VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_VALUES, ids=lambda part: repr(part))
-def test_bad_value_is_refused_and_shown(field: str, value: Any) -> None:
+def test_error_shows_invalid_value(field: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         LoraConfig(**{"r": 8, "lora_alpha": 16, field: value})
     assert field in str(caught.value)
-    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else [value]
+    parts = [value]
+    if isinstance(value, dict):
+        parts = [*value.keys(), *value.values()]
     assert any(repr(part) in str(caught.value) for part in parts)
 
 
-def test_errors_are_value_errors_and_of_one_family() -> None:
+def test_config_error_is_value_error_and_lora_error() -> None:
     with pytest.raises(ValueError, match="rank r=0") as caught:
         LoraConfig(r=0, lora_alpha=1)
     assert isinstance(caught.value, LoraError)
 
 
 @given(r=st.integers(1, 4096), alpha=st.floats(1e-3, 1e6))
-def test_scale_follows_the_papers(r: int, alpha: float) -> None:
+def test_scale_matches_papers(r: int, alpha: float) -> None:
     plain = LoraConfig(r=r, lora_alpha=alpha)
-    stabilised = LoraConfig(r=r, lora_alpha=alpha, use_rslora=True)
-    # One or two roundings of float64 apart.
+    stabilized = LoraConfig(r=r, lora_alpha=alpha, use_rslora=True)
+    # One or two float64 rounding errors.
     assert math.isclose(plain.scale * r, alpha, rel_tol=1e-15)
-    assert math.isclose(stabilised.scale**2 * r, alpha**2, rel_tol=1e-14)
+    assert math.isclose(stabilized.scale**2 * r, alpha**2, rel_tol=1e-14)
 
 
-def test_config_cannot_be_changed() -> None:
+def test_config_is_immutable() -> None:
     config = LoraConfig(r=8, lora_alpha=16)
     with pytest.raises(FrozenInstanceError):
         config.r = 4  # type: ignore[misc]
@@ -83,8 +85,6 @@ def test_config_cannot_be_changed() -> None:
 
 def test_defaults_adapt_every_linear_layer_without_dropout() -> None:
     config = LoraConfig(r=8, lora_alpha=16)
-    assert (config.target_modules, config.lora_dropout, config.use_rslora) == (
-        "all-linear",
-        0.0,
-        False,
-    )
+    assert config.target_modules == "all-linear"
+    assert config.lora_dropout == 0.0
+    assert config.use_rslora is False

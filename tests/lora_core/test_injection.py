@@ -1,4 +1,4 @@
-"""A plan finds what its pattern says, in model order, or refuses by name; an injection happens whole or not at all."""
+"""A plan finds the modules that match, in model order, or raises; injection is all or nothing."""
 
 from collections.abc import Callable
 
@@ -11,10 +11,10 @@ from lora_core import LoraConfig, LoraLinear, TargetError, inject, lora_layers, 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+IN_BLOCK = [*(f"self_attn.{name}" for name in PROJECTIONS), *(f"mlp.{name}" for name in MLP)]
 EVERY = [
-    f"model.layers.{i}.{part}"
-    for i in (0, 1)
-    for part in [f"self_attn.{p}" for p in PROJECTIONS] + [f"mlp.{p}" for p in MLP]
+    *(f"model.layers.0.{path}" for path in IN_BLOCK),
+    *(f"model.layers.1.{path}" for path in IN_BLOCK),
 ]
 Build = Callable[..., LlamaForCausalLM]
 
@@ -28,7 +28,7 @@ def names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_all_linear_leaves_out_the_output_head(build_llama: Build, tied: bool) -> None:
+def test_all_linear_excludes_output_head(build_llama: Build, tied: bool) -> None:
     assert names(build_llama(tied=tied), "all-linear") == EVERY
 
 
@@ -44,7 +44,7 @@ def test_all_linear_leaves_out_the_output_head(build_llama: Build, tied: bool) -
     ],
     ids=str,
 )
-def test_patterns_find_what_they_say(
+def test_patterns_select_matching_modules(
     build_llama: Build, targets: str | tuple[str, ...], expected: list[str]
 ) -> None:
     assert names(build_llama(), targets) == expected
@@ -58,42 +58,42 @@ def test_patterns_find_what_they_say(
         (("_proj",), "'_proj' matches no module"),
         (
             ("input_layernorm",),
-            "'input_layernorm' matches model.layers.0.input_layernorm, which can get no update",
+            "'input_layernorm' matches model.layers.0.input_layernorm, which cannot be adapted",
         ),
-        (("mlp",), r"'mlp' matches model.layers.0.mlp, which can get no update"),
+        (("mlp",), r"'mlp' matches model.layers.0.mlp, which cannot be adapted"),
         (r".*\.layers\.7\..*", "matches no module"),
         ("q_proj", "'q_proj' matches no module"),
     ],
     ids=str,
 )
-def test_patterns_that_miss_are_refused(
+def test_pattern_without_match_raises(
     build_llama: Build, refuses: Callable[..., None], targets: str | tuple[str, ...], message: str
 ) -> None:
     model = build_llama()
     refuses(model, lambda: inject(model, config(targets), seed=0), TargetError, message)
 
 
-def test_a_model_without_linear_layers_is_refused() -> None:
+def test_model_without_linear_layers_raises() -> None:
     with pytest.raises(TargetError, match="the model has none"):
         plan_targets(nn.Sequential(nn.Embedding(4, 4)), config())
 
 
-def test_a_bare_layer_has_no_place_to_put_an_adapter(refuses: Callable[..., None]) -> None:
+def test_bare_layer_cannot_be_adapted(refuses: Callable[..., None]) -> None:
     layer = nn.Linear(8, 8)
     refuses(layer, lambda: inject(layer, config(), seed=0), TargetError, "model")
 
 
-def test_the_rank_may_reach_the_smaller_side_but_not_exceed_it(
-    build_llama: Build, refuses: Callable[..., None]
-) -> None:
+def test_rank_is_at_most_smaller_side(build_llama: Build, refuses: Callable[..., None]) -> None:
     model = build_llama()
     message = "rank 33 exceeds model.layers.0.self_attn.k_proj of shape 32×64.* at most 32"
     refuses(model, lambda: inject(model, config(r=33), seed=0), TargetError, message)
     assert len(inject(model, config(r=32), seed=0)) == len(EVERY)
 
 
-def test_a_late_refusal_leaves_the_first_targets_alone(refuses: Callable[..., None]) -> None:
-    """The first layer could be adapted, the second cannot: neither is."""
+def test_error_for_later_target_leaves_first_targets_unchanged(
+    refuses: Callable[..., None],
+) -> None:
+    """The first layer could be adapted, the second cannot: neither is changed."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 3))
     refuses(
         model,
@@ -104,7 +104,7 @@ def test_a_late_refusal_leaves_the_first_targets_alone(refuses: Callable[..., No
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("o_proj",)], ids=str)
-def test_a_second_injection_is_refused(
+def test_second_injection_raises(
     adapted: LlamaForCausalLM, refuses: Callable[..., None], targets: str | tuple[str, ...]
 ) -> None:
     refuses(
@@ -115,7 +115,7 @@ def test_a_second_injection_is_refused(
     )
 
 
-def test_a_plan_on_the_meta_device_is_the_plan(build_llama: Build) -> None:
+def test_plan_on_meta_device_equals_plan_of_real_model(build_llama: Build) -> None:
     real = build_llama()
     with torch.device("meta"):
         meta = LlamaForCausalLM(real.config)
@@ -129,26 +129,23 @@ def test_planning_changes_nothing(
     assert_same_state: Callable[..., None],
 ) -> None:
     model = build_llama()
-    before, modules = state_of(model), list(model.modules())
+    before = state_of(model)
+    modules = list(model.modules())
     plan_targets(model, config())
     assert_same_state(state_of(model), before)
-    assert list(model.modules()) == modules and all(p.requires_grad for p in model.parameters())
+    assert list(model.modules()) == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_targets_carry_shape_rank_and_scale(build_llama: Build) -> None:
     target = plan_targets(build_llama(), config(("1.mlp.down_proj",), r=8))[0]
-    found = (
-        target.in_features,
-        target.out_features,
-        target.rank,
-        target.scale,
-        target.kind,
-        target.trained_weights,
-    )
-    assert found == (128, 64, 8, 1.0, "dense", 8 * (128 + 64))
+    assert (target.in_features, target.out_features) == (128, 64)
+    assert (target.rank, target.scale) == (8, 1.0)
+    assert target.kind == "dense"
+    assert target.trained_weights == 8 * (128 + 64)
 
 
-def test_injection_wraps_the_plan_and_freezes_the_rest(
+def test_injection_wraps_targets_and_freezes_rest(
     build_llama: Build, state_of: Callable[..., dict[str, Tensor]]
 ) -> None:
     model = build_llama()
@@ -159,29 +156,27 @@ def test_injection_wraps_the_plan_and_freezes_the_rest(
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{name}.lora_{letter}" for name in EVERY for letter in "AB"}
     after = state_of(model)
-    assert all(
-        torch.equal(value, after[name if name in after else name.replace("_proj.", "_proj.base.")])
-        for name, value in before.items()
-    )
+    for name, value in before.items():
+        new_name = name if name in after else name.replace("_proj.", "_proj.base.")
+        assert torch.equal(value, after[new_name])
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_wrapped_layer_keeps_its_mode(build_llama: Build, training: bool) -> None:
+def test_injection_keeps_training_mode(build_llama: Build, training: bool) -> None:
     model = build_llama().train(training)
     inject(model, config(), seed=0)
     assert all(module.training is training for module in model.modules())
 
 
-def test_wrappers_leave_no_trace_in_the_names(
+def test_wrappers_do_not_change_names(
     adapted: LlamaForCausalLM, wrapper: Callable[[nn.Module], nn.Module]
 ) -> None:
-    assert [name for name, _ in lora_layers(wrapper(adapted))] == [
-        name for name, _ in lora_layers(adapted)
-    ]
+    expected = [name for name, _ in lora_layers(adapted)]
+    assert [name for name, _ in lora_layers(wrapper(adapted))] == expected
 
 
-def test_a_module_that_is_called_module_keeps_its_name() -> None:
-    """Only what a wrapper adds is stripped, never a part of the model's own path."""
+def test_module_named_module_keeps_its_name() -> None:
+    """Only the prefix of a wrapper is stripped, never a part of the model's path."""
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"module": nn.Linear(8, 8)})})
     inject(model, config(("encoder.module",)), seed=0)
     assert [name for name, _ in lora_layers(model)] == ["encoder.module"]

@@ -1,4 +1,4 @@
-"""PEFT is the outside reference: what one library saves, the other loads, and both compute the same logits."""
+"""Parity with PEFT: each library loads what the other saves, and both compute the same logits."""
 
 import json
 from collections.abc import Callable
@@ -28,39 +28,42 @@ CONFIGS = {
     "gaussian": LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", lora_dropout=0.1),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-# PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
+# PEFT 0.21 uses a name that transformers 6 renames; this does not concern the adapter.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-# Both form x·W and s·B·A·x in float32 and differ in the order of a few roundings of 6e-8 each.
+# Both compute x·W and s·B·A·x in float32; they differ by a few rounding errors of 6e-8 each.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def in_peft(config: LoraConfig) -> PeftLoraConfig:
-    """Return the same adapter in PEFT's words, with noise in B so that it moves the logits."""
+    """Return the equivalent PEFT config, with random B so that the adapter changes the logits."""
+    targets = config.target_modules
     return PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.lora_alpha,
-        target_modules=config.target_modules
-        if isinstance(config.target_modules, str)
-        else list(config.target_modules),
+        target_modules=targets if isinstance(targets, str) else list(targets),
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         init_lora_weights=False,
     )
 
 
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.fixture
 def saved_by_us(
-    build_llama: Build, randomise: Callable[[nn.Module], None], tmp_path: Path
+    build_llama: Build, randomize: Callable[[nn.Module], None], tmp_path: Path
 ) -> Callable[[LoraConfig], LlamaForCausalLM]:
-    """Return a maker of adapted models that leaves their adapter in tmp_path / "ours"."""
+    """Return a factory of adapted models that saves the adapter to tmp_path / "ours"."""
 
     def make(config: LoraConfig) -> LlamaForCausalLM:
         model = build_llama()
         inject(model, config, seed=0)
-        randomise(model)
+        randomize(model)
         save_adapter(model, tmp_path / "ours", config, Identity())
         return model
 
@@ -69,7 +72,7 @@ def saved_by_us(
 
 @pytest.fixture
 def saved_by_peft(build_llama: Build, tmp_path: Path) -> Callable[[PeftLoraConfig], PeftModel]:
-    """Return a maker of PEFT models that leaves their adapter in tmp_path / "peft"."""
+    """Return a factory of PEFT models that saves the adapter to tmp_path / "peft"."""
 
     def make(config: PeftLoraConfig) -> PeftModel:
         model = get_peft_model(build_llama(), config).eval()
@@ -80,7 +83,7 @@ def saved_by_peft(build_llama: Build, tmp_path: Path) -> Callable[[PeftLoraConfi
 
 
 @each_config
-def test_peft_loads_ours_with_the_same_logits_and_no_warning(
+def test_peft_loads_our_adapter_with_same_logits_and_no_warning(
     build_llama: Build,
     saved_by_us: Callable[..., LlamaForCausalLM],
     logits: Logits,
@@ -88,17 +91,16 @@ def test_peft_loads_ours_with_the_same_logits_and_no_warning(
     config: LoraConfig,
 ) -> None:
     model = saved_by_us(config)
-    theirs = PeftModel.from_pretrained(
-        build_llama(), tmp_path / "ours"
-    ).eval()  # a warning, as of a missing key, is an error here
+    # A warning, for example about a missing key, is an error here.
+    theirs = PeftModel.from_pretrained(build_llama(), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
     assert (logits(model) - logits(build_llama())).abs().max() > 0.1
 
 
-def test_peft_warns_of_a_key_that_it_misses(
+def test_peft_warns_about_missing_key(
     build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
-    """Without this warning the silence above would say nothing."""
+    """Without this warning, the test above would prove nothing."""
     saved_by_us(CONFIGS["list"])
     path = tmp_path / "ours" / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -109,14 +111,15 @@ def test_peft_warns_of_a_key_that_it_misses(
 
 
 @each_config
-def test_we_load_theirs_with_the_same_logits(
+def test_peft_adapter_loads_with_same_logits(
     build_llama: Build,
     saved_by_peft: Callable[..., PeftModel],
     logits: Logits,
     tmp_path: Path,
     config: LoraConfig,
 ) -> None:
-    theirs, model = saved_by_peft(in_peft(config)), build_llama()
+    theirs = saved_by_peft(in_peft(config))
+    model = build_llama()
     load_adapter(model, tmp_path / "peft")
     torch.testing.assert_close(logits(model), logits(theirs), **CLOSE)
     assert (logits(model) - logits(build_llama())).abs().max() > 0.1
@@ -132,26 +135,24 @@ def test_both_adapt_the_same_modules(
 ) -> None:
     saved_by_us(config)
     saved_by_peft(in_peft(config))
-    ours, theirs = (load_adapter(build_llama(), tmp_path / who) for who in ("ours", "peft"))
+    ours = load_adapter(build_llama(), tmp_path / "ours")
+    theirs = load_adapter(build_llama(), tmp_path / "peft")
     assert ours == theirs
 
 
-def test_a_regex_that_also_matches_blocks_still_loads_in_peft(
+def test_regex_that_also_matches_blocks_loads_in_peft(
     build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], logits: Logits, tmp_path: Path
 ) -> None:
-    """We adapt the linear layers among the matches, PEFT refuses the rest: the file must name the layers alone."""
+    """The file lists only the linear layers that match, because PEFT raises for other matches."""
     model = saved_by_us(LoraConfig(r=4, lora_alpha=8, target_modules=r"model\.layers\.1\..*"))
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(build_llama(), tmp_path / "ours").eval()),
-        logits(model),
-        **CLOSE,
-    )
+    theirs = PeftModel.from_pretrained(build_llama(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(model), **CLOSE)
 
 
-def test_all_linear_names_no_head_that_shares_its_last_name(
-    randomise: Callable[[nn.Module], None], tmp_path: Path
+def test_all_linear_excludes_head_with_same_last_name(
+    randomize: Callable[[nn.Module], None], tmp_path: Path
 ) -> None:
-    """The file spells `all-linear` in names; a name that the output head shares must not adapt the head."""
+    """The file lists names for `all-linear`; none of them may match the head."""
 
     class TwoLayers(nn.Module):
         def __init__(self) -> None:
@@ -162,15 +163,16 @@ def test_all_linear_names_no_head_that_shares_its_last_name(
         def get_output_embeddings(self) -> nn.Module:
             return self.head["proj"]
 
-    model, config = TwoLayers(), LoraConfig(r=2, lora_alpha=4)
-    assert [target.name for target in inject(model, config, seed=0)] == ["body.proj"]
+    model = TwoLayers()
+    config = LoraConfig(r=2, lora_alpha=4)
+    injected = inject(model, config, seed=0)
+    assert [target.name for target in injected] == ["body.proj"]
     save_adapter(model, tmp_path / "ours", config, Identity())
-    assert [
-        target.name for target in load_adapter(TwoLayers(), tmp_path / "ours", check_base=False)
-    ] == ["body.proj"]
+    loaded = load_adapter(TwoLayers(), tmp_path / "ours", check_base=False)
+    assert [target.name for target in loaded] == ["body.proj"]
 
 
-def test_the_merged_weights_are_theirs(
+def test_merged_weights_match_peft(
     build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
     model = saved_by_us(CONFIGS["all-linear"])
@@ -182,7 +184,7 @@ def test_the_merged_weights_are_theirs(
         torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=1e-6, atol=1e-6)
 
 
-def test_gradients_are_theirs(
+def test_gradients_match_peft(
     build_llama: Build, saved_by_us: Callable[..., LlamaForCausalLM], tokens: Tensor, tmp_path: Path
 ) -> None:
     model = saved_by_us(CONFIGS["all-linear"])
@@ -190,18 +192,16 @@ def test_gradients_are_theirs(
     for each in (model, theirs):
         each.train()(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     reference = {
-        name.removeprefix("base_model.model."): p.grad
-        for name, p in theirs.named_parameters()
-        if p.grad is not None
+        name.removeprefix("base_model.model."): gradient
+        for name, gradient in gradients_of(theirs).items()
     }
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert {f"{name}.default.weight" for name in found} == reference.keys()
-    for name, gradient in found.items():
+    ours = gradients_of(model)
+    assert {f"{name}.default.weight" for name in ours} == reference.keys()
+    for name, gradient in ours.items():
         expected = reference[f"{name}.default.weight"]
-        # Two layers forward and back in float32, relative to the largest entry of each gradient.
-        torch.testing.assert_close(
-            gradient, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item()
-        )
+        # Float32 through two layers, relative to the largest entry of each gradient.
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_gradients_are_theirs(
     ],
     ids=str,
 )
-def test_features_of_theirs_that_we_lack_are_refused(
+def test_unsupported_peft_feature_raises(
     build_llama: Build,
     saved_by_peft: Callable[..., PeftModel],
     refuses: Callable[..., None],
@@ -226,13 +226,13 @@ def test_features_of_theirs_that_we_lack_are_refused(
     )
 
 
-def test_their_adapter_of_a_changed_base_is_refused(
+def test_peft_adapter_of_changed_base_raises(
     build_llama: Build,
     saved_by_peft: Callable[..., PeftModel],
     refuses: Callable[..., None],
     tmp_path: Path,
 ) -> None:
-    """PiSSA takes A and B out of the base weight: beside the unchanged base they would count twice."""
+    """PiSSA subtracts B·A from the base weight: on the unchanged base it would count twice."""
     saved_by_peft(
         PeftLoraConfig(
             task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights="pissa"
@@ -242,7 +242,7 @@ def test_their_adapter_of_a_changed_base_is_refused(
     refuses(model, lambda: load_adapter(model, tmp_path / "peft"), AdapterError, "pissa")
 
 
-def test_the_config_file_holds_no_field_that_peft_does_not_know(
+def test_config_file_has_only_fields_that_peft_knows(
     saved_by_us: Callable[..., LlamaForCausalLM], tmp_path: Path
 ) -> None:
     saved_by_us(CONFIGS["list"])

@@ -1,4 +1,4 @@
-"""Every setting acts on the model or is refused: none is taken and then ignored."""
+"""Every setting has an effect or raises: no setting is accepted and then ignored."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +17,7 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 class Blocks(nn.Module):
-    """Two numbered blocks of one kind of layer, and a head beside them."""
+    """Two numbered blocks of one kind of layer, and a head."""
 
     def __init__(self, make: Callable[[], nn.Module], x: Tensor) -> None:
         super().__init__()
@@ -26,17 +26,15 @@ class Blocks(nn.Module):
         self.x = x
 
     def forward(self) -> Tensor:
-        return torch.cat(
-            [
-                torch.tanh(layer(self.x)).flatten()
-                for block in self.blocks
-                for layer in block.values()
-            ]
-        )
+        outputs = []
+        for block in self.blocks:
+            for layer in block.values():
+                outputs.append(torch.tanh(layer(self.x)).flatten())
+        return torch.cat(outputs)
 
 
-class Experts(nn.Module):
-    """A mixture of experts that answers the same tokens at each call."""
+class MixtureOfExperts(nn.Module):
+    """A mixture of experts that reads the same tokens in each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +74,7 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "linear": linear,
     "embedding": embedding,
     "conv": conv,
-    "experts": Experts,
+    "experts": MixtureOfExperts,
 }
 SETTINGS: list[dict[str, Any]] = [
     {"r": 2},
@@ -97,15 +95,20 @@ SETTINGS: list[dict[str, Any]] = [
     {"lora_bias": True},
     {"use_rslora": True},
     {"use_dora": True},
-    *(
-        {"init_lora_weights": word}
-        for word in ("gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2")
-    ),
+    {"init_lora_weights": "gaussian"},
+    {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "pissa_niter_2"},
 ]
 
 
-def observed(kind: str, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-    """Return what would be trained, as it starts, and what the adapted model computes in training once B is not zero."""
+Observation = tuple[dict[str, Tensor], Tensor]
+"""Initial trained parameters, and the output in training mode after a random update of them."""
+
+
+def observe(kind: str, settings: Mapping[str, Any]) -> Observation:
+    """Inject an adapter with the settings into a model of this kind."""
     torch.manual_seed(3)
     model = MODELS[kind]().train()
     targets: dict[str, Any] = {"target_modules": ("one", "two")}
@@ -113,36 +116,39 @@ def observed(kind: str, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor],
         targets = {"target_modules": (), "target_parameters": EXPERTS}
     inject(model, LoraConfig(**{"r": 4, "lora_alpha": 8, **targets, **settings}), seed=1)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    at_first = {name: p.detach().clone() for name, p in trained.items()}
+    initial = {name: p.detach().clone() for name, p in trained.items()}
     generator = torch.Generator().manual_seed(4)
     for name in sorted(trained):
         trained[name].data += torch.randn(trained[name].shape, generator=generator)
     torch.manual_seed(5)
-    return at_first, model().detach()
+    return initial, model().detach()
 
 
-def same(one: tuple[dict[str, Tensor], Tensor], other: tuple[dict[str, Tensor], Tensor]) -> bool:
-    (trained, y), (trained_too, y_too) = one, other
-    equal = trained.keys() == trained_too.keys() and all(
-        torch.equal(trained[name], trained_too[name]) for name in trained
-    )
-    return equal and torch.equal(y, y_too)
+def is_same(one: Observation, other: Observation) -> bool:
+    parameters, output = one
+    other_parameters, other_output = other
+    if parameters.keys() != other_parameters.keys():
+        return False
+    for name, parameter in parameters.items():
+        if not torch.equal(parameter, other_parameters[name]):
+            return False
+    return torch.equal(output, other_output)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", MODELS)
-def test_every_setting_acts_or_is_refused(kind: str, settings: dict[str, Any]) -> None:
-    plain = observed(kind, {})
-    assert same(plain, observed(kind, {}))
+def test_setting_has_effect_or_raises(kind: str, settings: dict[str, Any]) -> None:
+    default = observe(kind, {})
+    assert is_same(default, observe(kind, {}))
     try:
-        found = observed(kind, settings)
+        changed = observe(kind, settings)
     except (ConfigError, TargetError) as error:
         assert next(iter(settings)) in str(error)
     else:
-        assert not same(found, plain)
+        assert not is_same(changed, default)
 
 
-ACTS = {
+WITH_EFFECT = {
     "linear": {
         "lora_dropout": 0.5,
         "lora_bias": True,
@@ -161,13 +167,15 @@ ACTS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "field"), [(kind, field) for kind, settings in ACTS.items() for field in settings]
+    ("kind", "field"),
+    [(kind, field) for kind, settings in WITH_EFFECT.items() for field in settings],
 )
-def test_what_should_act_is_not_refused(kind: str, field: str) -> None:
-    assert not same(observed(kind, {field: ACTS[kind][field]}), observed(kind, {}))
+def test_supported_setting_has_effect(kind: str, field: str) -> None:
+    changed = observe(kind, {field: WITH_EFFECT[kind][field]})
+    assert not is_same(changed, observe(kind, {}))
 
 
-# --- what acts on some of the targets, and would be ignored on the others ---
+# --- settings that some of the targets would ignore ---
 
 
 def llama_config(**fields: Any) -> LoraConfig:
@@ -187,11 +195,11 @@ def llama_config(**fields: Any) -> LoraConfig:
         ),
         (
             {"exclude_modules": ("up_proj", "donw_proj")},
-            "exclude_modules names 'donw_proj', which is no target",
+            "exclude_modules names 'donw_proj', which is not a target",
         ),
         (
             {"exclude_modules": ("up_proj", "lm_head")},
-            "exclude_modules names 'lm_head', which is no target",
+            "exclude_modules names 'lm_head', which is not a target",
         ),
         (
             {"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "pissa"},
@@ -215,10 +223,10 @@ def llama_config(**fields: Any) -> LoraConfig:
         ),
     ],
 )
-def test_what_would_act_on_some_targets_alone_is_refused(
+def test_setting_that_some_targets_ignore_raises(
     build_llama: Build, refuses: Callable[..., None], fields: dict[str, Any], message: str
 ) -> None:
-    """As it is for a bank, and before a plan is printed."""
+    """Injection, a bank and a plan raise the same error."""
     model = build_llama()
     refuses(model, lambda: inject(model, llama_config(**fields), seed=0), TargetError, message)
     with pytest.raises(TargetError, match=message):
@@ -228,13 +236,9 @@ def test_what_would_act_on_some_targets_alone_is_refused(
             plan_adapter(build_llama(), llama_config(**fields))
 
 
-def test_data_for_a_start_that_an_embedding_does_not_know_is_refused(
-    build_llama: Build, tokens: Tensor
-) -> None:
-    model, fields = (
-        build_llama(),
-        {"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "eva"},
-    )
+def test_eva_on_embedding_raises(build_llama: Build, tokens: Tensor) -> None:
+    model = build_llama()
+    fields = {"target_modules": ("q_proj", "embed_tokens"), "init_lora_weights": "eva"}
     with pytest.raises(TargetError, match=r"'eva' has no effect on model\.embed_tokens"):
         inject(model, llama_config(**fields), seed=0, data=[lambda: model(input_ids=tokens)])
 
@@ -257,19 +261,19 @@ def test_data_for_a_start_that_an_embedding_does_not_know_is_refused(
         ({"target_modules": (), "init_lora_weights": "olora"}, "'olora' has no effect on"),
     ],
 )
-def test_what_experts_do_not_know_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_setting_that_experts_do_not_support_raises(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(TargetError, match=message):
-        inject(Experts(), llama_config(target_parameters=EXPERTS, **fields), seed=0)
+        inject(MixtureOfExperts(), llama_config(target_parameters=EXPERTS, **fields), seed=0)
 
 
-def test_a_bias_that_is_trained_whole_anyway_is_no_effect() -> None:
+def test_bias_of_fully_trained_module_raises() -> None:
     model = nn.ModuleDict({"proj": nn.Linear(8, 8, bias=False), "head": nn.Linear(8, 8)})
     config = llama_config(target_modules=("proj",), modules_to_save=("head",), bias="all")
     with pytest.raises(TargetError, match="bias='all' has no effect"):
         inject(model, config, seed=0)
 
 
-def test_names_that_overlap_and_all_act_are_fine(build_llama: Build) -> None:
+def test_overlapping_names_with_effect_are_accepted(build_llama: Build) -> None:
     fields = {
         "target_modules": ("q_proj", "1.mlp.up_proj"),
         "exclude_modules": ("0.self_attn.q_proj",),

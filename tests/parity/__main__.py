@@ -1,9 +1,10 @@
-"""Hold the library, and a finished run, against the outside: PEFT, other programs, published figures, and what is lost.
+"""Compare the library and a finished run with PEFT, other programs and published values.
 
     PYTHONPATH=tests python -m parity [RUN]
 
-RUN is the name of a run; without one that is finished, the sections of a run are left out. The figures go to
-build/parity.json. Returns 0 where every goal is met, 1 where one is missed, 2 where the sections of a run are left out.
+RUN is the name of a run; without a finished run, the sections that need one are omitted. The
+results are written to build/parity.json. Returns 0 if every goal is met, 1 if one is missed, 2 if
+the sections of a run are omitted.
 """
 
 import json
@@ -31,7 +32,7 @@ from pipelines.paths import runs_root
 
 RESULT = Path(__file__).resolve().parents[2] / "build" / "parity.json"
 THREADS = torch.get_num_threads()
-DIFFERENCE = "largest difference, as a part of the largest logit or gradient"
+DIFFERENCE = "largest difference, as a fraction of the largest logit or gradient"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Section:
     title: str
     rows: Callable[..., Iterable[Row]]
     of_a_run: bool = False
-    """Whether the rows are made from the summary of a run."""
+    """Whether the rows are computed from the summary of a run."""
     show: Callable[[str, list[Row]], None] = show_list
 
 
@@ -49,21 +50,21 @@ SECTIONS = (
     Section(f"Features in PEFT and here: {DIFFERENCE}", feature_rows, show=show_grid),
     Section("LoRA+ in PEFT and here", optimizer_rows),
     Section(
-        "Damaged adapters; beside the sidecar none may be loaded silently",
+        "Damaged adapters; with the sidecar none may load silently",
         damage_rows,
         show=show_grid,
     ),
-    Section("Exports, read by others", export_rows),
-    Section("The budget beside published figures", published_rows),
+    Section("Exports, read by other programs", export_rows),
+    Section("The budget compared with published values", published_rows),
     Section("The adapters of the run in PEFT and here", peft_rows, of_a_run=True),
     Section("The adapters of the run in llama.cpp and here", llama_cpp_rows, of_a_run=True),
-    Section("What a merge keeps", merge_rows, of_a_run=True),
-    Section("One adapter cut to lower ranks", rank_rows, of_a_run=True),
+    Section("Fraction of the update that a merge keeps", merge_rows, of_a_run=True),
+    Section("One adapter truncated to lower ranks", rank_rows, of_a_run=True),
 )
 
 
 def main() -> int:
-    """Collect, print and write every figure; see above for what is returned."""
+    """Collect, print and write all results; return the exit code described above."""
     quiet()
     name = sys.argv[1] if len(sys.argv) > 1 else "docstrings_smollm2_cpu"
     path = runs_root() / name / "summary.json"
@@ -72,11 +73,10 @@ def main() -> int:
     rows = [row for section in sections for row in measured(section, summary)]
     write_json(RESULT, rows)
     missed = [row["what"] for row in rows if row["holds"] is False]
-    print(f"{len(rows)} figures in {RESULT}; goals missed: {', '.join(missed) or 'none'}")
+    print(f"{len(rows)} results in {RESULT}; goals missed: {', '.join(missed) or 'none'}")
     if summary is None:
-        print(
-            f"left out, since {path} is not there, which `make run` makes: {', '.join(s.title for s in SECTIONS if s.of_a_run)}"
-        )
+        omitted = ", ".join(section.title for section in SECTIONS if section.of_a_run)
+        print(f"omitted, because {path} does not exist (`make run` creates it): {omitted}")
     return 1 if missed else 2 if summary is None else 0
 
 
@@ -84,13 +84,13 @@ def measured(section: Section, summary: Row | None) -> list[Row]:
     """Measure one section and print it."""
     started = time.monotonic()
     if not section.of_a_run:
-        torch.set_num_threads(1)  # of tiny models the threads would wait for each other
+        torch.set_num_threads(1)  # with tiny models, threads wait for each other
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT warns of is looked at by the tests
+            warnings.simplefilter("ignore")  # the tests check PEFT's warnings
             rows = list(section.rows(summary) if section.of_a_run else section.rows())
     except LeftOut as reason:
-        print(f"{section.title}: left out; {reason}\n")
+        print(f"{section.title}: omitted; {reason}\n")
         return []
     finally:
         torch.set_num_threads(THREADS)

@@ -1,7 +1,8 @@
-"""The budget's figures beside published ones, on models of the meta device: nothing is loaded.
+"""The budget compared with published values, for models on the meta device: nothing is loaded.
 
-Each row says what is compared, what comes out here, and the published figure with the distance that is allowed.
-A memory of GPUs that others measured holds their code, their CUDA context and their allocator's reserve as well.
+Each row has what is compared, the computed value, and the published value with its tolerance.
+GPU memory that others measured includes their code, their CUDA context and their allocator's
+reserve.
 """
 
 from functools import cache
@@ -21,7 +22,7 @@ GIB = 1024**3
 
 @cache
 def gpt3() -> nn.Module:
-    """GPT-3's shapes (Brown et al. 2020, table 2.1) in the architecture that is open: 96 layers of 12,288."""
+    """GPT-3's shapes (Brown et al. 2020, table 2.1) in an open architecture: 96 layers, 12,288."""
     return _on_meta(
         OPTForCausalLM,
         OPTConfig(
@@ -48,7 +49,7 @@ def llama_2_70b() -> nn.Module:
 
 
 def published_rows() -> list[Row]:
-    """Return a row for each published figure: what, value, unit, goal, holds."""
+    """Return a row for each published value: what, value, unit, goal, holds."""
     return [*_gpt3_rows(), *_qlora_rows(), *_zero3_rows()]
 
 
@@ -133,7 +134,10 @@ def _qlora_rows() -> list[Row]:
 
 
 def _zero3_rows() -> list[Row]:
-    """PEFT's guide to QLoRA under DeepSpeed ZeRO-3: 2 GPUs, rank 8 on every linear layer, 2 × 2048 tokens, all logits."""
+    """PEFT's guide to QLoRA with DeepSpeed ZeRO-3.
+
+    2 GPUs, rank 8 on every linear layer, 2 × 2048 tokens, all logits.
+    """
     setup = Setup(
         "qlora",
         tokens=4096,

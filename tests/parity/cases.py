@@ -1,4 +1,4 @@
-"""What is held against PEFT: a model, and an adapter's settings in the words that both libraries share."""
+"""What is compared with PEFT: a model, and an adapter's settings under their common names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,19 +16,22 @@ from lora_core.init.spectral import is_spectral
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The difference that is allowed, as a part of the largest logit and of the largest entry of a gradient."""
+    """The allowed difference, as a fraction of the largest logit and of the largest gradient."""
 
     logits: float
     gradients: float
 
 
 FLOAT32 = Tolerance(1e-5, 2e-5)
-"""Both form the same sums and differ in their order: some hundred roundings of 6e-8, and as many on the way back."""
+"""Both compute the same sums in different orders: some hundred roundings of 6e-8 per pass."""
 BFLOAT16, FLOAT16 = Tolerance(0.036, 0.15), Tolerance(0.0074, 0.014)
-"""Both round at every step, PEFT the update later. Twice what the dtype does by itself, measured against float32: 0.018 and
-0.0037 to the logits of the base without an adapter, 0.07 and 0.007 to PEFT's own gradients."""
+"""Both round at every step, but PEFT rounds the update later.
+
+The tolerance is twice the dtype's own error relative to float32: 0.018 and 0.0037 for the logits of
+the base without an adapter, 0.07 and 0.007 for PEFT's own gradients.
+"""
 INT8 = Tolerance(0.01, 0.01)
-"""Inputs are rounded to 8 bits: a sum that is rounded the other way moves one of them by 1/127 of the largest."""
+"""Inputs are rounded to 8 bits: another rounding of a sum moves one by 1/127 of the largest."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Case:
 
     build: Build
     fields: Mapping[str, Any]
-    """The settings, as both libraries call them."""
+    """The settings, with the names of both libraries."""
     peft: Mapping[str, Any] = field(default_factory=dict)
-    """What PEFT needs to be told besides."""
+    """Additional settings that PEFT needs."""
     tolerance: Tolerance = FLOAT32
 
     @property
@@ -61,12 +64,15 @@ class Case:
 
     @property
     def is_spectral(self) -> bool:
-        """Whether A and B start from the weight, so that the trained pair is half of what is written."""
+        """Whether A and B are initialized from the weight, which doubles the rank in the file."""
         return is_spectral(self.config.init_lora_weights)
 
     @property
     def converts_in_peft(self) -> bool:
-        """Whether PEFT can save its own adapter for an unchanged base; it refuses a start from the weight with these together."""
+        """Whether PEFT can save its own adapter for an unchanged base.
+
+        It refuses spectral initialization together with rsLoRA and patterns.
+        """
         return not (
             self.is_spectral
             and self.config.use_rslora
@@ -79,14 +85,13 @@ class Case:
         return self.build().eval()
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the answers of a model, ours or PEFT's, to the same inputs."""
+        """Return the logits of a model, ours or PEFT's, on the same inputs."""
         generator = torch.Generator().manual_seed(5)
         if self.build is Pictures:
             inputs = torch.randn(2, 3, 9, 9, generator=generator)
         else:
-            inputs = torch.randint(
-                0, 12, (2, 9), generator=generator
-            )  # few rows, so that the trained ones come up
+            # Few distinct tokens, so that the trained rows occur.
+            inputs = torch.randint(0, 12, (2, 9), generator=generator)
         return model(input_ids=inputs).logits.float()
 
 
@@ -96,7 +101,7 @@ def case(
     tolerance: Tolerance = FLOAT32,
     **fields: Any,
 ) -> Case:
-    """Return a case with the usual settings where none are given."""
+    """Return a case with default settings for those that are not given."""
     return Case(
         build,
         {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "up_proj"), **fields},
@@ -115,7 +120,7 @@ def four_bit(quant_type: str, *, double: bool) -> Build:
 
 
 tied_llama, biased_llama = partial(llama, tied=True), partial(llama, bias=True)
-TURNED = {"fan_in_fan_out": True}
+TRANSPOSED = {"fan_in_fan_out": True}
 ATTENTION = ("c_attn", "c_proj")
 CONVS = ("first", "second", "proj_out")
 FUSED = ("qkv_proj", "gate_up_proj")
@@ -123,8 +128,8 @@ EMBEDDED = ("embed_tokens", "q_proj")
 TOKENS = {"embed_tokens": (7, 3)}
 DENSE = {
     "llama, all linear layers": case(llama, target_modules="all-linear"),
-    "llama, gaussian start": case(llama, init_lora_weights="gaussian"),
-    "llama, orthogonal start": case(llama, init_lora_weights="orthogonal"),
+    "llama, gaussian initialization": case(llama, init_lora_weights="gaussian"),
+    "llama, orthogonal initialization": case(llama, init_lora_weights="orthogonal"),
     "llama, PiSSA": case(llama, init_lora_weights="pissa"),
     "llama, PiSSA, rsLoRA, rank_pattern": case(
         llama, init_lora_weights="pissa_niter_4", use_rslora=True, rank_pattern={"q_proj": 2}
@@ -167,10 +172,10 @@ DENSE = {
     "mixtral, experts alone": case(
         mixtral, target_modules=(), target_parameters=("experts.down_proj",)
     ),
-    "gpt2, fused Conv1D": case(gpt2, TURNED, target_modules=ATTENTION),
-    "gpt2, fused Conv1D, DoRA": case(gpt2, TURNED, target_modules=ATTENTION, use_dora=True),
-    "gpt2, bias of all": case(gpt2, TURNED, target_modules=("c_attn",), bias="all"),
-    "gpt2, embedding": case(gpt2, TURNED, target_modules=("wte", "c_attn")),
+    "gpt2, fused Conv1D": case(gpt2, TRANSPOSED, target_modules=ATTENTION),
+    "gpt2, fused Conv1D, DoRA": case(gpt2, TRANSPOSED, target_modules=ATTENTION, use_dora=True),
+    "gpt2, bias of all": case(gpt2, TRANSPOSED, target_modules=("c_attn",), bias="all"),
+    "gpt2, embedding": case(gpt2, TRANSPOSED, target_modules=("wte", "c_attn")),
     "bert, modules_to_save": case(
         bert, target_modules=("query", "value", "dense"), modules_to_save=("classifier",)
     ),
@@ -186,10 +191,10 @@ STORED = {
     "llama in bfloat16, DoRA": case(cast(llama, torch.bfloat16), tolerance=BFLOAT16, use_dora=True),
     "llama in float16": case(cast(llama, torch.float16), tolerance=FLOAT16),
     "llama in NF4": case(four_bit("nf4", double=False)),
-    "llama in NF4, doubly quantised": case(four_bit("nf4", double=True)),
-    "llama in NF4, doubly quantised, DoRA": case(four_bit("nf4", double=True), use_dora=True),
+    "llama in NF4, double quantization": case(four_bit("nf4", double=True)),
+    "llama in NF4, double quantization, DoRA": case(four_bit("nf4", double=True), use_dora=True),
     "llama in FP4": case(four_bit("fp4", double=False)),
-    "llama in FP4, doubly quantised": case(four_bit("fp4", double=True)),
+    "llama in FP4, double quantization": case(four_bit("fp4", double=True)),
     "llama in int8": case(stored(llama, load_in_8bit=True), tolerance=INT8),
 }
 CASES = {**DENSE, **STORED}

@@ -1,6 +1,7 @@
-"""Damage done to a saved adapter, kind by kind.
+"""Kinds of damage to a saved adapter.
 
-Beside its sidecar an adapter is known by digests; a folder without one, such as PEFT writes, by names, shapes and values.
+With a sidecar, digests detect damage; in a folder without one, as PEFT writes it, only names,
+shapes and values do.
 """
 
 import json
@@ -25,12 +26,12 @@ FLIPS, CUTS = 1000, 100
 
 
 def bit_flips(adapter: Path) -> Iterator[Damage]:
-    """Turn one bit over, in each file that is there in turn."""
+    """Flip one bit, cycling through the existing files."""
     return (_flip(number) for number in range(FLIPS))
 
 
 def truncations(adapter: Path) -> Iterator[Damage]:
-    """Drop the end, of each file that is there in turn."""
+    """Truncate a file, cycling through the existing files."""
     return (_cut(number) for number in range(CUTS))
 
 
@@ -54,17 +55,16 @@ def _cut(number: int) -> Damage:
 
 
 def _nth_file(folder: Path, number: int) -> Path:
-    there = [
-        path for path in (folder / name for name in (WEIGHTS, CONFIG, IDENTITY)) if path.is_file()
-    ]
-    return there[number % len(there)]
+    paths = [folder / name for name in (WEIGHTS, CONFIG, IDENTITY)]
+    existing = [path for path in paths if path.is_file()]
+    return existing[number % len(existing)]
 
 
 # Whole tensors, keys and settings
 
 
 def renamed(adapter: Path) -> Iterator[Damage]:
-    """Give each key another name: misspelt, of another layer, of the other factor, with PEFT's name of the adapter in it."""
+    """Rename each key: misspelled, of another layer or factor, or with PEFT's adapter name."""
     changes = (
         ("lora_", "lora"),
         (".layers.0.", ".layers.9."),
@@ -79,7 +79,7 @@ def renamed(adapter: Path) -> Iterator[Damage]:
 
 
 def missing(adapter: Path) -> Iterator[Damage]:
-    """Leave out each key, and each pair of factors."""
+    """Remove each key, and each pair of factors."""
     for key in _keys(adapter):
         yield _edited(_drop(key))
     for module in {key.partition(".lora_")[0] for key in _keys(adapter)}:
@@ -87,7 +87,7 @@ def missing(adapter: Path) -> Iterator[Damage]:
 
 
 def extra(adapter: Path) -> Iterator[Damage]:
-    """Add a copy of each key's tensor for a module that is no target, for a module that is none, and of another feature."""
+    """Copy each tensor to a module that is not adapted or does not exist, or to another feature."""
     for key in _keys(adapter):
         for old, new in (
             ("_proj.", "_proj.again."),
@@ -100,14 +100,14 @@ def extra(adapter: Path) -> Iterator[Damage]:
 
 
 def duplicated(adapter: Path) -> Iterator[Damage]:
-    """Let the file's header name each key twice: once more for its own bytes, and for those of each other key."""
+    """Name each key twice in the header: for its own bytes, and for those of each other key."""
     for key in _keys(adapter):
         for other in _keys(adapter):
             yield partial(_name_twice, key=key, other=other)
 
 
 def swapped(adapter: Path) -> Iterator[Damage]:
-    """Exchange each two tensors of one shape."""
+    """Swap each pair of tensors of the same shape."""
     shapes = {key: tensor.shape for key, tensor in load_file(adapter / WEIGHTS).items()}
     for key in shapes:
         for other in shapes:
@@ -116,7 +116,7 @@ def swapped(adapter: Path) -> Iterator[Damage]:
 
 
 def misshapen(adapter: Path) -> Iterator[Damage]:
-    """Turn each tensor over, flatten it, and cut a row and a column off."""
+    """Transpose each tensor, flatten it, and remove a row or a column."""
     changes: tuple[Callable[[Tensor], Tensor], ...] = (
         lambda t: t.T,
         lambda t: t.flatten(),
@@ -129,12 +129,12 @@ def misshapen(adapter: Path) -> Iterator[Damage]:
 
 
 def no_floats(adapter: Path) -> Iterator[Damage]:
-    """Store each tensor as integers or truths."""
+    """Store each tensor as integers or booleans."""
     return _converted(adapter, (torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool))
 
 
 def rounded(adapter: Path) -> Iterator[Damage]:
-    """Store each tensor in fewer bits; nothing but a digest can tell that from an adapter that was saved so."""
+    """Store each tensor in fewer bits; only a digest distinguishes that from a valid adapter."""
     return _converted(adapter, (torch.float16, torch.bfloat16, torch.float8_e4m3fn))
 
 
@@ -145,7 +145,7 @@ def _converted(adapter: Path, dtypes: tuple[torch.dtype, ...]) -> Iterator[Damag
 
 
 def zero(adapter: Path) -> Iterator[Damage]:
-    """Set each B to zero, as a save of scattered tensors leaves it."""
+    """Set each B to zero, as a save of sharded tensors does."""
     for key in _keys(adapter):
         if ".lora_B." in key:
             yield _edited(_put(key, key, torch.zeros_like))
@@ -159,7 +159,7 @@ def not_finite(adapter: Path) -> Iterator[Damage]:
 
 
 def other_settings(adapter: Path) -> Iterator[Damage]:
-    """Change one setting to another that is valid."""
+    """Change one setting to another valid value."""
     changes: tuple[dict[str, Any], ...] = (
         {"lora_alpha": 9},
         {"use_rslora": True},
@@ -179,13 +179,13 @@ def other_settings(adapter: Path) -> Iterator[Damage]:
 
 
 def other_base(adapter: Path) -> Iterator[Damage]:
-    """Let the sidecar name another base."""
+    """Record another base in the sidecar."""
     for digest in ("0" * 64, "", None):
         yield partial(_set, name=IDENTITY, change={"base_digests": {"dense": digest}})
 
 
 def bare(damages: Iterator[Damage]) -> Iterator[Damage]:
-    """Take the sidecar away first, so that no digest can tell."""
+    """Remove the sidecar first, so that no digest detects the damage."""
     return (_without_sidecar(damage) for damage in damages)
 
 
@@ -202,7 +202,7 @@ def _keys(adapter: Path) -> list[str]:
 
 
 def _edited(edit: Edit) -> Damage:
-    """Change the tensors and write a well-formed file of them."""
+    """Change the tensors and write them as a well-formed file."""
 
     def damage(folder: Path) -> None:
         tensors = load_file(folder / WEIGHTS)
@@ -234,7 +234,7 @@ def _ending_in(value: float, tensor: Tensor) -> Tensor:
 
 
 def _name_twice(folder: Path, key: str, other: str) -> None:
-    """Write the header's entry of `other` once more under the name of `key`, as JSON permits."""
+    """Repeat the header's entry of `other` under the name `key`, as JSON permits."""
     content = (folder / WEIGHTS).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + length].decode().rstrip(), content[8 + length :]
@@ -244,9 +244,8 @@ def _name_twice(folder: Path, key: str, other: str) -> None:
 
 def _set(folder: Path, name: str, change: dict[str, Any]) -> None:
     path = folder / name
-    path.write_text(
-        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8"
-    )
+    values = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**values, **change}), encoding="utf-8")
 
 
 Kind = Callable[[Path], Iterator[Damage]]
@@ -260,7 +259,7 @@ BY_FORM: dict[str, Kind] = {
     "a B of zero": zero,
     "NaN or infinity": not_finite,
 }
-"""Kinds that a load has to notice without a sidecar, too."""
+"""Kinds that a load must detect even without a sidecar."""
 BY_DIGEST: dict[str, Kind] = {
     "bit flips": bit_flips,
     "truncations": truncations,
@@ -268,6 +267,6 @@ BY_DIGEST: dict[str, Kind] = {
     "tensors rounded": rounded,
     "settings changed": other_settings,
 }
-"""Kinds that can leave a well-formed adapter, which only the sidecar's digests tell from the one that was saved."""
+"""Kinds that can leave a well-formed adapter, which only the sidecar's digests detect."""
 OF_THE_FILES = {**BY_DIGEST, **BY_FORM}
 KINDS = {**OF_THE_FILES, "another base": other_base}

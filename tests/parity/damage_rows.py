@@ -1,4 +1,4 @@
-"""How many damaged adapters are refused, and how many are loaded silently; test_fuzz.py asserts the same counts."""
+"""Count damaged adapters that are refused or load silently; test_fuzz.py asserts these counts."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +13,14 @@ from parity.tally import Tally, tally
 
 
 def damage_rows() -> Iterator[Row]:
-    """Yield the counts of each kind of damage, beside the sidecar and without one."""
+    """Yield the counts of each kind of damage, with and without the sidecar."""
     one = case(llama)
     with TemporaryDirectory() as scratch:
         adapter = Path(scratch) / "adapter"
         adapted(one, adapter)
         for name, kind in KINDS.items():
-            yield from _counts(
-                name, tally(kind(adapter), adapter, one.base, one.logits), must_hold=True
-            )
+            found = tally(kind(adapter), adapter, one.base, one.logits)
+            yield from _counts(name, found, must_hold=True)
         for name, kind in OF_THE_FILES.items():
             found = tally(bare(kind(adapter)), adapter, one.base, one.logits)
             yield from _counts(f"{name}, no sidecar", found, must_hold=name in BY_FORM)

@@ -1,6 +1,7 @@
-"""Every export of one adapter, with two ranks, two alphas and rsLoRA, read by somebody else: the logits are the adapter's.
+"""Every export of an adapter with two ranks, two alphas and rsLoRA gives the adapter's logits.
 
-vLLM needs a GPU: here its loader's rules are applied to the folder, and its one scale to the tensors.
+The exports are read by other programs. vLLM needs a GPU: instead, its loader's rules are applied to
+the folder, and its single scale to the tensors.
 """
 
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ MAX_RANK = 16
 
 
 def export_rows() -> Iterator[Row]:
-    """Yield, for each export, what its reader objects to and how far the logits are from ours."""
+    """Yield, for each export, its reader's objections and the difference of the logits."""
     with TemporaryDirectory() as scratch, torch.no_grad():
         folder = Path(scratch)
         model = adapted(ONE, folder / "adapter")
@@ -103,6 +104,5 @@ def _with_updates(updates: Updates) -> nn.Module:
 
 
 def _logits(what: str, model: nn.Module, expected: Tensor) -> Row:
-    return at_most(
-        f"{what}: logits", parts_of_largest(ONE.logits(model.eval()), expected), FLOAT32.logits
-    )
+    difference = parts_of_largest(ONE.logits(model.eval()), expected)
+    return at_most(f"{what}: logits", difference, FLOAT32.logits)

@@ -1,4 +1,4 @@
-"""Every feature, on each kind of model, in PEFT and here; test_features_peft.py asserts the same figures."""
+"""Every feature on each kind of model, in PEFT and here; test_features_peft.py asserts the same."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +15,11 @@ from lora_core.training.optim import loraplus_groups
 
 OF = "of the largest"
 SEEN = 10
-"""An adapter moves the logits by this many times what a difference may be, so that one that was lost would be noticed."""
+"""An adapter changes the logits by this multiple of the tolerance, so a lost one is detected."""
 
 
 def feature_rows() -> Iterator[Row]:
-    """Yield, for each case, the difference in both directions, of the gradients, and what the adapter changes at all."""
+    """Yield each case's differences in both directions and of the gradients, and the effect."""
     for name, one in CASES.items():
         logits = one.tolerance.logits
         if one.converts_in_peft:
@@ -33,7 +33,7 @@ def feature_rows() -> Iterator[Row]:
 
 
 def optimizer_rows() -> Iterator[Row]:
-    """Yield how many trained parameters LoRA+ gives another rate or decay than PEFT does."""
+    """Yield how many parameters get another learning rate or weight decay in LoRA+ than in PEFT."""
     for name in ("llama, all linear layers", "llama, embedding", "llama, modules_to_save"):
         yield at_most(
             f"{name}: parameters at another rate or decay",
@@ -49,15 +49,16 @@ def _measured(measure: Callable[[Case, Path], float], one: Case) -> float:
 
 
 def _parameters_set_otherwise(one: Case) -> int:
-    """Count the parameters of PEFT's model whose learning rate or decay differs between its groups and ours."""
+    """Count the parameters whose learning rate or weight decay differs between PEFT and us."""
     model = get_peft_model(one.base(), one.in_peft)
     rates = {"loraplus_lr_ratio": 16.0, "loraplus_weight_decay": 0.1, "loraplus_lr_embedding": 1e-3}
     expected = create_loraplus_optimizer(model, AdamW, lr=1e-3, **rates).param_groups
     ours = loraplus_groups(
         model.named_parameters(), learning_rate=1e-3, ratio=16.0, weight_decay=0.1
     )
-    found, wanted = _settings(ours), _settings(expected)
-    return sum(found.get(key) != wanted.get(key) for key in found.keys() | wanted.keys())
+    found = _settings(ours)
+    reference = _settings(expected)
+    return sum(found.get(key) != reference.get(key) for key in found.keys() | reference.keys())
 
 
 def _settings(groups: list[Row]) -> dict[int, tuple[float, float]]:

@@ -1,8 +1,8 @@
-"""One adapter in PEFT and here: the files of each in the other, and the gradients.
+"""One adapter in PEFT and here: each loads the other's files, and the gradients are compared.
 
-A difference is the largest one of any logit, as a part of the largest logit, and of any entry of a gradient, as a part
-of the largest entry of that gradient. Where PEFT's own adapter starts from the weight it changes the base, so it is saved
-as PEFT saves it for an unchanged base.
+Differences are the largest of any logit, as a fraction of the largest logit, and of any entry of a
+gradient, as a fraction of that gradient's largest entry. PEFT's spectral initialization changes the
+base, so such an adapter is saved as PEFT saves it for an unchanged base.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,14 @@ from lora_core.adapter.io import tensors_of
 from lora_core.modules import adapter_parts
 
 NEGLIGIBLE = 1e-2
-"""A gradient below this part of the largest is held against it: zero but for roundings, like that of a key's bias."""
+"""A gradient below this fraction of the largest is compared with the fraction itself.
+
+It is zero except for rounding, such as that of a key's bias.
+"""
 
 
 def adapted(one: Case, folder: Path) -> nn.Module:
-    """Return a model with an adapter of ours that was moved from its start, and save that in `folder`."""
+    """Return a model with our adapter, changed from its initialization, and save it in `folder`."""
     model = one.base()
     inject(model, one.config, seed=1)
     shake(trained(model))
@@ -32,19 +35,19 @@ def adapted(one: Case, folder: Path) -> nn.Module:
 
 
 def effect(one: Case, folder: Path) -> float:
-    """Return how far the adapter moves the logits: a load without effect would differ by as much."""
+    """Return how much the adapter changes the logits: a load without effect differs by as much."""
     return parts_of_largest(_logits(one, one.base()), _logits(one, adapted(one, folder)))
 
 
 def ours_in_peft(one: Case, folder: Path) -> float:
-    """Return the difference that PEFT makes of our file."""
+    """Return the difference after PEFT loads our file."""
     model = adapted(one, folder)
     theirs = PeftModel.from_pretrained(one.base(), folder).eval()
     return parts_of_largest(_logits(one, theirs), _logits(one, model))
 
 
 def pefts_here(one: Case, folder: Path) -> float:
-    """Return the difference that we make of PEFT's file, which PEFT made by itself from the same settings."""
+    """Return the difference after we load a file that PEFT created with the same settings."""
     theirs = get_peft_model(one.base(), one.in_peft).eval()
     options: dict[str, Any] = {}
     if one.is_spectral:
@@ -59,7 +62,7 @@ def pefts_here(one: Case, folder: Path) -> float:
 
 
 def gradients(one: Case, folder: Path) -> float:
-    """Return the largest difference of the gradients of the same loss in training, tensor by tensor; no case has dropout."""
+    """Return the largest difference of a gradient of the same loss; no case has dropout."""
     model = adapted(one, folder)
     theirs = get_peft_model(one.base(), one.in_peft).eval()
     theirs.load_adapter(folder, "default", is_trainable=True)
@@ -76,14 +79,14 @@ def gradients(one: Case, folder: Path) -> float:
 
 @torch.no_grad()
 def shake(parameters: Mapping[str, Tensor]) -> None:
-    """Move everything that is trained, the same for the same name."""
+    """Add noise to each trained tensor; the noise depends only on the name."""
     for key in sorted(parameters):
         generator = torch.Generator().manual_seed(sum(key.encode()))
         parameters[key].add_(0.1 * torch.randn(parameters[key].shape, generator=generator))
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained under the keys of the file, in either library."""
+    """Return the trained parameters under the keys of the file, for either library."""
     if not isinstance(model, PeftModel):
         return tensors_of(dict(adapter_parts(model)))
     return {
@@ -94,7 +97,7 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parts_of_largest(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
-    """Return the largest difference of two tensors as a part of the largest entry, or of `least` where that is more."""
+    """Return the largest difference as a fraction of the largest entry, or of `least` if larger."""
     difference = (found.detach() - expected.detach()).abs().max()
     return float(difference) / max(float(expected.detach().abs().max()), least)
 

@@ -1,7 +1,7 @@
-"""The adapters of a run in llama.cpp and here: the exported GGUF over the run's own GGUF base, all in float32.
+"""The adapters of a run in llama.cpp and here: the exported GGUF on the run's base, in float32.
 
-llama.cpp would round the inputs of a quantised base to 8 bits, so the base is written once more with the values that its
-codes stand for. It is no dependency: where it is not importable the section is left out.
+llama.cpp rounds the inputs of a quantized base to 8 bits, so the base is written again with its
+dequantized values. llama.cpp is not a dependency: if it cannot be imported, the section is omitted.
 """
 
 import importlib.util
@@ -24,10 +24,10 @@ EXAMPLES = 2
 
 
 def llama_cpp_rows(summary: Row) -> Iterator[Row]:
-    """Yield how far llama.cpp's logits are from ours, for the base and each adapter.
+    """Yield the difference of llama.cpp's logits from ours, for the base and each adapter.
 
     Raises:
-        LeftOut: llama.cpp is not installed, or the base is no GGUF file.
+        LeftOut: llama.cpp is not installed, or the base is not a GGUF file.
     """
     if importlib.util.find_spec("llama_cpp") is None:
         raise LeftOut("llama_cpp is not importable; `pip install llama-cpp-python` compiles it")
@@ -59,12 +59,12 @@ def gguf_of(summary: Row) -> Path:
     if name.startswith(EMBEDDED_PREFIX):
         return embedded_file(name.removeprefix(EMBEDDED_PREFIX))
     if not name.endswith(".gguf"):
-        raise LeftOut(f"the base {name} is no GGUF file; run a recipe on one")
+        raise LeftOut(f"the base {name} is not a GGUF file; run a recipe on one")
     return Path(name)
 
 
 def write_dense(source: Path, destination: Path) -> Path:
-    """Write a GGUF model with each tensor dequantised to float32, and everything else as it is."""
+    """Write a GGUF model with each tensor dequantized to float32, and all else unchanged."""
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -83,7 +83,7 @@ def write_dense(source: Path, destination: Path) -> Path:
 
 
 def llama_cpp_logits(base: Path, adapter: Path | None, sequences: list[Tensor]) -> list[Tensor]:
-    """Return llama.cpp's logits with keys and values kept in float32."""
+    """Return llama.cpp's logits with keys and values in float32."""
     import llama_cpp
 
     options: dict[str, Any] = {

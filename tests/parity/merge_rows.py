@@ -1,4 +1,4 @@
-"""What merging keeps of a real adapter's update, by the way the merged weight is stored; means over its layers."""
+"""How much of a real adapter's update a merge keeps, by storage; means over the layers."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -12,11 +12,11 @@ from pipelines.models.hardware import detect
 from pipelines.models.loading import load_model
 
 GOALS = {"float32": 0.999, "bfloat16": 0.95}
-"""Least fraction of the update that a merge into the original weight keeps; what NF4 loses is what is reported."""
+"""Minimum fraction that a merge into the original weight keeps; NF4's loss is only reported."""
 
 
 def merge_rows(summary: Row) -> Iterator[Row]:
-    """Yield, for the adapter of the highest rank, the fraction of the update that is kept and the error, storage by storage."""
+    """Yield the kept fraction and the error of the highest-rank adapter's update, by storage."""
     label = max(
         (label for label, model in summary["models"].items() if model.get("rank")),
         key=lambda one: summary["models"][one]["rank"],
@@ -33,13 +33,12 @@ def merge_rows(summary: Row) -> Iterator[Row]:
         key=lambda one: (one.base, one.storage),
     )
     for (kind, storage), layers in groupby(found, key=lambda one: (one.base, one.storage)):
-        kept = [layer.kept for layer in layers]
+        kept = [layer.retention for layer in layers]
         what = f"{label} merged into the {kind} base, stored in {storage}"
-        share, least = (
-            (f"{what}: fraction of the update kept", fmean(one.fraction for one in kept)),
-            GOALS.get(storage),
-        )
-        yield figure(*share) if least is None else at_least(*share, least)
+        name = f"{what}: fraction of the update kept"
+        fraction = fmean(one.fraction for one in kept)
+        goal = GOALS.get(storage)
+        yield figure(name, fraction) if goal is None else at_least(name, fraction, goal)
         yield figure(
             f"{what}: relative error of the update", fmean(one.relative_error for one in kept)
         )

@@ -1,6 +1,6 @@
-"""Tiny random models of the kinds whose adapters are compared, dense or stored by bitsandbytes.
+"""Tiny random models whose adapters are compared, dense or quantized by bitsandbytes.
 
-Each maker takes its randomness from torch's global seed: after the same seed it gives the same bits.
+Each function uses torch's global seed: the same seed gives the same bits.
 """
 
 from collections.abc import Callable
@@ -37,9 +37,8 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-SIZES |= {
-    "initializer_range": 0.2
-}  # at the usual 0.02 a tiny model's logits hardly depend on its layers
+# With the usual 0.02, a tiny model's logits hardly depend on its layers.
+SIZES |= {"initializer_range": 0.2}
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -69,7 +68,7 @@ def gemma() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """One matrix for q, k and v, in a `Conv1D`, which stores it turned."""
+    """One matrix for q, k and v, in a `Conv1D`, which stores it transposed."""
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=VOCABULARY, **sizes, **NO_DROPOUT, initializer_range=0.2)
@@ -94,7 +93,10 @@ def mixtral() -> nn.Module:
 
 
 class Pictures(nn.Module):
-    """Convolutions as in a diffusion model: strided, 1×1, with and without bias. PEFT cannot adapt dilated ones."""
+    """Convolutions as in a diffusion model: strided, 1×1, with and without bias.
+
+    PEFT cannot adapt dilated ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,12 +111,12 @@ class Pictures(nn.Module):
 
 
 def cast(build: Build, dtype: torch.dtype) -> Build:
-    """Return a maker of the same model in another dtype."""
+    """Return a function that builds the same model in another dtype."""
     return lambda: build().to(dtype)
 
 
 def stored(build: Build, **settings: Any) -> Build:
-    """Return a maker of the same model with its linear layers stored by bitsandbytes, loaded as a user would load it."""
+    """Return a function that builds the same model and loads it, quantized by bitsandbytes."""
 
     def make() -> nn.Module:
         with TemporaryDirectory() as folder:
@@ -123,9 +125,8 @@ def stored(build: Build, **settings: Any) -> Build:
             model: nn.Module = AutoModelForCausalLM.from_pretrained(
                 folder, quantization_config=config, dtype=torch.float32
             )
-        disable_cpu_repacking(
-            model
-        )  # in evaluation bitsandbytes would round the codes' scales anew on some processors
+        # In evaluation, bitsandbytes would round the codes' scales again on some processors.
+        disable_cpu_repacking(model)
         return model
 
     return make

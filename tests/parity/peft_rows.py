@@ -1,8 +1,8 @@
 """The adapters of a run in PEFT and here: the same files on the same base give the same logits.
 
-Each adapter is loaded by both, over the base in full precision and over the base in NF4, and both answer the same held-out
-examples. Beside each difference stands how much the adapter itself moves the logits: an adapter that was not loaded at all
-would differ by as much.
+Both load each adapter on the base in full precision and in NF4, and compute the logits of the same
+held-out examples. Each difference is reported with the effect of the adapter itself on the logits:
+an adapter that was not loaded at all would differ by as much.
 """
 
 from collections.abc import Iterator
@@ -25,19 +25,19 @@ from pipelines.models.packs import Pack
 
 EXAMPLES = 8
 FLOAT32 = Hardware("cpu", torch.float32, "gloo")
-"""What both sides compute on, also where there is a GPU."""
+"""The hardware that both sides use, even if there is a GPU."""
 TOLERANCE = 1e-3
-"""Logits of float32 sums over 30 layers, formed in another order, differ by about 1e-4."""
+"""Logits after 30 layers of float32 sums in another order differ by about 1e-4."""
 
 
 def peft_rows(summary: Row) -> Iterator[Row]:
-    """Yield the figures of each adapter over the base in full precision and in NF4."""
+    """Yield the results of each adapter on the base in full precision and in NF4."""
     for quantization in ("none", "nf4"):
         yield from compare(summary, quantization)
 
 
 def compare(summary: Row, quantization: str) -> Iterator[Row]:
-    """Yield the figures of each adapter over the base stored in one way."""
+    """Yield the results of each adapter on the base with one quantization."""
     base = Path(summary["base"]["folder"])
     sequences = held_out(summary)
     plain = peft_logits(base, None, quantization, sequences)
@@ -47,7 +47,8 @@ def compare(summary: Row, quantization: str) -> Iterator[Row]:
         adapter = Path(model["folder"]) / "adapter"
         theirs = peft_logits(base, adapter, quantization, sequences)
         ours = our_logits(base, adapter, quantization, sequences)
-        effect, difference = largest(theirs, plain), largest(ours, theirs)
+        effect = largest(theirs, plain)
+        difference = largest(ours, theirs)
         where = f"{label} over {'NF4' if quantization == 'nf4' else 'float32'}"
         yield at_least(f"{where}: PEFT's logits less the base's", effect, 1.0)
         yield at_most(f"{where}: our logits less PEFT's", difference, TOLERANCE)
@@ -59,14 +60,14 @@ def held_out(summary: Row) -> list[Tensor]:
         Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data ")
     )
     rows = load_from_disk(str(folder / "validation"))
-    return [torch.tensor(rows[place]["input_ids"]) for place in range(min(EXAMPLES, len(rows)))]
+    return [torch.tensor(rows[index]["input_ids"]) for index in range(min(EXAMPLES, len(rows)))]
 
 
 @torch.inference_mode()
 def peft_logits(
     base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]
 ) -> list[Tensor]:
-    """Return the logits of the base, loaded the usual way, with PEFT's adapter where one is given."""
+    """Return the logits of the base, loaded with transformers, and PEFT's adapter if given."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -78,9 +79,8 @@ def peft_logits(
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    disable_cpu_repacking(
-        model
-    )  # in evaluation bitsandbytes would round the codes' scales anew on some processors
+    # In evaluation, bitsandbytes would round the codes' scales again on some processors.
+    disable_cpu_repacking(model)
     model.eval()
     return [model(input_ids=tokens[None]).logits[0] for tokens in sequences]
 
@@ -89,7 +89,7 @@ def peft_logits(
 def our_logits(
     base: Path, adapter: Path | None, quantization: str, sequences: list[Tensor]
 ) -> list[Tensor]:
-    """Return the logits of our path: packed attention, our layers, the head on its own."""
+    """Return the logits of our code: packed attention, our layers, a separate head."""
     model = load_model(base, quantization, FLOAT32)
     if adapter is not None:
         load_adapter(model, adapter)
@@ -98,7 +98,7 @@ def our_logits(
 
 
 def every_position(tokens: Tensor) -> Pack:
-    """Return a sequence as a pack of which each position predicts; what it predicts is not looked at."""
+    """Return a sequence as a pack in which each position predicts; the targets are not used."""
     places = torch.arange(len(tokens))
     return Pack(tokens, places, [Segment(len(tokens))], places, tokens)
 

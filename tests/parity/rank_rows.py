@@ -1,4 +1,4 @@
-"""One adapter cut to lower ranks, beside those that were trained at them: what is kept, and the loss that is measured."""
+"""A rank-truncated adapter compared with adapters trained at those ranks: energy and loss."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipelines.models.loading import load_model
 
 
 def rank_rows(summary: Row) -> Iterator[Row]:
-    """Yield, for each power of two below the highest trained rank, the energy kept and the held-out loss."""
+    """Yield the retained energy and held-out loss for each power of 2 below the highest rank."""
     trained = {
         model["rank"]: (label, model)
         for label, model in summary["models"].items()
@@ -28,11 +28,11 @@ def rank_rows(summary: Row) -> Iterator[Row]:
     folder = Path(model["folder"]) / "adapter"
     ranks = [rank for rank in (2**n for n in range(12)) if rank < highest]
     for kept in truncation_table(folder, ranks):
-        what = f"{label} cut to rank {kept.rank}"
+        what = f"{label} truncated to rank {kept.rank}"
         yield figure(f"{what}: energy of the update kept", kept.energy)
         with TemporaryDirectory() as scratch:
-            truncate_adapter(folder, Path(scratch) / "cut", kept.rank)
-            loss = held_out_loss(summary, Path(scratch) / "cut")
+            truncate_adapter(folder, Path(scratch) / "truncated", kept.rank)
+            loss = held_out_loss(summary, Path(scratch) / "truncated")
         yield figure(f"{what}: task loss", loss, "nats")
     for rank, (name, one) in sorted(trained.items()):
         yield figure(
@@ -41,7 +41,7 @@ def rank_rows(summary: Row) -> Iterator[Row]:
 
 
 def held_out_loss(summary: Row, adapter: Path) -> float:
-    """Return the loss per supervised token of the run's held-out examples, in nats, over the base in NF4."""
+    """Return the loss in nats per supervised token of the held-out examples, on the base in NF4."""
     data = next(
         Path(entry["folder"]) for entry in summary["stages"] if entry["name"].startswith("data ")
     )

@@ -1,6 +1,7 @@
-"""Readers of what is exported, which share nothing with what wrote it; each finds ΔW as the program in question forms it.
+"""Readers of exports that share no code with the exporter; each computes ΔW as its program does.
 
-Sources: vLLM's vllm/lora/peft_helper.py, lora_model.py and utils.py; llama.cpp's src/llama-adapter.{h,cpp}.
+Sources: vLLM's vllm/lora/peft_helper.py, lora_model.py and utils.py; llama.cpp's
+src/llama-adapter.{h,cpp}.
 """
 
 import json
@@ -35,7 +36,7 @@ def adapter_values(folder: Path) -> dict[str, Any]:
 
 
 def vllm_objections(folder: Path, base: nn.Module, max_rank: int) -> list[str]:
-    """Return what vLLM's loader would refuse, or misread without a word."""
+    """Return what vLLM's loader would refuse or silently misread."""
     values, tensors = adapter_values(folder), load_file(folder / "adapter_model.safetensors")
     found = [
         f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if key not in values
@@ -59,14 +60,14 @@ def vllm_objections(folder: Path, base: nn.Module, max_rank: int) -> list[str]:
             or factor not in ("A.weight", "B.weight")
             or module.rpartition(".")[2] not in linear
         ):
-            found.append(f"{key} is no factor of a linear layer")
+            found.append(f"{key} is not a factor of a linear layer")
         elif tensor.shape["AB".index(factor[0])] != values.get("r"):
             found.append(f"{key} has the shape {tuple(tensor.shape)}")
     return found
 
 
 def vllm_updates(folder: Path) -> Updates:
-    """Return what vLLM computes: one scale for every module, alpha / r or alpha / √r of the config."""
+    """Return the updates that vLLM computes, with one scale: alpha / r or alpha / √r."""
     values, tensors = adapter_values(folder), load_file(folder / "adapter_model.safetensors")
     scale = values["lora_alpha"] / (values["r"] ** 0.5 if values["use_rslora"] else values["r"])
     names = [
@@ -88,7 +89,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def gguf_objections(path: Path, base: nn.Module) -> list[str]:
-    """Return what llama.cpp would refuse of an adapter for a Llama."""
+    """Return what llama.cpp would refuse in an adapter for a Llama."""
     fields, tensors = read_gguf(path)
     wanted = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
     found = [
@@ -103,36 +104,42 @@ def gguf_objections(path: Path, base: nn.Module) -> list[str]:
         name, _, factor = key.rpartition(".lora_")
         a, b = tensors.get(f"{name}.lora_a"), tensors.get(f"{name}.lora_b")
         if factor not in ("a", "b") or a is None or b is None:
-            found.append(f"{key} is no factor of a pair")
+            found.append(f"{key} is not a factor of a pair")
         elif a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != shapes.get(module_of(name)):
             found.append(f"{name} has factors of {a.shape} and {b.shape}")
     return found
 
 
 def gguf_updates(path: Path, heads: int, key_heads: int) -> Updates:
-    """Return what llama.cpp computes, alpha / (rank of the tensor) · B A, with the rows of a Llama's q and k put back."""
+    """Return the updates that llama.cpp computes, alpha / (rank of the tensor) · B A.
+
+    The rows of a Llama's q and k are in Hugging Face's order.
+    """
     fields, tensors = read_gguf(path)
     found = {}
     for name in [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]:
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
         delta = torch.from_numpy(fields["adapter.lora.alpha"] / b.shape[1] * (b @ a))
-        turned = {"attn_q": heads, "attn_k": key_heads}.get(name.split(".")[2])
-        if turned:
-            delta[[row_in_hugging_face(row, turned, len(delta)) for row in range(len(delta))]] = (
-                delta.clone()
-            )
+        head_count = {"attn_q": heads, "attn_k": key_heads}.get(name.split(".")[2])
+        if head_count:
+            count = len(delta)
+            rows = [row_in_hugging_face(row, head_count, count) for row in range(count)]
+            delta[rows] = delta.clone()
         found[module_of(name)] = delta
     return found
 
 
 def module_of(name: str) -> str:
-    """Return the path in Hugging Face's Llama of a tensor of a block, blk.<layer>.<kind>.weight."""
+    """Return the Hugging Face module path of a tensor of a block, blk.<layer>.<kind>.weight."""
     _, layer, kind, _ = name.split(".")
     return f"model.layers.{layer}.{IN_HUGGING_FACE[kind]}"
 
 
 def row_in_hugging_face(row: int, heads: int, rows: int) -> int:
-    """Return where llama.cpp's row of q or k stands in Hugging Face's weight: even rows in a head's first half, odd ones in its second."""
+    """Return the index in Hugging Face's weight of llama.cpp's row of q or k.
+
+    Even rows belong to a head's first half, odd ones to its second.
+    """
     width = rows // heads
-    head, place = divmod(row, width)
-    return head * width + place // 2 + (place % 2) * (width // 2)
+    head, index = divmod(row, width)
+    return head * width + index // 2 + (index % 2) * (width // 2)

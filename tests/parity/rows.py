@@ -1,6 +1,7 @@
-"""The rows of build/parity.json, {what, value, unit, goal, holds}, and how a section of them is printed.
+"""The rows of build/parity.json, {what, value, unit, goal, holds}, and how a section is printed.
 
-`what` names the thing and, after the last colon, the figure; a grid has a line for each thing and a column for each figure.
+`what` names the subject and, after the last colon, the metric; a grid has a line for each subject
+and a column for each metric.
 """
 
 from typing import Any
@@ -12,11 +13,11 @@ Row = dict[str, Any]
 
 
 class LeftOut(Exception):
-    """A section that cannot be measured here; says why, and what to do."""
+    """A section that cannot be measured here, with the reason and the fix."""
 
 
 def figure(what: str, value: float, unit: str = "") -> Row:
-    """Return a row that is reported and has no goal."""
+    """Return a row without a goal."""
     return {"what": what, "value": value, "unit": unit, "goal": None, "holds": None}
 
 
@@ -41,7 +42,7 @@ def at_least(what: str, value: float, goal: float, unit: str = "") -> Row:
 
 
 def near(what: str, value: float, goal: float, tolerance: float, unit: str = "") -> Row:
-    """Return a row whose goal is a published figure, with the distance from it that is allowed as a part of it."""
+    """Return a row whose goal is a published value, with a relative tolerance."""
     holds = abs(value - goal) <= tolerance * goal
     return {
         "what": what,
@@ -62,7 +63,7 @@ def show_list(title: str, rows: list[Row]) -> None:
 
 
 def show_grid(title: str, rows: list[Row]) -> None:
-    """Print a line for each thing; a figure that misses its goal stands beside it."""
+    """Print a line for each subject; a value that misses its goal is followed by the goal."""
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
         thing, _, name = row["what"].rpartition(": ")

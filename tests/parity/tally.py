@@ -1,4 +1,4 @@
-"""What a load makes of damaged adapters: refused, the same, or a silent load of something else."""
+"""Outcomes of loading damaged adapters: refused, equal to the original, or silently different."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ from lora_core.adapter.io import adapter_tensors
 
 @dataclass(frozen=True)
 class Tally:
-    """What became of the damages of one kind."""
+    """The outcomes of one kind of damage."""
 
     tried: int
     refused: int
     same: int
-    """Loaded, and computes what the whole adapter computes."""
+    """Loaded, and computes the same as the undamaged adapter."""
     silent: int
-    """Loaded without a word, and computes something else."""
+    """Loaded without an error, and computes something else."""
 
 
 def tally(
@@ -31,18 +31,20 @@ def tally(
     build: Callable[[], nn.Module],
     answer: Callable[[nn.Module], Tensor],
 ) -> Tally:
-    """Do each damage to a copy of `adapter` and load it.
+    """Apply each damage to a copy of `adapter` and load it.
 
     Args:
         damages: each changes the files of a folder.
-        adapter: the whole adapter; not changed.
-        build: makes the base it was trained on.
-        answer: what an adapted model computes.
+        adapter: the undamaged adapter; not changed.
+        build: builds the base it was trained on.
+        answer: computes the output of an adapted model.
     """
-    copy, counts = adapter.with_name("damaged"), {"refused": 0, "same": 0, "silent": 0}
+    copy = adapter.with_name("damaged")
+    counts = {"refused": 0, "same": 0, "silent": 0}
     model = build()
     load_adapter(model, adapter)
-    whole, model = _computed(model, answer), build()
+    expected = _computed(model, answer)
+    model = build()
     for damage in damages:
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(adapter, copy)
@@ -50,16 +52,17 @@ def tally(
         try:
             load_adapter(model, copy)
         except LoraError:
-            counts["refused"] += 1  # and the model is as it was: the next load is put into it
+            counts["refused"] += 1  # the model is unchanged and takes the next load
             continue
-        counts["same" if _equal(_computed(model, answer), whole) else "silent"] += 1
+        outcome = "same" if _equal(_computed(model, answer), expected) else "silent"
+        counts[outcome] += 1
         model = build()
     return Tally(sum(counts.values()), **counts)
 
 
 @torch.no_grad()
 def _computed(model: nn.Module, answer: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    """Return all that an adapter says and does."""
+    """Return the tensors and the output of an adapter."""
     return {**adapter_tensors(model), "answer": answer(model)}
 
 

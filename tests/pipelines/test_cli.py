@@ -1,4 +1,6 @@
-"""Bad input at the command line: one clear sentence, a non-zero exit, and before any model is loaded."""
+"""Invalid input on the command line: one clear sentence and a non-zero exit, before any model is
+loaded.
+"""
 
 import os
 import re
@@ -15,7 +17,7 @@ from tiny import save_pairs, tiny_recipe
 
 @pytest.fixture(scope="module", autouse=True)
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Share what these tests prepare: one folder of runs for all."""
+    """Use one folder of runs for all tests, so that they share prepared stages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_RUNS", str(tmp_path_factory.mktemp("runs")))
         yield
@@ -23,12 +25,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """Run the command line in `folder`."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    env.pop("PREFECT_API_URL", None)
-    env |= environment
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    variables.pop("PREFECT_API_URL", None)
+    variables |= environment
     command = [str(Path(sys.executable).parent / "lora"), *arguments]
     return subprocess.run(
-        command, cwd=folder, env=env, capture_output=True, text=True, timeout=200, check=False
+        command,
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
 
 
@@ -75,12 +83,12 @@ def test_rank_zero(tmp_path: Path, recipe: dict[str, Any]) -> None:
     [
         ("lora", {"ranks": [2, 512]}, ("rank 512 exceeds", "at most")),
         ("lora", {"target_modules": ["q_prjo"]}, ("'q_prjo'", "matches no module", "q_proj")),
-        ("data", {"source": "absent.jsonl"}, ("absent.jsonl", "is not there")),
+        ("data", {"source": "absent.jsonl"}, ("absent.jsonl", "does not exist")),
         ("data", {"max_tokens": 8}, ("cut off by max_tokens=8",)),
         ("base_model", {"id": "nobody/no-such-model"}, ("nobody/no-such-model", "HF_HUB_OFFLINE")),
     ],
 )
-def test_what_a_plan_refuses(
+def test_an_impossible_plan_is_refused(
     tmp_path: Path,
     recipe: dict[str, Any],
     section: str,
@@ -106,7 +114,7 @@ def test_plan_prints_targets_weights_and_sizes(tmp_path: Path, recipe: dict[str,
         "rank-2",
         "rank-4",
         "control",
-        "optimiser",
+        "optimizer",
         "activations",
         "MB",
         "init kaiming",
@@ -140,14 +148,14 @@ def test_plan_prints_the_shape_rank_scale_and_weights_of_each_target(
     assert re.search(r"rank in the file\W+4\W+8\W", ended.stdout)
 
 
-def test_plan_says_what_fits_a_gpu(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_plan_prints_what_fits_a_gpu(tmp_path: Path, recipe: dict[str, Any]) -> None:
     ended = lora(tmp_path, "plan", write(tmp_path, recipe), "--gpu-gb", "24")
     assert ended.returncode == 0, ended.stderr
     for word in ("24 GB", "qlora", "zero3", "8 GPUs", "✓"):
         assert word in ended.stdout
 
 
-def test_deploying_without_a_server_says_what_to_set(
+def test_deploying_without_a_server_names_the_variable_to_set(
     tmp_path: Path, recipe: dict[str, Any]
 ) -> None:
     refused(
@@ -155,49 +163,34 @@ def test_deploying_without_a_server_says_what_to_set(
     )
 
 
-def test_a_run_whose_server_is_away_may_be_tried_again(
-    tmp_path: Path, recipe: dict[str, Any]
-) -> None:
+def test_a_run_whose_server_is_away_can_be_retried(tmp_path: Path, recipe: dict[str, Any]) -> None:
     ended = lora(tmp_path, "run", write(tmp_path, recipe), PREFECT_API_URL="http://127.0.0.1:9/api")
     assert ended.returncode == 75, ended.stderr
-    assert "127.0.0.1:9 does not serve this run" in ended.stderr and "Traceback" not in ended.stderr
+    assert "127.0.0.1:9 does not answer this run" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
-def test_comparing_an_unknown_run_names_those_there(tmp_path: Path) -> None:
+def test_comparing_an_unknown_run_lists_the_known_ones(tmp_path: Path) -> None:
     refused(lora(tmp_path, "compare", "nothing"), "'nothing'", "none yet")
 
 
-def test_an_adapter_that_is_no_folder(tmp_path: Path) -> None:
-    refused(lora(tmp_path, "generate", "--adapter", "nowhere", "hello"), "'nowhere'", "no folder")
+def test_an_adapter_that_is_not_a_folder(tmp_path: Path) -> None:
+    refused(
+        lora(tmp_path, "generate", "--adapter", "nowhere", "hello"), "'nowhere'", "not a folder"
+    )
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_what_is_finished(
+def test_a_full_disk_is_one_sentence_and_keeps_finished_stages(
     tmp_path: Path, recipe: dict[str, Any]
 ) -> None:
-    """A real file system that holds the base's stage and not the data's; where it cannot be mounted there is nothing to test."""
+    """A real file system has room for the base's stage, but not for the data's."""
     small = tmp_path / "small"
     small.mkdir()
-    if (
-        os.geteuid() != 0
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(small)], check=False
-        ).returncode
-    ):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(small)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "LORA_RUNS": str(small)}
-        command = [str(Path(sys.executable).parent / "lora"), "plan", write(tmp_path, recipe)]
-        refused(
-            subprocess.run(
-                command,
-                cwd=tmp_path,
-                env=env,
-                capture_output=True,
-                text=True,
-                timeout=200,
-                check=False,
-            ),
-            "no space left",
-        )
+        ended = lora(tmp_path, "plan", write(tmp_path, recipe), LORA_RUNS=str(small))
+        refused(ended, "no space left")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)

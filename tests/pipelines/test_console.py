@@ -1,4 +1,6 @@
-"""Progress reaches the terminal and Prefect: now and then, with the last row, and whether the server answers or not."""
+"""Progress on the terminal and in Prefect: throttled, with the last row, whether the server answers
+or not.
+"""
 
 import logging
 import time
@@ -14,7 +16,7 @@ from pipelines import console
 from pipelines.console import Row, Throttled, fan_out
 from pipelines.orchestration import flow_log
 from pipelines.orchestration.cancellation import FLOW_RUN
-from pipelines.orchestration.flow_log import log_for_pages_only, reported, tell
+from pipelines.orchestration.flow_log import log_and_print, log_for_pages_only, report_training
 
 ARTIFACT = uuid4()
 
@@ -24,9 +26,10 @@ def row(step: int) -> Row:
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect the lines that are printed."""
     lines: list[str] = []
-    monkeypatch.setattr(flow_log, "say", lambda text, **_: lines.append(text))
+    monkeypatch.setattr(flow_log, "print_status", lambda text, **_: lines.append(text))
     return lines
 
 
@@ -41,7 +44,7 @@ def log(
 
 @pytest.fixture
 def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
-    """Return what is drawn on a stand-in of the page."""
+    """Collect the states of the progress bar on a fake page."""
     drawn: list[tuple[float, str]] = []
 
     def create(percent: float, description: str) -> UUID:
@@ -59,28 +62,29 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
     return drawn
 
 
-def test_rows_are_passed_on_to_all() -> None:
+def test_fan_out_passes_rows_to_all() -> None:
     first: list[Row] = []
     second: list[Row] = []
     fan_out(first.append, second.append)(row(1))
     assert first == second == [row(1)]
 
 
-def test_the_first_and_the_last_row_are_shown_and_few_between(
+def test_throttling_passes_the_first_and_the_last_row_and_few_between(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown: list[Row] = []
-    paced, clock = Throttled(shown.append), iter([0.0, 0.0, 1.0, 20.0, 20.0, 21.0])
+    throttled = Throttled(shown.append)
+    clock = iter([0.0, 0.0, 1.0, 20.0, 20.0, 21.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     for step in (1, 2, 3, 4):
-        paced(row(step))
+        throttled(row(step))
     assert [one["step"] for one in shown] == [1, 3, 4]
 
 
-def test_a_training_is_seen_on_its_page(
+def test_a_training_is_shown_on_its_page(
     log: pytest.LogCaptureFixture, bars: list[tuple[float, str]]
 ) -> None:
-    with reported("rank-2") as watch:
+    with report_training("rank-2") as watch:
         watch(row(1))
         while not bars:
             time.sleep(0.01)
@@ -92,54 +96,60 @@ def test_a_training_is_seen_on_its_page(
     assert [record.message for record in log.records] == [text for _, text in bars]
 
 
-def test_a_page_that_cannot_be_drawn_is_said_once(
-    log: pytest.LogCaptureFixture, bars: object, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_failing_page_is_reported_once(
+    log: pytest.LogCaptureFixture,
+    bars: object,
+    printed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[Any] = []
+    requests: list[Any] = []
 
-    def away(*_: object, **__: object) -> UUID:
-        asked.append(None)
+    def fail(*_: object, **__: object) -> UUID:
+        requests.append(None)
         raise ConnectionError("refused")
 
-    monkeypatch.setattr(flow_log, "create_progress_artifact", away)
-    with reported("rank-2") as watch:
+    monkeypatch.setattr(flow_log, "create_progress_artifact", fail)
+    with report_training("rank-2") as watch:
         watch(row(1))
-        while len(asked) < 3:
+        while len(requests) < 3:
             time.sleep(0.01)
-    assert len(said) == 1 and "ConnectionError: refused" in said[0]
+    assert len(printed) == 1
+    assert "ConnectionError: refused" in printed[0]
 
 
-def test_a_page_that_hangs_holds_nobody_up(
+def test_a_hanging_page_does_not_block(
     log: pytest.LogCaptureFixture, bars: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flow_log, "create_progress_artifact", lambda *_, **__: time.sleep(5))
     monkeypatch.setattr(flow_log, "SECONDS_TO_FINISH", 0.1)
-    begun = time.monotonic()
-    with reported("rank-2") as watch:
+    started = time.monotonic()
+    with report_training("rank-2") as watch:
         watch(row(4))
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - started < 3
 
 
-def test_a_stall_is_told_to_both_and_under_a_worker_once(
-    log: pytest.LogCaptureFixture, said: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_stall_is_logged_and_printed_and_under_a_worker_only_logged(
+    log: pytest.LogCaptureFixture, printed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tell("rank 1 waits [Errno 11] [/tmp/lock]")  # brackets are no markup
+    log_and_print("rank 1 waits [Errno 11] [/tmp/lock]")  # brackets are not markup
     monkeypatch.setenv(FLOW_RUN, "a run")
-    tell("rank 2 waits")
+    log_and_print("rank 2 waits")
     assert [record.message for record in log.records] == [
         "rank 1 waits [Errno 11] [/tmp/lock]",
         "rank 2 waits",
     ]
-    assert said == ["rank 1 waits [Errno 11] [/tmp/lock]"]
+    assert printed == ["rank 1 waits [Errno 11] [/tmp/lock]"]
 
 
 @pytest.mark.parametrize(
     "text", ["rank-4 in [/tmp/runs]: [Errno 5] [bold] [parameters: 1]", "word " * 40 + "end"]
 )
-def test_a_line_is_printed_as_it_is_and_whole(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_a_line_is_printed_verbatim_and_unbroken(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     written = StringIO()
     monkeypatch.setattr(console, "console", Console(file=written, width=80))
-    console.say(text, mark="✗", aside=text)
+    console.print_status(text, mark="✗", aside=text)
     assert written.getvalue() == f"✗ {text} {text}\n"
 
 
@@ -148,7 +158,8 @@ def test_runs_log_to_pages_and_not_to_the_terminal() -> None:
     before = logger.level, logger.propagate
     try:
         log_for_pages_only()
-        assert logger.isEnabledFor(logging.INFO) and not logger.propagate
+        assert logger.isEnabledFor(logging.INFO)
+        assert not logger.propagate
     finally:
         logger.level, logger.propagate = before
         logging.getLogger("prefect.flow_runs").propagate = True

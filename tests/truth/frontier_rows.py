@@ -46,7 +46,10 @@ def finding_rows(summary: Values) -> Iterator[Row]:
         less = task_gain(items[label], items["control"])
         yield verdict(f"{label} learnt less than the control by", less, "nats a token")
         kept = drop_beyond_control(
-            (items["base"], items["base-nf4"]), items["control"], items[label]
+            items["control"],
+            items[label],
+            control_base=items["base"],
+            adapter_base=items["base-nf4"],
         )
         yield verdict(
             f"{label} kept more general ability than the control by", kept, "choice probability"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.comparison.differences import Change, change
-from pipelines.comparison.divergence import Divergence, divergences
+from pipelines.comparison.divergence import KLDivergence, divergences
 from pipelines.comparison.records import Records
 from pipelines.comparison.scores import scores
 from pipelines.runtime.stage import read_records
@@ -53,7 +53,7 @@ class EvaluatedModel:
         """Return what training changed."""
         return change(read_records(Path(self.summary["items"][self.base])), self.records)
 
-    def kl(self) -> Divergence | None:
+    def kl(self) -> KLDivergence | None:
         """Return the KL divergence from its base over the questions put as chats; None where none were."""
         pair = (self.base, self.label)
         files = {

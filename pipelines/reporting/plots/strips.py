@@ -1,8 +1,8 @@
-"""The spectra of an adapter's updates: for each kind of module a strip, with a column for each of its layers.
+"""The spectra of an adapter's updates: a strip per kind of module, with a column per layer.
 
-A cell is σᵢ/σ₁ of one update, the strongest direction on top, in steps of shade; a line follows the effective rank, and
-bars above give ‖ΔW‖ beside the largest of the adapter. Values fall down a column, so a shade is one run of cells and a
-strip of any rank is a few paths.
+A cell is σᵢ/σ₁ of one update, the strongest direction on top, in discrete shades. A line shows the
+effective rank, and bars above the cells show ‖ΔW‖ relative to the largest of the adapter. Values
+decrease down a column, so each shade is one run of cells and a strip of any rank is a few paths.
 """
 
 import math
@@ -13,6 +13,8 @@ from typing import Any
 
 SHADES = 8
 Module = Mapping[str, Any]
+ShadeRun = tuple[int, int]
+"""The first cell of a shade in a column, and the number of its cells."""
 
 
 @dataclass(frozen=True)
@@ -39,46 +41,58 @@ def strips(modules: Sequence[Module]) -> list[Strip]:
     """Return a strip for each kind of module of one adapter, in the order of the model."""
     kinds: dict[str, list[Module]] = {}
     for module in modules:
-        kinds.setdefault(re.sub(r"\d+", "", module["module"]), []).append(module)
-    largest = max((_size(module) for module in modules), default=0.0) or 1.0
+        kind = re.sub(r"\d+", "", module["module"])
+        kinds.setdefault(kind, []).append(module)
+    largest = max(map(_size, modules), default=0.0) or 1.0
     return [_strip(group, largest) for group in kinds.values()]
 
 
 def _strip(group: Sequence[Module], largest: float) -> Strip:
-    effective = [float(module["effective_rank"]) for module in group]
+    columns = []
+    effective_ranks = []
+    points = []
+    bars = []
+    for index, module in enumerate(group):
+        effective_rank = float(module["effective_rank"])
+        height = _size(module) / largest
+        columns.append(module["values"])
+        effective_ranks.append(effective_rank)
+        points.append(f"{index + 0.5:g},{effective_rank:.2f}")
+        bars.append(f"M{index + 0.1:g} 1h.8v-{height:.3f}h-.8z")
     return Strip(
         kind=group[0]["module"].rpartition(".")[2],
         layers=len(group),
-        rank=max(len(module["values"]) for module in group),
-        shades=_shades([module["values"] for module in group]),
-        line=" ".join(f"{place + 0.5:g},{value:.2f}" for place, value in enumerate(effective)),
-        bars="".join(
-            f"M{place + 0.1:g} 1h.8v-{_size(module) / largest:.3f}h-.8z"
-            for place, module in enumerate(group)
-        ),
-        effective_rank=sum(effective) / len(effective),
-        lowest=min(effective),
-        highest=max(effective),
+        rank=max(map(len, columns)),
+        shades=_shades(columns),
+        line=" ".join(points),
+        bars="".join(bars),
+        effective_rank=sum(effective_ranks) / len(effective_ranks),
+        lowest=min(effective_ranks),
+        highest=max(effective_ranks),
     )
 
 
 def _shades(columns: Sequence[Sequence[float]]) -> dict[int, str]:
+    """Return shade → the path of its cells in all columns."""
     paths: dict[int, str] = {}
-    for place, values in enumerate(columns):
+    for index, values in enumerate(columns):
         for shade, (top, height) in _runs(values).items():
-            paths[shade] = paths.get(shade, "") + f"M{place} {top}h1v{height}h-1z"
+            path = paths.get(shade, "")
+            paths[shade] = f"{path}M{index} {top}h1v{height}h-1z"
     return dict(sorted(paths.items()))
 
 
-def _runs(values: Sequence[float]) -> dict[int, tuple[int, int]]:
-    """Return shade → its first cell and how many there are; nothing for an update of zero."""
+def _runs(values: Sequence[float]) -> dict[int, ShadeRun]:
+    """Return the run of each shade; empty for an update of zero."""
     strongest = max(values, default=0.0)
-    levels = [round(SHADES * value / strongest) if strongest else 0 for value in values]
-    return {
-        shade: (levels.index(shade), levels.count(shade))
-        for shade in dict.fromkeys(levels)
-        if shade
-    }
+    if not strongest:
+        return {}
+    levels = [round(SHADES * value / strongest) for value in values]
+    runs = {}
+    for shade in dict.fromkeys(levels):
+        if shade:
+            runs[shade] = (levels.index(shade), levels.count(shade))
+    return runs
 
 
 def _size(module: Module) -> float:

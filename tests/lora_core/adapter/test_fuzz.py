@@ -1,6 +1,6 @@
-"""A damaged adapter is never loaded silently: it is refused, or what was damaged is no part of what is computed.
+"""A damaged adapter never loads silently: it is refused, or the damage does not affect the output.
 
-The damages and the count are those of `make parity`.
+The damage and the counts are those of `make parity`.
 """
 
 from collections.abc import Callable
@@ -21,38 +21,40 @@ def count(
     adapter_folder: Path,
     logits: Callable[[nn.Module], Tensor],
 ) -> Count:
-    """Return a count of what a load makes of the damages of one kind."""
+    """Return a function that counts the outcomes of loading adapters damaged in one way."""
 
     def of(kind: Kind, *, sidecar: bool = True) -> Tally:
         damages = kind(adapter_folder)
-        return tally(damages if sidecar else bare(damages), adapter_folder, build_llama, logits)
+        if not sidecar:
+            damages = bare(damages)
+        return tally(damages, adapter_folder, build_llama, logits)
 
     return of
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_beside_its_sidecar_no_damage_is_loaded_silently(count: Count, kind: Kind) -> None:
+def test_with_a_sidecar_no_damage_loads_silently(count: Count, kind: Kind) -> None:
     found = count(kind)
     assert found.silent == 0
-    if found.tried in (
-        FLIPS,
-        CUTS,
-    ):  # the sidecar's lineage and tensor digests decide nothing that is computed
+    if found.tried in (FLIPS, CUTS):
+        # The sidecar's lineage and tensor digests do not affect the output.
         assert found.refused > 0.9 * found.tried * 2 / 3
     else:
         assert found.refused == found.tried > 0
 
 
 @pytest.mark.parametrize("kind", BY_FORM.values(), ids=BY_FORM.keys())
-def test_without_a_sidecar_what_does_not_fit_is_refused(count: Count, kind: Kind) -> None:
+def test_without_a_sidecar_a_misfit_is_refused(count: Count, kind: Kind) -> None:
     found = count(kind, sidecar=False)
     assert found.silent == 0
-    assert (
-        found.refused >= 0.8 * found.tried > 0
-    )  # a key named twice for its own bytes is no damage
+    # A key that the header names twice for its own bytes is not damaged.
+    assert found.refused >= 0.8 * found.tried > 0
 
 
-def test_the_count_sees_a_silent_load(count: Count) -> None:
-    """Without a sidecar nothing tells two tensors of one shape apart; were it not seen here, the zeros above would say nothing."""
+def test_a_silent_load_is_counted(count: Count) -> None:
+    """Without a sidecar nothing distinguishes two tensors of one shape.
+
+    This shows that the zeros above are meaningful.
+    """
     found = count(swapped, sidecar=False)
     assert found.silent == found.tried > 0

@@ -1,7 +1,8 @@
-"""What PEFT makes of the names that experts had before transformers 5: honoured here where it can be said, else refused.
+"""How PEFT reads expert names from before transformers 5: followed if possible, else refused.
 
-PEFT 0.21 turns target_modules of such names (w1, w2, w3; gate_proj, up_proj, down_proj; gate) into target_parameters, doubles
-rank and alpha of what is now one stack, and puts the updates of single experts together when it loads them.
+PEFT 0.21 converts target_modules with such names (w1, w2, w3; gate_proj, up_proj, down_proj; gate)
+to target_parameters, doubles rank and alpha of what is now one stack, and combines the updates of
+single experts when it loads them.
 """
 
 import json
@@ -32,9 +33,9 @@ from lora_core import (
 from lora_core.spectrum.updates import read_updates
 
 pytestmark = [
-    # PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
+    # PEFT 0.21 uses a name that transformers renames in 6; this does not concern the adapter.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    # It writes the doubled rank of a stack as a pattern, uses it, and says that nothing matched.
+    # PEFT writes the doubled rank of a stack as a pattern, uses it, and warns of no match.
     pytest.mark.filterwarnings(
         "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
     ),
@@ -70,7 +71,7 @@ def qwen2_moe() -> Qwen2MoeForCausalLM:
 
 
 def theirs(build: Build, targets: str | list[str], folder: Path) -> nn.Module:
-    """Let PEFT make an adapter with noise in A and B, and save it."""
+    """Create and save a PEFT adapter with noise in A and B."""
     config = PeftLoraConfig(
         task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False
     )
@@ -79,7 +80,7 @@ def theirs(build: Build, targets: str | list[str], folder: Path) -> nn.Module:
     return model
 
 
-HONOURED: dict[str, tuple[Build, list[str], dict[str, Any]]] = {
+READ: dict[str, tuple[Build, list[str], dict[str, Any]]] = {
     "mixtral": (
         mixtral,
         ["q_proj", "w1", "w2", "w3"],
@@ -111,92 +112,95 @@ HONOURED: dict[str, tuple[Build, list[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize(("build", "targets", "written"), HONOURED.values(), ids=HONOURED.keys())
-def test_rewritten_names_are_honoured(
+@pytest.mark.parametrize(("build", "targets", "written"), READ.values(), ids=READ.keys())
+def test_converted_names_load_as_in_peft(
     logits: Logits, tmp_path: Path, build: Build, targets: list[str], written: dict[str, Any]
 ) -> None:
-    """Of the DeepSeek, PEFT leaves dense layers and shared experts of these names out; so do we, reading its file."""
-    model, ours = theirs(build, targets, tmp_path), seeded(build)
+    """In DeepSeek, PEFT omits dense layers and shared experts with these names; so do we."""
+    model = theirs(build, targets, tmp_path)
+    ours = seeded(build)
     values = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
-    assert {
-        key: set(values[key] or ()) if key != "rank_pattern" else values[key] for key in written
-    } == written
+    assert values["rank_pattern"] == written["rank_pattern"]
+    for key in ("target_modules", "target_parameters"):
+        assert set(values[key] or ()) == written[key]
     load_adapter(ours, tmp_path)
-    torch.testing.assert_close(
-        logits(ours), logits(model), rtol=1e-5, atol=1e-5
-    )  # the same sums in float32, in another order
+    # The same sums in float32, in another order.
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-5)
     assert (logits(ours) - logits(seeded(build))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("build", [mixtral, deepseek_v3])
 def test_a_router_among_all_linear_layers_is_refused(tmp_path: Path, build: Build) -> None:
     theirs(build, "all-linear", tmp_path)
-    with pytest.raises(
-        TargetError,
-        match=r"mlp.gate.weight of \w+Top[kK]Router cannot be adapted: it holds weight .*; leave it out",
-    ):
+    router = r"mlp.gate.weight of \w+Top[kK]Router"
+    reason = "cannot be adapted: it holds weight .*; leave it out"
+    with pytest.raises(TargetError, match=f"{router} {reason}"):
         load_adapter(seeded(build), tmp_path)
 
 
 def save_single_experts(model: MixtralForCausalLM, folder: Path) -> dict[str, Tensor]:
-    """Write an adapter as transformers 4 had PEFT write it; return ΔW of each expert's w1, w2 and w3 by its key."""
-    generator, tensors, deltas = torch.Generator().manual_seed(4), {}, {}
+    """Write an adapter as PEFT did with transformers 4; return the ΔW of each expert's matrices."""
+    generator = torch.Generator().manual_seed(4)
+    tensors: dict[str, Tensor] = {}
+    deltas: dict[str, Tensor] = {}
     for layer in range(model.config.num_hidden_layers):
         for expert in range(4):
-            for name, out, wide in (("w1", 96, 64), ("w2", 64, 96), ("w3", 96, 64)):
+            for name, outputs, inputs in (("w1", 96, 64), ("w2", 64, 96), ("w3", 96, 64)):
                 path = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
-                a, b = (
-                    torch.randn(shape, generator=generator) * 0.1 for shape in ((2, wide), (out, 2))
-                )
-                tensors |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
+                a = torch.randn(2, inputs, generator=generator) * 0.1
+                b = torch.randn(outputs, 2, generator=generator) * 0.1
+                tensors[f"{PREFIX}{path}.lora_A.weight"] = a
+                tensors[f"{PREFIX}{path}.lora_B.weight"] = b
                 deltas[f"{layer}.{expert}.{name}"] = 1.5 * b @ a
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    PeftLoraConfig(
-        task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=["w1", "w2", "w3"]
-    ).save_pretrained(folder)
+    names = ["w1", "w2", "w3"]
+    config = PeftLoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=3, target_modules=names)
+    config.save_pretrained(folder)
     return deltas
 
 
-def test_single_experts_are_refused_and_come_in_through_peft(
+def test_single_experts_are_refused_and_load_after_conversion_by_peft(
     logits: Logits, tmp_path: Path
 ) -> None:
-    deltas = save_single_experts(model := seeded(mixtral), tmp_path / "old")
-    with pytest.raises(
-        AdapterError,
-        match=r"each expert by itself, such as \S+experts\.0\.w1\S+, .* load the adapter .* with PEFT",
-    ):
+    model = seeded(mixtral)
+    deltas = save_single_experts(model, tmp_path / "old")
+    message = r"separate update for each expert, such as \S+experts\.0\.w1\S+, .* with PEFT"
+    with pytest.raises(AdapterError, match=message):
         load_adapter(model, tmp_path / "old")
     PeftModel.from_pretrained(seeded(mixtral), tmp_path / "old").save_pretrained(tmp_path / "new")
-    load_adapter(ours := seeded(mixtral), tmp_path / "new")
-    with torch.no_grad():  # the reference: every expert's weight by itself
+    ours = seeded(mixtral)
+    load_adapter(ours, tmp_path / "new")
+    with torch.no_grad():  # the reference: every expert's weight updated separately
         for number, layer in enumerate(model.model.layers):
             for expert in range(4):
-                gate, up = (deltas[f"{number}.{expert}.{name}"] for name in ("w1", "w3"))
+                gate = deltas[f"{number}.{expert}.w1"]
+                up = deltas[f"{number}.{expert}.w3"]
                 layer.mlp.experts.gate_up_proj[expert] += torch.cat([gate, up])
                 layer.mlp.experts.down_proj[expert] += deltas[f"{number}.{expert}.w2"]
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def save_ours(build: Build, config: LoraConfig, folder: Path) -> nn.Module:
-    inject(model := seeded(build), config, seed=0)
+    model = seeded(build)
+    inject(model, config, seed=0)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.2)
     save_adapter(model, folder, config, Identity())
     return model
 
 
-def test_an_adapter_that_peft_would_misplace_is_saved_with_a_warning(
-    logits: Logits, tmp_path: Path
-) -> None:
-    """PEFT has no way to name a dense layer of these names; should that end, the last line fails and the warning can go."""
+def test_saving_an_adapter_that_peft_would_misplace_warns(logits: Logits, tmp_path: Path) -> None:
+    """PEFT cannot name a dense layer with these names.
+
+    Once it can, the last line fails and the warning can be removed.
+    """
     config = LoraConfig(r=2, lora_alpha=3)
-    with pytest.warns(
-        UserWarning,
-        match=r"PEFT takes model.layers.0.mlp.gate_proj to mean .*; load it with lora_core",
-    ):
+    message = "PEFT takes model.layers.0.mlp.gate_proj to mean .*; load it with lora_core"
+    with pytest.warns(UserWarning, match=message):
         model = save_ours(deepseek_v3, config, tmp_path / "adapter")
-    load_adapter(ours := seeded(deepseek_v3), tmp_path / "adapter")
+    ours = seeded(deepseek_v3)
+    load_adapter(ours, tmp_path / "adapter")
     assert torch.equal(logits(ours), logits(model))
     with pytest.warns(UserWarning, match="missing adapter keys"):
         misplaced = PeftModel.from_pretrained(seeded(deepseek_v3), tmp_path / "adapter").eval()
@@ -215,14 +219,13 @@ def test_an_adapter_that_peft_would_misplace_is_saved_with_a_warning(
     ],
     ids=["mixtral", "qwen2_moe", "deepseek, attention alone"],
 )
-def test_what_peft_reads_rightly_is_saved_without_a_word(
+def test_saving_an_adapter_that_peft_reads_correctly_does_not_warn(
     logits: Logits, tmp_path: Path, build: Build, config: LoraConfig
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = save_ours(build, config, tmp_path / "adapter")
-    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 2 * len(
-        read_updates(tmp_path / "adapter")
-    )
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * len(read_updates(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(seeded(build), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)

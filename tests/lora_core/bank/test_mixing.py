@@ -1,4 +1,7 @@
-"""In a mixed batch every kind of layer computes, and learns, what it does alone on its rows: experts, DoRA, biases, autocast."""
+"""In a mixed batch each kind of layer computes and learns what it does alone on its rows.
+
+Covered are experts, DoRA, biases, spectral initialization and autocast.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,33 +59,32 @@ def make_mixtral(*, kernel: str = "eager") -> MixtralForCausalLM:
 
 
 def bank_over(model: nn.Module, configs: dict[str, LoraConfig]) -> Bank:
-    """Return a bank whose adapters hold noise."""
+    """Return a bank of adapters with noise."""
     bank = Bank(model)
     for seed, (name, config) in enumerate(configs.items()):
         bank.add(name, config, seed=seed)
         with torch.no_grad():
             for number, parameter in enumerate(bank.parameters(name)):
-                parameter.add_(
-                    0.1
-                    * torch.randn(
-                        parameter.shape,
-                        generator=torch.Generator().manual_seed(100 * seed + number),
-                    )
-                )
+                generator = torch.Generator().manual_seed(100 * seed + number)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return bank
 
 
-def banks(build_llama: Build) -> dict[str, Callable[[], Bank]]:
-    return {
-        "experts": lambda: bank_over(make_mixtral(), ON_EXPERTS),
-        "dora": lambda: bank_over(build_llama(), DORA),
-        "dora with biases in the base": lambda: bank_over(build_llama(bias=True), DORA),
-        "biases": lambda: bank_over(build_llama(bias=True), BIASES),
-        "starts from the weight": lambda: bank_over(build_llama(), SPECTRAL),
-    }
+def bank_of(kind: str, build_llama: Build) -> Bank:
+    if kind == "experts":
+        return bank_over(make_mixtral(), ON_EXPERTS)
+    if kind == "dora":
+        return bank_over(build_llama(), DORA)
+    if kind == "dora with biases in the base":
+        return bank_over(build_llama(bias=True), DORA)
+    if kind == "biases":
+        return bank_over(build_llama(bias=True), BIASES)
+    return bank_over(build_llama(), SPECTRAL)
 
 
-KINDS = ["experts", "dora", "dora with biases in the base", "biases", "starts from the weight"]
+each_kind = pytest.mark.parametrize(
+    "kind", ["experts", "dora", "dora with biases in the base", "biases", "spectral"]
+)
 
 
 @pytest.fixture
@@ -95,20 +97,18 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def own_rows(name: str | None) -> list[int]:
-    return [place for place, one in enumerate(ROWS) if one == name]
+    return [index for index, owner in enumerate(ROWS) if owner == name]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_logits_and_gradients_are_those_of_each_adapter_alone(
     build_llama: Build, ids: Tensor, kind: str
 ) -> None:
-    bank = banks(build_llama)[kind]()
+    bank = bank_of(kind, build_llama)
     with bank.rows(ROWS):
         mixed = logits(bank.model, ids)
         (mixed**2).sum().backward()
-    together = {
-        name: [taken(parameter) for parameter in bank.parameters(name)] for name in bank.names
-    }
+    together = {name: pop_gradients(bank, name) for name in bank.names}
     for name in (None, *bank.names):
         with bank.using(name):
             alone = logits(bank.model, ids[own_rows(name)])
@@ -116,38 +116,36 @@ def test_logits_and_gradients_are_those_of_each_adapter_alone(
         torch.testing.assert_close(mixed[own_rows(name)], alone, rtol=1e-5, atol=2e-5)
         if name is not None:
             (alone**2).sum().backward()
-            for found, parameter in zip(together[name], bank.parameters(name), strict=True):
-                assert found.abs().max() > 1e-3  # a gradient of nothing would agree with anything
-                torch.testing.assert_close(
-                    found,
-                    parameter.grad,
-                    rtol=1e-4,
-                    atol=1e-5 * parameter.grad.abs().max().item() + 1e-6,
-                )
+            for found, expected in zip(together[name], pop_gradients(bank, name), strict=True):
+                assert found.abs().max() > 1e-3  # zero gradients would agree trivially
+                atol = 1e-5 * expected.abs().max().item() + 1e-6
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
+
+
+def pop_gradients(bank: Bank, name: str) -> list[Tensor]:
+    """Return the gradients of an adapter, and reset them."""
+    gradients: list[Tensor] = []
+    for parameter in bank.parameters(name):
+        assert parameter.grad is not None
+        gradients.append(parameter.grad)
+        parameter.grad = None
+    return gradients
 
 
 @pytest.mark.parametrize(
     "names", [["a", "a", "b", None], ["b", "a", None, "b"]], ids=["together", "scattered"]
 )
 @pytest.mark.parametrize("dim", [BATCH, TOKENS])
-def test_gradients_pass_what_was_dropped(
-    build_llama: Build, names: list[str | None], dim: int
-) -> None:
-    """Against differences of float64, with the same draw in every call."""
-    configs = {
-        name: LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj",), lora_dropout=0.4)
-        for name in "ab"
-    }
+def test_gradients_respect_dropout(build_llama: Build, names: list[str | None], dim: int) -> None:
+    """Compare with finite differences in float64, with the same draw in every call."""
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj",), lora_dropout=0.4)
+    configs = {"a": config, "b": config}
     bank = bank_over(build_llama().double().train(), configs)
     for name in configs:
         with bank.using(name):
             bank.model.train().double()
-    parameters = [
-        parameter
-        for name in configs
-        for parameter in bank.parameters(name)
-        if parameter.shape[-1] == 2
-    ][:2]
+    all_parameters = [*bank.parameters("a"), *bank.parameters("b")]
+    factors_b = [parameter for parameter in all_parameters if parameter.shape[-1] == 2]
     x = torch.randn(4, 4, 64, dtype=torch.float64, requires_grad=True)
     with bank.rows(names, dim=dim):
         q_proj = bank.model.model.layers[0].self_attn.q_proj
@@ -161,87 +159,79 @@ def test_gradients_pass_what_was_dropped(
         bank.model.eval()
         assert not torch.allclose(dropped, drawn(x))
         bank.model.train()
-        assert torch.autograd.gradcheck(drawn, (x, *parameters))
-
-
-def taken(parameter: nn.Parameter) -> Tensor:
-    grad, parameter.grad = parameter.grad, None
-    assert grad is not None
-    return grad
+        assert torch.autograd.gradcheck(drawn, (x, *factors_b[:2]))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_the_adapters_differ_on_every_row(build_llama: Build, ids: Tensor, kind: str) -> None:
-    """Without this the law above could hold of adapters that do nothing."""
-    bank = banks(build_llama)[kind]()
+    """Otherwise the invariant above could hold for adapters without effect."""
+    bank = bank_of(kind, build_llama)
     with bank.rows(ROWS):
         mixed = logits(bank.model, ids)
     base = logits(bank.model, ids)
     differences = (mixed - base).abs().amax(dim=(1, 2))
-    assert all(
-        difference > 0.01 for difference, name in zip(differences, ROWS, strict=True) if name
-    )
+    for difference, name in zip(differences, ROWS, strict=True):
+        assert name is None or difference > 0.01
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
-def test_tokens_of_the_base_keep_its_kernel(ids: Tensor, kernel: str) -> None:
+def test_tokens_of_the_base_use_its_kernel(ids: Tensor, kernel: str) -> None:
     bank = bank_over(make_mixtral(kernel=kernel), ON_EXPERTS)
     with bank.rows(ROWS):
         mixed = logits(bank.model, ids)
     for name in (None, *bank.names):
+        rows = own_rows(name)
         with bank.using(name):
-            torch.testing.assert_close(
-                mixed[own_rows(name)], logits(bank.model, ids[own_rows(name)]), rtol=1e-5, atol=2e-5
-            )
+            expected = logits(bank.model, ids[rows])
+        torch.testing.assert_close(mixed[rows], expected, rtol=1e-5, atol=2e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("examples", [1, 2])
-def test_stretches_of_a_pack_reach_their_experts(examples: int) -> None:
-    """Rows along the tokens, of one pack and of two packs laid out alike."""
-    block = (bank := bank_over(make_mixtral(), ON_EXPERTS)).model.model.layers[0].mlp
+def test_segments_of_a_pack_reach_their_experts(examples: int) -> None:
+    """Rows are routed along the tokens, of one pack and of two packs with the same layout."""
+    bank = bank_over(make_mixtral(), ON_EXPERTS)
+    block = bank.model.model.layers[0].mlp
     x = torch.randn(examples, 9, 32)
     with bank.rows(["a", None, "b"], dim=TOKENS, lengths=[4, 2, 3]):
         mixed = block(x)
     for name, part in (("a", slice(0, 4)), (None, slice(4, 6)), ("b", slice(6, 9))):
         with bank.using(name):
-            torch.testing.assert_close(
-                mixed[:, part], block(x[:, part].contiguous()), rtol=1e-5, atol=1e-5
-            )
+            expected = block(x[:, part].contiguous())
+        torch.testing.assert_close(mixed[:, part], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_experts_are_held_to_the_rows_of_the_batch(ids: Tensor) -> None:
-    """Two rows are named and four come: eight tokens flat would divide by two as well."""
+def test_experts_require_the_routed_rows_of_the_batch(ids: Tensor) -> None:
+    """Two rows are routed and four arrive: their flattened tokens are divisible by two as well."""
     bank = bank_over(make_mixtral(), {"b": ON_EXPERTS["b"]})
-    with bank.rows(["b", None]), pytest.raises(RoutingError, match=r"names 2 rows .* has 4"):
+    with bank.rows(["b", None]), pytest.raises(RoutingError, match=r"names 2 rows, but .* has 4"):
         logits(bank.model, ids[:4])
     with bank.rows(["b", None]):
         experts = bank.model.model.layers[0].mlp.experts
-        with pytest.raises(RoutingError, match="2 rows and 7 tokens"):
+        with pytest.raises(RoutingError, match="2 rows, but 7 tokens"):
             experts(torch.randn(7, 32), torch.zeros(7, 2, dtype=torch.long), torch.ones(7, 2))
-        with pytest.raises(RoutingError, match="holds its features there"):
+        with pytest.raises(RoutingError, match="has its features there"):
             bank.model.model.layers[0].mlp(torch.randn(2))
-    logits(bank.model, ids[:4])  # outside, nothing is asked
+    logits(bank.model, ids[:4])  # outside the block nothing is checked
 
 
 @torch.no_grad()
-def test_no_token_is_an_answer_too() -> None:
+def test_experts_accept_zero_tokens() -> None:
     bank = bank_over(make_mixtral(), ON_EXPERTS)
     with bank.rows(["a", "b"]):
         experts = bank.model.model.layers[0].mlp.experts
-        assert experts(
-            torch.randn(0, 32), torch.zeros(0, 2, dtype=torch.long), torch.ones(0, 2)
-        ).shape == (0, 32)
+        indices = torch.zeros(0, 2, dtype=torch.long)
+        assert experts(torch.randn(0, 32), indices, torch.ones(0, 2)).shape == (0, 32)
 
 
 def test_rows_along_the_features_are_refused(build_llama: Build) -> None:
-    """64 tokens of a flat pack and 64 features: by its size alone the input would do."""
+    """The 64 tokens of a flat pack and the 64 features have the same size."""
     bank = bank_over(build_llama(), {"c": DORA["c"]})
     with (
         bank.rows(["c", None], dim=TOKENS, lengths=[32, 32]),
-        pytest.raises(RoutingError, match="holds its features there"),
+        pytest.raises(RoutingError, match="has its features there"),
     ):
         bank.model.model.layers[0].self_attn.q_proj(torch.randn(64, 64))
 
@@ -249,14 +239,14 @@ def test_rows_along_the_features_are_refused(build_llama: Build) -> None:
 @pytest.mark.parametrize(
     ("names", "options", "message"),
     [
-        (["a"], {"dim": 2}, "cannot lie along dimension 2"),
+        (["a"], {"dim": 2}, "cannot be routed along dimension 2"),
         (["a", None], {"lengths": [3]}, r"lengths=\[3\] do not fit 2 names"),
         (["a", None], {"lengths": []}, r"lengths=\[\] do not fit 2 names"),
         (["a", None], {"lengths": [3, -1]}, "none below 0"),
         ([], {}, "not all 0"),
     ],
 )
-def test_a_routing_that_means_nothing_is_refused(
+def test_an_invalid_routing_is_refused(
     names: list[str | None], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(RoutingError, match=message):
@@ -264,21 +254,24 @@ def test_a_routing_that_means_nothing_is_refused(
 
 
 def test_tokens_of_rows() -> None:
-    """By hand: rows 0 and 2 of three rows of two tokens; places 0 and 2 of two packs of three tokens."""
+    """By hand: rows 0 and 2 of 3 rows with 2 tokens; tokens 0 and 2 of 2 packs with 3 tokens."""
     assert routing(["a", None, "a"], dim=BATCH).tokens("a", 6, CPU).tolist() == [0, 1, 4, 5]
     assert routing(["a", None, "a"], dim=TOKENS).tokens("a", 6, CPU).tolist() == [0, 2, 3, 5]
 
 
-# --- one product for all ---
+# --- one shared product ---
 
 
 @contextmanager
-def counted(kind: type[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Record the calls of the modules of a kind in a block."""
+def recorded_calls(kind: type[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Record the forward calls of all modules of a class inside a block."""
     calls: list[nn.Module] = []
-    hook = nn.modules.module.register_module_forward_pre_hook(
-        lambda module, _: calls.append(module) if isinstance(module, kind) else None
-    )
+
+    def record(module: nn.Module, _: object) -> None:
+        if isinstance(module, kind):
+            calls.append(module)
+
+    hook = nn.modules.module.register_module_forward_pre_hook(record)
     yield calls
     hook.remove()
 
@@ -286,7 +279,7 @@ def counted(kind: type[nn.Module]) -> Iterator[list[nn.Module]]:
 @torch.no_grad()
 def test_dora_shares_the_product_of_the_base(build_llama: Build, ids: Tensor) -> None:
     bank = bank_over(build_llama(), DORA)
-    with bank.rows(ROWS), counted(LoraLinear) as calls:
+    with bank.rows(ROWS), recorded_calls(LoraLinear) as calls:
         logits(bank.model, ids)
     assert not calls
 
@@ -295,38 +288,38 @@ def test_dora_shares_the_product_of_the_base(build_llama: Build, ids: Tensor) ->
 
 
 @pytest.mark.parametrize("configs", [DORA, BIASES], ids=["dora", "biases"])
-def test_autocast_is_that_of_each_adapter_alone(
+def test_autocast_works_on_linear_layers(
     build_llama: Build, ids: Tensor, configs: dict[str, LoraConfig]
 ) -> None:
     bank = bank_over(build_llama(bias=True), configs)
     check_under_autocast(bank, ids)
 
 
-def test_autocast_reaches_experts(ids: Tensor) -> None:
+def test_autocast_works_on_experts(ids: Tensor) -> None:
     check_under_autocast(bank_over(make_mixtral(), ON_EXPERTS), ids)
 
 
 def check_under_autocast(bank: Bank, ids: Tensor) -> None:
-    """Compute in bfloat16, learn in float32: rows and gradients are near those of float32, and not equal to them."""
+    """Compute in bfloat16 and learn in float32: the results are close to float32's, not equal."""
     with bank.rows(ROWS):
         exact = logits(bank.model, ids)
         (exact**2).mean().backward()
-        wanted = {
-            name: [taken(parameter) for parameter in bank.parameters(name)] for name in bank.names
-        }
+        expected = {name: pop_gradients(bank, name) for name in bank.names}
         with torch.autocast("cpu", torch.bfloat16):
             found = logits(bank.model, ids)
         (found.float() ** 2).mean().backward()
-    assert 0 < relative(found, exact) < 0.05  # two blocks of products, each input rounded to 8 bits
+    # Two blocks of products, with each input rounded to 8 bits.
+    assert 0 < relative_error(found, exact) < 0.05
     for name in bank.names:
-        for grad, parameter in zip(wanted[name], bank.parameters(name), strict=True):
-            assert parameter.grad is not None
-            assert parameter.grad.dtype == parameter.dtype == torch.float32
-            assert relative(parameter.grad, grad) < 0.1
+        assert all(parameter.dtype == torch.float32 for parameter in bank.parameters(name))
+        for gradient, reference in zip(pop_gradients(bank, name), expected[name], strict=True):
+            assert gradient.dtype == torch.float32
+            assert relative_error(gradient, reference) < 0.1
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    difference = found.double() - expected.double()
+    return (difference.norm() / expected.double().norm()).item()
 
 
 @torch.no_grad()
@@ -334,8 +327,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_a_row_of_the_base_has_its_dtype_under_autocast(
     build_llama: Build, build_nf4_llama: Build, quantized: bool
 ) -> None:
-    bank = bank_over(build_nf4_llama() if quantized else build_llama(), {"c": DORA["c"]})
-    q_proj, x = bank.model.model.layers[0].self_attn.q_proj, torch.randn(2, 3, 64)
+    model = build_nf4_llama() if quantized else build_llama()
+    bank = bank_over(model, {"c": DORA["c"]})
+    q_proj = bank.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 3, 64)
     with torch.autocast("cpu", torch.bfloat16):
         expected = q_proj(x)
         with bank.rows(["c", None]):

@@ -1,4 +1,4 @@
-"""A fingerprint names a base: the same for every copy of a checkpoint, another when a weight differs, blind to adapters."""
+"""A fingerprint identifies a base: equal for all copies of a checkpoint, blind to adapters."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_copies_of_one_checkpoint_agree(build_llama: Build, dtype: torch.dtype) 
         "lm_head.weight",
     ],
 )
-def test_one_changed_weight_changes_it(build_llama: Build, name: str) -> None:
+def test_one_changed_weight_changes_the_fingerprint(build_llama: Build, name: str) -> None:
     model = build_llama()
     before = fingerprint(model)
     with torch.no_grad():
@@ -38,19 +38,20 @@ def test_one_changed_weight_changes_it(build_llama: Build, name: str) -> None:
     assert fingerprint(model) != before
 
 
-def test_it_reads_evenly_spread_values_of_each_tensor() -> None:
-    """Every stretch of numel / SAMPLES values holds a sample: a change of a whole stretch is always seen."""
+def test_samples_are_evenly_spaced() -> None:
+    """Any numel / SAMPLES consecutive values include a sample, so changing them all is detected."""
     tensor = torch.randn(40, 50)
-    stretch = -(-tensor.numel() // SAMPLES_PER_TENSOR)
+    length = -(-tensor.numel() // SAMPLES_PER_TENSOR)
     before = digest_of({"weight": tensor})
-    for start in range(0, tensor.numel() - stretch, 97):
+    for start in range(0, tensor.numel() - length, 97):
         changed = tensor.clone()
-        changed.view(-1)[start : start + stretch] += 1
+        changed.view(-1)[start : start + length] += 1
         assert digest_of({"weight": changed}) != before
 
 
-def test_names_and_shapes_count_and_order_does_not() -> None:
-    one, two = torch.ones(2, 6), torch.zeros(3)
+def test_names_and_shapes_matter_and_order_does_not() -> None:
+    one = torch.ones(2, 6)
+    two = torch.zeros(3)
     before = digest_of({"a": one, "b": two})
     assert digest_of({"b": two, "a": one}) == before
     assert digest_of({"a": one, "c": two}) != before
@@ -58,37 +59,36 @@ def test_names_and_shapes_count_and_order_does_not() -> None:
     assert digest_of({"a": one}) != before
 
 
-def test_odd_tensors_have_a_digest() -> None:
+def test_empty_scalar_and_integer_tensors_have_a_digest() -> None:
     tensors = {
         "none": torch.zeros(0, 4),
         "scalar": torch.tensor(2.5),
         "codes": torch.arange(9, dtype=torch.uint8),
     }
-    assert digest_of(tensors) == digest_of(
-        {name: tensor.clone() for name, tensor in tensors.items()}
-    )
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    assert digest_of(tensors) == digest_of(copies)
     assert digest_of(tensors) != digest_of({**tensors, "scalar": torch.tensor(3.5)})
 
 
-def test_an_adapter_does_not_count(
-    build_llama: Build, randomise: Callable[[nn.Module], None]
+def test_an_adapter_does_not_change_the_fingerprint(
+    build_llama: Build, randomize: Callable[[nn.Module], None]
 ) -> None:
     model = build_llama()
     before = fingerprint(model)
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
     assert fingerprint(model) == before
-    randomise(model)
+    randomize(model)
     assert fingerprint(model) == before
 
 
-def test_an_adapter_on_a_layer_that_is_called_base_does_not_count() -> None:
+def test_an_adapter_on_a_layer_named_base_does_not_change_the_fingerprint() -> None:
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"base": nn.Linear(8, 8)})})
     before = fingerprint(model)
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
     assert fingerprint(model) == before
 
 
-def test_wrappers_do_not_count(
+def test_wrappers_do_not_change_the_fingerprint(
     build_llama: Build, wrapper: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = build_llama()
@@ -97,23 +97,23 @@ def test_wrappers_do_not_count(
 
 def test_tied_embeddings_count_once(build_llama: Build) -> None:
     model = build_llama(tied=True)
-    distinct: dict[str, Tensor] = {
-        name: value for name, value in model.state_dict().items() if name != "lm_head.weight"
-    }
+    distinct: dict[str, Tensor] = dict(model.state_dict())
+    del distinct["lm_head.weight"]
     assert fingerprint(model) == ("dense", digest_of(distinct))
 
 
-def test_nf4_is_a_kind_of_its_own(
-    build_llama: Build, build_nf4_llama: Build, randomise: Callable[[nn.Module], None]
+def test_nf4_has_a_separate_fingerprint(
+    build_llama: Build, build_nf4_llama: Build, randomize: Callable[[nn.Module], None]
 ) -> None:
     model = build_nf4_llama()
     kind, digest = fingerprint(model)
     assert kind == "nf4"
-    assert fingerprint(build_llama()) == ("dense", fingerprint(build_llama())[1])
-    assert digest != fingerprint(build_llama())[1]
+    dense_kind, dense_digest = fingerprint(build_llama())
+    assert dense_kind == "dense"
+    assert digest != dense_digest
     assert fingerprint(build_nf4_llama()) == (kind, digest)
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
-    randomise(model)
+    randomize(model)
     assert fingerprint(model) == (kind, digest)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.base.weight.view(-1)[0] ^= 0xFF
@@ -133,18 +133,18 @@ def test_a_folder_has_the_fingerprint_of_its_model(
     assert fingerprint_of_folder(tmp_path) != fingerprint(build_llama(tied=tied, seed=1))
 
 
-def test_a_tied_head_that_is_stored_twice_counts_once(build_llama: Build, tmp_path: Path) -> None:
+def test_a_tied_head_stored_twice_counts_once(build_llama: Build, tmp_path: Path) -> None:
     model = build_llama(tied=True)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(
-        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
-        tmp_path / "model.safetensors",
-    )
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
     assert fingerprint_of_folder(tmp_path) == fingerprint(model)
 
 
-def test_one_changed_value_in_the_file_changes_it(build_llama: Build, tmp_path: Path) -> None:
+def test_one_changed_value_in_the_file_changes_the_fingerprint(
+    build_llama: Build, tmp_path: Path
+) -> None:
     build_llama().save_pretrained(tmp_path)
     before = fingerprint_of_folder(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

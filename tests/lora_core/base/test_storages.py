@@ -1,4 +1,5 @@
-"""Every way to store a base obeys one set of laws: dense in 16 bits, NF4 and FP4 with one and two quantisations, int8.
+"""One set of invariants for every storage: 16-bit dense, NF4 and FP4 with single or double
+quantization, int8.
 
 The references are bitsandbytes' own layers and decoders, dense products in float64, and PEFT.
 """
@@ -49,10 +50,10 @@ Noise = Callable[[nn.Module], None]
 class Storage:
     kind: str
     dtype: torch.dtype = torch.float32
-    """Of the computation."""
+    """The dtype of the computation."""
     double: bool = False
     threshold: float = 0.0
-    """From which size on int8 keeps an input in 16 bits; 0: never."""
+    """Magnitude from which int8 keeps an input in 16 bits; 0: never."""
 
 
 STORAGES = {
@@ -68,14 +69,14 @@ STORAGES = {
     "int8 in bfloat16": Storage("int8", torch.bfloat16),
 }
 each_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES.keys())
-each_quantised = pytest.mark.parametrize(
+each_quantized = pytest.mark.parametrize(
     "storage", [s for s in STORAGES.values() if s.kind != "dense"], ids=list(STORAGES)[2:]
 )
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 
 
 def loaded(folder: Path, storage: Storage) -> PreTrainedModel:
-    """Load the tiny Llama as it is stored; its codes stay as they are when it is evaluated, on any processor."""
+    """Load the tiny Llama in this storage; its codes are never repacked, on any processor."""
     settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": storage.threshold}
     if storage.kind in ("nf4", "fp4"):
         settings = {
@@ -84,16 +85,16 @@ def loaded(folder: Path, storage: Storage) -> PreTrainedModel:
             "bnb_4bit_use_double_quant": storage.double,
             "bnb_4bit_compute_dtype": storage.dtype,
         }
-    quantisation = (
-        {} if storage.kind == "dense" else {"quantization_config": BitsAndBytesConfig(**settings)}
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=storage.dtype, **quantisation)
+    quantization: dict[str, Any] = {}
+    if storage.kind != "dense":
+        quantization["quantization_config"] = BitsAndBytesConfig(**settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=storage.dtype, **quantization)
     disable_cpu_repacking(model)
     return model
 
 
 def linear(storage: Storage, *, bias: bool = True) -> nn.Module:
-    """Return one layer; moving it to a device is what quantises."""
+    """Return one layer; moving it to a device quantizes it."""
     torch.manual_seed(3)
     if storage.kind == "dense":
         return nn.Linear(IN, OUT, bias=bias, dtype=storage.dtype)
@@ -108,15 +109,15 @@ def linear(storage: Storage, *, bias: bool = True) -> nn.Module:
     return layer
 
 
-def adapted(layer: nn.Module, randomise: Noise) -> nn.Module:
+def adapted(layer: nn.Module, randomize: Noise) -> nn.Module:
     model = nn.ModuleDict({"fc": copy.deepcopy(layer)})
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("fc",)), seed=0)
-    randomise(model)
+    randomize(model)
     return model["fc"]
 
 
 def decoded(layer: nn.Module) -> Tensor:
-    """Return the weight that a layer stands for, in float64, from its codes and scales."""
+    """Return the weight that a layer represents, in float64, from its codes and scales."""
     if isinstance(layer, bnb.nn.Linear8bitLt):
         scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         return layer.weight.data.double() * scales.double()[:, None] / 127
@@ -133,18 +134,18 @@ def test_step_zero_is_the_base_bit_for_bit(
     model = loaded(llama_folder, storage).train(training)
     before = logits(model)
     targets = inject(model, CONFIG, seed=0)
-    assert {target.kind for target in targets} == {storage.kind} and len(targets) == 14
+    assert [target.kind for target in targets] == [storage.kind] * 14
     assert torch.equal(logits(model), before)
 
 
 @each_storage
 @each_mode
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_step_zero_of_a_layer(
-    randomise: Noise, storage: Storage, training: bool, bias: bool
+def test_step_zero_of_a_layer_is_the_base(
+    randomize: Noise, storage: Storage, training: bool, bias: bool
 ) -> None:
     base = linear(storage, bias=bias).train(training)
-    layer = adapted(base, randomise).train(training)
+    layer = adapted(base, randomize).train(training)
     nn.init.zeros_(layer.lora_B)
     x = 2 * torch.randn(2, 5, IN, dtype=storage.dtype)
     assert torch.equal(layer(x), base(x))
@@ -152,70 +153,70 @@ def test_step_zero_of_a_layer(
 
 @each_storage
 @each_mode
-def test_forward_and_gradients_are_those_of_the_decoded_weight(
-    randomise: Noise, storage: Storage, training: bool
+def test_forward_and_gradients_match_the_decoded_weight(
+    randomize: Noise, storage: Storage, training: bool
 ) -> None:
     base = linear(storage)
-    dense, layer = decoded(base), adapted(base, randomise).train(training)
+    dense = decoded(base)
+    layer = adapted(base, randomize).train(training)
     x = torch.randn(3, 5, IN).to(storage.dtype).requires_grad_()
-    exact_x, a, b = (t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B))
-    expected = F.linear(exact_x, dense, base.bias.double()) + SCALE * F.linear(
-        F.linear(exact_x, a), b
-    )
+    inputs = (x, layer.lora_A, layer.lora_B)
+    exact_x, a, b = (tensor.detach().double().requires_grad_() for tensor in inputs)
+    update = F.linear(F.linear(exact_x, a), b)
+    expected = F.linear(exact_x, dense, base.bias.double()) + SCALE * update
     upstream = torch.randn(3, 5, OUT).to(storage.dtype)
     y = layer(x)
-    found = torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), upstream)
-    wanted = torch.autograd.grad(expected, (exact_x, a, b), upstream.double())
-    # Sums of at most 100 terms of about 1: some ten unit roundoffs, of 6e-8, 5e-4 or 4e-3, of their largest value.
+    found = torch.autograd.grad(y, inputs, upstream)
+    reference = torch.autograd.grad(expected, (exact_x, a, b), upstream.double())
+    # Sums of at most 100 terms of about 1: some ten unit roundoffs, of 6e-8, 5e-4 or 4e-3, of
+    # their largest value.
     unit = torch.finfo(storage.dtype).eps / 2
-    for gradient, exact in zip(found, wanted, strict=True):
-        torch.testing.assert_close(
-            gradient.double(), exact, rtol=0, atol=20 * unit * exact.abs().max().item()
-        )
+    for gradient, exact in zip(found, reference, strict=True):
+        atol = 20 * unit * exact.abs().max().item()
+        torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=atol)
     allowed = 20 * unit * expected.abs().max() + torch.zeros_like(expected)
-    if (
-        storage.kind == "int8" and not training
-    ):  # each input is rounded to a 254th of the largest of its row, and to float16 before
+    if storage.kind == "int8" and not training:
+        # Each input is rounded to float16 and then to 1/254 of the largest value of its row.
         largest = exact_x.detach().abs().amax(dim=-1, keepdim=True)
         allowed = allowed + (largest / 254 + largest * 2.0**-11) * dense.abs().sum(dim=1)
     assert ((y.double() - expected).abs() <= allowed).all()
 
 
 @each_storage
-def test_the_seam_decodes_as_bitsandbytes_does(storage: Storage) -> None:
+def test_base_weight_decodes_as_bitsandbytes_does(storage: Storage) -> None:
     layer = linear(storage)
-    weight, dense = base_weight(layer), decoded(layer)
-    assert (
-        weight is not None
-        and (weight.kind, weight.shape) == (storage.kind, (OUT, IN))
-        and weight.stored is layer.weight
-    )
-    torch.testing.assert_close(
-        weight.dense(torch.float32).double(), dense, rtol=2e-7, atol=0
-    )  # two roundings to float32
+    weight = base_weight(layer)
+    assert weight is not None
+    assert weight.kind == storage.kind
+    assert weight.shape == (OUT, IN)
+    assert weight.stored is layer.weight
+    dense = weight.dense(torch.float32).double()
+    # Two roundings to float32.
+    torch.testing.assert_close(dense, decoded(layer), rtol=2e-7, atol=0)
     assert weight.dense(torch.bfloat16).dtype == torch.bfloat16
 
 
-@each_quantised
-def test_saved_and_loaded_on_the_same_base_it_is_the_same(
-    llama_folder: Path, logits: Logits, randomise: Noise, tmp_path: Path, storage: Storage
+@each_quantized
+def test_an_adapter_saved_and_loaded_on_the_same_base_is_the_same(
+    llama_folder: Path, logits: Logits, randomize: Noise, tmp_path: Path, storage: Storage
 ) -> None:
     model = loaded(llama_folder, storage).eval()
     before = fingerprint(model)
     inject(model, CONFIG, seed=0)
-    randomise(model)
+    randomize(model)
     expected = logits(model)
     save_adapter(model, tmp_path / "adapter", CONFIG, Identity(base="tiny"))
     again = loaded(llama_folder, storage).eval()
-    assert fingerprint(again) == fingerprint(model) == before and before[0] == storage.kind
+    assert fingerprint(again) == fingerprint(model) == before
+    assert before[0] == storage.kind
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again), expected)
 
 
-def test_each_kind_has_a_fingerprint_of_its_own(llama_folder: Path, tmp_path: Path) -> None:
+def test_each_kind_has_a_separate_fingerprint(llama_folder: Path, tmp_path: Path) -> None:
     found = {fingerprint(loaded(llama_folder, storage)) for storage in STORAGES.values()}
     assert {kind for kind, _ in found} == {"dense", "nf4", "fp4", "int8"}
-    assert len(found) == 4  # a second quantisation is of the scales, and changes no code
+    assert len(found) == 4  # double quantization quantizes the scales and changes no code
     model = loaded(llama_folder, STORAGES["fp4"])
     inject(model, CONFIG, seed=0)
     save_adapter(model, tmp_path / "adapter", CONFIG, Identity(base="tiny"))
@@ -225,31 +226,27 @@ def test_each_kind_has_a_fingerprint_of_its_own(llama_folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["int8", "int8 outliers", "fp4", "fp4 double"])
 def test_peft_loads_ours_and_we_load_peft(
-    llama_folder: Path, logits: Logits, randomise: Noise, tmp_path: Path, name: str
+    llama_folder: Path, logits: Logits, randomize: Noise, tmp_path: Path, name: str
 ) -> None:
     storage = STORAGES[name]
     model = loaded(llama_folder, storage).eval()
     plain = logits(model)
     inject(model, CONFIG, seed=0)
-    randomise(model)
+    randomize(model)
     save_adapter(model, tmp_path / "ours", CONFIG, Identity(base="tiny"))
     theirs = PeftModel.from_pretrained(loaded(llama_folder, storage), tmp_path / "ours").eval()
-    # The same products in float32, summed in another order; where an input of the next layer is rounded to 8 bits, a sum
-    # that lies at the edge falls to the other side: one step of 127 in one term of 64.
-    room = {
-        "rtol": 0,
-        "atol": (2e-2 if storage.kind == "int8" else 1e-5) * plain.abs().max().item(),
-    }
-    torch.testing.assert_close(logits(theirs), logits(model), **room)
+    # The same products in float32, summed in another order; where an input of the next layer is
+    # rounded to 8 bits, a sum at the edge can round differently: one step of 127 in 1 of 64 terms.
+    relative = 2e-2 if storage.kind == "int8" else 1e-5
+    tolerance = {"rtol": 0, "atol": relative * plain.abs().max().item()}
+    torch.testing.assert_close(logits(theirs), logits(model), **tolerance)
     assert (logits(model) - plain).abs().max() > 0.3 * plain.abs().max()
-    own = get_peft_model(
-        loaded(llama_folder, storage),
-        PeftLoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False),
-    )
-    own.save_pretrained(tmp_path / "theirs")
+    config = PeftLoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    peft_model = get_peft_model(loaded(llama_folder, storage), config)
+    peft_model.save_pretrained(tmp_path / "theirs")
     again = loaded(llama_folder, storage).eval()
     load_adapter(again, tmp_path / "theirs")
-    torch.testing.assert_close(logits(again), logits(own.eval()), **room)
+    torch.testing.assert_close(logits(again), logits(peft_model.eval()), **tolerance)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -262,15 +259,17 @@ def test_a_merge_into_int8_is_refused(
 
 
 @pytest.mark.parametrize("name", ["fp4", "fp4 double", "nf4"])
-def test_a_forced_merge_keeps_the_codes_of_the_base(randomise: Noise, name: str) -> None:
-    """The reference is bitsandbytes' own rounding of the sum; what was kept is counted from its decoder."""
+def test_a_forced_merge_quantizes_the_sum_as_bitsandbytes_does(randomize: Noise, name: str) -> None:
+    """The retained fraction is computed with bitsandbytes' decoder."""
     storage = STORAGES[name]
     base = linear(storage)
     model = nn.ModuleDict({"fc": base})
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("fc",)), seed=0)
-    randomise(model)
+    randomize(model)
     x = torch.randn(5, IN)
-    before, delta, dense = model["fc"](x), model["fc"].delta(), decoded(base).float()
+    before = model["fc"](x)
+    delta = model["fc"].delta()
+    dense = decoded(base).float()
     with pytest.raises(MergeError, match=f"fc is stored in {storage.kind}"):
         merge(model)
     merged = merge(model, force=True)
@@ -278,14 +277,12 @@ def test_a_forced_merge_keeps_the_codes_of_the_base(randomise: Noise, name: str)
         dense + delta, blocksize=64, compress_statistics=storage.double, quant_type=storage.kind
     )
     weight = model["fc"].weight
-    assert (
-        torch.equal(weight.data, codes)
-        and weight.quant_state.quant_type == weight.quant_type == storage.kind
-    )
+    assert torch.equal(weight.data, codes)
+    assert weight.quant_state.quant_type == weight.quant_type == storage.kind
     assert weight.quant_state.nested is storage.double
-    realised = (dequantize_4bit(codes, state) - dense).double()
-    expected = (realised * delta).sum() / (delta.double() ** 2).sum()
-    assert merged.kept["fc"].fraction == pytest.approx(
+    realized = (dequantize_4bit(codes, state) - dense).double()
+    expected = (realized * delta).sum() / (delta.double() ** 2).sum()
+    assert merged.retention["fc"].fraction == pytest.approx(
         expected.item(), rel=1e-6
     )  # summed in float64 both times
     unmerge(model, merged)
@@ -297,7 +294,7 @@ def test_a_forced_merge_keeps_the_codes_of_the_base(randomise: Noise, name: str)
     [{"bias": "lora_only"}, {"lora_bias": True}, {"bias": "lora_only", "use_dora": True}],
     ids=str,
 )
-def test_a_forced_merge_takes_the_trained_bias_along(settings: dict[str, Any]) -> None:
+def test_a_forced_merge_includes_the_trained_bias(settings: dict[str, Any]) -> None:
     base = linear(STORAGES["nf4"])
     model = nn.ModuleDict({"fc": base})
     own = base.bias.detach().clone()
@@ -311,37 +308,33 @@ def test_a_forced_merge_takes_the_trained_bias_along(settings: dict[str, Any]) -
     assert torch.equal(base.bias, own)
 
 
-def test_a_forced_merge_of_a_start_from_the_weight_is_its_update(
-    llama_folder: Path, randomise: Noise
+def test_a_forced_merge_with_spectral_initialization_adds_the_update(
+    llama_folder: Path, randomize: Noise
 ) -> None:
     model = nn.ModuleDict({"fc": linear(STORAGES["nf4"])})
-    inject(
-        model,
-        LoraConfig(r=4, lora_alpha=8, target_modules=("fc",), init_lora_weights="pissa"),
-        seed=0,
-    )
-    randomise(model)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=("fc",), init_lora_weights="pissa")
+    inject(model, config, seed=0)
+    randomize(model)
     total = decoded(model["fc"].base).float() + model["fc"].delta()
     merge(model, force=True)
-    assert torch.equal(
-        model["fc"].weight.data,
-        quantize_4bit(total, blocksize=64, compress_statistics=False, quant_type="nf4")[0],
-    )
+    codes, _ = quantize_4bit(total, blocksize=64, compress_statistics=False, quant_type="nf4")
+    assert torch.equal(model["fc"].weight.data, codes)
 
 
-def test_dequantising_leaves_adapters_over_int8_alone(randomise: Noise) -> None:
+def test_dequantizing_does_not_change_adapters_over_int8(randomize: Noise) -> None:
     model = nn.ModuleDict(
         {"eight": linear(STORAGES["int8"]), "four": linear(STORAGES["fp4"])}
     ).eval()
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("eight", "four")), seed=0)
-    randomise(model)
+    randomize(model)
     x = torch.randn(5, IN)
     before = {name: layer(x) for name, layer in model.items()}
     assert dequantize(model, torch.float32) == 1
     assert [layer.frozen.kind for _, layer in lora_layers(model)] == ["int8", "dense"]
-    assert all(torch.equal(layer(x), before[name]) for name, layer in model.items())
+    for name, layer in model.items():
+        assert torch.equal(layer(x), before[name])
 
 
-def test_an_eight_bit_layer_that_keeps_its_weight_is_refused() -> None:
+def test_an_8_bit_layer_that_stores_its_full_weight_is_refused() -> None:
     with pytest.raises(TargetError, match="has_fp16_weights=True"):
         base_weight(bnb.nn.Linear8bitLt(IN, OUT, has_fp16_weights=True))

@@ -1,4 +1,4 @@
-"""A budget made on the meta device agrees with what the real model, optimiser and file then cost, and with published figures."""
+"""Budgets from the meta device match real models, optimizers and files, and published values."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -26,6 +26,7 @@ CONFIGS = [
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=["all", "some"])
 FULL = Setup("full", tokens=64, compute_bytes=4)
 QLORA = Setup("qlora", tokens=64, compute_bytes=4)
+SCALE_SUFFIXES = (".absmax", ".nested_absmax")
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def adapted(model: LlamaForCausalLM, setup: Setup, config: LoraConfig = CONFIGS[
 
 
 @each_config
-def test_weights_and_file_are_what_training_and_saving_give(
+def test_weights_and_file_size_match_training_and_saving(
     build_llama: Build, meta: LlamaForCausalLM, tmp_path: Path, config: LoraConfig
 ) -> None:
     cost = adapted(meta, replace(QLORA, method="lora"), config)
@@ -52,91 +53,96 @@ def test_weights_and_file_are_what_training_and_saving_give(
     save_adapter(model, tmp_path / "adapter", config, Identity())
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert cost.trained_weights == trained_weights(model)
-    # The values are exact; only the header, a few per cent even of so small a file, is an estimate.
+    # Only the header is an estimate: a few percent even of such a small file.
     assert abs(cost.file_bytes - size) < 0.05 * size
     assert cost.weight_bytes == bytes_of(model.parameters())
     assert cost.gradient_bytes == bytes_of(p for p in model.parameters() if p.requires_grad)
 
 
 @each_config
-def test_a_quantised_base_costs_what_it_holds(
+def test_quantized_base_matches_real_memory(
     build_nf4_llama: Build, meta: LlamaForCausalLM, config: LoraConfig
 ) -> None:
-    """Quantisation takes every linear layer but the head, adapted or not."""
+    """Quantization applies to every linear layer except the head, adapted or not."""
     cost = adapted(meta, QLORA, config)
     model = build_nf4_llama()
-    scales = sum(
-        bytes_of([value])
-        for name, value in model.state_dict().items()
-        if name.endswith((".absmax", ".nested_absmax"))
-    )
+    state = model.state_dict()
+    scales = bytes_of(state[name] for name in state if name.endswith(SCALE_SUFFIXES))
     held = bytes_of(model.parameters())
     inject(model, config, seed=0)
     assert cost.weight_bytes - 4 * trained_weights(model) == held
-    # A layer of 64×64 has one float of second scales for fewer than the 256 blocks that share one in a large layer.
+    # A 64×64 layer has one float of second-level scales for fewer than the usual 256 blocks.
     assert abs(cost.quantization_bytes - scales) < 0.05 * scales
 
 
-def test_full_fine_tuning_trains_everything(build_llama: Build, meta: LlamaForCausalLM) -> None:
-    cost, model = budget(meta, FULL), build_llama()
+def test_full_fine_tuning_trains_all_weights(build_llama: Build, meta: LlamaForCausalLM) -> None:
+    cost = budget(meta, FULL)
+    model = build_llama()
     assert cost.trained_weights == trained_weights(model)
-    assert (
-        cost.weight_bytes == cost.gradient_bytes == cost.file_bytes == bytes_of(model.parameters())
-    )
+    model_bytes = bytes_of(model.parameters())
+    assert cost.weight_bytes == cost.gradient_bytes == cost.file_bytes == model_bytes
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("sharding", "shared"),
-    [("ddp", ""), ("zero1", "optimizer"), ("zero2", "optimizer gradient"), ("zero3", "all")],
+    ("sharding", "sharded"),
+    [
+        ("ddp", ()),
+        ("zero1", ("optimizer",)),
+        ("zero2", ("optimizer", "gradient")),
+        ("zero3", ("optimizer", "gradient", "weight")),
+    ],
 )
-def test_each_sharding_shares_what_it_says(
-    meta: LlamaForCausalLM, method: str, sharding: str, shared: str
+def test_sharding_divides_its_terms(
+    meta: LlamaForCausalLM, method: str, sharding: str, sharded: tuple[str, ...]
 ) -> None:
-    one, four = (adapted(meta, Setup(method, 64, sharding, n)) for n in (1, 4))
+    one = adapted(meta, Setup(method, 64, sharding, 1))
+    four = adapted(meta, Setup(method, 64, sharding, 4))
     for term in ("optimizer", "gradient", "weight"):
-        before, after = getattr(one, f"{term}_bytes"), getattr(four, f"{term}_bytes")
-        parts = 4 if term in shared or shared == "all" else 1
+        before = getattr(one, f"{term}_bytes")
+        after = getattr(four, f"{term}_bytes")
+        shards = 4 if term in sharded else 1
         copies = 2 if term == "gradient" and sharding == "ddp" else 1  # DDP's buckets
-        assert after == copies * before // parts
+        assert after == copies * before // shards
     assert one.activation_bytes == four.activation_bytes
     assert one.quantization_bytes == four.quantization_bytes
 
 
-def test_an_adapter_is_cast_by_an_engine_and_left_in_float32_without_one(
+def test_adapter_is_float32_without_engine(
     meta: LlamaForCausalLM,
 ) -> None:
-    alone, engine = (adapted(meta, Setup("lora", 64, sharding)) for sharding in ("ddp", "zero2"))
-    weights = alone.trained_weights
-    assert alone.weight_bytes - engine.weight_bytes == 2 * weights
-    assert alone.optimizer_bytes == 8 * weights
-    assert engine.optimizer_bytes == 12 * weights  # masters beside the two moments
+    ddp = adapted(meta, Setup("lora", 64, "ddp"))
+    engine = adapted(meta, Setup("lora", 64, "zero2"))
+    weights = ddp.trained_weights
+    assert ddp.weight_bytes - engine.weight_bytes == 2 * weights
+    assert ddp.optimizer_bytes == 8 * weights
+    assert engine.optimizer_bytes == 12 * weights  # masters and two moments
 
 
 @pytest.mark.parametrize(
     ("method", "sharding", "changes"),
     [("full", "ddp", True), ("full", "zero2", False), ("lora", "ddp", False)],
 )
-def test_eight_bits_are_of_full_fine_tuning_without_an_engine(
+def test_eight_bit_optimizer_only_affects_full_fine_tuning_without_engine(
     meta: LlamaForCausalLM, method: Method, sharding: Sharding, changes: bool
 ) -> None:
-    plain, eight = (
-        adapted(meta, Setup(method, 64, sharding, eight_bit_optimizer=on)) for on in (False, True)
-    )
-    expected = int(2 * (1 + 4 / 256) * plain.trained_weights) if changes else plain.optimizer_bytes
-    assert eight.optimizer_bytes == expected
-    assert plain.memory_bytes - eight.memory_bytes == plain.optimizer_bytes - expected
+    plain = adapted(meta, Setup(method, 64, sharding))
+    eight_bit = adapted(meta, Setup(method, 64, sharding, eight_bit_optimizer=True))
+    expected = plain.optimizer_bytes
+    if changes:
+        expected = int(2 * (1 + 4 / 256) * plain.trained_weights)
+    assert eight_bit.optimizer_bytes == expected
+    assert plain.memory_bytes - eight_bit.memory_bytes == plain.optimizer_bytes - expected
 
 
-def test_a_step_without_a_fused_kernel_holds_more(meta: LlamaForCausalLM) -> None:
-    fused, plain = (
-        budget(meta, replace(FULL, sharding="zero2", tokens=1, fused_optimizer=f))
-        for f in (True, False)
-    )
+def test_step_without_fused_kernel_needs_more_memory(meta: LlamaForCausalLM) -> None:
+    setup = replace(FULL, sharding="zero2", tokens=1)
+    fused = budget(meta, setup)
+    plain = budget(meta, replace(setup, fused_optimizer=False))
     assert plain.buffer_bytes >= fused.buffer_bytes
 
 
-def test_memory_is_the_sum_of_its_terms(meta: LlamaForCausalLM) -> None:
+def test_memory_is_sum_of_terms(meta: LlamaForCausalLM) -> None:
     cost = adapted(meta, replace(QLORA, process_bytes=1000))
     assert cost.memory_bytes == sum(cost.terms().values())
     assert set(cost.terms()) == set(vars(cost)) - {
@@ -148,29 +154,27 @@ def test_memory_is_the_sum_of_its_terms(meta: LlamaForCausalLM) -> None:
     }
 
 
-def test_where_the_checkpoint_is_mapped_loading_can_be_the_peak(meta: LlamaForCausalLM) -> None:
+def test_loading_is_peak_if_mapped_checkpoint_is_largest(meta: LlamaForCausalLM) -> None:
     cost = adapted(
         meta,
         replace(QLORA, tokens=1, mapped_checkpoint=True),
         LoraConfig(r=1, lora_alpha=1, target_modules=("q_proj",)),
     )
     dense = 4 * sum(parameter.numel() for parameter in meta.parameters())
-    assert (
-        cost.loading_bytes
-        == cost.weight_bytes + cost.quantization_bytes + dense
-        == cost.memory_bytes
-    )
+    assert cost.loading_bytes == cost.weight_bytes + cost.quantization_bytes + dense
+    assert cost.memory_bytes == cost.loading_bytes
 
 
-def test_a_budget_does_not_depend_on_the_device(build_llama: Build, meta: LlamaForCausalLM) -> None:
+def test_budget_does_not_depend_on_device(build_llama: Build, meta: LlamaForCausalLM) -> None:
     assert adapted(meta, QLORA) == adapted(build_llama(), QLORA)
     assert {p.device.type for p in meta.parameters()} == {"meta"}
 
 
-def test_every_way_is_weighed_once_and_fits_by_its_sum(meta: LlamaForCausalLM) -> None:
-    ways = alternatives(meta, QLORA, plan_targets(meta, CONFIGS[0]), [1, 2])
-    assert len({way for way, _ in ways}) == len(ways) == len(METHODS) * len(SHARDINGS) * 2
-    cost = ways[0][1]
+def test_alternatives_are_unique_and_fit_by_memory(meta: LlamaForCausalLM) -> None:
+    priced = alternatives(meta, QLORA, plan_targets(meta, CONFIGS[0]), [1, 2])
+    setups = [setup for setup, _ in priced]
+    assert len(set(setups)) == len(setups) == len(METHODS) * len(SHARDINGS) * 2
+    _, cost = priced[0]
     assert fits(cost, cost.memory_bytes)
     assert not fits(cost, cost.memory_bytes - 1)
 
@@ -185,17 +189,17 @@ def test_every_way_is_weighed_once_and_fits_by_its_sum(meta: LlamaForCausalLM) -
         ({"processes": 0}, "processes is 0"),
     ],
 )
-def test_a_setup_refuses_what_breaks_its_rules(changes: dict[str, object], message: str) -> None:
+def test_invalid_setup_raises(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(QLORA, **changes)
 
 
-def test_adapters_without_targets_are_refused(meta: LlamaForCausalLM) -> None:
+def test_adapter_method_without_targets_raises(meta: LlamaForCausalLM) -> None:
     with pytest.raises(ConfigError, match="plan_targets"):
         budget(meta, QLORA)
 
 
-# --- experts, turned weights, DoRA ---
+# --- experts, transposed weights, DoRA ---
 
 
 def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -215,37 +219,38 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], LoraConfig]] = {
         deepseek_v3,
         LoraConfig(r=3, lora_alpha=6, target_parameters=("experts.down_proj",)),
     ),
-    "turned": (gpt2, LoraConfig(r=3, lora_alpha=6)),
+    "transposed": (gpt2, LoraConfig(r=3, lora_alpha=6)),
     "dora": (llama, LoraConfig(r=3, lora_alpha=6, use_dora=True)),
-    "dora, turned": (gpt2, LoraConfig(r=3, lora_alpha=6, use_dora=True)),
+    "dora, transposed": (gpt2, LoraConfig(r=3, lora_alpha=6, use_dora=True)),
 }
 
 
 @pytest.mark.filterwarnings(
     "ignore:PEFT takes model.layers.0.mlp.gate_proj:UserWarning"
-)  # of a base with experts besides
+)  # of a base that also has experts
 @pytest.mark.parametrize(("build", "config"), CASES.values(), ids=CASES.keys())
 def test_every_kind_of_weight_is_counted(
     build: Callable[[], PreTrainedModel], config: LoraConfig, tmp_path: Path
 ) -> None:
-    model, setup = build(), Setup("lora", tokens=64, compute_bytes=4, dora=config.use_dora)
-    cost = budget(empty := on_meta(build), setup, plan_targets(empty, config))
+    model = build()
+    meta = on_meta(build)
+    setup = Setup("lora", tokens=64, compute_bytes=4, dora=config.use_dora)
+    cost = budget(meta, setup, plan_targets(meta, config))
     inject(model, config, seed=0)
     save_adapter(model, tmp_path / "adapter", config, Identity())
     assert cost.trained_weights == trained_weights(model)
     assert cost.weight_bytes == bytes_of(model.parameters())
-    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    tensors = len(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    assert (
-        abs(cost.file_bytes - size) < 50 * tensors
-    )  # a name in the header is as long as its module's path
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    # The header has one entry per tensor, whose length depends on the module's path.
+    tolerance = 50 * len(load_file(path))
+    assert abs(cost.file_bytes - path.stat().st_size) < tolerance
 
 
 @pytest.mark.parametrize("build", [mixtral, deepseek_v3, gpt2])
-def test_experts_stay_dense_in_a_quantised_base(
+def test_experts_stay_dense_in_quantized_base(
     build: Callable[[], PreTrainedModel], tmp_path: Path
 ) -> None:
-    """bitsandbytes takes linear layers and Conv1D, and no stack of experts."""
+    """bitsandbytes quantizes linear layers and Conv1D, but not stacks of experts."""
     build().save_pretrained(tmp_path)
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
@@ -253,29 +258,26 @@ def test_experts_stay_dense_in_a_quantised_base(
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=nf4, dtype=torch.float32
     )
-    empty = on_meta(build)
-    targets = plan_targets(empty, CONFIGS[0])
-    cost = budget(empty, QLORA, targets)
+    meta = on_meta(build)
+    cost = budget(meta, QLORA, plan_targets(meta, CONFIGS[0]))
     assert cost.weight_bytes - 4 * cost.trained_weights == bytes_of(model.parameters())
     assert cost.uncounted == ()
 
 
 @pytest.mark.parametrize("row", published_rows(), ids=lambda row: row["what"])
-def test_published_figures(row: dict[str, object]) -> None:
-    """Sources and reasons for the tolerances stand beside the rows."""
+def test_published_values(row: dict[str, object]) -> None:
+    """The rows document sources and tolerances."""
     assert row["holds"], f"{row['value']} {row['unit']}, {row['goal']}"
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_offloaded_optimiser_lies_on_the_host(meta: LlamaForCausalLM, method: str) -> None:
-    """With the gradients that it takes; of the rest nothing changes but what its step would hold."""
-    here, there = (
-        adapted(meta, Setup(method, 64, sharding, 4)) for sharding in ("zero3", "zero3_offload")
-    )
-    assert there.host_bytes == here.optimizer_bytes + here.gradient_bytes > 0 == here.host_bytes
-    assert there.optimizer_bytes == there.gradient_bytes == 0
-    assert (there.weight_bytes, there.activation_bytes) == (
-        here.weight_bytes,
-        here.activation_bytes,
-    )
-    assert there.buffer_bytes <= here.buffer_bytes
+def test_offloaded_optimizer_is_on_host(meta: LlamaForCausalLM, method: str) -> None:
+    """The host also has the gradients; except for step buffers, the rest is unchanged."""
+    on_gpu = adapted(meta, Setup(method, 64, "zero3", 4))
+    offloaded = adapted(meta, Setup(method, 64, "zero3_offload", 4))
+    assert on_gpu.host_bytes == 0
+    assert offloaded.host_bytes == on_gpu.optimizer_bytes + on_gpu.gradient_bytes > 0
+    assert offloaded.optimizer_bytes == offloaded.gradient_bytes == 0
+    assert offloaded.weight_bytes == on_gpu.weight_bytes
+    assert offloaded.activation_bytes == on_gpu.activation_bytes
+    assert offloaded.buffer_bytes <= on_gpu.buffer_bytes

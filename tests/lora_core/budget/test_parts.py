@@ -1,4 +1,4 @@
-"""A model's parts are read off its modules, by hand here, and what cannot be read off is named."""
+"""Parts are identified from a model's modules, and modules of unknown memory are listed."""
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ from lora_core.budget.budget import budget, fits
 from lora_core.budget.parts import (
     SMOOTH,
     Activation,
-    Experts,
-    Latent,
+    ExpertsPart,
+    LatentAttentionPart,
     Norm,
-    Plain,
+    PlainPart,
     blocks,
     linear_shapes,
     norms,
@@ -55,45 +55,45 @@ def gpt_oss() -> GptOssForCausalLM:
     )
 
 
-def test_a_part_is_its_readers_and_its_writer() -> None:
-    attention = Plain(((64, 64), (32, 64), (32, 64)), (64, 64))
-    gated = Plain(((128, 64), (128, 64)), (64, 128))
+def test_llama_has_attention_and_gated_parts() -> None:
+    attention = PlainPart(((64, 64), (32, 64), (32, 64)), (64, 64))
+    gated = PlainPart(((128, 64), (128, 64)), (64, 128))
     assert parts(llama()) == [attention, gated] * 2
     assert list(norms(llama())) == [Norm(64, upcast=True)] * 5
 
 
-def test_a_conv1d_is_seen_turned() -> None:
-    attention = Plain(((192, 64),), (64, 64))
-    assert (
-        parts(gpt2())
-        == [attention, Plain(((256, 64),), (64, 256), Activation(input=True, others=3))] * 2
-    )
+def test_conv1d_shape_is_transposed() -> None:
+    attention = PlainPart(((192, 64),), (64, 64))
+    mlp = PlainPart(((256, 64),), (64, 256), Activation(input=True, others=3))
+    assert parts(gpt2()) == [attention, mlp] * 2
     assert list(norms(gpt2())) == [Norm(64, upcast=False)] * 5
 
 
-def test_latent_attention_is_a_chain() -> None:
-    """Queries and keys of 4 heads are (8 + 8)·4 wide, and kv_b gives (8 + 16)·4."""
-    attention = Latent(stream=64, inner=((64, 24), (96, 16)), query=64, writer=(64, 64))
+def test_latent_attention_matches_hand_calculation() -> None:
+    """Queries and keys of 4 heads have width (8 + 8)·4, and the output of kv_b (8 + 16)·4."""
+    attention = LatentAttentionPart(
+        stream=64, inner=((64, 24), (96, 16)), query=64, writer=(64, 64)
+    )
     assert parts(deepseek_v3())[0] == parts(deepseek_v2())[0] == attention
-    assert parts(deepseek_v3(query=None))[0] == Latent(
+    assert parts(deepseek_v3(query=None))[0] == LatentAttentionPart(
         stream=64, inner=((96, 16),), query=64, writer=(64, 64)
     )
     widths = [norm.width for norm in norms(deepseek_v3().model.layers[0])]
     assert sorted(widths) == [16, 24, 64, 64]
 
 
-def test_experts_stand_beside_a_router() -> None:
+def test_experts_and_routers_are_found() -> None:
     found = parts(mixtral())
-    assert found[1] == Experts(chosen=2, writer=(64, 96), kernel="eager")
+    assert found[1] == ExpertsPart(chosen=2, writer=(64, 96), kernel="eager")
     assert list(routers(mixtral())) == [(4, 64)] * 2
     assert [type(part) for part in parts(deepseek_v3())] == [
-        Latent,
-        Plain,
-        *[Latent, Experts, Plain] * 2,
+        LatentAttentionPart,
+        PlainPart,
+        *[LatentAttentionPart, ExpertsPart, PlainPart] * 2,
     ]
 
 
-def test_norms_of_heads_read_all_heads() -> None:
+def test_norms_of_single_heads_read_all_heads() -> None:
     config = Qwen3Config(
         vocab_size=101,
         hidden_size=64,
@@ -113,24 +113,26 @@ def test_norms_of_heads_read_all_heads() -> None:
         ("gelu_pytorch_tanh", SMOOTH),
         ("relu", Activation(input=False, others=0)),
         ("quick_gelu", Activation(input=True, others=1)),  # x · σ(1.702 x): x and σ
-        ("relu2", Activation(input=False, others=1)),  # the square keeps what ReLU gave
+        ("relu2", Activation(input=False, others=1)),  # the square saves the output of ReLU
         ("gelu_new", Activation(input=True, others=3)),  # x, x / 2, tanh and 1 + tanh
     ],
 )
-def test_an_activation_keeps_what_autograd_keeps(name: str, expected: Activation) -> None:
+def test_activation_matches_autograd(name: str, expected: Activation) -> None:
     class Unit(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down, self.act = nn.Linear(4, 8), nn.Linear(8, 4), ACT2FN[name]
+            self.up = nn.Linear(4, 8)
+            self.down = nn.Linear(8, 4)
+            self.act = ACT2FN[name]
 
-    with torch.no_grad():  # the plan is made wherever it is asked for
+    with torch.no_grad():  # planning must also work without gradients
         [part] = parts(Unit())
-    assert isinstance(part, Plain)
+    assert isinstance(part, PlainPart)
     assert part.activation == expected
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, opt, mixtral, deepseek_v2, deepseek_v3])
-def test_every_linear_layer_but_the_head_has_its_shape_counted(
+def test_shapes_of_all_linear_layers_except_head_are_counted(
     build: type[PreTrainedModel],
 ) -> None:
     model = build()
@@ -144,11 +146,11 @@ def test_every_linear_layer_but_the_head_has_its_shape_counted(
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, opt, mixtral, deepseek_v2, deepseek_v3])
-def test_what_is_counted_is_whole(build: type[PreTrainedModel]) -> None:
+def test_common_models_are_completely_counted(build: type[PreTrainedModel]) -> None:
     assert uncounted(build()) == ()
 
 
-def test_what_shapes_do_not_tell_is_named() -> None:
+def test_modules_of_unknown_memory_are_listed() -> None:
     assert uncounted(mamba()) == ("Conv1d", "MambaMixer")
     assert uncounted(gpt_oss()) == ("GptOssAttention", "GptOssExperts", "GptOssTopKRouter")
     assert uncounted(mixtral("batched_mm")) == ("MixtralExperts", "MixtralTopKRouter")
@@ -158,21 +160,17 @@ def test_what_shapes_do_not_tell_is_named() -> None:
     assert uncounted(without) == ("MixtralExperts", "MixtralTopKRouter")
 
 
-def test_a_norm_without_weights_does_not_tell_its_width() -> None:
-    assert uncounted(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, elementwise_affine=False))) == (
-        "LayerNorm",
-    )
+def test_norm_without_weights_is_uncounted() -> None:
+    without_weights = nn.LayerNorm(4, elementwise_affine=False)
+    assert uncounted(nn.Sequential(nn.Linear(4, 4), without_weights)) == ("LayerNorm",)
     assert uncounted(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))) == ()
 
 
-def test_a_lower_bound_fits_nothing() -> None:
-    setup = Setup("lora", tokens=8)
-    cost = budget(
-        model := mamba(),
-        setup,
-        plan_targets(model, LoraConfig(r=2, lora_alpha=2, target_modules=("in_proj",))),
-    )
+def test_fits_raises_if_memory_is_a_lower_bound() -> None:
+    model = mamba()
+    targets = plan_targets(model, LoraConfig(r=2, lora_alpha=2, target_modules=("in_proj",)))
+    cost = budget(model, Setup("lora", tokens=8), targets)
     assert cost.uncounted == ("Conv1d", "MambaMixer")
     with pytest.raises(ConfigError, match="without the activations of Conv1d, MambaMixer"):
         fits(cost, cost.memory_bytes)
-    assert not fits(cost, cost.memory_bytes - 1)  # what is counted is too much already
+    assert not fits(cost, cost.memory_bytes - 1)  # the counted memory alone is too much

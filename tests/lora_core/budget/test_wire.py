@@ -1,4 +1,4 @@
-"""What ranks send: by hand, and beside what two ranks of the real engines were counted to pass to their collectives."""
+"""Traffic between ranks: hand calculations, and measurements with two ranks of the real engines."""
 
 from dataclasses import replace
 
@@ -7,12 +7,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_core import LoraConfig, plan_targets
-from lora_core.budget.moved import moved
+from lora_core.budget.communicated import communicated_weights
 from lora_core.budget.setup import METHODS, Setup
 from lora_core.budget.wire import (
     SHARDINGS,
+    CommunicatedWeights,
     Exchange,
-    Moved,
     Traffic,
     gathered_bytes,
     ring_bytes,
@@ -20,7 +20,7 @@ from lora_core.budget.wire import (
     wire_bytes,
 )
 
-FULL = Moved(
+FULL = CommunicatedWeights(
     plain_bytes=1000,
     trained_bytes=1000,
     first_bytes=1000,
@@ -30,7 +30,7 @@ FULL = Moved(
     shared_numbers=500,
 )
 """500 weights of 2 bytes, all trained."""
-LORA = Moved(
+LORA = CommunicatedWeights(
     plain_bytes=40,
     trained_bytes=20,
     first_bytes=1000,
@@ -39,23 +39,23 @@ LORA = Moved(
     persistent_bytes=20,
     shared_numbers=500,
 )
-"""500 frozen weights and 10 trained ones, which stay whole; a table of 50 weights is not read in the backward pass."""
+"""500 frozen weights and 10 trained ones, which stay gathered.
+
+The backward pass does not read a table of 50 weights.
+"""
 
 
 def exchange(sharding: str, processes: int = 4, **changes: object) -> Exchange:
     return Exchange(sharding, processes, **{"reuse_weights": 0, **changes})  # type: ignore[arg-type]
 
 
-# --- by hand ---
+# --- hand calculations ---
 
 
-def test_a_ring_passes_all_parts_but_one() -> None:
-    """Of 1000 bytes, each of 4 ranks sends 3 quarters to gather or to scatter, and twice that to reduce everywhere."""
-    assert (
-        ring_bytes({"all_gather_into_tensor": 1000}, 4)
-        == ring_bytes({"reduce_scatter_tensor": 1000}, 4)
-        == 750
-    )
+def test_ring_sends_three_quarters_on_four_ranks() -> None:
+    """A rank sends 3/4 of the bytes to gather or to reduce-scatter, twice that to all-reduce."""
+    assert ring_bytes({"all_gather_into_tensor": 1000}, 4) == 750
+    assert ring_bytes({"reduce_scatter_tensor": 1000}, 4) == 750
     assert ring_bytes({"all_reduce": 1000, "all_gather": 1000}, 4) == 1500 + 750
 
 
@@ -74,8 +74,10 @@ def test_a_ring_passes_all_parts_but_one() -> None:
         ("zero3_offload", {}, Traffic(750, 0, 2 * 750, host_bytes=2 * 250)),
     ],
 )
-def test_full_fine_tuning(sharding: str, changes: dict[str, object], expected: Traffic) -> None:
-    """In the units of arXiv 1910.02054, section 7: 2 P for DDP and the paper's ZeRO-1 and 2, and 3 P for ZeRO-3."""
+def test_traffic_of_full_fine_tuning(
+    sharding: str, changes: dict[str, object], expected: Traffic
+) -> None:
+    """As in arXiv 1910.02054, section 7: 2 P for DDP, ZeRO-1 and ZeRO-2, and 3 P for ZeRO-3."""
     assert wire_bytes(FULL, exchange(sharding, **changes)) == expected
 
 
@@ -88,8 +90,8 @@ def test_full_fine_tuning(sharding: str, changes: dict[str, object], expected: T
         ("zero3", {"checkpointing": True}, Traffic(15, 15, 1425 + 600)),
     ],
 )
-def test_an_adapter(sharding: str, changes: dict[str, object], expected: Traffic) -> None:
-    """What ZeRO-3 gathers of the frozen base is nearly all of it."""
+def test_traffic_of_adapter(sharding: str, changes: dict[str, object], expected: Traffic) -> None:
+    """With ZeRO-3, nearly all traffic is for the frozen base."""
     assert wire_bytes(LORA, exchange(sharding, **changes)) == expected
 
 
@@ -98,26 +100,24 @@ def test_one_rank_sends_nothing(sharding: str) -> None:
     assert wire_bytes(FULL, exchange(sharding, processes=1)).wire_bytes == 0
 
 
-def test_what_is_needed_again_soon_stays_gathered() -> None:
-    """Half of 500 numbers comes back within 500; all of them within 1000, and a third of that where blocks are computed twice."""
+def test_weights_that_are_soon_reused_stay_gathered() -> None:
+    """Half of 500 numbers is reused within 500, all within 1000; recomputed, half within 750."""
     assert gathered_bytes(FULL, exchange("zero3", reuse_weights=500)) == 1000 + 500
     assert gathered_bytes(FULL, exchange("zero3", reuse_weights=1000)) == 1000
-    assert (
-        gathered_bytes(FULL, exchange("zero3", reuse_weights=750, checkpointing=True))
-        == 1000 + 500 + 800
-    )
+    recomputing = exchange("zero3", reuse_weights=750, checkpointing=True)
+    assert gathered_bytes(FULL, recomputing) == 1000 + 500 + 800
 
 
-def test_seconds_are_those_of_the_bits() -> None:
+def test_seconds_on_wire() -> None:
     assert seconds_on_wire(12_500_000_000, gbit=100) == 1
 
 
-# --- the model's weights ---
+# --- weights of a model ---
 
 
 @pytest.fixture(scope="module")
 def tiny() -> LlamaForCausalLM:
-    """94,528 weights, the head tied to a table of 20,480."""
+    """A model with 94,528 weights, whose head is tied to a table of 20,480."""
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,
@@ -131,56 +131,55 @@ def tiny() -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def of(model: LlamaForCausalLM, method: str, persistent: int = 0) -> Moved:
+def weights_of(model: LlamaForCausalLM, method: str, persistent: int = 0) -> CommunicatedWeights:
     setup = Setup(method, tokens=60, compute_bytes=4)  # type: ignore[arg-type]
-    return moved(
-        model,
-        setup,
-        plan_targets(model, LoraConfig(r=4, lora_alpha=8)),
-        persistent_weights=persistent,
-    )
+    targets = plan_targets(model, LoraConfig(r=4, lora_alpha=8))
+    return communicated_weights(model, setup, targets, persistent_weights=persistent)
 
 
-def test_codes_move_as_codes(tiny: LlamaForCausalLM) -> None:
-    """Two blocks of 36,864 weights in linear layers: a float32 each, or half a byte."""
-    assert of(tiny, "lora").first_bytes - of(tiny, "qlora").first_bytes == 2 * 36_864 * (4 - 0.5)
+def test_4_bit_codes_are_transferred_as_codes(tiny: LlamaForCausalLM) -> None:
+    """Two blocks have 36,864 weights in linear layers: a float32 each, or half a byte."""
+    saving = weights_of(tiny, "lora").first_bytes - weights_of(tiny, "qlora").first_bytes
+    assert saving == 2 * 36_864 * (4 - 0.5)
 
 
-def test_an_adapter_moves_in_the_dtype_in_which_it_is_held(tiny: LlamaForCausalLM) -> None:
+def test_adapter_is_transferred_in_its_dtype(tiny: LlamaForCausalLM) -> None:
     setup = Setup("lora", tokens=60, compute_bytes=2)
-    found = moved(tiny, setup, plan_targets(tiny, LoraConfig(r=4, lora_alpha=8)))
+    found = communicated_weights(tiny, setup, plan_targets(tiny, LoraConfig(r=4, lora_alpha=8)))
     assert (found.plain_bytes, found.trained_bytes) == (4 * 8192, 2 * 8192)
 
 
-def test_lengths_of_rows_are_trained_too(tiny: LlamaForCausalLM) -> None:
+def test_dora_transfers_row_norms(tiny: LlamaForCausalLM) -> None:
     targets = plan_targets(tiny, LoraConfig(r=4, lora_alpha=8, target_modules=("q_proj",)))
-    plain, dora = (
-        moved(tiny, Setup("lora", tokens=60, dora=dora), targets) for dora in (False, True)
-    )
+    setup = Setup("lora", tokens=60)
+    plain = communicated_weights(tiny, setup, targets)
+    dora = communicated_weights(tiny, replace(setup, dora=True), targets)
     assert dora.plain_bytes - plain.plain_bytes == 4 * 2 * 64
 
 
-def test_a_frozen_table_of_its_own_is_read_once(tiny: LlamaForCausalLM) -> None:
+def test_untied_frozen_table_is_read_once(tiny: LlamaForCausalLM) -> None:
     untied = LlamaConfig(**{**tiny.config.to_dict(), "tie_word_embeddings": False})
     with torch.device("meta"):
         model = LlamaForCausalLM(untied)
-    lora, full = of(model, "lora"), of(model, "full")
+    lora = weights_of(model, "lora")
+    full = weights_of(model, "full")
     assert lora.first_bytes - lora.again_bytes == 4 * 20_480
     assert full.first_bytes == full.again_bytes
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_weight_is_let_go_of_or_stays(tiny: LlamaForCausalLM, method: str) -> None:
-    every, some = of(tiny, method), of(tiny, method, persistent=1000)
-    assert every.first_bytes == some.first_bytes + some.persistent_bytes
-    assert every.persistent_bytes == 0 < some.persistent_bytes
+def test_every_weight_is_released_or_persistent(tiny: LlamaForCausalLM, method: str) -> None:
+    released = weights_of(tiny, method)
+    mixed = weights_of(tiny, method, persistent=1000)
+    assert released.first_bytes == mixed.first_bytes + mixed.persistent_bytes
+    assert released.persistent_bytes == 0 < mixed.persistent_bytes
 
 
-# --- beside what was counted ---
+# --- measurements ---
 
 TWO = Exchange("zero3", processes=2, gradient_accumulation_steps=2, reuse_weights=0)
 FAR = replace(TWO, reuse_weights=1_000_000_000)
-COUNTED = [
+MEASURED = [
     ("lora", replace(TWO, sharding="ddp"), 0, {"all_reduce": 32_768}, 0),
     ("lora", replace(TWO, sharding="zero1"), 0, {"all_reduce": 32_768, "all_gather": 32_768}, 0),
     ("lora", replace(TWO, sharding="zero2"), 0, {"all_reduce": 65_536, "all_gather": 32_768}, 0),
@@ -211,21 +210,27 @@ COUNTED = [
         0.16,
     ),
 ]
-"""Bytes of the whole tensors that rank 0 of two gave to each collective in the sixth step of two parts, single numbers aside:
-DeepSpeed 0.19.8, accelerate 1.15.0, torch 2.13, float32 over gloo, this model with adapters of rank 4; infra/deepspeed's configs but for
-stage3_max_reuse_distance and stage3_param_persistence_threshold (third column). The last column is the tolerance, as a share: a
-norm that no gradient passes is not read again; with checkpointing, the engine gathers a matrix here and there once more, or,
-where blocks stay near, lets go of fewer of them than all."""
+"""Bytes of complete tensors that rank 0 of two passed to each collective in the sixth step.
+
+A step has two micro-batches; single numbers are not counted. Measured with DeepSpeed 0.19.8,
+accelerate 1.15.0, torch 2.13, float32 over gloo, and this model with adapters of rank 4. The
+configs are those of infra/deepspeed, except stage3_max_reuse_distance and
+stage3_param_persistence_threshold (third column).
+
+The last column is the relative tolerance. A norm without a gradient is not read again. With
+checkpointing, the engine gathers a few matrices once more, or, if blocks stay gathered, releases
+fewer of them.
+"""
 
 
-@pytest.mark.parametrize(("method", "how", "persistent", "whole", "share"), COUNTED)
-def test_what_was_counted_is_foreseen(
+@pytest.mark.parametrize(("method", "how", "persistent", "sizes", "tolerance"), MEASURED)
+def test_traffic_matches_measurement(
     tiny: LlamaForCausalLM,
     method: str,
     how: Exchange,
     persistent: int,
-    whole: dict[str, int],
-    share: float,
+    sizes: dict[str, int],
+    tolerance: float,
 ) -> None:
-    foreseen = wire_bytes(of(tiny, method, persistent), how).wire_bytes
-    assert foreseen == pytest.approx(ring_bytes(whole, how.processes), rel=share)
+    estimate = wire_bytes(weights_of(tiny, method, persistent), how).wire_bytes
+    assert estimate == pytest.approx(ring_bytes(sizes, how.processes), rel=tolerance)

@@ -1,4 +1,4 @@
-"""Ranks move to the layers whose inputs offer more, as PEFT moves them; the sum and the scales stay."""
+"""EVA's ranks match those of PEFT; the sum of the ranks and the scales do not change."""
 
 import math
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from lora_core import (
 )
 
 Build = Callable[..., LlamaForCausalLM]
+LAYERS = ("first", "second", "third")
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings(
@@ -34,19 +35,17 @@ pytestmark = [
 
 
 class Chain(nn.Module):
-    """Three layers of ever fewer directions: the inputs of the second lie in 5 of 20, those of the third in 2 of 12."""
+    """Three layers with fewer and fewer input directions: 24 of 24, 5 of 20, and 2 of 12."""
 
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(4)
-        left, right, narrow = (
-            torch.randn(shape, generator=generator) for shape in ((20, 5), (5, 24), (2, 20))
-        )
-        self.first, self.second, self.third = (
-            nn.Linear(24, 20, bias=False),
-            nn.Linear(20, 12, bias=False),
-            nn.Linear(12, 8, bias=False),
-        )
+        left = torch.randn(20, 5, generator=generator)
+        right = torch.randn(5, 24, generator=generator)
+        narrow = torch.randn(2, 20, generator=generator)
+        self.first = nn.Linear(24, 20, bias=False)
+        self.second = nn.Linear(20, 12, bias=False)
+        self.third = nn.Linear(12, 8, bias=False)
         self.first.weight.data = left @ right
         self.second.weight.data = torch.randn(12, 2, generator=generator) @ narrow
         self.third.weight.data = torch.randn(8, 12, generator=generator)
@@ -56,25 +55,26 @@ class Chain(nn.Module):
 
 
 def rows() -> Tensor:
-    """Return rows with a mean of zero, which PEFT takes off, and directions of unequal strength."""
-    half = torch.randn(300, 24, generator=torch.Generator().manual_seed(7)) * 0.7 ** torch.arange(
-        24
-    )
+    """Return rows with mean zero (PEFT subtracts the mean) and directions of unequal strength."""
+    generator = torch.Generator().manual_seed(7)
+    half = torch.randn(300, 24, generator=generator) * 0.7 ** torch.arange(24)
     return torch.cat([half, -half])
 
 
+def ranks_of(model: nn.Module, config: LoraConfig) -> dict[str, int]:
+    return {target.name: target.rank for target in plan_targets(model, config)}
+
+
 def config(**fields: Any) -> LoraConfig:
-    return LoraConfig(
-        **{"r": 3, "lora_alpha": 6, "target_modules": ("first", "second", "third"), **fields}
-    )
+    return LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": LAYERS, **fields})
 
 
 @pytest.mark.parametrize("rho", [1.0, 1.5, 2.0])
-def test_ranks_are_those_of_peft(rho: float) -> None:
+def test_ranks_match_peft(rho: float) -> None:
     settings = PeftLoraConfig(
         r=3,
         lora_alpha=6,
-        target_modules=["first", "second", "third"],
+        target_modules=list(LAYERS),
         init_lora_weights="eva",
         eva_config=EvaConfig(rho=rho, tau=0.999),
     )
@@ -86,16 +86,13 @@ def test_ranks_are_those_of_peft(rho: float) -> None:
     }
     initialize_lora_eva_weights(theirs, [{"x": rows()}], **plain)
     model = Chain()
-    ours = {
-        target.name: target.rank
-        for target in plan_targets(
-            model, eva_ranks(model, config(), [lambda: model(rows())], rho=rho)
-        )
-    }
-    layers = {name: getattr(theirs.base_model.model, name) for name in ("first", "second", "third")}
-    assert ours == {
-        name: layer.r["default"] for name, layer in layers.items() if hasattr(layer, "r")
-    }
+    ours = ranks_of(model, eva_ranks(model, config(), [lambda: model(rows())], rho=rho))
+    expected = {}
+    for name in LAYERS:
+        layer = getattr(theirs.base_model.model, name)
+        if hasattr(layer, "r"):
+            expected[name] = layer.r["default"]
+    assert ours == expected
     assert sum(ours.values()) == 9
     assert (len(set(ours.values())) > 1) == (rho > 1)
 
@@ -105,58 +102,55 @@ def test_ranks_are_those_of_peft(rho: float) -> None:
     [{}, {"use_rslora": True}, {"alpha_pattern": {"second": 1}, "rank_pattern": {"first": 2}}],
     ids=str,
 )
-def test_the_sum_and_the_scales_stay(fields: dict[str, Any]) -> None:
-    model, before = Chain(), config(**fields)
+def test_sum_of_ranks_and_scales_do_not_change(fields: dict[str, Any]) -> None:
+    model = Chain()
+    before = config(**fields)
     after = eva_ranks(model, before, [lambda: model(rows())])
-    old, new = (
-        {target.name: target for target in plan_targets(model, one)} for one in (before, after)
-    )
-    assert sum(target.rank for target in old.values()) == sum(
-        target.rank for target in new.values()
-    )
-    assert {name: target.rank for name, target in old.items()} != {
-        name: target.rank for name, target in new.items()
-    }
-    assert all(
-        target.scale == pytest.approx(old[name].scale, rel=1e-12) for name, target in new.items()
-    )
+    old_ranks = ranks_of(model, before)
+    new_ranks = ranks_of(model, after)
+    assert old_ranks != new_ranks
+    assert sum(old_ranks.values()) == sum(new_ranks.values())
+    old_scales = {target.name: target.scale for target in plan_targets(model, before)}
+    for target in plan_targets(model, after):
+        assert target.scale == pytest.approx(old_scales[target.name], rel=1e-12)
 
 
-def test_the_new_config_is_injected_saved_and_loaded_by_peft(
+def test_peft_loads_adapter_with_redistributed_ranks(
     build_llama: Build,
     tokens: Tensor,
     logits: Callable[[nn.Module], Tensor],
-    randomise: Callable[[nn.Module], None],
+    randomize: Callable[[nn.Module], None],
     tmp_path: Path,
 ) -> None:
     model = build_llama()
-    push = [partial(model, input_ids=tokens, use_cache=False)]
-    moved = eva_ranks(model, LoraConfig(r=4, lora_alpha=8, init_lora_weights="eva"), push)
-    targets = inject(model, moved, seed=0, data=push)
+    batches = [partial(model, input_ids=tokens, use_cache=False)]
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights="eva")
+    redistributed = eva_ranks(model, config, batches)
+    targets = inject(model, redistributed, seed=0, data=batches)
     assert sum(target.rank for target in targets) == 4 * 14
     assert max(target.rank for target in targets) > 4 > min(target.rank for target in targets)
-    randomise(model)
-    save_adapter(model, tmp_path, moved, Identity())
+    randomize(model)
+    save_adapter(model, tmp_path, redistributed, Identity())
     theirs = PeftModel.from_pretrained(build_llama(), tmp_path).eval()
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_offers_least_is_left_out() -> None:
-    """White inputs: each of the first layer's 24 directions holds one part in 24, and those of the others a fifth or more."""
-    model, white = Chain(), torch.randn(600, 24)
-    moved = eva_ranks(model, config(r=1), [lambda: model(white)], rho=2)
-    assert moved.target_modules == ("second", "third")
-    assert sum(target.rank for target in plan_targets(model, moved)) == 3
+def test_layer_with_weakest_directions_is_excluded() -> None:
+    """With white inputs, a direction explains 1/24 in the first layer, 1/5 or more in others."""
+    model = Chain()
+    white = torch.randn(600, 24)
+    redistributed = eva_ranks(model, config(r=1), [lambda: model(white)], rho=2)
+    assert redistributed.target_modules == ("second", "third")
+    assert sum(ranks_of(model, redistributed).values()) == 3
 
 
 @pytest.mark.parametrize("rho", [0.5, math.nan, math.inf])
-def test_a_rho_that_breaks_its_rule_is_refused(rho: float) -> None:
+def test_invalid_rho_raises(rho: float) -> None:
     with pytest.raises(ConfigError, match=f"rho={rho}"):
         eva_ranks(Chain(), config(), [], rho=rho)
 
 
-def test_what_reads_no_rows_is_refused(build_llama: Build) -> None:
+def test_embedding_target_raises(build_llama: Build) -> None:
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=("embed_tokens",))
     with pytest.raises(TargetError, match=r"'eva' has no effect on model\.embed_tokens"):
-        eva_ranks(
-            build_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=("embed_tokens",)), []
-        )
+        eva_ranks(build_llama(), config, [])

@@ -1,4 +1,6 @@
-"""Under autocast an adapter is its base at step 0, agrees with PEFT, and keeps its gradients' dtypes; without, no bit changes.
+"""Under autocast an adapter equals its base at step 0, agrees with PEFT and keeps gradient dtypes.
+
+Without autocast no bit changes.
 
 On the CPU autocast multiplies in bfloat16, whose unit roundoff is 2⁻⁹ ≈ 0.002.
 """
@@ -7,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -22,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_core import Identity, LoraConfig, inject, merge, save_adapter
 from lora_core.adapter.io import tensors_of
 from lora_core.base.quant import DenseWeight, disable_cpu_repacking
-from lora_core.layers.functional import lora_linear
+from lora_core.layers.functional import ScaledFactors, lora_linear
 from lora_core.modules import adapter_parts
 
 pytestmark = [
@@ -56,7 +59,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "dense": lambda: nn.Linear(IN, OUT),
     "dense without bias": lambda: nn.Linear(IN, OUT, bias=False),
     "dense in bfloat16": lambda: nn.Linear(IN, OUT, dtype=torch.bfloat16),
-    "turned": lambda: Conv1D(OUT, IN),
+    "transposed": lambda: Conv1D(OUT, IN),
     "nf4": lambda: linear_4bit("nf4"),
     "nf4 in float32": lambda: linear_4bit("nf4", torch.float32),
     "fp4 in bfloat16": lambda: linear_4bit("fp4", torch.bfloat16),
@@ -69,7 +72,7 @@ each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", 
 
 
 def built(build: Callable[[], nn.Module], **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """Return a layer, and a copy of it that is adapted and still at step 0."""
+    """Return a layer, and an adapted copy of it at step 0."""
     torch.manual_seed(3)
     base = build()
     model = nn.ModuleDict({"fc": copy.deepcopy(base)})
@@ -81,11 +84,12 @@ def inputs(layer: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     base = getattr(layer, "base", layer)
     if isinstance(base, nn.Embedding):
         return torch.randint(0, V, (2, 9))
-    return torch.randn(*((2, 8, 6, 6) if isinstance(base, nn.Conv2d) else (2, 9, IN)), dtype=dtype)
+    shape = (2, 8, 6, 6) if isinstance(base, nn.Conv2d) else (2, 9, IN)
+    return torch.randn(*shape, dtype=dtype)
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> nn.Module:
+def add_noise(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -110,42 +114,45 @@ def test_step_zero_is_the_base_bit_for_bit(
 @pytest.mark.parametrize(
     "settings", [{}, {"use_dora": True}, {"bias": "lora_only"}], ids=["plain", "dora", "bias"]
 )
-def test_what_is_computed_is_that_of_float32_rounded(
+def test_autocast_result_is_the_rounded_float32_result(
     build: Callable[[], nn.Module], settings: dict[str, Any]
 ) -> None:
-    """Inputs, factors and the sum are rounded to bfloat16: a few roundoffs of the largest terms; int8 rounds inputs as well."""
+    """Inputs, factors and the sum are rounded to bfloat16: a few roundoffs of the largest terms.
+
+    int8 rounds inputs as well.
+    """
     if "bias" in settings and getattr(build(), "bias", None) is None:
-        pytest.skip("there is no bias to train")
+        pytest.skip("the layer has no bias to train")
     base, layer = built(build, **settings)
-    exact = copy.deepcopy(shake(layer)).float()
+    exact = copy.deepcopy(add_noise(layer)).float()
     x = inputs(layer)
     with autocast():
         assert layer(x).dtype == base(x).dtype
-    found, reference = results(layer, x, autocast()), results(exact, x, nullcontext())
+    found = results(layer, x, autocast())
+    reference = results(exact, x, nullcontext())
     assert (found[0] - reference[0]).abs().max() < 0.03 * reference[0].abs().max()
     for gradient, expected in zip(found[1:], reference[1:], strict=True):
         assert (gradient - expected).norm() < 0.02 * expected.norm()
 
 
-def results(layer: nn.Module, x: Tensor, around: AbstractContextManager[None]) -> list[Tensor]:
-    """Return what a layer answers and its gradients of x, where it has one, and of what is trained, all in float32."""
+def results(layer: nn.Module, x: Tensor, context: AbstractContextManager[None]) -> list[Tensor]:
+    """Return a layer's output and its gradients, all in float32.
+
+    The gradients are those of x, if it has one, and of the trained parameters.
+    """
     x = x.clone().requires_grad_(x.is_floating_point())
-    wanted = [
-        *([x] if x.requires_grad else []),
-        *(p for p in layer.parameters() if p.requires_grad),
-    ]
-    with around:
+    inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+    with context:
         y = layer(x)
-    gradients = torch.autograd.grad(
-        y, wanted, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)
-    )
-    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in wanted]
+    upstream = torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype)
+    gradients = torch.autograd.grad(y, inputs, upstream)
+    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in inputs]
     return [y.detach().float(), *(gradient.float() for gradient in gradients)]
 
 
 @each_layer
-def test_a_backward_pass_inside_is_the_one_outside(build: Callable[[], nn.Module]) -> None:
-    layer = shake(built(build)[1])
+def test_backward_inside_autocast_equals_backward_outside(build: Callable[[], nn.Module]) -> None:
+    layer = add_noise(built(build)[1])
     x = inputs(layer)
     with autocast():
         inside = results(layer, x, nullcontext())
@@ -153,42 +160,36 @@ def test_a_backward_pass_inside_is_the_one_outside(build: Callable[[], nn.Module
     assert all(torch.equal(one, other) for one, other in zip(inside, outside, strict=True))
 
 
-def plain(
-    x: Tensor, layer: nn.Linear, factors: tuple[Tensor, Tensor, float], upstream: Tensor
-) -> list[Tensor]:
-    """Return the product and its gradients step by step as they are formed where no dtype is ever chosen by autocast."""
-    a, b, scale = factors
+def plain(x: Tensor, layer: nn.Linear, update: ScaledFactors, upstream: Tensor) -> list[Tensor]:
+    """Return the product and its gradients, computed step by step without autocast."""
+    a = update.a.to(x.dtype)
+    b = update.b.to(x.dtype)
     y = F.linear(x, layer.weight, layer.bias)
-    y.addmm_(x @ a.to(x.dtype).T, b.to(x.dtype).T, alpha=scale)
-    down = (upstream @ b.to(x.dtype)) * scale
+    y.addmm_(x @ a.T, b.T, alpha=update.scale)
+    down = (upstream @ b) * update.scale
     grad_x = upstream @ layer.weight
-    grad_x.addmm_(down, a.to(x.dtype))
-    return [
-        y,
-        grad_x,
-        (down.T @ x).to(a.dtype),
-        (upstream.T @ ((x @ a.to(x.dtype).T) * scale)).to(b.dtype),
-    ]
+    grad_x.addmm_(down, a)
+    grad_a = down.T @ x
+    grad_b = upstream.T @ ((x @ a.T) * update.scale)
+    return [y, grad_x, grad_a.to(update.a.dtype), grad_b.to(update.b.dtype)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_without_autocast_no_bit_depends_on_it(dtype: torch.dtype) -> None:
+def test_result_without_autocast_is_bit_exact(dtype: torch.dtype) -> None:
     layer = nn.Linear(IN, OUT, dtype=dtype).requires_grad_(False)
-    x, upstream = (
-        torch.randn(7, IN, dtype=dtype, requires_grad=True),
-        torch.randn(7, OUT, dtype=dtype),
-    )
-    a, b = (torch.randn(shape, requires_grad=True) for shape in ((4, IN), (OUT, 4)))
-    y = lora_linear(x, DenseWeight(layer), layer.bias, (a, b, 1.7))
+    x = torch.randn(7, IN, dtype=dtype, requires_grad=True)
+    upstream = torch.randn(7, OUT, dtype=dtype)
+    a = torch.randn(4, IN, requires_grad=True)
+    b = torch.randn(OUT, 4, requires_grad=True)
+    y = lora_linear(x, DenseWeight(layer), bias=layer.bias, update=ScaledFactors(a, b, 1.7))
     found = [y, *torch.autograd.grad(y, (x, a, b), upstream)]
-    expected = plain(x.detach(), layer, (a.detach(), b.detach(), 1.7), upstream)
-    assert all(
-        torch.equal(one, other) and one.dtype == other.dtype
-        for one, other in zip(found, expected, strict=True)
-    )
+    expected = plain(x.detach(), layer, ScaledFactors(a.detach(), b.detach(), 1.7), upstream)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
-def test_q_k_v_keep_one_x_as_it_came() -> None:
+def test_q_k_v_save_one_x_in_its_original_dtype() -> None:
     x = torch.randn(2, 9, IN, requires_grad=True)
     layers = [built(LAYERS["dense"])[1] for _ in "qkv"]
     known = {p.data_ptr() for layer in layers for p in layer.parameters()}
@@ -204,8 +205,8 @@ def test_q_k_v_keep_one_x_as_it_came() -> None:
     assert saved == {x.data_ptr(): x.nbytes}
 
 
-def test_a_checkpointed_block_gives_the_same_gradients() -> None:
-    layer = shake(built(LAYERS["dense"])[1])
+def test_checkpointed_block_has_the_same_gradients() -> None:
+    layer = add_noise(built(LAYERS["dense"])[1])
     x = inputs(layer)
 
     class Checkpointed(nn.Module):
@@ -216,12 +217,10 @@ def test_a_checkpointed_block_gives_the_same_gradients() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.inner, x, use_reentrant=False)
 
-    assert all(
-        torch.equal(*pair)
-        for pair in zip(
-            results(layer, x, autocast()), results(Checkpointed(), x, autocast()), strict=True
-        )
-    )
+    plain_results = results(layer, x, autocast())
+    checkpointed = results(Checkpointed(), x, autocast())
+    for one, other in zip(plain_results, checkpointed, strict=True):
+        assert torch.equal(one, other)
 
 
 def llama() -> nn.Module:
@@ -240,26 +239,17 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(config)
 
 
-class Pictures(nn.Module):
+class ImageModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.head = (
-            nn.Conv2d(3, 8, 3),
-            nn.Conv2d(8, 12, 3),
-            nn.Linear(12, 5),
-        )
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 12, 3)
+        self.head = nn.Linear(12, 5)
 
     def forward(self, input_ids: Tensor) -> Any:
-        pictures = F.one_hot(input_ids, 12)[:, None].float().expand(-1, 3, -1, -1)
-        return type(
-            "Output",
-            (),
-            {
-                "logits": self.head(
-                    torch.tanh(self.second(torch.tanh(self.first(pictures)))).mean(dim=(2, 3))
-                )
-            },
-        )
+        images = F.one_hot(input_ids, 12)[:, None].float().expand(-1, 3, -1, -1)
+        features = torch.tanh(self.second(torch.tanh(self.first(images))))
+        return SimpleNamespace(logits=self.head(features.mean(dim=(2, 3))))
 
 
 def case(
@@ -274,13 +264,13 @@ CASES = {
     "lora_bias": case(llama, "q_proj", lora_bias=True),
     "embedding": case(llama, "embed_tokens", "q_proj"),
     "dora embedding": case(llama, "embed_tokens", use_dora=True),
-    "whole": case(llama, "q_proj", modules_to_save=("lm_head",)),
+    "full module": case(llama, "q_proj", modules_to_save=("lm_head",)),
     "rows": case(llama, "q_proj", trainable_token_indices={"embed_tokens": (3, 7)}),
     "experts": case(
         mixtral, "q_proj", target_parameters=("experts.gate_up_proj", "experts.down_proj")
     ),
-    "conv": case(Pictures, "first", "second"),
-    "conv dora": case(Pictures, "first", "second", use_dora=True),
+    "conv": case(ImageModel, "first", "second"),
+    "conv dora": case(ImageModel, "first", "second", use_dora=True),
 }
 
 
@@ -297,43 +287,47 @@ def base(build: Callable[[], nn.Module]) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape:UserWarning")
 @pytest.mark.parametrize(("build", "settings"), CASES.values(), ids=CASES.keys())
-def test_a_model_computes_what_pefts_does(
+def test_adapted_model_agrees_with_peft(
     build: Callable[[], nn.Module], settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Both are rounded in other places, so both are measured from float32: ours lies no further from it than PEFT's."""
+    """Ours is no further from the float32 result than PEFT's.
+
+    The two round at different places, so both are compared with float32.
+    """
     config = LoraConfig(**settings)
     model = base(build)
     inject(model, config, seed=1)
-    shake(model)
+    add_noise(model)
     save_adapter(model, tmp_path, config, Identity())
     theirs = PeftModel.from_pretrained(base(build), tmp_path, is_trainable=True).eval()
     exact = logits(model)
     with autocast():
-        ours, peft = logits(model), logits(theirs)
+        ours = logits(model)
+        peft = logits(theirs)
     assert ours.dtype == peft.dtype
-    error, other = ((each.float() - exact).norm() / exact.norm() for each in (ours, peft))
-    assert error < 1.25 * other and 1e-4 < other < 0.1
-    gradients = [
-        dict(gradients_of(each, parameters))
-        for each, parameters in ((ours, trained(model)), (peft, trained(theirs)))
-    ]
-    reference = dict(gradients_of(exact, trained(model)))
-    for name, gradient in gradients[0].items():
+    peft_error = relative_error(peft, exact)
+    assert 1e-4 < peft_error < 0.1
+    assert relative_error(ours, exact) < 1.25 * peft_error
+    our_gradients = gradients_of(ours, trained(model))
+    peft_gradients = gradients_of(peft, trained(theirs))
+    references = gradients_of(exact, trained(model))
+    for name, gradient in our_gradients.items():
         assert gradient.dtype == torch.float32
-        error, other = (
-            (each[name].view_as(gradient) - reference[name]).norm() / reference[name].norm()
-            for each in gradients
-        )
-        assert error < 1.25 * other + 0.01, name
+        peft_error = relative_error(peft_gradients[name].view_as(gradient), references[name])
+        assert relative_error(gradient, references[name]) < 1.25 * peft_error + 0.01, name
 
 
-def gradients_of(y: Tensor, parameters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    found = torch.autograd.grad((y.float() ** 2).mean(), list(parameters.values()))
-    yield from zip(parameters, found, strict=True)
+def relative_error(found: Tensor, exact: Tensor) -> Tensor:
+    return (found.float() - exact).norm() / exact.norm()
+
+
+def gradients_of(y: Tensor, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad((y.float() ** 2).mean(), list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained under the keys of the file, in either library."""
+    """Return the trained parameters under the keys of the file, for either library."""
     if not isinstance(model, PeftModel):
         return {
             key.removesuffix(".weight"): p
@@ -348,19 +342,18 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("build", "settings"), CASES.values(), ids=CASES.keys())
-def test_a_merge_under_autocast_is_a_merge(
+def test_merge_under_autocast_equals_merge_without(
     build: Callable[[], nn.Module], settings: dict[str, Any]
 ) -> None:
     if "lora_bias" in settings:
-        pytest.skip("a layer without a bias takes none")
+        pytest.skip("lora_bias cannot be merged into a layer without a bias")
     models = [base(build) for _ in range(2)]
     for model in models:
         inject(model, LoraConfig(**settings), seed=1)
-        shake(model)
+        add_noise(model)
     merge(models[0])
     with autocast():
         merge(models[1])
-    assert all(
-        torch.equal(value, models[1].state_dict()[name])
-        for name, value in models[0].state_dict().items()
-    )
+    expected = models[0].state_dict()
+    found = models[1].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -1,7 +1,7 @@
-"""Adapted experts start as their base, compute W x + s·B·A·x without a dense B·A, and are exchanged with PEFT."""
+"""Adapted experts equal their base at step 0, never form a dense B·A and agree with PEFT."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ BOTH, GATE_UP, DOWN = STACKS, STACKS[:1], STACKS[1:]
 each_choice = pytest.mark.parametrize(
     "names", [BOTH, GATE_UP, DOWN], ids=["both", "gate_up", "down"]
 )
-# PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
+# PEFT 0.21 uses a name of transformers 5.23 that is deprecated; unrelated to the adapter.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -38,7 +38,10 @@ Logits = Callable[[nn.Module], Tensor]
 def make_mixtral(
     *, dtype: torch.dtype = torch.float32, chosen: int = 3, kernel: str = "eager"
 ) -> MixtralForCausalLM:
-    """Return a Mixtral of two layers; with three experts a token, the order in which their answers are added counts."""
+    """Return a Mixtral of two layers.
+
+    With three experts per token, the order in which their outputs are added matters.
+    """
     config = MixtralConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -79,6 +82,19 @@ def experts_of(model: nn.Module) -> dict[str, LoraExperts]:
     }
 
 
+def tensors_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the adapter's tensors under PEFT's keys."""
+    tensors = {}
+    for path, layer in experts_of(model).items():
+        for key, tensor in layer.adapter_tensors().items():
+            tensors[f"{PREFIX}{path}.{key}"] = tensor
+    return tensors
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in tensors.items()}
+
+
 def make_layer(names: tuple[str, ...] = BOTH) -> LoraExperts:
     return adapt(make_mixtral(), names).get_submodule("model.layers.0.mlp.experts")
 
@@ -86,16 +102,14 @@ def make_layer(names: tuple[str, ...] = BOTH) -> LoraExperts:
 def routed() -> tuple[Tensor, Tensor, Tensor]:
     """Return hidden states, the experts of each token and their weights; expert 2 gets no token."""
     generator = torch.Generator().manual_seed(5)
-    hidden, weights = (
-        torch.randn(TOKENS, HIDDEN, generator=generator),
-        torch.rand(TOKENS, 2, generator=generator),
-    )
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    weights = torch.rand(TOKENS, 2, generator=generator)
     index = torch.tensor([[0, 1], [3, 0], [1, 3], [0, 3], [1, 0], [3, 1]])
     return hidden, index, weights
 
 
 def dense_delta(a: Tensor, b: Tensor) -> Tensor:
-    """Form ΔW (E, out, in) from PEFT's factors, element by element of their documented order."""
+    """Compute ΔW (E, out, in) from PEFT's factors, in their documented order."""
     deltas = []
     for expert in range(EXPERTS):
         rows = [expert * RANK + rank for rank in range(RANK)]
@@ -105,7 +119,7 @@ def dense_delta(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Allocations(TorchDispatchMode):
-    """Records the largest tensor that an operation makes, the base's own weights and their views aside."""
+    """Records the largest tensor that an operation creates, except views of the base's weights."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -114,14 +128,11 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        made = [
-            leaf
-            for leaf in tree_leaves(result)
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in self.known
-        ]
-        self.largest = max(
-            [self.largest, *(leaf.untyped_storage().nbytes() // leaf.itemsize for leaf in made)]
-        )
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.largest = max(self.largest, storage.nbytes() // leaf.itemsize)
         return result
 
 
@@ -137,10 +148,13 @@ def test_step_zero_is_the_base_bit_for_bit(
 
 
 @pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
-def test_step_zero_differs_from_a_grouped_base_by_roundings(logits: Logits, kernel: str) -> None:
+def test_step_zero_differs_from_a_grouped_base_only_by_roundings(
+    logits: Logits, kernel: str
+) -> None:
     model = make_mixtral(kernel=kernel)
     before = logits(model)
-    # The kernel forms the same products of 32 and 48 terms and adds the same three answers, in another order.
+    # The kernel computes the same products of 32 and 48 terms and adds the same three outputs in
+    # another order.
     torch.testing.assert_close(logits(adapt(model, noise=False)), before, rtol=1e-5, atol=1e-5)
 
 
@@ -150,16 +164,15 @@ def test_forward_and_gradients_are_those_of_dense_weights(names: tuple[str, ...]
     hidden, index, weights = routed()
     ours = [hidden.double().requires_grad_(), weights.double().requires_grad_()]
     theirs = [leaf.detach().clone().requires_grad_() for leaf in ours]
-    factors = {
-        name: [f[name].detach().clone().requires_grad_() for f in (layer.lora_A, layer.lora_B)]
-        for name in names
-    }
-    dense = {
-        name: getattr(layer.base, name).detach() + dense_delta(*factors[name]) for name in names
-    }
+    factors, dense = {}, {}
+    for name in names:
+        a = layer.lora_A[name].detach().clone().requires_grad_()
+        b = layer.lora_B[name].detach().clone().requires_grad_()
+        factors[name] = (a, b)
+        dense[name] = getattr(layer.base, name).detach() + dense_delta(a, b)
     expected = functional_call(layer.base, dense, (theirs[0], index, theirs[1]))
     found = layer(ours[0], index, ours[1])
-    # float64 throughout, so what remains is the order of its roundings.
+    # float64 throughout: only the order of roundings differs.
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(found, expected, **close)
     assert (found - layer.base(ours[0], index, ours[1])).abs().max() > 0.01
@@ -168,11 +181,9 @@ def test_forward_and_gradients_are_those_of_dense_weights(names: tuple[str, ...]
     (expected * upstream).sum().backward()
     for leaf, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(leaf.grad, reference.grad, **close)
-    for name in names:
-        for parameter, reference in zip(
-            (layer.lora_A[name], layer.lora_B[name]), factors[name], strict=True
-        ):
-            torch.testing.assert_close(parameter.grad, reference.grad, **close)
+    for name, (a, b) in factors.items():
+        torch.testing.assert_close(layer.lora_A[name].grad, a.grad, **close)
+        torch.testing.assert_close(layer.lora_B[name].grad, b.grad, **close)
 
 
 @each_choice
@@ -182,18 +193,16 @@ def test_merged_weights_are_the_dense_sum(names: tuple[str, ...]) -> None:
     merged = layer.merged()
     assert tuple(merged) == names
     for name, total in merged.items():
-        expected = before[name].double() + dense_delta(
-            layer.lora_A[name].double(), layer.lora_B[name].double()
-        )
+        delta = dense_delta(layer.lora_A[name].double(), layer.lora_B[name].double())
+        expected = before[name].double() + delta
         assert total.dtype == torch.float32
         # Two terms and one sum, each rounded to float32.
         torch.testing.assert_close(total.double(), expected.detach(), rtol=1e-6, atol=1e-6)
-    assert all(
-        torch.equal(weight, before[name]) for name, weight in layer.base.state_dict().items()
-    )
+    for name, weight in layer.base.state_dict().items():
+        assert torch.equal(weight, before[name])
 
 
-def test_a_bfloat16_base_is_merged_in_float32() -> None:
+def test_bfloat16_base_is_merged_in_float32() -> None:
     layer = adapt(make_mixtral(dtype=torch.bfloat16)).get_submodule("model.layers.0.mlp.experts")
     expected = make_layer().merged()
     for name, total in layer.merged().items():
@@ -212,47 +221,52 @@ def test_only_the_adapter_gets_gradients(
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     for path, layer in experts_of(model).items():
         assert all(parameter.grad is None for parameter in layer.base.parameters()), path
-        assert all(
-            parameter.grad.abs().max() > 0 for parameter in layer.adapter_tensors().values()
-        ), path
-        assert layer.trained_weights == sum(
-            p.numel() for name, p in model.named_parameters() if name.startswith(f"{path}.lora_")
-        )
+        for parameter in layer.adapter_tensors().values():
+            assert parameter.grad.abs().max() > 0, path
+        sizes = [
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if name.startswith(f"{path}.lora_")
+        ]
+        assert layer.trained_weights == sum(sizes)
 
 
-def test_no_tensor_of_the_size_of_one_expert_is_made() -> None:
-    """ΔW of one stack is 4 times the limit or more, and not even one expert's part of it is formed."""
-    layer, (hidden, index, weights) = make_layer(), routed()
+def test_no_tensor_as_large_as_one_expert_is_created() -> None:
+    """ΔW of one stack is at least 4 times the limit; not even one expert's ΔW is formed."""
+    layer = make_layer()
+    hidden, index, weights = routed()
     with Allocations(layer.base) as ours:
         layer(hidden.requires_grad_(), index, weights.requires_grad_()).sum().backward()
     assert ours.largest < INNER * HIDDEN
 
 
-def test_the_recorder_sees_a_dense_update() -> None:
-    """Without this the test above would say nothing."""
-    theirs = (
-        get_peft_model(make_mixtral(), in_peft(BOTH)).base_model.model.model.layers[0].mlp.experts
-    )
+def test_recorder_detects_a_dense_update() -> None:
+    """Control of the test above."""
+    model = get_peft_model(make_mixtral(), peft_config(BOTH))
+    theirs = model.base_model.model.model.layers[0].mlp.experts
     hidden, index, weights = routed()
     with Allocations(theirs.get_base_layer()) as dense:
         theirs(hidden.requires_grad_(), index, weights).sum().backward()
     assert dense.largest >= EXPERTS * 2 * INNER * HIDDEN
 
 
-def test_an_index_after_the_last_expert_stands_for_none() -> None:
-    layer, (hidden, index, weights) = make_layer(), routed()
+def test_index_after_the_last_expert_means_no_expert() -> None:
+    layer = make_layer()
+    hidden, index, weights = routed()
     index[1, 0] = EXPERTS
-    without = weights.clone()
-    without[1, 0] = 0
-    nowhere = index.clone()
-    nowhere[1, 0] = 2
-    assert torch.equal(layer(hidden, index, weights), layer(hidden, nowhere, without))
+    zero_weight = weights.clone()
+    zero_weight[1, 0] = 0
+    other_expert = index.clone()
+    other_expert[1, 0] = 2
+    expected = layer(hidden, other_expert, zero_weight)
+    assert torch.equal(layer(hidden, index, weights), expected)
     assert not layer(hidden[:0], index[:0], weights[:0]).numel()
 
 
-def test_each_stack_draws_its_own_start() -> None:
-    """The same path and stack start alike, whatever else is adapted; another path does not."""
-    both, alone = make_layer(), make_layer(DOWN)
+def test_each_stack_is_initialized_independently() -> None:
+    """The draw depends on path and stack, not on what else is adapted."""
+    both = make_layer()
+    alone = make_layer(DOWN)
     assert torch.equal(both.lora_A["down_proj"], alone.lora_A["down_proj"])
     other = copy.deepcopy(both)
     other.reset("model.layers.1.mlp.experts", "kaiming", seed=3)
@@ -262,12 +276,13 @@ def test_each_stack_draws_its_own_start() -> None:
         bound = inputs**-0.5
         assert 0.9 * bound < both.lora_A[name].abs().max() <= bound
     both.reset("path", "gaussian", seed=3)
-    # 256 draws of standard deviation 1/R: the deviation found is off by 1/√512, 4 %, in one case of three.
+    # 256 draws of standard deviation 1/R: the estimate has a relative standard error of
+    # 1/√512 = 4 %.
     assert both.lora_A["gate_up_proj"].std().item() == pytest.approx(1 / RANK, rel=0.2)
 
 
-def in_peft(names: tuple[str, ...]) -> PeftLoraConfig:
-    """Return the adapter in PEFT's words, with noise in A and B."""
+def peft_config(names: tuple[str, ...]) -> PeftLoraConfig:
+    """Return PEFT's config of the adapter, with noise in A and B."""
     return PeftLoraConfig(
         task_type="CAUSAL_LM",
         r=RANK,
@@ -279,47 +294,35 @@ def in_peft(names: tuple[str, ...]) -> PeftLoraConfig:
 
 
 @each_choice
-def test_peft_loads_ours_with_the_same_logits(
+def test_peft_loads_our_adapter_with_the_same_logits(
     logits: Logits, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
     model = adapt(make_mixtral(), names)
-    tensors = {
-        f"{PREFIX}{path}.{key}": t.detach()
-        for path, layer in experts_of(model).items()
-        for key, t in layer.adapter_tensors().items()
-    }
+    tensors = {key: tensor.detach() for key, tensor in tensors_of(model).items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    in_peft(names).save_pretrained(tmp_path)
-    theirs = PeftModel.from_pretrained(
-        make_mixtral(), tmp_path
-    ).eval()  # a warning, as of a missing key, is an error here
+    peft_config(names).save_pretrained(tmp_path)
+    # Warnings, such as that of a missing key, are errors here.
+    theirs = PeftModel.from_pretrained(make_mixtral(), tmp_path).eval()
     # PEFT adds B·A to W and multiplies once, in float32.
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
     assert (logits(model) - logits(make_mixtral())).abs().max() > 0.1
     merged = theirs.merge_and_unload()
     for path, layer in experts_of(model).items():
         for name, total in layer.merged().items():
-            torch.testing.assert_close(
-                merged.get_submodule(path).get_parameter(name), total, rtol=1e-6, atol=1e-6
-            )
+            reference = merged.get_submodule(path).get_parameter(name)
+            torch.testing.assert_close(reference, total, rtol=1e-6, atol=1e-6)
 
 
 @each_choice
-def test_we_load_theirs_with_the_same_logits(
+def test_peft_adapter_loads_with_the_same_logits(
     logits: Logits, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    theirs = get_peft_model(make_mixtral(), in_peft(names)).eval()
+    theirs = get_peft_model(make_mixtral(), peft_config(names)).eval()
     theirs.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     model = adapt(make_mixtral(), names, noise=False)
-    expected = {
-        f"{PREFIX}{path}.{key}": t
-        for path, layer in experts_of(model).items()
-        for key, t in layer.adapter_tensors().items()
-    }
-    assert {key: t.shape for key, t in tensors.items()} == {
-        key: t.shape for key, t in expected.items()
-    }
+    expected = tensors_of(model)
+    assert shapes_of(tensors) == shapes_of(expected)
     with torch.no_grad():
         for key, parameter in expected.items():
             parameter.copy_(tensors[key])
@@ -328,29 +331,23 @@ def test_we_load_theirs_with_the_same_logits(
 
 
 @each_choice
-def test_shapes_are_known_before_a_weight_is(names: tuple[str, ...]) -> None:
+def test_shapes_need_no_weights(names: tuple[str, ...]) -> None:
     with torch.device("meta"):
         base = make_mixtral()
-    found = adapter_shapes(
-        base.get_submodule("model.layers.0.mlp.experts"), dict.fromkeys(reversed(names), RANK)
-    )
-    assert list(found.items()) == [
-        (key, tuple(t.shape)) for key, t in make_layer(names).adapter_tensors().items()
-    ]
+    experts = base.get_submodule("model.layers.0.mlp.experts")
+    found = adapter_shapes(experts, dict.fromkeys(reversed(names), RANK))
+    assert list(found.items()) == list(shapes_of(make_layer(names).adapter_tensors()).items())
 
 
 def test_keys_are_pefts() -> None:
     deeper = ["base_layer.lora_A.weight", "base_layer.lora_B.weight"]
     plain = ["lora_A.weight", "lora_B.weight"]
     assert list(make_layer(BOTH).adapter_tensors()) == deeper + plain
-    assert (
-        list(make_layer(GATE_UP).adapter_tensors())
-        == list(make_layer(DOWN).adapter_tensors())
-        == plain
-    )
+    assert list(make_layer(GATE_UP).adapter_tensors()) == plain
+    assert list(make_layer(DOWN).adapter_tensors()) == plain
 
 
-def test_patterns_match_as_in_peft() -> None:
+def test_patterns_match_as_peft_config() -> None:
     model = make_mixtral()
     first, second = (f"model.layers.{layer}.mlp.experts" for layer in range(2))
     assert expert_targets(model, ("down_proj", "gate_up_proj")) == {first: BOTH, second: BOTH}
@@ -371,7 +368,8 @@ def test_patterns_match_as_in_peft() -> None:
         ("experts", "matches no parameter"),
         (
             "q_proj.weight",
-            r"q_proj.weight of Linear cannot be adapted: it holds weight \(32, 32\); experts need gate_up_proj",
+            r"q_proj.weight of Linear cannot be adapted: it holds weight \(32, 32\); "
+            "experts need gate_up_proj",
         ),
     ],
 )
@@ -382,13 +380,13 @@ def test_patterns_without_experts_are_refused(pattern: str, message: str, adapte
         expert_targets(model, ("down_proj", pattern))
 
 
-def test_a_model_without_experts_says_so(build_llama: Callable[..., nn.Module]) -> None:
+def test_model_without_experts_is_refused(build_llama: Callable[..., nn.Module]) -> None:
     with pytest.raises(TargetError, match="the model has none"):
         expert_targets(build_llama(), ("experts.down_proj",))
 
 
 def test_experts_at_the_root_are_refused() -> None:
-    with pytest.raises(TargetError, match="no place to be replaced in"):
+    with pytest.raises(TargetError, match="cannot be replaced in a parent"):
         expert_targets(make_mixtral().model.layers[0].mlp.experts, ("down_proj",))
 
 
@@ -404,7 +402,8 @@ def test_experts_with_biases_are_refused() -> None:
         model = GptOssForCausalLM(config)
     with pytest.raises(
         TargetError,
-        match=r"gate_up_proj of GptOssExperts cannot be adapted: it holds .*gate_up_proj_bias \(2, 64\)",
+        match=r"gate_up_proj of GptOssExperts cannot be adapted: "
+        r"it holds .*gate_up_proj_bias \(2, 64\)",
     ):
         expert_targets(model, ("experts.gate_up_proj",))
 
@@ -412,13 +411,13 @@ def test_experts_with_biases_are_refused() -> None:
 @pytest.mark.parametrize(
     "flag", ["is_transposed", "has_bias", "has_post_expert_norm", "_is_expert_parallel"]
 )
-def test_experts_of_another_kind_are_refused(flag: str) -> None:
+def test_experts_with_an_unsupported_flag_are_refused(flag: str) -> None:
     experts = make_mixtral().model.layers[0].mlp.experts
     setattr(experts, flag, True)
     refuse(experts, f"MixtralExperts cannot be adapted: its {flag} is True")
 
 
-def test_experts_of_other_shapes_are_refused() -> None:
+def test_experts_of_unsupported_shapes_are_refused() -> None:
     experts = make_mixtral().model.layers[0].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.transpose(1, 2))
     refuse(experts, r"its gate_up_proj is \(4, 96, 32\) and its down_proj \(4, 48, 32\)")
@@ -428,12 +427,12 @@ def test_experts_of_other_shapes_are_refused() -> None:
     refuse(experts, "its down_proj is stored in torch.float8_e4m3fn")
 
 
-def test_what_does_not_follow_the_interface_is_refused() -> None:
+def test_module_without_the_experts_interface_is_refused() -> None:
     experts = nn.ParameterDict(
         {"gate_up_proj": torch.zeros(2, 8, 4), "down_proj": torch.zeros(2, 4, 4)}
     )
     refuse(experts, "it has no _apply_gate")
-    refuse(nn.Identity(), "it holds no parameter of its own")
+    refuse(nn.Identity(), "it holds no parameter directly")
 
 
 def refuse(module: nn.Module, message: str) -> None:
@@ -443,6 +442,6 @@ def refuse(module: nn.Module, message: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [{}, {"up_proj": (RANK, SCALE)}], ids=str)
-def test_stacks_that_are_not_there_are_refused(sizes: dict[str, tuple[int, float]]) -> None:
+def test_missing_stacks_are_refused(sizes: dict[str, tuple[int, float]]) -> None:
     with pytest.raises(TargetError, match="name one or both of gate_up_proj, down_proj"):
         LoraExperts(make_mixtral().model.layers[0].mlp.experts, sizes)

@@ -1,4 +1,4 @@
-"""lora_linear is x W0ᵀ + bias + s·dropout(x)AᵀBᵀ, its gradients are autograd's, and it keeps nothing but x."""
+"""lora_linear is x W0ᵀ + bias + s·dropout(x)AᵀBᵀ with autograd's gradients, and saves only x."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core.base.quant import DenseWeight
-from lora_core.layers.functional import lora_linear
+from lora_core.layers.functional import ScaledFactors, lora_linear
 
 IN, OUT, RANK, SCALE, SEED = 24, 40, 3, 1.7, 77
 SHAPES = [(5, IN), (2, 3, IN), (2, 1, 3, IN)]
@@ -17,7 +17,7 @@ SHAPES = [(5, IN), (2, 3, IN), (2, 1, 3, IN)]
 
 @dataclass
 class Case:
-    """One call's tensors; A, B and x want gradients."""
+    """One call's tensors; A, B and x require gradients."""
 
     x: Tensor
     layer: nn.Linear
@@ -27,14 +27,18 @@ class Case:
     def ours(self, dropout: float = 0.0) -> Tensor:
         torch.manual_seed(SEED)
         return lora_linear(
-            self.x, DenseWeight(self.layer), self.layer.bias, (self.a, self.b, SCALE), dropout
+            self.x,
+            DenseWeight(self.layer),
+            bias=self.layer.bias,
+            update=ScaledFactors(self.a, self.b, SCALE),
+            dropout=dropout,
         )
 
     def plain(self, mask: Tensor | float = 1.0) -> Tensor:
-        """Two linear layers beside a third, left to autograd."""
-        return F.linear(self.x, self.layer.weight, self.layer.bias) + SCALE * F.linear(
-            F.linear(self.x * mask, self.a), self.b
-        )
+        """Three linear layers under plain autograd."""
+        base = F.linear(self.x, self.layer.weight, self.layer.bias)
+        update = F.linear(F.linear(self.x * mask, self.a), self.b)
+        return base + SCALE * update
 
     def gradients(self, y: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, (self.x, self.a, self.b), upstream)
@@ -46,31 +50,32 @@ def make_case() -> Callable[..., Case]:
         shape: tuple[int, ...], *, bias: bool = True, dtype: torch.dtype = torch.float64
     ) -> Case:
         layer = nn.Linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
-        x, a, b = (
-            torch.randn(size, dtype=dtype, requires_grad=True)
-            for size in (shape, (RANK, IN), (OUT, RANK))
-        )
+        x = torch.randn(shape, dtype=dtype, requires_grad=True)
+        a = torch.randn(RANK, IN, dtype=dtype, requires_grad=True)
+        b = torch.randn(OUT, RANK, dtype=dtype, requires_grad=True)
         return Case(x, layer, a, b)
 
     return make
 
 
 def mask_of(shape: tuple[int, ...], dropout: float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return what dropout multiplies an input of `shape` with: the identity as A and B over a weight of zero shows it."""
+    """Return the factors that dropout applies to an input of `shape`.
+
+    The identity as A and B over a weight of zero reveals them.
+    """
     width = shape[-1]
-    nothing, identity = (
-        nn.Linear(width, width, bias=False, dtype=dtype),
-        torch.eye(width, dtype=dtype),
-    )
-    nn.init.zeros_(nothing.weight)
+    zero = nn.Linear(width, width, bias=False, dtype=dtype)
+    nn.init.zeros_(zero.weight)
+    identity = torch.eye(width, dtype=dtype)
     torch.manual_seed(SEED)
-    return lora_linear(
+    y = lora_linear(
         torch.ones(shape, dtype=dtype),
-        DenseWeight(nothing),
-        None,
-        (identity, identity, 1.0),
-        dropout,
-    ).detach()
+        DenseWeight(zero),
+        bias=None,
+        update=ScaledFactors(identity, identity, 1.0),
+        dropout=dropout,
+    )
+    return y.detach()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -82,7 +87,7 @@ def test_value_and_gradients_equal_autograd(
     case = make_case(shape, bias=bias)
     expected = case.plain(mask_of(shape, dropout) if dropout else 1.0)
     upstream = torch.randn_like(expected)
-    # float64, sums of at most 40 terms: 1e-12 leaves two digits over the rounding.
+    # float64, sums of at most 40 terms: 1e-12 is two digits above the rounding.
     torch.testing.assert_close(case.ours(dropout), expected, rtol=1e-12, atol=1e-12)
     found = case.gradients(case.ours(dropout), upstream)
     for gradient, reference in zip(found, case.gradients(expected, upstream), strict=True):
@@ -105,7 +110,10 @@ def test_gradients_equal_finite_differences(make_case: Callable[..., Case], drop
 def test_float32_and_bfloat16_are_close_to_float64(
     make_case: Callable[..., Case], dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Unit roundoffs are 6e-8 and 4e-3; both sums have values of about √IN·s·√RANK ≈ 15, so a few roundoffs of that."""
+    """Unit roundoffs are 6e-8 and 4e-3.
+
+    Both sums are about √IN·s·√RANK ≈ 15, so the tolerance is a few roundoffs of that.
+    """
     case = make_case((7, IN), dtype=dtype)
     exact = Case(case.x.double(), case.layer.to(torch.float64), case.a.double(), case.b.double())
     reference = exact.plain()
@@ -125,7 +133,7 @@ def test_adapter_in_float32_under_bfloat16_input_gets_float32_gradients(
     assert (x.dtype, a.dtype, b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-def test_inputs_of_any_layout(make_case: Callable[..., Case]) -> None:
+def test_strided_and_empty_inputs_are_supported(make_case: Callable[..., Case]) -> None:
     case = make_case((4, 5, IN))
     transposed = Case(case.x.transpose(0, 1), case.layer, case.a, case.b)
     torch.testing.assert_close(
@@ -135,7 +143,7 @@ def test_inputs_of_any_layout(make_case: Callable[..., Case]) -> None:
     assert empty.ours().shape == (0, 5, OUT)
 
 
-def test_a_single_vector_is_a_row(make_case: Callable[..., Case]) -> None:
+def test_single_vector_is_treated_as_a_row(make_case: Callable[..., Case]) -> None:
     case = make_case((4, IN))
     vector = Case(case.x[0], case.layer, case.a, case.b)
     torch.testing.assert_close(vector.ours(), case.ours()[0], rtol=1e-12, atol=1e-12)
@@ -143,15 +151,13 @@ def test_a_single_vector_is_a_row(make_case: Callable[..., Case]) -> None:
 
 def test_upstream_gradient_may_be_expanded(make_case: Callable[..., Case]) -> None:
     case = make_case((2, 3, IN))
-    for found, reference in zip(
-        case.gradients(case.ours().sum(), None),
-        case.gradients(case.plain().sum(), None),
-        strict=True,
-    ):
+    ours = case.gradients(case.ours().sum(), None)
+    plain = case.gradients(case.plain().sum(), None)
+    for found, reference in zip(ours, plain, strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
 
 
-def test_input_without_gradient_gets_none(make_case: Callable[..., Case]) -> None:
+def test_input_that_needs_no_gradient_gets_none(make_case: Callable[..., Case]) -> None:
     case = make_case((5, IN))
     case.x = case.x.detach()
     case.ours().sum().backward()
@@ -160,8 +166,9 @@ def test_input_without_gradient_gets_none(make_case: Callable[..., Case]) -> Non
 
 
 def saved_for_backward(work: Callable[[], Tensor], parameters: list[Tensor]) -> dict[int, int]:
-    """Return address → bytes of what `work` keeps for the backward pass, its parameters aside."""
-    known, saved = {p.data_ptr() for p in parameters}, {}
+    """Return address → bytes of what `work` saves for backward, except its parameters."""
+    known = {parameter.data_ptr() for parameter in parameters}
+    saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in known:
@@ -175,9 +182,7 @@ def saved_for_backward(work: Callable[[], Tensor], parameters: list[Tensor]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_q_k_v_keep_one_x_and_nothing_else(
-    make_case: Callable[..., Case], dtype: torch.dtype
-) -> None:
+def test_q_k_v_save_only_one_shared_x(make_case: Callable[..., Case], dtype: torch.dtype) -> None:
     q, k, v = (make_case((2, 8, IN), dtype=dtype) for _ in "qkv")
     for case in (q, k, v):
         case.a, case.b = (t.detach().float().requires_grad_() for t in (case.a, case.b))
@@ -187,8 +192,8 @@ def test_q_k_v_keep_one_x_and_nothing_else(
     assert saved == {q.x.data_ptr(): q.x.numel() * q.x.element_size()}
 
 
-def test_plain_autograd_keeps_more(make_case: Callable[..., Case]) -> None:
-    """The count above sees what it claims to see: two linear layers keep x·Aᵀ too."""
+def test_plain_autograd_saves_more(make_case: Callable[..., Case]) -> None:
+    """Control of the count above: two linear layers save x·Aᵀ too."""
     case = make_case((2, 8, IN))
     saved = saved_for_backward(case.plain, [case.a, case.b, case.layer.weight])
     assert sum(saved.values()) > case.x.numel() * case.x.element_size()
@@ -201,13 +206,13 @@ def test_dropout_adds_one_byte_per_input(make_case: Callable[..., Case]) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_dropout_drops_its_share_and_keeps_the_mean(dtype: torch.dtype) -> None:
-    shape, chance = (8192, 64), 0.01
-    mask = mask_of(shape, chance, dtype).float()
+def test_dropout_drops_its_fraction_and_preserves_the_mean(dtype: torch.dtype) -> None:
+    probability = 0.01
+    mask = mask_of((8192, 64), probability, dtype).float()
     dropped = (mask == 0).float().mean().item()
-    # 524,288 draws: one standard deviation of the share is 1.4e-4.
-    assert abs(dropped - chance) < 6 * (chance * (1 - chance) / mask.numel()) ** 0.5
-    # What is kept is divided by 1 - p, rounded to the dtype.
-    torch.testing.assert_close(
-        mask[mask != 0].unique(), torch.tensor([1 / (1 - chance)]).to(dtype).float(), rtol=0, atol=0
-    )
+    # 524,288 draws: one standard deviation of the fraction is 1.4e-4.
+    deviation = (probability * (1 - probability) / mask.numel()) ** 0.5
+    assert abs(dropped - probability) < 6 * deviation
+    # The kept inputs are divided by 1 - p, rounded to the dtype.
+    factor = torch.tensor([1 / (1 - probability)]).to(dtype).float()
+    torch.testing.assert_close(mask[mask != 0].unique(), factor, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""A fresh LoraLinear is its base to the last bit, its forward is W x + s·B·A·x, and only A and B are trained."""
+"""LoraLinear equals its base at step 0, computes W x + s·B·A·x and trains only A and B."""
 
 import copy
 from collections.abc import Callable
@@ -14,11 +14,11 @@ CONFIG = LoraConfig(r=4, lora_alpha=8)
 
 
 @pytest.fixture
-def layer(randomise: Callable[[nn.Module], None]) -> nn.Module:
+def layer(randomize: Callable[[nn.Module], None]) -> nn.Module:
     """One adapted layer with a bias, noise in B and dropout."""
     model = nn.ModuleDict({"fc": nn.Linear(24, 40)})
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("fc",), lora_dropout=0.5), seed=0)
-    randomise(model)
+    randomize(model)
     return model["fc"]
 
 
@@ -51,23 +51,22 @@ def test_forward_is_the_dense_sum(layer: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.Conv2d(8, 8, 1)], ids=["linear", "conv"])
-def test_a_row_of_zeros_has_no_length_under_dora_and_can_learn_one(module: nn.Module) -> None:
-    """As the rows that pad a vocabulary, or a layer that starts at zero: 0 / 0 must not be answered."""
+def test_zero_row_has_zero_norm_under_dora_and_can_learn(module: nn.Module) -> None:
+    """As in padding rows of a vocabulary or a zero-initialized layer: 0 / 0 must not occur."""
     with torch.no_grad():
         module.weight[2].zero_()
     model = nn.ModuleDict({"fc": module})
     x = torch.randn(4, 8) if isinstance(module, nn.Linear) else torch.randn(4, 8, 2, 2)
     before = module(x)
     inject(model, LoraConfig(r=2, lora_alpha=2, target_modules=("fc",), use_dora=True), seed=0)
-    # A row times its length over its length: two roundings of 6e-8.
+    # A row times its norm over its norm: two roundings of 6e-8.
     torch.testing.assert_close(model["fc"](x), before, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         model["fc"].lora_B.normal_()
-    gradients = torch.autograd.grad(
-        model["fc"](x).sum(), [p for p in model.parameters() if p.requires_grad]
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(model["fc"](x).sum(), trained)
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
-    assert gradients[-1].flatten()[2] != 0  # the length of that row
+    assert gradients[-1].flatten()[2] != 0  # the norm of that row
 
 
 def test_dropout_acts_in_training_only(layer: nn.Module) -> None:
@@ -91,7 +90,7 @@ def test_only_the_adapter_gets_gradients(
     assert with_gradient == {
         f"{target.name}.lora_{letter}" for target in targets for letter in "AB"
     }
-    # B is zero, so only its own gradient can be other than zero at the first step.
+    # B is zero, so only the gradient of B can be nonzero at the first step.
     assert all(layer.lora_B.grad.abs().max() > 0 for _, layer in lora_layers(model))
 
 
@@ -103,7 +102,7 @@ def test_trained_weights_are_counted(build_llama: Callable[..., LlamaForCausalLM
     assert trained_weights(model) == sum(target.trained_weights for target in targets) == expected
 
 
-def test_one_optimiser_step_changes_the_adapter_and_nothing_else(
+def test_optimizer_step_changes_only_the_adapter(
     build_llama: Callable[..., LlamaForCausalLM],
     tokens: Tensor,
     state_of: Callable[[nn.Module], dict[str, Tensor]],
@@ -111,18 +110,17 @@ def test_one_optimiser_step_changes_the_adapter_and_nothing_else(
     model = build_llama()
     inject(model, CONFIG, seed=0)
     before = state_of(model)
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    optimiser.step()
+    optimizer.step()
     changed = {
         name for name, value in state_of(model).items() if not torch.equal(value, before[name])
     }
-    assert changed == {
-        f"{name}.lora_B" for name, _ in lora_layers(model)
-    }  # A's gradient is zero while B is
+    # A's gradient is zero while B is zero.
+    assert changed == {f"{name}.lora_B" for name, _ in lora_layers(model)}
 
 
-def test_a_deep_copy_stands_alone(layer: nn.Module) -> None:
+def test_deep_copy_is_independent(layer: nn.Module) -> None:
     layer.eval()
     x = torch.randn(2, 24)
     before = layer(x)
@@ -134,7 +132,7 @@ def test_a_deep_copy_stands_alone(layer: nn.Module) -> None:
     assert not torch.equal(copied(x), before)
 
 
-def test_a_cast_of_the_model_reaches_the_layer(layer: nn.Module) -> None:
+def test_casting_the_model_casts_the_layer(layer: nn.Module) -> None:
     layer.eval().to(torch.float64)
     assert layer(torch.randn(2, 24, dtype=torch.float64)).dtype == torch.float64
 

@@ -1,4 +1,4 @@
-"""A dequantised model computes what the 4-bit model computed, with and without an adapter, and is an ordinary model."""
+"""A dequantized model is dense and computes what the 4-bit model computed."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import LoraConfig, TargetError, inject, merge
-from lora_core.base.quant import quantised_kind
+from lora_core.base.quant import quantized_kind
 from lora_core.merging.dequantize import dequantize
 
 Build = Callable[..., LlamaForCausalLM]
@@ -21,9 +21,9 @@ DTYPES = [torch.float32, torch.bfloat16]
     "targets", [None, ("q_proj",), "all-linear"], ids=["plain", "partly adapted", "adapted"]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_logits_stay_bit_for_bit(
+def test_logits_are_bit_exact(
     build_nf4_llama: Build,
-    randomise: Callable[[nn.Module], None],
+    randomize: Callable[[nn.Module], None],
     logits: Logits,
     dtype: torch.dtype,
     targets: str | tuple[str, ...] | None,
@@ -31,19 +31,19 @@ def test_the_logits_stay_bit_for_bit(
     model = build_nf4_llama(dtype)
     if targets is not None:
         inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets), seed=0)
-        randomise(model)
+        randomize(model)
     before = logits(model)
     assert dequantize(model, dtype) == 14
-    assert not any(quantised_kind(module) == "nf4" for module in model.modules())
+    assert not any(quantized_kind(module) == "nf4" for module in model.modules())
     assert torch.equal(logits(model), before)
 
 
-def test_a_dequantised_model_can_be_merged(
-    build_nf4_llama: Build, randomise: Callable[[nn.Module], None], logits: Logits
+def test_dequantized_model_can_be_merged(
+    build_nf4_llama: Build, randomize: Callable[[nn.Module], None], logits: Logits
 ) -> None:
     model = build_nf4_llama()
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
-    randomise(model)
+    randomize(model)
     before = logits(model)
     dequantize(model, torch.float32)
     merge(model)
@@ -52,7 +52,7 @@ def test_a_dequantised_model_can_be_merged(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_bias_follows_the_dtype(dtype: torch.dtype) -> None:
+def test_bias_has_the_new_dtype(dtype: torch.dtype) -> None:
     model = nn.Sequential(bnb.nn.Linear4bit(64, 96, bias=True, quant_type="nf4").to("cpu"))
     x = torch.randn(5, 64, dtype=dtype)
     dequantize(model, dtype)
@@ -61,15 +61,17 @@ def test_a_bias_follows_the_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_modes_stay_and_nothing_is_trained(build_nf4_llama: Build, training: bool) -> None:
+def test_training_mode_is_kept_and_weights_are_frozen(
+    build_nf4_llama: Build, training: bool
+) -> None:
     model = build_nf4_llama().train(training)
-    linear = [name for name, module in model.named_modules() if quantised_kind(module) == "nf4"]
+    linear = [name for name, module in model.named_modules() if quantized_kind(module) == "nf4"]
     dequantize(model, torch.float32)
     assert all(module.training is training for module in model.modules())
     assert not any(model.get_parameter(f"{name}.weight").requires_grad for name in linear)
 
 
-def test_a_dense_model_stays_as_it_is(
+def test_dense_model_does_not_change(
     build_llama: Build,
     state_of: Callable[..., dict[str, Tensor]],
     assert_same_state: Callable[..., None],
@@ -80,7 +82,7 @@ def test_a_dense_model_stays_as_it_is(
     assert_same_state(state_of(model), before)
 
 
-def test_a_wrapped_model_is_dequantised(
+def test_wrapped_model_is_dequantized(
     build_nf4_llama: Build, logits: Logits, wrapper: Callable[[nn.Module], nn.Module]
 ) -> None:
     model = build_nf4_llama()
@@ -89,10 +91,10 @@ def test_a_wrapped_model_is_dequantised(
     assert torch.equal(logits(model), before)
 
 
-def test_a_base_that_was_evaluated_is_refused_or_dequantised_right(
+def test_evaluated_base_is_refused_or_dequantized_correctly(
     build_nf4_llama: Build, logits: Logits
 ) -> None:
-    """See test_quant.py: the codes then stand in another order and would be read as noise."""
+    """See test_quant.py: evaluation can reorder the codes, which would then be read as noise."""
     model = build_nf4_llama()
     reference = logits(model)
     logits(model.eval())
@@ -100,6 +102,5 @@ def test_a_base_that_was_evaluated_is_refused_or_dequantised_right(
         dequantize(model, torch.float32)
     except TargetError:
         return
-    torch.testing.assert_close(
-        logits(model), reference, rtol=0, atol=0.02 * reference.abs().max().item()
-    )
+    tolerance = 0.02 * reference.abs().max().item()
+    torch.testing.assert_close(logits(model), reference, rtol=0, atol=tolerance)

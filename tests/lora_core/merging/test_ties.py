@@ -368,9 +368,7 @@ def test_a_module_that_stands_twice_is_refused(refuses: Callable[..., None]) -> 
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared)})
     inject(model, LoraConfig(r=2, lora_alpha=2, target_modules=("first",)), seed=0)
-    refuses(
-        model, lambda: merge(model), MergeError, "first stands in the model at another place too"
-    )
+    refuses(model, lambda: merge(model), MergeError, "first is in the model at another path too")
 
 
 @pytest.mark.parametrize(

@@ -418,7 +418,7 @@ def test_a_written_combination_is_the_sum_of_what_peft_loads(
         tmp_path / "both",
         result.updates,
         like=folders[0],
-        done="one · 0.7 and two · -0.4 by cat",
+        derived_by="one · 0.7 and two · -0.4 by cat",
         parents=folders,
     )
     model = in_peft(*folders, tmp_path / "both")
@@ -442,7 +442,7 @@ def test_a_written_combination_of_one_rank_loads_here(
     ]
     read = read_over_one_base(folders)
     result = combine(read, WEIGHTS, method="svd", rank=4)
-    write_updates(tmp_path / "both", result.updates, like=folders[0], done="a sum", parents=folders)
+    write_updates(tmp_path / "both", result.updates, like=folders[0], derived_by="a sum", parents=folders)
     model = build_llama()
     load_adapter(model, tmp_path / "both")
     layers: dict[str, nn.Module] = dict(lora_layers(model))

@@ -13,7 +13,7 @@ from lora_core import AdapterError, ConfigError
 from lora_core.spectrum.spectrum import (
     effective_rank,
     energy,
-    factorise,
+    factorize,
     numerical_rank,
     rank_for_energy,
     singular_values,
@@ -43,7 +43,7 @@ def dense(update: Update) -> Tensor:
 def test_a_2_by_3_matrix_of_rank_1_is_a_column_times_a_row() -> None:
     matrix = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
     assert numerical_rank(matrix) == 1
-    factors = factorise(matrix, 1)
+    factors = factorize(matrix, 1)
     assert (factors.b.shape, factors.a.shape) == ((2, 1), (1, 3))
     torch.testing.assert_close(
         factors.b @ factors.a, matrix, rtol=1e-6, atol=0
@@ -54,7 +54,7 @@ def test_a_2_by_3_matrix_of_rank_1_is_a_column_times_a_row() -> None:
 @pytest.mark.parametrize("rank", [1, 10, 99, 100])
 def test_a_1000_by_100_matrix_loses_the_tail_of_its_singular_values(rank: int) -> None:
     matrix = torch.randn(1000, 100, dtype=torch.float64)
-    factors = factorise(matrix, rank)
+    factors = factorize(matrix, rank)
     assert (factors.b.shape, factors.a.shape) == ((1000, rank), (rank, 100))
     tail = torch.linalg.svdvals(matrix)[rank:]
     lost = torch.linalg.norm(matrix - factors.b @ factors.a).item()
@@ -69,7 +69,7 @@ def test_a_1000_by_100_matrix_loses_the_tail_of_its_singular_values(rank: int) -
 def test_no_random_factors_come_closer_than_the_best() -> None:
     """Eckart and Young against least squares: for any A the best B of that row space still loses more."""
     matrix = torch.randn(20, 15, dtype=torch.float64)
-    best = factorise(matrix, 4).relative_error
+    best = factorize(matrix, 4).relative_error
     for _ in range(20):
         a = torch.linalg.qr(torch.randn(15, 4, dtype=torch.float64)).Q.T
         assert (matrix - matrix @ a.T @ a).norm() / matrix.norm() > best
@@ -77,7 +77,7 @@ def test_no_random_factors_come_closer_than_the_best() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_factors_have_the_dtype_of_the_matrix_and_equal_norms(dtype: torch.dtype) -> None:
-    factors = factorise(torch.randn(6, 9).to(dtype), 3)
+    factors = factorize(torch.randn(6, 9).to(dtype), 3)
     assert (factors.b.dtype, factors.a.dtype) == (dtype, dtype)
     assert factors.b.float().norm().item() == pytest.approx(
         factors.a.float().norm().item(), rel=1e-2
@@ -114,8 +114,8 @@ def test_a_tolerance_is_absolute() -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 4])
 def test_a_rank_that_no_factors_could_have_is_refused(rank: int) -> None:
-    with pytest.raises(ConfigError, match=f"rank {rank} of a 5×3 matrix must lie in 1 to 3"):
-        factorise(torch.randn(5, 3), rank)
+    with pytest.raises(ConfigError, match=f"rank {rank} of a 5×3 matrix must be from 1 to 3"):
+        factorize(torch.randn(5, 3), rank)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_rank_that_no_factors_could_have_is_refused(rank: int) -> None:
     ids=["vector", "empty", "nan"],
 )
 def test_what_is_no_finite_matrix_is_refused(matrix: Tensor) -> None:
-    for function in (lambda m: factorise(m, 1), numerical_rank):
+    for function in (lambda m: factorize(m, 1), numerical_rank):
         with pytest.raises(ConfigError, match="a matrix of finite values"):
             function(matrix)
     with pytest.raises(ConfigError, match="tolerance=-1"):
@@ -235,7 +235,7 @@ def test_energy_by_hand() -> None:
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.01, math.nan])
 def test_a_share_outside_its_range_is_refused(share: float) -> None:
-    with pytest.raises(ConfigError, match="share="):
+    with pytest.raises(ConfigError, match="fraction="):
         rank_for_energy(torch.ones(3), share)
 
 

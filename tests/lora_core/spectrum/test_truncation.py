@@ -92,7 +92,7 @@ def test_the_factors_of_a_cut_are_balanced(random_update: Make) -> None:
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_rank_that_is_no_cut_is_refused(random_update: Make, rank: int) -> None:
     with pytest.raises(
-        ConfigError, match=f"rank {rank} for an update of rank 4 must lie in 1 to 4"
+        ConfigError, match=f"rank {rank} for an update of rank 4 must be from 1 to 4"
     ):
         truncate(random_update(6, 8, 4), rank)
 
@@ -201,7 +201,7 @@ def test_the_lineage_says_what_was_cut(adapter_folder: Path) -> None:
 def test_cuts_that_mean_nothing_are_refused_and_write_nothing(adapter_folder: Path) -> None:
     destination = adapter_folder.with_name("cut")
     for rank, error, message in (
-        (4, ConfigError, "rank 4 cuts nothing"),
+        (4, ConfigError, "rank 4 truncates nothing"),
         (0, ConfigError, "rank 0 for an update of rank 4"),
         ({Q: 5}, ConfigError, "rank 5 for an update of rank 4"),
         ({"model.layers.0.q_proj": 2}, AdapterError, "no update of model.layers.0.q_proj"),
@@ -222,12 +222,12 @@ def uneven_folder(random_update: Make, adapter_folder: Path) -> Path:
             right.T, left * torch.tensor(strengths.get(name, [4.0, 2.0, 1.0, 0.5 + seed])), 2.0
         )
     folder = adapter_folder.with_name("uneven")
-    write_updates(folder, updates, like=adapter_folder, done="made up")
+    write_updates(folder, updates, like=adapter_folder, derived_by="made up")
     return folder
 
 
 def test_recommended_ranks_are_the_smallest_that_keep_the_share(uneven_folder: Path) -> None:
-    ranks = recommended_ranks(uneven_folder, share=0.9)
+    ranks = recommended_ranks(uneven_folder, fraction=0.9)
     assert (ranks[Q], ranks[DOWN]) == (1, 4)
     for name, update in read_updates(uneven_folder).items():
         values = torch.linalg.svdvals(update.dense().double())[:4]
@@ -238,7 +238,7 @@ def test_recommended_ranks_are_the_smallest_that_keep_the_share(uneven_folder: P
 
 def test_recommended_ranks_can_be_cut_to(uneven_folder: Path) -> None:
     errors = truncate_adapter(
-        uneven_folder, uneven_folder.with_name("cut"), recommended_ranks(uneven_folder, share=0.9)
+        uneven_folder, uneven_folder.with_name("cut"), recommended_ranks(uneven_folder, fraction=0.9)
     )
     assert all(error**2 <= 0.1 for error in errors.values())
 
@@ -246,7 +246,7 @@ def test_recommended_ranks_can_be_cut_to(uneven_folder: Path) -> None:
 def test_recommended_ranks_become_the_ranks_of_a_next_training(
     build_llama: Build, uneven_folder: Path
 ) -> None:
-    ranks = recommended_ranks(uneven_folder, share=0.9)
+    ranks = recommended_ranks(uneven_folder, fraction=0.9)
     assert len(set(ranks.values())) > 1
     for default in (1, 8):  # below and above all of them
         config = LoraConfig(

@@ -113,11 +113,11 @@ def test_a_scale_that_no_config_could_give_is_refused(scale: float) -> None:
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_updates_are_those_of_the_model_bit_for_bit(
-    build_llama: Build, randomise: Callable[[nn.Module], None], tmp_path: Path, rslora: bool
+    build_llama: Build, randomize: Callable[[nn.Module], None], tmp_path: Path, rslora: bool
 ) -> None:
     model, config = build_llama(), LoraConfig(r=3, lora_alpha=5, use_rslora=rslora)
     inject(model, config, seed=0)
-    randomise(model)
+    randomize(model)
     save_adapter(model, tmp_path / "adapter", config, Identity())
     updates = read_updates(tmp_path / "adapter")
     assert list(updates) == sorted(name for name, _ in lora_layers(model))
@@ -185,7 +185,7 @@ def test_a_rank_other_than_the_config_says_is_refused(adapter_folder: Path) -> N
         tensors[KEY.replace("_A", "_B")] = tensors[KEY.replace("_A", "_B")][:, :2].clone()
 
     spoil(adapter_folder, halve)
-    with pytest.raises(AdapterError, match="rank is 2 where the config says 4"):
+    with pytest.raises(AdapterError, match="rank is 2, but the config gives 4"):
         read_updates(adapter_folder)
 
 
@@ -196,7 +196,7 @@ def test_a_file_that_its_sidecar_does_not_know_is_refused(adapter_folder: Path) 
         adapter_folder / WEIGHTS,
         metadata={"format": "pt"},
     )
-    with pytest.raises(AdapterError, match="sidecar says"):
+    with pytest.raises(AdapterError, match="sidecar records"):
         read_updates(adapter_folder)
 
 
@@ -219,7 +219,7 @@ def folder_of(random_update: Make, adapter_folder: Path) -> Callable[..., Path]:
     def make(name: str, **sidecar: object) -> Path:
         folder = adapter_folder.with_name(name)
         write_updates(
-            folder, {LAYER: random_update(64, 64, 2)}, like=adapter_folder, done="made up"
+            folder, {LAYER: random_update(64, 64, 2)}, like=adapter_folder, derived_by="made up"
         )
         identity = json.loads((folder / SIDECAR).read_text(encoding="utf-8"))
         (folder / SIDECAR).write_text(json.dumps({**identity, **sidecar}), encoding="utf-8")
@@ -256,7 +256,7 @@ def test_an_adapter_read_and_written_is_the_same_adapter(
     adapter_folder: Path, build_llama: Build, adapted: LlamaForCausalLM
 ) -> None:
     copy, model = adapter_folder.with_name("copy"), build_llama()
-    write_updates(copy, read_updates(adapter_folder), like=adapter_folder, done="nothing")
+    write_updates(copy, read_updates(adapter_folder), like=adapter_folder, derived_by="nothing")
     assert (copy / WEIGHTS).read_bytes() == (adapter_folder / WEIGHTS).read_bytes()
     assert (copy / CONFIG).read_bytes() == (adapter_folder / CONFIG).read_bytes()
     load_adapter(model, copy)
@@ -265,17 +265,17 @@ def test_an_adapter_read_and_written_is_the_same_adapter(
 
 
 def test_a_rank_stabilised_adapter_keeps_its_scale(
-    build_llama: Build, randomise: Callable[[nn.Module], None], random_update: Make, tmp_path: Path
+    build_llama: Build, randomize: Callable[[nn.Module], None], random_update: Make, tmp_path: Path
 ) -> None:
     model, config = (
         build_llama(),
         LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=("q_proj",)),
     )
     inject(model, config, seed=0)
-    randomise(model)
+    randomize(model)
     save_adapter(model, tmp_path / "adapter", config, Identity())
     updates = read_updates(tmp_path / "adapter")
-    write_updates(tmp_path / "copy", updates, like=tmp_path / "adapter", done="nothing")
+    write_updates(tmp_path / "copy", updates, like=tmp_path / "adapter", derived_by="nothing")
     assert config_of(tmp_path / "copy")["use_rslora"] is False
     assert_read_by_peft(build_llama(), tmp_path / "copy", updates)
     again = read_updates(tmp_path / "copy")
@@ -293,7 +293,7 @@ def test_peft_reads_layers_of_different_ranks_and_scales(
         for name, (out, wide, rank, scale) in sizes.items()
     }
     mixed = adapter_folder.with_name("mixed")
-    write_updates(mixed, updates, like=adapter_folder, done="made up")
+    write_updates(mixed, updates, like=adapter_folder, derived_by="made up")
     values = config_of(mixed)
     assert (values["r"], values["lora_alpha"], values["target_modules"]) == (
         6,
@@ -319,7 +319,7 @@ def test_layers_that_the_original_lacks_are_named_in_full(
         LAYER: random_update(64, 64, 2),
     }
     other = adapter_folder.with_name("other")
-    write_updates(other, updates, like=adapter_folder, done="made up")
+    write_updates(other, updates, like=adapter_folder, derived_by="made up")
     assert config_of(other)["target_modules"] == sorted(updates)
     assert_read_by_peft(build_llama(), other, updates)
     targets = load_adapter(build_llama(), other)
@@ -342,7 +342,7 @@ def test_what_left_modules_out_of_the_original_leaves_none_out_of_the_new(
         "model.layers.0.mlp.up_proj": random_update(128, 64, 4),
     }
     other = adapter_folder.with_name("other")
-    write_updates(other, updates, like=adapter_folder, done="made up")
+    write_updates(other, updates, like=adapter_folder, derived_by="made up")
     assert {target.name for target in load_adapter(build_llama(), other)} == set(updates)
     assert_read_by_peft(build_llama(), other, updates)
 
@@ -367,7 +367,7 @@ def test_a_path_that_ends_another_path_keeps_its_own_rank(
         "bodyxproj": random_update(8, 8, 4, scale=2.0),
     }
     mixed = adapter_folder.with_name("mixed")
-    write_updates(mixed, updates, like=adapter_folder, done="made up")
+    write_updates(mixed, updates, like=adapter_folder, derived_by="made up")
     values = {**config_of(mixed), "task_type": None}
     (mixed / CONFIG).write_text(json.dumps(values), encoding="utf-8")
     assert_read_by_peft(build(), mixed, updates)
@@ -381,7 +381,7 @@ def test_factors_may_be_views_of_one_tensor(adapter_folder: Path) -> None:
         for i in (0, 1)
     }
     views = adapter_folder.with_name("views")
-    write_updates(views, updates, like=adapter_folder, done="made up")
+    write_updates(views, updates, like=adapter_folder, derived_by="made up")
     for name, update in read_updates(views).items():
         assert torch.equal(update.dense(), updates[name].dense())
 
@@ -397,7 +397,7 @@ def test_the_sidecar_is_carried_over_with_what_was_done(
         Identity(base="hub/name", revision="abc", lineage={"data": "d"}),
     )
     updates = {name: update.folded() for name, update in read_updates(first).items()}
-    sha256 = write_updates(second, updates, like=first, done="scale folded")
+    sha256 = write_updates(second, updates, like=first, derived_by="scale folded")
     before, after = read_identity(first), read_identity(second)
     assert before is not None
     assert after is not None
@@ -429,7 +429,7 @@ def test_all_parents_are_named(adapter_folder: Path, folder_of: Callable[..., Pa
         child,
         read_updates(adapter_folder),
         like=adapter_folder,
-        done="a sum",
+        derived_by="a sum",
         parents=[adapter_folder, other],
     )
     identity = read_identity(child)
@@ -444,7 +444,7 @@ def test_without_a_sidecar_none_is_written(adapter_folder: Path, build_llama: Bu
     """One that names no base would be refused on every base."""
     (adapter_folder / SIDECAR).unlink()
     copy = adapter_folder.with_name("copy")
-    write_updates(copy, read_updates(adapter_folder), like=adapter_folder, done="nothing")
+    write_updates(copy, read_updates(adapter_folder), like=adapter_folder, derived_by="nothing")
     assert not (copy / SIDECAR).exists()
     load_adapter(build_llama(), copy)
 
@@ -455,7 +455,7 @@ def test_a_folder_may_take_its_own_place(adapter_folder: Path) -> None:
         adapter_folder,
         {name: before[name].folded() for name in before},
         like=adapter_folder,
-        done="scale folded",
+        derived_by="scale folded",
     )
     for name, update in read_updates(adapter_folder).items():
         torch.testing.assert_close(update.dense(), before[name].dense(), rtol=1e-6, atol=1e-6)
@@ -468,8 +468,8 @@ def test_updates_that_cannot_be_used_are_not_written(
     spoilt.a[0, 0] = math.nan
     before = {path.name: path.read_bytes() for path in adapter_folder.iterdir()}
     with pytest.raises(AdapterError, match="not finite"):
-        write_updates(adapter_folder, {LAYER: spoilt}, like=adapter_folder, done="spoilt")
+        write_updates(adapter_folder, {LAYER: spoilt}, like=adapter_folder, derived_by="spoilt")
     with pytest.raises(AdapterError, match="no update"):
-        write_updates(adapter_folder, {}, like=adapter_folder, done="emptied")
+        write_updates(adapter_folder, {}, like=adapter_folder, derived_by="emptied")
     assert {path.name: path.read_bytes() for path in adapter_folder.iterdir()} == before
     assert [path.name for path in adapter_folder.parent.iterdir()] == [adapter_folder.name]

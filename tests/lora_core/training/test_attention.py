@@ -14,8 +14,8 @@ from lora_core.training.attention import (
     PackMask,
     Segment,
     packed_attention,
-    reading,
-    segments_being_read,
+    use_segments,
+    current_segments,
 )
 
 HEADS, WIDTH = 4, 8
@@ -205,9 +205,9 @@ def test_segments_must_cover_the_row() -> None:
 
 def test_a_mask_belongs_to_the_pack_that_is_being_read() -> None:
     with pytest.raises(AttentionError, match="no pack is being read"):
-        segments_being_read()
-    with reading(SEGMENTS):
-        assert segments_being_read() is SEGMENTS
-        with reading(SEGMENTS[:1]):
-            assert segments_being_read() == SEGMENTS[:1]
-        assert segments_being_read() is SEGMENTS
+        current_segments()
+    with use_segments(SEGMENTS):
+        assert current_segments() is SEGMENTS
+        with use_segments(SEGMENTS[:1]):
+            assert current_segments() == SEGMENTS[:1]
+        assert current_segments() is SEGMENTS

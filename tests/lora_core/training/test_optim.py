@@ -55,9 +55,9 @@ def settings_by_name(
 
 
 def theirs(
-    model: nn.Module, embedding_rate: float = 1e-6, decay: float = 0.0
+    model: nn.Module, embedding_lr: float = 1e-6, decay: float = 0.0
 ) -> torch.optim.Optimizer:
-    options = {"loraplus_lr_embedding": embedding_rate, "loraplus_weight_decay": decay}
+    options = {"loraplus_lr_embedding": embedding_lr, "loraplus_weight_decay": decay}
     return create_loraplus_optimizer(
         model,
         torch.optim.AdamW,
@@ -69,7 +69,7 @@ def theirs(
 
 def test_groups_are_those_of_peft() -> None:
     model = in_peft()
-    ours = loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1, embedding_rate=1e-6)
+    ours = loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1, embedding_lr=1e-6)
     expected = settings_by_name(model, theirs(model, decay=0.1).param_groups)
     found = settings_by_name(model, ours)
     assert found == expected
@@ -94,7 +94,7 @@ def test_one_step_gives_the_weights_of_peft() -> None:
     model, tokens = in_peft(), torch.arange(10).reshape(2, 5)
     other = deepcopy(model)
     ours = torch.optim.AdamW(
-        loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1, embedding_rate=1e-6)
+        loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1, embedding_lr=1e-6)
     )
     for each, optimizer in ((model, ours), (other, theirs(other, decay=0.1))):
         each(tokens).square().mean().backward()
@@ -134,7 +134,7 @@ def test_a_ratio_of_one_is_a_plain_optimiser() -> None:
         ("ratio", math.inf),
         ("learning_rate", 0.0),
         ("weight_decay", -0.1),
-        ("embedding_rate", 0.0),
+        ("embedding_lr", 0.0),
     ],
 )
 def test_a_value_outside_its_range_is_refused(name: str, value: float) -> None:
@@ -149,8 +149,8 @@ def test_a_model_without_a_trained_adapter_is_refused() -> None:
         loraplus_groups(in_peft().requires_grad_(False).named_parameters(), **RATES)
 
 
-def test_an_embedding_rate_without_an_adapted_embedding_is_refused() -> None:
+def test_an_embedding_lr_without_an_adapted_embedding_is_refused() -> None:
     with pytest.raises(ConfigError, match="no embedding is adapted"):
         loraplus_groups(
-            in_peft(target_modules=["up"]).named_parameters(), **RATES, embedding_rate=1e-6
+            in_peft(target_modules=["up"]).named_parameters(), **RATES, embedding_lr=1e-6
         )

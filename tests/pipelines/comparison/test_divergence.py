@@ -1,4 +1,4 @@
-"""The KL divergence is torch's, over the positions of the chats that were scored, and refuses what does not pair."""
+"""The KL divergence equals torch's over the scored chats; unpaired files are rejected."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from pipelines.comparison.divergence import Divergence, divergences
+from pipelines.comparison.divergence import KLDivergence, divergences
 from pipelines.comparison.resampling import Interval, mean_interval
 
 Values = dict[str, Any]
 Records = list[Values]
 Maker = Callable[..., Records]
 Write = Callable[[str, torch.Tensor], Path]
+BASE_AND_ADAPTER = ("base", "rank-2")
 
 
 @pytest.fixture
@@ -28,122 +29,115 @@ def write(tmp_path: Path) -> Write:
     return save
 
 
+@pytest.fixture
+def divergence(loss_records: Maker, write: Write) -> Callable[..., KLDivergence]:
+    """Return a function from two models' distributions to their divergence over `chats` chats."""
+
+    def measure(before: torch.Tensor, after: torch.Tensor, *, chats: int = 3) -> KLDivergence:
+        files = {"base": write("base", before), "rank-2": write("rank-2", after)}
+        records = loss_records("chat", [1.0] * chats)
+        return divergences(records, files, [BASE_AND_ADAPTER])[BASE_AND_ADAPTER]
+
+    return measure
+
+
 def distributions(seed: int, positions: int = 6, vocabulary: int = 500) -> torch.Tensor:
-    logits = 3 * torch.randn(positions, vocabulary, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(positions, vocabulary, generator=generator)
     return logits.log_softmax(-1).half()
 
 
 def reference(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Return what torch makes of the same halves, in double precision."""
-    before, after = before.double(), after.double()
-    return float(torch.nn.functional.kl_div(after, before, reduction="sum", log_target=True)) / len(
-        before
+    """Return torch's result for the same float16 values, in double precision."""
+    total = torch.nn.functional.kl_div(
+        after.double(), before.double(), reduction="sum", log_target=True
     )
+    return float(total) / len(before)
 
 
-def test_the_divergence_is_torch_s(loss_records: Maker, write: Write) -> None:
+def test_the_divergence_equals_torchs(loss_records: Maker, write: Write) -> None:
     """Single precision on sums of a few nats leaves about 1e-5."""
-    tensors = {
-        label: distributions(seed) for seed, label in enumerate(("base", "base-nf4", "rank-2"))
-    }
+    labels = ("base", "base-nf4", "rank-2")
+    tensors = {label: distributions(seed) for seed, label in enumerate(labels)}
     files = {label: write(label, tensor) for label, tensor in tensors.items()}
     pairs = [("base", "base-nf4"), ("base-nf4", "rank-2"), ("base", "rank-2"), ("rank-2", "base")]
-    found = divergences(loss_records("chat", [1.0] * 3), files, pairs)
-    assert list(found) == pairs
+    results = divergences(loss_records("chat", [1.0] * 3), files, pairs)
+    assert list(results) == pairs
     for before, after in pairs:
-        assert found[before, after].mean == pytest.approx(
-            reference(tensors[before], tensors[after]), abs=2e-5
-        )
-    assert found["base", "rank-2"].mean != pytest.approx(found["rank-2", "base"].mean, abs=1e-2)
+        expected = reference(tensors[before], tensors[after])
+        assert results[before, after].mean == pytest.approx(expected, abs=2e-5)
+    forward = results["base", "rank-2"].mean
+    assert forward != pytest.approx(results["rank-2", "base"].mean, abs=1e-2)
 
 
-def test_a_model_has_not_moved_from_itself(loss_records: Maker, write: Write) -> None:
-    files = {label: write(label, distributions(1)) for label in ("base", "rank-2")}
-    assert divergences(loss_records("chat", [1.0] * 3), files, [("base", "rank-2")]) == {
-        ("base", "rank-2"): Divergence(0.0, Interval(0.0, 0.0, 0.0))
-    }
+def test_the_divergence_of_a_model_from_itself_is_zero(
+    divergence: Callable[..., KLDivergence],
+) -> None:
+    same = distributions(1)
+    assert divergence(same, same) == KLDivergence(0.0, Interval(0.0, 0.0, 0.0))
 
 
 def test_a_chat_that_was_left_out_is_not_counted(loss_records: Maker, write: Write) -> None:
-    before, after = distributions(1), distributions(2)
+    before = distributions(1)
+    after = distributions(2)
     files = {"base": write("base", before), "rank-2": write("rank-2", after)}
     chats = loss_records("chat", [1.0] * 3)
-    chats[1] = {**chats[1], "left_out": "too long for another of the models"}
+    chats[1] = {**chats[1], "left_out": "too long for another model"}
     kept = [0, 1, 4, 5]
-    found = divergences(chats, files, [("base", "rank-2")])
-    assert found["base", "rank-2"].mean == pytest.approx(
-        reference(before[kept], after[kept]), abs=2e-5
-    )
+    result = divergences(chats, files, [BASE_AND_ADAPTER])[BASE_AND_ADAPTER]
+    assert result.mean == pytest.approx(reference(before[kept], after[kept]), abs=2e-5)
 
 
-def test_a_token_that_has_no_chance_in_either_model_adds_nothing(
-    loss_records: Maker, write: Write
+def test_a_token_with_probability_zero_in_both_models_adds_nothing(
+    divergence: Callable[..., KLDivergence],
 ) -> None:
-    """Vocabularies are padded to a round size, and some models mask what the padding would say."""
-    before, after = distributions(1), distributions(2)
-    masked = [
-        torch.cat([one, torch.full((6, 3), -torch.inf, dtype=torch.half)], 1)
-        for one in (before, after)
-    ]
-    files = {"base": write("base", masked[0]), "rank-2": write("rank-2", masked[1])}
-    found = divergences(loss_records("chat", [1.0] * 3), files, [("base", "rank-2")])
-    assert found["base", "rank-2"].mean == pytest.approx(reference(before, after), abs=2e-5)
+    """Vocabularies are padded to a round size, and some models mask the logits of the padding."""
+    before = distributions(1)
+    after = distributions(2)
+    padding = torch.full((6, 3), -torch.inf, dtype=torch.half)
+    result = divergence(torch.cat([before, padding], 1), torch.cat([after, padding], 1))
+    assert result.mean == pytest.approx(reference(before, after), abs=2e-5)
 
 
 def test_without_chats_there_is_no_divergence(task_records: Maker) -> None:
-    assert divergences(task_records([1.0]), {}, [("base", "rank-2")]) == {}
+    assert divergences(task_records([1.0]), {}, [BASE_AND_ADAPTER]) == {}
 
 
-def test_distributions_of_another_vocabulary_are_refused(loss_records: Maker, write: Write) -> None:
-    files = {
-        "base": write("base", distributions(1)),
-        "rank-2": write("rank-2", distributions(1, vocabulary=501)),
-    }
-    with pytest.raises(ValueError, match=r"unlike shapes .*500.*501.*same tokenizer"):
-        divergences(loss_records("chat", [1.0] * 3), files, [("base", "rank-2")])
-
-
-def test_rare_tokens_keep_the_divergence_a_finite_number(loss_records: Maker, write: Write) -> None:
-    before, after = (
-        torch.tensor([[0.0, -torch.inf]] * 6).half(),
-        torch.tensor([[-torch.inf, 0.0]] * 6).half(),
-    )
-    files = {"base": write("base", before), "rank-2": write("rank-2", after)}
-    assert np.isfinite(
-        divergences(loss_records("chat", [1.0] * 3), files, [("base", "rank-2")])[
-            "base", "rank-2"
-        ].mean
-    )
-
-
-def test_an_interval_is_of_chats_and_never_reaches_below_nothing(
-    loss_records: Maker, write: Write
+def test_distributions_of_another_vocabulary_are_rejected(
+    divergence: Callable[..., KLDivergence],
 ) -> None:
-    """One chat of twelve moved and the others did not: the mean is a twelfth of it, and its interval ends at 0."""
+    with pytest.raises(ValueError, match=r"different shapes .*500.*501.*same tokenizer"):
+        divergence(distributions(1), distributions(1, vocabulary=501))
+
+
+def test_tokens_with_probability_zero_in_one_model_keep_the_divergence_finite(
+    divergence: Callable[..., KLDivergence],
+) -> None:
+    before = torch.tensor([[0.0, -torch.inf]] * 6).half()
+    after = torch.tensor([[-torch.inf, 0.0]] * 6).half()
+    assert np.isfinite(divergence(before, after).mean)
+
+
+def test_the_interval_resamples_chats_and_never_reaches_below_zero(
+    divergence: Callable[..., KLDivergence],
+) -> None:
+    """One chat of twelve changed: the mean is a twelfth of its divergence; the interval ends at
+    0."""
     before = distributions(1, positions=24)
     after = torch.cat([distributions(2, positions=2), before[2:]])
-    files = {"base": write("base", before), "rank-2": write("rank-2", after)}
-    found = divergences(loss_records("chat", [1.0] * 12), files, [("base", "rank-2")])[
-        "base", "rank-2"
-    ]
-    by_chat = [
-        reference(before[place : place + 2], after[place : place + 2]) for place in range(0, 24, 2)
-    ]
-    assert found.mean == pytest.approx(np.mean(by_chat), abs=2e-5)
-    assert found.interval is not None
-    assert (found.interval.mean, found.interval.low) == (found.mean, 0.0)
-    drawn = mean_interval(np.array(by_chat))
-    assert (drawn.low < 0, found.interval.high) == (True, pytest.approx(drawn.high, abs=2e-5))
+    result = divergence(before, after, chats=12)
+    by_chat = []
+    for start in range(0, 24, 2):
+        by_chat.append(reference(before[start : start + 2], after[start : start + 2]))
+    assert result.mean == pytest.approx(np.mean(by_chat), abs=2e-5)
+    assert result.interval is not None
+    assert result.interval.mean == result.mean
+    assert result.interval.low == 0.0
+    unbounded = mean_interval(np.array(by_chat))
+    assert unbounded.low < 0
+    assert result.interval.high == pytest.approx(unbounded.high, abs=2e-5)
 
 
-def test_one_chat_says_nothing_of_chance(loss_records: Maker, write: Write) -> None:
-    files = {
-        label: write(label, distributions(seed, positions=2))
-        for seed, label in enumerate(("base", "rank-2"))
-    }
-    assert (
-        divergences(loss_records("chat", [1.0]), files, [("base", "rank-2")])[
-            "base", "rank-2"
-        ].interval
-        is None
-    )
+def test_a_single_chat_has_no_interval(divergence: Callable[..., KLDivergence]) -> None:
+    result = divergence(distributions(0, positions=2), distributions(1, positions=2), chats=1)
+    assert result.interval is None

@@ -1,4 +1,4 @@
-"""A recipe loads whole or is refused: each refusal names the place, the value or the file, and what to do about it."""
+"""A recipe is valid or rejected: each error names the key, the value or the file, and the fix."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 @pytest.fixture
 def save(tmp_path: Path) -> Callable[[Values], Path]:
-    """Return a writer of plain values as a recipe file."""
+    """Return a function that writes plain values to a recipe file."""
 
     def write(values: Values) -> Path:
         path = tmp_path / "mine.yaml"
@@ -51,7 +51,7 @@ def test_a_shipped_recipe_loads_by_path(name: str) -> None:
     assert load_recipe(RECIPES / f"{name}.yaml") == load_recipe(name)
 
 
-def test_what_is_left_out_has_a_default(recipe_with: Maker) -> None:
+def test_optional_sections_have_defaults(recipe_with: Maker) -> None:
     values = {
         name: section
         for name, section in recipe_with().items()
@@ -73,14 +73,14 @@ def test_a_rate_in_scientific_notation_is_a_number(
     save: Callable[[Values], Path], recipe_with: Maker
 ) -> None:
     path = save(recipe_with())
-    path.write_text(
-        path.read_text().replace("learning_rate: 0.01\n", "learning_rate: 1e-3\n")
-    )  # a string to YAML 1.1
+    # YAML 1.1 reads 1e-3 as a string.
+    text = path.read_text().replace("learning_rate: 0.01\n", "learning_rate: 1e-3\n")
+    path.write_text(text)
     assert load_recipe(path).lora.learning_rate == 0.001
 
 
 @pytest.mark.parametrize(
-    ("changes", "place", "suggestion"),
+    ("changes", "key", "suggestion"),
     [
         ({"training": {"stepz": 3}}, "'training.stepz'", "did you mean 'steps'?"),
         ({"lora": {"learningrate": 0.1}}, "'lora.learningrate'", "did you mean 'learning_rate'?"),
@@ -93,15 +93,16 @@ def test_a_rate_in_scientific_notation_is_a_number(
         (
             {"qqq": 1},
             "'qqq'",
-            "known here: base_model, control, data, evaluation, frontier, gate, launch, lora, name, registry, seed, training",
+            "known here: base_model, control, data, evaluation, frontier, gate, launch, lora, "
+            "name, registry, seed, training",
         ),
     ],
 )
-def test_an_unknown_key_is_refused_with_what_is_known(
-    recipe_with: Maker, changes: Values, place: str, suggestion: str
+def test_an_unknown_key_is_rejected_with_a_suggestion(
+    recipe_with: Maker, changes: Values, key: str, suggestion: str
 ) -> None:
     message = refusal(recipe_with(**changes))
-    assert f"unknown key {place}" in message
+    assert f"unknown key {key}" in message
     assert suggestion in message
 
 
@@ -143,7 +144,7 @@ def test_an_unknown_key_is_refused_with_what_is_known(
         ({"lora": None}, ["lora = None", "valid dictionary"]),
     ],
 )
-def test_a_value_that_breaks_its_rule_is_refused_by_place_and_value(
+def test_an_invalid_value_is_rejected_with_its_key(
     recipe_with: Maker, changes: Values, fragments: list[str]
 ) -> None:
     message = refusal(recipe_with(**changes))
@@ -152,7 +153,7 @@ def test_a_value_that_breaks_its_rule_is_refused_by_place_and_value(
 
 
 @pytest.mark.parametrize(
-    ("changes", "place"),
+    ("changes", "key"),
     [
         ({"lora": {"alpha": float("inf")}}, "lora.alpha"),
         ({"evaluation": {"general": []}}, "evaluation.general"),
@@ -162,42 +163,46 @@ def test_a_value_that_breaks_its_rule_is_refused_by_place_and_value(
     ],
     ids=["infinite alpha", "no benchmark", "a benchmark twice", "one item", "one held-out example"],
 )
-def test_what_no_comparison_could_use_is_refused_before_training(
-    recipe_with: Maker, changes: Values, place: str
+def test_settings_that_make_a_comparison_impossible_are_rejected(
+    recipe_with: Maker, changes: Values, key: str
 ) -> None:
-    """An interval needs two items of each kind; found out after training, it would have cost the whole run."""
-    assert place in refusal(recipe_with(**changes))
+    """An interval needs two items of each kind; an error after training would waste the run."""
+    assert key in refusal(recipe_with(**changes))
 
 
 @pytest.mark.parametrize("section", ["name", "base_model", "data", "lora", "training", "registry"])
-def test_a_missing_section_is_asked_for(recipe_with: Maker, section: str) -> None:
+def test_a_missing_section_is_rejected(recipe_with: Maker, section: str) -> None:
     values = recipe_with()
     del values[section]
     assert f"{section} is missing; add it" in refusal(values)
 
 
-def test_every_problem_is_named_at_once(recipe_with: Maker) -> None:
+def test_all_problems_are_reported_at_once(recipe_with: Maker) -> None:
     message = refusal(recipe_with(training={"steps": 0}, data={"max_tokens": 1}, name="a b"))
-    assert all(place in message for place in ("training.steps", "data.max_tokens", "name = "))
+    for key in ("training.steps", "data.max_tokens", "name = "):
+        assert key in message
 
 
 @pytest.mark.parametrize(("old", "new"), RENAMED.items())
-def test_a_former_key_is_refused_with_its_new_name(recipe_with: Maker, old: str, new: str) -> None:
+def test_a_renamed_key_is_rejected_with_its_new_name(
+    recipe_with: Maker, old: str, new: str
+) -> None:
     section, _, key = old.partition(".")
     assert refusal(recipe_with(**{section: {key: 1}})).endswith(
         f"unknown key {old!r}; it is now called {new!r}"
     )
-    assert new.partition(".")[2] in Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+    assert new.partition(".")[2] in fields
 
 
-def test_a_batch_smaller_than_its_parts_is_refused_with_the_least_size(recipe_with: Maker) -> None:
+def test_a_batch_with_fewer_examples_than_micro_batches_is_rejected(recipe_with: Maker) -> None:
     message = refusal(
         recipe_with(
             training={"batch_size": 5, "gradient_accumulation_steps": 3}, launch={"processes": 2}
         )
     )
     assert "training.batch_size 5" in message
-    assert "2 processes × 3 parts" in message
+    assert "2 processes × 3 micro-batches" in message
     assert "at least 6" in message
 
 
@@ -217,9 +222,9 @@ def test_a_batch_smaller_than_its_parts_is_refused_with_the_least_size(recipe_wi
             ["evaluation.generations 9", "data.validation_examples 8", "at most 8"],
         ),
     ],
-    ids=["a warm-up without end", "nothing rounded", "more answers than prompts"],
+    ids=["endless warmup", "nothing rounded", "more answers than prompts"],
 )
-def test_what_could_not_be_done_as_asked_is_refused(
+def test_contradictory_settings_are_rejected(
     recipe_with: Maker, changes: Values, fragments: list[str]
 ) -> None:
     message = refusal(recipe_with(**changes))
@@ -231,11 +236,11 @@ def test_what_could_not_be_done_as_asked_is_refused(
     "init",
     ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva", "loftq"],
 )
-def test_every_start_of_the_library_can_be_asked_for(recipe_with: Maker, init: str) -> None:
+def test_every_initialization_is_accepted(recipe_with: Maker, init: str) -> None:
     assert parse_recipe(recipe_with(lora={"init": init})).lora.init == init
 
 
-def test_no_more_answers_than_prompts_are_asked_for_by_default(recipe_with: Maker) -> None:
+def test_generations_default_to_at_most_the_held_out_examples(recipe_with: Maker) -> None:
     recipe = parse_recipe(
         {name: section for name, section in recipe_with().items() if name != "evaluation"}
     )
@@ -243,11 +248,11 @@ def test_no_more_answers_than_prompts_are_asked_for_by_default(recipe_with: Make
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
-def test_a_refused_item_is_all_that_is_said_of_its_list(recipe_with: Maker) -> None:
+def test_a_rejected_item_is_the_only_problem_of_its_list(recipe_with: Maker) -> None:
     assert "at least 1 item" not in refusal(recipe_with(lora={"ranks": [0]}))
 
 
-def test_a_batch_of_one_example_for_each_part_is_enough(recipe_with: Maker) -> None:
+def test_one_example_per_micro_batch_is_enough(recipe_with: Maker) -> None:
     values = recipe_with(
         training={"batch_size": 6, "gradient_accumulation_steps": 3}, launch={"processes": 2}
     )
@@ -257,16 +262,16 @@ def test_a_batch_of_one_example_for_each_part_is_enough(recipe_with: Maker) -> N
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        (b"name: [unclosed\n", "is no YAML"),
-        (b"a: b: c\n", "is no YAML"),
-        (b"- name\n- other\n", "holds list"),
-        (b"", "holds NoneType"),
-        (b"just text\n", "holds str"),
+        (b"name: [unclosed\n", "is not valid YAML"),
+        (b"a: b: c\n", "is not valid YAML"),
+        (b"- name\n- other\n", "contains list"),
+        (b"", "contains NoneType"),
+        (b"just text\n", "contains str"),
         (b"name: \xff\xfe\n", "mine.yaml"),
     ],
     ids=["unclosed", "two colons", "a list", "empty", "text", "not UTF-8"],
 )
-def test_a_file_that_is_no_mapping_is_refused_by_name(
+def test_a_malformed_file_is_rejected_by_name(
     tmp_path: Path, content: bytes, fragment: str
 ) -> None:
     path = tmp_path / "mine.yaml"
@@ -276,26 +281,26 @@ def test_a_file_that_is_no_mapping_is_refused_by_name(
     assert fragment in message
 
 
-def test_a_broken_recipe_is_named_by_its_file(
+def test_an_error_starts_with_the_file_name(
     save: Callable[[Values], Path], recipe_with: Maker
 ) -> None:
     path = save(recipe_with(training={"steps": 0}))
     assert refusal_of_file(path).startswith(f"{path}: ")
 
 
-def test_a_missing_recipe_is_refused_with_a_near_name() -> None:
+def test_a_missing_recipe_is_rejected_with_a_similar_name() -> None:
     message = refusal_of_file(SHIPPED[0][:-1])
     assert repr(SHIPPED[0][:-1]) in message
     assert f"did you mean {SHIPPED[0]}?" in message
 
 
-def test_a_missing_recipe_like_no_other_lists_what_is_there(tmp_path: Path) -> None:
+def test_a_missing_recipe_without_a_similar_name_lists_all(tmp_path: Path) -> None:
     message = refusal_of_file(tmp_path / "zz.yaml")
-    assert "is not there" in message
+    assert "does not exist" in message
     assert all(name in message for name in SHIPPED)
 
 
-def test_ranks_given_beside_replace_those_of_the_recipe(
+def test_ranks_as_an_argument_replace_those_of_the_recipe(
     save: Callable[[Values], Path], recipe_with: Maker
 ) -> None:
     path = save(recipe_with())
@@ -304,20 +309,20 @@ def test_ranks_given_beside_replace_those_of_the_recipe(
 
 
 @pytest.mark.parametrize("ranks", [None, []])
-def test_no_ranks_beside_leave_those_of_the_recipe(
+def test_no_ranks_as_an_argument_keep_those_of_the_recipe(
     save: Callable[[Values], Path], recipe_with: Maker, ranks: list[int] | None
 ) -> None:
     assert load_recipe(save(recipe_with()), ranks=ranks).lora.ranks == (2, 4)
 
 
-def test_ranks_given_beside_are_held_to_the_same_rules(
+def test_ranks_as_an_argument_follow_the_same_rules(
     save: Callable[[Values], Path], recipe_with: Maker
 ) -> None:
     assert "lora.ranks.0 = 0" in refusal_of_file(save(recipe_with()), ranks=[0])
 
 
 @pytest.mark.parametrize("section", [None, [], "text"], ids=["empty", "a list", "text"])
-def test_ranks_beside_a_section_that_is_no_mapping_are_refused(
+def test_ranks_as_an_argument_with_a_malformed_section_are_rejected(
     save: Callable[[Values], Path], recipe_with: Maker, section: Any
 ) -> None:
     assert "lora" in refusal_of_file(save({**recipe_with(), "lora": section}), ranks=[4])
@@ -331,15 +336,13 @@ def test_a_loaded_recipe_cannot_be_changed(recipe_with: Maker) -> None:
         recipe.lora.alpha = 1
 
 
-def test_its_plain_values_load_to_the_same_recipe(recipe_with: Maker) -> None:
+def test_dumped_values_load_to_the_same_recipe(recipe_with: Maker) -> None:
     recipe = parse_recipe(recipe_with())
     assert parse_recipe(recipe.model_dump(mode="json")) == recipe
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1.0", "0123abc"])
-def test_code_of_a_hub_model_is_trusted_at_a_commit_only(
-    recipe_with: Maker, revision: str | None
-) -> None:
+def test_code_of_a_hub_model_needs_a_commit(recipe_with: Maker, revision: str | None) -> None:
     section = {"id": "owner/name", "trust_remote_code": True, "revision": revision}
     with pytest.raises(
         RecipeError,
@@ -348,11 +351,10 @@ def test_code_of_a_hub_model_is_trusted_at_a_commit_only(
         parse_recipe(recipe_with(base_model=section))
 
 
-def test_code_is_trusted_at_a_commit_and_in_a_folder(recipe_with: Maker) -> None:
+def test_code_at_a_commit_or_in_a_folder_is_accepted(recipe_with: Maker) -> None:
     for section in (
         {"id": "owner/name", "revision": "0123456789abcdef" * 2 + "01234567"},
         {"id": "./models/own"},
     ):
-        assert parse_recipe(
-            recipe_with(base_model={**section, "trust_remote_code": True})
-        ).base_model.trust_remote_code
+        section = {**section, "trust_remote_code": True}
+        assert parse_recipe(recipe_with(base_model=section)).base_model.trust_remote_code

@@ -1,6 +1,7 @@
-"""What is prepared is what was written: the supervised tokens spell the completion and its end mark, and nothing else.
+"""The supervised tokens decode to the completion and its end mark, and nothing else.
 
-Groups stay whole in the split, the same seed gives the same split anywhere, and rows that cannot be used are named.
+Groups are never divided between splits, the same seed gives the same split everywhere, and the
+error for an unusable row names its number.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from pipelines.data.preparation import Example, prepare, split_by_group, tokenize
+from pipelines.data.example import Example
+from pipelines.data.preparation import prepare, tokenize
+from pipelines.data.splitting import split_by_group
 from pipelines.errors import DataError
 from pipelines.models.tokenizer import load_tokenizer
 from pipelines.runtime.stage import Stage
@@ -42,16 +45,17 @@ def plain(plain_folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture
 def prepared(tmp_path: Path, tiny_folder: Path) -> Callable[..., tuple[Values, Path]]:
-    """Return a function that prepares data settings in a stage folder; it gives the figures and the folder."""
+    """Return a function that prepares data in a stage folder; it returns metrics and folder."""
 
     def run(
         settings: Values, *, seed: int = 7, runs: str = "runs", base: Path = tiny_folder
     ) -> tuple[Values, Path]:
-        inputs, paths = {"data": settings, "seed": seed}, {"base": str(base)}
+        inputs = {"data": settings, "seed": seed}
+        paths = {"base": str(base)}
         folder = Stage("data", "rows", inputs, tmp_path / runs, paths).begin()
-        figures, files = prepare(folder, inputs, paths)
+        metrics, files = prepare(folder, inputs, paths)
         assert all((folder / name).is_file() for name in files)
-        return figures, folder
+        return metrics, folder
 
     return run
 
@@ -63,20 +67,15 @@ def only(rows: list[Values], tokenizer: PreTrainedTokenizerBase, settings: Value
 
 def supervised_text(example: Example | Values, tokenizer: PreTrainedTokenizerBase) -> str:
     values = example if isinstance(example, dict) else vars(example)
-    return tokenizer.decode(
-        [
-            token
-            for token, is_learnt in zip(values["input_ids"], values["supervised"], strict=True)
-            if is_learnt
-        ]
-    )
+    tokens = zip(values["input_ids"], values["supervised"], strict=True)
+    return tokenizer.decode([token for token, is_supervised in tokens if is_supervised])
 
 
 def examples_of(*groups: str) -> list[Example]:
     return [Example([1, 2], [False, True], 1, "x", group, False) for group in groups]
 
 
-def test_a_completion_and_its_end_mark_are_learnt_under_a_template(
+def test_a_completion_and_its_end_mark_are_supervised_with_a_template(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     example = only([PAIR], chat, data_settings("rows"))
@@ -87,7 +86,7 @@ def test_a_completion_and_its_end_mark_are_learnt_under_a_template(
     )
 
 
-def test_a_completion_and_its_end_mark_are_learnt_without_a_template(
+def test_a_completion_and_its_end_mark_are_supervised_without_a_template(
     plain: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     example = only([PAIR], plain, data_settings("rows"))
@@ -95,7 +94,7 @@ def test_a_completion_and_its_end_mark_are_learnt_without_a_template(
     assert plain.decode(example.input_ids) == "Say red 7.red red." + END
 
 
-def test_generation_starts_where_the_completion_does(
+def test_generation_starts_where_the_completion_starts(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     example = only([PAIR], chat, data_settings("rows"))
@@ -106,7 +105,7 @@ def test_generation_starts_where_the_completion_does(
     assert example.reference == "red red."
 
 
-def test_of_a_text_all_but_the_first_token_is_learnt(
+def test_all_tokens_of_a_text_except_the_first_are_supervised(
     plain: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     example = only([{"text": "The quick brown fox."}], plain, data_settings("rows"))
@@ -114,7 +113,7 @@ def test_of_a_text_all_but_the_first_token_is_learnt(
     assert example.supervised == [False] + [True] * (len(example.input_ids) - 1)
 
 
-def test_of_a_conversation_only_the_answers_are_learnt(
+def test_only_the_answers_of_a_conversation_are_supervised(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     example = only([{"messages": TALK}], chat, data_settings("rows", max_tokens=200))
@@ -124,7 +123,7 @@ def test_of_a_conversation_only_the_answers_are_learnt(
     ).removesuffix("\n")
 
 
-def test_of_a_conversation_the_last_answer_is_generated(
+def test_the_last_answer_of_a_conversation_is_generated(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     example = only([{"messages": TALK}], chat, data_settings("rows", max_tokens=200))
@@ -134,47 +133,43 @@ def test_of_a_conversation_the_last_answer_is_generated(
     assert example.reference == "red, once more"
 
 
-def test_what_is_asked_last_and_not_answered_is_left_out(
+def test_a_last_question_without_an_answer_is_left_out(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
-    asked = [*TALK, {"role": "user", "content": "And now?"}]
-    assert only([{"messages": asked}], chat, data_settings("rows", max_tokens=200)) == only(
-        [{"messages": TALK}], chat, data_settings("rows", max_tokens=200)
-    )
+    settings = data_settings("rows", max_tokens=200)
+    unanswered = [*TALK, {"role": "user", "content": "And now?"}]
+    example = only([{"messages": unanswered}], chat, settings)
+    assert example == only([{"messages": TALK}], chat, settings)
 
 
-def test_a_pair_is_a_conversation_of_one_turn(
+def test_a_pair_equals_a_conversation_of_one_turn(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     turns = [
         {"role": "user", "content": PAIR["prompt"]},
         {"role": "assistant", "content": PAIR["completion"]},
     ]
-    assert only([PAIR], chat, data_settings("rows")) == only(
-        [{"messages": turns}], chat, data_settings("rows")
-    )
+    settings = data_settings("rows")
+    assert only([PAIR], chat, settings) == only([{"messages": turns}], chat, settings)
 
 
-def test_a_long_example_is_cut_on_the_right(
+def test_a_long_example_is_truncated_on_the_right(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
-    whole = only([PAIR], chat, data_settings("rows", max_tokens=200))
-    limit = whole.prompt_tokens + 2
-    cut = only([PAIR], chat, data_settings("rows", max_tokens=limit))
-    assert (cut.input_ids, cut.supervised) == (whole.input_ids[:limit], whole.supervised[:limit])
-    assert (cut.was_cut, whole.was_cut) == (True, False)
+    full = only([PAIR], chat, data_settings("rows", max_tokens=200))
+    limit = full.prompt_tokens + 2
+    truncated = only([PAIR], chat, data_settings("rows", max_tokens=limit))
+    assert truncated.input_ids == full.input_ids[:limit]
+    assert truncated.supervised == full.supervised[:limit]
+    assert truncated.was_cut and not full.was_cut
 
 
 @pytest.mark.parametrize("column", ["prompt", "completion"])
-def test_an_empty_half_is_refused_by_row(
+def test_the_error_for_an_empty_cell_names_the_row(
     chat: PreTrainedTokenizerBase, data_settings: Maker, column: str
 ) -> None:
     with pytest.raises(DataError, match=f"row 3 has an empty {column}; fill or remove it"):
-        list(
-            tokenize(
-                Dataset.from_list([PAIR, PAIR, {**PAIR, column: ""}]), chat, data_settings("rows")
-            )
-        )
+        only([PAIR, PAIR, {**PAIR, column: ""}], chat, data_settings("rows"))
 
 
 @pytest.mark.parametrize(
@@ -194,31 +189,25 @@ def test_an_empty_half_is_refused_by_row(
         "an answer before any question",
     ],
 )
-def test_a_row_that_cannot_be_rendered_is_refused_by_number(
+def test_the_error_for_a_malformed_row_names_its_number(
     chat: PreTrainedTokenizerBase, data_settings: Maker, row: Values
 ) -> None:
     with pytest.raises(DataError, match="row 1"):
-        list(tokenize(Dataset.from_list([row]), chat, data_settings("rows")))
+        only([row], chat, data_settings("rows"))
 
 
-def test_a_conversation_without_an_answer_is_refused_by_row(
+def test_the_error_for_a_conversation_without_an_answer_names_the_row(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     with pytest.raises(DataError, match="row 2 has no message of role 'assistant'"):
-        list(
-            tokenize(
-                Dataset.from_list([{"messages": TALK}, {"messages": TALK[:1]}]),
-                chat,
-                data_settings("rows"),
-            )
-        )
+        only([{"messages": TALK}, {"messages": TALK[:1]}], chat, data_settings("rows"))
 
 
 def test_conversations_need_a_template(
     plain: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     with pytest.raises(DataError, match="no chat template; use prompt and completion"):
-        list(tokenize(Dataset.from_list([{"messages": TALK}]), plain, data_settings("rows")))
+        only([{"messages": TALK}], plain, data_settings("rows"))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(
@@ -227,16 +216,14 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
     tokenizer = load_tokenizer(tiny_folder)
     tokenizer.chat_template = "{{ messages | length }}" + str(tokenizer.chat_template)
     with pytest.raises(DataError, match="row 1: the chat template rewrites earlier turns"):
-        list(tokenize(Dataset.from_list([{"messages": TALK}]), tokenizer, data_settings("rows")))
+        only([{"messages": TALK}], tokenizer, data_settings("rows"))
 
 
-def test_a_group_column_that_is_not_there_is_refused_with_those_that_are(
+def test_the_error_for_a_missing_group_column_lists_the_columns(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
-    with pytest.raises(DataError, match="group_column 'author' is none of prompt, completion"):
-        list(
-            tokenize(Dataset.from_list([PAIR]), chat, data_settings("rows", group_column="author"))
-        )
+    with pytest.raises(DataError, match="group_column 'author' is not one of prompt, completion"):
+        only([PAIR], chat, data_settings("rows", group_column="author"))
 
 
 @pytest.mark.parametrize(
@@ -244,13 +231,13 @@ def test_a_group_column_that_is_not_there_is_refused_with_those_that_are(
     [({**PAIR, "author": "Ada"}, "author", "Ada"), ({**PAIR, "group": "g"}, None, "g")],
     ids=["the named column", "a column called group"],
 )
-def test_the_group_is(
+def test_the_group_comes_from(
     chat: PreTrainedTokenizerBase, data_settings: Maker, row: Values, column: str | None, group: str
 ) -> None:
     assert only([row], chat, data_settings("rows", group_column=column)).group == group
 
 
-def test_rows_that_ask_the_same_are_one_group(
+def test_rows_with_the_same_prompt_are_one_group(
     chat: PreTrainedTokenizerBase, data_settings: Maker
 ) -> None:
     rows = [PAIR, {**PAIR, "completion": "another."}, {**PAIR, "prompt": "Something else."}]
@@ -263,7 +250,9 @@ def test_rows_that_ask_the_same_are_one_group(
     st.integers(1, 12),
     st.integers(0, 5),
 )
-def test_no_group_is_on_both_sides(groups: list[str], held_out: int, seed: int) -> None:
+def test_no_group_is_in_train_and_in_another_split(
+    groups: list[str], held_out: int, seed: int
+) -> None:
     examples = examples_of(*groups)
     try:
         train, validation, tuning = split_by_group(examples, held_out, seed).values()
@@ -282,51 +271,49 @@ def test_no_group_is_on_both_sides(groups: list[str], held_out: int, seed: int) 
     [("abcdef", 4), ("aaaaaaaaaa", 2), ("ab", 8)],
     ids=["too few rows", "one group", "far too few"],
 )
-def test_too_few_rows_are_refused_with_both_numbers(groups: str, held_out: int) -> None:
-    with pytest.raises(
-        DataError,
-        match=rf"{len(groups)} usable rows in {len(set(groups))} groups .* validation_examples={held_out}",
-    ):
+def test_the_error_for_too_few_rows_names_both_numbers(groups: str, held_out: int) -> None:
+    counts = f"{len(groups)} usable rows in {len(set(groups))} groups"
+    with pytest.raises(DataError, match=rf"{counts} .* validation_examples={held_out}"):
         split_by_group(examples_of(*groups), held_out, 7)
 
 
-def test_the_split_is_drawn_by_the_seed() -> None:
+def test_the_split_depends_on_the_seed() -> None:
     examples = examples_of(*map(str, range(60)))
-    first, again, other = (split_by_group(examples, 8, seed) for seed in (7, 7, 8))
-    assert first == again
-    assert first != other
+    split = split_by_group(examples, 8, 7)
+    assert split == split_by_group(examples, 8, 7)
+    assert split != split_by_group(examples, 8, 8)
 
 
-def test_rows_that_come_later_move_none() -> None:
-    """What one run held out, no later run trains on: else a champion would be scored on what it has learnt."""
+def test_rows_that_are_added_later_do_not_move_others() -> None:
+    """No later run trains on held-out rows: a champion is never evaluated on its training data."""
     before = split_by_group(examples_of(*map(str, range(300))), 8, 7)
     after = split_by_group(examples_of(*map(str, range(-40, 340))), 8, 7)
-    sides = [
-        {name: {example.group for example in part} for name, part in split.items()}
-        for split in (before, after)
-    ]
-    assert not sides[0]["train"] & (sides[1]["validation"] | sides[1]["tuning"])
-    assert not (sides[0]["validation"] | sides[0]["tuning"]) & sides[1]["train"]
+    assert not groups_in(before, "train") & groups_in(after, "validation", "tuning")
+    assert not groups_in(before, "validation", "tuning") & groups_in(after, "train")
 
 
-def test_a_preparation_keeps_every_row(
+def groups_in(splits: dict[str, list[Example]], *names: str) -> set[str]:
+    return {example.group for name in names for example in splits[name]}
+
+
+def test_every_row_is_kept(
     prepared: Callable[..., tuple[Values, Path]], pairs_file: Path, data_settings: Maker
 ) -> None:
-    figures, folder = prepared(data_settings(pairs_file))
+    metrics, folder = prepared(data_settings(pairs_file))
     train, validation = (
         list(load_from_disk(str(folder / split))) for split in ("train", "validation")
     )
-    assert (figures["rows"], figures["left_out"], figures["cut"]) == (60, 0, 0)
+    assert (metrics["rows"], metrics["left_out"], metrics["cut"]) == (60, 0, 0)
     assert (
-        (figures["train_examples"], figures["validation_examples"])
+        (metrics["train_examples"], metrics["validation_examples"])
         == (len(train), len(validation))
         == (52, 8)
     )
-    assert figures["train_tokens"] == sum(len(example["input_ids"]) for example in train)
-    assert figures["supervised_tokens"] == sum(sum(example["supervised"]) for example in train)
+    assert metrics["train_tokens"] == sum(len(example["input_ids"]) for example in train)
+    assert metrics["supervised_tokens"] == sum(sum(example["supervised"]) for example in train)
 
 
-def test_what_is_saved_spells_the_rows(
+def test_the_saved_tokens_decode_to_the_rows(
     prepared: Callable[..., tuple[Values, Path]],
     pairs_file: Path,
     data_settings: Maker,
@@ -339,7 +326,7 @@ def test_what_is_saved_spells_the_rows(
         assert supervised_text(example, chat) == f"{word} {word}.{END}"
 
 
-def test_two_preparations_agree(
+def test_preparation_is_reproducible(
     prepared: Callable[..., tuple[Values, Path]], pairs_file: Path, data_settings: Maker
 ) -> None:
     first, second = (prepared(data_settings(pairs_file), runs=runs) for runs in ("here", "there"))
@@ -347,14 +334,14 @@ def test_two_preparations_agree(
     assert first[0] == second[0]
 
 
-def test_another_seed_gives_another_digest(
+def test_the_digest_depends_on_the_seed(
     prepared: Callable[..., tuple[Values, Path]], pairs_file: Path, data_settings: Maker
 ) -> None:
     first, second = (prepared(data_settings(pairs_file), seed=seed)[0] for seed in (7, 8))
     assert first["digest"] != second["digest"]
 
 
-def test_some_completions_cut_off_are_left_out_and_counted(
+def test_truncated_completions_are_left_out_and_counted(
     prepared: Callable[..., tuple[Values, Path]],
     write_rows: Callable[..., Path],
     data_settings: Maker,
@@ -362,13 +349,13 @@ def test_some_completions_cut_off_are_left_out_and_counted(
     rows = [{"prompt": f"Say red {i}.", "completion": "red"} for i in range(40)]
     long_prompts = [{"prompt": "sheep " * 60, "completion": "red"} for _ in range(3)]
     long_answers = [{"prompt": f"Say much {i}.", "completion": "red " * 60} for i in range(5)]
-    figures, folder = prepared(data_settings(write_rows(rows + long_prompts + long_answers)))
-    assert (figures["rows"], figures["left_out"], figures["cut"]) == (48, 3, 5)
-    assert figures["train_examples"] == 45 - 8
+    metrics, folder = prepared(data_settings(write_rows(rows + long_prompts + long_answers)))
+    assert (metrics["rows"], metrics["left_out"], metrics["cut"]) == (48, 3, 5)
+    assert metrics["train_examples"] == 45 - 8
     assert all(any(example["supervised"]) for example in load_from_disk(str(folder / "train")))
 
 
-def test_all_completions_cut_off_are_refused(
+def test_data_without_any_complete_prompt_is_refused(
     prepared: Callable[..., tuple[Values, Path]],
     write_rows: Callable[..., Path],
     data_settings: Maker,
@@ -376,6 +363,6 @@ def test_all_completions_cut_off_are_refused(
     path = write_rows([{"prompt": "sheep " * 60, "completion": "red"} for _ in range(20)])
     with pytest.raises(
         DataError,
-        match=r"all 20 completions of .* are cut off by max_tokens=64; raise it or shorten",
+        match=r"all 20 completions of .* are cut off by max_tokens=64; raise it or use shorter",
     ):
         prepared(data_settings(path))

@@ -1,12 +1,13 @@
-"""Rows come in from each kind of file, in each of the three shapes; what cannot be read is refused by its place.
+"""Rows are read from each kind of file, in each of the three shapes.
 
-No message leaves out the source, and a file is read as it is now, not as it was.
+An unreadable file is refused with its name and line, and a file is read as it is now, not from a
+cache.
 """
 
 import csv
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ CONVERSATIONS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {
         "messages": [
-            {"role": "user", "content": c} if i % 2 == 0 else {"role": "assistant", "content": c}
-            for i, c in enumerate("abcd")
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "content": "d"},
         ]
     },
 ]
@@ -39,11 +42,11 @@ FILES = [
 ]
 UNUSABLE: dict[str, tuple[bytes, list[str]]] = {
     "empty.jsonl": (b"", ["is empty"]),
-    "blank.jsonl": (b"\n\n", ["holds no rows"]),
-    "header.csv": (b"prompt,completion\n", ["holds no rows"]),
-    "none.json": (b"[]", ["holds no rows"]),
-    "line.jsonl": (b'{"text": "x"}\n{"text": \n', ["line 2", "no JSON", "mend or remove"]),
-    "list.jsonl": (b'{"text": "x"}\n\n["text"]\n', ["line 3", "no JSON object"]),
+    "blank.jsonl": (b"\n\n", ["has no rows"]),
+    "header.csv": (b"prompt,completion\n", ["has no rows"]),
+    "none.json": (b"[]", ["has no rows"]),
+    "line.jsonl": (b'{"text": "x"}\n{"text": \n', ["line 2", "not valid JSON", "fix or remove"]),
+    "list.jsonl": (b'{"text": "x"}\n\n["text"]\n', ["line 3", "not a JSON object"]),
     "latin.jsonl": (b'{"text": "x"}\n{"text": "\xe9"}\n', ["line 2", "UTF-8"]),
     "half.json": (b'[{"text": ', ["as json"]),
     "open.csv": (b'prompt,completion\n"a,b\n', ["as csv"]),
@@ -54,7 +57,7 @@ UNUSABLE: dict[str, tuple[bytes, list[str]]] = {
     ),
     "prompts.jsonl": (b'{"prompt": "x"}\n', ["columns prompt", "rename"]),
 }
-"""File → its bytes, and what the refusal says beside the file's name."""
+"""File → its bytes, and fragments of the error message, which also names the file."""
 
 
 def save(rows: list[Values], path: Path) -> Path:
@@ -73,7 +76,7 @@ def save(rows: list[Values], path: Path) -> Path:
     return path
 
 
-def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(
+def test_a_byte_order_mark_is_not_part_of_the_first_row(
     tmp_path: Path, data_settings: Maker
 ) -> None:
     path = tmp_path / "marked.jsonl"
@@ -82,14 +85,14 @@ def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_row(
 
 
 @pytest.mark.parametrize(("shape", "suffix"), FILES)
-def test_rows_come_in_as_they_were_written(
+def test_rows_are_read_as_they_were_written(
     tmp_path: Path, data_settings: Maker, shape: str, suffix: str
 ) -> None:
     loaded = load_rows(data_settings(save(SHAPES[shape], tmp_path / f"rows{suffix}")))
     assert loaded.to_list() == SHAPES[shape]
 
 
-def test_blank_lines_are_no_rows(tmp_path: Path, data_settings: Maker) -> None:
+def test_blank_lines_are_not_rows(tmp_path: Path, data_settings: Maker) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one"}\n\n  \n{"text": "two"}\n')
     assert load_rows(data_settings(path)).to_list() == TEXTS
@@ -99,16 +102,19 @@ def test_the_standard_library_is_a_source(
     monkeypatch: pytest.MonkeyPatch, data_settings: Maker
 ) -> None:
     rows = [{"prompt": "def f(): ...", "completion": "Return nothing.", "group": "g"}]
-    asked: list[int] = []
-    monkeypatch.setattr(
-        "pipelines.data.sources.harvest", lambda limit: asked.append(limit) or iter(rows)
-    )
+    limits: list[int] = []
+
+    def pairs(max_characters: int) -> Iterator[Values]:
+        limits.append(max_characters)
+        return iter(rows)
+
+    monkeypatch.setattr("pipelines.data.sources.stdlib_pairs", pairs)
     assert load_rows(data_settings("docstrings", max_source_characters=321)).to_list() == rows
-    assert asked == [321]
+    assert limits == [321]
 
 
 def test_a_file_is_read_as_it_is_now(write_rows: Callable[..., Path], data_settings: Maker) -> None:
-    """A copy that keeps the time of another file must not bring back that file's rows."""
+    """A copy that keeps another file's modification time does not return that file's rows."""
     path = write_rows([{"text": "old"}])
     load_rows(data_settings(path))
     times = path.stat()
@@ -118,10 +124,9 @@ def test_a_file_is_read_as_it_is_now(write_rows: Callable[..., Path], data_setti
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_a_file_that_cannot_be_used_is_refused(
-    tmp_path: Path, data_settings: Maker, name: str
-) -> None:
-    path, (content, fragments) = tmp_path / name, UNUSABLE[name]
+def test_an_unusable_file_is_refused(tmp_path: Path, data_settings: Maker, name: str) -> None:
+    content, fragments = UNUSABLE[name]
+    path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as refused:
         load_rows(data_settings(path))
@@ -138,11 +143,11 @@ def test_a_broken_parquet_file_is_refused(tmp_path: Path, data_settings: Maker) 
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_a_missing_file_is_refused_by_path(
+def test_the_error_for_a_missing_file_names_its_path(
     tmp_path: Path, data_settings: Maker, suffix: str
 ) -> None:
     path = tmp_path / f"absent.{suffix}"
-    with pytest.raises(DataError, match="is not there; give a path") as refused:
+    with pytest.raises(DataError, match="does not exist; give an absolute path") as refused:
         load_rows(data_settings(path))
     assert str(path) in str(refused.value)
 
@@ -155,7 +160,9 @@ def test_a_hub_name_is_refused_while_offline(data_settings: Maker, source: str) 
     assert ".jsonl, .json, .csv, .parquet" in str(refused.value)
 
 
-def test_a_folder_of_unlike_files_is_refused(tmp_path: Path, data_settings: Maker) -> None:
+def test_a_folder_of_files_with_different_columns_is_refused(
+    tmp_path: Path, data_settings: Maker
+) -> None:
     save(PAIRS, tmp_path / "a.jsonl")
     save([{"number": 1}], tmp_path / "b.jsonl")
     with pytest.raises(DataError) as refused:
@@ -163,7 +170,7 @@ def test_a_folder_of_unlike_files_is_refused(tmp_path: Path, data_settings: Make
     assert str(tmp_path) in str(refused.value)
 
 
-def test_a_home_that_is_not_there_is_refused(data_settings: Maker) -> None:
+def test_a_missing_home_folder_is_refused(data_settings: Maker) -> None:
     with pytest.raises(DataError, match=r"~nobody_of_this_name/rows\.jsonl"):
         load_rows(data_settings("~nobody_of_this_name/rows.jsonl"))
 
@@ -178,5 +185,7 @@ def test_a_home_that_is_not_there_is_refused(data_settings: Maker) -> None:
         (["prompt", "text"], ("text",)),
     ],
 )
-def test_the_shape_that_tells_most_is_taken(columns: list[str], shape: tuple[str, ...]) -> None:
+def test_the_shape_with_most_structure_is_chosen(
+    columns: list[str], shape: tuple[str, ...]
+) -> None:
     assert shape_of(columns, "rows") == shape

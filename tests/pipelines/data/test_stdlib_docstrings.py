@@ -1,7 +1,7 @@
-"""The pairs are functions without their docstring and the docstring's first sentence, found again in the same order.
+"""The pairs are functions without their docstring and the docstring's first sentence.
 
-The rules are shown on a small library made on the spot; the interpreter's own library then shows that they leave
-enough to learn from.
+The rules are tested on a small library in a temporary folder. The standard library of this
+interpreter then shows that they keep enough to learn from.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.stdlib_docstrings import INSTRUCTION, MAX_SUMMARY, MIN_SUMMARY, harvest
+from pipelines.data.stdlib_docstrings import INSTRUCTION, MAX_SUMMARY, MIN_SUMMARY, stdlib_pairs
 
 Pair = dict[str, str]
 Library = Callable[..., list[Pair]]
@@ -40,26 +40,26 @@ AWKWARD = {
     "a form feed": "# a page ends here\n\x0c\n" + AREA,
     "a line separator": "# a line ends here\u2028and here\n" + AREA,
 }
-"""Functions that are easily cut at the wrong place."""
+"""Functions that are easily split in the wrong place."""
 
 
 @pytest.fixture
-def harvested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """Return a function that takes files by name as the standard library and gives the pairs found in it."""
+def pairs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Return a function that writes files as the standard library and returns its pairs."""
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
 
     def run(files: dict[str, str], max_characters: int = 500) -> list[Pair]:
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text, encoding="utf-8")
-        return list(harvest(max_characters))
+        return list(stdlib_pairs(max_characters))
 
     return run
 
 
 @pytest.fixture(scope="module")
 def standard_library() -> list[Pair]:
-    return list(harvest(500))
+    return list(stdlib_pairs(500))
 
 
 def source_of(pair: Pair) -> str:
@@ -67,14 +67,14 @@ def source_of(pair: Pair) -> str:
 
 
 def function(summary: str, lines: int = 3) -> str:
-    """Return a function of `lines` lines after its docstring is taken out."""
+    """Return a function that has `lines` lines without its docstring."""
     return (
         "def f(x):\n" + f'    """{summary}"""\n' + "    x += 1\n" * (lines - 2) + "    return x\n"
     )
 
 
-def test_a_function_becomes_its_code_and_its_first_sentence(harvested: Library) -> None:
-    [pair] = harvested({"shapes.py": AREA})
+def test_a_function_becomes_its_code_and_its_first_sentence(pairs_of: Library) -> None:
+    [pair] = pairs_of({"shapes.py": AREA})
     assert (
         pair["prompt"]
         == INSTRUCTION
@@ -95,41 +95,39 @@ def test_a_function_becomes_its_code_and_its_first_sentence(harvested: Library) 
     ],
     ids=["lower case", "no full stop", "short", "long", "none"],
 )
-def test_a_summary_that_does_not_read_as_one_is_left_out(harvested: Library, summary: str) -> None:
-    assert harvested({"m.py": function(summary)}) == []
+def test_a_malformed_summary_is_left_out(pairs_of: Library, summary: str) -> None:
+    assert pairs_of({"m.py": function(summary)}) == []
 
 
 @pytest.mark.parametrize("length", [MIN_SUMMARY, MAX_SUMMARY])
-def test_a_summary_at_either_limit_is_kept(harvested: Library, length: int) -> None:
+def test_a_summary_of_minimum_or_maximum_length_is_kept(pairs_of: Library, length: int) -> None:
     summary = "R" * (length - 1) + "."
-    assert [pair["completion"] for pair in harvested({"m.py": function(summary)})] == [summary]
+    assert [pair["completion"] for pair in pairs_of({"m.py": function(summary)})] == [summary]
 
 
-def test_a_summary_over_two_lines_becomes_one(harvested: Library) -> None:
-    [pair] = harvested({"m.py": function("Return the number\n    of items kept. More follows.")})
+def test_a_summary_over_two_lines_is_joined(pairs_of: Library) -> None:
+    [pair] = pairs_of({"m.py": function("Return the number\n    of items kept. More follows.")})
     assert pair["completion"] == "Return the number of items kept."
 
 
 @pytest.mark.parametrize(("lines", "kept"), [(2, 0), (3, 1), (40, 1), (41, 0)])
-def test_a_function_has_three_to_forty_lines(harvested: Library, lines: int, kept: int) -> None:
-    assert len(harvested({"m.py": function("Return the number given.", lines)})) == kept
+def test_a_function_has_three_to_forty_lines(pairs_of: Library, lines: int, kept: int) -> None:
+    assert len(pairs_of({"m.py": function("Return the number given.", lines)})) == kept
 
 
-def test_a_function_has_no_more_characters_than_asked_for(harvested: Library) -> None:
+def test_a_function_has_at_most_the_maximum_number_of_characters(pairs_of: Library) -> None:
     files = {"m.py": function("Return the number given.")}
-    length = len(source_of(harvested(files)[0]))
-    assert len(harvested(files, length)) == 1
-    assert harvested(files, length - 1) == []
+    length = len(source_of(pairs_of(files)[0]))
+    assert len(pairs_of(files, length)) == 1
+    assert pairs_of(files, length - 1) == []
 
 
-def test_a_function_that_is_all_docstring_is_left_out(harvested: Library) -> None:
-    assert (
-        harvested({"m.py": 'def f():\n    """Return nothing\n    at all, ever.\n    """\n'}) == []
-    )
+def test_a_function_with_only_a_docstring_is_left_out(pairs_of: Library) -> None:
+    assert pairs_of({"m.py": 'def f():\n    """Return nothing\n    at all, ever.\n    """\n'}) == []
 
 
-def test_of_functions_with_one_summary_the_first_is_kept(harvested: Library) -> None:
-    pairs = harvested(
+def test_the_first_of_functions_with_the_same_summary_is_kept(pairs_of: Library) -> None:
+    pairs = pairs_of(
         {
             "a.py": function("Return the number given.", 3),
             "b.py": function("Return the number given.", 4),
@@ -141,49 +139,46 @@ def test_of_functions_with_one_summary_the_first_is_kept(harvested: Library) -> 
 @pytest.mark.parametrize(
     "folder", ["test", "tests", "site-packages", "json/tests", "idlelib", "lib2to3", "__pycache__"]
 )
-def test_what_is_no_library_code_is_left_out(harvested: Library, folder: str) -> None:
-    assert harvested({f"{folder}/m.py": AREA}) == []
+def test_code_outside_the_library_is_left_out(pairs_of: Library, folder: str) -> None:
+    assert pairs_of({f"{folder}/m.py": AREA}) == []
 
 
-def test_a_package_is_one_group(harvested: Library) -> None:
-    pairs = harvested(
+def test_a_package_is_one_group(pairs_of: Library) -> None:
+    pairs = pairs_of(
         {"json/decode.py": AREA, "json/tool/main.py": function("Return the number given.")}
     )
     assert [pair["group"] for pair in pairs] == ["json", "json"]
 
 
-def test_a_file_that_is_no_python_or_no_text_is_passed_over(
-    harvested: Library, tmp_path: Path
-) -> None:
+def test_an_unreadable_file_is_skipped(pairs_of: Library, tmp_path: Path) -> None:
     (tmp_path / "latin.py").write_bytes(b"# \xe9\n" + AREA.encode())
-    assert [pair["group"] for pair in harvested({"bad.py": "def f(:\n", "good.py": AREA})] == [
+    assert [pair["group"] for pair in pairs_of({"bad.py": "def f(:\n", "good.py": AREA})] == [
         "good"
     ]
 
 
-def test_the_order_is_that_of_the_paths(harvested: Library) -> None:
+def test_pairs_are_in_order_of_the_paths(pairs_of: Library) -> None:
     files = {
         f"{name}.py": function(f"Return the number {name}.") for name in ("bb", "a", "ab", "b")
     }
-    assert [pair["group"] for pair in harvested(files)] == ["a", "ab", "b", "bb"]
-    assert harvested(files) == harvested({})
+    assert [pair["group"] for pair in pairs_of(files)] == ["a", "ab", "b", "bb"]
+    assert pairs_of(files) == pairs_of({})
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_what_is_harvested_is_a_function_without_its_docstring(
-    harvested: Library, name: str
-) -> None:
-    [pair] = harvested({"m.py": AWKWARD[name]})
+def test_each_prompt_is_a_function_without_its_docstring(pairs_of: Library, name: str) -> None:
+    [pair] = pairs_of({"m.py": AWKWARD[name]})
     [node] = ast.parse(source_of(pair)).body
     assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     assert ast.get_docstring(node) is None
     assert pair["completion"] not in source_of(pair)
 
 
-def test_no_statement_is_lost_with_the_docstring(harvested: Library) -> None:
-    pairs = harvested(
+def test_removing_the_docstring_keeps_every_statement(pairs_of: Library) -> None:
+    pairs = pairs_of(
         {
-            "m.py": 'def f(x):\n    """Return the number given."""; x += 1\n    x += 2\n    return x\n'
+            "m.py": 'def f(x):\n    """Return the number given."""; x += 1\n'
+            "    x += 2\n    return x\n"
         }
     )
     assert all("x += 1" in source_of(pair) for pair in pairs)
@@ -204,7 +199,7 @@ def test_every_summary_of_this_interpreter_is_a_short_sentence(
         assert pair["completion"].endswith(".")
 
 
-def test_every_function_of_this_interpreter_is_whole_and_without_its_docstring(
+def test_every_function_of_this_interpreter_is_complete_and_without_its_docstring(
     standard_library: list[Pair],
 ) -> None:
     broken = []

@@ -1,23 +1,29 @@
-"""What the tests of the evaluation share: the tiny model with weights so large that what is attended to moves every score."""
+"""Fixtures: the tiny model with weights so large that attention affects every score."""
 
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lm_eval_tasks import TASKS, settings, write_docs, write_task
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipelines.evaluation.harness import load_tasks
+from pipelines.models.checked import CheckedReader
 from pipelines.models.hardware import Hardware
 from pipelines.models.loading import load_model
 from pipelines.models.tokenizer import load_tokenizer
 
 SHARPER = 4.0
-"""The weights' factor: a freshly drawn model hardly looks at its context, and any mask would do."""
+"""Factor of the weights: a random model hardly uses its context, so a wrong mask would not show."""
 CPU = Hardware("cpu", torch.float32, "gloo")
 
 
 @pytest.fixture(scope="session")
 def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, sharper."""
+    """The tiny model with larger weights."""
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -42,7 +48,33 @@ def model(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def reference(folder: Path) -> PreTrainedModel:
-    """The same weights, loaded as anyone would, with PyTorch's own attention."""
+    """The same weights, loaded by transformers with PyTorch's own attention."""
     return AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="sdpa", dtype=torch.float32
     ).eval()
+
+
+@pytest.fixture
+def tasks_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder of lm-eval task files with their documents; the library's warnings are ignored."""
+    write_docs(tmp_path / "docs.jsonl")
+    for name, task in TASKS.items():
+        write_task(tmp_path, name, task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield tmp_path
+
+
+@pytest.fixture
+def records_of(
+    tasks_folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Callable[..., list[dict[str, Any]]]:
+    """Return a function from names of lm-eval tasks to our records."""
+
+    def records(
+        *names: str, context: int | None = None, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        tasks = load_tasks(settings(*names, limit=limit), 7, [tasks_folder])
+        return list(tasks.records(CheckedReader(model), tokenizer, context))
+
+    return records

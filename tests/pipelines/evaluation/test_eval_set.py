@@ -1,4 +1,4 @@
-"""Questions of one's own need no benchmark; a recipe that asks for no general ability at all is refused."""
+"""Custom questions need no benchmark; a recipe without any general ability is refused."""
 
 import json
 from collections.abc import Callable
@@ -15,18 +15,18 @@ from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation import benchmarks
 from pipelines.evaluation.eval_set import EvalSet, prepare
 
-Ask = Callable[..., EvalSet]
+Prepare = Callable[..., EvalSet]
 
 
 @pytest.fixture
-def ask(tmp_path: Path, folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> Ask:
-    """Return a function from settings of the evaluation to what is asked, where the wheel with the benchmarks is not installed."""
+def prepared(tmp_path: Path, folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """Return a function from evaluation settings to the set, without the benchmark wheel."""
     monkeypatch.setattr(benchmarks, "PACKAGE", "no_wheel_of_this_name")
     line = json.dumps({"prompt": "Say", "choices": ["red", "green"], "gold": 1})
     (tmp_path / "mine.jsonl").write_text(f"{line}\n{line}\n")
     (tmp_path / "data").mkdir()
 
-    def asked(**settings: Any) -> EvalSet:
+    def make(**settings: Any) -> EvalSet:
         recipe = parse_recipe(tiny_recipe(folder, pairs_file, evaluation=settings))
         preparation.prepare(
             tmp_path / "data",
@@ -38,46 +38,43 @@ def ask(tmp_path: Path, folder: Path, pairs_file: Path, monkeypatch: pytest.Monk
             inputs, {"base": str(folder), "data": str(tmp_path / "data"), "recipe": str(tmp_path)}
         )
 
-    return asked
+    return make
 
 
 def section(**settings: Any) -> EvaluationSection:
     return EvaluationSection.model_validate(settings)
 
 
-def test_questions_of_ones_own_need_no_wheel(ask: Ask) -> None:
-    asked = ask(general=[], probes=["mine.jsonl"])
-    assert [question.item.benchmark for question in asked.questions] == ["mine", "mine"]
-    assert (asked.texts, asked.chats) == ([], [])
+def test_custom_questions_need_no_wheel(prepared: Prepare) -> None:
+    eval_set = prepared(general=[], probes=["mine.jsonl"])
+    assert [question.item.benchmark for question in eval_set.questions] == ["mine", "mine"]
+    assert (eval_set.texts, eval_set.chats) == ([], [])
 
 
 @pytest.mark.parametrize(
     "settings",
     [{"general": ["piqa"]}, {"general": [], "passages": 2}, {"general": [], "chat_prompts": 2}],
 )
-def test_what_comes_from_the_wheel_needs_it(ask: Ask, settings: dict[str, Any]) -> None:
+def test_benchmark_questions_need_the_wheel(prepared: Prepare, settings: dict[str, Any]) -> None:
     with pytest.raises(DataError, match="the wheel with the benchmarks is not installed"):
-        ask(probes=["mine.jsonl"], **settings)
+        prepared(probes=["mine.jsonl"], **settings)
 
 
-def test_chats_and_passages_are_asked_by_default_where_benchmarks_are() -> None:
-    default, own = section(), section(general=[], probes=["mine.jsonl"])
-    assert (default.chat_prompts, default.passages, own.chat_prompts, own.passages) == (
-        40,
-        30,
-        0,
-        0,
-    )
+def test_chats_and_passages_are_the_default_with_benchmarks() -> None:
+    default = section()
+    custom = section(general=[], probes=["mine.jsonl"])
+    assert (default.chat_prompts, default.passages) == (40, 30)
+    assert (custom.chat_prompts, custom.passages) == (0, 0)
     given = section(general=[], lm_eval={"tasks": ["mine"]}, chat_prompts=5)
     assert (given.chat_prompts, given.passages) == (5, 0)
-    assert section(**own.model_dump()) == own
+    assert section(**custom.model_dump()) == custom
 
 
-def test_a_recipe_that_asks_for_no_general_ability_is_refused(
+def test_a_recipe_without_general_abilities_is_refused(
     folder: Path, pairs_file: Path
 ) -> None:
     with pytest.raises(
         RecipeError,
-        match=r"evaluation asks no question of general abilities, .* evaluation.general is empty",
+        match=r"evaluation measures no general abilities, .* evaluation.general is empty",
     ):
         parse_recipe(tiny_recipe(folder, pairs_file, evaluation={"general": [], "chat_prompts": 5}))

@@ -1,9 +1,10 @@
-"""Models that are scored one after the other over one base write what each would write alone, to the bit."""
+"""Models scored one after the other on one base write what each writes alone, to the bit."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(
     find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed"
 )
 LABELS = ("base", "base-nf4", "rank-2", "rank-4", "control")
-ASKED = {
+SETTINGS = {
     "items_per_benchmark": 3,
     "chat_prompts": 3,
     "passages": 2,
@@ -42,8 +43,8 @@ StageOf = Callable[..., Stage]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file: Path) -> Path:
-    """A folder with data, two adapters over the base in 4 bits, one over another base, and a control."""
+def root(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file: Path) -> Path:
+    """Data, two adapters on the base in 4 bits, one on another base, and a control."""
     root = tmp_path_factory.mktemp("evaluation")
     recipe = parse_recipe(tiny_recipe(folder, pairs_file))
     (root / "data").mkdir()
@@ -75,11 +76,11 @@ def write_adapter(base: Path, folder: Path, rank: int) -> None:
 
 @pytest.fixture
 def stage_of(place: Path, folder: Path, tmp_path: Path) -> StageOf:
-    """Return a maker of begun stages."""
+    """Return a function that makes started stages."""
 
-    def make(label: str, root: str = "runs", trained: str | None = None, **asked: Any) -> Stage:
+    def make(label: str, root: str = "runs", trained: str | None = None, **changes: Any) -> Stage:
         recipe = parse_recipe(
-            tiny_recipe(folder, place / "pairs.jsonl", evaluation={**ASKED, **asked})
+            tiny_recipe(folder, place / "pairs.jsonl", evaluation={**SETTINGS, **changes})
         )
         inputs = {
             "trained": label,
@@ -105,19 +106,18 @@ def write(evaluation: Evaluation, stage: Stage) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "labels",
     [LABELS, LABELS[::-1], ("rank-4", "base-nf4", "rank-2", "rank-4")],
-    ids=["in order", "turned", "back"],
+    ids=["in order", "reversed", "repeated"],
 )
 def test_a_model_writes_the_same_alone_and_among_others(
     stage_of: StageOf, labels: tuple[str, ...]
 ) -> None:
     evaluation = Evaluation()
     for label in labels:
-        assert write(evaluation, stage_of(label, "together")) == write(
-            Evaluation(), stage_of(label, "alone")
-        ), label
+        together = write(evaluation, stage_of(label, "together"))
+        assert together == write(Evaluation(), stage_of(label, "alone")), label
 
 
-def test_an_adapter_scores_as_if_it_had_been_loaded_by_hand(
+def test_an_adapter_scores_the_same_when_loaded_by_hand(
     stage_of: StageOf, place: Path, folder: Path
 ) -> None:
     evaluation = Evaluation()
@@ -127,30 +127,28 @@ def test_an_adapter_scores_as_if_it_had_been_loaded_by_hand(
     model = load_model(folder, "nf4", detect())
     load_adapter(model, place / "rank-4")
     dequantize(model, torch.float32)
-    asked = evaluation.asked(*read_inputs(stage.folder))
+    eval_set = evaluation.eval_set(*read_inputs(stage.folder))
     expected = [
-        *score_examples(CheckedReader(model), asked.examples),
-        *scored(CheckedReader(model), asked.questions),
+        *score_examples(CheckedReader(model), eval_set.examples),
+        *scored(CheckedReader(model), eval_set.questions),
     ]
     assert read_records(stage.folder / ITEMS)[: len(expected)] == expected
 
 
-def test_the_models_differ_and_are_asked_the_same(stage_of: StageOf) -> None:
+def test_models_differ_on_the_same_questions(stage_of: StageOf) -> None:
     evaluation, found = Evaluation(), {}
     for label in LABELS:
         write(evaluation, stage_of(label))
         found[label] = read_records(stage_of(label).folder / ITEMS)
-    asked = [
-        [(one["kind"], one["id"], one.get("prompt_sha256")) for one in records]
-        for records in found.values()
-    ]
-    assert all(one == asked[0] for one in asked)
+    questions = [identities(records) for records in found.values()]
+    assert all(one == questions[0] for one in questions)
     assert len({json.dumps(records) for records in found.values()}) == len(LABELS)
-    counts = {
-        kind: sum(one["kind"] == kind for one in found["base"])
-        for kind in ("task", "general", "text", "chat", "generation")
-    }
+    counts = Counter(record["kind"] for record in found["base"])
     assert counts == {"task": 8, "general": 18, "text": 2, "chat": 3, "generation": 3}
+
+
+def identities(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [(record["kind"], record["id"], record.get("prompt_sha256")) for record in records]
 
 
 def test_the_table_has_a_row_for_each_token_of_a_chat(stage_of: StageOf) -> None:
@@ -165,7 +163,7 @@ def test_without_chats_there_is_no_table(stage_of: StageOf) -> None:
     assert set(write(Evaluation(), stage_of("base", chat_prompts=0, passages=0))) == {ITEMS}
 
 
-def test_the_users_own_questions_and_metrics_are_found_beside_the_recipe(
+def test_custom_questions_and_metrics_are_found_next_to_the_recipe(
     stage_of: StageOf, tmp_path: Path
 ) -> None:
     line = json.dumps({"prompt": "Say", "choices": ["red", "green"], "gold": 1})
@@ -176,15 +174,11 @@ def test_the_users_own_questions_and_metrics_are_found_beside_the_recipe(
     stage = stage_of("base", probes=["mine.jsonl"], metrics=["lengths:longer"], execute=["true"])
     write(Evaluation(), stage)
     records = read_records(stage.folder / ITEMS)
-    assert [record["id"] for record in records if record.get("benchmark") == "mine"] == [
-        "mine/1",
-        "mine/2",
-    ]
-    assert all(
-        set(record["metrics"]) == {"lengths:longer", "execution"}
-        for record in records
-        if record["kind"] == "generation"
-    )
+    custom = [record["id"] for record in records if record.get("benchmark") == "mine"]
+    assert custom == ["mine/1", "mine/2"]
+    for record in records:
+        if record["kind"] == "generation":
+            assert set(record["metrics"]) == {"lengths:longer", "execution"}
 
 
 @pytest.mark.parametrize("name", ["piqa", "answers"])
@@ -199,7 +193,7 @@ def test_two_sources_under_one_name_are_refused(
         write(Evaluation(), stage_of("base", probes=[f"{name}.jsonl"]))
 
 
-def test_a_file_that_judges_and_is_not_there_is_refused_before_any_model(stage_of: StageOf) -> None:
+def test_a_missing_scoring_script_is_refused_before_any_model_is_loaded(stage_of: StageOf) -> None:
     evaluation = Evaluation()
     with pytest.raises(RecipeError, match=r"evaluation.execute names 'check.py', which is not in"):
         write(evaluation, stage_of("base", execute=["python3", "check.py"]))
@@ -209,27 +203,26 @@ def test_a_file_that_judges_and_is_not_there_is_refused_before_any_model(stage_o
 @pytest.mark.parametrize(
     ("tokens", "counted", "marked"), [(512, "left_out", "left_out"), (1, "unfinished", "metrics")]
 )
-def test_what_is_left_out_and_what_has_not_ended_is_counted(
+def test_left_out_and_unfinished_answers_are_counted(
     stage_of: StageOf, tokens: int, counted: str, marked: str
 ) -> None:
     stage = stage_of("base", max_new_tokens=tokens)
-    figures, _ = Evaluation()(stage.folder, *read_inputs(stage.folder))
+    result, _ = Evaluation()(stage.folder, *read_inputs(stage.folder))
     answers = [
         record for record in read_records(stage.folder / ITEMS) if record["kind"] == "generation"
     ]
     assert all(marked in record for record in answers)
-    assert {name: figures[name].get("answers", 0) for name in ("left_out", "unfinished")} == {
-        "left_out": 0,
-        "unfinished": 0,
-        counted: len(answers),
-    }
+    counts = {name: result[name].get("answers", 0) for name in ("left_out", "unfinished")}
+    assert counts == {"left_out": 0, "unfinished": 0, counted: len(answers)}
 
 
 @pytest.mark.slow
-def test_a_batch_does_what_it_can_and_says_of_each_stage_what_it_could_not(
+def test_a_batch_reports_the_error_of_one_stage_and_continues(
     stage_of: StageOf,
 ) -> None:
-    done, refused, left = stage_of("base-nf4"), stage_of("stranger"), stage_of("rank-2")
+    done = stage_of("base-nf4")
+    refused = stage_of("stranger")
+    left = stage_of("rank-2")
     first = evaluate(done)
     assert (first.returncode, read_result(done.folder) is None) == (0, False), first.stderr
     before = (done.folder / "result.json").stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""A greedy answer is the likeliest token after the other, up to its end; what has no end or no room is said to have none."""
+"""A greedy answer consists of the likeliest tokens, up to its end or the maximum length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,9 +26,11 @@ PROMPTS = (
     "Question: What does this function do? Answer:",
 )
 LENGTH = 12
+HEAD = {"kind", "id", "benchmark", "prompt", "prompt_sha256", "reference"}
+"""Fields of a record that do not depend on the model."""
 
 
-def judging(**changes: Any) -> GenerationConfig:
+def configured(**changes: Any) -> GenerationConfig:
     settings = {
         "max_new_tokens": LENGTH,
         "metrics": load_metrics(["chrf", "exact_match"], []),
@@ -43,12 +45,11 @@ def judging(**changes: Any) -> GenerationConfig:
 def greedy(
     reference: PreTrainedModel, prompt: Sequence[int], length: int, end: int | None
 ) -> list[int]:
-    """Take the likeliest token again and again, reading everything anew."""
+    """Take the likeliest token repeatedly, reading the complete text each time."""
     ids = list(prompt)
     while len(ids) < len(prompt) + length and (end is None or end not in ids[len(prompt) :]):
-        ids.append(
-            int(reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
-        )
+        logits = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(int(logits.argmax()))
     return ids[len(prompt) :]
 
 
@@ -62,26 +63,23 @@ def test_answers_are_those_of_each_prompt_alone(
     model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    expected = [
-        tokenizer.decode(
-            greedy(reference, prompt, LENGTH, tokenizer.eos_token_id), skip_special_tokens=True
-        )
-        for prompt in prompts
-    ]
+    expected = []
+    for prompt in prompts:
+        tokens = greedy(reference, prompt, LENGTH, tokenizer.eos_token_id)
+        expected.append(tokenizer.decode(tokens, skip_special_tokens=True))
     assert len(set(expected)) > 2
-    assert [
-        one.text for one in generate(CheckedReader(model), tokenizer, prompts, LENGTH)
-    ] == expected
+    answers = generate(CheckedReader(model), tokenizer, prompts, LENGTH)
+    assert [answer.text for answer in answers] == expected
 
 
-def test_an_answer_that_is_cut_has_not_ended(
+def test_a_truncated_answer_has_not_ended(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     [one] = generate(CheckedReader(model), tokenizer, [tokenizer(PROMPTS[0]).input_ids], LENGTH)
     assert not one.ended
 
 
-def test_an_answer_ends_at_an_end_mark(
+def test_an_answer_ends_at_an_end_token(
     model: PreTrainedModel,
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -89,27 +87,28 @@ def test_an_answer_ends_at_an_end_mark(
 ) -> None:
     prompt = tokenizer(PROMPTS[0]).input_ids
     tokens = greedy(reference, prompt, LENGTH, None)
-    place = next(place for place in range(3, LENGTH) if tokens[place] not in tokens[:place])
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokens[place]])
+    new = [index for index in range(3, LENGTH) if tokens[index] not in tokens[:index]]
+    end = new[0]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokens[end]])
     [one] = generate(CheckedReader(model), tokenizer, [prompt], LENGTH)
     assert one.ended
-    assert one.text.startswith(tokenizer.decode(tokens[:place], skip_special_tokens=True))
+    assert one.text.startswith(tokenizer.decode(tokens[:end], skip_special_tokens=True))
 
 
-def test_an_answer_ends_where_a_text_says_so(
+def test_an_answer_ends_at_a_stop_sequence(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    whole = [one.text for one in generate(CheckedReader(model), tokenizer, prompts, LENGTH)]
-    end = whole[0][4:7]
-    cut = generate(
-        CheckedReader(model), tokenizer, prompts, LENGTH, until=[end, "no text has this"]
-    )
-    assert [one.text for one in cut] == [text.partition(end)[0] for text in whole]
-    assert [one.ended for one in cut] == [end in text for text in whole]
+    reader = CheckedReader(model)
+    complete = [answer.text for answer in generate(reader, tokenizer, prompts, LENGTH)]
+    end = complete[0][4:7]
+    until = [end, "no text has this"]
+    answers = generate(reader, tokenizer, prompts, LENGTH, until=until)
+    assert [answer.text for answer in answers] == [text.partition(end)[0] for text in complete]
+    assert [answer.ended for answer in answers] == [end in text for text in complete]
 
 
-def test_the_models_attention_is_what_it_was(
+def test_generation_restores_the_attention_of_the_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     before = model.config._attn_implementation
@@ -118,116 +117,82 @@ def test_the_models_attention_is_what_it_was(
     assert generate(CheckedReader(model), tokenizer, [], 2) == []
 
 
-def test_a_record_holds_the_answer_and_its_figures(
+def test_a_record_has_the_answer_and_its_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
-    [record] = answer_records(CheckedReader(model), tokenizer, [example], judging())
+    [record] = answer_records(CheckedReader(model), tokenizer, [example], configured())
     [answer] = generate(CheckedReader(model), tokenizer, [example["input_ids"][:6]], LENGTH)
-    assert (record["kind"], record["id"], record["benchmark"], record["reference"]) == (
-        "generation",
-        0,
-        ANSWERS,
-        "red red.",
-    )
+    assert (record["kind"], record["id"]) == ("generation", 0)
+    assert (record["benchmark"], record["reference"]) == (ANSWERS, "red red.")
     assert record["answer"] == answer.text.strip()
     assert set(record["metrics"]) == {"chrf", "exact_match"}
     assert (record["errors"], record["ended"]) == ({}, False)
     assert len(record["prompt_sha256"]) == 64
-    asked = {"kind", "id", "benchmark", "prompt", "prompt_sha256", "reference"}
-    assert set(record) == {*asked, "answer", "ended", "metrics", "errors"}
+    assert set(record) == HEAD | {"answer", "ended", "metrics", "errors"}
 
 
-def test_what_has_no_prompt_or_no_reference_is_not_answered(
+def test_an_example_without_prompt_or_reference_is_not_answered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
     examples = [{**example, "prompt_tokens": 0}, {**example, "reference": ""}, example]
-    assert [
-        record["id"]
-        for record in answer_records(CheckedReader(model), tokenizer, examples, judging())
-    ] == [2]
+    records = answer_records(CheckedReader(model), tokenizer, examples, configured())
+    assert [record["id"] for record in records] == [2]
 
 
 def test_a_prompt_without_room_for_an_answer_is_left_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
     longer = {**example, "prompt_tokens": 7}
-    records = list(
-        answer_records(
-            CheckedReader(model),
-            tokenizer,
-            [longer, example],
-            judging(context=6 + LENGTH, argv=["true"]),
-        )
-    )
+    config = configured(context=6 + LENGTH, argv=["true"])
+    records = list(answer_records(CheckedReader(model), tokenizer, [longer, example], config))
     assert records[0]["left_out"] == f"{7 + LENGTH} tokens exceed the context of {6 + LENGTH}"
-    assert set(records[0]) == {
-        "kind",
-        "id",
-        "benchmark",
-        "prompt",
-        "prompt_sha256",
-        "reference",
-        "left_out",
-    }
+    assert set(records[0]) == HEAD | {"left_out"}
     assert set(records[1]["metrics"]) == {"chrf", "exact_match", EXECUTION}
 
 
-def test_a_prompt_that_is_cut_is_left_out(
+def test_a_truncated_prompt_is_left_out(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
-    whole, half = {**example, "prompt_tokens": 6}, {**example, "prompt_tokens": 7}
-    cut = {"input_ids": example["input_ids"][:6]}
-    kept, left = answer_records(
-        CheckedReader(model), tokenizer, [whole | cut, half | cut], judging()
-    )
-    assert (
-        "left_out" not in kept
-        and kept["answer"]
-        == generate(CheckedReader(model), tokenizer, [example["input_ids"][:6]], LENGTH)[
-            0
-        ].text.strip()
-    )
-    assert left["left_out"] == "its prompt of 7 tokens is cut to data.max_tokens 6"
+    ids = example["input_ids"][:6]
+    complete = {**example, "input_ids": ids, "prompt_tokens": 6}
+    truncated = {**example, "input_ids": ids, "prompt_tokens": 7}
+    reader = CheckedReader(model)
+    kept, left = answer_records(reader, tokenizer, [complete, truncated], configured())
+    [answer] = generate(reader, tokenizer, [ids], LENGTH)
+    assert "left_out" not in kept
+    assert kept["answer"] == answer.text.strip()
+    assert left["left_out"] == "its prompt of 7 tokens is truncated to data.max_tokens 6"
     assert (left["id"], "answer" in left) == (1, False)
 
 
-def test_a_conversation_that_is_cut_inside_its_last_question_is_not_answered(
+def test_a_conversation_truncated_in_its_last_question_is_not_answered(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    turns = [
-        {"role": role, "content": "red green blue"}
-        for role in ("user", "assistant", "user", "assistant")
-    ]
+    roles = ("user", "assistant", "user", "assistant")
+    turns = [{"role": role, "content": "red green blue"} for role in roles]
+    rows = Dataset.from_list([{"messages": turns}])
     settings = {"source": "rows", "group_column": None, "max_tokens": 10_000}
-    [whole] = tokenize(Dataset.from_list([{"messages": turns}]), tokenizer, settings)
-    [cut] = tokenize(
-        Dataset.from_list([{"messages": turns}]),
-        tokenizer,
-        {**settings, "max_tokens": whole.prompt_tokens - 1},
-    )
-    assert any(cut.supervised)
-    left, kept = answer_records(
-        CheckedReader(model), tokenizer, [vars(cut), vars(whole)], judging()
-    )
+    [complete] = tokenize(rows, tokenizer, settings)
+    shorter = {**settings, "max_tokens": complete.prompt_tokens - 1}
+    [truncated] = tokenize(rows, tokenizer, shorter)
+    assert any(truncated.supervised)
+    examples = [vars(truncated), vars(complete)]
+    left, kept = answer_records(CheckedReader(model), tokenizer, examples, configured())
     assert ("left_out" in left, "left_out" in kept) == (True, False)
 
 
-def test_a_command_judges_beside_the_metrics(
+def test_a_command_scores_in_addition_to_the_metrics(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
     for argv, value in ((["true"], 100), (["false"], 0)):
-        [record] = answer_records(CheckedReader(model), tokenizer, [example], judging(argv=argv))
+        [record] = answer_records(CheckedReader(model), tokenizer, [example], configured(argv=argv))
         assert record["metrics"][EXECUTION] == value
 
 
-def test_a_command_that_fails_is_an_error_beside_the_metrics(
+def test_a_command_that_fails_adds_an_error_to_the_metrics(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
-    [record] = answer_records(
-        CheckedReader(model),
-        tokenizer,
-        [example],
-        judging(argv=["sh", "-c", "echo broken >&2; exit 5"]),
-    )
+    config = configured(argv=["sh", "-c", "echo broken >&2; exit 5"])
+    [record] = answer_records(CheckedReader(model), tokenizer, [example], config)
     assert record["errors"] == {EXECUTION: "ended with status 5: broken"}
     assert set(record["metrics"]) == {"chrf", "exact_match"}

@@ -1,4 +1,4 @@
-"""Each metric is what its name says; one of the user's own that fails is named, and the others go on."""
+"""Each metric matches its definition; a custom one that fails is named, and the others continue."""
 
 import math
 from collections.abc import Iterator
@@ -11,8 +11,8 @@ from pipelines.errors import RecipeError
 from pipelines.evaluation import metrics
 from pipelines.evaluation.metrics import load_metrics, measure
 
-OURS = ("chrf", "rouge_l", "bleu", "exact_match")
-MINE = """
+BUILT_IN = ("chrf", "rouge_l", "bleu", "exact_match")
+CUSTOM = """
 def length(answer, reference, prompt):
     return len(answer) - len(reference) + 100 * len(prompt)
 
@@ -39,25 +39,24 @@ text = "no function"
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with a module of metrics, which no other test sees."""
     monkeypatch.setattr(metrics.sys, "path", list(metrics.sys.path))
-    (tmp_path / "metrics_of_mine.py").write_text(MINE)
+    (tmp_path / "custom_metrics.py").write_text(CUSTOM)
     yield tmp_path
-    metrics.sys.modules.pop("metrics_of_mine", None)
+    metrics.sys.modules.pop("custom_metrics", None)
 
 
 def value(name: str, answer: str, reference: str) -> float:
     return measure(load_metrics([name], []), answer, reference, "")[0][name]
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_an_equal_answer_has_a_hundred_and_none_has_nothing(name: str) -> None:
-    assert value(
-        name, "Return the number of items.", "Return the number of items."
-    ) == pytest.approx(100)
-    assert value(name, "", "Return the number of items.") == 0
-    assert value(name, "xyzzy", "Return the number of items.") == 0
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_an_equal_answer_scores_100_and_an_empty_one_0(name: str) -> None:
+    reference = "Return the number of items."
+    assert value(name, reference, reference) == pytest.approx(100)
+    assert value(name, "", reference) == 0
+    assert value(name, "xyzzy", reference) == 0
 
 
-def test_exact_match_forgives_blanks_around_an_answer_alone() -> None:
+def test_exact_match_ignores_only_blanks_around_an_answer() -> None:
     assert value("exact_match", " 42\n", "42") == 100
     assert value("exact_match", "42", "42 ") == 100
     assert value("exact_match", "42.", "42") == 0
@@ -66,9 +65,9 @@ def test_exact_match_forgives_blanks_around_an_answer_alone() -> None:
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     # "the cat sat" of three words out of five and of four: precision 3/5, recall 3/4
-    assert value("rouge_l", "the big cat sat down", "the cat sat here") == pytest.approx(
-        100 * 2 * 0.6 * 0.75 / 1.35, abs=1e-3
-    )
+    expected = 100 * 2 * 0.6 * 0.75 / 1.35
+    found = value("rouge_l", "the big cat sat down", "the cat sat here")
+    assert found == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_rouge_l_reads_every_script(text: str) -> None:
     assert 0 < value("rouge_l", text, f"{text} {text}") < 100
 
 
-def test_rouge_l_tells_symbols_apart() -> None:
+def test_rouge_l_distinguishes_symbols() -> None:
     # "a", "1" of "a", ">", "1" and of "a", "<", "1"
     assert value("rouge_l", "a>1", "a<1") == pytest.approx(100 * 2 / 3, abs=1e-3)
     assert value("rouge_l", "返回一个列表", "返回一个数") == pytest.approx(100 * 8 / 11, abs=1e-3)
@@ -103,46 +102,44 @@ def test_rouge_l_tells_symbols_apart() -> None:
         ("a\tb\nc", "a  c"),
     ],
 )
-def test_rouge_l_of_plain_english_is_the_librarys_own(answer: str, reference: str) -> None:
+def test_rouge_l_of_plain_english_equals_that_of_the_library(answer: str, reference: str) -> None:
     own = RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure
     assert value("rouge_l", answer, reference) == pytest.approx(100 * own, abs=1e-3)
 
 
-def test_bleu_weighs_the_n_grams_that_an_answer_has() -> None:
-    # two words: precisions 2/2 of words and 1/1 of pairs, and a penalty of exp(1 - 4/2) for being half as long
-    assert value("bleu", "the cat", "the cat sat here") == pytest.approx(
-        100 * math.exp(-1), abs=1e-3
-    )
+def test_bleu_uses_only_n_grams_up_to_the_length_of_the_answer() -> None:
+    # two words: precisions 2/2 of words and 1/1 of pairs, and a penalty of exp(1 - 4/2) for half
+    # the length
+    found = value("bleu", "the cat", "the cat sat here")
+    assert found == pytest.approx(100 * math.exp(-1), abs=1e-3)
 
 
-def test_chrf_counts_what_two_texts_share_letter_by_letter() -> None:
+def test_chrf_counts_shared_character_n_grams() -> None:
     assert 0 < value("chrf", "colour", "color") < 100
     assert value("chrf", "colours", "colour") > value("chrf", "cooler", "colour")
 
 
-def test_a_metric_of_the_users_own_sees_answer_reference_and_prompt(folder: Path) -> None:
-    values, errors = measure(
-        load_metrics(["metrics_of_mine:length"], [folder]), "four", "twelve", "ab"
-    )
-    assert (values, errors) == ({"metrics_of_mine:length": 198.0}, {})
+def test_a_custom_metric_receives_answer_reference_and_prompt(folder: Path) -> None:
+    custom = load_metrics(["custom_metrics:length"], [folder])
+    values, errors = measure(custom, "four", "twelve", "ab")
+    assert (values, errors) == ({"custom_metrics:length": 198.0}, {})
 
 
-def test_a_metric_that_fails_is_named_and_the_others_go_on(folder: Path) -> None:
-    failing = [f"metrics_of_mine:{name}" for name in ("fails", "nothing", "endless", "leaves")]
+def test_a_metric_that_fails_is_named_and_the_others_continue(folder: Path) -> None:
+    failing = [f"custom_metrics:{name}" for name in ("fails", "nothing", "endless", "leaves")]
     names = [*failing[:1], "chrf", *failing[1:], "exact_match"]
     values, errors = measure(load_metrics(names, [folder]), "a", "a", "")
     assert set(values) == {"chrf", "exact_match"}
-    assert errors["metrics_of_mine:fails"] == "KeyError: 'no such city'"
-    assert errors["metrics_of_mine:nothing"].startswith("TypeError: ")
-    assert (
-        errors["metrics_of_mine:endless"] == "ValueError: the value is nan; return a finite number"
-    )
-    assert errors["metrics_of_mine:leaves"] == "SystemExit: no tokens left"
+    assert errors["custom_metrics:fails"] == "KeyError: 'no such city'"
+    assert errors["custom_metrics:nothing"].startswith("TypeError: ")
+    not_finite = errors["custom_metrics:endless"]
+    assert not_finite == "ValueError: the value is nan; return a finite number"
+    assert errors["custom_metrics:leaves"] == "SystemExit: no tokens left"
 
 
-def test_who_stops_a_run_stops_it(folder: Path) -> None:
+def test_a_keyboard_interrupt_in_a_metric_stops_the_run(folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        measure(load_metrics(["metrics_of_mine:stopped"], [folder]), "a", "a", "")
+        measure(load_metrics(["custom_metrics:stopped"], [folder]), "a", "a", "")
 
 
 @pytest.mark.parametrize(
@@ -150,10 +147,9 @@ def test_who_stops_a_run_stops_it(folder: Path) -> None:
 )
 def test_a_module_that_fails_is_refused_by_name(folder: Path, code: str) -> None:
     (folder / "metrics_that_fail.py").write_text(code)
-    with pytest.raises(
-        RecipeError,
-        match=r"'metrics_that_fail:rate' cannot be imported \((SystemExit|NameError|FileNotFoundError): ",
-    ):
+    errors = "(SystemExit|NameError|FileNotFoundError)"
+    message = rf"'metrics_that_fail:rate' cannot be imported \({errors}: "
+    with pytest.raises(RecipeError, match=message):
         load_metrics(["metrics_that_fail:rate"], [folder])
 
 
@@ -162,18 +158,19 @@ def test_a_module_that_fails_is_refused_by_name(folder: Path, code: str) -> None
     [
         (
             "chrff",
-            "evaluation.metrics has no 'chrff'; did you mean 'chrf'? it knows chrf, rouge_l, bleu, exact_match",
+            "evaluation.metrics has no 'chrff'; did you mean 'chrf'? use one of chrf, rouge_l, "
+            "bleu, exact_match, or a custom",
         ),
-        ("comet", "evaluation.metrics has no 'comet'; it knows chrf"),
+        ("comet", "evaluation.metrics has no 'comet'; use one of chrf"),
         ("no_module_of_this_name:score", "put no_module_of_this_name.py into"),
-        ("metrics_of_mine:missing", "cannot be imported (AttributeError"),
+        ("custom_metrics:missing", "cannot be imported (AttributeError"),
         (
-            "metrics_of_mine:text",
+            "custom_metrics:text",
             "is 'no function'; name a function of answer, reference and prompt",
         ),
     ],
 )
-def test_a_metric_that_is_not_there_is_refused(folder: Path, name: str, message: str) -> None:
+def test_a_metric_that_does_not_exist_is_refused(folder: Path, name: str, message: str) -> None:
     with pytest.raises(RecipeError) as refused:
         load_metrics([name], [folder])
     assert message in str(refused.value)

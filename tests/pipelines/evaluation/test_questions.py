@@ -1,6 +1,7 @@
-"""A record says what was asked, and what a model made of it: held against a plain model that reads the text as it is."""
+"""The record of a question agrees with a plain model that reads the complete text."""
 
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -39,7 +40,7 @@ def records(
 
 @torch.inference_mode()
 def log_probabilities(reference: PreTrainedModel, ids: list[int]) -> torch.Tensor:
-    """Return what the model expects after each token, (T, V)."""
+    """Return the log-probabilities after each token, (T, V)."""
     table: torch.Tensor = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     return table.double().log_softmax(dim=-1)
 
@@ -59,42 +60,34 @@ def test_an_answer_without_choices(
     assert (record["tokens"], record["bytes"], record["greedy"]) == (len(answer), 8, False)
 
 
-def test_a_passage_counts_after_its_first_token(
+def test_a_passage_is_scored_after_its_first_token(
     model: PreTrainedModel, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     [record] = records(model, tokenizer, PASSAGE)
     ids = tokenizer(PASSAGE.choices[0].scored).input_ids
     assert record["nll"] == pytest.approx(plain_loss(reference, ids, 1), abs=NATS)
-    assert (record["kind"], record["benchmark"], record["tokens"]) == (
-        "text",
-        "passages",
-        len(ids) - 1,
-    )
+    assert (record["kind"], record["benchmark"]) == ("text", "passages")
+    assert record["tokens"] == len(ids) - 1
     assert record["bytes"] == len(PASSAGE.choices[0].scored) - len(tokenizer.decode(ids[:1]))
 
 
-def test_what_is_longer_than_the_context_is_left_out_and_never_cut(
+def test_a_question_longer_than_the_context_is_left_out_and_never_truncated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    short, long = (
-        choice_item("mine", "mine/1", "Say", ["a", "b"], 0),
-        choice_item("mine", "mine/2", "Say" + " Say" * 8, ["a", "b c d e f"], 1),
-    )
-    longest = (
-        len(tokenizer("Say " * 8 + "Say b c d e f").input_ids) - 1
-    )  # the last token is not read
+    short = choice_item("mine", "mine/1", "Say", ["a", "b"], 0)
+    long = choice_item("mine", "mine/2", "Say" + " Say" * 8, ["a", "b c d e f"], 1)
+    text = "Say " * 8 + "Say b c d e f"
+    longest = len(tokenizer(text).input_ids) - 1  # the last token is not read
     first, second = records(model, tokenizer, long, short, context=longest - 1)
     assert first["left_out"] == f"{longest} tokens exceed the context of {longest - 1}"
     assert set(first) == {"kind", "id", "benchmark", "prompt_sha256", "left_out"}
     assert "log_likelihoods" in second
     assert list(records(model, tokenizer, short)) == [second]
-    assert all(
-        "left_out" not in record
-        for record in records(model, tokenizer, long, short, context=longest)
-    )
+    for record in records(model, tokenizer, long, short, context=longest):
+        assert "left_out" not in record
 
 
-def test_the_digest_tells_questions_apart(
+def test_different_questions_have_different_digests(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     items = [
@@ -103,9 +96,8 @@ def test_the_digest_tells_questions_apart(
         choice_item("mine", "mine/1", "See", ["a", "b"], 0),
         ANSWER,
     ]
-    assert len({record["prompt_sha256"] for record in records(model, tokenizer, *items)}) == len(
-        items
-    )
+    digests = {record["prompt_sha256"] for record in records(model, tokenizer, *items)}
+    assert len(digests) == len(items)
     assert records(model, tokenizer, items[0]) == records(model, tokenizer, items[0])
 
 
@@ -124,52 +116,44 @@ def test_chats_are_scored_in_the_template(
 ) -> None:
     found, table = chat_records(CheckedReader(model), tokenize(chats, tokenizer, None))
     for item, record in zip(chats, found, strict=True):
-        messages = [
-            {"role": "user", "content": item.context.split("\n", 1)[1].rpartition("<|end|>\n")[0]}
-        ]
+        question = item.context.split("\n", 1)[1].rpartition("<|end|>\n")[0]
+        messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert item.context == prompt
-        read, whole = (
-            tokenizer(text, add_special_tokens=False).input_ids
-            for text in (prompt, prompt + item.choices[0].scored)
-        )
+        text = prompt + item.choices[0].scored
+        read = tokenizer(prompt, add_special_tokens=False).input_ids
+        whole = tokenizer(text, add_special_tokens=False).input_ids
         expected = log_probabilities(reference, whole)[len(read) - 1 : -1]
         assert record["nll"] == pytest.approx(plain_loss(reference, whole, len(read)), abs=NATS)
         first, end = record["rows"]
-        assert (record["kind"], record["benchmark"], record["tokens"]) == (
-            "chat",
-            "chat",
-            end - first,
-        )
-        torch.testing.assert_close(
-            table[first:end].double(), expected, atol=0.02, rtol=0
-        )  # float16 of values down to -30
-    assert [record["rows"][0] for record in found[1:]] == [
-        record["rows"][1] for record in found[:-1]
-    ]
+        assert (record["kind"], record["benchmark"]) == ("chat", "chat")
+        assert record["tokens"] == end - first
+        # float16 of values down to -30
+        torch.testing.assert_close(table[first:end].double(), expected, atol=0.02, rtol=0)
+    for before, after in pairwise(found):
+        assert after["rows"][0] == before["rows"][1]
     assert (found[-1]["rows"][1], table.dtype) == (len(table), torch.float16)
 
 
-def test_the_divergence_of_two_models_can_be_had_from_their_tables(
+def test_the_rows_of_a_table_are_distributions(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Item]
 ) -> None:
     _, table = chat_records(CheckedReader(model), tokenize(chats, tokenizer, None))
-    torch.testing.assert_close(
-        table.float().exp().sum(dim=1), torch.ones(len(table)), atol=5e-3, rtol=0
-    )
+    sums = table.float().exp().sum(dim=1)
+    torch.testing.assert_close(sums, torch.ones(len(table)), atol=5e-3, rtol=0)
 
 
 def test_a_chat_that_is_too_long_has_no_rows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chats: list[Item]
 ) -> None:
-    lengths = [
-        len(tokenizer(item.context + item.choices[0].scored, add_special_tokens=False).input_ids)
-        - 1
-        for item in chats
-    ]
-    found, table = chat_records(CheckedReader(model), tokenize(chats, tokenizer, max(lengths) - 1))
-    place = lengths.index(max(lengths))
-    assert "left_out" in found[place] and "rows" not in found[place]
+    lengths = []
+    for item in chats:
+        text = item.context + item.choices[0].scored
+        lengths.append(len(tokenizer(text, add_special_tokens=False).input_ids) - 1)
+    longest = max(lengths)
+    found, table = chat_records(CheckedReader(model), tokenize(chats, tokenizer, longest - 1))
+    left_out = found[lengths.index(longest)]
+    assert "left_out" in left_out and "rows" not in left_out
     assert sum(record["tokens"] for record in found if "tokens" in record) == len(table)
 
 

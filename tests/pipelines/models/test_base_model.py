@@ -23,7 +23,7 @@ from pipelines.models.base_model import (
     locate,
     prepare,
 )
-from pipelines.runtime.launcher import result_of
+from pipelines.runtime.launcher import ensure_result
 from pipelines.runtime.stage import Stage
 
 EMBEDDED_NAME, (EMBEDDED_PACKAGE, _) = next(iter(EMBEDDED.items()))
@@ -101,7 +101,7 @@ def test_the_embedded_model_is_a_file_of_its_wheel() -> None:
 
 def test_an_embedded_model_that_is_none_is_refused_with_those_that_are() -> None:
     with pytest.raises(
-        BaseModelError, match=f"no embedded model 'Llama'; embedded here: {EMBEDDED_NAME}"
+        BaseModelError, match=f"'Llama' is not an embedded model; choose one of {EMBEDDED_NAME}"
     ):
         identify("embedded:Llama", None)
 
@@ -234,7 +234,7 @@ class OwnModel(LlamaForCausalLM):
 
 @pytest.fixture
 def with_code(copied: Path) -> Path:
-    """A base that brings Python code of its own, and whose head does what no config says."""
+    """A base that brings custom Python code, and whose head does what no config says."""
     (copied / "own.py").write_text(CODE)
     values = json.loads((copied / "config.json").read_text())
     values |= {
@@ -251,7 +251,7 @@ def test_code_that_comes_with_a_base_is_not_run_unless_it_is_trusted(
     (with_code / "own.py").write_text("raise SystemExit('this code was run')")
     with pytest.raises(
         BaseModelError,
-        match=r"brings Python code of its own \(own\.OwnConfig, own\.OwnModel\).*trust_remote_code: true",
+        match=r"brings custom Python code \(own\.OwnConfig, own\.OwnModel\).*trust_remote_code: true",
     ):
         prepared(with_code)
 
@@ -261,11 +261,7 @@ def test_trusted_code_is_run_and_verified(
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     identity = identify(str(with_code), None, trust_remote_code=True)
-    figures = result_of(
-        Stage("base", "own", {"base": identity}, tmp_path / "runs"),
-        "pipelines.models.base_model",
-        threads=1,
-    )
+    figures = ensure_result(Stage("base", "own", {"base": identity}, tmp_path / "runs"), threads=1)
     assert figures["trust_remote_code"]
     assert (figures["forward"]["path"], figures["forward"]["own_head"]) == ("packed", True)
     assert "differs by" in figures["forward"]["rejected"][0]

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 from lora_core import LoraConfig, inject
 from lora_core.training import attention
 from pipelines.errors import BaseModelError
-from pipelines.models import equivalence, head
-from pipelines.models.equivalence import Probe, first_look, verified_reader
+from pipelines.models import equivalence, head, tolerances
+from pipelines.models.equivalence import first_look, verified_reader
 from pipelines.models.forward import PackReader
+from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack
 from pipelines.models.support import enable_checkpointing
 from pipelines.models.verified import Verified, sentence
@@ -160,7 +161,7 @@ def test_a_model_that_sees_the_future_is_refused(family: Family, examples_pack: 
     model.config.is_causal = False
     with pytest.raises(
         BaseModelError,
-        match=r"'llama' is no causal language model: a token's logits change by .* with the tokens after it",
+        match=r"'llama' is not a causal language model: a token's logits change by .* with the tokens after it",
     ):
         verified_reader(model, [Probe(examples_pack)])
 
@@ -204,8 +205,8 @@ def test_sixteen_bits_are_given_more_room(family: Family, examples_pack: Pack) -
     _, found = verified_reader(model, [Probe(examples_pack)])
     assert (
         found.loss_tolerance
-        == equivalence.IN_16_BITS.loss
-        > equivalence.TOLERANCES[torch.float32].loss
+        == tolerances.IN_16_BITS.loss
+        > tolerances.TOLERANCES[torch.float32].loss
     )
     masters = family("llama")
     _, found = verified_reader(

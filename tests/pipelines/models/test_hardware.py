@@ -13,6 +13,7 @@ from pipelines.models.hardware import (
     PAGED,
     PLAIN,
     REPLACED,
+    AttentionShape,
     Hardware,
     attention_kernel,
     choose_optimizer,
@@ -62,7 +63,7 @@ def test_the_kernel_is_the_one_that_pytorch_takes(tiny_folder: Path) -> None:
     model = load_model(tiny_folder, "none", CPU)
     assert attention_heads(model) == (4, 2, 16)
     assert attention_kernel(detect(), attention_heads(model)) == "flash"
-    assert attention_kernel(CPU, (4, 4, 16)) == "flash"
+    assert attention_kernel(CPU, AttentionShape(4, 4, 16)) == "flash"
     assert attention_kernel(CPU, None) == "no"
 
 
@@ -95,7 +96,10 @@ class Taught:
 
     def means(self) -> list[dict[str, eight_bit.Parts]]:
         return [
-            {key: eight_bit.parts(self.optimizer.state[weight], key) for key in eight_bit.NUMBERS}
+            {
+                key: eight_bit.mean_parts(self.optimizer.state[weight], key)
+                for key in eight_bit.NUMBERS
+            }
             for weight in self.weights
         ]
 
@@ -145,7 +149,7 @@ def test_a_run_goes_on_with_the_other_optimiser() -> None:
         for key, mean in one.items():
             largest = float(mean[""].abs().max())
             assert torch.allclose(
-                eight_bit.whole(other[key], key), mean[""], atol=0.03 * largest
+                eight_bit.dequantize(other[key], key), mean[""], atol=0.03 * largest
             ), key
     taken = taught(PAGED, steps=0)
     for own, mean in zip(taken.weights, plain.means(), strict=True):
@@ -154,5 +158,5 @@ def test_a_run_goes_on_with_the_other_optimiser() -> None:
         for key, mean in one.items():
             largest = float(mean[""].abs().max())
             assert torch.allclose(
-                eight_bit.whole(other[key], key), mean[""], atol=0.02 * largest
+                eight_bit.dequantize(other[key], key), mean[""], atol=0.02 * largest
             ), key

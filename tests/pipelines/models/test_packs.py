@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.data.batches import order, shares
+from pipelines.data.batches import balance_by_tokens, order
 from pipelines.models.packs import pack
 
 Examples = list[dict[str, Any]]
@@ -72,7 +72,7 @@ def test_the_order_is_drawn_by_the_seed() -> None:
 @given(steps_of_examples())
 def test_shares_are_disjoint_and_whole(drawn: tuple[list[int], list[int], int]) -> None:
     lengths, indices, parts = drawn
-    dealt = shares(indices, lengths, parts)
+    dealt = balance_by_tokens(indices, lengths, parts)
     assert sorted(index for share in dealt for index in share) == sorted(indices)
     assert len(dealt) == parts
 
@@ -80,14 +80,17 @@ def test_shares_are_disjoint_and_whole(drawn: tuple[list[int], list[int], int]) 
 @given(steps_of_examples())
 def test_no_share_is_empty(drawn: tuple[list[int], list[int], int]) -> None:
     lengths, indices, parts = drawn
-    assert all(shares(indices, lengths, parts))
+    assert all(balance_by_tokens(indices, lengths, parts))
 
 
 @given(steps_of_examples())
 def test_shares_differ_by_no_more_than_one_example(drawn: tuple[list[int], list[int], int]) -> None:
     """The part that is heaviest was the lightest before its last example came."""
     lengths, indices, parts = drawn
-    tokens = [sum(lengths[index] for index in share) for share in shares(indices, lengths, parts)]
+    tokens = [
+        sum(lengths[index] for index in share)
+        for share in balance_by_tokens(indices, lengths, parts)
+    ]
     assert max(tokens) - min(tokens) <= max(lengths[index] for index in indices)
 
 
@@ -96,13 +99,18 @@ def test_a_step_holds_the_same_examples_for_any_number_of_parts(
     drawn: tuple[list[int], list[int], int],
 ) -> None:
     lengths, indices, parts = drawn
-    together, apart = shares(indices, lengths, 1), shares(indices, lengths, parts)
+    together, apart = (
+        balance_by_tokens(indices, lengths, 1),
+        balance_by_tokens(indices, lengths, parts),
+    )
     assert sorted(together[0]) == sorted(index for share in apart for index in share)
 
 
 def test_the_deal_does_not_hang_on_the_order_within_a_step() -> None:
     lengths = [5, 5, 9, 2, 7, 7]
-    assert shares([0, 1, 2, 3, 4, 5], lengths, 3) == shares([5, 3, 1, 4, 2, 0], lengths, 3)
+    assert balance_by_tokens([0, 1, 2, 3, 4, 5], lengths, 3) == balance_by_tokens(
+        [5, 3, 1, 4, 2, 0], lengths, 3
+    )
 
 
 @given(tokenised_examples())

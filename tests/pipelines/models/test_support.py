@@ -38,7 +38,7 @@ def test_encoder_decoders_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["t5", "qwen2_vl", "llava", "vit"])
 def test_families_without_a_causal_class_are_refused(name: str) -> None:
-    kind = {"t5": "an encoder-decoder", "vit": "no causal language model"}.get(
+    kind = {"t5": "an encoder-decoder", "vit": "not a causal language model"}.get(
         name, "a vision-language model"
     )
     with pytest.raises(BaseModelError, match=f"family '{name}' is {kind}"):

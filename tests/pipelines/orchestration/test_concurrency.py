@@ -1,4 +1,6 @@
-"""Slots are named after what is computed on, made where they are missing, and asked of a server that several runs share only."""
+"""Slots are named after GPUs or cores, created if missing, and acquired only from a server that
+runs share.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,21 +14,21 @@ from prefect.exceptions import ObjectAlreadyExists
 
 from pipelines.errors import PipelineError
 from pipelines.orchestration import concurrency
-from pipelines.orchestration.concurrency import gpus, held, slot_names
+from pipelines.orchestration.concurrency import gpus, hold_slots, slot_names
 from pipelines.workflow import tasks
 
 
-class Server:
-    """A stand-in: limits by name, and what was acquired."""
+class FakeServer:
+    """A fake server: limits by name, and the acquired slots."""
 
     def __init__(self) -> None:
         self.taken: dict[str, int] = {}
         self.acquired: list[Any] = []
         self.error: Exception | None = None
         self.gone = False
-        """Whether it does not answer when a slot is given back."""
+        """Whether it fails to answer when a slot is released."""
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> "FakeServer":
         if isinstance(self.error, httpx.HTTPError):
             raise self.error
         return self
@@ -54,9 +56,9 @@ class Server:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    """Put a stand-in in the place of a server that is named by address."""
-    one = Server()
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    """Replace the server of PREFECT_API_URL by a fake one."""
+    one = FakeServer()
     monkeypatch.setattr(
         concurrency, "PREFECT_API_URL", SimpleNamespace(value=lambda: "http://team/api")
     )
@@ -70,46 +72,45 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     ("chosen", "count", "names"),
     [
         ("0,1,2,3", 2, ["gpu:node-a:0", "gpu:node-a:1"]),
-        (
-            "4,5",
-            2,
-            ["gpu:node-a:4", "gpu:node-a:5"],
-        ),  # a second worker of the host, with GPUs of its own
-        ("2", 4, ["gpu:node-a:2"]),  # ranks that share one
+        # A second worker of the host, with other GPUs.
+        ("4,5", 2, ["gpu:node-a:4", "gpu:node-a:5"]),
+        # Ranks that share one GPU.
+        ("2", 4, ["gpu:node-a:2"]),
         ("", 2, ["cpu:node-a"]),
         ("-1", 1, ["cpu:node-a"]),
     ],
 )
 def test_a_slot_is_named_after_the_gpu(
-    server: Server, monkeypatch: pytest.MonkeyPatch, chosen: str, count: int, names: list[str]
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch, chosen: str, count: int, names: list[str]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     assert slot_names(count) == names
 
 
-def test_gpus_are_counted_where_none_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_counted_without_cuda_visible_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert all(gpu.isdigit() for gpu in gpus())
 
 
-def test_slots_are_made_once_and_held(server: Server) -> None:
-    said: list[str] = []
+def test_slots_are_created_once_and_acquired(server: FakeServer) -> None:
+    printed: list[str] = []
     for _ in range(2):
-        with held(["gpu:node-a:0", "gpu:node-a:1"], said.append):
+        with hold_slots(["gpu:node-a:0", "gpu:node-a:1"], printed.append):
             pass
-    assert server.acquired == [["gpu:node-a:0", "gpu:node-a:1"]] * 2 and said == []
+    assert server.acquired == [["gpu:node-a:0", "gpu:node-a:1"]] * 2
+    assert printed == []
 
 
-def test_who_waits_says_for_what(server: Server) -> None:
+def test_a_waiting_run_names_the_slot(server: FakeServer) -> None:
     server.taken["gpu:node-a:1"] = 1
-    said: list[str] = []
-    with held(["gpu:node-a:0", "gpu:node-a:1"], said.append):
+    printed: list[str] = []
+    with hold_slots(["gpu:node-a:0", "gpu:node-a:1"], printed.append):
         pass
-    assert said == ["waiting for gpu:node-a:1, where another run is at work"]
+    assert printed == ["waiting for gpu:node-a:1, which another run uses"]
 
 
 def refusal(status: int | None) -> ConcurrencySlotAcquisitionError:
-    """Return what Prefect raises for whatever went wrong, and what it came from."""
+    """Return the error that Prefect raises for any failure, with its cause."""
     error = ConcurrencySlotAcquisitionError("Unable to acquire concurrency slots on ['cpu:node-a']")
     request = httpx.Request("POST", "http://team/api")
     error.__cause__ = httpx.ConnectError("refused")
@@ -126,38 +127,43 @@ def refusal(status: int | None) -> ConcurrencySlotAcquisitionError:
         (httpx.ConnectError("refused"), "gives no slot on this host"),
         (refusal(None), "gives no slot on this host"),
         (refusal(500), "gives no slot on this host"),
-        (refusal(422), "a limit of 0 refuses trainings here"),
+        (refusal(422), "a limit of 0 rejects trainings here"),
     ],
 )
-def test_a_server_that_gives_none_is_an_error_that_can_be_mended(
-    server: Server, error: Exception, words: str
+def test_a_server_without_a_free_slot_is_a_user_error(
+    server: FakeServer, error: Exception, words: str
 ) -> None:
     server.error = error
-    with pytest.raises(PipelineError, match=words), held(["cpu:node-a"], print):
+    with pytest.raises(PipelineError, match=words), hold_slots(["cpu:node-a"], print):
         pass
 
 
 @pytest.mark.parametrize("ended", [None, ArithmeticError])
-def test_a_server_that_is_away_at_the_end_changes_nothing(
-    server: Server, ended: type[Exception] | None
+def test_a_server_that_is_away_at_the_end_does_no_harm(
+    server: FakeServer, ended: type[Exception] | None
 ) -> None:
     server.gone = True
-    said: list[str] = []
-    with pytest.raises(ended) if ended else nullcontext(), held(["cpu:node-a"], said.append):
+    printed: list[str] = []
+    with (
+        pytest.raises(ended) if ended else nullcontext(),
+        hold_slots(["cpu:node-a"], printed.append),
+    ):
         if ended:
             raise ended
-    assert "cpu:node-a are free in 120 s" in said[0]
+    assert "cpu:node-a are free in 120 s" in printed[0]
 
 
-def test_without_a_server_nothing_is_asked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_server_no_slot_is_acquired(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(concurrency, "PREFECT_API_URL", SimpleNamespace(value=lambda: None))
-    with held(["cpu:node-a"], print):
+    with hold_slots(["cpu:node-a"], print):
         pass
     assert server.taken == {}
 
 
-def test_scoring_holds_gpus_only_and_for_what_is_missing(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+def test_scoring_holds_gpus_only_and_only_for_missing_results(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done, missing = SimpleNamespace(result=dict), SimpleNamespace(result=lambda: None)
     for chosen, stages in (("0,1,2", [done, missing, missing]), ("0,1,2", [done]), ("", [missing])):

@@ -1,4 +1,6 @@
-"""A deployment on a real Prefect server with a real worker: it is started, cancelled, bereft of its worker, and goes on."""
+"""A deployment on a real Prefect server with a real worker: it starts, is cancelled, loses its
+worker, and resumes.
+"""
 
 import subprocess
 import sys
@@ -13,13 +15,19 @@ from prefect_host import LORA, PrefectHost, prefect_host, until
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
+EMIT = """
+from prefect.events import emit_event
+
+emit_event('data.arrived', resource={'prefect.resource.id': 'domain-data'})
+"""
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectHost]:
-    """Run a host with the smallest recipe there is, one rank, one step, no second base, and one that takes a while."""
+    """Run a host with the smallest recipe (one rank, one step, one base) and a longer one."""
     folder = tmp_path_factory.mktemp("deploy")
-    model, pairs = save_tiny_model(folder / "model"), save_pairs(folder / "pairs.jsonl")
+    model = save_tiny_model(folder / "model")
+    pairs = save_pairs(folder / "pairs.jsonl")
     small: dict[str, Any] = {
         "base_model": {"quantization": "none"},
         "lora": {"ranks": [2]},
@@ -52,36 +60,34 @@ def test_a_schedule_and_an_event_each_start_a_run_that_completes(host: PrefectHo
     assert deployed.returncode == 0, deployed.stderr
     assert "prefect worker start --pool lora" in deployed.stdout
     schedules = host.deployment("pairs_tiny_cpu")["schedules"]
-    assert sorted(
-        "cron" if "cron" in schedule["schedule"] else "interval" for schedule in schedules
-    ) == ["cron", "interval"]
+    kinds = ["cron" if "cron" in one["schedule"] else "interval" for one in schedules]
+    assert sorted(kinds) == ["cron", "interval"]
 
     wait_for_run("RUNNING", host, auto_scheduled=True)
-    quiet = host.lora(
-        "deploy", "tiny.yaml", "--on-event", "data.arrived"
-    )  # no schedule from here on
+    # No schedule from here on.
+    quiet = host.lora("deploy", "tiny.yaml", "--on-event", "data.arrived")
     assert quiet.returncode == 0, quiet.stderr
     scheduled = wait_for_run("COMPLETED", host, auto_scheduled=True)
     assert scheduled["parameters"]["recipe"].endswith("tiny.yaml")
     assert (host.folder / "runs" / "pairs_tiny_cpu" / "summary.json").is_file()
 
-    emit = "from prefect.events import emit_event; emit_event('data.arrived', resource={'prefect.resource.id': 'domain-data'})"
-    subprocess.run([sys.executable, "-c", emit], env=host.environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", EMIT], env=host.environment, check=True, timeout=60)
     by_event = wait_for_run("COMPLETED", host, auto_scheduled=False)
     assert by_event["created_by"]["type"] == "AUTOMATION"
 
 
-def test_a_run_that_is_cut_short_leaves_nothing_and_goes_on(host: PrefectHost) -> None:
-    """Once it is cancelled, once its worker is killed; the third one goes on from the last checkpoint to the end."""
+def test_an_interrupted_run_leaves_no_process_and_resumes(host: PrefectHost) -> None:
+    """The first run is cancelled, the second loses its worker, the third resumes and completes."""
     assert host.lora("deploy", "long.yaml").returncode == 0
     deployment = host.deployment("long_tiny_cpu")["id"]
 
     run = host.run(deployment)
     until(lambda: steps_kept(host) > 0, seconds=120)
-    assert host.slots() == [1] and len(at_work(host)) >= 4  # the flow, the launcher, two ranks
+    assert host.slots() == [1]
+    assert len(processes_of(host)) >= 4  # the flow, the launcher, two ranks
     host.cancel(run)
     until(
-        lambda: host.state(run) == "CANCELLED" and not at_work(host) and host.slots() == [0],
+        lambda: host.state(run) == "CANCELLED" and not processes_of(host) and host.slots() == [0],
         seconds=45,
     )
     assert any("step 1/600" in line for line in host.log(run))
@@ -96,7 +102,7 @@ def test_a_run_that_is_cut_short_leaves_nothing_and_goes_on(host: PrefectHost) -
     until(lambda: steps_kept(host) > kept, seconds=120)
     host.kill_worker()
     until(
-        lambda: host.state(run) == "CRASHED" and not at_work(host) and host.slots() == [0],
+        lambda: host.state(run) == "CRASHED" and not processes_of(host) and host.slots() == [0],
         seconds=45,
     )
 
@@ -104,17 +110,15 @@ def test_a_run_that_is_cut_short_leaves_nothing_and_goes_on(host: PrefectHost) -
     host.start_worker()
     run = host.run(deployment)
     until(lambda: steps_kept(host) > kept, seconds=120)
-    with beside(
-        host, "run", "tiny.yaml", "--rank", "4"
-    ) as other:  # another recipe waits for its turn
-        until(
-            lambda: "another run is at work" in (host.folder / "other.txt").read_text(), seconds=60
-        )
+    # A run of another recipe waits for the slot.
+    with concurrent_run(host, "tiny.yaml", "--rank", "4") as other:
+        until(lambda: "another run uses" in (host.folder / "other.txt").read_text(), seconds=60)
         assert host.state(run) == "RUNNING"
         until(lambda: host.state(run) == "COMPLETED", seconds=200)
         assert other.wait(120) == 0
     logs = [path.read_text() for path in (host.folder / "runs").glob("train/rank-2-*/log.txt")]
-    assert kept > 0 and any(f"from step {kept}\n" in log for log in logs)
+    assert kept > 0
+    assert any(f"from step {kept}\n" in log for log in logs)
     assert host.slots() == [0]
 
 
@@ -125,11 +129,12 @@ def test_a_malformed_cron_is_refused(host: PrefectHost) -> None:
 
 
 @contextmanager
-def beside(host: PrefectHost, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
-    """Run the command line beside what else the host does; what it says goes to other.txt."""
+def concurrent_run(host: PrefectHost, *arguments: str) -> "Iterator[subprocess.Popen[bytes]]":
+    """Start `lora run` at the same time as the deployment; its output goes to other.txt."""
+    command = [LORA, "run", *arguments]
     with (host.folder / "other.txt").open("wb") as stream:
         other = subprocess.Popen(
-            [LORA, *arguments], cwd=host.folder, env=host.environment, stdout=stream, stderr=stream
+            command, cwd=host.folder, env=host.environment, stdout=stream, stderr=stream
         )
     try:
         yield other
@@ -139,13 +144,13 @@ def beside(host: PrefectHost, *arguments: str) -> "Iterator[subprocess.Popen[byt
 
 
 def steps_kept(host: PrefectHost) -> int:
-    """Return the step of the newest checkpoint of the long recipe."""
+    """Return the step of the latest checkpoint of the long recipe."""
     kept = (host.folder / "runs").glob("train/rank-2-*/checkpoints/step-*[0-9]")
     return max((int(path.name.removeprefix("step-")) for path in kept), default=0)
 
 
-def at_work(host: PrefectHost) -> list[str]:
-    """Return the commands of all processes of a run: a flow, and what works in the folder of runs."""
+def processes_of(host: PrefectHost) -> list[str]:
+    """Return the commands of all processes of a run: flows, and trainings in the folder of runs."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -157,13 +162,12 @@ def at_work(host: PrefectHost) -> list[str]:
 
 
 def wait_for_run(state: str, host: PrefectHost, *, auto_scheduled: bool) -> dict[str, Any]:
-    """Return the first flow run in a state that a schedule, or something else, has started."""
+    """Return the first flow run in a state that was started by a schedule, or not by one."""
     found: list[dict[str, Any]] = []
 
     def look() -> bool:
-        runs = host.post(
-            "flow_runs/filter", flow_runs={"state": {"type": {"any_": [state]}}}
-        )  # by state: runs to come would fill it
+        # Filter by state: scheduled runs would fill the page of results.
+        runs = host.post("flow_runs/filter", flow_runs={"state": {"type": {"any_": [state]}}})
         found[:] = [run for run in runs if run["auto_scheduled"] == auto_scheduled]
         return bool(found)
 

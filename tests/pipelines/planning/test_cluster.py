@@ -1,4 +1,4 @@
-"""What a plan says of more GPUs than there are here."""
+"""Memory, traffic and checkpoints of a plan on a cluster of GPUs."""
 
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ from pipelines.planning.cluster import (
 )
 
 GIB = 1024**3
-MOVED = {
+WEIGHTS = {
     "plain_bytes": 4_000_000_000,
     "trained_bytes": 2_000_000_000,
     "first_bytes": 2_000_000_000,
@@ -32,7 +32,7 @@ MOVED = {
     "persistent_bytes": 0,
     "shared_numbers": 1_000_000_000,
 }
-HOW = {
+EXCHANGE = {
     "gradient_accumulation_steps": 1,
     "checkpointing": False,
     "reduces_to_owner": False,
@@ -40,31 +40,33 @@ HOW = {
 }
 
 
-def way(
+def configuration(
     sharding: str, gib: float, checkpointed: float, eight_bit: float | None = None
 ) -> dict[str, Any]:
+    """Return an entry of the plan's `scaling`; sizes are in GiB."""
+    eight_bit = eight_bit or gib
     return {
         "sharding": sharding,
         "memory_bytes": gib * GIB,
-        "eight_bit_bytes": (eight_bit or gib) * GIB,
+        "eight_bit_bytes": eight_bit * GIB,
         "checkpointed_bytes": checkpointed * GIB,
-        "checkpointed_eight_bit_bytes": (eight_bit or gib) / gib * checkpointed * GIB,
+        "checkpointed_eight_bit_bytes": eight_bit / gib * checkpointed * GIB,
         "sent_bytes": 12_500_000_000,
         "checkpointed_sent_bytes": 25_000_000_000,
     }
 
 
 def plan() -> dict[str, Any]:
-    ways = [
-        {"method": method, "processes": count, **way(sharding, 100 / count, 50 / count)}
-        for method in METHODS
-        for count in (1, 2, 512)
-        for sharding in SHARDINGS
-    ]
+    scaling = []
+    for method in METHODS:
+        for processes in (1, 2, 512):
+            for sharding in SHARDINGS:
+                row = configuration(sharding, 100 / processes, 50 / processes)
+                scaling.append({"method": method, "processes": processes, **row})
     return {
-        "scaling": ways,
+        "scaling": scaling,
         "comfortable_share": 0.9,
-        "exchanged": {"weights": dict.fromkeys(METHODS, MOVED), "exchange": HOW},
+        "exchanged": {"weights": dict.fromkeys(METHODS, WEIGHTS), "exchange": EXCHANGE},
         "runs": {
             "rank-4": {"trained_weights": 10_000_000},
             "control": {"trained_weights": 1_000_000_000},
@@ -73,7 +75,7 @@ def plan() -> dict[str, Any]:
     }
 
 
-def text(table: Any) -> str:
+def printed(table: Any) -> str:
     console = Console(width=200)
     with console.capture() as captured:
         console.print(table)
@@ -81,7 +83,7 @@ def text(table: Any) -> str:
 
 
 @pytest.mark.parametrize(
-    ("gpu_gb", "said"),
+    ("gpu_gb", "expected"),
     [
         (48, "ddp 1 s"),
         (42, "ddp 8 1 s"),
@@ -92,63 +94,64 @@ def text(table: Any) -> str:
         (4, "×"),
     ],
 )
-def test_the_first_way_that_fits(gpu_gb: float, said: str) -> None:
-    """As it is before with checkpointing, in 8 bits where training would take them; the seconds are those of the bits at 100 Gbit/s."""
-    ways = [
-        way("ddp", 40, 20, eight_bit=26),
-        way("zero1", 30, 12),
-        way("zero2", 20, 10),
-        way("zero3", 16, 8),
+def test_the_first_configuration_that_fits(gpu_gb: float, expected: str) -> None:
+    """First without and then with checkpointing, in 8 bits if training uses them.
+
+    The seconds are those of the bits at 100 Gbit/s.
+    """
+    configurations = [
+        configuration("ddp", 40, 20, eight_bit=26),
+        configuration("zero1", 30, 12),
+        configuration("zero2", 20, 10),
+        configuration("zero3", 16, 8),
     ]
-    assert first_that_fits(ways, Cluster(gpu_gb=gpu_gb), gpu_gb, 0.9) == said
+    assert first_that_fits(configurations, Cluster(gpu_gb=gpu_gb), gpu_gb, 0.9) == expected
 
 
-def test_twice_the_rate_is_half_the_time() -> None:
-    assert first_that_fits([way("ddp", 1, 1)], Cluster(gpu_gb=1, gbit=200), 1, 0.9) == "ddp 0.5 s"
+def test_twice_the_bandwidth_is_half_the_time() -> None:
+    cluster = Cluster(gpu_gb=1, gbit=200)
+    assert first_that_fits([configuration("ddp", 1, 1)], cluster, 1, 0.9) == "ddp 0.5 s"
 
 
 def test_each_number_of_gpus_has_a_row() -> None:
-    rows = [
-        line
-        for line in text(scaling_table(plan(), Cluster(gpu_gb=80), 80)).splitlines()
-        if line.startswith("│")
-    ]
-    assert [line.split("│")[1].strip() for line in rows] == ["1", "2", "512"]
+    lines = printed(scaling_table(plan(), Cluster(gpu_gb=80), 80)).splitlines()
+    rows = [line for line in lines if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == ["1", "2", "512"]
     assert "ddp c" in rows[0]
 
 
-def test_traffic_is_that_of_the_formula() -> None:
-    """Of 64 ranks each sends 63/64 of 2 GB twice to gather, and once to scatter the gradient."""
+def test_traffic_follows_the_formula() -> None:
+    """Each of 64 ranks sends 63/64 of 2 GB twice to gather, and once to scatter the gradient."""
     assert traffic_on(plan(), "full", "zero3", 64).wire_bytes == 3 * 2_000_000_000 * 63 // 64
-    said = text(traffic_table(plan(), Cluster(gpus=64, gbit=100), 64))
-    assert "5.91 GB, 0.47 s" in said
-    assert "62.5 MB to the host" in said
+    text = printed(traffic_table(plan(), Cluster(gpus=64, gbit=100), 64))
+    assert "5.91 GB, 0.47 s" in text
+    assert "62.5 MB to the host" in text
 
 
-def test_checkpoints_are_in_time_or_in_steps() -> None:
-    """1.2e10 bytes in 12 s, and a failure in 33 days of 64 GPUs: √(2 · 12 s · 33 d) = 138 min, or 827 steps of 10 s."""
-    in_time = text(checkpoints_table(plan(), Cluster(gpus=64), 64))
-    in_steps = text(checkpoints_table(plan(), Cluster(gpus=64, tokens_per_second=10_000), 64))
+def test_the_checkpoint_interval_is_a_duration_or_steps() -> None:
+    """1.2e10 bytes in 12 s, and a failure every 33 days of 64 GPUs.
+
+    √(2 · 12 s · 33 d) = 138 min, or 827 steps of 10 s.
+    """
+    in_time = printed(checkpoints_table(plan(), Cluster(gpus=64), 64))
+    in_steps = printed(checkpoints_table(plan(), Cluster(gpus=64, tokens_per_second=10_000), 64))
     assert "12 GB" in in_time
     assert "2.3 h" in in_time
     assert "827 steps" in in_steps
 
 
-def test_a_faster_disk_and_more_failures_both_shorten_the_interval() -> None:
-    said = text(
-        checkpoints_table(
-            plan(), Cluster(gpus=64, disk_gb_per_second=4, failures_per_gpu_year=0.692), 64
-        )
-    )
-    assert "34.5 min" in said  # 138 min / √4 / √4
+def test_a_faster_disk_and_more_failures_both_reduce_the_interval() -> None:
+    cluster = Cluster(gpus=64, disk_gb_per_second=4, failures_per_gpu_year=0.692)
+    text = printed(checkpoints_table(plan(), cluster, 64))
+    assert "34.5 min" in text  # 138 min / √4 / √4
 
 
-def test_an_interval_is_a_step_at_least() -> None:
+def test_an_interval_is_at_least_one_step() -> None:
     assert interval_words(0.1, 1000, 10) == "1 step (100 s)"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "expected"),
     [
         (0.0123, "0.012 s"),
         (59.6, "60 s"),
@@ -157,23 +160,23 @@ def test_an_interval_is_a_step_at_least() -> None:
         (200_000, "2.31 days"),
     ],
 )
-def test_times_are_small_numbers(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations_are_small_numbers(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
 
 
 @pytest.mark.parametrize(
     "option", ["gbit", "disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second"]
 )
-def test_an_option_that_would_change_nothing_is_refused(option: str) -> None:
-    with pytest.raises(
-        PipelineError, match=f"--{option.replace('_', '-')} 2 has no effect without --gpus"
-    ):
+def test_an_option_without_effect_is_rejected(option: str) -> None:
+    message = f"--{option.replace('_', '-')} 2 has no effect without --gpus"
+    with pytest.raises(PipelineError, match=message):
         Cluster(**{option: 2})
     Cluster(gpus=8, **{option: 2})
 
 
-def test_a_command_takes_a_dataclass_as_options() -> None:
-    app, seen = typer.Typer(), []
+def test_a_command_takes_the_fields_of_a_dataclass_as_options() -> None:
+    app = typer.Typer()
+    calls = []
 
     @app.command()
     @with_options("cluster", Cluster)
@@ -182,9 +185,10 @@ def test_a_command_takes_a_dataclass_as_options() -> None:
         cluster: Cluster,
         rank: Annotated[list[int], typer.Option()] = [],  # noqa: B006
     ) -> None:
-        seen.append((recipe, cluster, rank))
+        calls.append((recipe, cluster, rank))
 
-    ended = CliRunner().invoke(app, ["mine", "--gpu-gb", "80", "--rank", "4", "--gpus", "64"])
-    assert ended.exit_code == 0, ended.output
-    assert seen == [("mine", Cluster(gpu_gb=80.0, gpus=64), [4])]
+    arguments = ["mine", "--gpu-gb", "80", "--rank", "4", "--gpus", "64"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert calls == [("mine", Cluster(gpu_gb=80.0, gpus=64), [4])]
     assert CliRunner().invoke(app, ["mine", "--gpus", "0"]).exit_code == 2

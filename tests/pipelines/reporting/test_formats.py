@@ -1,4 +1,4 @@
-"""Figures are written with three digits, a sign where they are differences, and a unit."""
+"""Numbers have three digits and a unit; differences have a sign."""
 
 import pytest
 
@@ -22,14 +22,14 @@ def test_counts_have_three_digits(value: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(0.7234, "+0.723"), (-0.0066, "−0.007"), (-0.0004, "0.000"), (0.0, "0.000")]
 )
-def test_differences_bear_a_sign_unless_they_round_to_zero(value: float, text: str) -> None:
+def test_differences_have_a_sign_unless_they_round_to_zero(value: float, text: str) -> None:
     assert signed(value) == text
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(16.04, "16.0 s"), (760.2, "12 min 40 s"), (119.6, "2 min 00 s")]
 )
-def test_durations(seconds: float, text: str) -> None:
+def test_durations_are_in_minutes_and_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
@@ -37,5 +37,5 @@ def test_durations(seconds: float, text: str) -> None:
     ("value", "text"),
     [(0.0321, "p\u00a00.032"), (0.5, "p\u00a00.5"), (0.0002, "p\u00a0<\u00a00.001")],
 )
-def test_p_values(value: float, text: str) -> None:
+def test_p_values_have_two_digits(value: float, text: str) -> None:
     assert p_value(value) == text

@@ -1,20 +1,19 @@
-"""The end of a run: what was registered is told wherever people look, and a registry that fails loses nothing."""
+"""Publishing reports the registered versions everywhere and survives a registry that fails."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from rich.table import Table
-from summaries import Summary, build
+from summaries import Summary
 
 from pipelines.config.recipe import Recipe
 from pipelines.errors import RegistryError
 from pipelines.tracking import registry
 from pipelines.workflow import publishing, tasks
-from pipelines.workflow.run import Run
+from pipelines.workflow.run import PipelineRun
 from pipelines.workflow.stages import Stages
 
 REGISTERED = {
@@ -23,11 +22,11 @@ REGISTERED = {
     "versions": {"rank-16": 3},
     "aliases": {"champion": 3},
 }
-TOLD = "Registered in tiny-model: rank-16 as version 3; champion is version 3."
+MESSAGE = "Registered in tiny-model: rank-16 as version 3; champion is version 3."
 
 
-class Registry:
-    """Stands for MLflow: keeps what the files held when they were logged."""
+class FakeRegistry:
+    """Replaces MLflow: keeps the content that the files had when they were logged."""
 
     def __init__(self) -> None:
         self.logged: list[dict[str, str]] = []
@@ -45,23 +44,22 @@ class Registry:
         self._log(files, note)
 
     def _log(self, files: list[Path], note: str) -> None:
-        self.logged.append(
-            {**{file.name: file.read_text(encoding="utf-8") for file in files}, "note": note}
-        )
+        content = {file.name: file.read_text(encoding="utf-8") for file in files}
+        self.logged.append(content | {"note": note})
 
 
 @pytest.fixture
-def mlflow(monkeypatch: pytest.MonkeyPatch) -> Registry:
-    """Take the place of the registry."""
-    stand_in = Registry()
-    monkeypatch.setattr(registry, "register", stand_in.register)
-    monkeypatch.setattr(registry, "describe", stand_in.describe)
-    return stand_in
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> FakeRegistry:
+    """Replace the registry."""
+    fake = FakeRegistry()
+    monkeypatch.setattr(registry, "register", fake.register)
+    monkeypatch.setattr(registry, "describe", fake.describe)
+    return fake
 
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Collect what Prefect's page and the terminal show."""
+    """Collect the texts on Prefect's page and in the terminal."""
     texts: list[str] = []
 
     def show(table: Table) -> None:
@@ -71,60 +69,62 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         texts.append(captured.get())
 
     monkeypatch.setattr(tasks, "show_comparison", lambda note, decision: texts.append(note))
-    monkeypatch.setattr(publishing, "show", show)
+    monkeypatch.setattr(publishing, "print_table", show)
     return texts
 
 
 @pytest.fixture
-def summary(tmp_path: Path) -> Summary:
-    return build(tmp_path)
-
-
-@pytest.fixture
-def run(summary: Summary, tmp_path: Path) -> Run:
+def run(summary: Summary, tmp_path: Path) -> PipelineRun:
     recipe = Recipe.model_validate(summary["recipe"])
-    return Run(recipe, Stages(recipe, tmp_path))
+    return PipelineRun(recipe, Stages(recipe, tmp_path))
 
 
 def failing(*arguments: Any) -> None:
     raise RegistryError("MLflow does not answer")
 
 
-def test_what_was_registered_is_told_everywhere(
-    run: Run, summary: Summary, mlflow: Registry, shown: list[str]
+def test_registered_versions_are_reported_everywhere(
+    run: PipelineRun, summary: Summary, mlflow: FakeRegistry, shown: list[str]
 ) -> None:
     path = publishing.publish(run, summary)
     before, after = mlflow.logged
-    assert TOLD not in before["note"] + before["report.html"] and TOLD in after["note"]
-    assert f'<p class="quiet" id="registered">{TOLD}</p>' in after["report.html"]
+    assert MESSAGE not in before["note"] + before["report.html"]
+    assert MESSAGE in after["note"]
+    assert f'<p class="quiet" id="registered">{MESSAGE}</p>' in after["report.html"]
     assert json.loads(after["summary.json"])["registered"] == REGISTERED
     assert after["summary.json"] == path.read_text(encoding="utf-8")
     assert after["report.html"] == (run.folder / "report.html").read_text(encoding="utf-8")
-    assert len(shown) == 2 and all(TOLD in text for text in shown)
+    assert len(shown) == 2
+    assert all(MESSAGE in text for text in shown)
     assert [stage["name"] for stage in summary["stages"]] == ["register"]
 
 
 @pytest.mark.parametrize("name", ["register", "describe"])
-def test_a_registry_that_fails_loses_nothing(
+def test_failing_registry_loses_nothing(
     name: str,
-    run: Run,
+    run: PipelineRun,
     summary: Summary,
-    mlflow: Registry,
+    mlflow: FakeRegistry,
     shown: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registry, name, failing)
     with pytest.raises(RegistryError, match="does not answer"):
         publishing.publish(run, summary)
-    assert len(shown) == 2 and all((TOLD in text) == (name == "describe") for text in shown)
     page = (run.folder / "report.html").read_text(encoding="utf-8")
-    assert "rank-16" in page and (TOLD in page) == (name == "describe")
+    is_registered = name == "describe"
+    assert len(shown) == 2
+    assert all((MESSAGE in text) == is_registered for text in shown)
+    assert "rank-16" in page
+    assert (MESSAGE in page) == is_registered
 
 
-def test_what_is_no_refusal_is_not_kept_back(
-    run: Run, summary: Summary, mlflow: Registry, monkeypatch: pytest.MonkeyPatch
+def test_programming_error_is_raised_at_once(
+    run: PipelineRun, summary: Summary, mlflow: FakeRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken: Callable[..., None] = lambda *arguments: {}["a mistake of ours"]  # noqa: E731
+    def broken(*arguments: Any) -> None:
+        raise KeyError("an internal bug")
+
     monkeypatch.setattr(registry, "register", broken)
     with pytest.raises(KeyError):
         publishing.publish(run, summary)

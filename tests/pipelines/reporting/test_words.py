@@ -1,14 +1,15 @@
-"""The headline gives no false advice: it asks for items only where items are missing, and names what else is."""
+"""The headline gives correct advice: it recommends more items only if more items can decide."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from summaries import control_by_lora, no_champion, no_control, nothing_kept
 
 from pipelines.reporting.words import headline, recommended_text
 
 Values = dict[str, Any]
-Summary = Callable[..., Values]
+MakeSummary = Callable[..., Values]
 UNSURE = {
     "name": "forgot little",
     "status": "can't tell",
@@ -26,70 +27,98 @@ GOOD = {
     "reason": "80% of the control's gain",
     "beyond_items": False,
 }
+NOT_REJECTED = "No adapter is put forward; rank-4 was not rejected, "
 
 
 @pytest.fixture
-def undecided() -> Summary:
-    """Return a maker of a summary whose only adapter is undecided by some rules."""
+def undecided() -> MakeSummary:
+    """Return a function that builds a summary whose only adapter is undecided by some rules."""
 
-    def make(*rules: Values) -> Values:
-        model = {"verdict": {"status": "can't tell", "reason": "", "rules": list(rules)}}
+    def build(*rules: Values) -> Values:
+        verdict = {"status": "can't tell", "reason": "", "rules": list(rules)}
         return {
             "champion": None,
             "candidate": "rank-4",
-            "models": {"rank-4": model},
+            "models": {"rank-4": {"verdict": verdict}},
             "recommended": None,
         }
 
-    return make
+    return build
 
 
 @pytest.fixture
-def decided() -> Summary:
-    """Return a maker of a summary whose champion is rank-16, from what is recommended."""
+def decided() -> MakeSummary:
+    """Return a function that builds a summary with champion rank-16, from the recommendation."""
 
-    def make(**recommended: Any) -> Values:
+    def build(**recommended: Any) -> Values:
         model = {"figures": {"trained_weights": 1e6}, "gain_share": {"mean": 0.8}}
-        found = {
+        return {
             "champion": "rank-16",
             "candidate": "rank-16",
             "models": {"rank-16": model},
             "recommended": recommended,
+            "base": {"weights": 1e8},
+            "control": {"method": "full"},
         }
-        return {**found, "base": {"weights": 1e8}, "control": {"method": "full"}}
 
-    return make
-
-
-def test_items_are_asked_for_where_they_would_tell(undecided: Summary) -> None:
-    for rules in ([GOOD, UNSURE], [GOOD, {**UNSURE, "beyond_items": False}]):
-        assert (
-            headline(undecided(*rules))
-            == "No adapter is put forward; rank-4 was not rejected, and scoring more items would tell."
-        )
+    return build
 
 
-def test_what_no_item_would_tell_is_named(undecided: Summary) -> None:
-    expected = "No adapter is put forward; rank-4 was not rejected, but it cannot be told to pass: not every metric could be computed: it raised."
+def test_more_items_are_recommended_if_they_can_decide(undecided: MakeSummary) -> None:
+    expected = NOT_REJECTED + "and scoring more items would decide."
+    assert headline(undecided(GOOD, UNSURE)) == expected
+    assert headline(undecided(GOOD, {**UNSURE, "beyond_items": False})) == expected
+
+
+def test_problem_that_items_cannot_solve_is_named(undecided: MakeSummary) -> None:
+    reason = "not every metric could be computed: it raised."
+    expected = f"{NOT_REJECTED}but more items cannot decide whether it passes: {reason}"
     assert headline(undecided(GOOD, FAILED)) == expected
     assert headline(undecided(UNSURE, FAILED)) == expected
 
 
-def test_champion_and_recommended_do_not_contradict_each_other(decided: Summary) -> None:
-    summary = decided(
-        label="rank-4", reason="rank-4 has the lowest rank that does", gives_up=0.0312
-    )
+def test_champion_and_recommended_do_not_contradict_each_other(decided: MakeSummary) -> None:
+    reason = "rank-4 has the lowest rank that does"
+    summary = decided(label="rank-4", reason=reason, gives_up=0.0312)
     assert headline(summary).startswith("Use rank-16: ")
-    assert headline(summary).endswith(
-        "than the gate allows; rank-4 is smaller and gives up at most 4\u00a0% of the gain."
-    )
-    assert (
-        recommended_text(summary)
-        == "Recommended where size counts: rank-4 has the lowest rank that does."
-    )
+    smaller = "rank-4 is smaller and gives up at most 4\u00a0% of the gain."
+    assert headline(summary).endswith(f"than the gate allows; {smaller}")
+    assert recommended_text(summary) == f"Recommended where size counts: {reason}."
 
 
-def test_one_that_is_both_is_named_once(decided: Summary) -> None:
+def test_champion_that_is_recommended_is_named_once(decided: MakeSummary) -> None:
     summary = decided(label="rank-16", reason="rank-16 gains most", gives_up=None)
     assert headline(summary).endswith("it forgot no more than the gate allows.")
     assert recommended_text(summary) == "Recommended: rank-16 gains most."
+
+
+def test_headline_compares_the_champion_with_full_fine_tuning(summary: Values) -> None:
+    expected = (
+        "Use rank-16: by training 3.6\u00a0% as many weights it learned 84\u00a0% of what full"
+    )
+    assert headline(summary).startswith(expected)
+    assert headline(summary).endswith("it forgot no more than the gate allows.")
+
+
+def test_headline_names_a_smaller_alternative(summary: Values) -> None:
+    summary["recommended"] = {"label": "rank-4", "reason": "it does"}
+    expected = "than the gate allows; rank-4 is smaller and not clearly worse."
+    assert headline(summary).endswith(expected)
+
+
+def test_headline_names_the_rank_of_a_lora_control(summary: Values) -> None:
+    control_by_lora(summary)
+    assert "of what the control, an adapter of rank 128, learned" in headline(summary)
+
+
+def test_headline_without_a_control_gives_the_gain(summary: Values) -> None:
+    no_control(summary)
+    assert "it gained 0.723 nats per token on the task" in headline(summary)
+
+
+def test_headline_without_a_champion(summary: Values) -> None:
+    no_champion(summary)
+    expected = "rank-16 was not rejected, and scoring more items would decide."
+    assert headline(summary) == f"No adapter is put forward; {expected}"
+    nothing_kept(summary)
+    assert headline(summary) == "No adapter is put forward."

@@ -1,4 +1,6 @@
-"""A batch of stages: each has its own result or its own error, what is done is passed over, and a bug ends the batch."""
+"""A batch of stages: each has its own result or error, a finished one is skipped, and a bug ends
+the batch.
+"""
 
 import subprocess
 import sys
@@ -13,8 +15,8 @@ from pipelines.runtime.stage import Stage
 
 WORK = """
 from pathlib import Path
-from pipelines.child import run_stages
 from pipelines.errors import DataError
+from pipelines.runtime.child import execute_stages
 
 def work(folder, inputs, paths):
     with Path(paths["log"]).open("a") as log:
@@ -29,24 +31,20 @@ def work(folder, inputs, paths):
     (folder / "items.jsonl").write_text("{}")
     return {"value": 1}, ["items.jsonl"]
 
-run_stages(work)
+execute_stages(work)
 """
 
 
 @pytest.fixture
 def stages(tmp_path: Path) -> dict[str, Stage]:
-    """Begun stages by what they do."""
-    found = {}
+    """Return stages by what they do; `begin` was called on each."""
+    stages = {}
+    paths = {"log": str(tmp_path / "log")}
     for does in ("works", "refuses", "fails", "stops", "works too"):
-        found[does] = Stage(
-            "evaluate",
-            does.replace(" ", "-"),
-            {"does": does},
-            tmp_path,
-            {"log": str(tmp_path / "log")},
-        )
-        found[does].begin()
-    return found
+        label = does.replace(" ", "-")
+        stages[does] = Stage("evaluate", label, {"does": does}, tmp_path, paths)
+        stages[does].begin()
+    return stages
 
 
 def run(stages: dict[str, Stage], *names: str) -> Any:
@@ -63,16 +61,18 @@ def test_every_stage_has_its_result(stages: dict[str, Stage]) -> None:
     assert ended.returncode == 0, ended.stderr
     for name in ("works", "works too"):
         result = stages[name].result()
-        assert result is not None and result["value"] == 1 and result["seconds"] >= 0
+        assert result is not None
+        assert result["value"] == 1
+        assert result["seconds"] >= 0
 
 
-def test_what_is_done_is_passed_over(stages: dict[str, Stage]) -> None:
+def test_a_finished_stage_is_skipped(stages: dict[str, Stage]) -> None:
     run(stages, "works")
     assert run(stages, "works", "works too", "works").returncode == 0
     assert log(stages) == ["works", "works", "too"]
 
 
-def test_a_refused_stage_leaves_the_others_to_be_done(stages: dict[str, Stage]) -> None:
+def test_the_batch_continues_after_a_user_error(stages: dict[str, Stage]) -> None:
     ended = run(stages, "refuses", "works")
     assert (ended.returncode, ended.stderr) == (2, "error: the data has no rows; give some\n")
     assert str(recorded_error(stages["refuses"].folder)) == "the data has no rows; give some"
@@ -80,28 +80,26 @@ def test_a_refused_stage_leaves_the_others_to_be_done(stages: dict[str, Stage]) 
     assert stages["refuses"].result() is None
 
 
-def test_a_bug_is_left_in_its_stage_and_ends_the_batch(stages: dict[str, Stage]) -> None:
+def test_a_bug_is_recorded_in_its_stage_and_ends_the_batch(stages: dict[str, Stage]) -> None:
     ended = run(stages, "works", "fails", "works too")
     assert ended.returncode == 1
-    assert (
-        "ZeroDivisionError" in str(recorded_error(stages["fails"].folder))
-        and "Traceback" in ended.stderr
-    )
+    assert "ZeroDivisionError" in str(recorded_error(stages["fails"].folder))
+    assert "Traceback" in ended.stderr
     assert stages["works"].result() is not None
     assert stages["works too"].result() is None
 
 
-def test_an_interrupted_batch_loses_the_stage_at_work(stages: dict[str, Stage]) -> None:
+def test_an_interrupted_batch_loses_only_the_running_stage(stages: dict[str, Stage]) -> None:
     assert run(stages, "works", "stops", "works too").returncode == -9
     assert stages["works"].result() is not None
     assert run(stages, "works", "works too").returncode == 0
     assert log(stages) == ["works", "stops", "works", "too"]
 
 
-def test_a_rank_that_fails_leaves_its_own_error(
+def test_a_failing_rank_records_its_error(
     stages: dict[str, Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And no launcher's: that of another rank, which only lost its peer, does not take its place."""
+    """The error of another rank, which only lost its peer, does not replace it."""
     folder = stages["fails"].begin()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")

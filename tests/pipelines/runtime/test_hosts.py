@@ -1,4 +1,6 @@
-"""A host joins each training that another begins once, and no call that a host which is gone has left behind."""
+"""A host joins each training of another host once, and ignores a call that a dead host has left
+behind.
+"""
 
 import threading
 import time
@@ -12,10 +14,10 @@ from pipelines.config.recipe import parse_recipe
 from pipelines.config.sections import LaunchSection
 from pipelines.errors import PipelineError, RecipeError
 from pipelines.runtime import hosts
-from pipelines.runtime.hosts import CALL, Joined, calling, calls, place_of
-from pipelines.runtime.launcher import ALONE
+from pipelines.runtime.hosts import CALL, JoiningHost, calling_hosts, host_arguments, open_calls
+from pipelines.runtime.launcher import SINGLE_HOST
 
-TWO = LaunchSection(config="cpu_zero2", processes=2, machines=2)
+TWO_HOSTS = LaunchSection(config="cpu_zero2", processes=2, machines=2)
 
 
 @pytest.fixture(autouse=True)
@@ -27,33 +29,35 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A training's folder."""
+    """Folder of a training."""
     path = tmp_path / "train" / "rank-4-abc"
     path.mkdir(parents=True)
     return path
 
 
 @pytest.fixture
-def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Joined, list[str]]]:
-    """A host that has joined, and the trainings it took part in; each lasts until its call is over."""
-    served = list[str]()
-    host = Joined(1, tmp_path, lambda _: None)
+def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Serve a joining host; return the machine ranks of the trainings it joined, each until its
+    call is over.
+    """
+    joined: list[str] = []
+    host = JoiningHost(1, tmp_path, lambda _: None)
 
-    def run_beside(
+    def run_joined_ranks(
         argv: list[str], log: object, *, threads: int, on_cpu: bool, until: Callable[[], bool]
     ) -> int:
-        assert on_cpu  # as the call's config says
-        served.append(argv[argv.index("--machine_rank") + 1])
+        assert on_cpu  # as the call's config requires
+        joined.append(argv[argv.index("--machine_rank") + 1])
         while not until():
             time.sleep(0.01)
         return 0
 
-    monkeypatch.setattr(hosts.launch, "run_beside", run_beside)
-    over = threading.Event()
-    thread = threading.Thread(target=host.serve, args=(over.is_set,), daemon=True)
+    monkeypatch.setattr(hosts.launcher, "run_joined_ranks", run_joined_ranks)
+    is_over = threading.Event()
+    thread = threading.Thread(target=host.serve, args=(is_over.is_set,), daemon=True)
     thread.start()
-    yield host, served
-    over.set()
+    yield joined
+    is_over.set()
     thread.join(5)
 
 
@@ -64,63 +68,53 @@ def wait_for(holds: Callable[[], bool]) -> None:
         threading.Event().wait(0.01)
 
 
-def test_one_machine_calls_nobody(folder: Path) -> None:
-    with calling(LaunchSection(), folder) as place:
-        assert place == ALONE
+def test_a_single_host_calls_no_other(folder: Path) -> None:
+    with calling_hosts(LaunchSection(), folder) as arguments:
+        assert arguments == SINGLE_HOST
         assert not (folder / CALL).exists()
 
 
-def test_a_call_stands_as_long_as_the_training(folder: Path, tmp_path: Path) -> None:
-    with calling(TWO, folder) as place:
-        assert place[:6] == [
-            "--num_machines",
-            "2",
-            "--machine_rank",
-            "0",
-            "--main_process_ip",
-            "node-a",
-        ]
-        wait_for(lambda: bool(calls(tmp_path)))
-        assert calls(tmp_path)[0][0] == folder
-    assert calls(tmp_path) == []
+def test_a_call_exists_as_long_as_the_training(folder: Path, tmp_path: Path) -> None:
+    expected = ["--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "node-a"]
+    with calling_hosts(TWO_HOSTS, folder) as arguments:
+        assert arguments[:6] == expected
+        wait_for(lambda: bool(open_calls(tmp_path)))
+        assert open_calls(tmp_path)[0][0] == folder
+    assert open_calls(tmp_path) == []
 
 
-def test_each_training_is_joined_once(folder: Path, joined: tuple[Joined, list[str]]) -> None:
-    _, served = joined
+def test_each_training_is_joined_once(folder: Path, joined: list[str]) -> None:
     for number in (1, 2):
-        with calling(TWO, folder):
-            wait_for(lambda: len(served) == number)  # noqa: B023
+        with calling_hosts(TWO_HOSTS, folder):
+            wait_for(lambda: len(joined) == number)  # noqa: B023
             threading.Event().wait(0.05)
-        assert served == ["1"] * number
+        assert joined == ["1"] * number
 
 
-def test_a_call_that_stands_still_is_not_answered(
-    folder: Path, joined: tuple[Joined, list[str]]
-) -> None:
-    _, served = joined
-    write_json(
-        folder / CALL,
-        {"attempt": "old", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 7},
-    )
+def test_a_call_that_does_not_count_is_ignored(folder: Path, joined: list[str]) -> None:
+    call = {"attempt": "old", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 7}
+    write_json(folder / CALL, call)
     threading.Event().wait(0.2)
-    assert served == []
-    with calling(TWO, folder):
-        wait_for(lambda: served == ["1"])
+    assert joined == []
+    with calling_hosts(TWO_HOSTS, folder):
+        wait_for(lambda: joined == ["1"])
 
 
 @pytest.mark.parametrize("address", ["", "node-a", "node-a:port", ":29500"])
-def test_an_address_without_a_port_is_refused(
+def test_an_address_without_host_or_port_is_refused(
     address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LORA_MAIN_ADDRESS", address)
     with pytest.raises(
         PipelineError, match=r"set it on each of the 2 hosts .* such as node-a:29500"
     ):
-        place_of({"machines": 2}, 1)
+        host_arguments({"machines": 2}, 1)
 
 
-def test_ranks_are_shared_out_evenly(recipe_with: Callable[..., dict[str, object]]) -> None:
+def test_machines_need_the_same_number_of_ranks(
+    recipe_with: Callable[..., dict[str, object]],
+) -> None:
     with pytest.raises(
-        RecipeError, match="has 3 processes on 2 machines; give each machine as many"
+        RecipeError, match="has 3 processes on 2 machines; give each machine the same number"
     ):
         parse_recipe(recipe_with(launch={"config": "cpu_zero2", "processes": 3, "machines": 2}))

@@ -1,4 +1,4 @@
-"""What launch configs mean, and which of their combinations with a recipe are refused."""
+"""What launch configs mean, and which combinations with a recipe are refused."""
 
 import json
 from pathlib import Path
@@ -33,18 +33,16 @@ from pipelines.runtime.sharding import check_launch, sharding
             {"sharding": "zero3", "persistent_weights": 100_000, "reuse_weights": 1_000_000_000},
         ),
         ("gpu_zero3_offload", {"device": "gpu", "sharding": "zero3_offload"}),
-        (
-            "cpu_zero3_offload",
-            {"device": "cpu", "sharding": "zero3"},
-        ),  # the host's memory is the process's own
+        # On a CPU, host and process share one memory.
+        ("cpu_zero3_offload", {"device": "cpu", "sharding": "zero3"}),
     ],
 )
-def test_launch_configs_say_what_is_shared(name: str, expected: dict[str, Any]) -> None:
+def test_sharding_of_the_included_launch_configs(name: str, expected: dict[str, Any]) -> None:
     assert sharding(name).items() >= expected.items()
 
 
 def config(folder: Path, deepspeed: dict[str, Any] | None = None, **settings: Any) -> str:
-    """Save an accelerate config, and DeepSpeed's where there is one; return its path."""
+    """Save an accelerate config, and DeepSpeed's config if given; return its path."""
     if deepspeed is not None:
         (folder / "deepspeed.json").write_text(json.dumps(deepspeed))
         section = {
@@ -57,17 +55,11 @@ def config(folder: Path, deepspeed: dict[str, Any] | None = None, **settings: An
 
 
 def recipe(launch: str, processes: int = 2, **changes: Any) -> Recipe:
-    return parse_recipe(
-        tiny_recipe(
-            Path("model"),
-            Path("pairs.jsonl"),
-            launch={"config": launch, "processes": processes},
-            **changes,
-        )
-    )
+    settings = {"config": launch, "processes": processes}
+    return parse_recipe(tiny_recipe(Path("model"), Path("pairs.jsonl"), launch=settings, **changes))
 
 
-def test_a_stage_in_accelerates_own_keys(tmp_path: Path) -> None:
+def test_a_zero_stage_in_the_keys_of_accelerate(tmp_path: Path) -> None:
     path = config(
         tmp_path,
         distributed_type="DEEPSPEED",
@@ -76,19 +68,19 @@ def test_a_stage_in_accelerates_own_keys(tmp_path: Path) -> None:
     assert sharding(path)["sharding"] == "zero3_offload"
 
 
-def test_gradients_that_go_to_their_owner_alone(tmp_path: Path) -> None:
+def test_gradients_that_are_reduced_to_their_owner_only(tmp_path: Path) -> None:
     path = config(
         tmp_path, {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False}}
     )
     assert sharding(path)["reduces_to_owner"]
 
 
-def test_an_engine_that_is_not_known_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="distributed_type XLA"):
         sharding(config(tmp_path, distributed_type="XLA"))
 
 
-def test_a_file_of_deepspeeds_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_deepspeed_config_is_refused(tmp_path: Path) -> None:
     path = config(
         tmp_path,
         distributed_type="DEEPSPEED",
@@ -100,10 +92,9 @@ def test_a_file_of_deepspeeds_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.yaml"))])
-def test_our_own_configs_are_not_refused(name: str, quantization: str) -> None:
-    check_launch(
-        recipe(name, 1 if name.endswith("single") else 2, base_model={"quantization": quantization})
-    )
+def test_included_configs_are_accepted(name: str, quantization: str) -> None:
+    processes = 1 if name.endswith("single") else 2
+    check_launch(recipe(name, processes, base_model={"quantization": quantization}))
 
 
 FSDP = {"distributed_type": "FSDP"}
@@ -115,19 +106,19 @@ REFUSED: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any], str]]
         None,
         {"distributed_type": "NO", "use_cpu": True},
         {},
-        "starts one process, and launch.processes is 2; use cpu_ddp",
+        "starts one process, but launch.processes is 2; use cpu_ddp",
     ),
     (None, {"distributed_type": "MULTI_CPU", "use_cpu": True}, {}, "distributed_type MULTI_CPU"),
     (
         None,
         {**FSDP, "use_cpu": True},
         {},
-        "turns into DDP without a word: nothing would be shared out; use cpu_zero3",
+        "silently replaces with DDP, so that nothing would be sharded; use cpu_zero3",
     ),
-    (None, FSDP, {}, "the codes of nf4 are bytes beside floating-point weights; use gpu_zero3"),
-    (None, FSDP, DENSE, "not gathered where checkpoints and adapters are saved"),
-    (STAGE3, INIT, {}, "4-bit codes are made of whole weights"),
-    (STAGE3, INIT, DENSE, "which has no effect: each rank loads the base whole"),
+    (None, FSDP, {}, "nf4 codes are bytes among floating-point weights; use gpu_zero3"),
+    (None, FSDP, DENSE, "not gathered when checkpoints and adapters are saved"),
+    (STAGE3, INIT, {}, "4-bit codes are computed from complete weights"),
+    (STAGE3, INIT, DENSE, "which has no effect: each rank loads the complete base"),
     ({**STAGE3, "bf16": {"enabled": True}}, {"use_cpu": True}, {}, "forces bf16 on a CPU"),
     (
         STAGE3,
@@ -139,13 +130,13 @@ REFUSED: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any], str]]
         {"zero_optimization": {"stage": 0}},
         {},
         {},
-        "stage 0, which shares nothing and would not shorten gradients; use gpu_ddp",
+        "stage 0, which shards nothing and would not clip gradients; use gpu_ddp",
     ),
     (
         {**STAGE3, "gradient_accumulation_steps": 2},
         {},
         {},
-        "gradient_accumulation_steps to 2, and training.gradient_accumulation_steps is 1",
+        "gradient_accumulation_steps to 2, but training.gradient_accumulation_steps is 1",
     ),
     ({**STAGE3, "optimizer": {"type": "Adam"}}, {}, {}, "DeepSpeed's own optimizer"),
 ]
@@ -154,7 +145,7 @@ REFUSED: list[tuple[dict[str, Any] | None, dict[str, Any], dict[str, Any], str]]
 @pytest.mark.parametrize(
     ("deepspeed", "settings", "changes", "message"), REFUSED, ids=[row[-1] for row in REFUSED]
 )
-def test_what_cannot_work_is_refused_with_the_reason(
+def test_an_impossible_combination_is_refused_with_the_reason(
     tmp_path: Path,
     deepspeed: dict[str, Any] | None,
     settings: dict[str, Any],
@@ -178,13 +169,13 @@ def test_what_cannot_work_is_refused_with_the_reason(
         ({**STAGE3, "gradient_accumulation_steps": 1}, {}),
     ],
 )
-def test_what_works_is_not_refused(
+def test_a_working_combination_is_accepted(
     tmp_path: Path, deepspeed: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     check_launch(recipe(config(tmp_path, deepspeed, **settings)))
 
 
-def test_all_reasons_are_given_at_once(tmp_path: Path) -> None:
+def test_all_reasons_are_reported_at_once(tmp_path: Path) -> None:
     path = config(tmp_path, {**STAGE3, "optimizer": {}, "gradient_accumulation_steps": 8})
-    with pytest.raises(RecipeError, match="is 1; set the first to 'auto'; and brings"):
+    with pytest.raises(RecipeError, match="is 1; set the first to 'auto'; and defines"):
         check_launch(recipe(path))

@@ -1,8 +1,11 @@
-"""A stage is named by its inputs, done when its result stands, and undone when a file that the result names has changed."""
+"""A stage is named by its inputs, and done as long as its result and all files of the result are
+intact.
+"""
 
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,15 @@ import pytest
 
 import pipelines.runtime.stage
 from pipelines.errors import StageError, record_error, recorded_error
-from pipelines.runtime.stage import Stage, digest, read_inputs, read_result, write_result
+from pipelines.runtime.stage import (
+    FORMATS,
+    MODULES,
+    Stage,
+    digest,
+    read_inputs,
+    read_result,
+    write_result,
+)
 
 Values = dict[str, Any]
 INPUTS: Values = {"rank": 4, "lora": {"alpha": 32, "init": "kaiming"}, "names": ["a", "b"]}
@@ -34,7 +45,7 @@ def finished(stage: Stage) -> Stage:
 
 @pytest.fixture
 def key_of(tmp_path: Path) -> Callable[..., str]:
-    """Return a function from changed fields of one stage to its key."""
+    """Return a function that computes the key of a stage with changed fields."""
 
     def key(**changes: Any) -> str:
         fields = {
@@ -49,6 +60,14 @@ def key_of(tmp_path: Path) -> Callable[..., str]:
     return key
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_kind_has_a_module_that_can_be_run(kind: str) -> None:
+    spec = find_spec(MODULES[kind])
+    assert spec is not None
+    assert spec.origin is not None
+    assert '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -59,9 +78,9 @@ def key_of(tmp_path: Path) -> Callable[..., str]:
         {"inputs": {**INPUTS, "more": None}},
         {"inputs": {**INPUTS, "rank": "4"}},
     ],
-    ids=["kind", "a value", "a nested value", "an order", "a further input", "a type"],
+    ids=["kind", "a value", "a nested value", "an order", "another input", "a type"],
 )
-def test_the_key_changes_with_what_decides_the_outcome(
+def test_the_key_changes_with_what_determines_the_outcome(
     key_of: Callable[..., str], changes: Values
 ) -> None:
     assert key_of(**changes) != key_of()
@@ -83,14 +102,16 @@ def test_the_key_changes_with_what_decides_the_outcome(
         "a path",
         "no paths",
         "an option",
-        "a file expected",
+        "an expected file",
         "the root",
         "the label",
         "the order of the names",
-        "a tuple for a list",
+        "a tuple instead of a list",
     ],
 )
-def test_the_key_stays_whatever_else_changes(key_of: Callable[..., str], changes: Values) -> None:
+def test_the_key_does_not_depend_on_anything_else(
+    key_of: Callable[..., str], changes: Values
+) -> None:
     assert key_of(**changes) == key_of()
 
 
@@ -107,66 +128,66 @@ def test_the_folder_is_named_after_kind_label_and_key(stage: Stage) -> None:
     assert stage.folder == stage.root / "train" / f"rank-4-{stage.key[:12]}"
 
 
-def test_begin_writes_what_decides_the_outcome_and_where_it_is(stage: Stage) -> None:
+def test_begin_writes_inputs_and_paths(stage: Stage) -> None:
     folder = stage.begin()
     written = json.loads((folder / "inputs.json").read_text())
     assert (written["kind"], written["label"], written["key"]) == ("train", "rank-4", stage.key)
     assert read_inputs(folder) == (INPUTS, {"base": "models/tiny"})
 
 
-def test_begin_clears_a_former_error(stage: Stage) -> None:
+def test_begin_deletes_an_earlier_error(stage: Stage) -> None:
     record_error(stage.begin(), StageError("it broke"))
     assert str(recorded_error(stage.folder)) == "it broke"
     assert recorded_error(stage.begin()) is None
 
 
-def test_begin_leaves_what_a_stopped_run_left(stage: Stage) -> None:
+def test_begin_keeps_the_files_of_a_stopped_run(stage: Stage) -> None:
     (stage.begin() / "checkpoints").mkdir()
     assert (stage.begin() / "checkpoints").is_dir()
 
 
-def test_a_stage_that_was_not_begun_has_no_result(stage: Stage) -> None:
+def test_a_stage_without_a_folder_has_no_result(stage: Stage) -> None:
     assert stage.result() is None
 
 
-def test_a_stage_that_was_begun_has_no_result(stage: Stage) -> None:
+def test_an_unfinished_stage_has_no_result(stage: Stage) -> None:
     stage.begin()
     assert stage.result() is None
 
 
-def test_a_finished_stage_gives_its_figures(finished: Stage) -> None:
+def test_a_finished_stage_returns_its_result(finished: Stage) -> None:
     assert finished.result() == {"loss": 1.5}
 
 
-def test_an_equal_stage_finds_the_result(finished: Stage) -> None:
-    for label in ("rank-4", "called-otherwise"):
+def test_an_equal_stage_has_the_same_result(finished: Stage) -> None:
+    for label in ("rank-4", "another-label"):
         assert Stage("train", label, INPUTS, finished.root).result() == {"loss": 1.5}
 
 
-def test_a_stage_without_files_is_done_with_its_figures(stage: Stage) -> None:
+def test_a_stage_without_files_is_done_once_it_has_a_result(stage: Stage) -> None:
     write_result(stage.begin(), {"targets": []}, [])
     assert stage.result() == {"targets": []}
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "adapter/weights"])
-def test_a_missing_file_undoes_the_result(finished: Stage, name: str) -> None:
+def test_a_missing_file_invalidates_the_result(finished: Stage, name: str) -> None:
     (finished.folder / name).unlink()
     assert finished.result() is None
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "adapter/weights"])
-def test_an_altered_file_undoes_the_result(finished: Stage, name: str) -> None:
+def test_a_changed_file_invalidates_the_result(finished: Stage, name: str) -> None:
     path = finished.folder / name
     path.write_bytes(b"\xff" * path.stat().st_size)
     assert finished.result() is None
 
 
-def test_a_file_that_the_result_does_not_name_may_change(finished: Stage) -> None:
+def test_other_files_may_change(finished: Stage) -> None:
     (finished.folder / "log.txt").write_text("more\n")
     assert finished.result() == {"loss": 1.5}
 
 
-def test_a_result_is_not_written_before_its_files(stage: Stage) -> None:
+def test_a_result_is_not_written_without_its_files(stage: Stage) -> None:
     folder = stage.begin()
     with pytest.raises(FileNotFoundError):
         write_result(folder, {"loss": 1.5}, ["items.jsonl"])
@@ -174,7 +195,7 @@ def test_a_result_is_not_written_before_its_files(stage: Stage) -> None:
     assert {path.name for path in folder.iterdir()} == {"inputs.json"}
 
 
-def test_a_result_that_cannot_be_written_leaves_none(stage: Stage) -> None:
+def test_a_result_that_cannot_be_written_leaves_no_file(stage: Stage) -> None:
     folder = stage.begin()
     with pytest.raises(TypeError):
         write_result(folder, {"loss": object()}, [])
@@ -182,12 +203,12 @@ def test_a_result_that_cannot_be_written_leaves_none(stage: Stage) -> None:
     assert {path.name for path in folder.iterdir()} == {"inputs.json"}
 
 
-def test_a_digest_is_that_of_the_value() -> None:
+def test_equal_values_have_equal_digests() -> None:
     assert digest({"a": 1, "b": [2, None]}) == digest({"b": [2, None], "a": 1})
     assert digest([1, 2]) != digest([2, 1])
     assert len(digest("")) == 64
 
 
-def test_a_result_without_a_file_that_is_expected_is_not_the_whole_one(finished: Stage) -> None:
+def test_a_result_without_an_expected_file_is_incomplete(finished: Stage) -> None:
     assert replace(finished, expects=("adapter/weights",)).result() == {"loss": 1.5}
     assert replace(finished, expects=("snapshots/step-00002/adapter/weights",)).result() is None

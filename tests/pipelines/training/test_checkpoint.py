@@ -1,4 +1,4 @@
-"""A checkpoint that could not be written is told of soon, and costs a run that is done nothing."""
+"""A checkpoint that could not be written is reported soon, and does not fail a finished run."""
 
 import errno
 import os
@@ -11,23 +11,26 @@ import pytest
 import torch
 
 from pipelines.runtime.heartbeats import read_notes
-from pipelines.training.checkpoint import Checkpoints, _save
+from pipelines.training.checkpoint import write_checkpoint
+from pipelines.training.checkpoint_writer import Checkpoints
+
+FILE_BYTES = 4096
 
 
 @pytest.fixture
 def failed(tmp_path: Path) -> Checkpoints:
-    """Return checkpoints of which the last could not be written beside the training."""
+    """Return checkpoints of which the background thread failed to write the last one."""
     pending: Future[None] = Future()
     pending.set_exception(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     return Checkpoints(tmp_path / "checkpoints", 2, _pending=pending)
 
 
-def test_the_next_turn_raises_what_the_writing_raised(failed: Checkpoints) -> None:
+def test_the_next_checkpoint_raises_the_error_of_the_previous_one(failed: Checkpoints) -> None:
     with pytest.raises(OSError, match="No space left"):
         failed.due()
 
 
-def test_a_run_that_is_done_notes_it(failed: Checkpoints, tmp_path: Path) -> None:
+def test_a_finished_run_notes_the_error(failed: Checkpoints, tmp_path: Path) -> None:
     with failed:
         pass
     assert read_notes(tmp_path, 0) == [
@@ -35,20 +38,18 @@ def test_a_run_that_is_done_notes_it(failed: Checkpoints, tmp_path: Path) -> Non
     ]
 
 
-def test_what_ended_a_run_is_not_replaced(failed: Checkpoints) -> None:
+def test_the_error_that_ended_a_run_is_not_replaced(failed: Checkpoints) -> None:
     with pytest.raises(ArithmeticError), failed:
         raise ArithmeticError
 
 
-def test_what_the_system_refuses_is_an_error_of_the_system(tmp_path: Path) -> None:
-    limits, handler = (
-        resource.getrlimit(resource.RLIMIT_FSIZE),
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-    )
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+def test_an_error_of_the_file_system_is_an_os_error(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_BYTES, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            _save({"a": torch.zeros(100_000)}, tmp_path / "a.safetensors")
+            write_checkpoint(tmp_path / "step", [("a", {"a": torch.zeros(100_000)})], {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -1,4 +1,4 @@
-"""What a start is found from in a run: its first examples, and the base's own files, a weight at a time."""
+"""An adapter is initialized from the first examples of its run, or from the files of the base."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, lora_layers
-from lora_core.calibration.eva import eva_starts
+from lora_core.calibration.eva import eva_initialization
 from pipelines.errors import BaseModelError
 from pipelines.models.hardware import detect
 from pipelines.models.loading import load_model
@@ -36,7 +36,7 @@ def model(tiny_folder: Path) -> PreTrainedModel:
     return load_model(tiny_folder, "nf4", detect())
 
 
-def test_an_eva_start_is_found_from_the_first_tokens_of_the_run(
+def test_eva_reads_the_first_tokens_of_the_run(
     model: PreTrainedModel, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(initialization, "EVA_TOKENS", 30)
@@ -49,38 +49,35 @@ def test_an_eva_start_is_found_from_the_first_tokens_of_the_run(
 
     base = load_model(tiny_folder, "nf4", detect())
     inject_initialized(model, config("eva"), seed=1, examples=examples(), base=Path("nowhere"))
-    assert len(read) == 4  # three of twelve tokens are enough, and the next one is not pushed
+    assert len(read) == 4  # three examples of twelve tokens are enough; the model skips the fourth
     layers = dict(lora_layers(model))
-    expected = eva_starts(
-        base, dict.fromkeys(layers, 4), list(calibration_batches(base, EXAMPLES[:3]))
-    )
-    assert all(
-        torch.equal(layer.lora_A, expected[name]) and not layer.lora_B.any()
-        for name, layer in layers.items()
-    )
+    batches = list(calibration_batches(base, EXAMPLES[:3]))
+    expected = eva_initialization(base, dict.fromkeys(layers, 4), batches)
+    for name, layer in layers.items():
+        assert torch.equal(layer.lora_A, expected[name])
+        assert not layer.lora_B.any()
 
 
-def test_a_loftq_start_is_found_from_the_files_of_the_base(
-    model: PreTrainedModel, tiny_folder: Path
-) -> None:
+def test_loftq_reads_the_files_of_the_base(model: PreTrainedModel, tiny_folder: Path) -> None:
     inject_initialized(model, config("loftq"), seed=1, examples=[], base=tiny_folder)
     weights = load_file(str(tiny_folder / "model.safetensors"))
     for name, layer in lora_layers(model):
         error = weights[f"{name}.weight"].double() - layer.frozen.dense(torch.float32).double()
-        left = (error - layer.delta().double()).norm().item()
-        assert left == pytest.approx(torch.linalg.svdvals(error)[4:].norm().item(), rel=1e-5)
+        remaining = (error - layer.delta().double()).norm().item()
+        smallest = torch.linalg.svdvals(error)[4:].norm().item()
+        assert remaining == pytest.approx(smallest, rel=1e-5)
 
 
-def test_a_weight_under_another_name_is_asked_for(tiny_folder: Path) -> None:
+def test_a_missing_weight_is_named(tiny_folder: Path) -> None:
     with (
         full_precision_weights(tiny_folder) as weight,
-        pytest.raises(BaseModelError, match=r"holds no layers\.0\.q_proj\.weight"),
+        pytest.raises(BaseModelError, match=r"has no layers\.0\.q_proj\.weight"),
     ):
         weight("layers.0.q_proj")
 
 
 @pytest.mark.parametrize("init", ["kaiming", "orthogonal", "pissa_niter_2", "olora"])
-def test_other_starts_read_neither(model: PreTrainedModel, init: str) -> None:
+def test_other_initializations_read_neither(model: PreTrainedModel, init: str) -> None:
     def none() -> Iterator[dict[str, Any]]:
         raise AssertionError("an example was read")
         yield

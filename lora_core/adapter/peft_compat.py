@@ -1,0 +1,94 @@
+"""What PEFT guesses from names, and how this library loads or refuses the result."""
+
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_core.adapter.adapter_files import PREFIX
+from lora_core.adapter.checks import path_ends_with
+from lora_core.config import LoraConfig
+from lora_core.errors import AdapterError
+from lora_core.injection import Parts
+from lora_core.layers.expert_layout import supports
+from lora_core.modules import plain_modules, unwrapped
+
+CLASSIFIERS = ("classifier", "score")
+"""Names under which PEFT looks for the head of any classifier."""
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""Matches the key of an update of a single expert: transformers before 5 had no stacks."""
+READ_AS_STACKS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
+"""Names that PEFT 0.21 reads as the stacks of experts or their router, not as linear layers.
+
+It does so on a model with stacks of experts, because older adapters use these names; only
+qwen2_moe is exempt. Dense layers of these names then cannot be named to PEFT at all.
+"""
+
+
+def warn_of_misread_names(model: nn.Module, names: list[str]) -> None:
+    """Warn if PEFT would put the adapter on other weights than it was trained on."""
+    misread = [name for name in names if name.rpartition(".")[2] in READ_AS_STACKS]
+    if not misread or not _has_stacks(model):
+        return
+    config = getattr(unwrapped(model), "config", None)
+    if getattr(config, "model_type", None) == "qwen2_moe":
+        return
+    warnings.warn(
+        f"PEFT takes {misread[0]} to mean the model's stacks of experts and would load this "
+        "adapter incorrectly, with a warning about missing keys; load it with lora_core, merge it "
+        f"for other programs, or leave {', '.join(sorted(READ_AS_STACKS))} out of the targets",
+        stacklevel=3,
+    )
+
+
+def refuse_single_experts(tensors: dict[str, Tensor], model: nn.Module, folder: Path) -> None:
+    """Refuse an adapter with an update per expert if the model stores its experts in stacks."""
+    single = min((key for key in tensors if ONE_EXPERT.search(key)), default=None)
+    if single is not None and _has_stacks(model):
+        raise AdapterError(
+            f"{folder} has a separate update for each expert, such as {single}, but this model "
+            "stores its experts in stacks; load the adapter on this model with PEFT, which "
+            "combines such updates, save it there, and load the result"
+        )
+
+
+def _has_stacks(model: nn.Module) -> bool:
+    return any(supports(module) for module in plain_modules(model).values())
+
+
+def without_guessed_heads(config: LoraConfig, model: nn.Module) -> LoraConfig:
+    """Remove from modules_to_save the classifier heads that PEFT names but the model lacks."""
+    if not set(CLASSIFIERS) <= set(config.modules_to_save):
+        return config
+    paths = list(plain_modules(model))
+    present = {name for name in CLASSIFIERS if any(path_ends_with(path, [name]) for path in paths)}
+    if not present:
+        return config
+    absent = set(CLASSIFIERS) - present
+    kept = tuple(name for name in config.modules_to_save if name not in absent)
+    return replace(config, modules_to_save=kept)
+
+
+def without_base_copies(
+    tensors: dict[str, Tensor], parts: Parts, folder: Path
+) -> dict[str, Tensor]:
+    """Remove the base's weight, which PEFT saves with an adapted embedding.
+
+    Raises:
+        AdapterError: the weight differs from the model's.
+    """
+    kept = dict(tensors)
+    for name, part in parts.items():
+        copy = kept.pop(f"{PREFIX}{name}.base_layer.weight", None)
+        if copy is None:
+            continue
+        own = getattr(part.base, "weight", None)
+        if not (isinstance(own, Tensor) and torch.equal(copy.to(own.dtype), own.cpu())):
+            raise AdapterError(
+                f"{folder} has a base weight of {name} that differs from this model's; load it on "
+                "the base it was trained on"
+            )
+    return kept

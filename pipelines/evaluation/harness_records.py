@@ -1,0 +1,105 @@
+"""Turn what lm-eval keeps of a document into a record."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.errors import RecipeError
+from pipelines.evaluation.documents import gold_index, scored_by_choice
+from pipelines.evaluation.items import Choice, Item
+from pipelines.evaluation.questions import Record, general_values, head
+
+MEASURED_IN_BITS = "bits_per_byte"
+
+
+def document_record(name: str, task: Any, sample: Mapping[str, Any], reason: str | None) -> Record:
+    """Return the record of a document.
+
+    Args:
+        name: of the task.
+        task: as lm-eval loads it.
+        sample: what lm-eval keeps of the document.
+        reason: why the document is left out; None if it is evaluated.
+
+    Raises:
+        RecipeError: the task computes none of its metrics for the document.
+    """
+    gold = gold_index(task, sample["doc"]) if scored_by_choice(task) else None
+    item = _item(name, sample, gold)
+    if reason is not None:
+        return {**head(item), "left_out": reason}
+    if gold is None:
+        return _value_record(item, task, sample)
+    likelihoods, greedy = [], []
+    for likelihood, is_greedy in _responses(item, sample):
+        likelihoods.append(likelihood)
+        greedy.append(is_greedy)
+    return {**head(item), **general_values(gold, likelihoods, greedy, item.choices)}
+
+
+def _item(name: str, sample: Mapping[str, Any], gold: int | None) -> Item:
+    """Return the item of a document.
+
+    A mutual-information metric scores each answer without its context as well; those are left out.
+    """
+    pairs = [tuple(map(str, arguments[:2])) for arguments in sample["arguments"]]
+    with_context = [pair for pair in pairs if pair[0]] or pairs
+    choices = tuple(Choice(pair[0], "".join(pair[1:])) for pair in with_context)
+    identifier = f"{name}/{sample['doc_id']}"
+    if gold is None:
+        return Item(name, identifier, "", choices, 0, "score")
+    return Item(name, identifier, "", choices, gold, "general")
+
+
+def _responses(item: Item, sample: Mapping[str, Any]) -> list[Any]:
+    """Return the model's response to each answer of an item."""
+    return [responses[0] for responses in sample["resps"]][: len(item.choices)]
+
+
+def _value_record(item: Item, task: Any, sample: Mapping[str, Any]) -> Record:
+    """Return the record of a document's value by one metric, with the likelihoods behind it."""
+    metric = _metric(item, task, sample["metrics"])
+    aggregate = task.aggregation().get(metric)
+    value = sample[metric]
+    if aggregate is not None:
+        value = aggregate([value])
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        reason = f"its {metric} is {value!r}, which is not a finite number"
+        return {**head(item), "left_out": reason}
+    return {
+        **head(item),
+        "metric": metric,
+        "value": float(value),
+        "higher_is_better": bool(task.higher_is_better().get(metric, True)),
+        **_likelihoods(item, sample),
+    }
+
+
+def _likelihoods(item: Item, sample: Mapping[str, Any]) -> Record:
+    """Return each answer's log-likelihood and whether it is greedy.
+
+    A text as a unit has only the first; a generated answer has neither.
+    """
+    responses = _responses(item, sample)
+    if all(isinstance(response, float) for response in responses):
+        return {"log_likelihoods": [round(response, 6) for response in responses]}
+    if all(isinstance(response, tuple) for response in responses):
+        return {
+            "log_likelihoods": [round(value, 6) for value, _ in responses],
+            "greedy": [greedy for _, greedy in responses],
+        }
+    return {}
+
+
+def _metric(item: Item, task: Any, metrics: Sequence[str]) -> str:
+    """Choose the metric of a document: one that is averaged, else bits per byte, else the first."""
+    if not metrics:
+        raise RecipeError(
+            f"the lm-eval task {item.benchmark!r} computes none of its metrics for {item.id}; "
+            "fix its metric_list"
+        )
+    aggregations = task.aggregation()
+    for name in metrics:
+        if getattr(aggregations.get(name), "__name__", "") == "mean":
+            return name
+    return MEASURED_IN_BITS if MEASURED_IN_BITS in metrics else metrics[0]

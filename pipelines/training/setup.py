@@ -1,0 +1,139 @@
+"""Set up what a run trains: the base, the adapter or all weights, the reader and the engine."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lora_core import LoraConfig, trained_weights
+from lora_core.config import DATA_DRIVEN_INITS
+from lora_core.modules import modules_outside_language_model
+from lora_core.training.optim import loraplus_groups
+from pipelines.models.forward import PackReader
+from pipelines.models.hardware import Hardware, attention_kernel
+from pipelines.models.loading import attention_heads, load_model
+from pipelines.models.support import enable_checkpointing
+from pipelines.planning.plan import lora_config
+from pipelines.training.checkpoint import WEIGHTS, LoadedCheckpoint
+from pipelines.training.checkpoint_state import load_trained_weights
+from pipelines.training.engine import Engine, disable_zero_init, is_deepspeed, prepare
+from pipelines.training.initialization import inject_initialized
+from pipelines.training.optimizers import select_optimizer
+from pipelines.training.run import Run
+from pipelines.training.verification import verify_reader
+
+
+def load_base(base: Path, inputs: dict[str, Any], hardware: Hardware) -> PreTrainedModel:
+    """Load the complete base on every rank.
+
+    For full fine-tuning it is float32, unless DeepSpeed keeps float32 master weights.
+    """
+    masters = inputs["method"] == "full" and not is_deepspeed()
+    with disable_zero_init():
+        return load_model(
+            base,
+            inputs["quantization"],
+            hardware,
+            masters=masters,
+            trust_remote_code=inputs.get("trust_remote_code", False),
+        )
+
+
+def adapt(
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    *,
+    examples: Iterable[dict[str, Any]],
+    base: Path,
+    checkpoint: LoadedCheckpoint | None = None,
+) -> LoraConfig | None:
+    """Inject the adapter and return its config, or, for full fine-tuning, train every weight.
+
+    A run that resumes takes its weights from the checkpoint, so it skips a data-driven
+    initialization that they would overwrite.
+    """
+    config = None
+    if inputs["method"] == "lora":
+        config = lora_config(inputs["lora"], inputs["rank"])
+        initial = config
+        if checkpoint is not None and config.init_lora_weights in DATA_DRIVEN_INITS:
+            initial = replace(config, init_lora_weights="kaiming")
+        inject_initialized(model, initial, seed=inputs["seed"], examples=examples, base=base)
+    else:
+        freeze_towers(model)
+    if checkpoint is not None:
+        load_trained_weights(model, checkpoint.tensors[WEIGHTS])
+    model.train()
+    return config
+
+
+def freeze_towers(model: PreTrainedModel) -> None:
+    """Freeze a multimodal model's modules outside the language model: no text reaches them."""
+    for tower in modules_outside_language_model(model).values():
+        tower.requires_grad_(False)
+
+
+def build_engine(
+    run: Run,
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    hardware: Hardware,
+) -> tuple[Engine, dict[str, Any]]:
+    """Choose reader and optimizer; return the engine, and these choices for the result.
+
+    A collective: every rank calls it.
+    """
+    weights = trained_weights(model)
+    if options["gradient_checkpointing"]:
+        enable_checkpointing(model)
+    reader, verified = verify_reader(run, model, hardware.dtype)
+    optimizer = select_optimizer(
+        run.accelerator,
+        hardware,
+        model,
+        options,
+        full=inputs["method"] == "full",
+        tokens=run.largest_pack_tokens,
+    )
+    engine = prepare(
+        run.accelerator,
+        reader,
+        parameter_groups(model, inputs),
+        optimizer=optimizer,
+        max_grad_norm=run.max_grad_norm,
+    )
+    attention = _attention(reader, model, hardware)
+    return engine, {
+        "trained_weights": weights,
+        "processor": hardware.name,
+        "optimizer": optimizer.name,
+        "attention": attention,
+        "choices": hardware.describe(attention, optimizer),
+        "forward": verified.figures(),
+    }
+
+
+def _attention(reader: PackReader, model: PreTrainedModel, hardware: Hardware) -> str:
+    """Return the name of the attention that reads packs."""
+    if reader.packed:
+        return attention_kernel(hardware, attention_heads(model))
+    return reader.attention
+
+
+def parameter_groups(model: PreTrainedModel, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the optimizer trains, with learning rates: one for all, or LoRA+'s for B."""
+    learning_rate = inputs["learning_rate"]
+    weight_decay = inputs["training"]["weight_decay"]
+    ratio = inputs.get("lora", {}).get("loraplus_ratio", 1)
+    if ratio != 1:
+        return loraplus_groups(
+            model.named_parameters(),
+            learning_rate=learning_rate,
+            ratio=ratio,
+            weight_decay=weight_decay,
+        )
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [{"params": parameters, "lr": learning_rate, "weight_decay": weight_decay}]

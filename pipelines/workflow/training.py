@@ -1,0 +1,99 @@
+"""Train the experiments of a run, and choose the learning rate of the control."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from pipelines.config.experiments import CONTROL, Experiment, control_experiments
+from pipelines.console import print_status
+from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, StageError
+from pipelines.planning.fitting import what_would_fit
+from pipelines.runtime.stage import StageResult
+from pipelines.workflow import tasks
+from pipelines.workflow.run import PipelineRun, TrainedExperiment
+from pipelines.workflow.stages import PreparedData
+
+MIN_TUNING_EXAMPLES = 4
+
+
+@dataclass(frozen=True)
+class TrainedControl:
+    """The control at each of its learning rates."""
+
+    chosen: Sequence[TrainedExperiment] = ()
+    """The one with the lowest tuning loss; empty if the recipe has no control."""
+    others: Sequence[TrainedExperiment] = ()
+    tuning_losses: Mapping[float, float] = field(default_factory=dict)
+    """Learning rate → loss on the tuning examples, infinite if training diverged; empty for a
+    single rate."""
+
+
+def train_one(
+    run: PipelineRun, base: StageResult, data: PreparedData, experiment: Experiment
+) -> TrainedExperiment:
+    """Train an experiment on all processes; if memory runs out, the error names what needs less."""
+    stage = run.stages.train(base, data, experiment)
+    mlflow_experiment = run.recipe.registry.experiment or run.recipe.name
+    try:
+        result = run.run_stage(tasks.train, stage, run.recipe.launch, mlflow_experiment)
+    except StageError as error:
+        if error.kind != MemoryExceededError.__name__:
+            raise
+        advice = what_would_fit(run.plan, experiment.label)
+        raise StageError(f"{error}; {advice}", error.kind) from error
+    return TrainedExperiment(experiment, stage, result)
+
+
+def train_control(run: PipelineRun, base: StageResult, data: PreparedData) -> TrainedControl:
+    """Train the control at each of its learning rates, and choose the rate with the lowest tuning
+    loss.
+
+    A learning rate at which training diverges is left out, unless it is the only one.
+
+    Raises:
+        RecipeError: there are too few tuning examples to choose on, or training diverges at every
+            rate.
+    """
+    experiments = control_experiments(run.recipe)
+    if len(experiments) < 2:
+        return TrainedControl([train_one(run, base, data, one) for one in experiments])
+    _check_tuning_examples(len(experiments), data.result["tuning_examples"])
+    candidates = []
+    losses = {experiment.learning_rate: inf for experiment in experiments}
+    for experiment in experiments:
+        trained = train_or_diverge(run, base, data, experiment)
+        if trained is not None:
+            candidates.append(trained)
+    for trained in candidates:
+        stage = run.stages.tune(base, data, trained.stage)
+        result = run.run_stage(tasks.tune, stage)
+        losses[trained.experiment.learning_rate] = result["tuning_loss"]
+    if not candidates:
+        rates = ", ".join(f"{rate:g}" for rate in losses)
+        raise RecipeError(f"the control diverged at each of its rates ({rates}); name lower ones")
+    best = min(candidates, key=lambda trained: losses[trained.experiment.learning_rate])
+    chosen = replace(best, experiment=replace(best.experiment, label=CONTROL))
+    others = [trained for trained in candidates if trained is not best]
+    return TrainedControl([chosen], others, losses)
+
+
+def _check_tuning_examples(rates: int, examples: int) -> None:
+    if examples < MIN_TUNING_EXAMPLES:
+        raise RecipeError(
+            f"control.learning_rate names {rates} rates, and the held-out groups leave {examples} "
+            f"examples to choose on, of at least {MIN_TUNING_EXAMPLES}; lower "
+            "data.validation_examples, add rows, or name one rate"
+        )
+
+
+def train_or_diverge(
+    run: PipelineRun, base: StageResult, data: PreparedData, experiment: Experiment
+) -> TrainedExperiment | None:
+    """Train one of several experiments; return None if its loss is no longer finite."""
+    try:
+        return train_one(run, base, data, experiment)
+    except StageError as error:
+        if error.kind != DivergenceError.__name__:
+            raise
+        print_status(experiment.label, mark="✗", aside=f"diverged: {error}")
+        return None

@@ -1,0 +1,47 @@
+"""The largest micro-batch is that of the process with the most tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from pipelines.planning.examples import Examples
+
+INPUTS: dict[str, Any] = {
+    "training": {"steps": 2, "batch_size": 4, "gradient_accumulation_steps": 1},
+    "seed": 7,
+    "processes": 2,
+}
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Examples:
+    """Return examples of 10, 20, 30 and 40 tokens, the last two of each supervised."""
+    lengths = [10, 20, 30, 40]
+    rows = {
+        "input_ids": [[1] * length for length in lengths],
+        "supervised": [[False] * (length - 2) + [True] * 2 for length in lengths],
+    }
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "train")
+    return Examples.read(tmp_path)
+
+
+def test_examples_are_balanced_over_processes(examples: Examples) -> None:
+    """The longest first: 40 + 10 and 30 + 20 tokens, each with two times two supervised tokens."""
+    assert examples.largest_micro_batch(INPUTS) == {"tokens": 50, "supervised": 4}
+
+
+def test_a_single_process_gets_all_examples_of_a_step(examples: Examples) -> None:
+    largest = examples.largest_micro_batch({**INPUTS, "processes": 1})
+    assert largest == {"tokens": 100, "supervised": 8}
+
+
+def test_tokens_of_a_step_are_those_of_all_processes(examples: Examples) -> None:
+    assert examples.tokens_of_a_step(INPUTS) == 100
+
+
+def test_truncated_examples(examples: Examples) -> None:
+    """At 25 tokens: 10, 20, 25 and 25, of which only the first two keep their supervised tokens."""
+    largest = examples.truncate(25).largest_micro_batch(INPUTS)
+    assert largest == {"tokens": 45, "supervised": 2}

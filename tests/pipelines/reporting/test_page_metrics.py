@@ -1,0 +1,145 @@
+"""The metrics on the page equal those of the summary."""
+
+import pytest
+from browser.report_parser import Cell, ReportParser, interval_of, value_of
+from summaries import BENCHMARKS, KINDS, LAYERS, METRICS, Summary
+
+from pipelines.reporting.report_metrics import report_metrics
+
+Page = tuple[str, ReportParser]
+
+
+def test_models_table_equals_the_summary(summary: Summary, page: Page) -> None:
+    cells = page[1].cells
+    for label, model in summary["models"].items():
+        assert value_of(cells[label, "task_loss"]) == model["scores"]["task_loss"]
+        status = model.get("verdict", {}).get("status", "")
+        assert cells[label, "verdict"]["data-value"] == status
+        if label == "base":
+            assert "data-value" not in cells[label, "task_gain"]
+            continue
+        total = model.get("total", model["change"])
+        assert interval_of(cells[label, "task_gain"]) == total["task_gain"]
+        general = model["change"]["choice_probability"]
+        assert interval_of(cells[label, "general_change"]) == general
+
+
+def test_benchmarks_table_equals_the_summary(summary: Summary, page: Page) -> None:
+    cells = page[1].cells
+    for label, model in summary["models"].items():
+        piqa = model["scores"]["benchmarks"]["piqa"]
+        if label == "base":
+            assert value_of(cells[label, "piqa"]) == piqa["choice_probability"]
+            continue
+        assert value_of(cells[label, "piqa"], "accuracy") == piqa["accuracy"]
+        assert interval_of(cells[label, "all"]) == model["change"]["choice_probability"]
+        for benchmark in BENCHMARKS:
+            expected = model["change"]["benchmarks"][benchmark]
+            check_tested_change(cells[label, benchmark], expected)
+
+
+def check_tested_change(cell: Cell, expected: Summary) -> None:
+    assert interval_of(cell) == {end: expected[end] for end in ("mean", "low", "high")}
+    assert value_of(cell, "p") == expected["adjusted_p"]
+    assert (cell.get("class") == "clear") == (expected["adjusted_p"] < 0.05)
+
+
+SCORED = ["task_loss", "choice_probability", "accuracy", "margin", "text_loss", "chat_loss"]
+SCORED += [f"generation.{name}" for name in METRICS]
+WITHOUT_CHANGE = {"kl", "corpus.bleu", "corpus.chrf", "unfinished_answers"}
+
+
+def test_every_metric_has_a_row_with_what_it_detects(summary: Summary, page: Page) -> None:
+    text, _ = page
+    metrics = report_metrics(summary["models"])
+    assert {metric.name for metric in metrics} == {*SCORED, *WITHOUT_CHANGE}
+    for metric in metrics:
+        assert metric.detects
+        assert metric.detects.replace("'", "&#39;") in text
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_metrics_table_equals_the_summary(summary: Summary, page: Page, name: str) -> None:
+    section, _, key = name.rpartition(".")
+    model = summary["models"]["rank-16"]
+    scores = model["scores"]
+    change = model["change"]
+    if section:
+        scores = scores[section]
+        change = change[section]
+    cell = page[1].cells["rank-16", f"change.{name}"]
+    assert value_of(cell, "level") == scores[key]
+    assert interval_of(cell) == change["task_gain" if key == "task_loss" else key]
+
+
+def test_divergence_has_an_interval(summary: Summary, page: Page) -> None:
+    text, found = page
+    kl = summary["models"]["rank-16"]["change"]["kl"]
+    assert value_of(found.cells["rank-16", "change.kl"], "level") == kl
+    assert "0.050<small>0.040, 0.060</small>" in text
+
+
+def test_clear_changes_are_counted(page: Page) -> None:
+    cells = page[1].cells
+    # of the four trained models, only rank-64 forgot clearly
+    assert cells["", "moved.choice_probability"]["data-value"] == "1"
+    assert cells["", "moved.task_loss"]["data-value"] == "4"
+
+
+def test_every_point_of_the_frontier_is_listed(summary: Summary, page: Page) -> None:
+    points = page[1].points
+    assert len(points) == 2 * len(summary["frontier"])
+    for row in summary["frontier"]:
+        assert interval_of(points[row["label"], "gain"]) == row["gain"]
+        assert interval_of(points[row["label"], "general"]) == row["general"]
+
+
+def test_every_rule_of_every_adapter_is_listed(summary: Summary, page: Page) -> None:
+    expected = {}
+    for label, model in summary["models"].items():
+        if "verdict" in model:
+            for rule in model["verdict"]["rules"]:
+                expected[label, rule["name"]] = rule["status"]
+    assert page[1].rules == expected
+
+
+def test_spectra_show_the_effective_rank(summary: Summary, page: Page) -> None:
+    cells = page[1].cells
+    for label, modules in summary["spectrum"].items():
+        for kind in KINDS:
+            group = [module for module in modules if module["module"].endswith(kind)]
+            ranks = [module["effective_rank"] for module in group]
+            name = kind.rpartition(".")[2]
+            assert len(ranks) == LAYERS
+            mean = value_of(cells[label, f"effective_rank.{name}"])
+            assert mean == pytest.approx(sum(ranks) / LAYERS)
+
+
+def test_power_table_equals_the_summary(summary: Summary, page: Page) -> None:
+    text, found = page
+    for label in summary["spectrum"]:
+        power = summary["models"][label]["power"]
+        piqa = power["benchmarks"]["piqa"]
+        assert value_of(found.cells[label, "power.needed"]) == power["needed"]
+        assert found.cells[label, "enough.all"]["data-value"] == str(int(power["enough"]))
+        assert found.cells[label, "enough.piqa"]["data-value"] == str(int(piqa["enough"]))
+        assert value_of(found.cells[label, "smallest_drop.piqa"]) == piqa["smallest_drop"]
+    # rank-64 on all benchmarks
+    assert text.count("too few to detect a drop of 0.03") == 1
+    assert text.count("too few to detect it") == 2 * len(BENCHMARKS)
+
+
+def test_effects_are_separated(summary: Summary, page: Page) -> None:
+    cells = page[1].cells
+    quantized = summary["models"]["base-nf4"]["change"]
+    training = summary["models"]["rank-16"]["change"]
+    total = summary["models"]["rank-16"]["total"]
+    piqa = total["benchmarks"]["piqa"]
+    assert interval_of(cells["rank-16", "quantization.task_gain"]) == quantized["task_gain"]
+    assert interval_of(cells["rank-16", "training.task_gain"]) == training["task_gain"]
+    general = interval_of(cells["rank-16", "total.choice_probability"])
+    assert general == total["choice_probability"]
+    ends = {end: piqa[end] for end in ("mean", "low", "high")}
+    assert interval_of(cells["rank-16", "total.piqa"]) == ends
+    assert "data-value" not in cells["control", "quantization.task_gain"]
+    assert "data-value" not in cells["base-nf4", "training.task_gain"]
