@@ -170,20 +170,23 @@ def _build_biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
     if config.bias == "none":
         return {}
     modules = _biased_modules_outside(parts, model) if config.bias == "all" else {}
-    parts_train_none = all(getattr(part, "trained_bias", None) is None for part in parts.values())
-    if not modules and parts_train_none:
+    if not modules and not any(map(_trains_bias, parts.values())):
         raise TargetError(
             f"bias={config.bias!r} has no effect: none of the selected modules has a bias; "
             "use 'none'"
         )
     for name in modules:
-        inner = [other for other in (*parts, *modules) if other.startswith(f"{name}.")]
+        inner = _names_inside(name, [*parts, *modules])
         if inner:
             raise TargetError(
                 f"bias='all' would train the bias of {name} around {inner[0]}, "
                 "which is trained as well; use 'lora_only'"
             )
     return {name: TrainedBias(module) for name, module in modules.items()}
+
+
+def _trains_bias(part: nn.Module) -> bool:
+    return getattr(part, "trained_bias", None) is not None
 
 
 def _biased_modules_outside(parts: Parts, model: nn.Module) -> dict[str, nn.Module]:
@@ -193,6 +196,10 @@ def _biased_modules_outside(parts: Parts, model: nn.Module) -> dict[str, nn.Modu
         if has_bias and not _is_inside(name, parts):
             found[name] = module
     return found
+
+
+def _names_inside(name: str, names: list[str]) -> list[str]:
+    return [other for other in names if other.startswith(f"{name}.")]
 
 
 def _is_inside(name: str, parts: Parts) -> bool:

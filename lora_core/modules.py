@@ -64,18 +64,21 @@ def modules_outside_language_model(model: nn.Module) -> dict[str, nn.Module]:
         return {}
     language_model = model.get_decoder()  # type: ignore[operator]
     head = output_head(model)
-    excluded = {id(module) for module in language_model.modules()}
+    excluded = set(language_model.modules())
     if head is not None:
-        excluded |= {id(module) for module in head.modules()}
-    excluded |= _ids_of_ancestors(model, language_model)
-    others = {
-        plain_name(name): module
-        for name, module in model.named_modules()
-        if id(module) not in excluded
-    }
-    return {
-        name: module for name, module in others.items() if name.rpartition(".")[0] not in others
-    }
+        excluded.update(head.modules())
+    excluded.update(_ancestors(model, language_model))
+    others: dict[str, nn.Module] = {}
+    outermost: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if module in excluded:
+            continue
+        path = plain_name(name)
+        parent = path.rpartition(".")[0]
+        others[path] = module
+        if parent not in others:
+            outermost[path] = module
+    return outermost
 
 
 def adapter_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -98,13 +101,11 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(_without_parts(model, unwrapped(model).named_parameters()))
 
 
-def _ids_of_ancestors(model: nn.Module, descendant: nn.Module) -> set[int]:
-    """Return the ids of the modules that contain `descendant`, itself included."""
-    return {
-        id(module)
-        for module in model.modules()
-        if any(inner is descendant for inner in module.modules())
-    }
+def _ancestors(model: nn.Module, descendant: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that contain `descendant`, including itself."""
+    for module in model.modules():
+        if any(inner is descendant for inner in module.modules()):
+            yield module
 
 
 def _without_parts(

@@ -49,8 +49,10 @@ def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     """
     _check_not_adapted(model)
     candidates = _find_candidates(model)
-    names = matched_names(model, config) if config.target_modules else []
-    targets = [_make_target(name, candidates[name], config) for name in names]
+    targets: list[Target] = []
+    if config.target_modules:
+        for name in matched_names(model, config):
+            targets.append(_make_target(name, candidates[name], config))
     targets += _expert_stack_targets(model, config)
     target_names = [target.name for target in targets]
     _check_pattern_keys("rank_pattern", config.rank_pattern, target_names)
@@ -170,28 +172,35 @@ def _names_matching(
     paths = list(plain_modules(model))
     chosen: set[str] = set()
     if isinstance(patterns, str):
-        matches = [path for path in paths if _is_named(path, patterns)]
-        chosen.update(_adaptable(patterns, matches, candidates))
+        chosen.update(_adaptable_matches(patterns, paths, candidates))
     else:
         for pattern in patterns:
-            matches = [path for path in paths if _is_named(path, (pattern,))]
-            chosen.update(_adaptable(pattern, matches, candidates))
+            chosen.update(_adaptable_matches((pattern,), paths, candidates))
     return [name for name in candidates if name in chosen]
 
 
 def _is_named(name: str, names: Names) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in names)
+    return any(is_path_or_suffix(one, name) for one in names)
 
 
-def _adaptable(pattern: str, names: list[str], candidates: Mapping[str, Candidate]) -> list[str]:
-    """Return the matches of a pattern that LoRA can adapt; raise if there is none."""
-    adaptable = [name for name in names if name in candidates]
+def is_path_or_suffix(pattern: str, path: str) -> bool:
+    """Return whether `pattern` is a module's path or the last part of it."""
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def _adaptable_matches(
+    rule: Names, paths: list[str], candidates: Mapping[str, Candidate]
+) -> list[str]:
+    """Return the matches of one pattern that LoRA can adapt; raise if there is none."""
+    matches = [path for path in paths if _is_named(path, rule)]
+    adaptable = [path for path in matches if path in candidates]
     if not adaptable:
+        pattern = rule if isinstance(rule, str) else rule[0]
         problem = "matches no module"
-        if names:
-            problem = f"matches {names[0]}, which cannot be adapted"
+        if matches:
+            problem = f"matches {matches[0]}, which cannot be adapted"
         raise TargetError(
             f"target {pattern!r} {problem}; linear layers here end in {_linear_endings(candidates)}"
         )
@@ -234,7 +243,10 @@ def _check_pattern_keys(field_name: str, patterns: Mapping[str, object], names: 
 
 
 def _first_matching_key(patterns: Mapping[str, object], name: str) -> str | None:
-    return next((key for key in patterns if matches_end(key, name)), None)
+    for key in patterns:
+        if matches_end(key, name):
+            return key
+    return None
 
 
 def _make_target(name: str, candidate: Candidate, config: LoraConfig) -> Target:
@@ -278,7 +290,7 @@ def _check_target(target: Target, config: LoraConfig) -> None:
 
 
 def _check_not_adapted(model: nn.Module) -> None:
-    if any(True for _ in adapter_parts(model)):
+    if next(adapter_parts(model), None) is not None:
         raise TargetError(
             "the model already carries an adapter; load a fresh base, "
             "or merge the first adapter before adding another"

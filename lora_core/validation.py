@@ -12,7 +12,7 @@ from torch import nn
 from lora_core.config import LoraConfig
 from lora_core.errors import TargetError
 from lora_core.init.spectral import is_spectral
-from lora_core.planning import matched_names, plan_targets
+from lora_core.planning import is_path_or_suffix, matched_names, plan_targets
 from lora_core.targets import Target
 
 
@@ -113,4 +113,4 @@ def _layers_supporting(method: str) -> tuple[str, ...]:
 
 
 def _matches_any(suffix: str, names: Iterable[str]) -> bool:
-    return any(name == suffix or name.endswith(f".{suffix}") for name in names)
+    return any(is_path_or_suffix(suffix, name) for name in names)

@@ -1,3 +1,1 @@
-"""The pipeline around lora_core: data, base model, training, evaluation, forgetting check,
-registry, workflow.
-"""
+"""The pipeline around lora_core: data, base model, training, evaluation, registry, workflow."""

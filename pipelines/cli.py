@@ -52,8 +52,7 @@ RanksOption = Annotated[
 
 
 def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that replaces the argument `name` of a typer command by the fields of a
-    dataclass.
+    """Return a decorator that replaces an argument of a typer command by the fields of a dataclass.
 
     Args:
         name: name of the argument, which receives an instance.
@@ -111,8 +110,9 @@ def join(
         ),
     ],
 ) -> None:
-    """Train with another host that runs a recipe with launch.machines; needs its runs folder, and
-    LORA_MAIN_ADDRESS.
+    """Train with another host that runs a recipe with launch.machines.
+
+    Needs its runs folder, and LORA_MAIN_ADDRESS.
     """
     from pipelines.console import print_status
     from pipelines.runtime.hosts import JoiningHost
@@ -218,9 +218,7 @@ def ui() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error that the user can fix is printed as one sentence, with exit
-    status 2.
-    """
+    """Run the command line; print an error that the user can fix in one sentence, with status 2."""
     from lora_core.errors import LoraError
 
     os.environ.setdefault("LORA_RUNS", str(runs_root()))
@@ -249,8 +247,9 @@ def _print_error(error: object) -> None:
 
 
 def prepare_prefect() -> None:
-    """Store Prefect's state in the folder of runs unless a server or PREFECT_HOME is set; call
-    before importing prefect.
+    """Store Prefect's state in the folder of runs unless a server or PREFECT_HOME is set.
+
+    This must be called before prefect is imported.
     """
     os.environ.setdefault("PREFECT_HOME", str(runs_root() / "prefect"))
     Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

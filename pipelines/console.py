@@ -33,8 +33,7 @@ Watch = Callable[[Row], None]
 
 @contextmanager
 def training_progress(label: str, *, lines: bool = True) -> Iterator[Watch]:
-    """Yield a callback for each new row of metrics; it shows step, loss, tokens/s and the time
-    left.
+    """Yield a callback for new rows of metrics; it shows step, loss, tokens/s and time left.
 
     Without a terminal it prints a line from time to time, if `lines` is True.
     """
@@ -58,8 +57,7 @@ def fan_out(*watches: Watch) -> Watch:
 
 
 def print_status(text: str, *, mark: str = "", aside: str = "") -> None:
-    """Print one line about the run to stderr, verbatim: brackets are not markup, and a log has no
-    line breaks in it.
+    """Print one line about the run to stderr, verbatim: without markup, and unbroken in a log.
 
     Args:
         text: the line.

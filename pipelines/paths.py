@@ -42,8 +42,9 @@ def listed(search_folders: Sequence[Path]) -> str:
 
 
 def evaluation_files(section: Mapping[str, Any], search_folders: Sequence[Path]) -> dict[str, Path]:
-    """Return the files and folders that a recipe's evaluation section names, by name; their content
-    affects the scores.
+    """Return the files and folders of a recipe's evaluation section by name.
+
+    Their content affects the scores.
 
     A metric given by import path counts as its module's file, or as the complete top-level package;
     further imports of that module are not followed.

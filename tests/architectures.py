@@ -1,4 +1,4 @@
-"""Tiny models of each kind that is counted in its own way, and the count of what autograd really keeps."""
+"""Tiny models of each architecture with its own memory count, and the bytes autograd saves."""
 
 from collections.abc import Callable
 
@@ -41,7 +41,7 @@ LATENT = {
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
-    "v_head_dim": 16,  # as wide as a key: elsewhere PyTorch's attention keeps a table on a CPU
+    "v_head_dim": 16,  # as wide as a key; otherwise PyTorch's attention saves a table on a CPU
     "experts_implementation": "eager",
 }
 GPT2 = {
@@ -96,21 +96,20 @@ def opt() -> OPTForCausalLM:
 
 
 def kept_per_token(model: PreTrainedModel) -> float:
-    """Count the bytes that autograd keeps for a token more of a forward pass, the head aside."""
+    """Return the bytes that autograd saves per token of a forward pass, without the head."""
     model.set_attn_implementation(PACKED)
     return (kept_bytes(model, 120) - kept_bytes(model, 40)) / 80
 
 
 def kept_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Count the bytes of the storages that autograd keeps in a forward pass, weights aside."""
+    """Return the bytes of the storages that autograd saves in a forward pass, without weights."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = (
-                tensor  # held, so that no address is used twice
-            )
+        address = tensor.untyped_storage().data_ptr()
+        if address not in own:
+            kept[address] = tensor  # keeps the storage alive, so no address is used twice
         return tensor
 
     ids = torch.randint(0, 101, (1, tokens), generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""The command line, run as a user does."""
+"""The command line, as a user runs it."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ LORA = [str(Path(sys.executable).parent / "lora")]
 
 
 def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run the command line as a user does, in a folder of its own."""
+    """Run the command line in a folder, as a user does."""
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

@@ -1,4 +1,4 @@
-"""A team's host in small: a real Prefect server, and a real worker on the pool that `lora deploy` makes."""
+"""A team's host: a real Prefect server and a real worker on the pool of `lora deploy`."""
 
 import os
 import socket
@@ -22,16 +22,16 @@ Answer = Any
 
 @dataclass
 class PrefectHost:
-    """Server and worker, with what is asked of them."""
+    """Server and worker, and requests to them."""
 
     folder: Path
-    """Where logs, state and runs are kept."""
+    """Of logs, state and runs."""
     port: int
     processes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return a user's environment: the server by address, state in a folder of its own."""
+        """Return a user's environment: the server's address, and a separate state folder."""
         return {
             **os.environ,
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
@@ -48,7 +48,7 @@ class PrefectHost:
         return self._answer("POST", path, json=values)
 
     def lora(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """Run the command line beside the recipes."""
+        """Run the command line in the folder of the recipes."""
         return subprocess.run(
             [LORA, *arguments],
             cwd=self.folder,
@@ -96,15 +96,10 @@ class PrefectHost:
         ]
 
     def slots(self) -> list[int]:
-        """Return the slots that are taken on this host, of one for its cores or for each GPU."""
+        """Return the number of active slots of each limit of this host: its cores, or each GPU."""
         limits = self.post("v2/concurrency_limits/filter")
-        return sorted(
-            {
-                limit["active_slots"]
-                for limit in limits
-                if limit["name"].startswith(("cpu:", "gpu:"))
-            }
-        )
+        own = [limit for limit in limits if limit["name"].startswith(("cpu:", "gpu:"))]
+        return sorted({limit["active_slots"] for limit in own})
 
     def start_server(self) -> None:
         (self.folder / "prefect").mkdir()
@@ -116,7 +111,7 @@ class PrefectHost:
         until(lambda: self.get("health") is True, seconds=120)
 
     def end(self) -> None:
-        """End both with all they started: a worker would wait for the runs it is at."""
+        """End both with all their children: a worker would wait for its current runs."""
         for process in reversed(self.processes):
             everything = [
                 *psutil.Process(process.pid).children(recursive=True),
@@ -130,7 +125,10 @@ class PrefectHost:
             process.wait(10)
 
     def _answer(self, method: str, path: str, **options: Any) -> Answer:
-        """Return the server's reply; while its database is locked it replies 503, after which Prefect's own client retries too."""
+        """Return the server's reply.
+
+        While its database is locked the server replies 503; Prefect's own client retries too.
+        """
         for _ in range(RETRIES):
             reply = httpx.request(
                 method, f"http://127.0.0.1:{self.port}/api/{path}", timeout=30, **options
@@ -155,7 +153,7 @@ class PrefectHost:
 
 @contextmanager
 def prefect_host(folder: Path) -> Iterator[PrefectHost]:
-    """Run a server and a worker for the length of a block."""
+    """Run a server and a worker inside a block."""
     host = PrefectHost(folder, free_port())
     try:
         host.start_server()
@@ -166,7 +164,11 @@ def prefect_host(folder: Path) -> Iterator[PrefectHost]:
 
 
 def until(condition: Callable[[], bool], *, seconds: float) -> None:
-    """Return when a condition holds; TimeoutError when it does not in time. A server may not answer yet."""
+    """Wait for a condition; a server may not respond yet.
+
+    Raises:
+        TimeoutError: the condition is not met in time.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(httpx.HTTPError):
@@ -177,7 +179,7 @@ def until(condition: Callable[[], bool], *, seconds: float) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on; another run of these tests may be going on."""
+    """Return a free port; other tests may run at the same time."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

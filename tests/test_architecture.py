@@ -1,8 +1,8 @@
 """The rules of the architecture, read from the source.
 
 Packages import in one direction and never each other, heavy or external libraries stay in the
-packages that wrap them, what a newcomer starts with loads no torch, and no file, function or
-argument list grows long.
+packages that wrap them, the entry points load no torch, and no file, function or argument list is
+too long.
 """
 
 import ast
@@ -57,12 +57,11 @@ each_file = pytest.mark.parametrize("path", FILES.values(), ids=FILES.keys())
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_nothing_else_is_at_the_top_level() -> None:
-    tracked = subprocess.run(
+    listing = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert {
-        name for name in (path.partition("/")[0] for path in tracked) if not name.startswith(".")
-    } == TOP_LEVEL
+    )
+    names = {path.partition("/")[0] for path in listing.stdout.split()}
+    assert {name for name in names if not name.startswith(".")} == TOP_LEVEL
 
 
 def module_name(path: Path) -> str:
@@ -102,7 +101,8 @@ def functions_in(path: Path) -> list[Function]:
 
 
 def run_python(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {
+    environment = {
+        **os.environ,
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "HF_HUB_OFFLINE": "1",
@@ -124,7 +124,7 @@ def run_python(*arguments: str, home: Path) -> "subprocess.CompletedProcess[str]
     [path for name, path in FILES.items() if name.startswith("lora_core/")],
     ids=lambda path: path.name,
 )
-def test_the_library_imports_nothing_above_it(path: Path) -> None:
+def test_the_library_does_not_import_the_pipeline(path: Path) -> None:
     assert not imported_libraries(path) & FORBIDDEN_IN_LIBRARY
 
 
@@ -135,9 +135,8 @@ def test_reference_implementations_are_not_imported(library: str) -> None:
 
 @pytest.mark.parametrize("library", WRAPPED)
 def test_external_servers_are_called_from_their_packages_only(library: str) -> None:
-    assert {package_of(module_name(FILES[name])) for name in files_importing(library)} == WRAPPED[
-        library
-    ]
+    packages = {package_of(module_name(FILES[name])) for name in files_importing(library)}
+    assert packages == WRAPPED[library]
 
 
 def package_of(module: str) -> str:
@@ -146,10 +145,15 @@ def package_of(module: str) -> str:
 
 
 def edges_between(packages: Mapping[str, set[str]]) -> set[tuple[str, str]]:
-    """Return which package imports which, from what each module of one root imports."""
-    pairs = {(module, target) for module, targets in packages.items() for target in targets}
-    edges = {(package_of(a), package_of(b)) for a, b in pairs if a.split(".")[0] == b.split(".")[0]}
-    return {(a, b) for a, b in edges if a != b and "__init__" not in (a, b)}
+    """Return which package imports which, given the imports of each module of one root."""
+    edges = set()
+    for module, targets in packages.items():
+        for target in targets:
+            edge = (package_of(module), package_of(target))
+            is_same_root = module.split(".")[0] == target.split(".")[0]
+            if is_same_root and edge[0] != edge[1] and "__init__" not in edge:
+                edges.add(edge)
+    return edges
 
 
 def upward(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
@@ -164,7 +168,7 @@ def mutual(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def imports_of(root: str) -> dict[str, set[str]]:
-    """Return what each module of a root imports of the same root."""
+    """Return the imports of each module of a root from the same root."""
     modules = {
         module_name(path): path for name, path in FILES.items() if name.startswith(f"{root}/")
     }
@@ -185,8 +189,8 @@ def test_no_two_packages_import_each_other(root: str) -> None:
     assert mutual(edges_between(imports_of(root))) == set()
 
 
-def test_a_violation_is_found() -> None:
-    """The rules above are applied to imports that break them."""
+def test_violations_are_found() -> None:
+    """The rules report imports that violate them."""
     broken = {
         "pipelines.config.recipe": {"pipelines.workflow.flows"},
         "pipelines.workflow.flows": {"pipelines.config.recipe"},
@@ -194,17 +198,16 @@ def test_a_violation_is_found() -> None:
     edges = edges_between(broken)
     assert upward(edges) == {("config", "workflow")}
     assert mutual(edges) == {("config", "workflow")}
-    assert upward(edges_between({"pipelines.data.batches": {"pipelines.reporting.report"}})) == {
-        ("data", "reporting")
-    }
+    same_level = {"pipelines.data.batches": {"pipelines.reporting.report"}}
+    assert upward(edges_between(same_level)) == {("data", "reporting")}
 
 
 def test_no_import_cycle() -> None:
     modules = {module_name(path) for path in FILES.values()}
-    graph = {
-        module_name(path): (imported_names(path) & modules) - {module_name(path)}
-        for path in FILES.values()
-    }
+    graph = {}
+    for path in FILES.values():
+        name = module_name(path)
+        graph[name] = (imported_names(path) & modules) - {name}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -213,19 +216,17 @@ def test_no_import_cycle() -> None:
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_loading_imports_no_torch(module: str, tmp_path: Path) -> None:
-    output = run_python(
-        "-c", f"import sys, pipelines.{module}; print('torch' in sys.modules)", home=tmp_path
-    ).stdout
-    assert output.strip() == "False"
+    code = f"import sys, pipelines.{module}; print('torch' in sys.modules)"
+    assert run_python("-c", code, home=tmp_path).stdout.strip() == "False"
 
 
 def test_help_imports_no_torch(tmp_path: Path) -> None:
     result = run_python("-X", "importtime", "-m", "pipelines.cli", "--help", home=tmp_path)
-    imported = {
-        line.rpartition("|")[2].strip().partition(".")[0]
-        for line in result.stderr.splitlines()
-        if line.startswith("import time:")
-    }
+    imported = set()
+    for line in result.stderr.splitlines():
+        if line.startswith("import time:"):
+            module = line.rpartition("|")[2].strip()
+            imported.add(module.partition(".")[0])
     assert "Usage" in result.stdout
     assert "typer" in imported
     assert not imported & {"torch", "transformers", "prefect", "mlflow"}
@@ -238,26 +239,30 @@ def test_no_file_is_long(path: Path) -> None:
 
 @each_file
 def test_no_function_is_long(path: Path) -> None:
-    lengths = {
-        function.name: (function.end_lineno or 0) - function.lineno + 1
-        for function in functions_in(path)
-    }
-    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+    too_long = {}
+    for function in functions_in(path):
+        length = (function.end_lineno or 0) - function.lineno + 1
+        if length > MAX_FUNCTION_LINES:
+            too_long[function.name] = length
+    assert too_long == {}
 
 
 @each_file
-def test_no_argument_list_is_wide(path: Path) -> None:
-    widths: dict[str, int] = {}
+def test_no_argument_list_is_long(path: Path) -> None:
+    too_long = {}
     for function in functions_in(path):
-        given = function.args
-        extra = [argument for argument in (given.vararg, given.kwarg) if argument is not None]
-        named = [
-            argument
-            for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]
-            if argument.arg not in ("self", "cls")
-        ]
-        widths[function.name] = len(named) + len(extra)
-    assert {name: width for name, width in widths.items() if width > MAX_ARGUMENTS} == {}
+        number = len(arguments_of(function))
+        if number > MAX_ARGUMENTS:
+            too_long[function.name] = number
+    assert too_long == {}
+
+
+def arguments_of(function: Function) -> list[str]:
+    """Return the names of a function's arguments, without self and cls."""
+    given = function.args
+    arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+    names = [argument.arg for argument in arguments if argument is not None]
+    return [name for name in names if name not in ("self", "cls")]
 
 
 SCRIPTS = {
@@ -268,25 +273,22 @@ SCRIPTS = {
 
 
 @pytest.mark.parametrize("path", SCRIPTS.values(), ids=SCRIPTS.keys())
-def test_what_no_test_runs_imports_names_that_exist(path: Path) -> None:
+def test_scripts_import_names_that_exist(path: Path) -> None:
     """Benchmarks and the long experiments are run seldom, and are not to find out then that a name
     has gone.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        module = (
-            FILES.get(f"{str(node.module).replace('.', '/')}.py")
-            if isinstance(node, ast.ImportFrom)
-            else None
-        )
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = FILES.get(f"{str(node.module).replace('.', '/')}.py")
         if module is not None:
             missing = {alias.name for alias in node.names} - names_of(module)
-            assert not missing, (
-                f"line {node.lineno}: {node.module} has no {', '.join(sorted(missing))}"
-            )
+            names = ", ".join(sorted(missing))
+            assert not missing, f"line {node.lineno}: {node.module} has no {names}"
 
 
 def names_of(path: Path) -> set[str]:
-    """Return what a module binds at its top level."""
+    """Return the names that a module binds at its top level."""
     bound: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, Function | ast.ClassDef):
@@ -294,9 +296,6 @@ def names_of(path: Path) -> set[str]:
         elif isinstance(node, ast.Import | ast.ImportFrom):
             bound |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
         else:
-            bound |= {
-                name.id
-                for name in ast.walk(node)
-                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
-            }
+            names = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+            bound |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
     return bound

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a chat template, and a recipe around it: the whole pipeline in seconds."""
+"""A tiny random Llama with a chat template, and a recipe for it: a complete run in seconds."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,9 @@ TEXT = [
     "The quick brown fox jumps over the lazy dog while 0123456789 sheep look on.",
 ]
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 320
@@ -50,13 +52,13 @@ def save_tiny_model(folder: Path, *, seed: int = 0, template: bool = True) -> Pa
 
 
 def save_pairs(path: Path, rows: int = 60) -> Path:
-    """Write a jsonl of prompts and completions that a tiny model can learn: the word repeats."""
+    """Write prompts and completions that a tiny model can learn: the completion repeats a word."""
     words = ["red", "green", "blue", "left", "right", "north", "south", "east", "west", "up"]
-    lines = [
-        {"prompt": f"Say {words[i % 10]} {i}.", "completion": f"{words[i % 10]} {words[i % 10]}."}
-        for i in range(rows)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with path.open("w") as stream:
+        for number in range(rows):
+            word = words[number % len(words)]
+            row = {"prompt": f"Say {word} {number}.", "completion": f"{word} {word}."}
+            stream.write(json.dumps(row) + "\n")
     return path
 
 
@@ -79,5 +81,7 @@ def tiny_recipe(model: Path, data: Path, **changes: dict[str, Any]) -> dict[str,
         "registry": {"model": "pairs-tiny"},
     }
     for section, values in changes.items():
-        recipe[section] = {**recipe[section], **values} if isinstance(values, dict) else values
+        if isinstance(values, dict):
+            values = {**recipe[section], **values}
+        recipe[section] = values
     return recipe

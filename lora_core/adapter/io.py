@@ -76,7 +76,7 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
     """
     tensors = adapter_tensors(model)
     check_injected(model, config)
-    names = [name for name, _ in lora_layers(model)]
+    names = list(dict(lora_layers(model)))
     warn_of_misread_names(model, names)
     config = _independent_of_order(_as_written(config), [*names, *_stacks(model)])
     check_values(tensors, "the model")
@@ -206,21 +206,29 @@ def _independent_of_order(config: LoraConfig, names: list[str]) -> LoraConfig:
         rank_pattern=dict(sorted(config.rank_pattern.items())),
         alpha_pattern=dict(sorted(config.alpha_pattern.items())),
     )
-    ranks = {name: config.rank_of(name) for name in names}
-    alphas = {name: config.alpha_of(name) for name in names}
-    same_ranks = all(ordered.rank_of(name) == rank for name, rank in ranks.items())
-    same_alphas = all(ordered.alpha_of(name) == alpha for name, alpha in alphas.items())
-    if same_ranks and same_alphas:
+    if _decide_the_same(config, ordered, names):
         return config
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
     for name in names:
         pattern = pattern_for(name, names)
-        if ranks[name] != config.r:
-            rank_pattern[pattern] = ranks[name]
-        if alphas[name] != config.lora_alpha:
-            alpha_pattern[pattern] = alphas[name]
+        rank = config.rank_of(name)
+        if rank != config.r:
+            rank_pattern[pattern] = rank
+        alpha = config.alpha_of(name)
+        if alpha != config.lora_alpha:
+            alpha_pattern[pattern] = alpha
     return replace(config, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+
+
+def _decide_the_same(one: LoraConfig, other: LoraConfig, names: list[str]) -> bool:
+    """Return whether two configs give each target the same rank and alpha."""
+    for name in names:
+        if one.rank_of(name) != other.rank_of(name):
+            return False
+        if one.alpha_of(name) != other.alpha_of(name):
+            return False
+    return True
 
 
 def _stacks(model: nn.Module) -> list[str]:

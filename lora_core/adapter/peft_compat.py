@@ -46,11 +46,11 @@ def warn_of_misread_names(model: nn.Module, names: list[str]) -> None:
 
 def refuse_single_experts(tensors: dict[str, Tensor], model: nn.Module, folder: Path) -> None:
     """Refuse an adapter with an update per expert if the model stores its experts in stacks."""
-    single = min((key for key in tensors if ONE_EXPERT.search(key)), default=None)
-    if single is not None and _has_stacks(model):
+    single = [key for key in tensors if ONE_EXPERT.search(key)]
+    if single and _has_stacks(model):
         raise AdapterError(
-            f"{folder} has a separate update for each expert, such as {single}, but this model "
-            "stores its experts in stacks; load the adapter on this model with PEFT, which "
+            f"{folder} has a separate update for each expert, such as {min(single)}, but this "
+            "model stores its experts in stacks; load the adapter on this model with PEFT, which "
             "combines such updates, save it there, and load the result"
         )
 
@@ -63,11 +63,11 @@ def without_guessed_heads(config: LoraConfig, model: nn.Module) -> LoraConfig:
     """Remove from modules_to_save the classifier heads that PEFT names but the model lacks."""
     if not set(CLASSIFIERS) <= set(config.modules_to_save):
         return config
-    paths = list(plain_modules(model))
-    present = {name for name in CLASSIFIERS if any(path_ends_with(path, [name]) for path in paths)}
-    if not present:
+    absent = set(CLASSIFIERS)
+    for path in plain_modules(model):
+        absent -= {name for name in CLASSIFIERS if path_ends_with(path, [name])}
+    if absent == set(CLASSIFIERS):
         return config
-    absent = set(CLASSIFIERS) - present
     kept = tuple(name for name in config.modules_to_save if name not in absent)
     return replace(config, modules_to_save=kept)
 

@@ -157,7 +157,10 @@ def _task_type(model: nn.Module, config: LoraConfig) -> str | None:
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a LoraConfig that correspond to a file's values."""
-    fields = {name: values[name] for name in PLAIN if values.get(name) is not None}
+    fields: dict[str, Any] = {}
+    for name in PLAIN:
+        if values.get(name) is not None:
+            fields[name] = values[name]
     for name in NAMES:
         if values.get(name) not in (None, [], ""):
             fields[name] = _names(values[name])
@@ -188,15 +191,17 @@ def _target_modules(model: nn.Module, config: LoraConfig, names: list[str]) -> s
     if not names:
         return []
     plain = plain_modules(model)
+    matched = {path for path in plain if _matches_in_peft(path, targets)}
+    if matched != set(names):
+        return sorted(_explicit_names(plain, names))
+    return sorted(targets) if isinstance(targets, tuple) else targets
+
+
+def _matches_in_peft(path: str, targets: Names) -> bool:
+    """Return whether `targets` match a module path in PEFT; all-linear is never written."""
     if isinstance(targets, tuple):
-        matched = {path for path in plain if path_ends_with(path, targets)}
-        if matched == set(names):
-            return sorted(targets)
-    elif targets != ALL_LINEAR:
-        matched = {path for path in plain if re.fullmatch(targets, path)}
-        if matched == set(names):
-            return targets
-    return sorted(_explicit_names(plain, names))
+        return path_ends_with(path, targets)
+    return targets != ALL_LINEAR and re.fullmatch(targets, path) is not None
 
 
 def _explicit_names(plain: dict[str, nn.Module], names: list[str]) -> set[str]:

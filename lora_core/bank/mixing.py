@@ -102,13 +102,14 @@ def _mixed_linear(x: Tensor, layers: list[LoraLinear], rows: list[Rows]) -> Tens
     bias = _bias(layers[0].base)
     dtype = autocast_dtype(x) or frozen.compute_dtype(x)
     bias = None if bias is None else bias.to(dtype)
-    pairs = list(zip(rows, layers, strict=True))
-    extended = [(own, layer) for own, layer in pairs if not layer.is_plain]
+    extended: list[tuple[Rows, LoraLinear]] = []
     updates: list[_RowUpdate] = []
     factors: list[Tensor] = []
-    for own, layer in pairs:
+    for own, layer in zip(rows, layers, strict=True):
         updates.append(_row_update(own, layer, x))
         factors += layer.factors()
+        if not layer.is_plain:
+            extended.append((own, layer))
     product_bias = None if extended else bias
     y: Tensor = _MixedLinear.apply(x.to(dtype), frozen, product_bias, updates, *factors)  # type: ignore[no-untyped-call]
     if extended:
@@ -122,13 +123,14 @@ def _with_extras(
 ) -> Tensor:
     """Add the bias to `y`, and apply what layers have beyond s · B A to their rows."""
     outputs: list[Tensor] = []
+    indices: list[Tensor] = []
     for rows, layer in extended:
         own_bias = None if layer.bias is None else layer.bias.to(y.dtype)
         outputs.append(layer.add_extras(rows.of(y), own_bias))
+        indices.append(rows.indices)
     total = y if bias is None else y + bias
     dim = extended[0][0].dim
-    indices = torch.cat([rows.indices for rows, _ in extended])
-    return total.index_copy(dim, indices, torch.cat(outputs, dim))
+    return total.index_copy(dim, torch.cat(indices), torch.cat(outputs, dim))
 
 
 @dataclass(frozen=True)

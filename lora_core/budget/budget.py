@@ -217,9 +217,12 @@ def _file_bytes(sizes: _Sizes, setup: Setup) -> int:
 def _weight_bytes(sizes: _Sizes, setup: Setup) -> int:
     if setup.method == "full":
         copies = setup.compute_bytes * sizes.matrices if setup.copies else 0
-        return int((setup.held_bytes * sizes.total + copies) / setup.shard_count("zero3"))
-    base = setup.compute_bytes * (sizes.total - sizes.quantized) + NF4_BYTES * sizes.quantized
-    return int((base + setup.held_bytes * sizes.trained) / setup.shard_count("zero3"))
+        total: float = setup.held_bytes * sizes.total + copies
+    else:
+        dense = setup.compute_bytes * (sizes.total - sizes.quantized)
+        adapters = setup.held_bytes * sizes.trained
+        total = dense + NF4_BYTES * sizes.quantized + adapters
+    return int(total / setup.shard_count("zero3"))
 
 
 def _loading_bytes(sizes: _Sizes, setup: Setup) -> int:

@@ -3,7 +3,7 @@
 `lora_core.budget.wire` computes how often they are transferred.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -55,7 +55,7 @@ def communicated_weights(
     if not full:
         stored += _adapter_parameters(model, setup, targets)
     sharded = [parameter for parameter in stored if parameter.numbers > persistent_weights]
-    sharded_bytes = sum(parameter.size for parameter in sharded)
+    sharded_bytes = _total_bytes(sharded)
     trained = sum(parameter.numbers for parameter in stored if parameter.trained)
     plain_bytes_per_weight = setup.compute_bytes if full and not setup.masters else FLOAT32
     return CommunicatedWeights(
@@ -63,16 +63,22 @@ def communicated_weights(
         trained_bytes=trained * setup.compute_bytes,
         first_bytes=sharded_bytes,
         again_bytes=sharded_bytes + _extra_embedding_bytes(model, setup, persistent_weights),
-        block_bytes=sum(parameter.size for parameter in sharded if parameter.in_block),
-        persistent_bytes=sum(parameter.size for parameter in stored) - sharded_bytes,
+        block_bytes=_total_bytes(parameter for parameter in sharded if parameter.in_block),
+        persistent_bytes=_total_bytes(stored) - sharded_bytes,
         shared_numbers=sum(parameter.numbers for parameter in sharded),
     )
+
+
+def _total_bytes(parameters: Iterable[_StoredParameter]) -> int:
+    return sum(parameter.size for parameter in parameters)
 
 
 def _base_parameters(model: nn.Module, setup: Setup) -> Iterator[_StoredParameter]:
     full = setup.method == "full"
     quantized = _ids_of_quantized(model) if setup.method == "qlora" else set()
-    in_blocks = {id(parameter) for block in blocks(model) for parameter in block.parameters()}
+    in_blocks: set[int] = set()
+    for block in blocks(model):
+        in_blocks.update(map(id, block.parameters()))
     for parameter in model.parameters():
         numbers = parameter.numel()
         in_block = id(parameter) in in_blocks
@@ -97,10 +103,8 @@ def _ids_of_quantized(model: nn.Module) -> set[int]:
 def _adapter_parameters(
     model: nn.Module, setup: Setup, targets: Sequence[Target]
 ) -> Iterator[_StoredParameter]:
-    in_blocks = {id(block) for block in blocks(model)}
-    prefixes = tuple(
-        f"{name}." for name, module in model.named_modules() if id(module) in in_blocks
-    )
+    model_blocks = set(blocks(model))
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if module in model_blocks)
     for target in targets:
         in_block = target.name.startswith(prefixes)
         for width in (target.in_features, target.out_features):

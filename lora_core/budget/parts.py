@@ -140,7 +140,8 @@ class LatentAttentionPart:
 
     @property
     def in_flight(self) -> int:
-        return 2 * self.query + self.inner[-1][0] + self.writer[1]
+        kv_b_output = self.inner[-1][0]
+        return 2 * self.query + kv_b_output + self.writer[1]
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ class ExpertsPart:
         for name, width in zip(STACKS, (stream, inner), strict=True):
             if trained.full or name in trained.stacks:
                 inputs += width
-        return self.chosen * ((3 + self.activation.others) * inner + outputs + inputs)
+        intermediate = (3 + self.activation.others) * inner
+        return self.chosen * (intermediate + outputs + inputs)
 
     @property
     def in_flight(self) -> int:
@@ -212,8 +214,10 @@ def norms(model: nn.Module) -> Iterator[Norm]:
     one head and reads all heads.
     """
     for parent in model.modules():
-        readers = [] if hasattr(parent, "kv_b_proj") else list(_linears(parent, None).values())[:-1]
-        norm_modules = [child for child in parent.children() if _is_norm(child)]
+        readers: list[Shape] = []
+        if not hasattr(parent, "kv_b_proj"):
+            readers = list(_linears(parent, None).values())[:-1]
+        norm_modules = filter(_is_norm, parent.children())
         for index, norm in enumerate(norm_modules):
             width = next(norm.parameters()).numel()
             if index < len(readers) and width < readers[index][1]:
@@ -234,8 +238,11 @@ def routers(model: nn.Module) -> Iterator[Shape]:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks: the longest list of modules."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])
+    longest: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(longest):
+            longest = list(module)
+    return longest
 
 
 def uncounted(model: nn.Module) -> tuple[str, ...]:
@@ -243,13 +250,13 @@ def uncounted(model: nn.Module) -> tuple[str, ...]:
 
     No estimate includes what these modules save.
     """
-    routed = set()
+    routed: set[nn.Module] = set()
     for parent in model.modules():
         if _has_experts(parent):
-            routed |= {id(child) for child in parent.children()}
+            routed.update(parent.children())
     unknown = set()
     for module in model.modules():
-        if not _is_known(module, routed=id(module) in routed):
+        if not _is_known(module, routed=module in routed):
             unknown.add(type(module).__name__)
     return tuple(sorted(unknown))
 
@@ -277,13 +284,16 @@ def _experts(parent: nn.Module) -> Iterator[ExpertsPart]:
 
 
 def _has_experts(parent: nn.Module) -> bool:
-    return any(True for _ in _experts(parent))
+    return next(_experts(parent), None) is not None
 
 
 def _chosen(parent: nn.Module) -> int | None:
     """Return how many experts a token uses: `top_k` of the parent module or of its router."""
-    found = (getattr(module, "top_k", None) for module in (parent, *parent.children()))
-    return next((k for k in found if isinstance(k, int)), None)
+    for module in (parent, *parent.children()):
+        top_k = getattr(module, "top_k", None)
+        if isinstance(top_k, int):
+            return top_k
+    return None
 
 
 def _linears(parent: nn.Module, head: nn.Module | None) -> dict[str, Shape]:
@@ -296,8 +306,7 @@ def _linears(parent: nn.Module, head: nn.Module | None) -> dict[str, Shape]:
 
 
 def _is_known(module: nn.Module, *, routed: bool) -> bool:
-    has_parameters = any(True for _ in module.parameters(recurse=False))
-    if not has_parameters:
+    if next(module.parameters(recurse=False), None) is None:
         # The width of a norm without a weight is unknown.
         return not type(module).__name__.endswith("Norm")
     if base_weight(module) is not None or isinstance(module, nn.Embedding) or _is_norm(module):
@@ -328,7 +337,7 @@ def _activation(parent: nn.Module) -> Activation:
     for name in ACTIVATIONS:
         module = getattr(parent, name, None)
         if isinstance(module, nn.Module):
-            has_parameters = any(True for _ in module.parameters())
+            has_parameters = next(module.parameters(), None) is not None
             return SMOOTH if has_parameters else _probe_activation(module)
     return SMOOTH
 

@@ -67,9 +67,8 @@ def eva_initialization(
     """
     if not targets:
         raise ConfigError("no target to initialize; name at least one module and its rank")
-    widths = {name: width for name, (_, width) in _readers(model, targets).items()}
-    for name, rank in targets.items():
-        _check_rank(name, rank, widths[name])
+    for name, module in _modules_at(model, targets).items():
+        _check_rank(name, targets[name], _input_width(name, module))
     spectra = input_spectra(model, targets, batches, rank=max(targets.values()))
     for name, rank in targets.items():
         rows = len(spectra[name].values)
@@ -104,12 +103,13 @@ def input_spectra(
         raise ConfigError(
             f"rank={rank!r} must be at least 1; use the largest rank of the adapter or more"
         )
-    readers = _readers(model, names)
+    modules = _modules_at(model, names)
+    widths = {name: _input_width(name, module) for name, module in modules.items()}
     disable_cpu_repacking(model)  # running a 4-bit base must not change its storage
-    recorder = _InputRecorder(rank, {name: width for name, (_, width) in readers.items()})
+    recorder = _InputRecorder(rank, widths)
     # A compiled block reads its hooks only at compilation.
     with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for name, (module, _) in readers.items():
+        for name, module in modules.items():
             record = partial(_record_input, recorder, name)
             hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
         for run_batch in batches:
@@ -244,19 +244,18 @@ def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
 
-def _readers(model: nn.Module, names: Collection[str]) -> dict[str, tuple[nn.Module, int]]:
-    """Return the linear layer at each path, adapted or not, and the width of its input."""
+def _modules_at(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """Return the module at each path, adapted or not."""
     known = plain_modules(model)
     for name in names:
         if name not in known:
             raise TargetError(
                 f"the model has no module {name!r}; give paths as `plan_targets` names them"
             )
-    modules = {name: module_at(model, name) for name in names}
-    return {name: (module, _width(name, module)) for name, module in modules.items()}
+    return {name: module_at(model, name) for name in names}
 
 
-def _width(name: str, module: nn.Module) -> int:
+def _input_width(name: str, module: nn.Module) -> int:
     weight = module.frozen if isinstance(module, LoraLinear) else base_weight(module)
     if weight is None:
         raise TargetError(

@@ -64,14 +64,15 @@ class LoraExperts(nn.Module):
             TargetError: `base` has another layout or lacks a named stack.
         """
         super().__init__()
-        shapes = factor_shapes(base, {name: rank for name, (rank, _) in sizes.items()})
+        ranks = {name: rank for name, (rank, _) in sizes.items()}
         device = next(base.parameters()).device
         self.base = base
-        self.scales = {name: sizes[name][1] for name in shapes}
+        self.scales: dict[str, float] = {}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         # One by one: ParameterDict sorts a mapping, and the keys in the file follow module order.
-        for name, (a_shape, b_shape) in shapes.items():
+        for name, (a_shape, b_shape) in factor_shapes(base, ranks).items():
+            self.scales[name] = sizes[name][1]
             self.lora_A[name] = torch.empty(a_shape, device=device, dtype=torch.float32)
             self.lora_B[name] = torch.zeros(b_shape, device=device, dtype=torch.float32)
 
@@ -127,17 +128,21 @@ class LoraExperts(nn.Module):
         """Return W + s · B A of each adapted stack, (E, out, in) in float32; the base is kept."""
         sums = {}
         for name, scale in self.scales.items():
-            a_ERI, b_EOR = (torch.stack(factors).float() for factors in self._unbound(name))
+            a, b = self._unbound(name)
+            a_ERI = torch.stack(a).float()
+            b_EOR = torch.stack(b).float()
+            weight = self._stack(name).float()
             with without_autocast(a_ERI):
-                sums[name] = torch.baddbmm(self._stack(name).float(), b_EOR, a_ERI, alpha=scale)
+                sums[name] = torch.baddbmm(weight, b_EOR, a_ERI, alpha=scale)
         return sums
 
     def extra_repr(self) -> str:
         experts = self._stack("down_proj").shape[0]
-        return ", ".join(
-            f"{name}: rank={a.shape[0] // experts}, scale={self.scales[name]:g}"
-            for name, a in self.lora_A.items()
-        )
+        parts = []
+        for name, a in self.lora_A.items():
+            rank = a.shape[0] // experts
+            parts.append(f"{name}: rank={rank}, scale={self.scales[name]:g}")
+        return ", ".join(parts)
 
     def _stack(self, name: str) -> Tensor:
         stack: Tensor = getattr(self.base, name)
@@ -263,10 +268,10 @@ def _check_target(path: str, name: str, module: nn.Module) -> None:
 
 def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that the model has without its expert adapters, under their base paths."""
-    adapted = [module for module in model.modules() if isinstance(module, LoraExperts)]
     inside: set[int] = set()
-    for layer in adapted:
-        inside |= {id(part) for part in layer.modules() if part is not layer}
+    for layer in model.modules():
+        if isinstance(layer, LoraExperts):
+            inside |= {id(part) for part in layer.modules() if part is not layer}
     for path, module in model.named_modules():
         if id(module) not in inside:
             yield path, module.base if isinstance(module, LoraExperts) else module

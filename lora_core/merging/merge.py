@@ -90,15 +90,17 @@ def merge(model: nn.Module, *, force: bool = False) -> Merged:
     sums: dict[str, Tensor] = {}
     for name, part in parts.items():
         sums.update(_sums(name, part, force))
-    retention = {
-        name: _retention(part, sums[f"{name}.weight"])
-        for name, part in parts.items()
-        if _is_four_bit(part)
-    }
-    shared = {path: _holders(parts, path) for path in sums}
+    retention = {}
+    for name, part in parts.items():
+        if _is_four_bit(part):
+            retention[name] = _retention(part, sums[f"{name}.weight"])
+    shared = {}
+    originals = {}
+    for path in sums:
+        shared[path] = _holders(parts, path)
+        originals[path] = _original(shared[path][0].parameter)
     tied = models_of_tied_heads(model)
     other_users = _other_users(model, shared)
-    originals = {path: _original(holders[0].parameter) for path, holders in shared.items()}
     untied = _to_untie(other_users, shared) if tied else []
     merged = Merged(parts, originals, retention, shared, untied)
     try:
@@ -216,11 +218,12 @@ def _holders(parts: Mapping[str, nn.Module], path: str) -> list[Holder]:
     name = next(name for name in longest_first if path.startswith(f"{name}."))
     base = _base(parts[name])
     parameter = base.get_parameter(path.removeprefix(f"{name}."))
-    found = [slot for slot in slots(base) if slot.parameter is parameter]
+    holders = [Holder(slot, parameter) for slot in slots(base) if slot.parameter is parameter]
     for part in parts.values():
         if isinstance(part, TiedHead) and part.embedding is parts[name]:
-            found.append(Slot(_base(part), "weight"))
-    return [Holder(slot, slot.parameter) for slot in found]
+            slot = Slot(_base(part), "weight")
+            holders.append(Holder(slot, slot.parameter))
+    return holders
 
 
 def _original(stored: Any) -> Tensor:

@@ -109,11 +109,13 @@ def combine(
 
 def _cat(name: str, contributions: list[_Contribution], options: _CombineOptions) -> _Result:
     """Concatenate the factors; a rank above the weight's smaller side is reduced without loss."""
-    folded = [each.update.folded() for each in contributions]
-    a = torch.cat([update.a for update in folded])
-    weighted = zip(contributions, folded, strict=True)
-    b = torch.cat([each.weight * update.b for each, update in weighted], dim=1)
-    total = Update(a, b, 1.0)
+    a = []
+    b = []
+    for contribution in contributions:
+        folded = contribution.update.folded()
+        a.append(folded.a)
+        b.append(contribution.weight * folded.b)
+    total = Update(torch.cat(a), torch.cat(b, dim=1), 1.0)
     return _Result(truncate(total, min(total.rank, *total.shape)), 0.0)
 
 

@@ -77,13 +77,14 @@ def truncate_adapter(
         ranks = _ranks_for_all(updates, rank, folder)
     else:
         ranks = _ranks_by_name(updates, rank, folder)
-    truncated = {name: truncate(update, ranks[name]) for name, update in updates.items()}
+    truncated = {}
+    errors = {}
+    for name, update in updates.items():
+        truncated[name] = truncate(update, ranks[name])
+        errors[name] = truncation_error(singular_values(update), ranks[name])
     derived_by = f"truncated to rank {_formatted(ranks)}"
     write_updates(destination, truncated, like=folder, derived_by=derived_by)
-    return {
-        name: truncation_error(singular_values(update), ranks[name])
-        for name, update in updates.items()
-    }
+    return errors
 
 
 def recommended_ranks(folder: Path, fraction: float = 0.9) -> dict[str, int]:
@@ -117,16 +118,19 @@ def _row(rank: int, updates: Mapping[str, Update], values: Mapping[str, Tensor])
         raise ConfigError(
             f"rank {rank} must be at least 1; give the ranks to compare, such as 1, 2, 4, 8"
         )
-    errors = [truncation_error(each, rank) for each in values.values()]
+    errors = []
+    weights = 0
+    for name, update in updates.items():
+        errors.append(truncation_error(values[name], rank))
+        weights += min(rank, update.rank) * sum(update.shape)
     total = _energy_after(0, values)
     lost = _energy_after(rank, values)
-    weights = [min(rank, update.rank) * sum(update.shape) for update in updates.values()]
     return TruncationRow(
         rank=rank,
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
         energy=1 - lost / total if total else 1.0,
-        weights=sum(weights),
+        weights=weights,
     )
 
 

@@ -195,8 +195,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = (
-            None if saved is None else saved.mul(grad_total.to(saved.dtype))
-            for saved in ctx.saved_tensors
-        )
-        return hidden, weight, None, bias, None
+        hidden, weight, bias = ctx.saved_tensors
+        grad_hidden = _scaled(hidden, grad_total)
+        grad_weight = _scaled(weight, grad_total)
+        grad_bias = _scaled(bias, grad_total)
+        return grad_hidden, grad_weight, None, grad_bias, None
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.mul(factor.to(gradient.dtype))

@@ -10,22 +10,20 @@ from typing import Any
 
 from pipelines.comparison.differences import (
     change,
-    drop_beyond_control,
-    gain_share,
-    general_change,
     general_metric,
     general_samples,
     open_samples,
     score_scales,
     task_gain,
 )
+from pipelines.comparison.evidence import measure
 from pipelines.comparison.frontier import (
     FrontierPoint,
     FrontierVariant,
     frontier_point,
     recommend,
 )
-from pipelines.comparison.gate import Evidence, OpenChange, decide
+from pipelines.comparison.gate import decide
 from pipelines.comparison.inputs import (
     BASE,
     CONTROL,
@@ -36,9 +34,9 @@ from pipelines.comparison.inputs import (
     ComparisonInputs,
 )
 from pipelines.comparison.power import power_of
-from pipelines.comparison.records import Records, align, scored
-from pipelines.comparison.resampling import Interval, mean_interval
-from pipelines.comparison.scores import metric_errors, scores
+from pipelines.comparison.records import Records, align
+from pipelines.comparison.resampling import Interval
+from pipelines.comparison.scores import scores
 from pipelines.config.recipe import Recipe
 
 __all__ = [
@@ -122,7 +120,7 @@ def _trained(inputs: ComparisonInputs, model: ComparedModel) -> Values:
 
 def _judged(inputs: ComparisonInputs, model: ComparedModel) -> Values:
     """Return an adapter's comparison with the control, and its verdict."""
-    evidence = _evidence(inputs, model)
+    evidence = measure(inputs, model)
     verdict = decide(evidence, inputs.recipe.gate.model_dump())
     return {
         "gain_share": _interval_values(evidence.gain_share),
@@ -175,90 +173,11 @@ def _power(inputs: ComparisonInputs, before: str, after: str) -> Values | None:
         pooled = power_of(list(general.values()), drop)
     else:
         pooled = power_of(list(separate.values()), 0)
-    single = {}
+    benchmarks = {}
     for name, values in every.items():
-        single[name] = asdict(power_of([values], drop * scales.get(name, 1)))
-    return {**asdict(pooled), "benchmarks": single}
-
-
-def _evidence(inputs: ComparisonInputs, model: ComparedModel) -> Evidence:
-    assert model.rank is not None, "an adapter has a rank"
-    own = inputs.items[model.label]
-    base = inputs.items[BASE]
-    before = inputs.items[inputs.base_of(inputs.variant(model))]
-    rival = _rival(inputs)
-    return Evidence(
-        control=inputs.recipe.control.method,
-        task_gain=task_gain(base, own),
-        gain_share=_gain_share(inputs, own),
-        general=general_change(before, own),
-        general_metric=general_metric(base),
-        beyond_control=_beyond_control(inputs, before, own),
-        open_changes=_open_changes(before, own),
-        file_bytes=model.figures["file_bytes"],
-        # an initialization from the weight doubles the rank in the file
-        rank=model.figures.get("file_rank", model.rank),
-        over_champion=_over_champion(inputs, model),
-        champion_objection=None if rival is None else rival.objection,
-        errors=metric_errors(own),
-        examples=len(scored(own, "task")),
-        items=sum(len(values) for values in general_samples(before, own).values()),
-        answers=len(scored(own, "generation")),
-    )
-
-
-def _control_model(inputs: ComparisonInputs) -> ComparedModel | None:
-    return next((model for model in inputs.trained if model.label == CONTROL), None)
-
-
-def _gain_share(inputs: ComparisonInputs, own: Records) -> Interval | None:
-    """Return an adapter's fraction of the control's gain; None without a control."""
-    if _control_model(inputs) is None:
-        return None
-    return gain_share(inputs.items[BASE], inputs.items[CONTROL], own)
-
-
-def _beyond_control(inputs: ComparisonInputs, before: Records, own: Records) -> Interval | None:
-    """Return an adapter's general change minus the control's; None without a control."""
-    control = _control_model(inputs)
-    if control is None:
-        return None
-    control_base = inputs.items[inputs.base_of(inputs.variant(control))]
-    return drop_beyond_control(
-        inputs.items[CONTROL], own, control_base=control_base, adapter_base=before
-    )
-
-
-def _open_changes(before: Records, own: Records) -> tuple[OpenChange, ...]:
-    """Return the change of each benchmark of open questions.
-
-    A benchmark that alone makes up the general change is left out.
-    """
-    general = list(general_samples(before, own))
-    scales = score_scales(before)
-    changes = []
-    for name, values in open_samples(before, own).items():
-        if general != [name]:
-            change = mean_interval(values)
-            changes.append(OpenChange(name, change, scales.get(name), len(values)))
-    return tuple(changes)
-
-
-def _rival(inputs: ComparisonInputs) -> ComparedChampion | None:
-    """Return the registered champion to beat; None if there is none, or it is one of the adapters.
-
-    A repeated run finds the adapter that it promoted itself, and its verdicts must not change: the
-    best of its own adapters is chosen among those that pass.
-    """
-    return inputs.context.champion if inputs.champion_here is None else None
-
-
-def _over_champion(inputs: ComparisonInputs, model: ComparedModel) -> Interval | None:
-    """Return the task gain over the registered champion; None if there is none to compare with."""
-    rival = _rival(inputs)
-    if rival is None or rival.objection is not None:
-        return None
-    return task_gain(inputs.items[rival.label], inputs.items[model.label])
+        scaled_drop = drop * scales.get(name, 1)
+        benchmarks[name] = asdict(power_of([values], scaled_drop))
+    return {**asdict(pooled), "benchmarks": benchmarks}
 
 
 def _champion(inputs: ComparisonInputs) -> Values | None:
@@ -303,7 +222,8 @@ def _decision(adapters: Mapping[str, Any]) -> Values:
     kept = _with_status(adapters, "pass", "can't tell")
     gains = {}
     for label in _with_status(adapters, "pass"):
-        gains[label] = adapters[label]["total"]["task_gain"]["mean"]
+        total = adapters[label]["total"]
+        gains[label] = total["task_gain"]["mean"]
     champion = max(gains, key=lambda label: gains[label], default=None)
     if champion is not None:
         reason = (
@@ -311,11 +231,17 @@ def _decision(adapters: Mapping[str, Any]) -> Values:
             f"({gains[champion]:+.3f} nats per token over the base)"
         )
     else:
-        reasons = [f"{label}: {model['verdict']['reason']}" for label, model in adapters.items()]
+        reasons = []
+        for label, model in adapters.items():
+            reasons.append(f"{label}: {model['verdict']['reason']}")
         reason = "no adapter passes: " + "; ".join(reasons)
     candidate = kept[-1] if kept else None
     return {"candidate": candidate, "champion": champion, "decision": reason}
 
 
 def _with_status(adapters: Mapping[str, Any], *statuses: str) -> list[str]:
-    return [label for label, model in adapters.items() if model["verdict"]["status"] in statuses]
+    labels = []
+    for label, model in adapters.items():
+        if model["verdict"]["status"] in statuses:
+            labels.append(label)
+    return labels

@@ -53,7 +53,10 @@ def _finite_losses(
             f"control.learning_rate has {configured} rates and no loss is known; "
             "pass the loss of each"
         )
-    losses = {rate: loss for rate, loss in rates.items() if loss is not None and isfinite(loss)}
+    losses = {}
+    for rate, loss in rates.items():
+        if loss is not None and isfinite(loss):
+            losses[rate] = loss
     if rates and not losses:
         raise ValueError(
             f"training diverged at every rate of control.learning_rate ({_listed(rates)}); "
@@ -90,9 +93,14 @@ def _choice(tried: int, losses: Losses, chosen: float) -> str:
     best = losses[chosen]
     if len(losses) == 1:
         return f", the only one of {tried} at which training did not diverge (a loss of {best:.3f})"
-    rest = sorted((rate, loss) for rate, loss in losses.items() if rate != chosen)
-    others = ", ".join(f"{loss:.3f} at {rate:g}" for rate, loss in rest)
-    return f", the best of {tried} by the loss on the tuning examples ({best:.3f}; {others})"
+    others = []
+    for rate in sorted(losses):
+        if rate != chosen:
+            others.append(f"{losses[rate]:.3f} at {rate:g}")
+    return (
+        f", the best of {tried} by the loss on the tuning examples "
+        f"({best:.3f}; {', '.join(others)})"
+    )
 
 
 def _listed(rates: Mapping[float, Any] | list[float]) -> str:

@@ -42,15 +42,16 @@ class Criterion:
 
         Pass if all of it reaches the bound, reject if all of it is below, else "can't tell".
         """
-        mean = self.measured.format(value=interval.mean)
-        value = f"{mean} ({interval.low:.3f} to {interval.high:.3f}"
         required = self.required.format(bound=bound)
+        mean = self.measured.format(value=interval.mean)
+        ends = f"{interval.low:.3f} to {interval.high:.3f}"
         if interval.low >= bound:
-            return RuleResult(self.name, "pass", f"{value}; {required})")
+            return RuleResult(self.name, "pass", f"{mean} ({ends}; {required})")
         if interval.high < bound:
-            return RuleResult(self.name, "reject", f"{value}), but it must be {required}")
+            reason = f"{mean} ({ends}), but it must be {required}"
+            return RuleResult(self.name, "reject", reason)
         needed = self._items_needed(interval, bound)
-        reason = f"{value}) contains the bound ({required}): {self._outlook(needed)}"
+        reason = f"{mean} ({ends}) contains the bound ({required}): {self._outlook(needed)}"
         return RuleResult(self.name, "can't tell", reason, beyond_items=needed is None)
 
     def _items_needed(self, interval: Interval, bound: float) -> int | None:
@@ -83,5 +84,8 @@ def escape_braces(name: str) -> str:
 
 def _round_up(number: int) -> int:
     """Round up to two significant digits."""
-    unit = 10 ** max(0, floor(log10(number)) - 1) if number > 0 else 1
+    if number <= 0:
+        return number
+    digits = max(0, floor(log10(number)) - 1)
+    unit: int = 10**digits
     return -(-number // unit) * unit

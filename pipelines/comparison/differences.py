@@ -99,7 +99,7 @@ def change(before: Records, after: Records) -> Change:
     if choices:
         smooth = mean_intervals(list(choices.values()))
     correct_change = mean_intervals(list(correct.values()))[0] if correct else None
-    choice_samples = {name: values[0] for name, values in choices.items()}
+    choice_samples = _first_metric(choices)
     return Change(
         task_gain=task_gain(before, after),
         choice_probability=smooth[0],
@@ -160,7 +160,8 @@ def score_scales(records: Records) -> dict[str, float]:
     """Return the mean absolute score on each task with its own score, the unit of its drops."""
     scales = {}
     for name, rows in by_benchmark(records, "score").items():
-        scales[name] = float(np.mean([abs(accuracy(row)) for row in rows]))
+        magnitudes = [abs(accuracy(row)) for row in rows]
+        scales[name] = float(np.mean(magnitudes))
     return scales
 
 
@@ -192,7 +193,9 @@ def drop_beyond_control(
     """
     control_samples = general_samples(control_base, control)
     adapter_samples = general_samples(adapter_base, adapter)
-    beyond = [values - control_samples[name] for name, values in adapter_samples.items()]
+    beyond = []
+    for name, values in adapter_samples.items():
+        beyond.append(values - control_samples[name])
     return mean_interval(*beyond) if beyond else None
 
 
@@ -203,16 +206,21 @@ def _differences(
 
     Benchmarks with fewer than two items are left out.
     """
-    return {
-        name: _table(after[name], metrics) - _table(rows, metrics)
-        for name, rows in before.items()
-        if len(rows) > 1
-    }
+    differences = {}
+    for name, rows in before.items():
+        if len(rows) > 1:
+            differences[name] = _table(after[name], metrics) - _table(rows, metrics)
+    return differences
 
 
 def _samples(before: Records, after: Records, kinds: Sequence[str], metric: Metric) -> Samples:
     """Return the increase of one metric of each item, for each benchmark of the given kinds."""
-    differences = _differences(by_benchmark(before, *kinds), by_benchmark(after, *kinds), (metric,))
+    first = by_benchmark(before, *kinds)
+    second = by_benchmark(after, *kinds)
+    return _first_metric(_differences(first, second, (metric,)))
+
+
+def _first_metric(differences: Mapping[str, Array]) -> Samples:
     return {name: values[0] for name, values in differences.items()}
 
 
@@ -250,17 +258,19 @@ def _generation(before: Records, after: Records) -> dict[str, Interval]:
     for name in metric_names([*first, *second]):
         increases = _increases(first, second, name)
         if len(increases) > 1:
-            intervals[name] = mean_interval(np.array(increases, dtype=np.float64))
+            intervals[name] = mean_interval(increases)
     return intervals
 
 
-def _increases(first: Records, second: Records, name: str) -> list[float]:
+def _increases(first: Records, second: Records, name: str) -> Array:
     """Return the increase of a metric for each answer for which both models have it."""
     increases = []
     for before, after in zip(first, second, strict=True):
-        if name in before["metrics"] and name in after["metrics"]:
-            increases.append(after["metrics"][name] - before["metrics"][name])
-    return increases
+        old = before["metrics"].get(name)
+        new = after["metrics"].get(name)
+        if old is not None and new is not None:
+            increases.append(new - old)
+    return np.array(increases, dtype=np.float64)
 
 
 def _loss_decrease(before: Records, after: Records, kind: str, unit: str) -> Interval | None:
@@ -269,7 +279,8 @@ def _loss_decrease(before: Records, after: Records, kind: str, unit: str) -> Int
     second = scored(after, kind)
     if min(len(first), len(second)) < 2:
         return None
-    return ratio_interval(_column(first, "nll") - _column(second, "nll"), _column(first, unit))
+    decrease = _column(first, "nll") - _column(second, "nll")
+    return ratio_interval(decrease, _column(first, unit))
 
 
 def _column(records: Records, name: str) -> Array:

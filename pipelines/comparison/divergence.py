@@ -9,6 +9,7 @@ look closer and is never judged. On the new task it correlates with forgetting (
 interval resamples complete chats, since the positions of one chat are correlated.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,9 +56,9 @@ def divergences(
     rows = [record["rows"] for record in scored(chats, "chat")]
     if not rows:
         return {}
+    lengths = np.diff(np.array(rows)).ravel().astype(np.float64)
     sums = _sums_by_chat(rows, files, pairs)
-    positions = np.array([end - first for first, end in rows], dtype=np.float64)
-    return {pair: _divergence(np.array(values), positions) for pair, values in sums.items()}
+    return {pair: _divergence(np.array(values), lengths) for pair, values in sums.items()}
 
 
 def _sums_by_chat(
@@ -72,22 +73,47 @@ def _sums_by_chat(
     """
     sums: dict[Pair, list[float]] = {pair: [] for pair in pairs}
     with ExitStack() as stack:
-        tables = {}
-        for label in dict.fromkeys(label for pair in pairs for label in pair):
-            file = stack.enter_context(safe_open(files[label], framework="np"))
-            tables[label] = file.get_slice(TENSOR)
-        _check_shapes({label: tuple(table.get_shape()) for label, table in tables.items()})
+        tables = _open_tables(stack, files, pairs)
         for first, end in rows:
-            logs = {label: _logarithms(table[first:end]) for label, table in tables.items()}
-            probabilities = {before: np.exp(logs[before]) for before, _ in sums}
-            for before, after in sums:
-                difference = logs[before] - logs[after]
-                sums[before, after].append(float(np.vdot(probabilities[before], difference)))
+            logs = {}
+            for label, table in tables.items():
+                logs[label] = _logarithms(table[first:end])
+            for pair, value in _sums_over_positions(logs, pairs).items():
+                sums[pair].append(value)
     return sums
 
 
-def _divergence(sums: Array, positions: Array) -> KLDivergence:
-    result = ratio_interval(sums, positions)
+def _open_tables(
+    stack: ExitStack, files: Mapping[str, Path], pairs: Sequence[Pair]
+) -> dict[str, Any]:
+    """Open the distributions of every model in the pairs; their shapes must be equal."""
+    tables = {}
+    shapes = {}
+    for label in dict.fromkeys(itertools.chain(*pairs)):
+        file = stack.enter_context(safe_open(files[label], framework="np"))
+        tables[label] = file.get_slice(TENSOR)
+        shapes[label] = tuple(tables[label].get_shape())
+    _check_shapes(shapes)
+    return tables
+
+
+def _sums_over_positions(
+    logs: Mapping[str, NDArray[np.float32]], pairs: Sequence[Pair]
+) -> dict[Pair, float]:
+    """Return Σ p_before (log p_before − log p_after) of each pair."""
+    probabilities: dict[str, NDArray[np.float32]] = {}
+    sums = {}
+    for before, after in pairs:
+        if before not in probabilities:
+            probabilities[before] = np.exp(logs[before])
+        difference = logs[before] - logs[after]
+        sums[before, after] = float(np.vdot(probabilities[before], difference))
+    return sums
+
+
+def _divergence(sums: Array, lengths: Array) -> KLDivergence:
+    """Return the divergence per position, from each chat's sum and number of positions."""
+    result = ratio_interval(sums, lengths)
     if len(sums) == 1:
         return KLDivergence(result.mean, None)
     floor = min(result.mean, 0.0)  # in float16, an unchanged model may be slightly below 0

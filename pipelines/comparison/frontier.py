@@ -108,18 +108,20 @@ def recommend(
     if not adapters:
         return None
     best = max(adapters, key=lambda point: point.gain.mean)
-    lower = [point for point in adapters if _rank(point) < _rank(best)]
-    behind = {point.label: task_gain(items[point.label], items[best.label]) for point in lower}
-    sufficient = [point for point in lower if _gives_up_little(behind[point.label], best)]
-    if sufficient:
-        chosen = sufficient[0]
-        reason = _lower_rank_reason(chosen, best, behind[chosen.label])
-        given_up = round(_fraction_given_up(behind[chosen.label], best), 6)
-    else:
-        chosen = best
-        reason = _best_reason(best, behind, alone=len(adapters) == 1)
-        given_up = None
-    return Recommendation(chosen.label, reason + _truncation(chosen, best, points, items), given_up)
+    behind: dict[str, Interval] = {}
+    for point in adapters:
+        if _rank(point) == _rank(best):
+            break
+        interval = task_gain(items[point.label], items[best.label])
+        if _gives_up_little(interval, best):
+            reason = _lower_rank_reason(point, best, interval)
+            reason += _truncation(point, best, points, items)
+            given_up = _fraction_given_up(interval, best)
+            return Recommendation(point.label, reason, round(given_up, 6))
+        behind[point.label] = interval
+    reason = _best_reason(best, behind, alone=len(adapters) == 1)
+    reason += _truncation(best, best, points, items)
+    return Recommendation(best.label, reason)
 
 
 def _gives_up_little(behind: Interval, best: FrontierPoint) -> bool:
@@ -168,8 +170,9 @@ def _truncation(
 ) -> str:
     """Mention the lowest truncated rank below the chosen one that gives up little too, if any."""
     truncated = [point for point in points if point.cut_from is not None]
-    lower = [point for point in truncated if _rank(point) < _rank(chosen)]
-    for point in sorted(lower, key=_rank):
+    for point in sorted(truncated, key=_rank):
+        if _rank(point) >= _rank(chosen):
+            break
         behind = task_gain(items[point.label], items[best.label])
         if _gives_up_little(behind, best):
             most = percent(_fraction_given_up(behind, best))

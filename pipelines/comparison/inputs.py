@@ -105,12 +105,17 @@ class ComparisonInputs:
     @cached_property
     def divergences(self) -> dict[tuple[str, str], KLDivergence]:
         """Return the KL divergence of each model and of the 4-bit base from its references."""
-        labels = [QUANTIZED_BASE, *(model.label for model in self.trained)]
-        pairs = [(BASE, label) for label in labels]
-        for model in self.trained:
-            pairs.append((self.base_of(self.variant(model)), model.label))
         files = self.context.distributions
-        available = [pair for pair in dict.fromkeys(pairs) if set(pair) <= set(files)]
+        pairs = [(BASE, QUANTIZED_BASE)]
+        for model in self.trained:
+            training_base = self.base_of(self.variant(model))
+            pairs.append((BASE, model.label))
+            pairs.append((training_base, model.label))
+        available = []
+        for pair in dict.fromkeys(pairs):
+            before, after = pair
+            if before in files and after in files:
+                available.append(pair)
         return divergences(self.items[BASE], files, available)
 
     def base_of(self, variant: FrontierVariant) -> str:

@@ -19,10 +19,16 @@ from statistics import NormalDist
 
 from scipy.stats import t
 
-from pipelines.comparison.resampling import LEVEL, Array, Interval, squared_errors, t_quantile
+from pipelines.comparison.resampling import (
+    UPPER_QUANTILE,
+    Array,
+    Interval,
+    squared_errors,
+    t_quantile,
+)
 
 POWER = 0.8
-Z_LEVEL = NormalDist().inv_cdf((1 + LEVEL) / 2)
+Z_LEVEL = NormalDist().inv_cdf(UPPER_QUANTILE)
 Z_POWER = NormalDist().inv_cdf(POWER)
 
 
@@ -50,11 +56,14 @@ def power_of(samples: Sequence[Array], drop: float) -> Power:
     items = sum(len(values) for values in samples)
     rows = [values[None] for values in samples]
     error = sqrt(squared_errors(rows).sum()) / len(samples)
-    smallest = (float(t_quantile(rows)[0]) + Z_POWER) * error
+    quantile = float(t_quantile(rows)[0])
+    smallest_drop = round((quantile + Z_POWER) * error, 6)
+    needed = None
+    enough = None
     if drop > 0:
         needed = _items_needed(items * (error / drop) ** 2)
-        return Power(items, needed, round(smallest, 6), items >= needed)
-    return Power(items, None, round(smallest, 6), None)
+        enough = items >= needed
+    return Power(items, needed, smallest_drop, enough)
 
 
 def items_to_decide(interval: Interval, bound: float, items: int) -> int | None:
@@ -71,9 +80,11 @@ def items_to_decide(interval: Interval, bound: float, items: int) -> int | None:
         None if the mean equals the bound.
     """
     distance = abs(interval.mean - bound)
-    quantile = float(t.ppf((1 + LEVEL) / 2, max(1, items - 1)))
+    quantile = float(t.ppf(UPPER_QUANTILE, max(1, items - 1)))
     error = (interval.high - interval.low) / (2 * quantile)
-    return _items_needed(items * (error / distance) ** 2) if distance > 0 else None
+    if distance > 0:
+        return _items_needed(items * (error / distance) ** 2)
+    return None
 
 
 def _items_needed(ratio: float) -> int:

@@ -48,8 +48,11 @@ def left_out(records: Records) -> dict[str, int]:
 
 def unfinished(records: Records) -> dict[str, int]:
     """Return benchmark → number of answers that stopped at the maximum length; see `left_out`."""
-    kept = [record for record in records if "left_out" not in record]
-    return _count_by_benchmark([record for record in kept if record.get("ended") is False])
+    stopped = []
+    for record in records:
+        if record.get("ended") is False and "left_out" not in record:
+            stopped.append(record)
+    return _count_by_benchmark(stopped)
 
 
 def align(items: Mapping[str, Records]) -> dict[str, list[Record]]:
@@ -77,9 +80,9 @@ def check_paired(before: Records, after: Records) -> None:
     A model that only the frontier shows may lack answers, texts and chats; what both have must be
     the same.
     """
-    unshared = {record["kind"] for record in before} ^ {record["kind"] for record in after}
-    first = [_identity(record) for record in before if record["kind"] not in unshared]
-    second = [_identity(record) for record in after if record["kind"] not in unshared]
+    unshared = _kinds(before) ^ _kinds(after)
+    first = _identities(before, except_kinds=unshared)
+    second = _identities(after, except_kinds=unshared)
     if first != second or not unshared <= set(OPTIONAL):
         raise ValueError(
             "the two models were scored on different items; "
@@ -88,7 +91,19 @@ def check_paired(before: Records, after: Records) -> None:
 
 
 def _count_by_benchmark(records: Records) -> dict[str, int]:
-    return dict(Counter(record.get("benchmark") or UNNAMED[record["kind"]] for record in records))
+    counts: Counter[str] = Counter()
+    for record in records:
+        name = record.get("benchmark") or UNNAMED[record["kind"]]
+        counts[name] += 1
+    return dict(counts)
+
+
+def _kinds(records: Records) -> set[str]:
+    return {record["kind"] for record in records}
+
+
+def _identities(records: Records, *, except_kinds: set[str]) -> list[tuple[Any, ...]]:
+    return [_identity(record) for record in records if record["kind"] not in except_kinds]
 
 
 def _identity(record: Record) -> tuple[Any, ...]:
@@ -98,4 +113,6 @@ def _identity(record: Record) -> tuple[Any, ...]:
 
 def _with_reason(record: Record, reasons: Mapping[Any, str]) -> Record:
     reason = reasons.get(_identity(record))
-    return record if reason is None else {**record, "left_out": reason}
+    if reason is None:
+        return record
+    return {**record, "left_out": reason}

@@ -38,6 +38,8 @@ Array = NDArray[np.float64]
 Counts = NDArray[np.int8]
 RESAMPLES = 4999
 LEVEL = 0.95
+LOWER_QUANTILE = (1 - LEVEL) / 2
+UPPER_QUANTILE = (1 + LEVEL) / 2
 BLOCK = 500
 """Resamples that are multiplied at once; limits the memory needed."""
 
@@ -54,10 +56,11 @@ class Interval:
 def ratio_interval(numerator: Array, denominator: Array) -> Interval:
     """Return the interval of Σ numerator / Σ denominator over the same items."""
     ratio = numerator.sum() / denominator.sum()
+    values = np.stack([numerator, denominator])
+    numerators, denominators = _resampled_sums(values, 0)
     residuals = numerator - ratio * denominator
-    sums = _resampled_sums(np.stack([numerator, denominator]), 0)
     stretch = stretch_factors([residuals[None]])[0]
-    return _interval(ratio, sums[0] / sums[1], stretch)
+    return _interval(ratio, numerators / denominators, stretch)
 
 
 def mean_intervals(samples: Sequence[Array]) -> list[Interval]:
@@ -66,12 +69,15 @@ def mean_intervals(samples: Sequence[Array]) -> list[Interval]:
     Args:
         samples: for each benchmark its values, (metrics, n); items are resampled within it.
     """
-    means = np.mean([values.mean(axis=-1) for values in samples], axis=0)
+    means = []
     resampled_means = []
     for stream, values in enumerate(samples):
-        resampled_means.append(_resampled_sums(values, stream) / values.shape[-1])
+        items = values.shape[-1]
+        means.append(values.mean(axis=-1))
+        resampled_means.append(_resampled_sums(values, stream) / items)
+    mean = np.mean(means, axis=0)
     resampled = np.mean(resampled_means, axis=0)
-    rows = zip(means, resampled, stretch_factors(samples), strict=True)
+    rows = zip(mean, resampled, stretch_factors(samples), strict=True)
     return [_interval(*row) for row in rows]
 
 
@@ -88,8 +94,13 @@ def stretch_factors(samples: Sequence[Array]) -> Array:
     """
     biased = sum(values.var(axis=-1) / values.shape[-1] for values in samples)
     unbiased = squared_errors(samples).sum(axis=0)
-    ratio = np.divide(unbiased, biased, out=np.ones_like(unbiased), where=unbiased > 0)
-    z_quantile = norm.ppf((1 + LEVEL) / 2)
+    ratio = np.divide(
+        unbiased,
+        biased,
+        out=np.ones_like(unbiased),
+        where=unbiased > 0,
+    )
+    z_quantile = norm.ppf(UPPER_QUANTILE)
     return np.asarray(t_quantile(samples) / z_quantile * np.sqrt(ratio))
 
 
@@ -97,11 +108,15 @@ def t_quantile(samples: Sequence[Array]) -> Array:
     """Return the distance of an interval's end from the metric in standard errors, (metrics,)."""
     errors = squared_errors(samples)
     total = errors.sum(axis=0)
-    equal = np.full_like(errors, 1 / len(errors))
-    fractions = np.divide(errors, total, out=equal, where=total > 0)
-    freedom = np.array([max(1, values.shape[-1] - 1) for values in samples])[:, None]
-    total_freedom = 1 / (fractions**2 / freedom).sum(axis=0)
-    return np.asarray(t.ppf((1 + LEVEL) / 2, total_freedom))
+    fractions = np.divide(
+        errors,
+        total,
+        out=np.full_like(errors, 1 / len(errors)),
+        where=total > 0,
+    )
+    freedom = np.array([_freedom(values) for values in samples])
+    total_freedom = 1 / (fractions**2 / freedom[:, None]).sum(axis=0)
+    return np.asarray(t.ppf(UPPER_QUANTILE, total_freedom))
 
 
 def squared_errors(samples: Sequence[Array]) -> Array:
@@ -109,7 +124,13 @@ def squared_errors(samples: Sequence[Array]) -> Array:
 
     It is 0 for a single item.
     """
-    return np.stack([values.var(axis=-1) / max(1, values.shape[-1] - 1) for values in samples])
+    return np.stack([values.var(axis=-1) / _freedom(values) for values in samples])
+
+
+def _freedom(values: Array) -> int:
+    """Return the degrees of freedom of a benchmark's items, at least 1."""
+    items = values.shape[-1]
+    return max(1, int(items) - 1)
 
 
 def sign_flip_p_value(differences: Array) -> float:
@@ -146,7 +167,8 @@ def resample_counts(items: int, stream: int) -> Counts:
 def sign_flips(items: int) -> Counts:
     """Return all sign patterns if there are at most R, else R random ones, (R, items)."""
     if 2**items <= RESAMPLES:
-        bits = np.arange(2**items)[:, None] >> np.arange(items) & 1
+        patterns = np.arange(2**items)[:, None]
+        bits = patterns >> np.arange(items) & 1
     else:
         rng = np.random.default_rng(items)
         bits = rng.integers(0, 2, size=(RESAMPLES, items), dtype=np.int8)
@@ -155,7 +177,8 @@ def sign_flips(items: int) -> Counts:
 
 def _draw_counts(rng: np.random.Generator, rows: int, items: int) -> Counts:
     drawn = rng.integers(0, items, size=(rows, items))
-    indices = drawn + items * np.arange(rows)[:, None]
+    offsets = items * np.arange(rows)
+    indices = drawn + offsets[:, None]
     counts = np.bincount(indices.ravel(), minlength=rows * items)
     return counts.reshape(rows, items).astype(np.int8)
 
@@ -167,12 +190,18 @@ def _resampled_sums(values: Array, stream: int) -> Array:
 
 def _products(values: Array, table: Counts) -> Array:
     """Return values times each row of a table, (…, rows)."""
-    starts = range(0, len(table), BLOCK)
-    blocks = [values @ table[start : start + BLOCK].T for start in starts]
+    blocks = []
+    for start in range(0, len(table), BLOCK):
+        block = table[start : start + BLOCK]
+        blocks.append(values @ block.T)
     return np.concatenate(blocks, axis=-1)
 
 
 def _interval(value: float, resampled: Array, stretch: float) -> Interval:
-    percentiles = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    percentiles = np.quantile(resampled, [LOWER_QUANTILE, UPPER_QUANTILE])
     low, high = value + stretch * (percentiles - value)
-    return Interval(round(float(value), 6), round(float(low), 6), round(float(high), 6))
+    return Interval(_rounded(value), _rounded(low), _rounded(high))
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 6)

@@ -15,6 +15,7 @@ cannot show a change (Schaeffer et al. 2024, arXiv 2406.04391, on which scores c
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU
@@ -100,8 +101,8 @@ def choice_probability(record: Record) -> float:
     """Return p(right) / Σ p(choice)."""
     values = record["log_likelihoods"]
     highest = max(values)
-    total = sum(exp(value - highest) for value in values)
-    return exp(values[record["gold"]] - highest) / total
+    probabilities = [exp(value - highest) for value in values]
+    return probabilities[record["gold"]] / sum(probabilities)
 
 
 def accuracy(record: Record) -> float:
@@ -149,7 +150,11 @@ def metric_names(answers: Records) -> list[str]:
 
 def metric_values(answers: Records, name: str) -> list[float]:
     """Return a metric of each answer that has it."""
-    return [float(answer["metrics"][name]) for answer in answers if name in answer["metrics"]]
+    values = []
+    for answer in answers:
+        if name in answer["metrics"]:
+            values.append(float(answer["metrics"][name]))
+    return values
 
 
 def metric_errors(records: Records) -> tuple[str, ...]:
@@ -169,11 +174,12 @@ def _generation(answers: Records, metrics: Sequence[str]) -> dict[str, float | N
 
 
 def _error_counts(answers: Records) -> dict[str, int]:
+    """Return metric → number of answers for which it failed, for the metrics that did."""
     counts = {}
     for name in metric_names(answers):
-        failed = sum(name in answer["errors"] for answer in answers)
+        failed = [answer for answer in answers if name in answer["errors"]]
         if failed:
-            counts[name] = failed
+            counts[name] = len(failed)
     return counts
 
 
@@ -181,13 +187,15 @@ def _benchmarks(records: Records) -> dict[str, BenchmarkScores]:
     every = by_benchmark(records, *ABILITIES)
     choices = by_benchmark(records, "general")
     missing = left_out(records)
-    names = dict.fromkeys(record["benchmark"] for record in records if record["kind"] in ABILITIES)
-    results = {}
-    for name in names:
+    results: dict[str, BenchmarkScores] = {}
+    for record in records:
+        if record["kind"] not in ABILITIES or record["benchmark"] in results:
+            continue
+        name = record["benchmark"]
         rows = every.get(name, [])
         results[name] = BenchmarkScores(
-            choice_probability=_mean([choice_probability(row) for row in choices.get(name, [])]),
-            accuracy=_mean([accuracy(row) for row in rows]),
+            choice_probability=_mean_over_items(choices.get(name, []), choice_probability),
+            accuracy=_mean_over_items(rows, accuracy),
             items=len(rows),
             left_out=missing.get(name, 0),
         )
@@ -212,22 +220,28 @@ def _corpus(answers: Records) -> dict[str, float | None]:
 def _loss_per(records: Records, unit: str) -> float | None:
     if not records:
         return None
-    total = sum(record["nll"] for record in records)
-    return float(total / sum(record[unit] for record in records))
+    return float(_sum(records, "nll") / _sum(records, unit))
+
+
+def _sum(records: Records, name: str) -> Any:
+    return sum(record[name] for record in records)
 
 
 def _mean_over_benchmarks(
     benchmarks: Mapping[str, Records], metric: Callable[[Record], float]
 ) -> float | None:
     """Return the mean of the benchmarks' means of one metric; None without benchmarks."""
-    means = []
-    for rows in benchmarks.values():
-        means.append(_mean([metric(row) for row in rows]))
-    return _mean(means)
+    return _mean([_mean_over_items(rows, metric) for rows in benchmarks.values()])
+
+
+def _mean_over_items(rows: Records, metric: Callable[[Record], float]) -> float | None:
+    return _mean([metric(row) for row in rows])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return float(np.mean(np.array(values, dtype=np.float64))) if values else None
+    if not values:
+        return None
+    return float(np.mean(np.array(values, dtype=np.float64)))
 
 
 def _per_byte(record: Record) -> list[float]:

@@ -1,6 +1,4 @@
-"""What is wrong with a recipe, a sentence for each problem: the value, the rule, and what to write
-instead.
-"""
+"""Error messages for a recipe, one sentence per problem: the value, the rule and the fix."""
 
 import difflib
 from collections.abc import Sequence

@@ -138,9 +138,7 @@ class LoraSection(Section):
 
 
 class ControlSection(Section):
-    """What the adapters are compared with: trained on the same data, in the same order, with the
-    same number of tokens.
-    """
+    """What the adapters are compared with: trained on the same data, order and number of tokens."""
 
     method: Literal["full", "lora", "none"] = "full"
     """Full fine-tuning; if the base is too large for that, an adapter of high rank, or none. The
@@ -162,9 +160,7 @@ class ControlSection(Section):
 
 
 class FrontierSection(Section):
-    """Further models that are scored, to plot learning versus forgetting; none of them is
-    registered.
-    """
+    """Further models that are scored to plot learning versus forgetting; none is registered."""
 
     snapshots: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = ()
     """Steps after which the control and each rank are scored too."""
@@ -233,8 +229,9 @@ Benchmark = Literal["hellaswag", "piqa", "arc_easy", "openbookqa", "winogrande",
 
 
 class LmEvalSection(Section):
-    """Tasks that lm-eval knows or that a folder of YAML files describes; needs `pip install
-    lora-pipeline[lm-eval]`.
+    """Tasks of lm-eval or of a folder of YAML files.
+
+    They need `pip install lora-pipeline[lm-eval]`.
     """
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]

@@ -90,10 +90,6 @@ def _prompt_digest(pieces: list[Piece]) -> str:
 def _metrics(usable: list[Example], splits: Splits) -> dict[str, Any]:
     train = splits["train"]
     validation = splits["validation"]
-    content = {
-        name: [[example.input_ids, example.supervised] for example in split]
-        for name, split in splits.items()
-    }
     return {
         "cut": sum(example.was_cut for example in usable),
         "cut_held_out": sum(example.was_cut for example in validation),
@@ -102,8 +98,16 @@ def _metrics(usable: list[Example], splits: Splits) -> dict[str, Any]:
         "tuning_examples": len(splits["tuning"]),
         "train_tokens": sum(len(example.input_ids) for example in train),
         "supervised_tokens": sum(sum(example.supervised) for example in train),
-        "digest": digest(content),
+        "digest": _digest(splits),
     }
+
+
+def _digest(splits: Splits) -> str:
+    """Return a digest of what models are trained and evaluated on."""
+    content: dict[str, list[Any]] = {}
+    for name, split in splits.items():
+        content[name] = [[example.input_ids, example.supervised] for example in split]
+    return digest(content)
 
 
 def _save(examples: list[Example], folder: Path, split: str) -> list[str]:

@@ -102,9 +102,15 @@ def _other_rows(
 
 
 def _hellaswag(row: dict[str, Any], name: str, seed: int) -> Item:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    endings = [_without_markup(ending) for ending in row["endings"]]
-    return choice_item("hellaswag", name, _without_markup(context), endings, int(row["label"]))
+    continued = row["ctx_b"].capitalize()
+    context = f"{row['activity_label']}: {row['ctx_a']} {continued}"
+    return choice_item(
+        "hellaswag",
+        name,
+        _without_markup(context),
+        [_without_markup(ending) for ending in row["endings"]],
+        int(row["label"]),
+    )
 
 
 def _piqa(row: dict[str, Any], name: str, seed: int) -> Item:
@@ -130,21 +136,32 @@ def _winogrande(row: dict[str, Any], name: str, seed: int) -> Item:
     """Put each name into the gap and score the words after it, which are the same for both."""
     before, after = row["sentence"].split("_")
     lead = " " if before.endswith(" ") else ""
-    choices = tuple(Choice(lead + row[option], after) for option in ("option1", "option2"))
-    return Item("winogrande", name, before.rstrip(" "), choices, int(row["answer"]) - 1)
+    first = Choice(lead + row["option1"], after)
+    second = Choice(lead + row["option2"], after)
+    gold = int(row["answer"]) - 1
+    return Item("winogrande", name, before.rstrip(" "), (first, second), gold)
 
 
 def _lambada(row: dict[str, Any], name: str, seed: int) -> Item:
     """Compare the last word with words of the same passage whose first letter has its case."""
     passage = row["request"]["context"]
     gold = row["request"]["continuation"].strip()
-    found = re.findall(r"[A-Za-z]{3,}", passage)
-    words = list(dict.fromkeys(word for word in found if word.lower() != gold.lower()))
-    same_case = [word for word in words if word[0].isupper() == gold[0].isupper()]
-    candidates = same_case or words
-    rng = random.Random(f"{seed}:{name}")
-    wrong = rng.sample(candidates, min(DISTRACTORS, len(candidates)))
+    candidates = _distractors(passage, gold)
+    count = min(DISTRACTORS, len(candidates))
+    wrong = random.Random(f"{seed}:{name}").sample(candidates, count)
     return choice_item("lambada", name, passage, [gold, *wrong], 0)
+
+
+def _distractors(passage: str, gold: str) -> list[str]:
+    """Return other words of a passage: those with the case of the right one, else all."""
+    words, same_case = list[str](), list[str]()
+    is_upper = gold[0].isupper()
+    for word in dict.fromkeys(re.findall(r"[A-Za-z]{3,}", passage)):
+        if word.lower() != gold.lower():
+            words.append(word)
+            if word[0].isupper() == is_upper:
+                same_case.append(word)
+    return same_case or words
 
 
 Reader = Callable[[dict[str, Any], str, int], Item]

@@ -72,20 +72,20 @@ def _log_probabilities(
     reader: CheckedReader, trees: Sequence[Tree]
 ) -> tuple[list[Tensor], list[float]]:
     """Return, for each tree, the log-probabilities of its answer, (tokens, V), and its NLL."""
-    tables: dict[int, Tensor] = {}
-    losses: dict[int, float] = {}
+    device = str(reader.model.device)
+    tables = [torch.empty(0)] * len(trees)
+    losses = [0.0] * len(trees)
     for indices in bin_pack(trees, PACK_TOKENS):
-        group = [trees[index] for index in indices]
-        pack = tree_pack(group, str(reader.model.device))
+        pack = tree_pack([trees[index] for index in indices], device)
         table = reader.logits(pack).log_softmax(dim=1)
         chosen = table.gather(1, pack.targets[:, None])[:, 0]
-        counts = [len(tree.answers[0].targets) for tree in group]
-        parts = zip(indices, table.split(counts), chosen.split(counts), strict=True)
-        for index, rows, values in parts:
-            tables[index] = rows.half().cpu()
-            losses[index] = -float(values.sum())
-    order = range(len(trees))
-    return [tables[index] for index in order], [losses[index] for index in order]
+        start = 0
+        for index in indices:
+            end = start + len(trees[index].answers[0].targets)
+            tables[index] = table[start:end].half().cpu()
+            losses[index] = -float(chosen[start:end].sum())
+            start = end
+    return tables, losses
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:

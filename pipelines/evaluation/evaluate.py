@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lora_core.files import atomic_file, write_text
 from pipelines.comparison.records import left_out, unfinished
@@ -87,7 +88,9 @@ class Evaluation:
 
     def eval_set(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
         """Return the evaluation set of a stage; that of the stage before if it is the same."""
-        shared = {name: path for name, path in paths.items() if name not in ("model", "adapter")}
+        shared = dict(paths)
+        shared.pop("model", None)
+        shared.pop("adapter", None)
         key = digest([inputs["evaluation"], inputs["seed"], shared])
         if self._eval_set is None or self._eval_set[0] != key:
             self._eval_set = key, prepare(inputs, paths)
@@ -113,13 +116,17 @@ def evaluate(
         chats, table = chat_records(reader, eval_set.chats)
         found += chats
     if table.numel():
-        with atomic_file(folder / DISTRIBUTIONS) as aside:
-            save_file({TENSOR: table}, str(aside))
+        _write_table(folder / DISTRIBUTIONS, table)
         files.append(DISTRIBUTIONS)
     with timings.of("answers"):
         answered = eval_set.examples[: eval_set.answered]
         found += answer_records(reader, eval_set.tokenizer, answered, eval_set.generation)
     return found, files
+
+
+def _write_table(file: Path, table: Tensor) -> None:
+    with atomic_file(file) as aside:
+        save_file({TENSOR: table}, str(aside))
 
 
 def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[Record]:

@@ -9,9 +9,9 @@
 A command that is broken itself therefore never counts as a wrong answer. A command in Python must
 catch what an answer raises, and exit with 1.
 
-The command runs without a shell. It reads one JSON object (prompt, answer, reference) from its standard
-input, in an empty temporary folder. When its time is over, it is killed with all processes that it
-started. Its output is dropped, except for the last line of standard error if it fails.
+The command runs without a shell. It reads one JSON object (prompt, answer, reference) from its
+standard input, in an empty temporary folder. When its time is over, it is killed with all processes
+that it started. Its output is dropped, except for the last line of standard error if it fails.
 """
 
 import json

@@ -75,13 +75,9 @@ def answer_records(
     answered = [record for record in records if "left_out" not in record]
     for record, answer in zip(answered, answers, strict=True):
         record["answer"] = answer.text.strip()
-    scores = iter(_scores(answered, config))
-    ended = iter([answer.ended for answer in answers])
-    for record in records:
-        if "left_out" in record:
-            yield record
-        else:
-            yield {**record, **next(scores), "ended": next(ended)}
+    for record, scores, answer in zip(answered, _scores(answered, config), answers, strict=True):
+        record |= {**scores, "ended": answer.ended}
+    yield from records
 
 
 @torch.inference_mode()
@@ -127,7 +123,7 @@ def _answer_batch(
     until: Sequence[str],
 ) -> list[Answer]:
     """Answer one batch, padded on the left."""
-    width = max(len(prompt) for prompt in prompts)
+    width = len(max(prompts, key=len))
     ends = _end_tokens(model, tokenizer)
     filler = tokenizer.pad_token_id
     if filler is None:
@@ -147,8 +143,8 @@ def _answer_batch(
     texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
     answers = []
     for text, tokens in zip(texts, generated, strict=True):
-        has_end = any(token in ends for token in tokens)
-        answers.append(_answer(text, has_end, until))
+        has_end_token = not set(ends).isdisjoint(tokens)
+        answers.append(_answer(text, has_end_token, until))
     return answers
 
 
@@ -164,15 +160,21 @@ class _Until(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
-        ended = [any(end in text for end in self.until) for text in texts]
+        ended = [_stop_position(text, self.until) is not None for text in texts]
         return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
 
 
 def _answer(text: str, ended: bool, until: Sequence[str]) -> Answer:
+    position = _stop_position(text, until)
+    if position is None:
+        return Answer(text, ended)
+    return Answer(text[:position], ended=True)
+
+
+def _stop_position(text: str, until: Sequence[str]) -> int | None:
+    """Return where the first of several texts begins; None if there is none."""
     positions = [text.index(end) for end in until if end in text]
-    if positions:
-        return Answer(text[: min(positions)], ended=True)
-    return Answer(text, ended)
+    return min(positions, default=None)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -212,14 +214,23 @@ def _head(
 
 def _scores(records: Sequence[Record], config: GenerationConfig) -> Iterator[Record]:
     """Yield the metrics and errors of each answer."""
+    inputs = [
+        {
+            "prompt": record["prompt"],
+            "answer": record["answer"],
+            "reference": record["reference"],
+        }
+        for record in records
+    ]
     verdicts: Sequence[Verdict | None] = [None] * len(records)
     if config.argv:
-        fields = ("prompt", "answer", "reference")
-        inputs = [{name: record[name] for name in fields} for record in records]
         verdicts = execute(config.argv, inputs, config.seconds)
-    for record, verdict in zip(records, verdicts, strict=True):
+    for one, verdict in zip(inputs, verdicts, strict=True):
         values, errors = measure(
-            config.metrics, record["answer"], record["reference"], record["prompt"]
+            config.metrics,
+            one["answer"],
+            one["reference"],
+            one["prompt"],
         )
         if isinstance(verdict, str):
             errors[EXECUTION] = verdict

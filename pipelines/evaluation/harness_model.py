@@ -7,7 +7,7 @@ while that model would truncate it on the left.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval.api.model import LM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -43,6 +43,14 @@ class _Sequence:
     """First token that counts."""
     context: str
     """The text before that token; equal contexts share a tree."""
+
+
+class _Limits(NamedTuple):
+    """When an answer ends."""
+
+    max_new_tokens: int
+    until: tuple[str, ...]
+    """Texts that end it."""
 
 
 class PackedModel(LM):  # type: ignore[misc]
@@ -88,34 +96,46 @@ class PackedModel(LM):  # type: ignore[misc]
         texts = [request.args[0] for request in requests]
         self._encode(texts)
         sequences: list[_Sequence] = []
-        counts = []
-        for text in texts:
-            windows = self._windows(self._tokens_of(text))
-            counts.append(len(windows))
-            for before, ids in windows:
+        owners = []
+        for index, text in enumerate(texts):
+            for before, ids in self._windows(self._tokens_of(text)):
                 unique = str(len(sequences))
                 sequences.append(_Sequence(before + ids, len(before), unique))
-        scores = iter(self._scores(sequences))
-        return [sum(next(scores).log_likelihood for _ in range(count)) for count in counts]
+                owners.append(index)
+        likelihoods: list[list[float]] = [[] for _ in texts]
+        for index, one in zip(owners, self._scores(sequences), strict=True):
+            likelihoods[index].append(one.log_likelihood)
+        return [sum(values) for values in likelihoods]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the greedy answer to each prompt, cut off at the task's stop sequences."""
         self._encode([request.args[0] for request in requests])
-        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for index, request in enumerate(requests):
-            prompt, settings = request.args[:2]
-            max_new_tokens, until = self._limits(settings)
-            if not self._is_too_long(request, len(self._tokens_of(prompt)) + max_new_tokens):
-                groups.setdefault((max_new_tokens, until), []).append(index)
         texts = [""] * len(requests)
-        for (max_new_tokens, until), indices in groups.items():
+        for limits, indices in self._group_by_limits(requests).items():
             prompts = [self._tokens_of(requests[index].args[0]) for index in indices]
-            answers = generate(self.reader, self.tokenizer, prompts, max_new_tokens, until)
+            answers = generate(
+                self.reader,
+                self.tokenizer,
+                prompts,
+                limits.max_new_tokens,
+                limits.until,
+            )
             for index, answer in zip(indices, answers, strict=True):
-                document = requests[index].task_name, requests[index].doc_id
                 texts[index] = answer.text
+                document = _document(requests[index])
                 self.ended[document] = answer.ended and self.ended.get(document, True)
         return texts
+
+    def _group_by_limits(self, requests: Sequence[Any]) -> "dict[_Limits, list[int]]":
+        """Return the indices of the requests that fit into the context, by their limits."""
+        groups: dict[_Limits, list[int]] = {}
+        for index, request in enumerate(requests):
+            prompt, settings = request.args[:2]
+            limits = _limits(settings)
+            tokens = len(self._tokens_of(prompt)) + limits.max_new_tokens
+            if not self._is_too_long(request, tokens):
+                groups.setdefault(limits, []).append(index)
+        return groups
 
     @property
     def _start_token(self) -> int:
@@ -167,13 +187,13 @@ class PackedModel(LM):  # type: ignore[misc]
 
     def _encode(self, texts: Sequence[str], *, special: bool = True) -> None:
         """Cache the tokens of texts; one that has a start token already gets no other."""
-        with_special, without = list[str](), list[str]()
+        new: dict[bool, list[str]] = {True: [], False: []}
         for text in texts:
             if (text, special) not in self._tokens:
-                is_added = special and not self._has_start_token(text)
-                (with_special if is_added else without).append(text)
-        for is_added, some in ((True, with_special), (False, without)):
-            for text, ids in encode(some, self.tokenizer, special=is_added).items():
+                adds_special = special and not self._has_start_token(text)
+                new[adds_special].append(text)
+        for adds_special, some in new.items():
+            for text, ids in encode(some, self.tokenizer, special=adds_special).items():
                 self._tokens[(text, special)] = ids
 
     def _tokens_of(self, text: str) -> list[int]:
@@ -191,15 +211,19 @@ class PackedModel(LM):  # type: ignore[misc]
         )
         return [make_disjoint_window(window) for window in windows]
 
-    def _limits(self, settings: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
-        """Return the maximum length of an answer and the texts that end one."""
-        kwargs = normalize_gen_kwargs(settings, LONGEST_ANSWER)
-        until = handle_stop_sequences(kwargs["until"], eos=None)
-        return int(kwargs["max_gen_toks"]), tuple(text for text in until if text)
-
     def _is_too_long(self, request: Any, tokens: int) -> bool:
         """Return whether so many tokens exceed the context, and note the document if they do."""
         reason = too_long(tokens, self.context)
         if reason is not None:
-            self.left_out[(request.task_name, request.doc_id)] = reason
+            self.left_out[_document(request)] = reason
         return reason is not None
+
+
+def _document(request: Any) -> tuple[str, int]:
+    return request.task_name, request.doc_id
+
+
+def _limits(settings: dict[str, Any]) -> _Limits:
+    kwargs = normalize_gen_kwargs(settings, LONGEST_ANSWER)
+    until = handle_stop_sequences(kwargs["until"], eos=None)
+    return _Limits(int(kwargs["max_gen_toks"]), tuple(text for text in until if text))

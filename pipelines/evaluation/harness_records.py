@@ -42,13 +42,21 @@ def _item(name: str, sample: Mapping[str, Any], gold: int | None) -> Item:
 
     A mutual-information metric scores each answer without its context as well; those are left out.
     """
-    pairs = [tuple(map(str, arguments[:2])) for arguments in sample["arguments"]]
-    with_context = [pair for pair in pairs if pair[0]] or pairs
-    choices = tuple(Choice(pair[0], "".join(pair[1:])) for pair in with_context)
-    identifier = f"{name}/{sample['doc_id']}"
-    if gold is None:
-        return Item(name, identifier, "", choices, 0, "score")
-    return Item(name, identifier, "", choices, gold, "general")
+    choices, with_context = list[Choice](), list[Choice]()
+    for arguments in sample["arguments"]:
+        context, *answer = map(str, arguments[:2])
+        choice = Choice(context, "".join(answer))
+        choices.append(choice)
+        if context:
+            with_context.append(choice)
+    return Item(
+        name,
+        f"{name}/{sample['doc_id']}",
+        "",
+        tuple(with_context or choices),
+        gold or 0,
+        "score" if gold is None else "general",
+    )
 
 
 def _responses(item: Item, sample: Mapping[str, Any]) -> list[Any]:

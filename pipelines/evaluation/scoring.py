@@ -7,6 +7,7 @@ whichever models are scored in the same process.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,12 +112,13 @@ def _pack_of_one(tree: Tree, device: str) -> Pack:
     for answer in tree.answers:
         predicts += answer.predicts
         targets += answer.targets
+    on_device = partial(torch.tensor, device=device)
     return Pack(
-        input_ids=torch.tensor(tree.tokens, device=device),
-        position_ids=torch.tensor(tree.depths, device=device),
+        input_ids=on_device(tree.tokens),
+        position_ids=on_device(tree.depths),
         segments=[Segment(len(tree.tokens), mask(tree).to(device))],
-        predicts=torch.tensor(predicts, device=device),
-        targets=torch.tensor(targets, device=device),
+        predicts=on_device(predicts),
+        targets=on_device(targets),
     )
 
 

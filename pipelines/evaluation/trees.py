@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoredAnswer:
     """Where an answer is scored."""
 
     predicts: list[int]
@@ -39,7 +39,7 @@ class Tree:
     """(T,) number of tokens before each one."""
     ends: list[int]
     """(T,) end of the descendants of each token, exclusive."""
-    answers: list[Answer]
+    answers: list[ScoredAnswer]
 
     @property
     def context(self) -> int:
@@ -74,7 +74,7 @@ def build_prefix_tree(wholes: Sequence[list[int]], starts: Sequence[int]) -> Tre
     answers = []
     for start, ids in zip(starts, wholes, strict=True):
         path = path_of[tuple(ids[:-1])]
-        answers.append(Answer(path[start - 1 :], ids[start:]))
+        answers.append(ScoredAnswer(path[start - 1 :], ids[start:]))
     return Tree(tokens, depths, ends, answers)
 
 

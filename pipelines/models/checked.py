@@ -166,7 +166,7 @@ def excerpt(pack: Pack) -> Pack:
 
 def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[Tensor, Tensor]:
     """Return prompts as one batch, padded on the left, and its mask, both (prompts, longest)."""
-    width = max(len(prompt) for prompt in prompts)
+    width = len(max(prompts, key=len))
     ids, mask = [], []
     for prompt in prompts:
         missing = width - len(prompt)

@@ -7,6 +7,7 @@ unchanged that are not trained.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,8 @@ def measure_reference(
             f"({one_line(error, limit=160)}); check that transformers supports it without further "
             "inputs, or take another base"
         ) from error
-    if not all(math.isfinite(loss) for one in measurements for loss in one.losses):
+    losses = chain.from_iterable(measurement.losses for measurement in measurements)
+    if not all(map(math.isfinite, losses)):
         raise BaseModelError(
             f"base model family {family!r} gives a loss that is not finite on an example of this "
             "run by its own forward; check that the files of the base are complete, and that its "
@@ -111,20 +113,26 @@ def frozen_weights_unchanged(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         BaseModelError: the number of such weights, and the first one.
     """
-    named = model.named_parameters()
-    frozen = {name: parameter for name, parameter in named if not parameter.requires_grad}
-    before = {name: _checksum(parameter) for name, parameter in frozen.items()}
+    before = _frozen_checksums(model)
     try:
         yield
     finally:
-        after = {name: _checksum(parameter) for name, parameter in frozen.items()}
-        changed = [name for name in frozen if after[name] != before[name]]
+        after = _frozen_checksums(model)
+        changed = [name for name in before if after[name] != before[name]]
         if changed:
             raise BaseModelError(
                 f"base model family {model.config.model_type!r} changes {len(changed)} weights "
                 f"that are not trained when it is read in training mode, among them {changed[0]}; "
                 "set base_model.quantization to none, or take another base"
             )
+
+
+def _frozen_checksums(model: PreTrainedModel) -> dict[str, float]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            found[name] = _checksum(parameter)
+    return found
 
 
 def _checksum(parameter: Tensor) -> float:

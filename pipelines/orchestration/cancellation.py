@@ -54,8 +54,7 @@ def end_with_worker(flow: Any, flow_run: FlowRun, state: State) -> None:
 
 
 def kill_leftover_processes(flow: Any, flow_run: FlowRun, state: State) -> None:
-    """Kill the processes that the run left running, such as ranks, which run in sessions of their
-    own.
+    """Kill what the run left running, such as ranks, which run in separate sessions.
 
     This also works when it is called from a process outside the run.
     """

@@ -47,9 +47,7 @@ def slot_names(count: int) -> list[str]:
 
 
 def gpus() -> list[str]:
-    """Return the GPUs that this process may use, without calling CUDA, which would use memory on
-    each.
-    """
+    """Return the GPUs that this process may use, without CUDA, which would use memory on each."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [gpu for gpu in visible.split(",") if gpu not in ("", "-1")]

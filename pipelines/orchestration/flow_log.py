@@ -1,5 +1,4 @@
-"""What a training reports to Prefect: lines in the log of its task, and a progress bar on the flow
-run's page.
+"""Progress of a training in Prefect: lines in the log of its task, and a bar on the page.
 
 A server that is away neither delays nor fails the training: lines wait in Prefect's own queue, and
 a thread draws the bar.
@@ -44,9 +43,7 @@ def log_and_print(text: str) -> None:
 
 @contextmanager
 def report_training(label: str) -> Iterator[Watch]:
-    """Yield a callback for each new row of metrics; it updates the log from time to time, and the
-    bar.
-    """
+    """Yield a callback for new rows of metrics; it updates the bar, and at times the log."""
     bar = _ProgressBar(label)
     logger = get_run_logger()
     log_line = Throttled(lambda row: logger.info(progress_line(label, row)))
@@ -63,9 +60,7 @@ def report_training(label: str) -> Iterator[Watch]:
 
 
 class _ProgressBar:
-    """Draws the latest row every few seconds, in a thread: a server that does not answer must not
-    block.
-    """
+    """Draws the latest row every few seconds, in a thread: a hanging server must not block."""
 
     def __init__(self, label: str) -> None:
         self.label = label

@@ -196,11 +196,11 @@ def _smaller_micro_batches(
 
 def _other_launches(setup: Setup, device: str) -> Iterator[RecipeChange]:
     """Yield the launches that shard more; on a CPU, offloading frees no memory."""
-    names = SHARDINGS
-    if device != "gpu":
-        names = SHARDINGS[: SHARDINGS.index("zero3") + 1]
-    if setup.processes > 1:
-        for name in names[SHARDINGS.index(setup.sharding) + 1 :]:
+    if setup.processes == 1:
+        return
+    current = SHARDINGS.index(setup.sharding)
+    for name in SHARDINGS[current + 1 :]:
+        if device == "gpu" or name != "zero3_offload":
             yield "launch.config", f"{device}_{name}", replace(setup, sharding=name)
 
 

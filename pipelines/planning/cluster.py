@@ -42,7 +42,7 @@ ONLY_WITH_GPUS = ("disk_gb_per_second", "failures_per_gpu_year", "tokens_per_sec
 
 @dataclass(frozen=True)
 class Cluster:
-    """The GPUs for which a plan is made; an option that is not given has the default in its help."""
+    """The GPUs for which a plan is made; a missing option has the default that its help names."""
 
     gpu_gb: Annotated[
         float | None,
@@ -188,7 +188,8 @@ def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
     for sharding in SHARDINGS:
         cells = []
         for method in METHODS:
-            cells.append(_format_traffic(traffic_on(plan, method, sharding, gpus), cluster))
+            traffic = traffic_on(plan, method, sharding, gpus)
+            cells.append(_format_traffic(traffic, cluster))
         table.add_row(sharding, *cells)
     return table
 
@@ -233,8 +234,8 @@ def interval_words(seconds: float, tokens_of_a_step: float, tokens_per_second: f
     if tokens_per_second is None:
         return duration(seconds)
     steps = max(1, round(seconds * tokens_per_second / tokens_of_a_step))
-    step_words = _plural(steps, "step", "steps")
-    return f"{step_words} ({duration(steps * tokens_of_a_step / tokens_per_second)})"
+    rounded_seconds = steps * tokens_of_a_step / tokens_per_second
+    return f"{_plural(steps, 'step', 'steps')} ({duration(rounded_seconds)})"
 
 
 def duration(seconds: float) -> str:
@@ -242,7 +243,9 @@ def duration(seconds: float) -> str:
     for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+    if seconds >= 10:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.2g} s"
 
 
 def _plural(number: int, singular: str, plural: str) -> str:
@@ -250,10 +253,11 @@ def _plural(number: int, singular: str, plural: str) -> str:
 
 
 def _format_traffic(traffic: Traffic, cluster: Cluster) -> str:
-    sent = f"{_format_bytes(traffic.wire_bytes)}, {duration(cluster.seconds(traffic.wire_bytes))}"
+    size = _format_bytes(traffic.wire_bytes)
+    time = duration(cluster.seconds(traffic.wire_bytes))
     if not traffic.host_bytes:
-        return sent
-    return f"{sent} (+ {_format_bytes(traffic.host_bytes)} to the host)"
+        return f"{size}, {time}"
+    return f"{size}, {time} (+ {_format_bytes(traffic.host_bytes)} to the host)"
 
 
 def _format_bytes(size: int) -> str:

@@ -1,5 +1,6 @@
 """Lengths of the training examples, and the largest micro-batch of a training."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,22 +36,30 @@ class Examples:
         lengths = self.lengths
         supervised = [sum(mask) for mask in self.supervised_masks]
         parts = inputs["processes"] * inputs["training"]["gradient_accumulation_steps"]
-        largest = {"tokens": 0, "supervised": 0}
+        most_tokens = 0
+        most_supervised = 0
         for step in self._steps(inputs):
             for indices in balance_by_tokens(step, lengths, parts):
-                tokens = sum(lengths[index] for index in indices)
-                supervised_tokens = sum(supervised[index] for index in indices)
-                largest["tokens"] = max(largest["tokens"], tokens)
-                largest["supervised"] = max(largest["supervised"], supervised_tokens)
-        return largest
+                most_tokens = max(most_tokens, _sum_of(lengths, indices))
+                most_supervised = max(most_supervised, _sum_of(supervised, indices))
+        return {"tokens": most_tokens, "supervised": most_supervised}
 
     def tokens_of_a_step(self, inputs: dict[str, Any]) -> float:
         """Return the mean tokens of a step over the training, on all processes together."""
         lengths = self.lengths
         steps = self._steps(inputs)
-        return sum(lengths[index] for step in steps for index in step) / len(steps)
+        tokens = sum(_sum_of(lengths, step) for step in steps)
+        return tokens / len(steps)
 
     def _steps(self, inputs: dict[str, Any]) -> list[list[int]]:
         training = inputs["training"]
-        examples = len(self.supervised_masks)
-        return order(examples, training["steps"], training["batch_size"], inputs["seed"])
+        return order(
+            len(self.supervised_masks),
+            training["steps"],
+            training["batch_size"],
+            inputs["seed"],
+        )
+
+
+def _sum_of(numbers: list[int], indices: Iterable[int]) -> int:
+    return sum(numbers[index] for index in indices)

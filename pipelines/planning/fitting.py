@@ -43,26 +43,39 @@ def what_would_fit(plan: dict[str, Any], label: str) -> str:
 
 
 def _run_of(plan: dict[str, Any], label: str) -> tuple[str, dict[str, Any]]:
-    runs: dict[str, dict[str, Any]] = plan["runs"]
+    runs: dict[str, Any] = plan["runs"]
     name = label.partition(" ")[0]
-    if name not in runs:
-        adapters = [key for key in runs if key != CONTROL]
-        name = max(adapters, key=lambda key: int(runs[key]["rank"]))
-    return name, runs[name]
+    if name in runs:
+        return name, runs[name]
+    ranks = {}
+    for key, run in runs.items():
+        if key != CONTROL:
+            ranks[key] = int(run["rank"])
+    highest = max(ranks, key=lambda key: ranks[key])
+    return highest, runs[highest]
 
 
 def _largest_terms(run: dict[str, Any]) -> str:
-    largest = sorted(TERMS, key=lambda term: -int(run[term]))[:NAMED_TERMS]
-    return ", ".join(f"{TERMS[term]} {_format_bytes(run[term])}" for term in largest)
+    by_size = sorted(TERMS, key=lambda term: -int(run[term]))
+    largest = []
+    for term in by_size[:NAMED_TERMS]:
+        largest.append(f"{TERMS[term]} {_format_bytes(run[term])}")
+    return ", ".join(largest)
 
 
 def _format_value(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
 
 
 def _join_with_or(texts: list[str]) -> str:
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"
+    if len(texts) == 1:
+        return texts[0]
+    return f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
 def _format_bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.0f} MB"

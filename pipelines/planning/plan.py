@@ -62,17 +62,15 @@ def plan(
     lora = inputs["lora"]
     targets = {rank: plan_adapter(model, lora_config(lora, rank)) for rank in inputs["ranks"]}
     check_loraplus_ratio(lora, targets[inputs["ranks"][0]])
-    kinds = []
-    for adapter_targets in targets.values():
-        kinds += targets_by_kind(adapter_targets, use_dora=lora["use_dora"])
+    estimator = CostEstimator(model, inputs, examples)
     on_gpu = gpu_setup(setup)
     largest = targets[max(targets)]
     engine = EngineSettings.from_inputs(inputs)
     scaled = scaling(model, on_gpu, largest, engine)
     return {
         "weights": stored_weights(model, largest, quantized=inputs["quantization"] == "nf4"),
-        "targets": kinds,
-        "runs": _runs(CostEstimator(model, inputs, examples), setup, targets),
+        "targets": _targets(targets, use_dora=lora["use_dora"]),
+        "runs": _runs(estimator, setup, targets),
         "setup": asdict(setup),
         "tokens_of_a_step": examples.tokens_of_a_step(inputs),
         "alternatives": [
@@ -82,6 +80,14 @@ def plan(
         "comfortable_share": COMFORTABLE,
         "exchanged": exchanged(model, on_gpu, largest, engine),
     }, []
+
+
+def _targets(targets: dict[int, list[Target]], *, use_dora: bool) -> list[dict[str, Any]]:
+    """Return the targets of each rank by kind."""
+    kinds = []
+    for adapter_targets in targets.values():
+        kinds += targets_by_kind(adapter_targets, use_dora=use_dora)
+    return kinds
 
 
 def meta_model(base: str, *, trust_remote_code: bool = False) -> PreTrainedModel:

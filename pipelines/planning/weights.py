@@ -28,15 +28,18 @@ def stored_weights(
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     sizes: dict[tuple[str, str, bool], list[int]] = {}
     for path, module in model.named_modules():
-        in_nf4 = quantized and module is not head and base_weight(module) is not None
+        is_base_layer = module is not head and base_weight(module) is not None
+        in_nf4 = quantized and is_base_layer
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{path}.{name}"
             if first_names[id(parameter)] != full_name:
                 continue
+            is_weight = name == "weight"
+            stored = "nf4" if in_nf4 and is_weight else "dense"
+            is_adapted = (path in adapted and is_weight) or full_name in adapted
             kind = re.sub(r"\.\d+\.", ".*.", full_name)
-            stored = "nf4" if in_nf4 and name == "weight" else "dense"
-            is_adapted = (path in adapted and name == "weight") or full_name in adapted
-            sizes.setdefault((kind, stored, is_adapted), []).append(parameter.numel())
+            numbers = sizes.setdefault((kind, stored, is_adapted), [])
+            numbers.append(parameter.numel())
     rows = []
     for (kind, stored, is_adapted), numbers in sizes.items():
         row = {
@@ -58,7 +61,8 @@ def targets_by_kind(targets: list[Target], *, use_dora: bool) -> list[dict[str, 
     groups: dict[tuple[str, int, int], list[Target]] = {}
     for target in targets:
         name = target.name.rpartition(".")[2]
-        groups.setdefault((name, target.out_features, target.in_features), []).append(target)
+        shape = (target.out_features, target.in_features)
+        groups.setdefault((name, *shape), []).append(target)
     rows = []
     for (name, out_features, in_features), group in groups.items():
         trained_weights = sum(target.trained_weights for target in group)

@@ -20,9 +20,10 @@ from lora_core.files import write_text
 from pipelines.comparison.comparison import BASE, QUANTIZED_BASE
 from pipelines.reporting import formats, item_records, page_sections, words
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
-from pipelines.reporting.plots.frontier_plot import plot_frontier, trajectories
+from pipelines.reporting.plots.frontier_plot import plot_frontier
 from pipelines.reporting.plots.rank_plot import plot_ranks
 from pipelines.reporting.plots.strips import SHADES, strips
+from pipelines.reporting.plots.trajectories import trajectories
 from pipelines.reporting.report_metrics import (
     benchmark_score,
     general_change,
@@ -88,12 +89,11 @@ def terminal_table(summary: Summary) -> Table:
     table.caption_justify = "left"
     table.add_column("Model", no_wrap=True)
     for column in COLUMNS:
-        table.add_column(
-            column.title.replace(" ", "\n"),
-            justify="left" if column.is_text else "right",
-            no_wrap=not column.is_text,
-            min_width=10 if column.is_text else None,
-        )
+        title = column.title.replace(" ", "\n")
+        if column.is_text:
+            table.add_column(title, justify="left", no_wrap=False, min_width=10)
+        else:
+            table.add_column(title, justify="right", no_wrap=True)
     for label, cells in _rows(summary):
         texts = [Text(cell, style=_cell_style(cell)) for cell in cells]
         table.add_row(label, *texts, style=_row_style(summary, label))
@@ -117,7 +117,8 @@ def markdown_table(summary: Summary) -> str:
     titles = ["Model", *(column.title for column in COLUMNS)]
     rules = ["---"]
     for column in COLUMNS:
-        rules.append("---" if column.is_text else "---:")
+        rule = "---" if column.is_text else "---:"
+        rules.append(rule)
     lines = [f"**{words.headline(summary)}**", "", f"Decision: {decision}", ""]
     lines += [_markdown_row(titles), _markdown_row(rules)]
     for label, cells in _rows(summary):
@@ -141,6 +142,7 @@ def write_html(summary: Summary, path: Path) -> None:
     """
     spectra = {label: strips(modules) for label, modules in summary["spectrum"].items()}
     found = trajectories(summary)
+    frontier = plot_frontier(summary) if found else ""
     template = _environment().get_template("report.html.jinja")
     page = template.render(
         summary=summary,
@@ -156,7 +158,7 @@ def write_html(summary: Summary, path: Path) -> None:
         spectra=spectra,
         shades=SHADES,
         samples=item_records.samples(summary),
-        plot_frontier=plot_frontier(summary) if found else "",
+        plot_frontier=frontier,
         plot_ranks=plot_ranks(summary),
     )
     write_text(path, page)

@@ -1,3 +1,1 @@
-"""A stage as a child process: its key, its folder, how it is started, monitored and stopped, on one
-host or several.
-"""
+"""A stage as a child process: started, monitored and stopped, on one host or several."""

@@ -41,8 +41,7 @@ def execute_stage(work: Work) -> None:
 
 
 def execute_stages(work: Work) -> None:
-    """Run `work` on each stage folder named on the command line, in order; each gets its own result
-    or error.
+    """Run `work` on each stage folder named on the command line; each gets a result or an error.
 
     A finished stage is skipped, so an interrupted batch loses only the running stage. After an
     error that the user can fix, the batch continues, and the exit status is 2. Any other error is
@@ -72,8 +71,7 @@ def _execute(work: Work, folder: Path) -> None:
 
 
 class errors_recorded:
-    """Turn an error that the user can fix into error.json, one sentence on stderr and exit status
-    2.
+    """Turn a user error into error.json, one sentence on stderr and exit status 2.
 
     Any other error is recorded there in one line as well, with its rank; the traceback goes to the
     log.
@@ -111,8 +109,7 @@ def _on_rank() -> str:
 
 
 def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
-    """Have the Linux kernel send this process a signal when its parent ends, for whatever reason it
-    ends.
+    """Have the Linux kernel send this process a signal when its parent ends for any reason.
 
     Also check that the run which started the stage still exists: it may have ended before this
     call.

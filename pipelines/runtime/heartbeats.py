@@ -1,5 +1,4 @@
-"""Heartbeats: each rank writes its progress to a small file, which shows which rank blocks the
-others.
+"""Heartbeats: each rank writes its progress to a small file, to show which rank blocks.
 
     <stage>/ranks/rank-1.json
     {"rank": 1, "host": "node-b", "step": 7, "phase": "backward", "beats": 412}

@@ -74,8 +74,7 @@ def train(
 
 @contextmanager
 def calling_hosts(settings: LaunchSection, folder: Path) -> Iterator[Sequence[str]]:
-    """Call the other hosts to a training for the duration of a block; yield this host's launcher
-    arguments.
+    """Call other hosts to a training during a block; yield this host's launcher arguments.
 
     Raises:
         PipelineError: there are other hosts, but LORA_MAIN_ADDRESS does not name this one.

@@ -67,9 +67,7 @@ def accelerate_argv(
 
 
 def _deepspeed_arguments(config: str) -> list[str]:
-    """Pass DeepSpeed's config as an absolute path: accelerate resolves it against the working
-    folder.
-    """
+    """Pass DeepSpeed's config as an absolute path; accelerate uses the working folder."""
     settings = yaml.safe_load(config_file(config).read_text())
     name = (settings.get("deepspeed_config") or {}).get("deepspeed_config_file")
     if name is None or not (REPOSITORY / name).is_file():
@@ -208,9 +206,7 @@ def _outcome(stage: Stage, log: Path, status: int) -> StageResult:
 
 
 def _environment(threads: int, worker_index: int = 0) -> dict[str, str]:
-    """Return the child's environment: its parent, its threads, and the interpreter's tools (ninja)
-    on PATH.
-    """
+    """Return the child's environment: parent, threads, and the interpreter's tools (ninja)."""
     tools = str(Path(sys.executable).parent)
     python_path = [str(REPOSITORY)]
     if os.environ.get("PYTHONPATH"):

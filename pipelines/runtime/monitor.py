@@ -18,9 +18,7 @@ METRICS = "metrics.jsonl"
 
 @dataclass
 class StallMonitor:
-    """How long no rank of a training may make progress before a warning, and before the training is
-    aborted.
-    """
+    """Warns about a training without progress, and aborts it later."""
 
     warn_after: float
     """Seconds."""
@@ -60,8 +58,7 @@ def follow(
     watch: Watch | None = None,
     stall_monitor: StallMonitor | None = None,
 ) -> None:
-    """Wait for a child to end; in the meantime pass on the rows of metrics.jsonl and check for a
-    stall.
+    """Wait for a child to end; until then pass on rows of metrics.jsonl and check for a stall.
 
     Args:
         child: the process.

@@ -27,9 +27,7 @@ def end(child: "subprocess.Popen[bytes]") -> None:
 
 
 def kill_leftovers(folder: Path) -> None:
-    """Kill what an earlier run left running in this folder, such as ranks whose launcher was
-    killed.
-    """
+    """Kill what an earlier run left running here, such as ranks whose launcher was killed."""
     leftovers = []
     for process in psutil.process_iter(["cmdline"]):
         arguments = process.info["cmdline"] or []

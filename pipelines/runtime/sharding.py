@@ -1,5 +1,4 @@
-"""What an accelerate config means: how the processes shard weights, and which combinations with a
-recipe cannot work.
+"""What an accelerate config means, and which combinations with a recipe cannot work.
 
 Imports no torch.
 """
@@ -23,7 +22,7 @@ OWN_BUCKET = 50_000_000
 """The value in the configs of infra/deepspeed. A plan compares those alternatives if the launch
 config uses another engine."""
 ENGINES = {"NO": "ddp", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "FSDP": "zero3"}
-STAGES = ("ddp", "zero1", "zero2", "zero3")
+ZERO_STAGES = ("ddp", "zero1", "zero2", "zero3")
 SINGLE_PROCESS = ("NO", "MULTI_CPU")
 """Values of distributed_type for which accelerate's launcher starts one process, whatever
 --num_processes is."""
@@ -46,9 +45,7 @@ class LaunchConfig:
 
     @classmethod
     def read(cls, name: str) -> "LaunchConfig":
-        """Read a config of infra/accelerate by name, or any config by path; raise RecipeError if
-        there is none.
-        """
+        """Read a config of infra/accelerate by name, or any by path; RecipeError if absent."""
         settings = yaml.safe_load(config_file(name).read_text())
         kind = settings.get("distributed_type", "NO")
         section = settings.get("deepspeed_config") or {}
@@ -74,8 +71,7 @@ class LaunchConfig:
 
 
 def sharding(name: str) -> dict[str, Any]:
-    """Return what a launch config means for a plan: device (cpu or gpu), sharding, and
-    communication of its engine.
+    """Return what a launch config means for a plan: device, sharding and communication.
 
     Raises:
         RecipeError: the config does not exist, or a plan does not know the memory of its engine.
@@ -100,16 +96,13 @@ def sharding(name: str) -> dict[str, Any]:
 
 
 def hide_gpus_if_on_cpu(config: str) -> None:
-    """If a launch config is for the CPU, hide the GPUs from every stage that this process starts,
-    scoring included.
-    """
+    """Hide the GPUs from all stages of this process if a launch config is for the CPU."""
     if LaunchConfig.read(config).on_cpu:
         os.environ.update(WITHOUT_GPUS)
 
 
 def check_forward_path(recipe: Recipe, base: Mapping[str, Any]) -> None:
-    """Reject a base without the packed forward path if ZeRO-3 shards its weights among several
-    processes.
+    """Reject a base without the packed forward path if ZeRO-3 shards its weights.
 
     Under ZeRO-3 every rank must run the same number of forward passes; without packing, the number
     differs.
@@ -270,7 +263,7 @@ def _sharding(launch: LaunchConfig) -> str:
     offloads = launch.zero.get("offload_optimizer", {}).get("device", "none") != "none"
     if launch.stage == 3 and offloads and not launch.on_cpu:
         return "zero3_offload"
-    return STAGES[launch.stage]
+    return ZERO_STAGES[launch.stage]
 
 
 def _number(launch: LaunchConfig, key: str, default: int) -> int:
@@ -279,9 +272,7 @@ def _number(launch: LaunchConfig, key: str, default: int) -> int:
 
 
 def _deepspeed(name: str, section: dict[str, Any]) -> dict[str, Any]:
-    """Return DeepSpeed's config, from the file that accelerate's section names or from accelerate's
-    own keys.
-    """
+    """Return DeepSpeed's config from the named file or from accelerate's own keys."""
     file = section.get("deepspeed_config_file")
     if file is None:
         offload = {"device": section.get("offload_optimizer_device", "none")}

@@ -1,5 +1,4 @@
-"""A stage of a run: its inputs, the folder that those inputs name, and the result that marks it as
-done.
+"""A stage of a run: its inputs, the folder that they name, and its result.
 
     <runs>/<kind>/<label>-<key>/
         inputs.json    everything that determines the outcome, and where to find it
@@ -120,9 +119,7 @@ def read_options(folder: Path) -> dict[str, Any]:
 
 
 def read_result(folder: Path, expects: Iterable[str] = ()) -> StageResult | None:
-    """Return what a stage reported; None if it is unfinished, or if a file was changed, lost or
-    never written.
-    """
+    """Return what a stage reported; None if it is unfinished or a file is not intact."""
     path = folder / RESULT
     if not path.is_file():
         return None

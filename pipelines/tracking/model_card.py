@@ -159,10 +159,12 @@ def _metric_row(metric: ReportMetric, models: Mapping[str, Any], label: str) -> 
     for name in (BASE, CONTROL, label):
         if name in models:
             value = metric.value(models[name])
-            cells.append("–" if value is None else metric.format(value))
+            text = "–" if value is None else metric.format(value)
+            cells.append(text)
     for effect in ("change", "total"):
         change = metric.change(models[label], effect)
-        cells.append("–" if change is None else interval_text(change))
+        text = "–" if change is None else interval_text(change)
+        cells.append(text)
     return "| " + " | ".join(cells) + " |"
 
 

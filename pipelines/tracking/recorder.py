@@ -112,8 +112,9 @@ class Recorder:
             points += logged.points(row)
         log_points(client, run_id, points)
         if rows:
-            self._step = rows[-1]["step"]
-            client.set_tag(run_id, STEP_TAG, str(self._step))
+            step = rows[-1]["step"]
+            client.set_tag(run_id, STEP_TAG, str(step))
+            self._step = step
         self._rows.clear()
         log_points(client, run_id, self._samples)
         self._samples.clear()

@@ -54,7 +54,12 @@ class FetchedChampion:
     tags: dict[str, str]
 
 
-def register(summary: dict[str, Any], runs: Path, files: list[Path], note: str) -> dict[str, Any]:
+def register(
+    summary: dict[str, Any],
+    runs: Path,
+    files: list[Path],
+    note: str,
+) -> dict[str, Any]:
     """Log a comparison and register its adapters; return run ids, versions and aliases.
 
     Args:

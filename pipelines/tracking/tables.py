@@ -54,7 +54,10 @@ def tables(summary: Values) -> dict[str, Values]:
 
 
 def _table(rows: Rows) -> Values:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    names: dict[str, None] = {}  # an ordered set
+    for row in rows:
+        names |= dict.fromkeys(row)
+    columns = list(names)
     data = []
     for row in rows:
         data.append([row.get(name) for name in columns])

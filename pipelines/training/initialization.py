@@ -50,7 +50,9 @@ def inject_initialized(
         inject(model, config, seed=seed)
     # Engines broadcast parameters, but not the buffers of an initialization from the weight.
     for _, layer in lora_layers(model):
-        for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):  # type: ignore[attr-defined]
+        parameters = layer.parameters(recurse=False)  # type: ignore[attr-defined]
+        buffers = layer.buffers(recurse=False)  # type: ignore[attr-defined]
+        for tensor in (*parameters, *buffers):
             broadcast(tensor.data)
 
 

@@ -26,8 +26,7 @@ class Champion:
 def find_champion(
     run: PipelineRun, base: StageResult, adapters: Sequence[TrainedExperiment]
 ) -> Champion | None:
-    """Fetch the champion of the recipe's registered model; None if there is none, or the gate does
-    not compare it.
+    """Fetch the champion of the registered model; None if there is none to compare with.
 
     If the registry does not answer, it may have a champion, so no adapter can be promoted; the run
     continues.

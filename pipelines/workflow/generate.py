@@ -1,6 +1,4 @@
-"""Answer a prompt with an adapter from a folder or from the registry, on the base that its sidecar
-names.
-"""
+"""Answer a prompt with an adapter from a folder or the registry, on the base of its sidecar."""
 
 import tempfile
 from pathlib import Path

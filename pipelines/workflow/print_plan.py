@@ -27,8 +27,9 @@ console = Console()
 
 
 def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
-    """Prepare base and data, which the run reuses, and print the plan and the tables that the
-    cluster options select.
+    """Prepare base and data, which the run reuses, and print the plan.
+
+    The cluster options add further tables.
     """
     check_launch(recipe)
     base = ensure_result(stages.base(), threads=1)
@@ -62,29 +63,35 @@ def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
         *("module", "layers", "out × in", "rank", "scale", "trained weights"),
     )
     for target in targets:
+        shape = f"{target['out_features']} × {target['in_features']}"
+        scale = f"{target['scale']:g}"
+        weights = f"{target['trained_weights']:,}"
         table.add_row(
             target["name"],
             str(target["count"]),
-            f"{target['out_features']} × {target['in_features']}",
+            shape,
             str(target["rank"]),
-            f"{target['scale']:g}",
-            f"{target['trained_weights']:,}",
+            scale,
+            weights,
         )
     return table
 
 
 def _weights_table(weights: list[dict[str, Any]]) -> Table:
-    """Return how each kind of weight is stored and whether it is adapted; the largest first, small
-    ones in one line.
-    """
+    """Return how each kind of weight is stored and adapted; largest first, small ones summed."""
     table = _table(
         "All weights",
         *("weights of the base", "tensors", "weights", "share", "stored", "adapter"),
     )
     total = sum(kind["weights"] for kind in weights)
-    listed = [kind for kind in weights if kind["weights"] >= MIN_LISTED_FRACTION * total]
-    listed.sort(key=lambda kind: -kind["weights"])
-    others = [kind for kind in weights if kind["weights"] < MIN_LISTED_FRACTION * total]
+    minimum = MIN_LISTED_FRACTION * total
+    listed = []
+    others = []
+    for kind in sorted(weights, key=lambda kind: -kind["weights"]):
+        if kind["weights"] >= minimum:
+            listed.append(kind)
+        else:
+            others.append(kind)
     if others:
         listed.append(_sum_of(others))
     for kind in listed:
@@ -147,9 +154,7 @@ def _runs_table(recipe: Recipe, plan: dict[str, Any], base_weights: int) -> Tabl
 
 
 def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
-    """Return the memory of each way to train on GPUs of one size, and whether it fits, if need be
-    with checkpointing.
-    """
+    """Return the memory of each way to train on GPUs of one size, and whether it fits."""
     ways: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for way in plan["alternatives"]:
         by_count = ways.setdefault((way["method"], way["sharding"]), {})

@@ -18,8 +18,7 @@ from pipelines.workflow.run import PipelineRun
 
 
 def publish(run: PipelineRun, summary: dict[str, Any]) -> Path:
-    """Write the report, register the adapters, update the report with their versions, and print the
-    table.
+    """Write the report, register the adapters, add their versions to it, and print the table.
 
     Raises:
         RegistryError: the registry failed. The report is written and the table printed, and running

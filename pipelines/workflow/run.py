@@ -76,9 +76,7 @@ class PipelineRun:
         return result
 
     def run_stages(self, task: Any, stages: Sequence[Stage], *arguments: Any) -> None:
-        """Run in one process those of several stages that are not done; print and record the time
-        of each.
-        """
+        """Run the unfinished ones of several stages in one process; print and record the times."""
         started = time.monotonic()
         missing = [stage for stage in stages if stage.result() is None]
         if missing:

@@ -1,6 +1,4 @@
-"""The summary of a run: what was compared, on which base and data, by which code; the content of
-summary.json.
-"""
+"""The content of summary.json: what was compared, on which base and data, by which code."""
 
 import os
 import platform
@@ -98,9 +96,7 @@ def _compare(
 
 
 def _compared_model(trained: TrainedExperiment) -> Any:
-    """Return a trained model as the comparison takes it; the summary has its spectrum
-    in a separate section.
-    """
+    """Return a trained model for the comparison, without its spectrum."""
     from pipelines.comparison.comparison import ComparedModel
 
     experiment = trained.experiment
@@ -128,9 +124,7 @@ def _frontier_variant(run: PipelineRun, model: EvaluatedModel, experiment: Exper
 
 
 def _forward_checks(results: RunResults) -> dict[str, dict[str, Any]]:
-    """Return how well the forward paths of training and scoring agree with each model's own
-    forward.
-    """
+    """Return how training and scoring agree with each model's own forward."""
     training = {}
     for trained in results.trained:
         training[trained.experiment.label] = trained.result.get("forward")

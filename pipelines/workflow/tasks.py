@@ -1,6 +1,4 @@
-"""The stages as Prefect tasks: cached by key, run as child processes, called directly so that they
-can be ended.
-"""
+"""The stages as Prefect tasks: cached by key, run as child processes."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -19,9 +17,7 @@ from pipelines.tracking.live import live_run
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
-    """Return the stage's key as the cache key; Prefect's default key is valid for one flow run
-    only.
-    """
+    """Return the stage's key as cache key; Prefect's default is valid for one flow run only."""
     return str(parameters["stage"].key)
 
 

@@ -45,8 +45,7 @@ def train_one(
 
 
 def train_control(run: PipelineRun, base: StageResult, data: PreparedData) -> TrainedControl:
-    """Train the control at each of its learning rates, and choose the rate with the lowest tuning
-    loss.
+    """Train the control at each learning rate, and choose the rate with the lowest tuning loss.
 
     A learning rate at which training diverges is left out, unless it is the only one.
 

@@ -1,18 +1,20 @@
-"""Measure speed, memory and losses of our training beside TRL's and PEFT's, on the same task and the same machine.
+"""Compare speed, memory and losses of our training with TRL and PEFT, on one task and machine.
 
     python tests/benchmarks/bench.py [--rounds 2] [--steps 6] [--curve-steps 20]
 
-Each contestant runs in a fresh process on the CPU, one after the other, round after round. Speed is what counts: real
-tokens, without padding, over the time of the steps 2 to --steps; the first one warms up. Ratios are taken within a round
-and their median is reported, so a machine that slows down between rounds slows both sides. In the first round, those
-whose losses are compared go on to --curve-steps. Nothing else should run meanwhile: the share of the cores that each
-contestant got is reported.
+Each contestant runs in a fresh process on the CPU, one after the other, round after round. Speed is
+the number of real tokens, without padding, over the time of steps 2 to --steps; step 1 warms up.
+The benchmark computes ratios within a round and reports their median, so a machine that slows down
+between rounds affects both sides equally. In the first round, the contestants whose losses are
+compared continue to --curve-steps. Nothing else should run at the same time: the fraction of the
+cores that each contestant got is reported.
 
-SFTTrainer turns the adapter over a 4-bit base into bfloat16, which is slow on cores of AVX2 and not on those with units
-for it; the goal against it was set on the former. Where the cores have more, pairs of ours and TRL are run once more
-with all libraries held to AVX2, and these carry the goal; both ratios are reported.
+SFTTrainer converts the adapter over a 4-bit base to bfloat16, which is slow on cores with AVX2 only
+and fast on cores with bfloat16 units; the goal was set on the former. If the cores have more than
+AVX2, the benchmark runs pairs of ours and TRL again with all libraries restricted to AVX2, and the
+goal applies to these; both ratios are reported.
 
- The figures go to build/bench.json; a goal that is missed is said, and is no error.
+The results go to build/bench.json. A missed goal is reported and is not an error.
 """
 
 import argparse
@@ -48,17 +50,17 @@ NAMES = {
     "trl-float32": "TRL, float32 adapter",
 }
 TIMED = ("ours", "peft", "trl")
-"""Contestants of every round; SFTTrainer is timed as it is, with the bfloat16 adapter that it makes over a 4-bit base."""
+"""Contestants of every round; SFTTrainer is timed with the bfloat16 adapter that it creates."""
 COMPARED = ("ours", "peft", "trl-float32")
-"""Contestants whose losses are compared, in the first round; a bfloat16 adapter would round its losses away."""
+"""Contestants whose losses are compared in the first round; bfloat16 would round them away."""
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
 }
-"""Environment in which PyTorch and its libraries leave wider units alone."""
+"""Environment in which PyTorch and its libraries use no units wider than AVX2."""
 USUAL_SPEED = {"ours": 170.0, "peft": 100.0, "trl": 100.0, "trl-float32": 95.0}
-"""Tokens a second on two idle cores; they give the expected duration and nothing else."""
+"""Tokens per second on two idle cores, only to estimate the duration."""
 USUAL_START = 20.0
 """Seconds to import and load."""
 GIB = 2**30
@@ -69,11 +71,10 @@ RECIPE = {
     "data": {"source": "docstrings", "max_source_characters": 250, "max_tokens": 320},
     "lora": {"ranks": [RANK], "alpha": 2 * RANK, "learning_rate": 1e-3},
     "training": {
-        "steps": 10
-        ** 9,  # length of the schedule, of which the first steps all stand at the peak rate
+        "steps": 10**9,  # so long that the first steps all have the peak learning rate
         "batch_size": 8,
         "warmup_steps": 0,
-        "max_grad_norm": 1e9,  # clips nothing
+        "max_grad_norm": 1e9,  # never clips
     },
     "registry": {"model": "bench"},
 }
@@ -85,18 +86,18 @@ console = Console()
 
 @dataclass(frozen=True)
 class Figures:
-    """What one run of a contestant reported, step by step."""
+    """What one run of a contestant reports, step by step."""
 
     losses: list[float]
     ends: list[dict[str, float]]
     tokens: list[int]
 
     def tokens_per_second(self, steps: int) -> float:
-        """Return the speed of the steps 2 to `steps`."""
+        """Return the speed of steps 2 to `steps`."""
         return sum(self.tokens[1:steps]) / self._passed("clock", steps)
 
     def core_share(self, steps: int) -> float:
-        """Return which part of the machine's cores the contestant had in the steps 2 to `steps`."""
+        """Return the fraction of the machine's cores that the contestant had in these steps."""
         return self._passed("cores", steps) / self._passed("clock", steps) / threads()
 
     def peak_gib(self, steps: int) -> float:
@@ -108,11 +109,11 @@ class Figures:
 
 
 Rounds = list[dict[str, Figures]]
-"""Contestant → figures, round by round."""
+"""Contestant → measurements, round by round."""
 
 
 def main() -> None:
-    """Prepare, let the contestants run, write and print the figures."""
+    """Prepare, run the contestants, write and print the results."""
     options = parse_options()
     task, tokens_per_step = prepare()
     plans = [plan_round(number, options) for number in range(options.rounds)]
@@ -135,7 +136,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=2, help="runs of each contestant")
     parser.add_argument(
-        "--steps", type=int, default=6, help="steps that are timed, with the first, which warms up"
+        "--steps", type=int, default=6, help="number of steps; the first one is not timed"
     )
     parser.add_argument(
         "--curve-steps", type=int, default=20, help="steps whose losses are compared"
@@ -145,13 +146,14 @@ def parse_options() -> argparse.Namespace:
         parser.error("the first step warms up and is not timed: give at least 1 round and 2 steps")
     if options.curve_steps < options.steps:
         parser.error(
-            f"--curve-steps {options.curve_steps} is less than --steps {options.steps}; the compared runs are timed too"
+            f"--curve-steps {options.curve_steps} is less than --steps {options.steps}; "
+            "the compared runs are timed too"
         )
     return options
 
 
 def prepare() -> tuple[Row, float]:
-    """Bring base and data into place, where they are not yet; return the common task and its mean tokens in a step."""
+    """Prepare base and data if needed; return the common task and its mean tokens per step."""
     stages = Stages(parse_recipe(RECIPE), runs_root())
     base = ensure_result(stages.base(), threads=threads())
     data_stage = stages.data(base)
@@ -162,13 +164,12 @@ def prepare() -> tuple[Row, float]:
         "paths": {**training.paths, "adapter": str(WORK / "adapter")},
     }
     run("ours.py", "adapter", {**task, "steps": 1})
-    return task, data["train_tokens"] / data["train_examples"] * training.inputs["training"][
-        "batch_size"
-    ]
+    tokens_per_example = data["train_tokens"] / data["train_examples"]
+    return task, tokens_per_example * training.inputs["training"]["batch_size"]
 
 
 def plan_round(number: int, options: argparse.Namespace) -> dict[str, int]:
-    """Return the steps of each contestant of a round, in an order drawn for it."""
+    """Return the number of steps of each contestant of a round, in a random order."""
     steps = dict.fromkeys(TIMED, options.steps)
     if number == 0:
         steps |= dict.fromkeys(COMPARED, options.curve_steps)
@@ -185,13 +186,16 @@ def expected_seconds(plan: dict[str, int], tokens_per_step: float) -> float:
 def run_round(
     plan: dict[str, int], task: Row, timed: int, limits: Mapping[str, str] = NO_LIMITS
 ) -> dict[str, Figures]:
-    """Run the contestants of a round, held to `limits`, and say how fast each was."""
+    """Run the contestants of a round under `limits` and print their speed."""
     found = {}
     for name, steps in plan.items():
         found[name] = one = Figures(**run(SCRIPTS[name], name, {**task, "steps": steps}, limits))
-        speed, share = one.tokens_per_second(timed), one.core_share(timed)
+        label = NAMES[name] + ", on AVX2" * bool(limits)
+        speed = one.tokens_per_second(timed)
+        fraction = one.core_share(timed)
         console.print(
-            f"{NAMES[name] + ', on AVX2' * bool(limits):<22}{speed:8.1f} tokens/s {one.peak_gib(timed):6.2f} GiB {share:6.0%} of the cores",
+            f"{label:<22}{speed:8.1f} tokens/s {one.peak_gib(timed):6.2f} GiB "
+            f"{fraction:6.0%} of the cores",
             highlight=False,
         )
     return found
@@ -201,7 +205,7 @@ def run(script: str, name: str, task: Row, limits: Mapping[str, str] = NO_LIMITS
     """Run one contestant in a fresh process and return what it reported.
 
     Raises:
-        SystemExit: it failed; the end of its output is shown.
+        SystemExit: it failed; the error contains the end of its output.
     """
     task_file, result_file, log_file = (
         WORK / f"{name}.{ending}" for ending in ("task.json", "result.json", "log.txt")
@@ -215,7 +219,8 @@ def run(script: str, name: str, task: Row, limits: Mapping[str, str] = NO_LIMITS
         ).returncode
     if status != 0:
         sys.exit(
-            f"{NAMES.get(name, name)} ended with status {status}; {log_file} ends:\n{log_file.read_text()[-2000:]}"
+            f"{NAMES.get(name, name)} ended with status {status}; "
+            f"{log_file} ends:\n{log_file.read_text()[-2000:]}"
         )
     result: Row = json.loads(result_file.read_text())
     return result
@@ -270,19 +275,18 @@ def rows(rounds: Rounds, steps: int) -> list[Row]:
             at_most=1e-3,
         ),
         row("steps whose losses are compared", "steps", len(rounds[0]["ours"].losses)),
-        row(
-            "lowest share of the cores that a contestant had", "", min(shares), at_least=0.8
-        ),  # less, and others were at work
+        # Below the goal, other processes were running.
+        row("lowest share of the cores that a contestant had", "", min(shares), at_least=0.8),
     ]
 
 
 def has_wider_units() -> bool:
-    """Tell whether PyTorch finds more than AVX2 here."""
+    """Return whether PyTorch detects more than AVX2 on this machine."""
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
 def ratios_to_trl(rounds: Rounds, held: Rounds, steps: int) -> list[Row]:
-    """Return our speed against TRL's, with the goal on AVX2: in the rounds themselves, or in those held to it."""
+    """Return our speed relative to TRL's; the goal applies to the runs on AVX2."""
 
     def speeds(some: Rounds) -> dict[str, list[float]]:
         return {name: [r[name].tokens_per_second(steps) for r in some] for name in ("ours", "trl")}
@@ -311,7 +315,7 @@ def row(
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Row:
-    """Return one row; `holds` is null where there is no goal."""
+    """Return one row; `holds` is null without a goal."""
     if at_least is not None:
         return {
             "what": what,
@@ -332,7 +336,7 @@ def row(
 
 
 def median_ratio(speeds: dict[str, list[float]], other: str) -> float:
-    """Return the median over rounds of our speed against another's in the same round."""
+    """Return the median over rounds of our speed relative to another's in the same round."""
     return median(a / b for a, b in zip(speeds["ours"], speeds[other], strict=True))
 
 
@@ -342,7 +346,7 @@ def loss_difference(found: dict[str, Figures], other: str) -> float:
 
 
 def report(found: list[Row], title: str = "Training speed, memory and losses") -> None:
-    """Print the rows and, plainly, how many goals were missed."""
+    """Print the rows and the missed goals."""
     table = Table("figure", "value", "unit", "goal", "verdict", title=title, title_justify="left")
     for one in found:
         verdict = {None: "", True: "[green]holds[/green]", False: "[red]missed[/red]"}[one["holds"]]

@@ -1,9 +1,9 @@
-"""One contestant of the benchmark: the steps of pipelines.training, in a process of its own.
+"""One contestant of the benchmark: the steps of pipelines.training, in a separate process.
 
     python tests/benchmarks/ours.py adapter|ours TASK.json RESULT.json
 
-`adapter` trains nothing: it writes the adapter that every contestant starts from. What all of them share is here too:
-the task, the record of a run, and the entry point.
+`adapter` trains nothing: it writes the initial adapter of every contestant. This file also contains
+what all of them share: the task, the record of a run, and the entry point.
 """
 
 import json
@@ -32,7 +32,7 @@ from pipelines.training.step import train_step
 
 @dataclass(frozen=True)
 class Task:
-    """What every contestant is given."""
+    """The input of every contestant."""
 
     inputs: dict[str, Any]
     """Inputs of a training stage."""
@@ -62,15 +62,15 @@ class Task:
 
 @dataclass
 class Record:
-    """What a contestant notes while it trains."""
+    """What a contestant records while it trains."""
 
     losses: list[float] = field(default_factory=list)
     """Mean over the supervised tokens of each step, in nats."""
     ends: list[dict[str, float]] = field(default_factory=list)
-    """The end of each step: the clock and the cores' time in seconds, the peak of memory so far in bytes."""
+    """Per step end: wall clock and CPU time in seconds, peak memory so far in bytes."""
 
     def step_ended(self) -> None:
-        """Note the end of a step."""
+        """Record the end of a step."""
         self.ends.append(
             {
                 "clock": time.perf_counter(),
@@ -84,7 +84,7 @@ Contestant = Callable[[Task], Record]
 
 
 def ours(task: Task) -> Record:
-    """Take the steps that pipelines.training takes; the seed draws the adapter that `write_adapter` saved."""
+    """Train as pipelines.training does; the seed gives the adapter that `write_adapter` saved."""
     hardware, record = detect(), Record()
     options = {
         "gradient_accumulation_steps": 1,
@@ -130,7 +130,7 @@ def write_adapter(task: Task) -> Record:
 
 
 def run_contestant(contestants: Mapping[str, Contestant]) -> None:
-    """Run the contestant that the command line names, and write what it noted and the tokens of each step."""
+    """Run the contestant of the command line; write its record and the tokens of each step."""
     name, task_file, result_file = sys.argv[1:]
     task = Task(**json.loads(Path(task_file).read_text()))
     record = contestants[name](task)

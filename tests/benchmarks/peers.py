@@ -1,9 +1,9 @@
-"""The other contestants of the benchmark: PEFT in the usual short loop, and TRL's SFTTrainer over PEFT.
+"""The other contestants of the benchmark: PEFT in a short loop, and TRL's SFTTrainer over PEFT.
 
     python tests/benchmarks/peers.py peft|trl|trl-float32 TASK.json RESULT.json
 
-They get the same frozen NF4 base, computed in float32 with PyTorch's own attention and loaded the usual way, and the
-same adapter, steps and AdamW.
+They get the same frozen NF4 base, computed in float32 with PyTorch's attention and loaded with
+`from_pretrained`, and the same adapter, steps and AdamW.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 def peft_loop(task: Task) -> Record:
-    """Take the usual steps: a padded batch, logits for every position, the model's own loss, AdamW."""
+    """Train in the usual way: padded batch, logits at every position, the model's loss, AdamW."""
     model, record = adapted(task), Record()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -42,17 +42,17 @@ def peft_loop(task: Task) -> Record:
 
 
 def trl_as_it_is(task: Task) -> Record:
-    """Let SFTTrainer train as it is: over a 4-bit base it turns the adapter into bfloat16."""
+    """Train with SFTTrainer unchanged: over a 4-bit base it converts the adapter to bfloat16."""
     return sft(task, keeps_float32=False)
 
 
 def trl_float32(task: Task) -> Record:
-    """Let SFTTrainer train with the adapter put back into float32, as the other contestants have it."""
+    """Train with SFTTrainer and the adapter restored to float32, as in the other contestants."""
     return sft(task, keeps_float32=True)
 
 
 def adapted(task: Task) -> PeftModel:
-    """Return the base with the common adapter in PEFT, ready to train; nothing leaves float32."""
+    """Return the base with the common adapter in PEFT, ready to train, all in float32."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -83,7 +83,7 @@ def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def labels(example: dict[str, Any]) -> list[int]:
-    """Return the supervised tokens in their places, and the mark of being ignored elsewhere."""
+    """Return the supervised tokens, and the ignored label at all other positions."""
     return [
         token if supervised else IGNORED
         for token, supervised in zip(example["input_ids"], example["supervised"], strict=True)
@@ -91,7 +91,7 @@ def labels(example: dict[str, Any]) -> list[int]:
 
 
 def sft(task: Task, *, keeps_float32: bool) -> Record:
-    """Train with SFTTrainer, which is told to do nothing beside the steps."""
+    """Train with SFTTrainer, configured to do nothing but the steps."""
     model, record = adapted(task), Record()
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = SFTTrainer(
@@ -110,7 +110,7 @@ def sft(task: Task, *, keeps_float32: bool) -> Record:
 
 
 def sft_config(task: Task) -> SFTConfig:
-    """Return the common task in TRL's words, without checkpoints, evaluation, reports or workers."""
+    """Return TRL's config of the task, without checkpoints, evaluation, reports or workers."""
     return SFTConfig(
         output_dir=str(Path(task.paths["adapter"]).parent / "trl"),
         max_steps=task.steps,
@@ -135,7 +135,7 @@ def sft_config(task: Task) -> SFTConfig:
 
 
 def sft_dataset(task: Task) -> Dataset:
-    """Return the examples in the order of the steps, tokenised and labelled, so that TRL supervises the same tokens."""
+    """Return the examples in step order, tokenized and labeled: TRL supervises the same tokens."""
     examples = [example for batch in task.batches() for example in batch]
     return Dataset.from_list(
         [{"input_ids": example["input_ids"], "labels": labels(example)} for example in examples]
@@ -143,7 +143,7 @@ def sft_dataset(task: Task) -> Dataset:
 
 
 class Timer(TrainerCallback):
-    """Notes the end of each step."""
+    """Records the end of each step."""
 
     def __init__(self, record: Record) -> None:
         self.record = record

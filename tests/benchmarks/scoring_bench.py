@@ -1,14 +1,16 @@
-"""Measure how fast answers are scored here beside lm-eval's own `hf` model, on the same weights, items and tokens.
+"""Compare the speed of scoring with lm-eval's `hf` model, on the same weights, items and tokens.
 
-    python tests/benchmarks/scoring_bench.py [--base FOLDER] [--items 30] [--rounds 3] [--batches 1 4 8 16]
+    python tests/benchmarks/scoring_bench.py [--base FOLDER] [--items 30] [--rounds 3]
+                                             [--batches 1 4 8 16]
 
-Both score every choice of the embedded benchmarks' sample in float32 on the CPU, in one process, turn by turn. In the
-first round lm-eval runs with each batch size; its fastest goes on. Ratios are taken within a round and their median is
-reported, so a machine that slows down between rounds slows both sides. Nothing else should run meanwhile: the lowest
-share of the cores that either side got is reported.
+Both score every choice of the embedded benchmarks' sample in float32 on the CPU, alternating in one
+process. In the first round lm-eval runs with each batch size; the fastest one runs in the others.
+The benchmark computes ratios within a round and reports their median, so a machine that slows down
+between rounds affects both sides equally. Nothing else should run at the same time: the lowest
+fraction of the cores that either side got is reported.
 
-The figures go to build/scoring_bench.json; a goal that is missed is said, and is no error. Needs `pip install
-lora-pipeline[lm-eval]`.
+The results go to build/scoring_bench.json. A missed goal is reported and is not an error. Requires
+`pip install lora-pipeline[lm-eval]`.
 """
 
 import argparse
@@ -46,24 +48,24 @@ BASE = "embedded:SmolLM2-135M-Instruct"
 SEED = 7
 RESULT = BUILD / "scoring_bench.json"
 NATS = 2e-3
-"""What float32 may differ by on sums of a hundred log-likelihoods whose products are blocked in another way."""
+"""Tolerance for float32 sums of a hundred log-likelihoods with differently blocked products."""
 Scores = list[tuple[float, bool]]
 """For each choice its log-likelihood and whether it is greedy."""
 Contestant = Callable[[], Scores]
 
 
 @dataclass(frozen=True)
-class Run:
-    """One contestant's turn."""
+class ScoringRun:
+    """One run of a contestant."""
 
     scores: Scores
     seconds: float
     core_share: float
-    """Which part of the machine's cores it had."""
+    """Fraction of the machine's cores that it had."""
 
 
 def main() -> None:
-    """Let both score, write and print the figures."""
+    """Run both, write and print the results."""
     options = parse_options()
     if find_spec("lm_eval") is None:
         sys.exit("lm-eval is not installed; run: pip install 'lora-pipeline[lm-eval]'")
@@ -95,15 +97,15 @@ def parse_options() -> argparse.Namespace:
         help="folder of a model in Hugging Face format; the embedded one when left out",
     )
     parser.add_argument("--items", type=int, default=30, help="items of each benchmark")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument(
         "--batches",
         type=int,
         nargs="+",
         default=[1, 4, 8, 16],
-        help="batch sizes that lm-eval is tried with",
+        help="batch sizes for lm-eval",
     )
-    parser.add_argument("--result", type=Path, default=RESULT, help="where the figures go")
+    parser.add_argument("--result", type=Path, default=RESULT, help="where the results go")
     return parser.parse_args()
 
 
@@ -138,9 +140,10 @@ def contestants(
 
 
 def arithmetic_ratio(base: Path, items: Sequence[Item], trees: Sequence[Tree]) -> float:
-    """Return how many times the multiplications of ours it takes to read each answer with its context, and the head everywhere.
+    """Return the multiplications of lm-eval relative to ours.
 
-    No sharing can be faster than that where products are all that takes time, as they are here: 83 % of it, by the profiler.
+    lm-eval reads each answer with its context and applies the head at every position. The ratio
+    bounds the possible speedup if products dominate the time; here they take 83 % by the profiler.
     """
     model, tokenizer = meta_model(str(base)), load_tokenizer(base)
     head = model.get_output_embeddings().weight.numel()  # type: ignore[operator, union-attr]
@@ -153,15 +156,13 @@ def arithmetic_ratio(base: Path, items: Sequence[Item], trees: Sequence[Tree]) -
         item.context + choice.lead + choice.scored for item in items for choice in item.choices
     ]
     theirs = sum(len(ids) - 1 for ids in tokenizer(texts).input_ids) * (body + head)
-    read, scored = (
-        sum(len(tree.tokens) for tree in trees),
-        sum(len(answer.targets) for tree in trees for answer in tree.answers),
-    )
+    read = sum(len(tree.tokens) for tree in trees)
+    scored = sum(len(answer.targets) for tree in trees for answer in tree.answers)
     return theirs / (read * body + scored * head)
 
 
 def run_rounds(ours: Contestant, theirs: dict[str, Contestant], rounds: int) -> Any:
-    """Yield, for each round, the runs by name; after the first one, ours and the fastest of theirs."""
+    """Yield the runs of each round by name; after the first round, only the fastest of theirs."""
     best = list(theirs)
     for number in range(rounds):
         turns = {"ours": ours, **{name: theirs[name] for name in best}}
@@ -171,17 +172,18 @@ def run_rounds(ours: Contestant, theirs: dict[str, Contestant], rounds: int) -> 
         yield found
 
 
-def run(name: str, contestant: Contestant) -> Run:
-    """Let one side score everything."""
-    begun, cores = time.perf_counter(), sum(os.times()[:2])
+def run(name: str, contestant: Contestant) -> ScoringRun:
+    """Score everything with one contestant."""
+    started = time.perf_counter()
+    cores = sum(os.times()[:2])
     scores = contestant()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     share = (sum(os.times()[:2]) - cores) / seconds / threads()
     console.print(f"{name:<24}{seconds:8.1f} s {share:6.0%} of the cores", highlight=False)
-    return Run(scores, seconds, share)
+    return ScoringRun(scores, seconds, share)
 
 
-def rows(items: Sequence[Item], rounds: Sequence[dict[str, Run]]) -> list[Row]:
+def rows(items: Sequence[Item], rounds: Sequence[dict[str, ScoringRun]]) -> list[Row]:
     """Turn the rounds into rows, each with a goal or without one."""
     first = rounds[0]
     best = min(
@@ -234,7 +236,7 @@ def picks(items: Sequence[Item], scores: Scores) -> list[int]:
 
 
 def accuracy(items: Sequence[Item], chosen: Sequence[int]) -> float:
-    """Return the share of items whose likeliest choice is right."""
+    """Return the fraction of items whose likeliest choice is correct."""
     return sum(item.gold == pick for item, pick in zip(items, chosen, strict=True)) / len(items)
 
 

@@ -1,7 +1,8 @@
-"""Several adapters scored in one pass over the base they share, beside one adapter after the other: which is faster here.
+"""Compare scoring several adapters in one pass over a shared base with one after the other.
 
-One pass reads each question once for every adapter, with the products with the frozen weights formed together; one after
-the other, which is what the pipeline does, reads fuller packs of each. The answers are the same.
+One pass reads each question once for every adapter and computes the products with the frozen
+weights together. One after the other, as in the pipeline, reads fuller packs of each. The answers
+are equal.
 """
 
 import time
@@ -27,15 +28,15 @@ NATS = 2e-3
 
 
 def together_rows(base: Path, trees: Sequence[Tree], rounds: int) -> Iterator[Row]:
-    """Yield how much faster one pass is, and by how much the two ways differ."""
+    """Yield the speedup of one pass, and the largest difference between the two modes."""
     bank = bank_of_two(base)
     ratios, differences = [], []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         apart = {name: scored_alone(bank, name, trees) for name in NAMES}
         middle = time.perf_counter()
         together = scored_together(bank, trees)
-        ratios.append((middle - begun) / (time.perf_counter() - middle))
+        ratios.append((middle - started) / (time.perf_counter() - middle))
         differences += [float((apart[name] - together[name]).abs().max()) for name in NAMES]
     yield row("two adapters in one pass / one after the other: speed", "×", median(ratios))
     yield row(
@@ -68,7 +69,7 @@ def scored_alone(bank: Bank, name: str, trees: Sequence[Tree]) -> torch.Tensor:
 
 @torch.inference_mode()
 def scored_together(bank: Bank, trees: Sequence[Tree]) -> dict[str, torch.Tensor]:
-    """Return the same by each adapter, with every pack read once for all of them."""
+    """Return the same for each adapter; every pack is read once for all of them."""
     found: dict[tuple[str, int], list[float]] = {}
     for places in bin_pack(trees, PACK_TOKENS // len(NAMES)):
         keys = [(name, place) for name in NAMES for place in places]

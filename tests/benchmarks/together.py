@@ -1,14 +1,15 @@
-"""Measure several adapters trained together on one base beside the same adapters trained one after the other.
+"""Compare several adapters trained together on one base with the same adapters one by one.
 
     python tests/benchmarks/together.py [--adapters 4] [--rounds 5] [--layers 30]
 
-Every adapter has a batch of its own in every step. Together, all batches pass through the base as one, each row with its
-adapter; apart, each batch passes by itself with its adapter alone. Both ways take the same steps of AdamW from the same
-start, turn by turn in one process, so that a machine that slows down slows both; the share of the cores that the steps
-got says whether others were at work. The peak of memory is that of each way in a process of its own. The base is a random
-Llama of SmolLM2-135M's shapes in NF4, on the CPU.
+Every adapter has a separate batch in every step. "Together", all batches pass through the base as
+one, each row with its adapter; "apart", each batch passes alone with its adapter. Both modes take
+the same AdamW steps from the same initial state, alternating in one process, so a machine that
+slows down affects both equally; the fraction of the cores that the steps got shows whether other
+processes were running. Peak memory is measured for each mode in a separate process. The base is a
+random Llama with the shapes of SmolLM2-135M in NF4, on the CPU.
 
-The figures go to build/together.json.
+The results go to build/together.json.
 """
 
 import argparse
@@ -43,7 +44,7 @@ ADAPTER = LoraConfig(r=16, lora_alpha=32)
 
 
 class Way:
-    """Adapters on one base and their optimiser, ready to take steps."""
+    """Adapters on one base and their optimizer, ready to take steps."""
 
     def __init__(self, model: PreTrainedModel, adapters: int) -> None:
         self.bank = Bank(model)
@@ -76,7 +77,7 @@ class Way:
 
 
 def main() -> None:
-    """Measure every size, write and print the figures; or, asked for one way, print its peak of memory."""
+    """Measure every size, write and print the results; with --only, print one peak of memory."""
     options = parse_options()
     if options.only:
         way, size = Way(load(), options.adapters), SIZES[options.size]
@@ -95,21 +96,19 @@ def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--adapters", type=int, default=4, help="adapters that are trained")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each way and size")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each mode and size")
     parser.add_argument("--layers", type=int, default=30, help="blocks of the base")
     parser.add_argument(
         "--only",
         choices=("together", "apart"),
-        help="take two steps of one way and print the peak of memory",
+        help="take two steps of one mode and print the peak of memory",
     )
-    parser.add_argument(
-        "--size", type=int, default=0, help="of the batch, by its number; goes with --only"
-    )
+    parser.add_argument("--size", type=int, default=0, help="index of the batch size, with --only")
     return parser.parse_args()
 
 
 def save(layers: int) -> None:
-    """Write the base to disk, from where it is quantised."""
+    """Write the base to disk; it is quantized when it is loaded."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=576,
@@ -142,7 +141,7 @@ def draw(adapters: int, size: tuple[int, int], step: int) -> Tensor:
 
 
 def rows(ways: dict[str, Way], number: int, options: argparse.Namespace) -> list[Row]:
-    """Take the steps of one size, turn by turn; the first of each way warms up."""
+    """Take the steps of one size, alternating; the first of each mode warms up."""
     size = SIZES[number]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     difference, start = 0.0, (time.perf_counter(), time.process_time())
@@ -166,14 +165,13 @@ def rows(ways: dict[str, Way], number: int, options: argparse.Namespace) -> list
         row(f"{what}: speed together / apart", "×", median(ratios), at_least=1.0),
         *[row(f"{what}, {name}: peak memory", "GiB", value) for name, value in peaks.items()],
         row(f"{what}: largest difference of loss", "nats", difference, at_most=1e-3),
-        row(
-            f"{what}: share of the cores", "", share, at_least=0.8
-        ),  # less, and others were at work
+        # Below the goal, other processes were running.
+        row(f"{what}: share of the cores", "", share, at_least=0.8),
     ]
 
 
 def timed(take: Callable[[Tensor], list[float]], ids: Tensor, seconds: list[float]) -> list[float]:
-    """Take a step, note how long it took, and return its losses."""
+    """Take a step, record its duration, and return its losses."""
     start = time.perf_counter()
     losses = take(ids)
     seconds.append(time.perf_counter() - start)
@@ -181,7 +179,7 @@ def timed(take: Callable[[Tensor], list[float]], ids: Tensor, seconds: list[floa
 
 
 def peak(name: str, number: int, adapters: int) -> int:
-    """Return the bytes that one way holds at most, in a fresh process."""
+    """Return the peak memory of one mode in bytes, in a fresh process."""
     argv = [
         sys.executable,
         __file__,
@@ -200,7 +198,7 @@ def peak(name: str, number: int, adapters: int) -> int:
 
 
 def own_peak() -> int:
-    """Return the bytes that this process held at most; what getrusage says is the parent's where that held more."""
+    """Return the peak memory of this process in bytes; getrusage can return the parent's peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * next(
         int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")

@@ -1,9 +1,10 @@
-"""The matrix of launches and methods, two hosts and a pulled cable on the embedded model, and what checkpoints cost.
+"""Measure every launch and method, two hosts with a pulled cable, and the cost of checkpoints.
 
     PYTHONPATH=tests python -m distributed
 
-Every launch trains every method on a tiny model with two ranks, in one go and broken off; the embedded model trains over two
-network namespaces, and as the default recipe has it. The figures go to build/matrix.json; a goal missed is an error.
+Every launch trains every method on a tiny model with two ranks, uninterrupted and interrupted. The
+embedded model trains over two network namespaces, and as the default recipe defines. Results are
+written to build/matrix.json; a missed goal is an error.
 """
 
 import sys
@@ -45,14 +46,14 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    """Measure, write and print everything; return 1 where a goal is missed."""
+    """Measure, write and print everything; return 1 if a goal is missed."""
     rows: list[Row] = []
     with TemporaryDirectory() as folder:
         sections: dict[str, Callable[[Path], Iterator[Row]]] = {
-            "What cannot work": refused,
-            "Two ranks beside one, and a run that was broken off beside one that was not": launches,
-            "The embedded model on two hosts beside two ranks of one": hosts,
-            "What checkpoints cost": checkpoints,
+            "Refused launches": refused,
+            "Two ranks and one, interrupted and uninterrupted runs": launches,
+            "The embedded model on two hosts, compared with two ranks of one host": hosts,
+            "Cost of checkpoints": checkpoints,
         }
         for title, section in sections.items():
             found = list(section(Path(folder)))
@@ -94,7 +95,7 @@ def launches(folder: Path) -> Iterator[Row]:
                 WEIGHTS,
             )
             yield within(
-                f"{name}, {method}: broken off and gone on with, loss",
+                f"{name}, {method}: interrupted and resumed, loss",
                 apart(broken[method], whole[method]),
                 "nats",
                 0,
@@ -102,7 +103,7 @@ def launches(folder: Path) -> Iterator[Row]:
 
 
 def refused(folder: Path) -> Iterator[Row]:
-    """Ask for FSDP, as accelerate's own configs do, and see that it is refused before anything is started."""
+    """Use FSDP configs, as accelerate writes them; they are refused before anything starts."""
     for device, quantization in (("cpu", "nf4"), ("gpu", "nf4"), ("gpu", "none")):
         config = {
             "distributed_type": "FSDP",
@@ -120,7 +121,7 @@ def refused(folder: Path) -> Iterator[Row]:
             check_launch(parse_recipe(tiny_recipe(folder, folder, **changes)))
             reason = None
         except RecipeError as error:
-            reason = str(error).partition(" asks for ")[2]
+            reason = str(error).partition(" uses ")[2]
         yield row(
             f"FSDP2, {quantization}, {device}: {reason}",
             int(reason is not None),
@@ -131,7 +132,7 @@ def refused(folder: Path) -> Iterator[Row]:
 
 
 def hosts(folder: Path) -> Iterator[Row]:
-    """Train the embedded model under ZeRO-2 on two hosts, whole and with the cable pulled."""
+    """Train the embedded model under ZeRO-2 on two hosts, with and without a pulled cable."""
     reason = objection()
     if reason is not None:
         yield row(f"two hosts: {reason}", 0, "")
@@ -147,16 +148,16 @@ def hosts(folder: Path) -> Iterator[Row]:
         first = made.train(file)
         wait_for(two, 3)
         made.pull_cable()
-        begun = time.monotonic()
-        said, _ = first.communicate()
+        started = time.monotonic()
+        output, _ = first.communicate()
         yield within(
-            "after the cable was pulled, until the run ended",
-            time.monotonic() - begun,
+            "from pulling the cable to the end of the run",
+            time.monotonic() - started,
             "s",
             settings.timeout_seconds + 30,
         )
         yield row(
-            f"what it said: {said.strip().splitlines()[-1][:300]}",
+            f"its last line: {output.strip().splitlines()[-1][:300]}",
             first.returncode,
             "status",
             "1",
@@ -168,7 +169,10 @@ def hosts(folder: Path) -> Iterator[Row]:
         second.terminate()
         second.communicate()
     yield within(
-        "two hosts, interrupted, beside two ranks of one host: loss", apart(two, one), "nats", 2e-5
+        "two hosts, interrupted, compared with two ranks of one host: loss",
+        apart(two, one),
+        "nats",
+        2e-5,
     )
     yield within(
         "the same: largest difference of a trained tensor",
@@ -179,34 +183,37 @@ def hosts(folder: Path) -> Iterator[Row]:
 
 
 def checkpoints(folder: Path) -> Iterator[Row]:
-    """Train as the default recipe has it, and the control once more with each checkpoint written, whatever it costs."""
+    """Train as the default recipe defines, and the control again with every checkpoint written."""
     settings = LaunchSection(config="cpu_zero2", processes=2)
     for method, often in (("QLoRA", {}), ("full", {}), ("full", {"checkpoint_time_fraction": 1})):
-        name = f"{method}, {'every one written' if often else 'as the recipe has it'}"
+        name = f"{method}, {'every checkpoint written' if often else 'as the recipe defines'}"
         stage = embedded_stage(folder / name, method, settings, **often)
         train_all("cpu_zero2", 2, [str(stage.folder)], folder / f"{name}.log")
-        figures = read_result(stage.folder)
-        assert figures is not None
-        cost = figures["checkpoints"]
-        share = (cost["seconds"] + cost["seconds_beside"]) / figures["training_seconds"]
+        result = read_result(stage.folder)
+        assert result is not None
+        cost = result["checkpoints"]
+        seconds = cost["seconds"] + cost["seconds_beside"]
+        fraction = seconds / result["training_seconds"]
         yield row(
             f"{name}: checkpoints written",
             cost["written"],
-            f"in {figures['training_seconds']:.0f} s",
+            f"in {result['training_seconds']:.0f} s",
         )
         if often:
             yield row(
-                f"{name}: training stood still for each", cost["seconds"] / cost["written"], "s"
+                f"{name}: seconds that training waited for each",
+                cost["seconds"] / cost["written"],
+                "s",
             )
             yield row(
-                f"{name}: a core's time beside it for each",
+                f"{name}: CPU seconds in background for each",
                 cost["seconds_beside"] / cost["written"],
                 "s",
             )
         yield (
-            row(f"{name}: both", share, "of its training time")
+            row(f"{name}: both", fraction, "of its training time")
             if often
-            else within(f"{name}: both", share, "of its training time", COST)
+            else within(f"{name}: both", fraction, "of its training time", COST)
         )
 
 
@@ -217,21 +224,21 @@ def apart(one: Stage, other: Stage) -> float:
 
 
 def wait_for(stage: Stage, steps: int) -> None:
-    """Return when so many steps are done."""
+    """Wait until that many steps are done."""
     metrics = stage.folder / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_text().count("\n") < steps:
         time.sleep(0.2)
 
 
 def within(what: str, value: float, unit: str, most: float) -> Row:
-    """Return a figure that is to be no larger than `most`."""
+    """Return a result that must be at most `most`."""
     return row(what, value, unit, f"<= {most:g}", holds=value <= most)
 
 
 def row(
     what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None
 ) -> Row:
-    """Return one figure."""
+    """Return one result."""
     return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}
 
 

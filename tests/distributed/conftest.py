@@ -1,4 +1,4 @@
-"""One set of tiny trainings for the tests of this room, and each of them by one process, which the others are held against."""
+"""Tiny trainings, and each of them by one process, with which the others are compared."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
 
 @pytest.fixture(scope="session")
 def alone(trainings: Trainings) -> dict[str, Stage]:
-    """Every method by one process."""
+    """Return every method, trained by one process."""
     stages = {method: trainings.stage(method, "alone") for method in METHODS}
     train_all(
         "cpu_single",

@@ -1,8 +1,8 @@
-"""Run one training as a run does, in a process of its own that can be ended.
+"""Run one training as a run does, in a separate process that can be ended.
 
     python run_training.py STAGE.pickle [KIND:STEP:RANK]
 
-The second word is a fault, see `faults.struck`. What the run says goes to the standard output.
+The second word is a fault; see `faults.struck`. The output of the run goes to the standard output.
 """
 
 import json
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def main() -> None:
-    """Train, and print the figures or the error."""
+    """Train, and print the result or the error."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     stage, settings = pickle.loads(Path(sys.argv[1]).read_bytes())  # noqa: S301 - written by the test that runs this
     if len(sys.argv) > 2:

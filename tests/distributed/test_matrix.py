@@ -1,7 +1,7 @@
-"""Every launch trains every method on two ranks: what one process learns, the same adapter, and to the bit after a break.
+"""Every launch trains every method on two ranks as one process does, and resumes bit for bit.
 
-Two ranks sum in another order than one, so float32 differs in its last digits; a run that was broken off and went on differs
-in nothing at all.
+Two ranks sum in another order than one, so float32 differs in its last digits. A run that was
+interrupted and resumed does not differ at all.
 """
 
 from typing import Any
@@ -25,22 +25,25 @@ pytestmark = pytest.mark.slow
 LOSS = 2e-6
 """Largest difference of any step's loss: a few units in the last place of float32 at about 5.7."""
 WEIGHTS = 5e-5
-"""Largest difference of any trained tensor, as a share of its norm: Adam divides by the gradient's size, which lifts its noise."""
+"""Largest difference of any trained tensor, as a fraction of its norm.
+
+Adam divides by the size of the gradient, which amplifies noise.
+"""
 NORM = 1e-4
-"""Largest difference of the gradient's length at any step, as a share of it."""
+"""Largest relative difference of the gradient norm at any step."""
 BREAK = 3
-IN_PARTS: dict[str, Any] = {"training": {"gradient_accumulation_steps": 2}}
-"""What one process takes at once, two take in two parts each."""
+MICRO_BATCHES: dict[str, Any] = {"training": {"gradient_accumulation_steps": 2}}
+"""Two processes take in two micro-batches each what one process takes at once."""
 Runs = dict[str, tuple[Stage, Stage]]
 
 
 @pytest.fixture(scope="module", params=LAUNCHES)
 def runs(request: pytest.FixtureRequest, trainings: Trainings) -> Runs:
-    """Every method under one launch: in one go, and broken off after three steps and gone on with."""
+    """Return every method under one launch, uninterrupted, and interrupted after three steps."""
     name = request.param
-    whole = {method: trainings.stage(method, name, 2, **IN_PARTS) for method in METHODS}
+    whole = {method: trainings.stage(method, name, 2, **MICRO_BATCHES) for method in METHODS}
     broken = {
-        method: trainings.stage(method, f"{name}-broken", 2, **IN_PARTS) for method in METHODS
+        method: trainings.stage(method, f"{name}-broken", 2, **MICRO_BATCHES) for method in METHODS
     }
     words = [str(stage.folder) for stage in whole.values()]
     words += [
@@ -55,9 +58,7 @@ def gradient_norms(stage: Stage) -> list[float]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_learn_what_one_process_learns(
-    alone: dict[str, Stage], runs: Runs, method: str
-) -> None:
+def test_two_ranks_equal_one_process(alone: dict[str, Stage], runs: Runs, method: str) -> None:
     whole, _ = runs[method]
     assert losses(whole) == pytest.approx(losses(alone[method]), abs=LOSS)
     assert gradient_norms(whole) == pytest.approx(gradient_norms(alone[method]), rel=NORM)
@@ -66,17 +67,17 @@ def test_two_ranks_learn_what_one_process_learns(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_that_was_broken_off_ends_the_same_to_the_bit(runs: Runs, method: str) -> None:
+def test_resume_is_bit_exact(runs: Runs, method: str) -> None:
     whole, broken = runs[method]
     assert losses(broken) == losses(whole)
     assert farthest(outcome(whole), outcome(broken)) == 0.0
 
 
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA"])
-def test_the_adapter_is_whole(runs: Runs, method: str) -> None:
-    """Under ZeRO-3 a weight that was not gathered is saved as nothing, or flat."""
+def test_the_adapter_is_complete(runs: Runs, method: str) -> None:
+    """Under ZeRO-3 a weight that is not gathered is saved empty or flat."""
     file = runs[method][0].folder / "adapter" / "adapter_model.safetensors"
     with safe_open(file, framework="pt") as tensors:
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - it is no dict
+        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     assert len(shapes) == 2 * 2 * 7
     assert all(len(shape) == 2 and RANK in shape for shape in shapes.values())

@@ -1,4 +1,7 @@
-"""Two hosts train as two ranks of one do; when the cable is pulled both ends say who is gone, and the run goes on afterwards."""
+"""Two hosts train like two ranks of one host.
+
+When the cable is pulled, both ends name the lost rank, and the run resumes afterwards.
+"""
 
 import re
 import subprocess
@@ -35,7 +38,7 @@ def staged(trainings: Trainings, runs: str) -> Stage:
     return trainings.stage("QLoRA", runs, 2, training=many, launch=LAUNCH.model_dump())
 
 
-def test_a_pulled_cable_is_named_by_both_ends_and_the_run_goes_on(
+def test_both_ends_name_the_lost_rank_and_the_run_resumes(
     trainings: Trainings, hosts: TwoHosts
 ) -> None:
     together = trainings.stage(
@@ -49,19 +52,19 @@ def test_a_pulled_cable_is_named_by_both_ends_and_the_run_goes_on(
         first = hosts.train(file)
         wait_for_steps(stage, 6, first)
         hosts.pull_cable()
-        begun = time.monotonic()
-        said, _ = first.communicate(timeout=TIMEOUT + 90)
-        assert first.returncode == 1 and time.monotonic() - begun < TIMEOUT + 60
-        assert "lost rank 1 on node-b in step" in said or "lost rank 0 on node-a in step" in said, (
-            said
-        )
-        wait_until_quiet("node-b", beside=1)
+        started = time.monotonic()
+        output, _ = first.communicate(timeout=TIMEOUT + 90)
+        assert first.returncode == 1 and time.monotonic() - started < TIMEOUT + 60
+        assert (
+            "lost rank 1 on node-b in step" in output or "lost rank 0 on node-a in step" in output
+        ), output
+        wait_until_quiet("node-b", at_most=1)
         assert "lost rank 0 on node-a" in (stage.folder / "log-1.txt").read_text()
         assert "lost rank 1 on node-b" in (stage.folder / "log.txt").read_text()
         hosts.plug_cable()
         again = hosts.train(file)
-        said, _ = again.communicate(timeout=240)
-        assert again.returncode == 0, said
+        output, _ = again.communicate(timeout=240)
+        assert again.returncode == 0, output
     finally:
         second.terminate()
         second.communicate(timeout=60)
@@ -72,7 +75,7 @@ def test_a_pulled_cable_is_named_by_both_ends_and_the_run_goes_on(
 
 
 def wait_for_steps(stage: Stage, steps: int, child: "subprocess.Popen[str]") -> None:
-    """Return when so many steps are done."""
+    """Wait until that many steps are done."""
     metrics = stage.folder / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
@@ -83,9 +86,9 @@ def wait_for_steps(stage: Stage, steps: int, child: "subprocess.Popen[str]") -> 
     raise AssertionError(f"{steps} steps took too long")
 
 
-def wait_until_quiet(node: str, beside: int) -> None:
-    """Return when no more processes than `beside` are left on a host."""
+def wait_until_quiet(node: str, at_most: int) -> None:
+    """Wait until at most `at_most` processes are left on a host."""
     deadline = time.monotonic() + TIMEOUT + 60
-    while len(processes_on(node)) > beside and time.monotonic() < deadline:
+    while len(processes_on(node)) > at_most and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert len(processes_on(node)) <= beside
+    assert len(processes_on(node)) <= at_most

@@ -1,4 +1,4 @@
-"""Tiny trainings of every kind, by name, prepared once: what the tests and the printed matrix of launches share."""
+"""Tiny trainings of every kind, shared by the tests and the printed matrix of launches."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Trainings:
         return cls(root)
 
     def stage(self, method: str, runs: str, processes: int = 1, **changes: Any) -> Stage:
-        """Return a stage that is begun, in a folder of runs of its own."""
+        """Return a started stage in a separate folder of runs."""
         changes = {
             "base_model": {"quantization": METHODS[method]},
             "launch": {"processes": processes},
@@ -52,22 +52,28 @@ class Trainings:
         base = launcher.ensure_result(Stages(recipe, self.root / "shared").base(), threads=1)
         data_stage = Stages(recipe, self.root / "shared").data(base)
         data = PreparedData(data_stage, launcher.ensure_result(data_stage, threads=1))
-        arm = (
+        experiment = (
             control_experiments(recipe)[0]
             if method == "full"
             else Experiment(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
         )
-        stage = stages.train(base, data, arm)
+        stage = stages.train(base, data, experiment)
         stage.begin()
         return stage
 
 
 def train_all(config: str, processes: int, words: list[str], log: Path) -> None:
-    """Train what the words name (see `several`) in one group of processes; raise AssertionError with the log where that fails."""
+    """Run the trainings that the words name (see `several`) in one group of processes.
+
+    Raises:
+        AssertionError: a training failed; with the log.
+    """
     argv = launcher.accelerate_argv(config, processes, Path())
     argv = [*argv[: argv.index("-m", 3)], str(SEVERAL), *words]
     with log.open("wb") as stream:
-        status = launcher.run_joined_ranks(argv, stream, threads=1, on_cpu=True, until=lambda: False)
+        status = launcher.run_joined_ranks(
+            argv, stream, threads=1, on_cpu=True, until=lambda: False
+        )
     assert status == 0, log.read_text()[-3000:]
 
 
@@ -87,7 +93,7 @@ def outcome(stage: Stage) -> dict[str, Tensor]:
 
 
 def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Return the largest difference of any tensor, as a share of its norm."""
+    """Return the largest difference of any tensor, as a fraction of its norm."""
     assert one.keys() == other.keys(), sorted(one.keys() ^ other.keys())
     return max(
         float((tensor - other[name]).norm() / tensor.norm().clamp(min=1e-6))
@@ -96,7 +102,10 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training: Any) -> Stage:
-    """Return the default recipe's rank 4 (QLoRA) or control (full), begun; base and data are the default run's."""
+    """Return the started stage of the default recipe's rank 4 (QLoRA) or control (full).
+
+    Base and data are those of the default run.
+    """
     changes = {"launch": settings.model_dump(), "training": training}
     values: dict[str, Any] = yaml.safe_load(DEFAULT.read_text())
     recipe = parse_recipe(
@@ -106,11 +115,11 @@ def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training:
     base = launcher.ensure_result(shared.base(), threads=2)
     data_stage = shared.data(base)
     data = PreparedData(data_stage, launcher.ensure_result(data_stage, threads=2))
-    arm = (
+    experiment = (
         control_experiments(recipe)[0]
         if method == "full"
         else Experiment(f"rank-{RANK}", "lora", recipe.lora.learning_rate, RANK)
     )
-    stage = Stages(recipe, runs).train(base, data, arm)
+    stage = Stages(recipe, runs).train(base, data, experiment)
     stage.begin()
     return stage

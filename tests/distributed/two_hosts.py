@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with names of their own, joined by a cable that can be pulled.
+"""Two hosts on one machine: network namespaces, connected by a cable that can be pulled.
 
     node-a 10.77.0.1 ──── cable ──── 10.77.0.2 node-b
 
@@ -25,7 +25,7 @@ RUN_TRAINING = Path(__file__).with_name("run_training.py")
 
 
 def objection() -> str | None:
-    """Say why there can be no two hosts here; None where there can."""
+    """Return why two hosts are impossible on this machine; None if they are possible."""
     if os.geteuid() != 0:
         return "two hosts need root, to make network namespaces"
     if shutil.which("ip") is None:
@@ -35,13 +35,13 @@ def objection() -> str | None:
     return (
         None
         if made.returncode == 0
-        else f"no network namespace can be made here ({made.stderr.decode().strip()})"
+        else f"this machine cannot create a network namespace ({made.stderr.decode().strip()})"
     )
 
 
 @dataclass(frozen=True)
 class TwoHosts:
-    """Both hosts, which see the same files."""
+    """Both hosts; they share their files."""
 
     runs: Path
 
@@ -79,23 +79,23 @@ class TwoHosts:
         return self.start("node-a", sys.executable, str(RUN_TRAINING), str(stage_file))
 
     def join(self) -> "subprocess.Popen[str]":
-        """Start `lora join` on the second."""
+        """Start `lora join` on the second host."""
         return self.start(
             "node-b", str(Path(sys.executable).parent / "lora"), "join", "--machine", "1"
         )
 
     def pull_cable(self) -> None:
-        """Let nothing pass any more; neither side is told."""
+        """Block all traffic; neither side is notified."""
         ip("netns", "exec", "node-a", "ip", "link", "set", CABLE, "down")
 
     def plug_cable(self) -> None:
-        """Let everything pass again."""
+        """Allow all traffic again."""
         ip("netns", "exec", "node-a", "ip", "link", "set", CABLE, "up")
 
 
 @contextmanager
 def two_hosts(runs: Path) -> Iterator[TwoHosts]:
-    """Make both hosts for the length of a block."""
+    """Create both hosts; remove them at the end of the block."""
     remove()
     try:
         for node in NODES:
@@ -117,7 +117,7 @@ def two_hosts(runs: Path) -> Iterator[TwoHosts]:
 
 
 def remove() -> None:
-    """Take both hosts away, with what is left running on them."""
+    """Remove both hosts and the processes that still run on them."""
     for node in NODES:
         found = subprocess.run(
             ["ip", "netns", "pids", node], capture_output=True, text=True, check=False
@@ -132,7 +132,7 @@ def ip(*words: str) -> None:
 
 
 def processes_on(node: str) -> list[str]:
-    """Return the ids of what runs on a host."""
+    """Return the ids of the processes on a host."""
     return subprocess.run(
         ["ip", "netns", "pids", node], capture_output=True, text=True, check=False
     ).stdout.split()

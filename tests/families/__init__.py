@@ -1,1 +1,1 @@
-"""Every family of causal language models in transformers, tiny and random, read here and by its own forward."""
+"""Compare each causal language model family of transformers, tiny and random, with its forward."""

@@ -1,10 +1,11 @@
-"""Hold every family of causal language models in transformers against its own forward: losses, gradients, trees, answers.
+"""Check every causal language model family of transformers against the model's own forward.
 
     PYTHONPATH=tests python -m families [--quick] [NAME ...]
 
-Each family is measured in a process of its own, whose memory and time are limited. `--quick` measures one family of each
-kind. The figures go to build/families.json; returns 1 where a goal is missed: a family that is silently wrong or that ends
-with a traceback, or one that should be read in packs and is not.
+The comparison covers losses, gradients, trees and generated answers. Each family is measured in a
+separate process with limited memory and time. `--quick` measures one family of each kind. The
+results go to build/families.json. Returns 1 if a goal is missed: a family that is silently wrong,
+that ends with a traceback, or that should be read in packs and is not.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from lora_core.files import write_json
 RESULT = Path(__file__).resolve().parents[2] / "build" / "families.json"
 MEMORY_BYTES, SECONDS = 8 << 30, 120
 LOSS, GRADIENT, TREE = 2e-5, 5e-4, 5e-4
-"""Nats a token, of a gradient's norm, nats an answer of up to 15 tokens: what float32 loses in models of such large weights."""
+"""Nats per token, of a gradient's norm, nats per answer of up to 15 tokens: float32 tolerances
+for models with such large weights."""
 CRASHED = "crashed"
 
 
@@ -38,9 +40,9 @@ def main() -> int:
     """Measure, print and write everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one family of each kind")
-    parser.add_argument("--result", type=Path, default=RESULT, help="where the figures go")
+    parser.add_argument("--result", type=Path, default=RESULT, help="where the results go")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="families and variants; all when left out"
+        "names", nargs="*", metavar="NAME", help="families and variants; default: all"
     )
     options = parser.parse_args()
     names = options.names or (QUICK if options.quick else families())
@@ -60,8 +62,8 @@ def main() -> int:
 
 
 def measured_apart(name: str) -> Measured:
-    """Measure a family in a process of its own."""
-    context = multiprocessing.get_context("fork")  # the libraries are loaded once
+    """Measure a family in a separate process."""
+    context = multiprocessing.get_context("fork")  # loads the libraries once
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure_into, args=(name, sender))
     process.start()
@@ -73,7 +75,7 @@ def measured_apart(name: str) -> Measured:
             else {"path": CRASHED, "reason": f"no end after {SECONDS} s"}
         )
     except EOFError:
-        values = {"path": CRASHED, "reason": "its process ended without a word"}
+        values = {"path": CRASHED, "reason": "its process ended without a result"}
     process.kill()
     process.join()
     return Measured(**values)
@@ -88,13 +90,13 @@ def _measure_into(name: str, sender: Any) -> None:
     try:
         measured = measure(name)
         values = {field.name: getattr(measured, field.name) for field in fields(measured)}
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is what the row reports
+    except BaseException as error:  # noqa: BLE001 - the row reports any error
         values = {"path": CRASHED, "reason": f"{type(error).__name__}: {str(error).strip()[:160]}"}
     sender.send(values)
 
 
 def rows_of(name: str, one: Measured) -> list[Row]:
-    """Return the figures of a family; one that is refused or cannot be built has none but the goal that it may be so."""
+    """Return a family's results; a refused or unbuilt family only has the row for its path."""
     wanted = (name in PACKED and not one.path.startswith("packed")) or (
         name in EITHER and not one.path.startswith(("packed", "one by one"))
     )
@@ -117,7 +119,7 @@ def rows_of(name: str, one: Measured) -> list[Row]:
 
 
 def show_paths(found: dict[str, Measured]) -> None:
-    """Print, for each path, how many families take it and the largest differences among them."""
+    """Print the number of families and the largest differences per path."""
     table = Table(
         "path",
         "families",
@@ -141,7 +143,7 @@ def show_paths(found: dict[str, Measured]) -> None:
 
 
 def show_reasons(found: dict[str, Measured]) -> None:
-    """Print why families are not read in packs."""
+    """Print why some families are not read in packs."""
     table = Table("family", "path", "reason", title="Why not in packs", title_justify="left")
     for name, one in found.items():
         if one.reason and not (name in VARIANTS and one.path == "unbuilt"):

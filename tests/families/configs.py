@@ -1,7 +1,7 @@
-"""A tiny config of each family: sizes by the names of its settings, windows and caps so small that 40 tokens feel them.
+"""A tiny config of each family, with windows and caps small enough to affect 40 tokens.
 
-A config is made from the family's own defaults. Every setting whose name a rule matches is replaced, in configs inside the
-config as well; what the rules leave inconsistent is set right in EXCEPTIONS.
+A config starts from the family's defaults. Every setting whose name matches a rule is replaced,
+also in nested configs. EXCEPTIONS fixes what the rules leave inconsistent.
 """
 
 import re
@@ -18,36 +18,43 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(pad|eos|bos|sep|cls|decoder_start)_token_id", None),  # numbered below
     (r"hidden_size|d_model|n_embd|dim|embedding_size|emb_dim|lru_width", WIDTH),
     (
-        r"(dense_)?intermediate_size(_mlp)?|ffn_dim|n_inner|d_inner|ffn_hidden_size|(decoder|encoder)_ffn_dim|prefix_dense_intermediate_size",
+        r"(dense_)?intermediate_size(_mlp)?|ffn_dim|n_inner|d_inner|ffn_hidden_size|"
+        r"(decoder|encoder)_ffn_dim|prefix_dense_intermediate_size",
         96,
     ),
     (
-        r"(moe|shared_expert|moe_shared_expert|shared)_intermediate_size|(expert|shared_experts)_\w+_size|router_hidden_size",
+        r"(moe|shared_expert|moe_shared_expert|shared)_intermediate_size|"
+        r"(expert|shared_experts)_\w+_size|router_hidden_size",
         32,
     ),
     (r"num_hidden_layers|n_layers?|num_layers", LAYERS),
     (r"(decoder|encoder)_layers|num_(decoder|encoder)_layers", 2),
     (
-        r"(num_|n_|swa_num_)?(attention_)?heads?|(decoder|encoder)_attention_heads|linear_num_value_heads|linear_num_heads",
+        r"(num_|n_|swa_num_)?(attention_)?heads?|(decoder|encoder)_attention_heads|"
+        r"linear_num_value_heads|linear_num_heads",
         HEADS,
     ),
     (r"num_key_value_heads|num_kv_heads|swa_num_key_value_heads|linear_num_key_heads", KEY_HEADS),
     (
-        r"(swa_)?(v_)?head_dim|dim_head|d_head|attention_head_size|kv_channels|linear_(key|value)?_?head_dim|index_head_dim",
+        r"(swa_)?(v_)?head_dim|dim_head|d_head|attention_head_size|kv_channels|"
+        r"linear_(key|value)?_?head_dim|index_head_dim",
         HEAD_WIDTH,
     ),
     (
-        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|max_target_positions",
+        r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|"
+        r"max_target_positions",
         256,
     ),
     (
-        r"sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|local_attention",
+        r"sliding_window(_size)?|window_size|attention_window_size|attention_chunk_size|"
+        r"local_attention",
         WINDOW,
     ),
     (r"num_(local_)?experts|n_routed_experts|moe_num_experts|\w*num_local_experts", 4),
     (r"num_experts_per_tok|moe_topk|moe_k|moe_top_k|top_k_experts|num_experts_per_token", 2),
     (
-        r"n_shared_experts|num_shared_experts|n_group|topk_group|first_k_dense_replace|num_dense_layers",
+        r"n_shared_experts|num_shared_experts|n_group|topk_group|first_k_dense_replace|"
+        r"num_dense_layers",
         1,
     ),
     (r"kv_lora_rank|mamba_dt_rank|time_step_rank|laurel_rank", 16),
@@ -74,7 +81,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"expert_layer_offset|attn_layer_offset", 1),
     (r"is_decoder", True),
 )
-"""Names of settings → what they become; the first rule that matches a whole name decides."""
+"""Pattern of a setting's name → its value; the first rule that matches the full name applies."""
 TOKENS = {
     "pad_token_id": 0,
     "eos_token_id": 1,
@@ -270,7 +277,7 @@ def _settings(kind: type[PreTrainedConfig]) -> list[str]:
 
 
 def _class_of(kind: type[PreTrainedConfig], name: str, inner: Any) -> type[PreTrainedConfig] | None:
-    """Return the class of a config inside a config; where that is left to the config, the one that it holds by itself."""
+    """Return the class of a nested config; if it is not declared, that of the default instance."""
     if isinstance(inner, type) and getattr(inner, "model_type", ""):
         return inner
     own = getattr(kind(), name, None)

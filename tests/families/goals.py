@@ -1,4 +1,4 @@
-"""What is expected of families by name."""
+"""The expected path of families, by name."""
 
 PACKED = (
     *(
@@ -30,7 +30,7 @@ PACKED = (
     ),
     *("deepseek_v3", "starcoder2", "exaone4", "gpt2", "gpt_neox", "opt", "phi"),
 )
-"""Read in packs."""
+"""Must be read in packs."""
 EITHER = (
     *(
         "bloom",
@@ -48,7 +48,7 @@ EITHER = (
     ),
     *("granitemoehybrid", "recurrent_gemma"),
 )
-"""Read right, one way or the other."""
+"""Must be read correctly, in packs or one by one."""
 QUICK = (
     "llama",
     "gemma2",
@@ -64,4 +64,4 @@ QUICK = (
     "bert",
     "bart",
 )
-"""One of each kind, for a test."""
+"""One of each kind, for the quick form."""

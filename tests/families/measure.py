@@ -1,7 +1,8 @@
-"""One family, tiny and random, with an adapter: what the pipeline computes next to what the model's own forward computes.
+"""Compare the pipeline with the model's own forward, for one tiny random family with an adapter.
 
-The reference is written out here and shares no code with `pipelines.models`: each example by itself, transformers' eager
-attention, a log-softmax over all logits, autograd through all of it, and `generate` on each prompt alone.
+The reference shares no code with `pipelines.models`: each example alone, transformers' eager
+attention, a log-softmax over all logits, autograd through all of it, and `generate` on each prompt
+alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,22 +29,25 @@ from pipelines.training.objective import Objective
 
 SEED, SHARPER, NEW_TOKENS = 3, 0.1, 8
 LENGTHS = (9, 40, 17, 4)
-"""Tokens of the examples; the windows of the configs are of 8."""
+"""Tokens of the examples; the windows of the configs have 8."""
 Example = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one family."""
+    """The result of one family."""
 
     path: str
-    """packed, one by one, refused, or unbuilt where transformers itself makes no such model or does not read text with it."""
+    """packed, one by one, refused, or unbuilt.
+
+    "unbuilt" means that transformers cannot build the model or run it on text.
+    """
     reason: str = ""
     """Why it is refused or unbuilt, or not packed."""
     loss: float = 0.0
-    """Largest difference of an example's mean loss, nats a token."""
+    """Largest difference of an example's mean loss, nats per token."""
     gradient: float = 0.0
-    """Largest difference of a trained tensor's gradient, of its norm."""
+    """Largest difference of a trained tensor's gradient, relative to its norm."""
     tree: float = 0.0
     """Largest difference of an answer's log-likelihood, nats."""
     answers: int = 0
@@ -51,7 +55,7 @@ class Measured:
 
 
 class Tokens:
-    """Stands in for a tokenizer: words are numbers."""
+    """A fake tokenizer: words are numbers."""
 
     eos_token_id = None
     pad_token_id = 0
@@ -70,7 +74,7 @@ def measure(name: str) -> Measured:
         model = built(config)
     except BaseModelError as error:
         return Measured("refused", str(error))
-    except Exception as error:  # noqa: BLE001 - transformers' own, whatever it is
+    except Exception as error:  # noqa: BLE001 - any error of transformers
         return Measured(
             "unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
         )
@@ -109,7 +113,7 @@ def measure(name: str) -> Measured:
 
 
 def built(config: Any) -> PreTrainedModel:
-    """Return a random model whose weights are so large that what is attended to moves every logit."""
+    """Return a random model with weights so large that attention changes every logit."""
     torch.manual_seed(SEED)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager"
@@ -124,7 +128,7 @@ def built(config: Any) -> PreTrainedModel:
 
 
 def drawn() -> list[Example]:
-    """Return examples of random words; the first third of each is its prompt."""
+    """Return examples of random tokens; the first third of each is its prompt."""
     generator = torch.Generator().manual_seed(SEED)
     rows = [
         torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist()
@@ -137,7 +141,7 @@ def drawn() -> list[Example]:
 
 
 def own_log_likelihoods(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Return the log-likelihoods (T, V) after each token by the model's own forward on one example alone."""
+    """Return the log-likelihoods (T, V) after each token by the model's own forward."""
     if model._can_set_attn_implementation():
         model.set_attn_implementation("eager")
     logits: Tensor = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
@@ -148,7 +152,8 @@ def reference(
     model: PreTrainedModel, examples: list[Example], trained: list[Tensor]
 ) -> tuple[list[float], list[Tensor | None]]:
     """Return each example's mean loss, and the gradients of the summed loss of all."""
-    total, means = torch.zeros(()), []
+    total = torch.zeros(())
+    means = []
     for example in examples:
         targets = torch.tensor(example["input_ids"])[1:]
         counted = torch.tensor(example["supervised"])[1:]
@@ -170,13 +175,13 @@ def relative(wanted: Tensor | None, found: Tensor | None) -> float:
 
 @torch.no_grad()
 def tree_difference(model: PreTrainedModel) -> float:
-    """Score answers that share a prompt longer than the windows, and each alone."""
+    """Compare answers that share a prompt longer than the windows with each answer alone."""
     generator = torch.Generator().manual_seed(SEED + 1)
     prompt, *answers = (
         torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist()
         for length in (20, 12, 3, 15)
     )
-    answers.append(answers[0][:4] + answers[1])  # shares its beginning with another
+    answers.append(answers[0][:4] + answers[1])  # shares a prefix with another
     wholes = [prompt + answer for answer in answers]
     tree = build_prefix_tree(wholes, [len(prompt)] * len(wholes))
     assert tree is not None
@@ -194,7 +199,7 @@ def tree_difference(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def answers_that_differ(model: PreTrainedModel) -> int:
-    """Write greedy answers to prompts of several lengths, and to each alone."""
+    """Compare greedy answers to prompts of several lengths with each prompt alone."""
     generator = torch.Generator().manual_seed(SEED + 2)
     prompts = [
         torch.randint(3, VOCABULARY - 5, (length,), generator=generator).tolist()
@@ -229,7 +234,7 @@ def answers_that_differ(model: PreTrainedModel) -> int:
 
 
 def is_tie(model: PreTrainedModel, prompt: list[int], found: list[str], wanted: list[str]) -> bool:
-    """Return whether two answers part at tokens that the model finds equally likely, up to rounding."""
+    """Return whether two answers diverge at tokens of equal likelihood, up to rounding."""
     place = next((i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b), None)
     if place is None:
         return False
@@ -238,7 +243,7 @@ def is_tie(model: PreTrainedModel, prompt: list[int], found: list[str], wanted: 
 
 
 def without_padding(words: Iterable[str]) -> list[str]:
-    """Return the words of an answer but for the padding after its end."""
+    """Return the words of an answer without the padding after its end."""
     kept = list(words)
     while kept and kept[-1] == "0":
         kept.pop()

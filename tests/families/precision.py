@@ -1,9 +1,10 @@
-"""What becomes of a control's weights in 16 bits: AdamW on these very weights, and on float32 masters computed in 16 bits.
+"""Full fine-tuning in 16 bits: AdamW on the 16-bit weights, and on float32 master weights.
 
     PYTHONPATH=tests python -m families.precision [--steps 60]
 
-As on a GPU that computes in bfloat16 or float16, on the CPU: only the device differs. Prints, for each learning rate, the loss
-of the first and the last step and how many weights changed; writes build/precision.json. Returns 1 where a goal is missed.
+It computes in bfloat16 or float16 as on a GPU, but on the CPU: only the device differs. For each
+learning rate it prints the loss of the first and the last step and how many weights changed, and
+writes build/precision.json. Returns 1 if a goal is missed.
 """
 
 import argparse
@@ -32,11 +33,11 @@ CLOSE = 0.02
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """One training."""
 
     first: float
-    """Loss of the first step, nats a token."""
+    """Loss of the first step, nats per token."""
     last: float
     moved: float
     """Fraction of the weights of matrices that changed."""
@@ -58,7 +59,7 @@ def main() -> int:
 
 
 def rows_of(base: Path, rate: float, steps: int) -> Iterator[Row]:
-    """Yield the figures of one learning rate."""
+    """Yield the results of one learning rate."""
     exact = trained(base, rate, torch.float32, masters=True, steps=steps)
     yield from described(f"lr {rate:g}, float32", exact)
     for dtype in DTYPES:
@@ -76,23 +77,22 @@ def rows_of(base: Path, rate: float, steps: int) -> Iterator[Row]:
         )
 
 
-def described(what: str, one: Outcome) -> Iterator[Row]:
+def described(what: str, one: TrainingOutcome) -> Iterator[Row]:
     yield figure(f"{what}: weights changed", one.moved)
     yield figure(f"{what}: norms changed", one.norms_moved)
     yield figure(f"{what}: loss falls by", one.first - one.last)
 
 
-def trained(base: Path, rate: float, dtype: torch.dtype, *, masters: bool, steps: int) -> Outcome:
-    """Train all weights; without masters as a loop would that hands AdamW the weights as they were loaded."""
+def trained(
+    base: Path, rate: float, dtype: torch.dtype, *, masters: bool, steps: int
+) -> TrainingOutcome:
+    """Train all weights; without master weights, AdamW gets the weights as they were loaded."""
     model = load_model(base, "none", Hardware("cpu", dtype, "gloo"), masters=masters).train()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    objective, groups = (
-        Objective(model),
-        [{"params": list(model.parameters()), "lr": rate, "weight_decay": 0.0}],
-    )
-    optimizer = build(
-        Optimizer(PLAIN, ""), groups, has_masters=not masters
-    )  # else it refuses 16 bits
+    objective = Objective(model)
+    groups = [{"params": list(model.parameters()), "lr": rate, "weight_decay": 0.0}]
+    # has_masters=True disables the refusal of 16-bit weights.
+    optimizer = build(Optimizer(PLAIN, ""), groups, has_masters=not masters)
     scaler = torch.amp.GradScaler("cpu", enabled=masters and dtype is torch.float16)
     losses = []
     for step in range(steps):
@@ -109,11 +109,13 @@ def trained(base: Path, rate: float, dtype: torch.dtype, *, masters: bool, steps
     moved = {
         name: (parameter != before[name]).float() for name, parameter in model.named_parameters()
     }
-    return Outcome(losses[0], losses[-1], fraction(moved, norms=False), fraction(moved, norms=True))
+    return TrainingOutcome(
+        losses[0], losses[-1], fraction(moved, norms=False), fraction(moved, norms=True)
+    )
 
 
 def fraction(moved: dict[str, torch.Tensor], *, norms: bool) -> float:
-    """Return the fraction of weights that changed, in rows of the embedding that were read or elsewhere."""
+    """Return the fraction of weights that changed, without the embedding."""
     chosen = [
         one.flatten()
         for name, one in moved.items()

@@ -1,4 +1,4 @@
-"""`make families` in its quick form, and that its checks can fail."""
+"""`make families --quick` passes, and its checks can fail."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_the_quick_form_holds(tmp_path: Path) -> None:
+def test_quick_form_passes(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -60,17 +60,17 @@ def test_the_quick_form_holds(tmp_path: Path) -> None:
         else f"{value.path} {value.loss} {value.gradient} {value.tree} {value.answers}"
     ),
 )
-def test_a_goal_that_is_missed_is_seen(name: str, found: Measured) -> None:
+def test_missed_goal_is_detected(name: str, found: Measured) -> None:
     assert not all(row["holds"] for row in rows_of(name, found))
 
 
-def test_what_crashes_is_reported() -> None:
+def test_family_that_cannot_be_built_is_reported() -> None:
     assert measured_apart("no such family").path == "unbuilt"
 
 
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_control_moves_as_many_weights_as_in_float32(
+def test_control_changes_as_many_weights_as_in_float32(
     tmp_path: Path, dtype: torch.dtype, rate: float
 ) -> None:
     base = save_tiny_model(tmp_path / "model")

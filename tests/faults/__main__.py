@@ -1,8 +1,8 @@
-"""Inject every fault as often as its name is worth, and count what survived, what was lost and how soon a run stood again.
+"""Inject every fault several times; count survived runs, lost steps and seconds to recover.
 
     PYTHONPATH=tests python -m faults [SEED]
 
-The figures go to build/faults.json; a run that does not survive is an error.
+Results are written to build/faults.json; a run that does not survive is an error.
 """
 
 import sys
@@ -23,14 +23,14 @@ from pipelines.runtime.launcher import REPOSITORY
 
 RESULT = REPOSITORY / "build" / "faults.json"
 KILLS = 20
-"""Least number of processes to kill at random steps."""
+"""Minimum number of processes to kill at random steps."""
 MOST_LOST = 3 * EVERY
-"""Steps: since the newest checkpoint, which may be damaged, and since one that was being written."""
+"""Steps since the newest checkpoint, which may be damaged, or an unfinished one."""
 Row = dict[str, Any]
 
 
 def main() -> int:
-    """Inject, write and print everything; return 1 where a goal is missed."""
+    """Inject, write and print everything; return 1 if a goal is missed."""
     seed = int(sys.argv[1]) if len(sys.argv) > 1 else 1
     random, console = Random(seed), Console(width=150)
     rows: list[Row] = []
@@ -40,7 +40,7 @@ def main() -> int:
         "survived",
         "steps lost",
         "seconds to recover",
-        "what was said, the last time",
+        "last message",
     )
     table.title = f"Faults, at the random steps of seed {seed}"
     with TemporaryDirectory() as folder, Site.prepared(Path(folder)) as site:
@@ -50,7 +50,7 @@ def main() -> int:
                 rows.append(row(f"{fault.name}: {fault.objection}", 0, "times"))
                 continue
             outcomes = [attempted(fault, site, random, console) for _ in range(fault.times)]
-            rows += figures(fault, outcomes)
+            rows += results(fault, outcomes)
             table.add_row(*words(fault, outcomes))
             write_json(RESULT, rows)
     kills = sum(
@@ -67,22 +67,21 @@ def main() -> int:
 
 
 def attempted(fault: Fault, site: Site, random: Random, console: Console) -> Outcome:
-    """Inject a fault once; one whose trial itself fails did not survive."""
+    """Inject a fault once; if the trial itself fails, the run did not survive."""
     try:
         outcome = fault.inject(site, random)
-    except Exception as error:  # noqa: BLE001 - the other faults are injected all the same
+    except Exception as error:  # noqa: BLE001 - the other faults are still injected
         outcome = Outcome(False, 0, 0.0, f"{type(error).__name__}: {error}")
-    console.print(
-        f"{fault.name}: {'survived' if outcome.survived else 'LOST'}, {outcome.lost} steps, {outcome.seconds:.1f} s",
-        highlight=False,
-    )
+    verdict = "survived" if outcome.survived else "LOST"
+    line = f"{fault.name}: {verdict}, {outcome.lost} steps, {outcome.seconds:.1f} s"
+    console.print(line, highlight=False)
     if not outcome.survived:
-        console.print(f"  {outcome.said}", highlight=False)
+        console.print(f"  {outcome.message}", highlight=False)
     return outcome
 
 
-def figures(fault: Fault, outcomes: list[Outcome]) -> Iterator[Row]:
-    """Yield a fault's figures."""
+def results(fault: Fault, outcomes: list[Outcome]) -> Iterator[Row]:
+    """Yield a fault's results."""
     survived, lost = sum(one.survived for one in outcomes), max(one.lost for one in outcomes)
     yield row(f"{fault.name}: injected", len(outcomes), "times")
     yield row(
@@ -100,7 +99,7 @@ def figures(fault: Fault, outcomes: list[Outcome]) -> Iterator[Row]:
         holds=lost <= MOST_LOST,
     )
     yield row(
-        f"{fault.name}: until it stood again, at most", max(one.seconds for one in outcomes), "s"
+        f"{fault.name}: seconds to recover, at most", max(one.seconds for one in outcomes), "s"
     )
 
 
@@ -112,13 +111,13 @@ def words(fault: Fault, outcomes: list[Outcome]) -> list[str]:
         f"{mean(lost):.1f}, at most {max(lost)}",
         f"{mean(seconds):.1f}, at most {max(seconds):.1f}",
     ]
-    return [fault.name, *counted, *spread, outcomes[-1].said[:160]]
+    return [fault.name, *counted, *spread, outcomes[-1].message[:160]]
 
 
 def row(
     what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None
 ) -> Row:
-    """Return one figure."""
+    """Return one result."""
     return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}
 
 

@@ -1,4 +1,4 @@
-"""A clock that jumps under a training: what runs by the clock must not take that for a stall, or for time that has passed."""
+"""A wall clock that jumps during a training is not taken for a stall or for elapsed time."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ JUMPS = (YEAR, -YEAR)
 
 
 def objection() -> str | None:
-    """Say why no clock can jump here; None where one can."""
+    """Return why no clock can jump on this machine; None if one can."""
     return (
         None
         if sys.platform == "linux" and shutil.which("cc")
@@ -25,12 +25,12 @@ def objection() -> str | None:
 
 
 def jumping_clock(site: Site, random: Random) -> Outcome:
-    """Let the wall clock of all ranks and of the run jump forth by a year, and back to a year behind."""
+    """Let the wall clock of all ranks and of the run jump ahead and back by a year."""
     trial = site.training()
     library, clock = trial.runs / "clock.so", trial.runs / "clock"
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, SOURCE, "-ldl"], check=True)
     clock.write_text("0")
-    trial.begin(LD_PRELOAD=str(library), CLOCK_FILE=str(clock))
+    trial.start(LD_PRELOAD=str(library), CLOCK_FILE=str(clock))
     at = trial.at_step(random.randrange(1, EVERY))
     years = {_year(trial.rows()[-1])}
     for jump in JUMPS:
@@ -39,7 +39,7 @@ def jumping_clock(site: Site, random: Random) -> Outcome:
         years.add(_year(trial.rows()[-1]))
     untroubled = trial.ended() == 0 and trial.starts() == [0]
     return Outcome(
-        untroubled and len(years) == 3 and trial.is_whole(),
+        untroubled and len(years) == 3 and trial.is_identical(),
         0,
         0.0,
         f"(nothing: {sorted(years)} in one run)",

@@ -1,4 +1,4 @@
-"""One site for all trials of a file, and the same random steps every time."""
+"""One site for all trials of a file, and the same random steps in every run."""
 
 from collections.abc import Iterator
 from random import Random

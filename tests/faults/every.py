@@ -1,4 +1,4 @@
-"""Every fault that is injected, by name, and how often `make faults` does so."""
+"""Every fault that is injected, by name, and how often `make faults` injects it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ class Fault:
     inject: Callable[[Site, Random], Outcome]
     times: int = 1
     objection: str | None = None
-    """Why it cannot be injected here."""
+    """Why it cannot be injected on this machine."""
     elsewhere: str | None = None
-    """Which test of the suite has it, where that is not the one of all such faults."""
+    """The test of the suite that covers it, if it is not the test of all such faults."""
 
 
 TRAININGS = (
     Fault("kill -9 of a rank", kills.rank, 7),
-    Fault("kill -9 of the launcher", kills.launcher, 5, elsewhere="test_train"),
+    Fault("kill -9 of the launcher", kills.launcher, 5, elsewhere="test_resume"),
     Fault("a rank that hangs", kills.hanging_rank, elsewhere="test_heartbeats"),
     Fault("a second run at the same time", kills.second_run),
-    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 2, elsewhere="test_going_on"),
-    Fault("a checkpoint cut short", storage.cut_short, 2, elsewhere="test_going_on"),
+    Fault("a checkpoint with a flipped bit", storage.flipped_bit, 2, elsewhere="test_resuming"),
+    Fault("a checkpoint cut short", storage.cut_short, 2, elsewhere="test_resuming"),
     Fault("a full disk while writing", storage.full_disk, objection=storage.small_disk_objection()),
     Fault("NaN in the loss of one rank", within.nan_on_one_rank, 2),
     Fault("a row that cannot be read", within.unreadable_row),
     Fault("a clock that jumps", clocks.jumping_clock, objection=clocks.objection()),
 )
-"""Of one training."""
+"""Faults of one training."""
 RUNS = (
     Fault("kill -9 of the flow process", kills.KILLED.inject, 5, elsewhere="test_runs"),
     Fault("Ctrl-C", kills.INTERRUPTED.inject, 2, elsewhere="test_runs"),
@@ -46,9 +46,9 @@ RUNS = (
     ),
     Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),
 )
-"""Of a whole run."""
+"""Faults of a complete run."""
 ORCHESTRATED = (
     Fault("kill -9 of the worker", orchestrated.killed_worker, 3, elsewhere="test_deploy"),
     Fault("a cancellation in Prefect", orchestrated.cancelled, 2, elsewhere="test_deploy"),
 )
-"""Of a run that a worker started."""
+"""Faults of a run that a worker started."""

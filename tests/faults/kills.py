@@ -1,4 +1,4 @@
-"""Processes that are killed with SIGKILL at a random step, or asked to stop."""
+"""Processes that are killed with SIGKILL at a random step, or receive SIGTERM."""
 
 import signal
 import time
@@ -12,35 +12,35 @@ from faults.trial import EVERY, STEPS, Outcome, Site, Trial, last_line
 
 
 def rank(site: Site, random: Random) -> Outcome:
-    """Kill one rank: the other cannot go on, and the run says which one was lost."""
+    """Kill one rank: the other cannot continue, and the run names the lost rank."""
     return _without(site, random, lambda trial: trial.ranks()[random.randrange(2)])
 
 
 def launcher(site: Site, random: Random) -> Outcome:
-    """Kill what started the ranks: they end with it."""
+    """Kill the launcher of the ranks: they end with it."""
     return _without(site, random, Trial.launcher)
 
 
 @dataclass(frozen=True)
 class End:
-    """A way in which a whole run is ended."""
+    """A way to end a complete run."""
 
     strike: Callable[[Trial], None]
     status: int
     """Of `lora run`."""
     state: str
-    """What Prefect calls it afterwards."""
+    """Its state in Prefect afterwards."""
 
     def inject(self, site: Site, random: Random) -> Outcome:
-        """End a run and go on with it: nothing that it started outlives it, and Prefect knows what became of it."""
+        """End a run and resume it: no process outlives it, and Prefect has its final state."""
         trial = site.run()
-        trial.begin()
+        trial.start()
         done = trial.at_step(_some_step(random))
         self.strike(trial)
         since = time.monotonic()
         status = trial.ended()
-        said = last_line(trial.said()) if status > 0 else "(nothing: it was killed)"
-        outcome = trial.go_on(done=done, since=since, said=said, clear=status == self.status)
+        message = last_line(trial.output()) if status > 0 else "(nothing: it was killed)"
+        outcome = trial.resume(done=done, since=since, message=message, clear=status == self.status)
         return replace(
             outcome, survived=outcome.survived and trial.states() == [self.state, "COMPLETED"]
         )
@@ -52,61 +52,64 @@ INTERRUPTED = End(lambda trial: trial.send(signal.SIGINT), 130, "CANCELLED")
 ALL_ENDED = End(
     lambda trial: trial.send(signal.SIGTERM, everything=True), 128 + signal.SIGTERM, "CANCELLED"
 )
-"""Each process of the run is asked to end, its server too, as by `scancel` and systemd."""
+"""Each process of the run, also its server, receives SIGTERM, as from `scancel` and systemd."""
 ENDS = (ALL_ENDED, INTERRUPTED, KILLED)
 
 
 def hanging_rank(site: Site, random: Random) -> Outcome:
-    """Stop a rank in its tracks: it is named, and the run ends when its time is over."""
+    """Suspend a rank: the run names it, and ends after the stall limit."""
     trial = site.training()
-    trial.begin()
+    trial.start()
     done = trial.at_step(_some_step(random))
     victim = random.randrange(2)
     trial.ranks()[victim].suspend()
     since = time.monotonic()
-    status, said = trial.ended(), trial.said()
+    status, output = trial.ended(), trial.output()
     named = [
         line
-        for line in said.splitlines()
+        for line in output.splitlines()
         if line.startswith(f"rank {victim} on ") and "nothing has moved for" in line
     ]
-    return trial.go_on(
-        done=done, since=since, said=named[0] if named else said, clear=status != 0 and bool(named)
+    return trial.resume(
+        done=done,
+        since=since,
+        message=named[0] if named else output,
+        clear=status != 0 and bool(named),
     )
 
 
 def second_run(site: Site, random: Random) -> Outcome:
-    """Start the same training while it is at work: the second is told so, and harms nothing."""
+    """Start the same training while it runs: the second is refused and has no effect."""
     first, done = site.training(), _some_step(random)
-    first.begin()
+    first.start()
     first.at_step(done)
     second = Trial(site, first.stage, first.runs / "second", [])
     second.runs.mkdir()
     since = time.monotonic()
-    status, said = second.begin().wait(), last_line(second.said())
+    status, message = second.start().wait(), last_line(second.output())
     seconds = time.monotonic() - since
-    refused = status != 0 and "another run is working in" in said
+    refused = status != 0 and "another run is working in" in message
     return Outcome(
-        refused and first.ended() == 0 and first.is_whole() and len(first.starts()) == 1,
+        refused and first.ended() == 0 and first.is_identical() and len(first.starts()) == 1,
         0,
         seconds,
-        said,
+        message,
     )
 
 
 def _without(site: Site, random: Random, victim: Callable[[Trial], Process]) -> Outcome:
-    """Kill a process of a training, which ends with an error of one sentence."""
+    """Kill a process of a training, which then ends with an error in one line."""
     trial = site.training()
-    trial.begin()
+    trial.start()
     done = trial.at_step(_some_step(random))
     victim(trial).kill()
     since = time.monotonic()
-    status, said = trial.ended(), last_line(trial.said())
-    return trial.go_on(
-        done=done, since=since, said=said, clear=status != 0 and said.startswith("error: ")
+    status, message = trial.ended(), last_line(trial.output())
+    return trial.resume(
+        done=done, since=since, message=message, clear=status != 0 and message.startswith("error: ")
     )
 
 
 def _some_step(random: Random) -> int:
-    """Return a step after the first checkpoint and well before the end, which comes soon on a quick machine."""
+    """Return a step after the first checkpoint and well before the end."""
     return random.randrange(EVERY + 1, STEPS // 2)

@@ -1,4 +1,4 @@
-"""A run that a Prefect worker has started: it is cancelled on its page, or loses its worker."""
+"""A run that a Prefect worker started is cancelled on its page, or loses its worker."""
 
 import time
 from random import Random
@@ -8,11 +8,11 @@ from prefect_host import until
 from faults.trial import EVERY, GONE_SECONDS, Outcome, Site, Trial
 
 EARLY = 5 * EVERY
-"""A cancellation takes seconds to reach the run, which is not to end before."""
+"""A cancellation takes seconds to reach the run, which must not end before it."""
 
 
 def cancelled(site: Site, random: Random) -> Outcome:
-    """Cancel the run: every process ends in time, the host's slot is free, and Prefect says Cancelled."""
+    """Cancel the run: every process ends in time, the slot is free, the state is Cancelled."""
     trial, run = _deployed(site)
     done = trial.at_step(random.randrange(EVERY + 1, EARLY))
     site.host.cancel(run)
@@ -20,7 +20,7 @@ def cancelled(site: Site, random: Random) -> Outcome:
 
 
 def killed_worker(site: Site, random: Random) -> Outcome:
-    """Kill the worker: its run ends with it, and nothing is left at work."""
+    """Kill the worker: its run ends with it, and no process is left."""
     trial, run = _deployed(site)
     done = trial.at_step(random.randrange(EVERY + 1, EARLY))
     site.host.kill_worker()
@@ -50,5 +50,8 @@ def _cut_short(trial: Trial, run: str, done: int, state: str) -> Outcome:
         clear = False
     done = max(done, trial.steps())
     gone = time.monotonic() - since
-    said = f"{host.state(run)}, slots taken {host.slots()}, {len(trial.processes())} processes alive after {gone:.1f} s"
-    return trial.go_on(done=done, since=since, said=said, clear=clear)
+    alive = len(trial.processes())
+    message = (
+        f"{host.state(run)}, slots taken {host.slots()}, {alive} processes alive after {gone:.1f} s"
+    )
+    return trial.resume(done=done, since=since, message=message, clear=clear)

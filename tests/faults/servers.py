@@ -1,4 +1,4 @@
-"""A tracking server that is away when a run wants to publish: for a while, and for good."""
+"""A tracking server that is unreachable when a run publishes: for a minute, and for good."""
 
 import subprocess
 import sys
@@ -17,50 +17,50 @@ AWAY_SECONDS = 60
 
 
 def away_for_a_minute(site: Site, random: Random) -> Outcome:
-    """Start the server a minute after the run asked for it first: the run waits, and registers."""
+    """Start the server a minute after the first request: the run waits and registers."""
     port = free_port()
     trial = site.run(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
-    trial.begin()
-    trial.wait_for(lambda: "retrying for" in trial.said(), seconds=300)
+    trial.start()
+    trial.wait_for(lambda: "retrying for" in trial.output(), seconds=300)
     since = time.monotonic()
     time.sleep(AWAY_SECONDS)
     with tracking_server(trial.runs, port):
         status = trial.ended(180)
         seconds = time.monotonic() - since - AWAY_SECONDS
-    said = next(line.strip() for line in trial.said().splitlines() if "retrying for" in line)
+    message = next(line.strip() for line in trial.output().splitlines() if "retrying for" in line)
     return Outcome(
-        status == 0 and bool(trial.summary()["registered"]["versions"]) and trial.is_whole(),
+        status == 0 and bool(trial.summary()["registered"]["versions"]) and trial.is_identical(),
         0,
         seconds,
-        said,
+        message,
     )
 
 
 def gone_for_good(site: Site, random: Random) -> Outcome:
-    """Let there be no server: the report is there, nothing is lost, and the next run registers without training."""
+    """Start no server: the report is written, and the next run registers without training."""
     port = free_port()
     trial = site.run(MLFLOW_TRACKING_URI=f"http://127.0.0.1:{port}")
-    trial.begin(LORA_REGISTRY_SECONDS="2")
-    status, said = trial.ended(300), last_line(trial.said())
+    trial.start(LORA_REGISTRY_SECONDS="2")
+    status, message = trial.ended(300), last_line(trial.output())
     since = time.monotonic()
     reported = (
         trial.runs / "pairs_tiny_cpu" / "report.html"
     ).is_file() and not trial.summary().get("registered")
     with tracking_server(trial.runs, port):
-        again = trial.begin().wait(300)
+        again = trial.start().wait(300)
     seconds = time.monotonic() - since
     registered = again == 0 and bool(trial.summary()["registered"]["versions"])
     return Outcome(
-        status == 2 and reported and registered and trial.starts() == [0] and trial.is_whole(),
+        status == 2 and reported and registered and trial.starts() == [0] and trial.is_identical(),
         0,
         seconds,
-        said,
+        message,
     )
 
 
 @contextmanager
 def tracking_server(folder: Path, port: int) -> Iterator[None]:
-    """Run an MLflow server for the length of a block."""
+    """Run an MLflow server inside a block."""
     options = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     stores = [
         "--backend-store-uri",

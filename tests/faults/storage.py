@@ -1,4 +1,4 @@
-"""Checkpoints that come to harm, and a disk that is full."""
+"""Damaged checkpoints, and a full disk."""
 
 import os
 import shutil
@@ -12,8 +12,8 @@ from random import Random
 from faults.trial import EVERY, Outcome, Site, last_line
 
 DISK, LINES_BYTES = "4m", 64 << 10
-"""Size of a small disk, and what is left of it: room for lines of metrics, and none for a checkpoint."""
-Harm = Callable[[Path, int], None]
+"""Size of a small disk, and its free space: enough for metrics, not for a checkpoint."""
+Damage = Callable[[Path, int], None]
 
 
 def flipped_bit(site: Site, random: Random) -> Outcome:
@@ -22,29 +22,31 @@ def flipped_bit(site: Site, random: Random) -> Outcome:
 
 
 def cut_short(site: Site, random: Random) -> Outcome:
-    """Cut a file of the newest checkpoint short."""
+    """Truncate a file of the newest checkpoint."""
     return _damaged(site, random, lambda path, at: os.truncate(path, at))
 
 
 def full_disk(site: Site, random: Random) -> Outcome:
-    """Let the disk be full when a checkpoint is to be written; then make room."""
+    """Fill the disk before a checkpoint is written; then free space."""
     trial = site.training()
     with _small_disk(trial.stage.folder) as filler:
         trial.stage.begin()
-        trial.begin()
+        trial.start()
         done = trial.at_step(2 * EVERY + 1)
         filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - LINES_BYTES))
         since = time.monotonic()
-        status, said = trial.ended(), last_line(trial.said())
-        done, filled = trial.steps(), "no space left" in said
+        status, message = trial.ended(), last_line(trial.output())
+        done, filled = trial.steps(), "no space left" in message
         kept = bool(trial.checkpoints())
         filler.unlink()
-        return trial.go_on(done=done, since=since, said=said, clear=status != 0 and filled and kept)
+        return trial.resume(
+            done=done, since=since, message=message, clear=status != 0 and filled and kept
+        )
 
 
-def _damaged(site: Site, random: Random, harm: Harm) -> Outcome:
+def _damaged(site: Site, random: Random, damage: Damage) -> Outcome:
     trial = site.training()
-    process = trial.begin()
+    process = trial.start()
     done = trial.at_step(random.randrange(3 * EVERY, 6 * EVERY))
     process.kill()
     since = time.monotonic()
@@ -52,16 +54,16 @@ def _damaged(site: Site, random: Random, harm: Harm) -> Outcome:
     assert trial.nothing_left()
     latest_valid, before = trial.checkpoints()[-1], trial.checkpoints()[-2]
     victim = random.choice(sorted(latest_valid.glob("*.safetensors")))
-    harm(victim, random.randrange(victim.stat().st_size))
-    outcome = trial.go_on(done=done, since=since, said="")
-    said = next(
-        (line for line in trial.said().splitlines() if f"{latest_valid} is damaged" in line), ""
+    damage(victim, random.randrange(victim.stat().st_size))
+    outcome = trial.resume(done=done, since=since, message="")
+    message = next(
+        (line for line in trial.output().splitlines() if f"{latest_valid} is damaged" in line), ""
     )
     return Outcome(
-        outcome.survived and bool(said) and trial.starts()[-1] == int(before.name[5:]),
+        outcome.survived and bool(message) and trial.starts()[-1] == int(before.name[5:]),
         outcome.lost,
         outcome.seconds,
-        said,
+        message,
     )
 
 
@@ -73,7 +75,10 @@ def _flip(path: Path, at: int) -> None:
 
 @contextmanager
 def _small_disk(folder: Path) -> Iterator[Path]:
-    """Put a disk of a few MB under a folder for the length of a block; yield where a file may fill it. Needs root."""
+    """Mount a disk of a few MB on a folder inside a block; yield the path of a filler file.
+
+    Needs root.
+    """
     shutil.rmtree(folder)
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder)], check=True)
@@ -84,5 +89,5 @@ def _small_disk(folder: Path) -> Iterator[Path]:
 
 
 def small_disk_objection() -> str | None:
-    """Say why there can be no small disk here; None where there can."""
+    """Return why a small disk is impossible on this machine; None if it is possible."""
     return None if os.geteuid() == 0 else "a disk of a few MB needs root, to mount it"

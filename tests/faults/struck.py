@@ -1,10 +1,10 @@
-"""A training on whose ranks a fault is injected from within: what no signal and no damaged file can bring about.
+"""Run a training with a fault inside its ranks that no signal and no damaged file can cause.
 
 accelerate launch … struck.py KIND:STEP:RANK FOLDER
 
 nan       the rank's loss of that step is not a number
 row       an example of that step cannot be read, on every rank
-memory    from that step on the rank gets no more memory from the system
+memory    from that step on the system refuses memory to the rank
 """
 
 import resource
@@ -27,12 +27,12 @@ Step = Callable[..., dict[str, Any]]
 
 
 def strike(argv: list[str], word: str) -> list[str]:
-    """Return the command of a training whose ranks are struck; its last two words name the module and the folder."""
+    """Return a training's command with the fault; its last words are the module and the folder."""
     return [*argv[:-3], str(Path(__file__)), word, argv[-1]]
 
 
 def strike_launches(word: str) -> None:
-    """Strike every training that this process launches."""
+    """Inject the fault into every training that this process launches."""
     plain = launcher.accelerate_argv
     launcher.accelerate_argv = lambda *arguments: strike(plain(*arguments), word)
 
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def not_a_number(step_of: Step, at: int, rank: int) -> Step:
-    """Let the rank's loss be what an overflow leaves."""
+    """Set the rank's loss to NaN, as an overflow does."""
     forward = objective.Objective.forward
 
     def step(run: Any, engine: Any, number: int) -> Any:
@@ -64,22 +64,18 @@ def not_a_number(step_of: Step, at: int, rank: int) -> Step:
 
 
 def unreadable_row(step_of: Step, at: int, rank: int) -> Step:
-    """Let a read of the step's first example fail, as a bad sector does."""
+    """Let reading the step's first example fail, as a bad sector does."""
 
     def step(run: Any, engine: Any, number: int) -> Any:
-        return step_of(
-            replace(run, dataset=BadSector(run.dataset, run.steps[at - 1][rank]))
-            if number + 1 >= at
-            else run,
-            engine,
-            number,
-        )
+        if number + 1 >= at:
+            run = replace(run, dataset=BadSector(run.dataset, run.steps[at - 1][rank]))
+        return step_of(run, engine, number)
 
     return step
 
 
 def no_memory(step_of: Step, at: int, rank: int) -> Step:
-    """Confine the rank to what it has, and let the step ask for more."""
+    """Limit the rank to its current memory, and let the step allocate more."""
     forward = objective.Objective.forward
 
     def larger(self: Any, part: Any) -> Any:
@@ -96,15 +92,16 @@ def no_memory(step_of: Step, at: int, rank: int) -> Step:
 
 
 class BadSector:
-    """Rows of which one cannot be read."""
+    """Rows, one of which is unreadable."""
 
-    def __init__(self, rows: Any, place: int) -> None:
-        self.rows, self.place = rows, place
+    def __init__(self, rows: Any, index: int) -> None:
+        self.rows = rows
+        self.index = index
 
-    def __getitem__(self, place: int) -> Any:
-        if place == self.place:
+    def __getitem__(self, index: int) -> Any:
+        if index == self.index:
             raise OSError(5, "Input/output error")
-        return self.rows[place]
+        return self.rows[index]
 
 
 if __name__ == "__main__":

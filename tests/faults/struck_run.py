@@ -1,4 +1,4 @@
-"""`lora` with the trainings that it launches struck from within.
+"""Run `lora` with a fault inside the trainings that it launches.
 
 python struck_run.py KIND:STEP:RANK run RECIPE
 """

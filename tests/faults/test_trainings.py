@@ -1,4 +1,4 @@
-"""A training survives each fault: it says what happened, leaves nothing behind, and goes on to the same bits."""
+"""A training reports each fault, leaves no process behind, and resumes bit for bit."""
 
 from random import Random
 

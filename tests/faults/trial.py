@@ -1,6 +1,7 @@
-"""A training of two ranks in a process of its own, struck while it is at work and gone on with.
+"""A training of two ranks in a separate process that is interrupted by a fault and resumed.
 
-Whether it survived is told by the one that nothing disturbed: the same loss at every step, and the same adapter, to the bit.
+It survives if it equals an uninterrupted training: the same loss at every step, and the same
+adapter, bit for bit.
 """
 
 import json
@@ -30,7 +31,7 @@ from pipelines.runtime.launcher import REPOSITORY
 from pipelines.runtime.stage import LOG, Stage
 
 STEPS, EVERY = 120, 4
-"""Optimiser steps of a training, and between its checkpoints."""
+"""Optimizer steps of a training, and between its checkpoints."""
 LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=8)
 QUICK: dict[str, Any] = {
     "control": {"method": "none"},
@@ -45,12 +46,12 @@ QUICK: dict[str, Any] = {
         "passages": 0,
     },
 }
-"""One rank, few questions."""
+"""One adapter rank, few questions."""
 STRUCK_RUN = Path(__file__).with_name("struck_run.py")
 STATED = ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "LORA_RUNS")
-"""Environment variables that a trial sets or does without."""
+"""Environment variables that a trial sets or removes."""
 GONE_SECONDS = 45
-"""After which no process of a run that was ended may be alive."""
+"""Time after which no process of an ended run may be alive."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +60,16 @@ class Outcome:
 
     survived: bool
     lost: int
-    """Steps that were taken twice."""
+    """Steps that were repeated."""
     seconds: float
-    """From the fault until the run stood again where it had stood."""
-    said: str
-    """What the user was told."""
+    """From the fault until the run reached the same step again."""
+    message: str
+    """What the run reported."""
 
 
 @dataclass
 class Site:
-    """A tiny model, its rows and base prepared once, and the training that nothing disturbs."""
+    """A tiny model with rows and base, prepared once, and an uninterrupted training."""
 
     trainings: Trainings
     expected: Stage
@@ -80,17 +81,17 @@ class Site:
     @classmethod
     @contextmanager
     def prepared(cls, root: Path) -> "Iterator[Site]":
-        """Prepare all, and train once; whatever the trials started is ended when the block ends."""
+        """Prepare all, and train once; at the end of the block, end all that the trials started."""
         trainings = Trainings.prepare(root)
         site = cls(trainings, trainings.stage("LoRA", "undisturbed", 2, **QUICK))
         undisturbed = Trial(site, site.expected, root / "undisturbed", [])
-        assert undisturbed.begin().wait() == 0, undisturbed.said()
+        assert undisturbed.start().wait() == 0, undisturbed.output()
         with site._open:
             yield site
 
     @property
     def host(self) -> PrefectHost:
-        """Return a Prefect server with a worker, which are started when they are first asked for."""
+        """Return a Prefect server with a worker; the first call starts them."""
         if self._host is None:
             folder = self.trainings.root / "host"
             folder.mkdir()
@@ -98,18 +99,18 @@ class Site:
         return self._host
 
     def training(self) -> "Trial":
-        """Return a training to be struck."""
+        """Return a training for one trial."""
         stage, place = self._next()
         return Trial(self, stage, place, [])
 
     def run(self, **environment: str) -> "Trial":
-        """Return a whole `lora run` to be struck, whose base and data are there."""
+        """Return a complete `lora run` for one trial, whose base and data are prepared."""
         stage, place = self._next()
         shutil.copytree(self.trainings.root / "shared", place, dirs_exist_ok=True)
         return Trial(self, stage, place, [LORA, "run", str(self.recipe())], environment)
 
     def recipe(self) -> Path:
-        """Write the recipe of which the trainings are a part."""
+        """Write the recipe of the trainings."""
         values = tiny_recipe(
             self.trainings.root / "model",
             self.trainings.root / "pairs.jsonl",
@@ -128,22 +129,22 @@ class Site:
 
 @dataclass
 class Trial:
-    """One training, or the run that holds it."""
+    """One training, or the complete run around it."""
 
     site: Site
     stage: Stage
     """The training's."""
     runs: Path
-    """Folder of runs, by which its processes are known."""
+    """Folder of runs, which identifies its processes."""
     argv: list[str]
-    """Command of a whole run; empty for a training alone."""
+    """Command of a complete run; empty for a training alone."""
     environment: Mapping[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
 
-    def begin(
+    def start(
         self, strike: str = "", prefix: tuple[str, ...] = (), **environment: str
     ) -> "subprocess.Popen[bytes]":
-        """Start it, or go on with it; a strike is a fault from within, see `struck`."""
+        """Start or resume it; `strike` is a fault inside the ranks, see `struck`."""
         file = pickled(self.stage, LAUNCH, self.runs / "stage.pickle")
         argv = self.argv or [sys.executable, str(RUN_TRAINING), str(file), *filter(None, [strike])]
         if self.argv and strike:
@@ -156,34 +157,34 @@ class Trial:
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONUNBUFFERED": "1",
         }
-        with (self.runs / "said.txt").open("wb") as stream:
+        with (self.runs / "output.txt").open("wb") as stream:
             self.process = subprocess.Popen(
                 [*prefix, *argv],
                 env={**clean, **own, **self.environment, **environment},
                 stdout=stream,
                 stderr=stream,
                 cwd=self.runs,
-                preexec_fn=hear_interrupts,
+                preexec_fn=accept_interrupts,
             )
         return self.process
 
     def send(self, one: signal.Signals, *, everything: bool = False) -> None:
-        """Send a signal to the process that was begun, or to each process of it."""
+        """Send a signal to the started process, or to each process of the trial."""
         for process in self.processes() if everything else filter(None, [self.process]):
-            with suppress(psutil.NoSuchProcess):  # it ends because another has ended
+            with suppress(psutil.NoSuchProcess):  # it may end because another ended
                 process.send_signal(one)
 
-    def said(self) -> str:
-        """Return what the run has said to its user since it was last begun."""
-        return (self.runs / "said.txt").read_text(errors="replace")
+    def output(self) -> str:
+        """Return the output of the run since its last start."""
+        return (self.runs / "output.txt").read_text(errors="replace")
 
     def log(self) -> str:
-        """Return what the ranks have written, over all attempts."""
+        """Return the log of the ranks, over all attempts."""
         path = self.stage.folder / LOG
         return path.read_text(errors="replace") if path.is_file() else ""
 
     def starts(self) -> list[int]:
-        """Return the step from which each attempt went on."""
+        """Return the step from which each attempt started."""
         return [int(step) for step in re.findall(r"from step (\d+)$", self.log(), re.MULTILINE)]
 
     def steps(self) -> int:
@@ -200,23 +201,26 @@ class Trial:
         )
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 180) -> None:
-        """Return when something has come about; raise AssertionError with what was said when it does not."""
+        """Wait for a condition; on timeout raise AssertionError with the output."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, (
-                f"it did not come about: {self.said()[-1500:]} {self.log()[-1500:]}"
+                f"timed out: {self.output()[-1500:]} {self.log()[-1500:]}"
             )
             time.sleep(0.01)
 
     def at_step(self, steps: int, attempt: int = 1) -> int:
-        """Wait until so many steps of an attempt are done, counted from the beginning, or the run has ended; return how many are."""
-        process = self.process  # None where a worker has started the run
+        """Wait until `steps` steps of the training are done in an attempt, or the run has ended.
+
+        Returns the number of steps that are done.
+        """
+        process = self.process  # None if a worker started the run
         ended = (lambda: False) if process is None else (lambda: process.poll() is not None)
         self.wait_for(lambda: (len(self.starts()) >= attempt and self.steps() >= steps) or ended())
         return self.steps()
 
     def processes(self) -> list[psutil.Process]:
-        """Return what is alive of it."""
+        """Return its processes that are alive."""
         return [
             one
             for one in psutil.process_iter()
@@ -235,7 +239,7 @@ class Trial:
         )
 
     def nothing_left(self, seconds: float = GONE_SECONDS) -> bool:
-        """Wait until no process of it is alive; tell whether that came about in time."""
+        """Wait until none of its processes is alive; return whether that was in time."""
         deadline = time.monotonic() + seconds
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -246,31 +250,33 @@ class Trial:
         assert self.process is not None
         return self.process.wait(seconds)
 
-    def go_on(
-        self, *, done: int, since: float, said: str, clear: bool = True, **environment: str
+    def resume(
+        self, *, done: int, since: float, message: str, clear: bool = True, **environment: str
     ) -> Outcome:
-        """Begin again after a fault at which `done` steps were done, to the end.
+        """Start again after a fault, and run to the end.
 
         Args:
             done: steps before the fault.
-            since: when it struck, on the monotonic clock.
-            said: what the user was told of it.
-            clear: whether what had to hold until here did.
+            since: time of the fault on the monotonic clock.
+            message: what the run reported.
+            clear: whether all expectations were met so far.
             environment: of the second attempt.
         """
         attempts = len(self.starts())
         gone = self.nothing_left()
-        self.begin(**environment)
+        self.start(**environment)
         self.at_step(min(done + 1, STEPS), attempts + 1)
         seconds = time.monotonic() - since
         status = self.ended(300)
         lost = (
             done - self.starts()[-1] if len(self.starts()) > attempts else 0
-        )  # none where the fault came after the last step
-        return Outcome(clear and gone and status == 0 and self.is_whole(), lost, seconds, said)
+        )  # none if the fault came after the last step
+        return Outcome(
+            clear and gone and status == 0 and self.is_identical(), lost, seconds, message
+        )
 
-    def is_whole(self) -> bool:
-        """Tell whether its losses and its adapter are those of the training that nothing disturbed, to the bit."""
+    def is_identical(self) -> bool:
+        """Return whether losses and adapter equal those of the uninterrupted training."""
         files = [
             (one.folder / "adapter" / "adapter_model.safetensors")
             for one in (self.stage, self.site.expected)
@@ -283,11 +289,11 @@ class Trial:
         )
 
     def checkpoints(self) -> list[Path]:
-        """Return the checkpoints that are there, the newest last."""
+        """Return its checkpoints, the newest last."""
         return sorted((self.stage.folder / "checkpoints").glob("step-*"))
 
     def states(self) -> list[str]:
-        """Return what Prefect calls each attempt at a whole run, in order, from the state that the run's own server kept."""
+        """Return the Prefect state of each attempt at a complete run, from the run's own server."""
         with closing(sqlite3.connect(self.runs / "prefect" / "prefect.db")) as kept:
             return [
                 state
@@ -295,20 +301,20 @@ class Trial:
             ]
 
     def summary(self) -> dict[str, Any]:
-        """Return what a whole run ended with."""
+        """Return the summary of a complete run."""
         values: dict[str, Any] = json.loads(
             (self.runs / "pairs_tiny_cpu" / "summary.json").read_text()
         )
         return values
 
 
-def hear_interrupts() -> None:
-    """Let Ctrl-C reach the process, which a shell keeps from what it has started in the background."""
+def accept_interrupts() -> None:
+    """Let Ctrl-C reach the process: a shell blocks it for background processes."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def variable(process: psutil.Process, name: str) -> str | None:
-    """Return a variable of a process's environment; None where it has none, is gone, or is another user's."""
+    """Return an environment variable of a process; None if it is unset or not readable."""
     try:
         return process.environ().get(name)
     except (psutil.Error, OSError):
@@ -316,6 +322,6 @@ def variable(process: psutil.Process, name: str) -> str | None:
 
 
 def last_line(text: str) -> str:
-    """Return what was said last."""
+    """Return the last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""

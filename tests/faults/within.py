@@ -1,4 +1,4 @@
-"""Faults inside a rank: a loss that is not a number, a row that cannot be read, memory that does not suffice."""
+"""Faults inside a rank: a loss that is NaN, an unreadable row, too little memory."""
 
 import time
 from random import Random
@@ -7,7 +7,10 @@ from faults.trial import EVERY, STEPS, Outcome, Site, Trial, last_line
 
 
 def nan_on_one_rank(site: Site, random: Random) -> Outcome:
-    """Let one rank's loss be NaN: all stop before the optimiser's step, and the step, the rank and its examples are named."""
+    """Set one rank's loss to NaN: all ranks stop before the optimizer step.
+
+    The error names the step, the rank and its examples.
+    """
     step, rank = random.randrange(EVERY + 1, STEPS), random.randrange(2)
     return _struck(
         site,
@@ -18,7 +21,7 @@ def nan_on_one_rank(site: Site, random: Random) -> Outcome:
 
 
 def unreadable_row(site: Site, random: Random) -> Outcome:
-    """Let a row fail to be read in the middle of an epoch: it is named."""
+    """Let reading a row fail in the middle of an epoch: the error names the row."""
     step = random.randrange(EVERY + 1, STEPS)
     return _struck(
         site,
@@ -29,32 +32,35 @@ def unreadable_row(site: Site, random: Random) -> Outcome:
 
 
 def no_memory(site: Site, random: Random) -> Outcome:
-    """Let a rank get no more memory, in a whole run: what would need less is said."""
+    """Refuse memory to a rank of a complete run: the error names settings that need less."""
     trial, step = site.run(), random.randrange(EVERY + 1, STEPS)
     clear, since = exceed_memory(trial, step, random.randrange(2))
-    return trial.go_on(done=step - 1, since=since, said=last_line(trial.said()), clear=clear)
+    return trial.resume(done=step - 1, since=since, message=last_line(trial.output()), clear=clear)
 
 
 def exceed_memory(trial: Trial, step: int, rank: int) -> tuple[bool, float]:
-    """Begin a whole run whose memory does not suffice at a step; tell whether it says so with what would do, and when it struck."""
-    trial.begin(strike=f"memory:{step}:{rank}")
+    """Start a run that exceeds memory at a step.
+
+    Returns whether the error names settings that need less, and the time of the fault.
+    """
+    trial.start(strike=f"memory:{step}:{rank}")
     trial.wait_for(lambda: trial.steps() == step - 1)
     since = time.monotonic()
-    status, said = trial.ended(), last_line(trial.said())
+    status, message = trial.ended(), last_line(trial.output())
     named = (
-        f"step {step} needs more memory than there is, with" in said
-        and "less memory is needed with" in said
+        f"step {step} needs more memory than there is, with" in message
+        and "less memory is needed with" in message
     )
     return status == 2 and named, since
 
 
 def _struck(site: Site, strike: str, step: int, words: str) -> Outcome:
     trial = site.training()
-    trial.begin(strike)
+    trial.start(strike)
     trial.wait_for(lambda: trial.steps() == step - 1)
     since = time.monotonic()
-    status, said = trial.ended(), last_line(trial.said())
+    status, message = trial.ended(), last_line(trial.output())
     clear = (
-        status != 0 and words in said and trial.steps() == step - 1 and bool(trial.checkpoints())
+        status != 0 and words in message and trial.steps() == step - 1 and bool(trial.checkpoints())
     )
-    return trial.go_on(done=step - 1, since=since, said=said, clear=clear)
+    return trial.resume(done=step - 1, since=since, message=message, clear=clear)

@@ -23,6 +23,14 @@ def config(targets: str | tuple[str, ...] = "all-linear", r: int = 4) -> LoraCon
     return LoraConfig(r=r, lora_alpha=8, target_modules=targets)
 
 
+def adapted_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in lora_layers(model)]
+
+
+def ending_in(*endings: str) -> list[str]:
+    return [name for name in EVERY if name.endswith(endings)]
+
+
 def names(model: nn.Module, targets: str | tuple[str, ...]) -> list[str]:
     return [target.name for target in plan_targets(model, config(targets))]
 
@@ -35,8 +43,8 @@ def test_all_linear_excludes_output_head(build_llama: Build, tied: bool) -> None
 @pytest.mark.parametrize(
     ("targets", "expected"),
     [
-        (("q_proj",), [n for n in EVERY if n.endswith("q_proj")]),
-        (("down_proj", "q_proj"), [n for n in EVERY if n.endswith(("q_proj", "down_proj"))]),
+        (("q_proj",), ending_in("q_proj")),
+        (("down_proj", "q_proj"), ending_in("q_proj", "down_proj")),
         (("model.layers.1.mlp.up_proj",), ["model.layers.1.mlp.up_proj"]),
         (("0.mlp.up_proj",), ["model.layers.0.mlp.up_proj"]),
         (r".*layers\.1\.(self_attn\.[qv]|mlp\.up)_proj", [EVERY[7], EVERY[9], EVERY[12]]),
@@ -152,7 +160,7 @@ def test_injection_wraps_targets_and_freezes_rest(
     before = state_of(model)
     plan = plan_targets(model, config())
     assert inject(model, config(), seed=0) == plan
-    assert [name for name, _ in lora_layers(model)] == EVERY
+    assert adapted_names(model) == EVERY
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{name}.lora_{letter}" for name in EVERY for letter in "AB"}
     after = state_of(model)
@@ -171,13 +179,12 @@ def test_injection_keeps_training_mode(build_llama: Build, training: bool) -> No
 def test_wrappers_do_not_change_names(
     adapted: LlamaForCausalLM, wrapper: Callable[[nn.Module], nn.Module]
 ) -> None:
-    expected = [name for name, _ in lora_layers(adapted)]
-    assert [name for name, _ in lora_layers(wrapper(adapted))] == expected
+    assert adapted_names(wrapper(adapted)) == adapted_names(adapted)
 
 
 def test_module_named_module_keeps_its_name() -> None:
     """Only the prefix of a wrapper is stripped, never a part of the model's path."""
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"module": nn.Linear(8, 8)})})
     inject(model, config(("encoder.module",)), seed=0)
-    assert [name for name, _ in lora_layers(model)] == ["encoder.module"]
+    assert adapted_names(model) == ["encoder.module"]
     assert isinstance(model.get_submodule("encoder.module"), LoraLinear)

@@ -60,7 +60,7 @@ def _nth_file(folder: Path, number: int) -> Path:
     return existing[number % len(existing)]
 
 
-# Whole tensors, keys and settings
+# Complete tensors, keys and settings
 
 
 def renamed(adapter: Path) -> Iterator[Damage]:

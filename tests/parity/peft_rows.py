@@ -99,8 +99,8 @@ def our_logits(
 
 def every_position(tokens: Tensor) -> Pack:
     """Return a sequence as a pack in which each position predicts; the targets are not used."""
-    places = torch.arange(len(tokens))
-    return Pack(tokens, places, [Segment(len(tokens))], places, tokens)
+    positions = torch.arange(len(tokens))
+    return Pack(tokens, positions, [Segment(len(tokens))], positions, tokens)
 
 
 def largest(first: list[Tensor], second: list[Tensor]) -> float:

@@ -1,4 +1,4 @@
-"""What the tests of the pipeline share: a tiny model, rows to learn from, and a machine that asks no hub."""
+"""Shared fixtures of the pipeline's tests: a tiny model, training rows, and an offline hub."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,22 +14,20 @@ import torch
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 Values = dict[str, Any]
-hypothesis.settings.register_profile(
-    "any machine", deadline=None
-)  # a first call may load a library
+# The first call may load a library, so set no deadline.
+hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Ask no hub, in this process or its children, and keep prepared rows out of the user's cache."""
+    """Block the hub in this process and its children; do not use the user's data set cache."""
     cache = tmp_path_factory.mktemp("datasets_cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("HF_DATASETS_CACHE", str(cache))
-        patch.setattr(
-            huggingface_hub.constants, "HF_HUB_OFFLINE", True
-        )  # read once, when the library was imported
+        # The libraries read these variables once, when they are imported.
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         yield
@@ -37,7 +35,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Let tests side by side not fight for cores."""
+    """Use one thread, so that parallel tests do not compete for cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +62,10 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe_with() -> Callable[..., Values]:
-    """Return a maker of a tiny recipe's plain values; a keyword is merged into its section, or takes its place."""
+    """Return a function that makes a tiny recipe's plain values.
+
+    A keyword is merged into its section, or replaces it.
+    """
 
     def make(**changes: Any) -> Values:
         values = tiny_recipe(Path("models/tiny"), Path("pairs.jsonl"))
@@ -79,7 +80,7 @@ def recipe_with() -> Callable[..., Values]:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Return a writer of rows as JSON lines."""
+    """Return a function that writes rows as JSON lines."""
 
     def write(rows: list[Values], name: str = "rows.jsonl") -> Path:
         path = tmp_path / name
@@ -91,7 +92,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def data_settings() -> Callable[..., Values]:
-    """Return a maker of a recipe's data section as plain values."""
+    """Return a function that makes a recipe's data section as plain values."""
 
     def make(source: Path | str, **changes: Any) -> Values:
         defaults = {
@@ -109,7 +110,10 @@ def data_settings() -> Callable[..., Values]:
 
 @pytest.fixture(scope="session")
 def general_records() -> Callable[..., list[Values]]:
-    """Return a maker of questions of two answers of four bytes, from the probability of each one's right answer."""
+    """Return a function that makes item records of questions with two answers of four bytes.
+
+    Its argument is the probability of each question's correct answer.
+    """
 
     def make(benchmark: str, probabilities: Sequence[float]) -> list[Values]:
         records = []
@@ -135,7 +139,7 @@ def general_records() -> Callable[..., list[Values]]:
 
 @pytest.fixture(scope="session")
 def task_records() -> Callable[..., list[Values]]:
-    """Return a maker of held-out examples, from the loss per token of each and the number of its tokens."""
+    """Return a function that makes item records from loss per token and number of tokens."""
 
     def make(losses: Sequence[float], tokens: Sequence[int] | None = None) -> list[Values]:
         counts = tokens or [10 + number % 3 for number in range(len(losses))]

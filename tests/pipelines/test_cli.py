@@ -1,6 +1,4 @@
-"""Invalid input on the command line: one clear sentence and a non-zero exit, before any model is
-loaded.
-"""
+"""Invalid command lines end with one clear sentence, before any model is loaded."""
 
 import os
 import re

@@ -1,6 +1,4 @@
-"""Progress on the terminal and in Prefect: throttled, with the last row, whether the server answers
-or not.
-"""
+"""Progress in the terminal and in Prefect, whether its server answers or not."""
 
 import logging
 import time

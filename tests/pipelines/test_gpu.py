@@ -1,4 +1,4 @@
-"""A whole run on a GPU, where there is one; the other tests see none. Written to the libraries' documentation."""
+"""A complete run on a GPU, if there is one; the other tests run on the CPU."""
 
 import json
 import os
@@ -16,12 +16,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.server,
-    pytest.mark.skipif(not HAS_GPU, reason="there is no NVIDIA GPU here"),
+    pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU"),
 ]
 
 
 @pytest.mark.parametrize("config", ["gpu_ddp", "gpu_zero2"])
-def test_a_run_on_a_gpu_is_whole(tmp_path: Path, config: str) -> None:
+def test_a_run_on_a_gpu_is_complete(tmp_path: Path, config: str) -> None:
     recipe = tiny_recipe(
         save_tiny_model(tmp_path / "model"),
         save_pairs(tmp_path / "pairs.jsonl"),

@@ -1,4 +1,4 @@
-"""Learning against forgetting over ranks, rates, steps and cuts, and whether the published finding holds here."""
+"""Learning versus forgetting over ranks, learning rates, steps and truncations."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ Values = dict[str, Any]
 
 
 def frontier_rows(summary: Values) -> Iterator[Row]:
-    """Yield each point's gain and general change, the control's rates, and what is recommended."""
+    """Yield each point's gain and general change, the control's losses, the recommendation."""
     for rate, loss in summary["control"]["rates"].items():
         yield row(
             f"control at a rate of {rate}: loss on the tuning examples",
@@ -37,7 +37,7 @@ def frontier_rows(summary: Values) -> Iterator[Row]:
 
 
 def finding_rows(summary: Values) -> Iterator[Row]:
-    """Yield, for each rank, how much less than the control it learnt and forgot, paired on the same items."""
+    """Yield how much less than the control each rank learned and forgot, on the same items."""
     items = {
         label: read_records(Path(summary["items"][label]))
         for label in ("base", "base-nf4", "control", *ranks(summary))
@@ -62,13 +62,16 @@ def ranks(summary: Values) -> list[str]:
 
 
 def verdict(what: str, found: Any, unit: str) -> Row:
-    """Return a difference, and whether its interval says that the finding holds."""
-    says = (
-        "holds" if found.low > 0 else "the contrary holds" if found.high < 0 else "cannot be told"
-    )
-    return row(f"{what} ({found.low:+.3f} to {found.high:+.3f}): {says}", found.mean, unit)
+    """Return a difference, and whether its interval confirms the published finding."""
+    if found.low > 0:
+        conclusion = "holds"
+    elif found.high < 0:
+        conclusion = "the contrary holds"
+    else:
+        conclusion = "cannot be told"
+    return row(f"{what} ({found.low:+.3f} to {found.high:+.3f}): {conclusion}", found.mean, unit)
 
 
 def row(what: str, value: float | str, unit: str) -> Row:
-    """Return one figure."""
+    """Return one result."""
     return {"what": what, "value": value, "unit": unit, "goal": None, "holds": None}

@@ -1,4 +1,4 @@
-"""Our scoring beside lm-eval's own, item by item: what `scoring_bench.py` measures, on few items."""
+"""Our scoring compared with lm-eval's, item by item: `scoring_bench.py` on few items."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ RESULT = BENCH.parents[2] / "build" / "scoring_truth.json"
 
 
 def harness_rows(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Score the first items of each benchmark with both, on the run's base, and yield what is compared."""
+    """Score the first items of each benchmark with both, on the run's base."""
     base = summary["base"]["folder"]
     few = ["--items", "10", "--rounds", "1", "--batches", "8"]
     subprocess.run(

@@ -1,4 +1,4 @@
-"""A picture of the report's page, taken by a headless Chromium where there is one."""
+"""A screenshot of the report's page, taken by a headless Chromium if one is installed."""
 
 import shutil
 import subprocess
@@ -10,7 +10,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def page_rows(page: Path, picture: Path) -> Iterator[dict[str, Any]]:
-    """Take the picture and yield its size."""
+    """Take the screenshot and yield its size."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         yield {

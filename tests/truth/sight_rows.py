@@ -1,8 +1,9 @@
-"""Which figure sees that a model forgot: each figure's change for models that forgot more and less.
+"""Which metric detects forgetting: its change for models that forgot more and less.
 
-The pushed control is taken at its end, where it has surely forgotten, and beside it the QLoRA adapter whose task loss is
-nearest, at whatever step or rate: of two models that do the task as well, one has forgotten. A figure that sees forgetting
-falls there, by an interval below zero; one that rises while abilities fall misleads.
+The over-trained control has certainly forgotten at its end. It is compared with the QLoRA adapter
+of the nearest task loss, at any step or learning rate: of two models that do the task equally well,
+one has forgotten. A metric that detects forgetting decreases there, with an interval below zero; a
+metric that increases while abilities decrease is misleading.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,11 +26,11 @@ FIGURES = {
     "text_loss": "nats a byte",
     "chat_loss": "nats a token",
 }
-"""Figure of a change → its unit; positive is better for all of them."""
+"""Metric of a change → its unit; positive is better for all of them."""
 
 
 @dataclass(frozen=True)
-class EvaluatedModel:
+class ScoredModel:
     """One model of a run, and what it was trained on."""
 
     name: str
@@ -54,7 +55,7 @@ class EvaluatedModel:
         return change(read_records(Path(self.summary["items"][self.base])), self.records)
 
     def kl(self) -> KLDivergence | None:
-        """Return the KL divergence from its base over the questions put as chats; None where none were."""
+        """Return the KL divergence from the base over chat questions; None if there are none."""
         pair = (self.base, self.label)
         files = {
             label: Path(self.summary["items"][label]).with_name("distributions.safetensors")
@@ -68,14 +69,14 @@ class EvaluatedModel:
 
 
 def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
-    """Yield each figure's change by training for the highest rank, the tuned control and the pushed one."""
+    """Yield each metric's change for the highest rank, the tuned and the over-trained control."""
     judged = [model for model in tuned["models"].values() if "verdict" in model]
     rank = max(judged, key=lambda model: int(model["rank"]))["label"]
     steps = pushed["recipe"]["training"]["steps"]
-    hard = EvaluatedModel(f"pushed control, {steps} steps", pushed, "control", "base")
+    hard = ScoredModel(f"pushed control, {steps} steps", pushed, "control", "base")
     subjects = [
-        EvaluatedModel(rank, tuned, rank, "base-nf4"),
-        EvaluatedModel("tuned control", tuned, "control", "base"),
+        ScoredModel(rank, tuned, rank, "base-nf4"),
+        ScoredModel("tuned control", tuned, "control", "base"),
         nearest((tuned, pushed), hard),
         hard,
     ]
@@ -98,7 +99,7 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
                 "nats a token",
             )
     end = changes[subjects[-1].name].choice_probability
-    assert end is not None, "the benchmarks were asked"
+    assert end is not None, "the benchmarks were scored"
     yield row(
         "the pushed control forgot, by choice probability",
         end.high,
@@ -108,8 +109,8 @@ def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     )
 
 
-def nearest(summaries: Sequence[Values], hard: EvaluatedModel) -> EvaluatedModel:
-    """Return the adapter of all that were scored whose task loss is nearest to that of a model."""
+def nearest(summaries: Sequence[Values], hard: ScoredModel) -> ScoredModel:
+    """Return the scored adapter whose task loss is nearest to that of `hard`."""
     pairs = [
         (summary, label)
         for summary in summaries
@@ -117,24 +118,28 @@ def nearest(summaries: Sequence[Values], hard: EvaluatedModel) -> EvaluatedModel
         if label.startswith("rank-")
     ]
     adapters = [
-        EvaluatedModel(f"{label}, the nearest in task loss", summary, label, "base-nf4")
+        ScoredModel(f"{label}, the nearest in task loss", summary, label, "base-nf4")
         for summary, label in pairs
     ]
     return min(adapters, key=lambda one: abs(one.task_loss - hard.task_loss))
 
 
 def seen(figure: str, unit: str, who: str, change: Any) -> Iterator[Row]:
-    """Yield a figure's change, and what its interval says."""
+    """Yield a metric's change, and the conclusion from its interval."""
     if change is None:
         return
-    says = "worse" if change.high < 0 else "better" if change.low > 0 else "cannot tell"
-    yield row(
-        f"{who}: {figure} ({change.low:+.3f} to {change.high:+.3f}): {says}", change.mean, unit
-    )
+    if change.high < 0:
+        conclusion = "worse"
+    elif change.low > 0:
+        conclusion = "better"
+    else:
+        conclusion = "cannot tell"
+    interval = f"({change.low:+.3f} to {change.high:+.3f})"
+    yield row(f"{who}: {figure} {interval}: {conclusion}", change.mean, unit)
 
 
 def row(
     what: str, value: float, unit: str, goal: str | None = None, *, holds: bool | None = None
 ) -> Row:
-    """Return one figure."""
+    """Return one result."""
     return {"what": what, "value": value, "unit": unit, "goal": goal, "holds": holds}

@@ -1,10 +1,11 @@
-"""What the figures of forgetting see, and whether LoRA learns less and forgets less here: measured, not remembered.
+"""Measure which metrics detect forgetting, and whether LoRA learns less and forgets less.
 
     python tests/truth/truth.py
 
-Runs two recipes, or finds their runs again: `frontier_smollm2_cpu`, adapters beside a control whose rate was chosen from a
-grid, and `pushed_smollm2_cpu`, a full fine-tuning pushed at ten times a good rate, which is known to have forgotten. Scores
-the same items with lm-eval, and takes a picture of the page. The figures go to build/truth.json; a goal missed is an error.
+Runs two recipes, or uses their cached runs: `frontier_smollm2_cpu`, adapters and a control whose
+learning rate was chosen from a grid, and `pushed_smollm2_cpu`, a full fine-tuning at ten times a
+good learning rate, which is known to forget. Scores the same items with lm-eval, and takes a
+screenshot of the page. The results go to build/truth.json; a missed goal is an error.
 """
 
 import json
@@ -30,7 +31,7 @@ Row = dict[str, Any]
 
 
 def main() -> int:
-    """Run, collect, write and print every figure; return 1 where a goal is missed."""
+    """Run, collect, write and print every result; return 1 if a goal is missed."""
     tuned, pushed = (finished(name) for name in (FRONTIER, PUSHED))
     sections: dict[str, Iterator[Row]] = {
         "What was run": (command_row(summary) for summary in (tuned, pushed)),
@@ -52,14 +53,14 @@ def main() -> int:
 
 
 def finished(name: str) -> dict[str, Any]:
-    """Return the summary of a recipe's run, which is finished first where it is not."""
+    """Return the summary of a recipe's run, after finishing the run if needed."""
     subprocess.run([str(Path(sys.executable).parent / "lora"), "run", name], check=True)
     summary: dict[str, Any] = json.loads((runs_root() / name / "summary.json").read_text())
     return summary
 
 
 def command_row(summary: dict[str, Any]) -> Row:
-    """Return the command of a run, with the time of all its stages, whenever they ran."""
+    """Return the command of a run, with the total time of its stages, cached or not."""
     results = [
         Path(stage["folder"]) / "result.json" for stage in summary["stages"] if stage["folder"]
     ]

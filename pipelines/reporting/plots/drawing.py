@@ -134,15 +134,19 @@ def write_labels(axes: Axes, labels: Sequence[Label], obstacles: Sequence[Box]) 
 
 
 def _write_label(axes: Axes, label: Label, offset: Offset) -> None:
+    right, _ = offset
+    alignment = "left" if right > 0 else "right"
+    weight = "bold" if label.is_main else "normal"
+    size = 9 if label.is_main else 7.5
     axes.annotate(
         label.text,
         label.at,
         xytext=offset,
         textcoords="offset points",
-        horizontalalignment="left" if offset[0] > 0 else "right",
+        horizontalalignment=alignment,
         color=label.color,
-        weight="bold" if label.is_main else "normal",
-        size=9 if label.is_main else 7.5,
+        weight=weight,
+        size=size,
     )
 
 

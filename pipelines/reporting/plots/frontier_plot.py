@@ -5,139 +5,40 @@ training, so up and to the right is better. A curve starts at the base it was tr
 base is to the left of zero: quantization costs some of the task.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from pipelines.comparison.comparison import BASE, CONTROL, QUANTIZED_BASE
 from pipelines.reporting.plots.drawing import (
-    CONTROL_COLOR,
     INK,
     LIMIT,
     QUIET,
-    VARIABLES,
     ZERO,
     Box,
     Interval,
     Label,
-    color_of,
     drawing,
     limits,
     reaches,
     svg,
     write_labels,
 )
+from pipelines.reporting.plots.trajectories import (
+    Position,
+    Summary,
+    Trajectory,
+    position_of,
+    quantized_base_position,
+    trajectories,
+)
 
 INCHES = (5.6, 4.5)
 DESCRIPTION = (
     "General change against task gain of every model, snapshot, learning rate and truncation"
 )
-Summary = Mapping[str, Any]
-Row = Mapping[str, Any]
 Style = dict[str, Any]
-Position = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """One trained model with everything that was scored during its training or derived from it."""
-
-    label: str
-    name: str
-    color: str
-    start: Position
-    """Position of the base it was trained on."""
-    end: Row
-    """The row of the model itself."""
-    snapshots: Sequence[Row]
-    """By step, without the end."""
-    rates: Sequence[Row]
-    """The same training at other learning rates."""
-    truncated: Sequence[Row]
-    """The same adapter truncated to lower ranks, the highest rank first."""
-
-    @property
-    def variable(self) -> str:
-        """Name of the color among the page's CSS variables."""
-        return VARIABLES[self.color]
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows that belong to the model."""
-        others = [*self.snapshots, *self.rates, *self.truncated]
-        return [self.end, *others]
-
-
-def trajectories(summary: Summary) -> list[Trajectory]:
-    """Return the trajectories of the control and of each adapter, from the rows of the frontier.
-
-    There are none if no general ability was scored.
-    """
-    trained: list[Row] = []
-    others: list[Row] = []
-    for row in summary["frontier"]:
-        if row["general"] is None:
-            continue
-        group = trained if row["trained"] else others
-        group.append(row)
-    ranks = [row["rank"] for row in trained if row["label"] != CONTROL]
-    found = []
-    for end in trained:
-        label = end["label"]
-        start = _start(summary, label)
-        color = CONTROL_COLOR
-        if label != CONTROL:
-            color = color_of(end["rank"], ranks)
-        found.append(_trajectory(end, others, color=color, start=start))
-    return found
-
-
-def _trajectory(end: Row, others: Sequence[Row], *, color: str, start: Position) -> Trajectory:
-    """Return the trajectory that leads to `end`, from the rows that are not trained models."""
-    is_control = end["label"] == CONTROL
-    truncated: list[Row] = []
-    snapshots: list[Row] = []
-    rates: list[Row] = []
-    for row in others:
-        if row["cut_from"] is not None:
-            if row["cut_from"] == end["rank"] and not is_control:
-                truncated.append(row)
-        elif _trained_label(row) == end["label"]:
-            same_rate = row["learning_rate"] == end["learning_rate"]
-            siblings = snapshots if same_rate else rates
-            siblings.append(row)
-    return Trajectory(
-        label=end["label"],
-        name=CONTROL if is_control else f"rank {end['rank']}",
-        color=color,
-        start=start,
-        end=end,
-        snapshots=sorted(snapshots, key=lambda row: row["step"]),
-        rates=sorted(rates, key=lambda row: row["learning_rate"]),
-        truncated=sorted(truncated, key=lambda row: -row["rank"]),
-    )
-
-
-def _trained_label(row: Row) -> str:
-    """Return the label of the trained model that a snapshot or another learning rate belongs to."""
-    label: str = row["label"]
-    return label.partition("@")[0].partition(" lr ")[0]
-
-
-def _start(summary: Summary, label: str) -> Position:
-    if label == CONTROL and summary["control"]["method"] == "full":
-        return 0.0, 0.0
-    return _quantized_base(summary) or (0.0, 0.0)
-
-
-def _quantized_base(summary: Summary) -> Position | None:
-    """Return the position of the 4-bit base; None if there is none."""
-    model = summary["models"].get(QUANTIZED_BASE)
-    if model is None:
-        return None
-    return model["change"]["task_gain"]["mean"], 0.0
 
 
 def plot_frontier(summary: Summary) -> str:
@@ -222,12 +123,14 @@ def _shade_low_gain(axes: Axes, *, min_fraction: float, control_gain: float) -> 
     axes.axvspan(left, least, color=QUIET, alpha=0.09, linewidth=0)
     axes.axvline(least, color=QUIET, linewidth=1.1, linestyle=":")
     on_left = least - left > right - least
+    side = "right" if on_left else "left"
+    offset = -4 if on_left else 4
     axes.annotate(
         f"{100 * min_fraction:g}\u00a0% of the control's gain",
         (least, top),
-        xytext=(-4 if on_left else 4, -8),
+        xytext=(offset, -8),
         textcoords="offset points",
-        ha="right" if on_left else "left",
+        ha=side,
         color=INK,
         size=7.5,
     )
@@ -241,7 +144,7 @@ def _draw_bases(axes: Axes, summary: Summary) -> None:
 def _bases(summary: Summary) -> dict[str, Position]:
     """Return name → position of the bases."""
     bases = {BASE: (0.0, 0.0)}
-    quantized = _quantized_base(summary)
+    quantized = quantized_base_position(summary)
     if quantized is not None:
         bases[QUANTIZED_BASE] = quantized
     return bases
@@ -249,27 +152,28 @@ def _bases(summary: Summary) -> dict[str, Position]:
 
 def _draw(axes: Axes, trajectory: Trajectory) -> None:
     """Draw the path through the snapshots, other learning rates, truncations and the end."""
-    end = _position(trajectory.end)
+    end = position_of(trajectory.end)
     style: Style = {"color": trajectory.color}
-    snapshots = [_position(row) for row in trajectory.snapshots]
+    snapshots = [position_of(row) for row in trajectory.snapshots]
     path = [trajectory.start, *snapshots, end]
-    dots: Style = {"linestyle": "none", "marker": "o", "markersize": 3.2}
+    dots: Style = {"linestyle": "none", "marker": "o", "markersize": 3.2, "zorder": 3}
     x, y = _columns(path)
     axes.plot(x, y, linewidth=1.3, alpha=0.85, zorder=2, **style)
-    axes.plot(x[1:], y[1:], **dots, zorder=3, **style)
+    axes.plot(x[1:], y[1:], **dots, **style)
     square: Style = {"marker": "s", "markersize": 4.6, "markerfacecolor": "none"}
     for row in trajectory.rates:
-        at = _position(row)
+        at = position_of(row)
         x, y = _columns([end, at])
         axes.plot(x, y, linewidth=0.8, linestyle=":", zorder=1, **style)
         axes.plot(*at, **square, zorder=3, **style)
     if trajectory.truncated:
         _draw_truncated(axes, trajectory, end)
+    marker = "D" if trajectory.label == CONTROL else "o"
     axes.errorbar(
         *end,
         xerr=reaches([trajectory.end["gain"]]),
         yerr=reaches([trajectory.end["general"]]),
-        marker="D" if trajectory.label == CONTROL else "o",
+        marker=marker,
         markersize=7,
         elinewidth=1,
         capsize=2.5,
@@ -280,11 +184,17 @@ def _draw(axes: Axes, trajectory: Trajectory) -> None:
 
 def _draw_truncated(axes: Axes, trajectory: Trajectory, end: Position) -> None:
     style: Style = {"color": trajectory.color}
-    triangles: Style = {"marker": "^", "markersize": 5, "markerfacecolor": "none"}
-    positions = [_position(row) for row in trajectory.truncated]
+    triangles: Style = {
+        "linestyle": "none",
+        "marker": "^",
+        "markersize": 5,
+        "markerfacecolor": "none",
+        "zorder": 3,
+    }
+    positions = [position_of(row) for row in trajectory.truncated]
     x, y = _columns([end, *positions])
     axes.plot(x, y, linewidth=0.9, linestyle="--", zorder=1, **style)
-    axes.plot(x[1:], y[1:], linestyle="none", **triangles, zorder=3, **style)
+    axes.plot(x[1:], y[1:], **triangles, **style)
 
 
 def _columns(positions: Sequence[Position]) -> tuple[list[float], list[float]]:
@@ -315,17 +225,17 @@ def _labels(trajectory: Trajectory, *, with_steps: bool) -> list[Label]:
     Steps are the same for all models, so that only the first trajectory names them.
     """
     color = trajectory.color
-    labels = [Label(trajectory.name, _position(trajectory.end), color)]
+    labels = [Label(trajectory.name, position_of(trajectory.end), color)]
     for row in trajectory.truncated:
-        text = f"truncated to {row['rank']}"
-        labels.append(Label(text, _position(row), color, is_main=False))
+        text = f"→ rank {row['rank']}"
+        labels.append(Label(text, position_of(row), color, is_main=False))
     for row in trajectory.rates:
         text = f"{row['learning_rate']:g}"
-        labels.append(Label(text, _position(row), color, is_main=False))
+        labels.append(Label(text, position_of(row), color, is_main=False))
     if with_steps:
         for row in trajectory.snapshots:
             text = f"{row['step']} steps"
-            labels.append(Label(text, _position(row), color, is_main=False))
+            labels.append(Label(text, position_of(row), color, is_main=False))
     return labels
 
 
@@ -333,17 +243,11 @@ def _obstacles(trajectory: Trajectory) -> list[Box]:
     """Return the boxes of its points and of the two error bars of its end, which are lines."""
     boxes: list[Box] = []
     for row in trajectory.rows:
-        x, y = _position(row)
+        x, y = position_of(row)
         boxes.append((x, y, x, y))
-    x, y = _position(trajectory.end)
+    x, y = position_of(trajectory.end)
     gain = trajectory.end["gain"]
     general = trajectory.end["general"]
     horizontal = (gain["low"], y, gain["high"], y)
     vertical = (x, general["low"], x, general["high"])
     return [*boxes, horizontal, vertical]
-
-
-def _position(row: Row) -> Position:
-    gain = row["gain"]["mean"]
-    general = row["general"]["mean"]
-    return gain, general

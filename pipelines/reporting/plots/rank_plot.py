@@ -111,7 +111,8 @@ def _draw_control(axes: Axes, rows: Rows, key: str) -> None:
         interval = row[key]
         if interval is None:
             continue
-        low, high = interval["low"], interval["high"]
+        low = interval["low"]
+        high = interval["high"]
         axes.axhspan(low, high, color=CONTROL_COLOR, alpha=0.13, linewidth=0)
         axes.axhline(interval["mean"], color=CONTROL_COLOR, linewidth=1.4, linestyle="--")
 

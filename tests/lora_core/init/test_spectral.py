@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core import ConfigError, LoraConfig
-from lora_core.base.nf4 import Nf4Settings
+from lora_core.base.nf4 import Nf4Settings, round_to_nf4
 from lora_core.init.random import generator_for
 from lora_core.init.spectral import FactorPair, olora, pissa, plain_pair, residual_init
 

@@ -16,7 +16,7 @@ SHAPES = [(5, IN), (2, 3, IN), (2, 1, 3, IN)]
 
 
 @dataclass
-class Case:
+class LinearCase:
     """One call's tensors; A, B and x require gradients."""
 
     x: Tensor
@@ -45,15 +45,15 @@ class Case:
 
 
 @pytest.fixture
-def make_case() -> Callable[..., Case]:
+def make_case() -> Callable[..., LinearCase]:
     def make(
         shape: tuple[int, ...], *, bias: bool = True, dtype: torch.dtype = torch.float64
-    ) -> Case:
+    ) -> LinearCase:
         layer = nn.Linear(IN, OUT, bias=bias, dtype=dtype).requires_grad_(False)
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
         a = torch.randn(RANK, IN, dtype=dtype, requires_grad=True)
         b = torch.randn(OUT, RANK, dtype=dtype, requires_grad=True)
-        return Case(x, layer, a, b)
+        return LinearCase(x, layer, a, b)
 
     return make
 
@@ -82,7 +82,7 @@ def mask_of(shape: tuple[int, ...], dropout: float, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_value_and_gradients_equal_autograd(
-    make_case: Callable[..., Case], shape: tuple[int, ...], bias: bool, dropout: float
+    make_case: Callable[..., LinearCase], shape: tuple[int, ...], bias: bool, dropout: float
 ) -> None:
     case = make_case(shape, bias=bias)
     expected = case.plain(mask_of(shape, dropout) if dropout else 1.0)
@@ -95,11 +95,13 @@ def test_value_and_gradients_equal_autograd(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradients_equal_finite_differences(make_case: Callable[..., Case], dropout: float) -> None:
+def test_gradients_equal_finite_differences(
+    make_case: Callable[..., LinearCase], dropout: float
+) -> None:
     case = make_case((2, 3, IN))
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return Case(x, case.layer, a, b).ours(dropout)
+        return LinearCase(x, case.layer, a, b).ours(dropout)
 
     assert torch.autograd.gradcheck(function, (case.x, case.a, case.b))
 
@@ -108,16 +110,18 @@ def test_gradients_equal_finite_differences(make_case: Callable[..., Case], drop
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=str
 )
 def test_float32_and_bfloat16_are_close_to_float64(
-    make_case: Callable[..., Case], dtype: torch.dtype, tolerance: float
+    make_case: Callable[..., LinearCase], dtype: torch.dtype, tolerance: float
 ) -> None:
     """Unit roundoffs are 6e-8 and 4e-3.
 
     Both sums are about √IN·s·√RANK ≈ 15, so the tolerance is a few roundoffs of that.
     """
     case = make_case((7, IN), dtype=dtype)
-    exact = Case(case.x.double(), case.layer.to(torch.float64), case.a.double(), case.b.double())
+    exact = LinearCase(
+        case.x.double(), case.layer.to(torch.float64), case.a.double(), case.b.double()
+    )
     reference = exact.plain()
-    found = Case(case.x, case.layer.to(dtype), case.a, case.b).ours()
+    found = LinearCase(case.x, case.layer.to(dtype), case.a, case.b).ours()
     assert found.dtype == dtype
     torch.testing.assert_close(
         found.double(), reference, rtol=tolerance, atol=tolerance * reference.abs().max().item()
@@ -125,7 +129,7 @@ def test_float32_and_bfloat16_are_close_to_float64(
 
 
 def test_adapter_in_float32_under_bfloat16_input_gets_float32_gradients(
-    make_case: Callable[..., Case],
+    make_case: Callable[..., LinearCase],
 ) -> None:
     case = make_case((6, IN), dtype=torch.bfloat16)
     case.a, case.b = (t.detach().float().requires_grad_() for t in (case.a, case.b))
@@ -133,23 +137,23 @@ def test_adapter_in_float32_under_bfloat16_input_gets_float32_gradients(
     assert (x.dtype, a.dtype, b.dtype) == (torch.bfloat16, torch.float32, torch.float32)
 
 
-def test_strided_and_empty_inputs_are_supported(make_case: Callable[..., Case]) -> None:
+def test_strided_and_empty_inputs_are_supported(make_case: Callable[..., LinearCase]) -> None:
     case = make_case((4, 5, IN))
-    transposed = Case(case.x.transpose(0, 1), case.layer, case.a, case.b)
+    transposed = LinearCase(case.x.transpose(0, 1), case.layer, case.a, case.b)
     torch.testing.assert_close(
         transposed.ours(), case.ours().transpose(0, 1), rtol=1e-12, atol=1e-12
     )
-    empty = Case(case.x[:0], case.layer, case.a, case.b)
+    empty = LinearCase(case.x[:0], case.layer, case.a, case.b)
     assert empty.ours().shape == (0, 5, OUT)
 
 
-def test_single_vector_is_treated_as_a_row(make_case: Callable[..., Case]) -> None:
+def test_single_vector_is_treated_as_a_row(make_case: Callable[..., LinearCase]) -> None:
     case = make_case((4, IN))
-    vector = Case(case.x[0], case.layer, case.a, case.b)
+    vector = LinearCase(case.x[0], case.layer, case.a, case.b)
     torch.testing.assert_close(vector.ours(), case.ours()[0], rtol=1e-12, atol=1e-12)
 
 
-def test_upstream_gradient_may_be_expanded(make_case: Callable[..., Case]) -> None:
+def test_upstream_gradient_may_be_expanded(make_case: Callable[..., LinearCase]) -> None:
     case = make_case((2, 3, IN))
     ours = case.gradients(case.ours().sum(), None)
     plain = case.gradients(case.plain().sum(), None)
@@ -157,7 +161,7 @@ def test_upstream_gradient_may_be_expanded(make_case: Callable[..., Case]) -> No
         torch.testing.assert_close(found, reference, rtol=1e-12, atol=1e-12)
 
 
-def test_input_that_needs_no_gradient_gets_none(make_case: Callable[..., Case]) -> None:
+def test_input_that_needs_no_gradient_gets_none(make_case: Callable[..., LinearCase]) -> None:
     case = make_case((5, IN))
     case.x = case.x.detach()
     case.ours().sum().backward()
@@ -182,7 +186,9 @@ def saved_for_backward(work: Callable[[], Tensor], parameters: list[Tensor]) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_q_k_v_save_only_one_shared_x(make_case: Callable[..., Case], dtype: torch.dtype) -> None:
+def test_q_k_v_save_only_one_shared_x(
+    make_case: Callable[..., LinearCase], dtype: torch.dtype
+) -> None:
     q, k, v = (make_case((2, 8, IN), dtype=dtype) for _ in "qkv")
     for case in (q, k, v):
         case.a, case.b = (t.detach().float().requires_grad_() for t in (case.a, case.b))
@@ -192,14 +198,14 @@ def test_q_k_v_save_only_one_shared_x(make_case: Callable[..., Case], dtype: tor
     assert saved == {q.x.data_ptr(): q.x.numel() * q.x.element_size()}
 
 
-def test_plain_autograd_saves_more(make_case: Callable[..., Case]) -> None:
+def test_plain_autograd_saves_more(make_case: Callable[..., LinearCase]) -> None:
     """Control of the count above: two linear layers save x·Aᵀ too."""
     case = make_case((2, 8, IN))
     saved = saved_for_backward(case.plain, [case.a, case.b, case.layer.weight])
     assert sum(saved.values()) > case.x.numel() * case.x.element_size()
 
 
-def test_dropout_adds_one_byte_per_input(make_case: Callable[..., Case]) -> None:
+def test_dropout_adds_one_byte_per_input(make_case: Callable[..., LinearCase]) -> None:
     case = make_case((2, 8, IN))
     saved = saved_for_backward(lambda: case.ours(0.5), [case.a, case.b])
     assert sum(saved.values()) == case.x.numel() * (case.x.element_size() + 1)

@@ -1,4 +1,4 @@
-"""A merge on disk into a head that is the embedding, or into that, gives the files of a merge in memory and a save."""
+"""A merge on disk into a tied head or embedding equals a merge in memory followed by a save."""
 
 import json
 from collections.abc import Callable
@@ -54,7 +54,7 @@ SIZES = {
 
 
 def llama_config() -> LlamaConfig:
-    """The embedding is square, so that its shape does not tell how it lies."""
+    """Return a config whose embedding is square, so its shape does not reveal its layout."""
     return LlamaConfig(
         **SIZES, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2
     )
@@ -65,11 +65,10 @@ def llama() -> PreTrainedModel:
 
 
 def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
-        )
+    config = GPT2Config(
+        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
     )
+    return GPT2LMHeadModel(config)
 
 
 def neox() -> PreTrainedModel:
@@ -85,7 +84,7 @@ def untied_neox() -> PreTrainedModel:
 
 
 def classifier() -> PreTrainedModel:
-    """It is configured as tied and has no head to tie."""
+    """Return a model that is configured as tied but has no head."""
     return LlamaForSequenceClassification(llama_config())
 
 
@@ -105,7 +104,7 @@ CASES = {
     "both": (llama, ("embed_tokens", "lm_head")),
     "gpt2 head": (gpt2, ("lm_head",)),
     "gpt2 embedding": (gpt2, ("wte",)),
-    "gpt2 places": (gpt2, ("wpe",)),
+    "gpt2 positions": (gpt2, ("wpe",)),
     "neox embedding": (neox, ("embed_in",)),
     "neox head": (neox, ("lm_head",)),
     "untied neox head": (untied_neox, ("lm_head",)),
@@ -116,7 +115,7 @@ Prepare = Callable[..., PreTrainedModel]
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Prepare:
-    """Return a maker of a saved base and a saved adapter; it returns the adapted model."""
+    """Save a base and an adapter and return the adapted model."""
 
     def make(
         build: Callable[[], PreTrainedModel],
@@ -126,13 +125,11 @@ def prepare(tmp_path: Path) -> Prepare:
         dtype: Any = torch.float32,
     ) -> Any:
         torch.manual_seed(0)
-        model, config = (
-            build().to(dtype).eval(),
-            LoraConfig(r=4, lora_alpha=8, target_modules=targets),
-        )
+        model = build().to(dtype).eval()
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
         model.save_pretrained(tmp_path / "base", max_shard_size=shard)
         inject(model, config, seed=0)
-        shake(model)
+        add_noise(model)
         save_adapter(model, tmp_path / "adapter", config, Identity(base="tiny"))
         return model
 
@@ -140,7 +137,7 @@ def prepare(tmp_path: Path) -> Prepare:
 
 
 @torch.no_grad()
-def shake(model: PreTrainedModel) -> None:
+def add_noise(model: PreTrainedModel) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -148,11 +145,10 @@ def shake(model: PreTrainedModel) -> None:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
 
 
 def values(folder: Path) -> dict[str, Any]:
@@ -166,145 +162,131 @@ def edit(path: Path, *, without: str | None = None, **changes: Any) -> None:
 
 
 def assert_same_files(model: PreTrainedModel, tmp_path: Path, *, check_base: bool = True) -> None:
-    """Merge in memory and save, and on disk, and compare every tensor and what the config says of ties."""
+    """Compare a merge on disk with a merge in memory and a save: tensors and the tie flag."""
     merge_checkpoint(
         tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", check_base=check_base
     )
     merge(model)
     model.save_pretrained(tmp_path / "expected")
-    found, expected = tensors(tmp_path / "merged"), tensors(tmp_path / "expected")
+    found = tensors(tmp_path / "merged")
+    expected = tensors(tmp_path / "expected")
     assert found.keys() == expected.keys()
-    assert all(
-        torch.equal(tensor, expected[name]) and tensor.dtype == expected[name].dtype
-        for name, tensor in found.items()
-    )
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name])
     assert values(tmp_path / "merged")[FLAG] == values(tmp_path / "expected")[FLAG]
 
 
 @pytest.mark.parametrize(("build", "targets"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_files_are_those_of_a_merge_in_memory(
+def test_files_are_those_of_a_merge_in_memory(
     prepare: Prepare, tmp_path: Path, build: Any, targets: Any, dtype: torch.dtype
 ) -> None:
     model = prepare(build, targets, dtype=dtype)
     names = tensors(tmp_path / "base").keys()
-    assert_same_files(
-        model, tmp_path, check_base=build is not untied_neox
-    )  # its head has another name in files, which counts
-    parted = tensors(tmp_path / "merged").keys() - names
-    assert len(parted) == (build not in (classifier, untied_neox) and "wpe" not in targets)
+    # The head of untied_neox has another name in files, which changes the fingerprint.
+    assert_same_files(model, tmp_path, check_base=build is not untied_neox)
+    untied = tensors(tmp_path / "merged").keys() - names
+    assert len(untied) == (build not in (classifier, untied_neox) and "wpe" not in targets)
 
 
 @pytest.mark.parametrize("name", ["head", "embedding", "both"])
-def test_a_sharded_base_has_the_new_tensor_in_its_index(
+def test_index_of_a_sharded_base_lists_the_new_tensor(
     prepare: Prepare, tmp_path: Path, name: str
 ) -> None:
     assert_same_files(prepare(*CASES[name], shard="40KB"), tmp_path)
-    index, found = (
-        json.loads((tmp_path / "merged" / INDEX).read_text(encoding="utf-8")),
-        tensors(tmp_path / "merged"),
-    )
-    assert index["weight_map"].keys() == found.keys() and len(set(index["weight_map"].values())) > 3
+    index = json.loads((tmp_path / "merged" / INDEX).read_text(encoding="utf-8"))
+    found = tensors(tmp_path / "merged")
+    assert index["weight_map"].keys() == found.keys()
+    assert len(set(index["weight_map"].values())) > 3
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
 
 
 @pytest.mark.parametrize("name", ["head", "embedding", "both"])
-def test_a_head_that_is_stored_twice_is_parted_as_well(
+def test_tied_head_that_is_stored_twice_is_untied(
     prepare: Prepare, tmp_path: Path, name: str
 ) -> None:
     model = prepare(*CASES[name])
-    held = load_file(tmp_path / "base" / SINGLE)
-    save_file(
-        {**held, "lm_head.weight": held["model.embed_tokens.weight"].clone()},
-        tmp_path / "base" / SINGLE,
-        metadata={"format": "pt"},
-    )
+    file = tmp_path / "base" / SINGLE
+    stored = load_file(file)
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, file, metadata={"format": "pt"})
     assert_same_files(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2 head", "gpt2 embedding"])
 @pytest.mark.parametrize("headless", [False, True], ids=["with head", "headless"])
-def test_a_config_that_leaves_the_tie_to_its_class(
+def test_config_without_the_flag_uses_the_default_of_its_class(
     prepare: Prepare, tmp_path: Path, name: str, headless: bool
 ) -> None:
-    """As the hub's copies of GPT-2: no word of a tie, no head, and names without `transformer.`."""
+    """Like the hub's copies of GPT-2: no flag, no head, and names without `transformer.`."""
     model = prepare(*CASES[name])
     if headless:
-        held = {
-            key.removeprefix("transformer."): tensor
-            for key, tensor in load_file(tmp_path / "base" / SINGLE).items()
-        }
-        save_file(held, tmp_path / "base" / SINGLE, metadata={"format": "pt"})
+        file = tmp_path / "base" / SINGLE
+        stored = load_file(file)
+        renamed = {key.removeprefix("transformer."): tensor for key, tensor in stored.items()}
+        save_file(renamed, file, metadata={"format": "pt"})
         edit(tmp_path / "base" / "config.json", architectures=["GPT2Model"])
     edit(tmp_path / "base" / "config.json", without=FLAG)
     merge_checkpoint(
         tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", check_base=not headless
     )
     merge(model)
-    again = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval().state_dict()
     assert values(tmp_path / "merged")[FLAG] is False
-    assert all(
-        torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items()
-    )
+    assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
 
 
-def test_a_nested_text_config_is_told(prepare: Prepare, tmp_path: Path) -> None:
+def test_flag_of_a_nested_text_config_is_updated(prepare: Prepare, tmp_path: Path) -> None:
     prepare(*CASES["embedding"])
-    edit(
-        tmp_path / "base" / "config.json", without=FLAG, text_config={"hidden_size": 64, FLAG: True}
-    )
+    text = {"hidden_size": 64, FLAG: True}
+    edit(tmp_path / "base" / "config.json", without=FLAG, text_config=text)
     merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    told = values(tmp_path / "merged")
-    assert told[FLAG] is False and told["text_config"] == {"hidden_size": 64, FLAG: False}
+    config = values(tmp_path / "merged")
+    assert config[FLAG] is False
+    assert config["text_config"] == {"hidden_size": 64, FLAG: False}
 
 
-def test_another_dtype_is_that_of_both(prepare: Prepare, tmp_path: Path) -> None:
+def test_another_dtype_applies_to_head_and_embedding(prepare: Prepare, tmp_path: Path) -> None:
     model = prepare(*CASES["embedding"])
     merge_checkpoint(
         tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", dtype=torch.bfloat16
     )
     merge(model)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert again.dtype == torch.bfloat16
-    assert all(
-        torch.equal(value.bfloat16(), again.state_dict()[key])
-        for key, value in model.state_dict().items()
-    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.dtype == torch.bfloat16
+    found = loaded.state_dict()
+    expected = model.state_dict()
+    assert all(torch.equal(value.bfloat16(), found[key]) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("changed", [False, True], ids=["its own", "another"])
-def test_the_base_weight_that_peft_saves_beside_an_embedding_is_compared(
+@pytest.mark.parametrize("changed", [False, True], ids=["same", "different"])
+def test_base_weight_that_peft_saves_with_an_embedding_is_compared(
     prepare: Prepare, tmp_path: Path, changed: bool
 ) -> None:
     prepare(*CASES["embedding"])
-    theirs = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-        PeftLoraConfig(
-            r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False
-        ),
+    config = PeftLoraConfig(
+        r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False
     )
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
     theirs.save_pretrained(tmp_path / "theirs")
     file = tmp_path / "theirs" / "adapter_model.safetensors"
-    key = next(key for key in load_file(file) if key.endswith("embed_tokens.base_layer.weight"))
+    saved = load_file(file)
+    key = next(key for key in saved if key.endswith("embed_tokens.base_layer.weight"))
     if changed:
-        save_file({**load_file(file), key: load_file(file)[key] + 1}, file)
-        with pytest.raises(
-            MergeError, match=r"a base weight that is not model.embed_tokens.weight"
-        ):
+        save_file({**saved, key: saved[key] + 1}, file)
+        with pytest.raises(MergeError, match=r"base weight that is not model.embed_tokens.weight"):
             merge_checkpoint(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
         return
     merge_checkpoint(tmp_path / "base", tmp_path / "theirs", tmp_path / "merged")
     ids = torch.arange(2, 11)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         expected = theirs.eval()(input_ids=ids).logits
-        # The sum is rounded to float32 once, as every product of the unmerged model is.
-        torch.testing.assert_close(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits,
-            expected,
-            rtol=1e-5,
-            atol=2e-5,
-        )
+        found = merged(input_ids=ids).logits
+    # The sum is rounded to float32 once, like every product of the unmerged model.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +294,7 @@ def test_the_base_weight_that_peft_saves_beside_an_embedding_is_compared(
     [(bert, ("word_embeddings",)), (t5, ("shared",)), (t5, ("lm_head",))],
     ids=["bert", "t5", "t5 head"],
 )
-def test_a_base_that_may_tie_in_another_way_is_refused(
+def test_base_that_may_tie_in_another_way_is_refused(
     prepare: Prepare, tmp_path: Path, build: Any, targets: Any
 ) -> None:
     prepare(build, targets)

@@ -40,13 +40,14 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merge_on_disk_equals_merge_in_memory_bit_for_bit(
     prepare: Prepare,
-    base: Path,
-    adapter: Path,
-    result: Path,
+    tmp_path: Path,
     dtype: torch.dtype,
     shard: str,
     tied: bool,
 ) -> None:
+    base = tmp_path / "base"
+    adapter = tmp_path / "adapter"
+    result = tmp_path / "merged"
     model = prepare(shard=shard, dtype=dtype, tied=tied)
     report = merge_checkpoint(base, adapter, result)
     merge(model)

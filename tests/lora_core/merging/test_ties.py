@@ -1,4 +1,4 @@
-"""A merge into a weight that others share changes what its adapter changed, survives a file, and is undone to the object."""
+"""A merge into a shared weight changes only the adapted user, can be saved and can be undone."""
 
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, dataclass
@@ -57,15 +57,14 @@ def llama() -> PreTrainedModel:
 
 
 def gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
-        )
+    config = GPT2Config(
+        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
     )
+    return GPT2LMHeadModel(config)
 
 
 def llava() -> PreTrainedModel:
-    """A model whose config holds the text model's, both of which say that the head is tied."""
+    """Return a model with a nested text config; both configs declare the head as tied."""
     vision = CLIPVisionConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -74,23 +73,22 @@ def llava() -> PreTrainedModel:
         image_size=8,
         patch_size=4,
     )
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=llama_config(),
-            image_token_index=V - 1,
-            tie_word_embeddings=True,
-        )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=llama_config(),
+        image_token_index=V - 1,
+        tie_word_embeddings=True,
     )
+    return LlavaForConditionalGeneration(config)
 
 
 def bert() -> PreTrainedModel:
-    """A model that ties a bias as well, so that one tie is left."""
+    """Return a model that also ties a bias, so one tie is left."""
     return BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=32, initializer_range=0.2))
 
 
 def umt5() -> PreTrainedModel:
-    """A model of four users of one weight, which scales its logits by what the config says of ties."""
+    """Return a model with four users of one weight; it scales its logits by the config's flag."""
     sizes = {
         "vocab_size": V,
         "d_model": 32,
@@ -104,13 +102,13 @@ def umt5() -> PreTrainedModel:
 
 
 @dataclass(frozen=True)
-class Case:
+class TieCase:
     build: Callable[[], PreTrainedModel]
     settings: dict[str, Any]
-    says_tied: bool = False
-    """What the config says after the merge."""
-    rows_alone: bool = False
-    """Only rows of the shared weight are trained, and it stays shared."""
+    stays_tied: bool = False
+    """The config's flag after the merge."""
+    only_rows: bool = False
+    """Only rows of the shared weight are trained, so it stays shared."""
 
     @property
     def lora(self) -> LoraConfig:
@@ -120,16 +118,12 @@ class Case:
 def case(
     build: Callable[[], PreTrainedModel],
     *targets: str,
-    says_tied: bool = False,
-    rows_alone: bool = False,
+    stays_tied: bool = False,
+    only_rows: bool = False,
     **settings: Any,
-) -> Case:
-    return Case(
-        build,
-        {"r": 4, "lora_alpha": 8, "target_modules": targets, **settings},
-        says_tied,
-        rows_alone,
-    )
+) -> TieCase:
+    common = {"r": 4, "lora_alpha": 8, "target_modules": targets}
+    return TieCase(build, {**common, **settings}, stays_tied, only_rows)
 
 
 CASES = {
@@ -138,31 +132,31 @@ CASES = {
     "both": case(llama, "embed_tokens", "lm_head"),
     "dora": case(llama, "lm_head", use_dora=True),
     "dora embedding": case(llama, "embed_tokens", use_dora=True),
-    "whole head": case(llama, "q_proj", modules_to_save=("lm_head",)),
-    "whole embedding": case(llama, "q_proj", modules_to_save=("embed_tokens",)),
-    "both whole": case(llama, "q_proj", modules_to_save=("embed_tokens", "lm_head")),
-    "head and whole embedding": case(llama, "lm_head", modules_to_save=("embed_tokens",)),
+    "full head": case(llama, "q_proj", modules_to_save=("lm_head",)),
+    "full embedding": case(llama, "q_proj", modules_to_save=("embed_tokens",)),
+    "both full": case(llama, "q_proj", modules_to_save=("embed_tokens", "lm_head")),
+    "head and full embedding": case(llama, "lm_head", modules_to_save=("embed_tokens",)),
     "rows": case(
         llama,
         "q_proj",
         trainable_token_indices={"embed_tokens": (3, 7)},
-        says_tied=True,
-        rows_alone=True,
+        stays_tied=True,
+        only_rows=True,
     ),
     "gpt2 head": case(gpt2, "lm_head"),
     "gpt2 embedding": case(gpt2, "wte", "c_attn"),
     "llava head": case(llava, "lm_head"),
     "llava embedding": case(llava, "embed_tokens"),
-    "bert head": case(bert, "cls.predictions.decoder", says_tied=True),
-    "bert embedding": case(bert, "word_embeddings", says_tied=True),
-    "umt5 head": case(umt5, "lm_head", says_tied=True),
-    "umt5 encoder": case(umt5, "encoder.embed_tokens", says_tied=True),
-    "umt5 shared": case(umt5, "shared", says_tied=True),
+    "bert head": case(bert, "cls.predictions.decoder", stays_tied=True),
+    "bert embedding": case(bert, "word_embeddings", stays_tied=True),
+    "umt5 head": case(umt5, "lm_head", stays_tied=True),
+    "umt5 encoder": case(umt5, "encoder.embed_tokens", stays_tied=True),
+    "umt5 shared": case(umt5, "shared", stays_tied=True),
     "umt5 all": case(
-        umt5, "shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head", says_tied=True
+        umt5, "shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head", stays_tied=True
     ),
     "umt5 rows": case(
-        umt5, "q", trainable_token_indices={"encoder.embed_tokens": (3, 7)}, says_tied=True
+        umt5, "q", trainable_token_indices={"encoder.embed_tokens": (3, 7)}, stays_tied=True
     ),
 }
 each_case = pytest.mark.parametrize("one", CASES.values(), ids=CASES.keys())
@@ -170,32 +164,31 @@ each_case = pytest.mark.parametrize("one", CASES.values(), ids=CASES.keys())
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    ids = torch.randint(
-        2, 12, (2, 9), generator=torch.Generator().manual_seed(5)
-    )  # few rows, so that the trained ones come up
-    return model(
-        input_ids=ids,
-        **({"decoder_input_ids": ids[:, ::2]} if model.config.is_encoder_decoder else {}),
-    ).logits
+    # Few different rows, so that the trained ones occur.
+    ids = torch.randint(2, 12, (2, 9), generator=torch.Generator().manual_seed(5))
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids[:, ::2]
+    return model(**inputs).logits
 
 
 @torch.no_grad()
-def shake(model: nn.Module) -> None:
+def add_noise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def base(one: Case) -> PreTrainedModel:
+def base(one: TieCase) -> PreTrainedModel:
     torch.manual_seed(0)
     return one.build().eval()
 
 
-def adapted(one: Case) -> PreTrainedModel:
+def adapted(one: TieCase) -> PreTrainedModel:
     model = base(one)
     inject(model, one.lora, seed=0)
-    shake(model)
+    add_noise(model)
     return model
 
 
@@ -203,20 +196,31 @@ def objects(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def in_peft(one: Case) -> PeftLoraConfig:
-    plain = {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in one.settings.items()
-    }
-    return PeftLoraConfig(**plain, init_lora_weights=False, fan_in_fan_out=one.build is gpt2)
+def peft_config(one: TieCase) -> PeftLoraConfig:
+    settings = {**one.settings, "target_modules": list(one.settings["target_modules"])}
+    return PeftLoraConfig(**settings, init_lora_weights=False, fan_in_fan_out=one.build is gpt2)
 
 
-def says(model: PreTrainedModel) -> list[bool]:
-    return [config.tie_word_embeddings for config in (model.config, model.config.get_text_config())]
+def tied_flags(model: PreTrainedModel) -> list[bool]:
+    configs = (model.config, model.config.get_text_config())
+    return [config.tie_word_embeddings for config in configs]
+
+
+def shares_weight(model: PreTrainedModel) -> bool:
+    """Return whether head and embedding read the same memory."""
+    head = model.get_output_embeddings().weight
+    embedding = model.get_input_embeddings().weight
+    return memory_of(head) == memory_of(embedding)
+
+
+def assert_same_objects(model: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    found = objects(model)
+    assert found.keys() == parameters.keys()
+    assert all(found[name] is parameter for name, parameter in parameters.items())
 
 
 @each_case
-def test_the_merged_model_computes_what_the_adapted_one_did(one: Case) -> None:
+def test_merged_model_has_the_logits_of_the_adapted_model(one: TieCase) -> None:
     model = adapted(one)
     before = logits(model)
     merge(model)
@@ -225,52 +229,44 @@ def test_the_merged_model_computes_what_the_adapted_one_did(one: Case) -> None:
 
 
 @each_case
-def test_who_was_not_adapted_keeps_its_bits(one: Case) -> None:
-    model, plain = adapted(one), objects(base(one))
-    trained = {name for name, part in adapter_parts(model) if not isinstance(part, TiedHead)}
-    follows = {name for name, part in adapter_parts(model) if isinstance(part, TiedHead)}
+def test_modules_that_are_not_adapted_keep_their_bits(one: TieCase) -> None:
+    model = adapted(one)
+    plain = objects(base(one))
+    parts = {name for name, _ in adapter_parts(model)}
     merge(model)
     changed = {
         name.rpartition(".")[0]
         for name, value in objects(model).items()
         if not torch.equal(value, plain[name])
     }
-    assert changed == trained | follows
+    assert changed == parts
 
 
 @each_case
-def test_a_file_gives_the_merged_model_back(one: Case, tmp_path: Path) -> None:
+def test_saved_merged_model_loads_unchanged(one: TieCase, tmp_path: Path) -> None:
     model = adapted(one)
     merge(model)
-    assert says(model) == [one.says_tied] * 2
+    assert tied_flags(model) == [one.stays_tied] * 2
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(again), logits(model))
-    values = objects(again)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    values = objects(loaded)
     assert all(torch.equal(value, values[name]) for name, value in objects(model).items())
 
 
 @each_case
-def test_unmerge_ties_the_very_parameters_again(one: Case) -> None:
+def test_unmerge_restores_the_tied_parameter_objects(one: TieCase) -> None:
     model = adapted(one)
-    before, state, ties, parameters = (
-        logits(model),
-        {k: v.clone() for k, v in model.state_dict().items()},
-        says(model),
-        objects(model),
-    )
+    before = logits(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = tied_flags(model)
+    parameters = objects(model)
     merged = merge(model)
-    is_tied = memory_of(model.get_output_embeddings().weight) == memory_of(
-        model.get_input_embeddings().weight
-    )
-    assert is_tied is one.rows_alone
+    assert shares_weight(model) is one.only_rows
     unmerge(model, merged)
-    assert says(model) == ties == [True, True]
+    assert tied_flags(model) == flags == [True, True]
     assert torch.equal(logits(model), before)
-    found = objects(model)
-    assert found.keys() == parameters.keys() and all(
-        found[name] is parameter for name, parameter in parameters.items()
-    )
+    assert_same_objects(model, parameters)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -287,9 +283,9 @@ def test_unmerge_ties_the_very_parameters_again(one: Case) -> None:
         "umt5 encoder",
     ],
 )
-def test_it_is_what_an_unmerged_adapter_of_peft_computes(name: str, tmp_path: Path) -> None:
+def test_merged_model_agrees_with_an_unmerged_peft_adapter(name: str, tmp_path: Path) -> None:
     one = CASES[name]
-    theirs = get_peft_model(base(one), in_peft(one)).eval()
+    theirs = get_peft_model(base(one), peft_config(one)).eval()
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     model = base(one)
     load_adapter(model, tmp_path)
@@ -303,68 +299,76 @@ def test_it_is_what_an_unmerged_adapter_of_peft_computes(name: str, tmp_path: Pa
 @pytest.mark.parametrize(
     "trained", [("lm_head",), ("embed_tokens",), ("lm_head", "embed_tokens")], ids="+".join
 )
-def test_a_tie_by_storage_is_a_tie(trained: tuple[str, ...], tmp_path: Path) -> None:
-    """Two parameters over one storage, as a tie made by hand or by a sharded load leaves them."""
+def test_parameters_over_one_storage_count_as_tied(
+    trained: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A manual tie or a sharded load can create two parameters over one storage."""
     model = llama()
     model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data, requires_grad=False)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=trained), seed=0)
-    shake(model)
-    before, parameters = logits(model), objects(model)
+    add_noise(model)
+    before = logits(model)
+    parameters = objects(model)
     merged = merge(model)
     torch.testing.assert_close(logits(model), before, **CLOSE)
     assert model.config.tie_word_embeddings is False
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), logits(model))
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
     unmerge(model, merged)
-    assert torch.equal(logits(model), before) and model.config.tie_word_embeddings is True
-    assert all(parameters[name] is found for name, found in objects(model).items())
-    assert memory_of(model.get_output_embeddings().weight) == memory_of(
-        model.get_input_embeddings().weight
-    )
+    assert torch.equal(logits(model), before)
+    assert model.config.tie_word_embeddings is True
+    assert_same_objects(model, parameters)
+    assert shares_weight(model)
 
 
-def test_rows_of_an_embedding_that_is_tied_by_storage_are_followed_by_the_head() -> None:
+def test_head_tied_by_storage_uses_the_trained_rows() -> None:
     model = llama()
     model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data, requires_grad=False)
     inject(model, CASES["rows"].lora, seed=0)
     assert isinstance(model.lm_head, TiedHead) and isinstance(model.model.embed_tokens, TrainedRows)
-    shake(model)
+    add_noise(model)
     before = logits(model)
     merged = merge(model)
     torch.testing.assert_close(logits(model), before, **CLOSE)
-    assert memory_of(model.lm_head.weight) == memory_of(model.model.embed_tokens.weight)
+    assert shares_weight(model)
     unmerge(model, merged)
     assert torch.equal(logits(model), before)
 
 
-def test_weights_of_one_size_in_other_places_are_no_tie() -> None:
-    whole = torch.zeros(8, 4)
-    one, other = nn.Parameter(whole[:4]), nn.Parameter(whole[4:])
-    assert memory_of(one) == memory_of(nn.Parameter(whole[:4])) != memory_of(other)
-    assert memory_of(nn.Parameter(whole[:4].T)) != memory_of(one)
-    without = [nn.Parameter(torch.empty(4, 4, device="meta")) for _ in range(2)]
-    assert memory_of(without[0]) != memory_of(without[1])
+def test_equal_sized_weights_at_different_addresses_are_not_tied() -> None:
+    storage = torch.zeros(8, 4)
+    first = nn.Parameter(storage[:4])
+    second = nn.Parameter(storage[4:])
+    assert memory_of(first) == memory_of(nn.Parameter(storage[:4]))
+    assert memory_of(first) != memory_of(second)
+    assert memory_of(first) != memory_of(nn.Parameter(storage[:4].T))
+    on_meta = [nn.Parameter(torch.empty(4, 4, device="meta")) for _ in range(2)]
+    assert memory_of(on_meta[0]) != memory_of(on_meta[1])
 
 
-def test_what_fails_after_weights_were_stored_is_undone(refuses: Callable[..., None]) -> None:
-    """The config is told last, and this one cannot be."""
+def test_failure_after_weights_were_stored_is_undone(refuses: Callable[..., None]) -> None:
+    """The config is changed last, and this one is frozen."""
 
     @dataclass(frozen=True)
     class Frozen:
         tie_word_embeddings: bool = True
 
     model = adapted(CASES["both"])
-    before, parameters = logits(model), objects(model)
-    model.config, real = Frozen(), model.config
+    before = logits(model)
+    parameters = objects(model)
+    config = model.config
+    model.config = Frozen()
     refuses(model, lambda: merge(model), FrozenInstanceError, FLAG)
-    assert all(parameters[name] is found for name, found in objects(model).items())
-    model.config = real
-    assert torch.equal(logits(model), before) and is_head_tied(model)
+    assert_same_objects(model, parameters)
+    model.config = config
+    assert torch.equal(logits(model), before)
+    assert is_head_tied(model)
 
 
-def test_a_module_that_stands_twice_is_refused(refuses: Callable[..., None]) -> None:
-    """Its second place computes without the adapter, and would not after the merge."""
+def test_module_used_at_two_paths_is_refused(refuses: Callable[..., None]) -> None:
+    """The second path computes without the adapter before the merge, but not after it."""
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared)})
     inject(model, LoraConfig(r=2, lora_alpha=2, target_modules=("first",)), seed=0)
@@ -372,14 +376,14 @@ def test_a_module_that_stands_twice_is_refused(refuses: Callable[..., None]) -> 
 
 
 @pytest.mark.parametrize(
-    "settings", [{"modules_to_save": ("1",)}, {"bias": "all"}], ids=["whole", "bias"]
+    "settings", [{"modules_to_save": ("1",)}, {"bias": "all"}], ids=["module", "bias"]
 )
-def test_training_a_merged_model_on_does_not_reach_what_can_be_unmerged(
+def test_training_the_merged_model_does_not_change_what_unmerge_restores(
     settings: dict[str, Any],
 ) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
     inject(model, LoraConfig(r=2, lora_alpha=2, target_modules=("0",), **settings), seed=0)
-    shake(model)
+    add_noise(model)
     state = {
         name: value.detach().clone()
         for name, value in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Ranks, spectra and subspaces beside what torch.linalg says of the dense matrices, and the cases of the textbooks."""
+"""Ranks, spectra and subspaces agree with torch.linalg on dense matrices and textbook cases."""
 
 import math
 from collections.abc import Callable
@@ -40,34 +40,31 @@ def dense(update: Update) -> Tensor:
 # --- matrices ---
 
 
-def test_a_2_by_3_matrix_of_rank_1_is_a_column_times_a_row() -> None:
+def test_2_by_3_matrix_of_rank_1_is_a_column_times_a_row() -> None:
     matrix = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 6.0]])
     assert numerical_rank(matrix) == 1
     factors = factorize(matrix, 1)
     assert (factors.b.shape, factors.a.shape) == ((2, 1), (1, 3))
-    torch.testing.assert_close(
-        factors.b @ factors.a, matrix, rtol=1e-6, atol=0
-    )  # three roundings to float32
+    # Three roundings to float32.
+    torch.testing.assert_close(factors.b @ factors.a, matrix, rtol=1e-6, atol=0)
     assert factors.relative_error < 1e-15
 
 
 @pytest.mark.parametrize("rank", [1, 10, 99, 100])
-def test_a_1000_by_100_matrix_loses_the_tail_of_its_singular_values(rank: int) -> None:
+def test_1000_by_100_matrix_loses_the_tail_of_its_singular_values(rank: int) -> None:
     matrix = torch.randn(1000, 100, dtype=torch.float64)
     factors = factorize(matrix, rank)
     assert (factors.b.shape, factors.a.shape) == ((1000, rank), (rank, 100))
     tail = torch.linalg.svdvals(matrix)[rank:]
     lost = torch.linalg.norm(matrix - factors.b @ factors.a).item()
-    assert lost == pytest.approx(
-        tail.norm().item(), rel=1e-10, abs=1e-11
-    )  # float64 over 100 directions
-    assert factors.relative_error == pytest.approx(
-        lost / matrix.norm().item(), rel=1e-10, abs=1e-14
-    )
+    # float64 over 100 directions.
+    assert lost == pytest.approx(tail.norm().item(), rel=1e-10, abs=1e-11)
+    relative = lost / matrix.norm().item()
+    assert factors.relative_error == pytest.approx(relative, rel=1e-10, abs=1e-14)
 
 
-def test_no_random_factors_come_closer_than_the_best() -> None:
-    """Eckart and Young against least squares: for any A the best B of that row space still loses more."""
+def test_random_factors_are_never_closer_than_the_best() -> None:
+    """Eckart and Young versus least squares: for any A, even its best B loses more."""
     matrix = torch.randn(20, 15, dtype=torch.float64)
     best = factorize(matrix, 4).relative_error
     for _ in range(20):
@@ -79,14 +76,13 @@ def test_no_random_factors_come_closer_than_the_best() -> None:
 def test_factors_have_the_dtype_of_the_matrix_and_equal_norms(dtype: torch.dtype) -> None:
     factors = factorize(torch.randn(6, 9).to(dtype), 3)
     assert (factors.b.dtype, factors.a.dtype) == (dtype, dtype)
-    assert factors.b.float().norm().item() == pytest.approx(
-        factors.a.float().norm().item(), rel=1e-2
-    )
+    norm = factors.a.float().norm().item()
+    assert factors.b.float().norm().item() == pytest.approx(norm, rel=1e-2)
 
 
 @repeatable
 @given(**SIZES)
-def test_the_numerical_rank_is_the_rank_by_construction(
+def test_numerical_rank_is_the_rank_by_construction(
     random_update: Make, out: int, wide: int, rank: int, seed: int
 ) -> None:
     matrix = dense(random_update(out, wide, rank, seed=seed))
@@ -94,26 +90,22 @@ def test_the_numerical_rank_is_the_rank_by_construction(
     assert numerical_rank(matrix) <= min(out, wide, rank)
 
 
-def test_the_numerical_rank_of_a_rounded_product_does_not_count_the_rounding() -> None:
+def test_numerical_rank_ignores_rounding_noise() -> None:
     matrix = torch.randn(200, 5) @ torch.randn(5, 300)
-    assert torch.linalg.svdvals(matrix.double())[5] > 1e-7  # what rounding to float32 left behind
+    assert torch.linalg.svdvals(matrix.double())[5] > 1e-7  # float32 rounding noise
     assert numerical_rank(matrix) == 5
     assert numerical_rank(matrix, tolerance=0.0) == 200
 
 
-def test_a_tolerance_is_absolute() -> None:
+def test_tolerance_is_absolute() -> None:
     matrix = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0]))
-    assert [numerical_rank(matrix, tolerance=bound) for bound in (0.5, 1.5, 3.0, 8.0)] == [
-        4,
-        3,
-        2,
-        0,
-    ]
+    ranks = [numerical_rank(matrix, tolerance=bound) for bound in (0.5, 1.5, 3.0, 8.0)]
+    assert ranks == [4, 3, 2, 0]
     assert numerical_rank(torch.zeros(3, 4)) == 0
 
 
 @pytest.mark.parametrize("rank", [0, -1, 4])
-def test_a_rank_that_no_factors_could_have_is_refused(rank: int) -> None:
+def test_impossible_rank_is_refused(rank: int) -> None:
     with pytest.raises(ConfigError, match=f"rank {rank} of a 5×3 matrix must be from 1 to 3"):
         factorize(torch.randn(5, 3), rank)
 
@@ -123,7 +115,7 @@ def test_a_rank_that_no_factors_could_have_is_refused(rank: int) -> None:
     [torch.ones(3), torch.ones(0, 3), torch.tensor([[math.nan]])],
     ids=["vector", "empty", "nan"],
 )
-def test_what_is_no_finite_matrix_is_refused(matrix: Tensor) -> None:
+def test_input_that_is_not_a_finite_matrix_is_refused(matrix: Tensor) -> None:
     for function in (lambda m: factorize(m, 1), numerical_rank):
         with pytest.raises(ConfigError, match="a matrix of finite values"):
             function(matrix)
@@ -151,21 +143,21 @@ def test_singular_values_are_those_of_the_dense_update(
 
 @repeatable
 @given(**SIZES)
-def test_the_thin_decomposition_is_the_update(
+def test_thin_decomposition_reproduces_the_update(
     random_update: Make, out: int, wide: int, rank: int, seed: int
 ) -> None:
     update = random_update(out, wide, rank, seed=seed, scale=0.5)
     svd = thin_svd(update)
-    expected, identity = dense(update), torch.eye(len(svd.values), dtype=torch.float64)
-    torch.testing.assert_close(
-        svd.left * svd.values @ svd.right, expected, rtol=0, atol=1e-13 * expected.norm().item()
-    )
+    expected = dense(update)
+    identity = torch.eye(len(svd.values), dtype=torch.float64)
+    product = svd.left * svd.values @ svd.right
+    torch.testing.assert_close(product, expected, rtol=0, atol=1e-13 * expected.norm().item())
     torch.testing.assert_close(svd.left.T @ svd.left, identity, rtol=0, atol=1e-13)
     torch.testing.assert_close(svd.right @ svd.right.T, identity, rtol=0, atol=1e-13)
 
 
-def test_an_update_of_zero_has_a_spectrum_of_zero() -> None:
-    """As every adapter at step 0: the shares are defined and nothing is divided by zero."""
+def test_zero_update_has_a_zero_spectrum() -> None:
+    """As for every adapter at step 0: fractions are defined and nothing is divided by zero."""
     values = singular_values(Update(torch.randn(3, 8), torch.zeros(6, 3), 2.0))
     assert values.tolist() == [0, 0, 0]
     assert effective_rank(values) == 0
@@ -178,16 +170,15 @@ def test_an_update_of_zero_has_a_spectrum_of_zero() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_equal_values_have_their_number_as_effective_rank(count: int) -> None:
+def test_effective_rank_of_equal_values_is_their_number(count: int) -> None:
     values = torch.cat([torch.full((count,), 0.3), torch.zeros(4)])
     assert effective_rank(values) == pytest.approx(count, rel=1e-12)
 
 
 def test_effective_rank_of_three_to_one() -> None:
     """By hand: p = 3/4, 1/4, so exp(H) = (4/3)^(3/4) · 4^(1/4)."""
-    assert effective_rank(torch.tensor([3.0, 1.0])) == pytest.approx(
-        (4 / 3) ** 0.75 * 4**0.25, rel=1e-12
-    )
+    expected = (4 / 3) ** 0.75 * 4**0.25
+    assert effective_rank(torch.tensor([3.0, 1.0])) == pytest.approx(expected, rel=1e-12)
 
 
 values_of = st.lists(st.floats(0.001, 1000), min_size=1, max_size=12).map(
@@ -197,7 +188,7 @@ values_of = st.lists(st.floats(0.001, 1000), min_size=1, max_size=12).map(
 
 @repeatable
 @given(values=values_of, factor=st.floats(0.01, 100))
-def test_effective_rank_lies_between_one_and_the_rank_and_knows_no_scale(
+def test_effective_rank_is_bounded_by_the_rank_and_scale_invariant(
     values: Tensor, factor: float
 ) -> None:
     found = effective_rank(values)
@@ -207,43 +198,43 @@ def test_effective_rank_lies_between_one_and_the_rank_and_knows_no_scale(
 
 @repeatable
 @given(values=values_of)
-def test_energy_rises_to_one_and_the_error_is_its_complement(values: Tensor) -> None:
-    shares = energy(values)
-    assert (shares.diff() >= 0).all()
-    assert shares[-1] == 1
-    for rank, share in enumerate(shares.tolist(), start=1):
-        assert share == pytest.approx(
-            sum(v * v for v in values.tolist()[:rank]) / sum(v * v for v in values.tolist()),
-            rel=1e-12,
-        )
-        assert truncation_error(values, rank) ** 2 == pytest.approx(1 - share, abs=1e-12)
+def test_energy_increases_to_one_and_the_error_is_its_complement(values: Tensor) -> None:
+    fractions = energy(values)
+    assert (fractions.diff() >= 0).all()
+    assert fractions[-1] == 1
+    squares = [value * value for value in values.tolist()]
+    for rank, fraction in enumerate(fractions.tolist(), start=1):
+        assert fraction == pytest.approx(sum(squares[:rank]) / sum(squares), rel=1e-12)
+        assert truncation_error(values, rank) ** 2 == pytest.approx(1 - fraction, abs=1e-12)
 
 
 @repeatable
-@given(values=values_of, share=st.floats(0.01, 1))
-def test_the_rank_for_an_energy_is_the_smallest(values: Tensor, share: float) -> None:
-    rank, shares = rank_for_energy(values, share), energy(values)
-    assert shares[rank - 1] >= share
-    assert rank == 1 or shares[rank - 2] < share
+@given(values=values_of, fraction=st.floats(0.01, 1))
+def test_rank_for_energy_is_the_smallest(values: Tensor, fraction: float) -> None:
+    rank = rank_for_energy(values, fraction)
+    fractions = energy(values)
+    assert fractions[rank - 1] >= fraction
+    assert rank == 1 or fractions[rank - 2] < fraction
 
 
 def test_energy_by_hand() -> None:
     values = torch.tensor([2.0, 1.0, 1.0, 0.0])
     assert energy(values).tolist() == pytest.approx([4 / 6, 5 / 6, 1, 1])
-    assert [rank_for_energy(values, share) for share in (0.5, 0.7, 0.9, 1.0)] == [1, 2, 3, 3]
+    ranks = [rank_for_energy(values, fraction) for fraction in (0.5, 0.7, 0.9, 1.0)]
+    assert ranks == [1, 2, 3, 3]
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.01, math.nan])
-def test_a_share_outside_its_range_is_refused(share: float) -> None:
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, math.nan])
+def test_fraction_out_of_range_is_refused(fraction: float) -> None:
     with pytest.raises(ConfigError, match="fraction="):
-        rank_for_energy(torch.ones(3), share)
+        rank_for_energy(torch.ones(3), fraction)
 
 
 # --- subspaces ---
 
 
 def similarity_by_hand(first: Update, second: Update, side: str, i: int, j: int) -> float:
-    """The formula of section 7.2 on the decomposition of the dense matrices."""
+    """Apply the formula of section 7.2 to the decomposition of the dense matrices."""
     vectors = []
     for update, count in ((first, i), (second, j)):
         left, _, right = torch.linalg.svd(dense(update), full_matrices=False)
@@ -252,76 +243,71 @@ def similarity_by_hand(first: Update, second: Update, side: str, i: int, j: int)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_the_grid_is_the_published_formula(random_update: Make, side: str) -> None:
-    first, second = random_update(12, 20, 3, seed=1, scale=2.0), random_update(12, 20, 5, seed=2)
+def test_similarity_matches_the_published_formula(random_update: Make, side: str) -> None:
+    first = random_update(12, 20, 3, seed=1, scale=2.0)
+    second = random_update(12, 20, 5, seed=2)
     grid = subspace_similarity(first, second, side=side)
     assert grid.shape == (3, 5)
     for i in range(1, 4):
         for j in range(1, 6):
-            assert grid[i - 1, j - 1].item() == pytest.approx(
-                similarity_by_hand(first, second, side, i, j), abs=1e-12
-            )
+            expected = similarity_by_hand(first, second, side, i, j)
+            assert grid[i - 1, j - 1].item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_an_update_is_wholly_similar_to_itself_however_it_is_written(
+def test_similarity_to_the_same_update_in_another_basis_is_one(
     random_update: Make, side: str
 ) -> None:
-    """Another basis and scale of the same ΔW; the singular vectors of A alone would see another subspace order."""
+    """The basis and scale differ; the singular vectors of A alone would be ordered differently."""
     update = random_update(12, 20, 4)
     basis = torch.randn(4, 4, dtype=torch.float64)
     other = Update(basis @ update.a.double(), update.b.double() @ basis.inverse(), 0.25)
     grid = subspace_similarity(update, other, side=side)
-    torch.testing.assert_close(
-        grid, torch.ones_like(grid), rtol=0, atol=1e-10
-    )  # the condition of a random basis
+    # The tolerance covers the condition of a random basis.
+    torch.testing.assert_close(grid, torch.ones_like(grid), rtol=0, atol=1e-10)
 
 
-def test_disjoint_directions_have_no_similarity() -> None:
+def test_disjoint_directions_have_zero_similarity() -> None:
     a = torch.eye(6)
-    first, second = Update(a[:2], torch.randn(5, 2), 1.0), Update(a[2:5], torch.randn(5, 3), 1.0)
+    first = Update(a[:2], torch.randn(5, 2), 1.0)
+    second = Update(a[2:5], torch.randn(5, 3), 1.0)
     assert subspace_similarity(first, second).abs().max() < 1e-15
     assert subspace_similarity(first, second, side="left").max() > 0.1
 
 
 @repeatable
 @given(**SIZES)
-def test_similarity_lies_between_zero_and_one_and_is_symmetric(
+def test_similarity_is_between_zero_and_one_and_symmetric(
     random_update: Make, out: int, wide: int, rank: int, seed: int
 ) -> None:
-    first, second = (
-        random_update(out, wide, rank, seed=seed),
-        random_update(out, wide, 3, seed=seed + 1),
-    )
+    first = random_update(out, wide, rank, seed=seed)
+    second = random_update(out, wide, 3, seed=seed + 1)
     for side in ("right", "left"):
         grid = subspace_similarity(first, second, side=side)
         assert ((grid >= 0) & (grid <= 1)).all()
-        torch.testing.assert_close(
-            grid, subspace_similarity(second, first, side=side).T, rtol=0, atol=1e-12
-        )
+        mirrored = subspace_similarity(second, first, side=side).T
+        torch.testing.assert_close(grid, mirrored, rtol=0, atol=1e-12)
 
 
-def test_directions_without_strength_do_not_count() -> None:
-    """Their vectors are arbitrary: a rank of 4 with one true direction is compared as one, an update of zero as none."""
-    padded = Update(
-        torch.randn(4, 9), torch.cat([torch.randn(7, 1), torch.zeros(7, 3)], dim=1), 1.0
-    )
+def test_directions_of_zero_singular_values_do_not_count() -> None:
+    """Their vectors are arbitrary: rank 4 with one true direction counts as 1, zero as 0."""
+    b = torch.cat([torch.randn(7, 1), torch.zeros(7, 3)], dim=1)
+    padded = Update(torch.randn(4, 9), b, 1.0)
+    zero = Update(torch.randn(2, 9), torch.zeros(7, 2), 1.0)
     assert subspace_similarity(padded, padded).shape == (1, 1)
-    assert subspace_similarity(padded, Update(torch.randn(2, 9), torch.zeros(7, 2), 1.0)).shape == (
-        1,
-        0,
-    )
+    assert subspace_similarity(padded, zero).shape == (1, 0)
 
 
-def test_what_rounding_left_is_no_direction() -> None:
-    """A B of rank 2 in four columns, formed in float32: its last two values are the rounding, not zero."""
+def test_rounding_noise_does_not_count_as_a_direction() -> None:
+    """B has rank 2 in four columns, computed in float32: its last two values are rounding noise."""
     update = Update(torch.randn(4, 90), torch.randn(70, 2) @ torch.randn(2, 4), 1.0)
     assert singular_values(update)[2] > 0
     assert subspace_similarity(update, update).shape == (2, 2)
 
 
 def test_updates_of_different_sizes_and_unknown_sides_are_refused(random_update: Make) -> None:
-    first, second = random_update(5, 8, 2), random_update(5, 9, 2)
+    first = random_update(5, 8, 2)
+    second = random_update(5, 9, 2)
     assert subspace_similarity(first, second, side="left").shape == (2, 2)
     with pytest.raises(AdapterError, match="the right side has 8 and 9 entries"):
         subspace_similarity(first, second)

@@ -1,4 +1,4 @@
-"""A cut keeps the best directions, costs what was predicted, and is an adapter that PEFT and this library load."""
+"""A truncated adapter has the best update of its rank, the predicted error, and loads in PEFT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ from lora_core.spectrum.updates import Update, read_updates, write_updates
 Build = Callable[..., LlamaForCausalLM]
 Make = Callable[..., Update]
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
-# PEFT 0.21 asks transformers 5.23 under a name that transformers renames in 6; nothing about the adapter.
+# PEFT 0.21 uses a name of transformers 5.23 that is deprecated; unrelated to the adapter.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
@@ -59,38 +59,38 @@ def relative(found: Tensor, expected: Tensor) -> float:
     seed=st.integers(0, 99),
     data=st.data(),
 )
-def test_a_cut_is_the_best_of_its_rank(
+def test_truncated_update_is_the_best_of_its_rank(
     random_update: Make, out: int, wide: int, rank: int, seed: int, data: st.DataObject
 ) -> None:
     """The reference decomposes the dense matrix; factors stored in float32 are off by 6e-8 each."""
     update = random_update(out, wide, rank, scale=1.7, seed=seed)
     lower = data.draw(st.integers(1, rank))
-    found, matrix = truncate(update, lower), update.scale * update.b.double() @ update.a.double()
+    found = truncate(update, lower)
+    matrix = update.scale * update.b.double() @ update.a.double()
     assert found.rank <= lower
     assert found.scale == update.scale
     product = found.scale * found.b.double() @ found.a.double()
-    torch.testing.assert_close(
-        product, best_of_rank(matrix, lower), rtol=0, atol=5e-7 * matrix.norm().item()
-    )
-    assert relative(product, matrix) == pytest.approx(
-        truncation_error(singular_values(update), lower), abs=5e-7
-    )
+    best = best_of_rank(matrix, lower)
+    torch.testing.assert_close(product, best, rtol=0, atol=5e-7 * matrix.norm().item())
+    predicted = truncation_error(singular_values(update), lower)
+    assert relative(product, matrix) == pytest.approx(predicted, abs=5e-7)
 
 
-def test_the_rank_that_it_has_leaves_an_update_alone(random_update: Make) -> None:
+def test_update_of_that_rank_is_returned_unchanged(random_update: Make) -> None:
     update = random_update(6, 8, 3)
     assert truncate(update, 3) is update
 
 
-def test_the_factors_of_a_cut_are_balanced(random_update: Make) -> None:
+def test_truncated_factors_are_balanced(random_update: Make) -> None:
     update = random_update(6, 8, 4, scale=50.0)
-    cut = truncate(update, 2)
-    assert (cut.a.dtype, cut.b.dtype) == (torch.float32, torch.float32)
-    torch.testing.assert_close(cut.a.norm(dim=1), cut.b.norm(dim=0), rtol=1e-6, atol=0)
+    truncated = truncate(update, 2)
+    assert (truncated.a.dtype, truncated.b.dtype) == (torch.float32, torch.float32)
+    norms = truncated.b.norm(dim=0)
+    torch.testing.assert_close(truncated.a.norm(dim=1), norms, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rank", [0, 5])
-def test_a_rank_that_is_no_cut_is_refused(random_update: Make, rank: int) -> None:
+def test_rank_out_of_range_is_refused(random_update: Make, rank: int) -> None:
     with pytest.raises(
         ConfigError, match=f"rank {rank} for an update of rank 4 must be from 1 to 4"
     ):
@@ -100,35 +100,35 @@ def test_a_rank_that_is_no_cut_is_refused(random_update: Make, rank: int) -> Non
 # --- folders ---
 
 
-def test_a_cut_adapter_loads_here_and_in_peft(build_llama: Build, adapter_folder: Path) -> None:
-    cut, model = adapter_folder.with_name("cut"), build_llama()
-    errors = truncate_adapter(adapter_folder, cut, 2)
+def test_truncated_adapter_loads_here_and_in_peft(build_llama: Build, adapter_folder: Path) -> None:
+    truncated = adapter_folder.with_name("truncated")
+    model = build_llama()
+    errors = truncate_adapter(adapter_folder, truncated, 2)
     before = read_updates(adapter_folder)
-    assert {target.rank for target in load_adapter(model, cut)} == {2}
-    theirs = PeftModel.from_pretrained(build_llama(), cut).base_model.model
+    assert {target.rank for target in load_adapter(model, truncated)} == {2}
+    theirs = PeftModel.from_pretrained(build_llama(), truncated).base_model.model
     for name, layer in lora_layers(model):
         best = best_of_rank(before[name].dense(), 2)
         # ΔW itself is rounded to float32 in the reference, the factors in ours.
         assert relative(layer.delta(), best) < 1e-6
         assert relative(theirs.get_submodule(name).get_delta_weight("default"), best) < 1e-6
-        assert errors[name] == pytest.approx(
-            relative(layer.delta(), before[name].dense()), abs=1e-6
-        )
+        error = relative(layer.delta(), before[name].dense())
+        assert errors[name] == pytest.approx(error, abs=1e-6)
         assert errors[name] > 0.1
 
 
-def test_a_cut_by_layer_leaves_the_others_as_they_are(
+def test_truncation_by_layer_does_not_change_other_layers(
     build_llama: Build, adapter_folder: Path
 ) -> None:
-    cut, before = adapter_folder.with_name("cut"), read_updates(adapter_folder)
-    errors = truncate_adapter(adapter_folder, cut, {Q: 1, DOWN: 3})
-    theirs = PeftModel.from_pretrained(build_llama(), cut).base_model.model
-    for name, update in before.items():
+    truncated = adapter_folder.with_name("truncated")
+    ranks = {Q: 1, DOWN: 3}
+    errors = truncate_adapter(adapter_folder, truncated, ranks)
+    theirs = PeftModel.from_pretrained(build_llama(), truncated).base_model.model
+    for name, update in read_updates(adapter_folder).items():
         module = theirs.get_submodule(name)
-        assert module.r["default"] == {Q: 1, DOWN: 3}.get(name, 4)
-        assert relative(module.get_delta_weight("default"), update.dense()) == pytest.approx(
-            errors[name], abs=1e-6
-        )
+        assert module.r["default"] == ranks.get(name, 4)
+        error = relative(module.get_delta_weight("default"), update.dense())
+        assert error == pytest.approx(errors[name], abs=1e-6)
     assert [name for name, error in errors.items() if error > 0] == [Q, DOWN]
 
 
@@ -146,60 +146,60 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("config", MIXED, ids=["ranks", "ranks and alphas", "rank-stabilised"])
+@pytest.mark.parametrize("config", MIXED, ids=["ranks", "ranks and alphas", "rank-stabilized"])
 @pytest.mark.parametrize("rank", [1, 3, {Q: 1, DOWN: 2}], ids=str)
-def test_mixed_ranks_are_read_back_as_they_were_cut(
+def test_mixed_ranks_load_as_they_were_truncated(
     build_llama: Build, tmp_path: Path, config: LoraConfig, rank: int | dict[str, int]
 ) -> None:
-    """By the updates alone, by a model here, and by PEFT: each layer has its own rank and scale, and is the nearest of its rank."""
-    saved, cut = tmp_path / "saved", tmp_path / "cut"
-    inject(model := build_llama(), config, seed=1)
+    """`read_updates`, a model here and PEFT find the same rank and best update per layer."""
+    saved = tmp_path / "saved"
+    truncated = tmp_path / "truncated"
+    model = build_llama()
+    inject(model, config, seed=1)
     for _, layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B)
     save_adapter(model, saved, config, Identity())
-    before, errors = read_updates(saved), truncate_adapter(saved, cut, rank)
-    load_adapter(ours := build_llama(), cut)
-    here, theirs = (
-        dict(lora_layers(ours)),
-        PeftModel.from_pretrained(build_llama(), cut).base_model.model,
-    )
-    after = read_updates(cut)
-    assert after.keys() == before.keys() == here.keys() == errors.keys()
+    before = read_updates(saved)
+    errors = truncate_adapter(saved, truncated, rank)
+    loaded = build_llama()
+    load_adapter(loaded, truncated)
+    ours = dict(lora_layers(loaded))
+    peft = PeftModel.from_pretrained(build_llama(), truncated).base_model.model
+    after = read_updates(truncated)
+    assert after.keys() == before.keys() == ours.keys() == errors.keys()
     for name, update in before.items():
         expected = min(rank, update.rank) if isinstance(rank, int) else rank.get(name, update.rank)
-        assert (
-            after[name].rank
-            == here[name].lora_A.shape[0]
-            == theirs.get_submodule(name).r["default"]
-            == expected
-        )
+        theirs = peft.get_submodule(name)
+        assert after[name].rank == expected
+        assert ours[name].lora_A.shape[0] == expected
+        assert theirs.r["default"] == expected
         best = best_of_rank(update.dense(), expected)
-        for found in (
-            after[name].dense(),
-            here[name].delta(),
-            theirs.get_submodule(name).get_delta_weight("default"),
-        ):
-            assert relative(found, best) < 2e-6  # two factors and their product in float32
+        # Two factors and their product in float32.
+        assert relative(after[name].dense(), best) < 2e-6
+        assert relative(ours[name].delta(), best) < 2e-6
+        assert relative(theirs.get_delta_weight("default"), best) < 2e-6
 
 
-def test_the_lineage_says_what_was_cut(adapter_folder: Path) -> None:
-    for number, (rank, words) in enumerate(
-        [(3, "truncated to rank 3"), ({Q: 1}, "truncated to rank 1 to 4 by layer")]
-    ):
-        truncate_adapter(adapter_folder, adapter_folder.with_name(f"cut{number}"), rank)
-        identity, parent = (
-            read_identity(adapter_folder.with_name(name)) for name in (f"cut{number}", "adapter")
-        )
-        assert identity is not None
-        assert parent is not None
-        assert identity["lineage"] == {
-            "derived_by": words,
-            "derived_from": parent["adapter_sha256"],
-        }
+@pytest.mark.parametrize(
+    ("rank", "derived_by"),
+    [(3, "truncated to rank 3"), ({Q: 1}, "truncated to rank 1 to 4 by layer")],
+    ids=["all", "by layer"],
+)
+def test_lineage_records_the_truncation(
+    adapter_folder: Path, rank: int | dict[str, int], derived_by: str
+) -> None:
+    truncated = adapter_folder.with_name("truncated")
+    truncate_adapter(adapter_folder, truncated, rank)
+    identity = read_identity(truncated)
+    parent = read_identity(adapter_folder)
+    assert identity is not None
+    assert parent is not None
+    digest = parent["adapter_sha256"]
+    assert identity["lineage"] == {"derived_by": derived_by, "derived_from": digest}
 
 
-def test_cuts_that_mean_nothing_are_refused_and_write_nothing(adapter_folder: Path) -> None:
-    destination = adapter_folder.with_name("cut")
+def test_invalid_truncations_are_refused_and_write_nothing(adapter_folder: Path) -> None:
+    destination = adapter_folder.with_name("truncated")
     for rank, error, message in (
         (4, ConfigError, "rank 4 truncates nothing"),
         (0, ConfigError, "rank 0 for an update of rank 4"),
@@ -213,37 +213,36 @@ def test_cuts_that_mean_nothing_are_refused_and_write_nothing(adapter_folder: Pa
 
 @pytest.fixture
 def uneven_folder(random_update: Make, adapter_folder: Path) -> Path:
-    """An adapter whose layers differ: one of a single strong direction, one even, two between."""
+    """An adapter with uneven layers: one strong direction, four equal ones, two in between."""
     strengths = {Q: [9.0, 0.1, 0.1, 0.1], DOWN: [1.0, 1.0, 1.0, 1.0]}
     updates = {}
     for seed, (name, update) in enumerate(read_updates(adapter_folder).items()):
         left, right = (torch.linalg.qr(torch.randn(size, 4)).Q for size in update.shape)
-        updates[name] = Update(
-            right.T, left * torch.tensor(strengths.get(name, [4.0, 2.0, 1.0, 0.5 + seed])), 2.0
-        )
+        values = strengths.get(name, [4.0, 2.0, 1.0, 0.5 + seed])
+        updates[name] = Update(right.T, left * torch.tensor(values), 2.0)
     folder = adapter_folder.with_name("uneven")
     write_updates(folder, updates, like=adapter_folder, derived_by="made up")
     return folder
 
 
-def test_recommended_ranks_are_the_smallest_that_keep_the_share(uneven_folder: Path) -> None:
+def test_recommended_ranks_are_the_smallest_that_retain_the_fraction(uneven_folder: Path) -> None:
     ranks = recommended_ranks(uneven_folder, fraction=0.9)
     assert (ranks[Q], ranks[DOWN]) == (1, 4)
     for name, update in read_updates(uneven_folder).items():
         values = torch.linalg.svdvals(update.dense().double())[:4]
-        shares = values.square().cumsum(0) / values.square().sum()
-        assert shares[ranks[name] - 1] >= 0.9
-        assert ranks[name] == 1 or shares[ranks[name] - 2] < 0.9
+        fractions = values.square().cumsum(0) / values.square().sum()
+        rank = ranks[name]
+        assert fractions[rank - 1] >= 0.9
+        assert rank == 1 or fractions[rank - 2] < 0.9
 
 
-def test_recommended_ranks_can_be_cut_to(uneven_folder: Path) -> None:
-    errors = truncate_adapter(
-        uneven_folder, uneven_folder.with_name("cut"), recommended_ranks(uneven_folder, fraction=0.9)
-    )
+def test_adapter_can_be_truncated_to_recommended_ranks(uneven_folder: Path) -> None:
+    ranks = recommended_ranks(uneven_folder, fraction=0.9)
+    errors = truncate_adapter(uneven_folder, uneven_folder.with_name("truncated"), ranks)
     assert all(error**2 <= 0.1 for error in errors.values())
 
 
-def test_recommended_ranks_become_the_ranks_of_a_next_training(
+def test_recommended_ranks_can_be_used_for_a_new_run(
     build_llama: Build, uneven_folder: Path
 ) -> None:
     ranks = recommended_ranks(uneven_folder, fraction=0.9)
@@ -252,51 +251,56 @@ def test_recommended_ranks_become_the_ranks_of_a_next_training(
         config = LoraConfig(
             r=default, lora_alpha=8, target_modules=tuple(ranks), rank_pattern=rank_pattern(ranks)
         )
-        assert {target.name: target.rank for target in plan_targets(build_llama(), config)} == ranks
+        targets = plan_targets(build_llama(), config)
+        assert {target.name: target.rank for target in targets} == ranks
 
 
-def test_a_rank_pattern_decides_for_whole_paths(random_update: Make) -> None:
-    """`proj` also ends `body.proj`, and a dot matches any sign: whichever key comes first, each module gets its own rank."""
+def test_rank_pattern_matches_full_paths(random_update: Make) -> None:
+    """Each module gets its rank, whichever key comes first.
+
+    `proj` is also the end of `body.proj`, and a dot matches any character.
+    """
     ranks = {"proj": 1, "body.proj": 2, "bodyxproj": 4}
     for order in (ranks, dict(reversed(ranks.items()))):
         config = LoraConfig(r=3, lora_alpha=3, rank_pattern=rank_pattern(order))
         assert {name: config.rank_of(name) for name in ranks} == ranks
 
 
-def test_the_table_predicts_what_a_cut_then_costs(build_llama: Build, uneven_folder: Path) -> None:
+def test_table_predicts_the_cost_of_truncation(build_llama: Build, uneven_folder: Path) -> None:
     before = read_updates(uneven_folder)
     for row in truncation_table(uneven_folder, (1, 2, 3)):
-        cut = uneven_folder.with_name(f"cut{row.rank}")
-        truncate_adapter(uneven_folder, cut, row.rank)
-        after = read_updates(cut)
+        truncated = uneven_folder.with_name(f"truncated{row.rank}")
+        truncate_adapter(uneven_folder, truncated, row.rank)
+        after = read_updates(truncated)
         errors = [relative(after[name].dense(), before[name].dense()) for name in before]
-        kept = sum(after[name].dense().double().square().sum().item() for name in before)
-        total = sum(before[name].dense().double().square().sum().item() for name in before)
+        retained = squared_norm(after)
+        total = squared_norm(before)
         assert row.mean_error == pytest.approx(sum(errors) / 4, abs=1e-6)
         assert row.max_error == pytest.approx(max(errors), abs=1e-6)
-        assert row.energy == pytest.approx(kept / total, abs=1e-6)
+        assert row.energy == pytest.approx(retained / total, abs=1e-6)
         assert row.weights == sum(update.a.numel() + update.b.numel() for update in after.values())
 
 
-def test_the_table_beyond_the_rank_costs_nothing(uneven_folder: Path) -> None:
-    at, beyond = truncation_table(uneven_folder, [4, 64])
-    assert (
-        (at.mean_error, at.max_error, at.energy)
-        == (beyond.mean_error, beyond.max_error, beyond.energy)
-        == (0, 0, 1)
-    )
-    assert at.weights == beyond.weights == 4 * (2 * (64 + 64) + 2 * (64 + 128))
+def squared_norm(updates: dict[str, Update]) -> float:
+    norms = [update.dense().double().square().sum().item() for update in updates.values()]
+    return sum(norms)
+
+
+def test_ranks_at_or_above_the_adapters_cost_nothing(uneven_folder: Path) -> None:
+    for row in truncation_table(uneven_folder, [4, 64]):
+        assert (row.mean_error, row.max_error, row.energy) == (0, 0, 1)
+        assert row.weights == 4 * (2 * (64 + 64) + 2 * (64 + 128))
     with pytest.raises(ConfigError, match="rank 0 must be at least 1"):
         truncation_table(uneven_folder, [0])
 
 
-def test_an_adapter_at_its_start_can_be_asked(
+def test_adapter_at_step_zero_loses_nothing(
     build_llama: Build, small_config: LoraConfig, tmp_path: Path
 ) -> None:
-    """B is zero: every rank keeps everything."""
+    """B is zero: every rank retains everything."""
     model = build_llama()
     inject(model, small_config, seed=0)
-    save_adapter(model, tmp_path / "start", small_config, Identity())
-    assert set(recommended_ranks(tmp_path / "start").values()) == {1}
-    [row] = truncation_table(tmp_path / "start", [2])
+    save_adapter(model, tmp_path / "initial", small_config, Identity())
+    assert set(recommended_ranks(tmp_path / "initial").values()) == {1}
+    [row] = truncation_table(tmp_path / "initial", [2])
     assert (row.mean_error, row.max_error, row.energy) == (0, 0, 1)

@@ -1,6 +1,7 @@
-"""Packed attention equals attention written out in float64 under one mask over the whole row, with every option.
+"""Packed attention equals explicit float64 attention under one mask of the full row.
 
-The references share no code with the kernels: masks are built token by token, softmax and caps are written out.
+The references share no code with the kernels: masks are built token by token, and softmax and caps
+are computed explicitly.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +14,9 @@ from lora_core.training.attention import (
     AttentionError,
     PackMask,
     Segment,
+    current_segments,
     packed_attention,
     use_segments,
-    current_segments,
 )
 
 HEADS, WIDTH = 4, 8
@@ -30,7 +31,7 @@ TREE = [None, 0, 1, 1, 3, 4, 0]
 
 
 def ancestors(parents: Sequence[int | None]) -> Tensor:
-    """Return who is whose ancestor, walked up token by token."""
+    """Return which token is an ancestor of which, found by walking up token by token."""
     found = torch.zeros(len(parents), len(parents), dtype=torch.bool)
     for token in range(len(parents)):
         above: int | None = token
@@ -48,21 +49,21 @@ def visible(pattern: Callable[[int, int], bool]) -> Tensor:
     return torch.tensor([[pattern(q, k) for k in range(7)] for q in range(7)])
 
 
-def mask_written_out(pattern: Callable[[int, int], bool]) -> Tensor:
-    """Return who attends to whom over the whole row."""
+def reference_mask(pattern: Callable[[int, int], bool]) -> Tensor:
+    """Return which token attends to which in the full row."""
     mask = torch.zeros(TOKENS, TOKENS, dtype=torch.bool)
     depths = [[*range(7)], [int(row.sum()) - 1 for row in ancestors(TREE)], [0, 1]]
     related = [torch.ones(7, 7).bool(), ancestors(TREE), torch.ones(2, 2).bool()]
-    begin = 0
+    start = 0
     for depth, relation in zip(depths, related, strict=True):
         for q in range(len(depth)):
             for k in range(len(depth)):
-                mask[begin + q, begin + k] = bool(relation[q, k]) and pattern(depth[q], depth[k])
-        begin += len(depth)
+                mask[start + q, start + k] = bool(relation[q, k]) and pattern(depth[q], depth[k])
+        start += len(depth)
     return mask
 
 
-def written_out(  # noqa: PLR0913
+def reference_attention(  # noqa: PLR0913
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -97,7 +98,7 @@ def states(key_heads: int) -> list[Tensor]:
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("key_heads", [1, 2, HEADS])
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=list(PATTERNS))
-def test_values_and_gradients_equal_attention_written_out(
+def test_values_and_gradients_equal_the_reference(
     pattern: Callable[[int, int], bool], key_heads: int, has_sinks: bool, softcap: float | None
 ) -> None:
     tensors = states(key_heads)
@@ -106,24 +107,25 @@ def test_values_and_gradients_equal_attention_written_out(
     found, weights = packed_attention(
         nn.Identity(), *tensors, mask, scaling=0.4, softcap=softcap, s_aux=sinks
     )
-    expected = written_out(
-        *tensors, mask_written_out(pattern), scaling=0.4, softcap=softcap, sinks=sinks
+    expected = reference_attention(
+        *tensors, reference_mask(pattern), scaling=0.4, softcap=softcap, sinks=sinks
     )
-    # a capped score is squashed in float32, as models do; everything else is float64 throughout
-    tolerance = (
-        {"rtol": 1e-6, "atol": 1e-6} if softcap is not None else {"rtol": 1e-11, "atol": 1e-11}
-    )
-    assert weights is None and found.is_contiguous()
+    # With a cap, the softmax is in float32, as in models; everything else is float64.
+    bound = 1e-11 if softcap is None else 1e-6
+    tolerance = {"rtol": bound, "atol": bound}
+    assert weights is None
+    assert found.is_contiguous()
     torch.testing.assert_close(found, expected, **tolerance)
-    wanted = [*tensors, *([] if sinks is None else [sinks])]
+    inputs = tensors if sinks is None else [*tensors, sinks]
     upstream = torch.randn_like(expected)
-    gradients = [torch.autograd.grad(result, wanted, upstream) for result in (found, expected)]
-    for gradient, reference in zip(*gradients, strict=True):
+    gradients = torch.autograd.grad(found, inputs, upstream)
+    references = torch.autograd.grad(expected, inputs, upstream)
+    for gradient, reference in zip(gradients, references, strict=True):
         torch.testing.assert_close(gradient, reference, **tolerance)
 
 
-def test_no_example_sees_another() -> None:
-    """Bit for bit: a change in one segment reaches no other."""
+def test_examples_do_not_see_each_other() -> None:
+    """A change in one segment changes no bit of another."""
     tensors = [tensor.detach() for tensor in states(2)]
     mask = PackMask(SEGMENTS, visible(PATTERNS["causal"]))
     before = packed_attention(nn.Identity(), *tensors, mask)[0]
@@ -135,17 +137,14 @@ def test_no_example_sees_another() -> None:
     assert not torch.equal(before[:, :7], after[:, :7])
 
 
-def test_a_plainly_causal_segment_needs_no_mask() -> None:
+def test_causal_segment_needs_no_mask() -> None:
     masks = PackMask(SEGMENTS, visible(PATTERNS["causal"])).masks
     assert [mask is None for mask in masks] == [True, False, True]
     assert [mask is None for mask in PackMask(SEGMENTS).masks] == [True, False, True]
     assert PackMask(SEGMENTS).masks[1] is SEGMENTS[1].mask
     windows = PackMask(SEGMENTS, visible(PATTERNS["window of 3"])).masks
-    assert [mask is None for mask in windows] == [
-        False,
-        False,
-        True,
-    ]  # two tokens lie inside any window
+    # The last segment has two tokens, which fit into the window.
+    assert [mask is None for mask in windows] == [False, False, True]
 
 
 def test_dropout_drops_attention_weights() -> None:
@@ -167,31 +166,29 @@ def test_dropout_drops_attention_weights() -> None:
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_an_option_that_is_not_computed_is_refused(
-    options: dict[str, object], message: str
-) -> None:
+def test_unsupported_option_is_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(AttentionError, match=message):
         packed_attention(
             nn.Identity(), *states(2), PackMask(SEGMENTS, visible(PATTERNS["causal"])), **options
         )
 
 
-def test_options_without_an_effect_are_taken() -> None:
+def test_options_without_effect_are_accepted() -> None:
     mask = PackMask(SEGMENTS, visible(PATTERNS["causal"]))
     tensors = states(2)
     plain = packed_attention(nn.Identity(), *tensors, mask)[0]
-    asked = {
+    options = {
         "sliding_window": None,
         "is_causal": True,
         "use_cache": False,
         "output_attentions": False,
         "cu_seq_lens_q": None,
     }
-    assert torch.equal(plain, packed_attention(nn.Identity(), *tensors, mask, **asked)[0])
+    assert torch.equal(plain, packed_attention(nn.Identity(), *tensors, mask, **options)[0])
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(TOKENS, TOKENS)], ids=["none", "tensor"])
-def test_a_mask_that_is_not_the_packs_is_refused(mask: Tensor | None) -> None:
+def test_mask_that_is_not_of_a_pack_is_refused(mask: Tensor | None) -> None:
     with pytest.raises(AttentionError, match="which is not the mask of a pack"):
         packed_attention(nn.Identity(), *states(2), mask)
 
@@ -203,8 +200,8 @@ def test_segments_must_cover_the_row() -> None:
         )
 
 
-def test_a_mask_belongs_to_the_pack_that_is_being_read() -> None:
-    with pytest.raises(AttentionError, match="no pack is being read"):
+def test_current_segments_are_those_of_the_innermost_block() -> None:
+    with pytest.raises(AttentionError, match="builds a mask without a pack"):
         current_segments()
     with use_segments(SEGMENTS):
         assert current_segments() is SEGMENTS

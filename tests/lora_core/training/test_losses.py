@@ -1,4 +1,4 @@
-"""The chunked head equals PyTorch's cross-entropy over all logits, in value and gradients, for any size of chunk."""
+"""The chunked head equals PyTorch's cross-entropy in value and gradients, for any chunk size."""
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @pytest.fixture
 def inputs() -> Inputs:
-    hidden, weight = torch.randn(ROWS, WIDTH), torch.randn(VOCABULARY, WIDTH)
-    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, VOCABULARY, (ROWS,))
+    hidden = torch.randn(ROWS, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (ROWS,))
+    return hidden, weight, targets
 
 
 def reference_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -28,83 +30,80 @@ def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 def test_value_and_gradients_equal_cross_entropy(inputs: Inputs, chunk_rows: int) -> None:
-    loss, expected = linear_cross_entropy(*inputs, chunk_rows=chunk_rows), reference_loss(*inputs)
+    loss = linear_cross_entropy(*inputs, chunk_rows=chunk_rows)
+    expected = reference_loss(*inputs)
     assert loss.dtype == torch.float32
-    # Logits of about 4 and sums over 53 words, in float32.
+    # Logits of about 4 and sums over 53 tokens, in float32.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     for found, reference in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
         torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("divisor", [1, 7.5])
-def test_the_upstream_gradient_scales_both(inputs: Inputs, divisor: float) -> None:
+def test_upstream_gradient_scales_both_gradients(inputs: Inputs, divisor: float) -> None:
     found = gradients(linear_cross_entropy(*inputs, chunk_rows=3) / divisor, inputs)
     expected = gradients(reference_loss(*inputs) / divisor, inputs)
     for gradient, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_is_close(inputs: Inputs) -> None:
+def test_bfloat16_is_close_to_float64(inputs: Inputs) -> None:
     hidden, weight = (t.detach().bfloat16().requires_grad_() for t in inputs[:2])
     loss = linear_cross_entropy(hidden, weight, inputs[2], chunk_rows=3)
     expected = reference_loss(hidden, weight, inputs[2])
-    # Each logit, of up to about 16, is rounded to 8 bits: 0.03 a row at most.
+    # Each logit, of up to about 16, is rounded to 8 bits: at most 0.03 per row.
     torch.testing.assert_close(loss.double(), expected, rtol=0, atol=0.03 * ROWS)
     found = torch.autograd.grad(loss, (hidden, weight))
-    for gradient, reference in zip(
-        found, torch.autograd.grad(expected, (hidden, weight)), strict=True
-    ):
+    references = torch.autograd.grad(expected, (hidden, weight))
+    for gradient, reference in zip(found, references, strict=True):
         assert gradient.dtype == torch.bfloat16
-        torch.testing.assert_close(
-            gradient.float(), reference.float(), rtol=0.02, atol=0.02 * reference.abs().max().item()
-        )
+        tolerance = 0.02 * reference.abs().max().item()
+        torch.testing.assert_close(gradient.float(), reference.float(), rtol=0.02, atol=tolerance)
 
 
 def test_extreme_logits_stay_finite(inputs: Inputs) -> None:
     hidden, weight, targets = inputs
-    loud = (hidden.detach() * 1000).requires_grad_()
-    loss = linear_cross_entropy(loud, weight, targets)
-    torch.testing.assert_close(
-        loss.double(), reference_loss(loud, weight, targets), rtol=1e-5, atol=0
-    )
-    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (loud, weight)))
+    large = (hidden.detach() * 1000).requires_grad_()
+    loss = linear_cross_entropy(large, weight, targets)
+    expected = reference_loss(large, weight, targets)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (large, weight)))
 
 
 @pytest.mark.parametrize(
     "trained", [(True, False), (False, True), (False, False)], ids=["hidden", "weight", "neither"]
 )
-def test_only_what_is_trained_gets_a_gradient(inputs: Inputs, trained: tuple[bool, bool]) -> None:
-    for tensor, wanted in zip(inputs[:2], trained, strict=True):
-        tensor.requires_grad_(wanted)
+def test_only_trained_tensors_get_a_gradient(inputs: Inputs, trained: tuple[bool, bool]) -> None:
+    for tensor, is_trained in zip(inputs[:2], trained, strict=True):
+        tensor.requires_grad_(is_trained)
     loss = linear_cross_entropy(*inputs)
     assert loss.requires_grad is any(trained)
     if any(trained):
         loss.backward()
-        reference_gradients = torch.autograd.grad(
-            reference_loss(*inputs), [t for t in inputs[:2] if t.requires_grad]
-        )
-        for found, expected in zip(
-            (t.grad for t in inputs[:2] if t.requires_grad), reference_gradients, strict=True
-        ):
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert [t.grad is not None for t in inputs[:2]] == list(trained)
+        with_gradient = [tensor for tensor in inputs[:2] if tensor.requires_grad]
+        references = torch.autograd.grad(reference_loss(*inputs), with_gradient)
+        for tensor, expected in zip(with_gradient, references, strict=True):
+            torch.testing.assert_close(tensor.grad, expected, rtol=1e-5, atol=1e-5)
+    assert [tensor.grad is not None for tensor in inputs[:2]] == list(trained)
 
 
-def test_a_second_backward_gives_the_same_gradient(inputs: Inputs) -> None:
+def test_second_backward_gives_the_same_gradient(inputs: Inputs) -> None:
     loss = linear_cross_entropy(*inputs) / 4
     first = [g.clone() for g in torch.autograd.grad(loss, inputs[:2], retain_graph=True)]
     for gradient, before in zip(torch.autograd.grad(loss, inputs[:2]), first, strict=True):
         assert torch.equal(gradient, before)
 
 
-def test_no_position_gives_no_loss_and_zero_gradients(inputs: Inputs) -> None:
+def test_empty_input_has_zero_loss_and_zero_gradients(inputs: Inputs) -> None:
     hidden, weight, targets = inputs
-    nothing = hidden.detach()[:0].requires_grad_()
-    loss = linear_cross_entropy(nothing, weight, targets[:0])
+    empty = hidden.detach()[:0].requires_grad_()
+    loss = linear_cross_entropy(empty, weight, targets[:0])
     loss.backward()
     assert loss.item() == 0
-    assert nothing.grad is not None and nothing.grad.shape == (0, WIDTH)
-    assert weight.grad is not None and torch.count_nonzero(weight.grad) == 0
+    assert empty.grad is not None
+    assert empty.grad.shape == (0, WIDTH)
+    assert weight.grad is not None
+    assert torch.count_nonzero(weight.grad) == 0
 
 
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
@@ -120,57 +119,54 @@ def test_likelihoods_and_greedy_flags_equal_log_softmax(inputs: Inputs, chunk_ro
     assert not likelihoods.requires_grad
 
 
-def test_likelihoods_add_up_to_the_loss(inputs: Inputs) -> None:
+def test_likelihoods_sum_to_the_loss(inputs: Inputs) -> None:
     likelihoods, _ = token_log_likelihoods(*inputs, chunk_rows=2)
     torch.testing.assert_close(-likelihoods.sum(), linear_cross_entropy(*inputs), rtol=1e-6, atol=0)
 
 
-def test_a_tie_counts_as_greedy() -> None:
-    """Both of two equal logits are the likeliest: accuracy then does not depend on the order of the vocabulary."""
-    hidden, weight = torch.ones(2, 1), torch.tensor([[1.0], [2.0], [2.0]])
-    assert token_log_likelihoods(hidden, weight, torch.tensor([1, 2]))[1].tolist() == [True, True]
+def test_tied_logits_all_count_as_greedy() -> None:
+    """Accuracy then does not depend on the order of the vocabulary."""
+    hidden = torch.ones(2, 1)
+    weight = torch.tensor([[1.0], [2.0], [2.0]])
+    _, greedy = token_log_likelihoods(hidden, weight, torch.tensor([1, 2]))
+    assert greedy.tolist() == [True, True]
 
 
-def test_no_position_gives_no_likelihood(inputs: Inputs) -> None:
+def test_empty_input_has_no_likelihoods(inputs: Inputs) -> None:
     likelihoods, greedy = token_log_likelihoods(inputs[0][:0], inputs[1], inputs[2][:0])
-    assert (likelihoods.shape, likelihoods.dtype, greedy.shape, greedy.dtype) == (
-        (0,),
-        torch.float32,
-        (0,),
-        torch.bool,
-    )
+    assert (likelihoods.shape, likelihoods.dtype) == ((0,), torch.float32)
+    assert (greedy.shape, greedy.dtype) == ((0,), torch.bool)
 
 
 TRANSFORMS = {
-    "a scale": LogitTransform(scale=0.25),
-    "a cap": LogitTransform(softcap=3.0),
+    "scale": LogitTransform(scale=0.25),
+    "softcap": LogitTransform(softcap=3.0),
     "both": LogitTransform(scale=2.0, softcap=1.5),
 }
 
 
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=list(TRANSFORMS))
-def test_terms_of_the_head_equal_the_logits_written_out(
+def test_scale_softcap_and_bias_equal_explicit_logits(
     inputs: Inputs, transform: LogitTransform, has_bias: bool
 ) -> None:
     hidden, weight, targets = inputs
     bias = torch.randn(VOCABULARY, requires_grad=True) if has_bias else None
-    product = hidden.double() @ weight.double().T + (0 if bias is None else bias.double())
+    product = hidden.double() @ weight.double().T
+    if bias is not None:
+        product = product + bias.double()
     logits = transform.scale * product
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     expected = F.cross_entropy(logits, targets, reduction="sum")
-    loss = linear_cross_entropy(
-        hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3
-    )
+    options = {"bias": bias, "transform": transform, "chunk_rows": 3}
+    loss = linear_cross_entropy(hidden, weight, targets, **options)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
-    trained = [hidden, weight, *([] if bias is None else [bias])]
-    for found, wanted in zip(
-        torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    likelihoods, greedy = token_log_likelihoods(
-        hidden, weight, targets, bias=bias, transform=transform, chunk_rows=3
-    )
+    trained = [hidden, weight] if bias is None else [hidden, weight, bias]
+    found = torch.autograd.grad(loss, trained)
+    references = torch.autograd.grad(expected, trained)
+    for gradient, reference in zip(found, references, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+    likelihoods, greedy = token_log_likelihoods(hidden, weight, targets, **options)
     torch.testing.assert_close(-likelihoods.double().sum(), expected.detach(), rtol=1e-5, atol=0)
     assert greedy.tolist() == (logits.argmax(dim=1) == targets).tolist()

@@ -1,4 +1,4 @@
-"""The groups of LoRA+ beside PEFT's: the same parameters at the same rates, and the same weights after a step."""
+"""LoRA+ groups agree with PEFT: the same learning rates, and the same weights after a step."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ RATES = {"learning_rate": 1e-3, "ratio": 16.0}
 
 
 class Tiny(nn.Module):
-    """One layer of each sort that is trained beside or as an adapter."""
+    """One layer of each kind that an adapter can train."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,28 +33,28 @@ class Tiny(nn.Module):
         return self.head(self.norm(self.up(self.embed(tokens))))
 
 
-def in_peft(**settings: Any) -> PeftModel:
-    chosen = {
+def peft_model(**settings: Any) -> PeftModel:
+    defaults = {
         "target_modules": ["embed", "up"],
         "modules_to_save": ["norm", "head"],
         "bias": "all",
-    } | settings
+    }
     torch.manual_seed(0)
-    return get_peft_model(Tiny(), PeftLoraConfig(r=2, lora_alpha=4, **chosen))
+    return get_peft_model(Tiny(), PeftLoraConfig(r=2, lora_alpha=4, **(defaults | settings)))
 
 
 def settings_by_name(
     model: nn.Module, groups: list[dict[str, Any]]
 ) -> dict[str, tuple[float, float]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        names[id(p)]: (group["lr"], group["weight_decay"])
-        for group in groups
-        for p in group["params"]
-    }
+    found = {}
+    for group in groups:
+        for parameter in group["params"]:
+            found[names[id(parameter)]] = (group["lr"], group["weight_decay"])
+    return found
 
 
-def theirs(
+def peft_optimizer(
     model: nn.Module, embedding_lr: float = 1e-6, decay: float = 0.0
 ) -> torch.optim.Optimizer:
     options = {"loraplus_lr_embedding": embedding_lr, "loraplus_weight_decay": decay}
@@ -67,50 +67,53 @@ def theirs(
     )
 
 
-def test_groups_are_those_of_peft() -> None:
-    model = in_peft()
+def test_groups_agree_with_peft() -> None:
+    model = peft_model()
     ours = loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1, embedding_lr=1e-6)
-    expected = settings_by_name(model, theirs(model, decay=0.1).param_groups)
+    expected = settings_by_name(model, peft_optimizer(model, decay=0.1).param_groups)
     found = settings_by_name(model, ours)
     assert found == expected
     assert set(found) == {
         name for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    assert {rate for rate, _ in found.values()} == {1e-3, 16e-3, 1e-6}
+    assert {lr for lr, _ in found.values()} == {1e-3, 16e-3, 1e-6}
 
 
-def test_a_magnitude_has_the_rate_of_peft_but_is_not_pulled_to_zero() -> None:
-    model = in_peft(use_dora=True, target_modules=["up"])
-    ours = settings_by_name(
-        model, loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1)
-    )
-    expected = settings_by_name(model, theirs(model, decay=0.1).param_groups)
+def test_magnitude_has_the_learning_rate_of_peft_but_no_weight_decay() -> None:
+    model = peft_model(use_dora=True, target_modules=["up"])
+    groups = loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1)
+    ours = settings_by_name(model, groups)
+    expected = settings_by_name(model, peft_optimizer(model, decay=0.1).param_groups)
     different = [name for name in expected if ours[name] != expected[name]]
     assert [name.split(".")[-3] for name in different] == ["lora_magnitude_vector"]
-    assert (ours[different[0]], expected[different[0]]) == ((16e-3, 0.0), (16e-3, 0.1))
+    assert ours[different[0]] == (16e-3, 0.0)
+    assert expected[different[0]] == (16e-3, 0.1)
 
 
-def test_one_step_gives_the_weights_of_peft() -> None:
-    model, tokens = in_peft(), torch.arange(10).reshape(2, 5)
+def test_one_step_gives_the_same_weights_as_peft() -> None:
+    model = peft_model()
     other = deepcopy(model)
-    ours = torch.optim.AdamW(
-        loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1, embedding_lr=1e-6)
-    )
-    for each, optimizer in ((model, ours), (other, theirs(other, decay=0.1))):
-        each(tokens).square().mean().backward()
-        optimizer.step()
-    before = in_peft().state_dict()
+    groups = loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1, embedding_lr=1e-6)
+    train_one_step(model, torch.optim.AdamW(groups))
+    train_one_step(other, peft_optimizer(other, decay=0.1))
+    found = model.state_dict()
     for name, value in other.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-    assert not all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+        assert torch.equal(found[name], value), name
+    before = peft_model().state_dict()
+    assert not all(torch.equal(found[name], value) for name, value in before.items())
 
 
-def test_an_adapter_of_ours_has_two_groups(build_llama: Callable[..., LlamaForCausalLM]) -> None:
+def train_one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tokens = torch.arange(10).reshape(2, 5)
+    model(tokens).square().mean().backward()
+    optimizer.step()
+
+
+def test_injected_adapter_has_two_groups(build_llama: Callable[..., LlamaForCausalLM]) -> None:
     model = build_llama()
     inject(model, LoraConfig(r=4, lora_alpha=8), seed=0)
-    by_name = settings_by_name(
-        model, loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1)
-    )
+    groups = loraplus_groups(model.named_parameters(), **RATES, weight_decay=0.1)
+    by_name = settings_by_name(model, groups)
     assert {(name.rpartition(".")[2], setting) for name, setting in by_name.items()} == {
         ("lora_A", (1e-3, 0.1)),
         ("lora_B", (16e-3, 0.1)),
@@ -118,11 +121,10 @@ def test_an_adapter_of_ours_has_two_groups(build_llama: Callable[..., LlamaForCa
     assert len(by_name) == 2 * 14
 
 
-def test_a_ratio_of_one_is_a_plain_optimiser() -> None:
-    model = in_peft()
-    by_name = settings_by_name(
-        model, loraplus_groups(model.named_parameters(), learning_rate=1e-3, ratio=1.0)
-    )
+def test_ratio_of_one_is_a_plain_optimizer() -> None:
+    model = peft_model()
+    groups = loraplus_groups(model.named_parameters(), learning_rate=1e-3, ratio=1.0)
+    by_name = settings_by_name(model, groups)
     assert set(by_name.values()) == {(1e-3, 0.0)}
 
 
@@ -137,20 +139,20 @@ def test_a_ratio_of_one_is_a_plain_optimiser() -> None:
         ("embedding_lr", 0.0),
     ],
 )
-def test_a_value_outside_its_range_is_refused(name: str, value: float) -> None:
+def test_value_out_of_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name}={value}"):
-        loraplus_groups(in_peft().named_parameters(), **(RATES | {name: value}))
+        loraplus_groups(peft_model().named_parameters(), **(RATES | {name: value}))
 
 
-def test_a_model_without_a_trained_adapter_is_refused() -> None:
+def test_model_without_a_trained_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="none of 7 trained parameters"):
         loraplus_groups(Tiny().named_parameters(), **RATES)
     with pytest.raises(ConfigError, match="none of 0 trained parameters"):
-        loraplus_groups(in_peft().requires_grad_(False).named_parameters(), **RATES)
+        loraplus_groups(peft_model().requires_grad_(False).named_parameters(), **RATES)
 
 
-def test_an_embedding_lr_without_an_adapted_embedding_is_refused() -> None:
+def test_embedding_lr_without_an_adapted_embedding_is_refused() -> None:
     with pytest.raises(ConfigError, match="no embedding is adapted"):
         loraplus_groups(
-            in_peft(target_modules=["up"]).named_parameters(), **RATES, embedding_lr=1e-6
+            peft_model(target_modules=["up"]).named_parameters(), **RATES, embedding_lr=1e-6
         )

@@ -135,8 +135,7 @@ def test_swapping_before_and_after_negates_every_metric(
 @settings(max_examples=25)
 @given(st.integers(0, 2**32), st.randoms(use_true_random=False))
 def test_the_order_of_items_changes_nothing(random_records: Maker, seed: int, random: Any) -> None:
-    """Means and p-values are equal; the ends of intervals differ at most as between two
-    resamplings."""
+    """Means and p-values are equal; the ends of intervals differ as between two resamplings."""
     before = random_records(seed)
     after = random_records(seed + 1)
     order = random.sample(range(len(before)), len(before))

@@ -30,8 +30,7 @@ def ends(interval: Interval | None) -> tuple[float, float, float]:
 def test_benchmarks_have_equal_weight_and_items_are_resampled_within_them(
     task_records: Maker, general_records: Maker
 ) -> None:
-    """Constant differences within each benchmark have no variance, however the benchmarks
-    differ."""
+    """Constant differences within each benchmark have no variance, whatever the benchmarks."""
     task = task_records([1.0, 1.0])
     before = task + general_records("piqa", [0.4] * 5) + general_records("lambada", [0.4] * 2)
     after = task + general_records("piqa", [0.5] * 5) + general_records("lambada", [0.7] * 2)

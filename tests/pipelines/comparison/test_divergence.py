@@ -121,8 +121,7 @@ def test_tokens_with_probability_zero_in_one_model_keep_the_divergence_finite(
 def test_the_interval_resamples_chats_and_never_reaches_below_zero(
     divergence: Callable[..., KLDivergence],
 ) -> None:
-    """One chat of twelve changed: the mean is a twelfth of its divergence; the interval ends at
-    0."""
+    """One chat of twelve changed: the mean is a twelfth of its divergence, the low end is 0."""
     before = distributions(1, positions=24)
     after = torch.cat([distributions(2, positions=2), before[2:]])
     result = divergence(before, after, chats=12)

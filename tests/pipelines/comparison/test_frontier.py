@@ -102,8 +102,7 @@ def test_a_lower_rank_with_the_same_gain_is_recommended(recommended: Recommend) 
 
 
 def test_gives_up_is_the_upper_end_of_the_interval(recommended_of_two: Recommend) -> None:
-    """By hand: the best gains 1.0; the lower rank gains 0.04 or 0.06 less on each of 40
-    examples."""
+    """By hand: the best gains 1.0; the lower rank gains 0.04 or 0.06 less on 40 examples."""
     less = np.array([0.04, 0.06] * (ITEMS // 2))
     result = recommended_of_two(less)
     assert result is not None

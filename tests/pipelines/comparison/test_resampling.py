@@ -66,8 +66,7 @@ def test_every_resample_draws_the_number_of_items(items: int) -> None:
 
 
 def test_counts_have_the_binomial_distribution() -> None:
-    """A count has mean 1 and variance 1 − 1/n; the standard error of its mean over 4999 is
-    0.014."""
+    """A count has mean 1 and variance 1 − 1/n; over 4999 its mean has a standard error of 0.014."""
     counts = resample_counts(40, 3).astype(float)
     assert counts.mean(axis=0) == pytest.approx(np.ones(40), abs=5 * 0.014)
     assert counts.var() == pytest.approx(1 - 1 / 40, abs=0.02)
@@ -140,8 +139,7 @@ def test_an_interval_is_stretched_to_students(items: int) -> None:
 
 
 def test_the_stretch_over_benchmarks_is_welchs() -> None:
-    """scipy's test of two samples has the same degrees of freedom, for a sum as for a
-    difference."""
+    """scipy's test of two samples has the same degrees of freedom, although for a difference."""
     rng = np.random.default_rng(11)
     first = rng.normal(0, 1.0, 6)
     second = rng.normal(0, 4.0, 15)
@@ -221,8 +219,7 @@ def test_a_p_value_of_few_items_equals_an_enumeration(values: Array) -> None:
     ("items", "shift"), [(8, 0.5), (12, 0.3), (40, 0.2), (200, 0.1), (200, 0.0)]
 )
 def test_a_p_value_equals_scipys(items: int, shift: float) -> None:
-    """Exact for few items; for more, two samples of 4999 swaps differ by less than 5 standard
-    errors."""
+    """Exact for few items; for more, samples of 4999 swaps differ by up to 5 standard errors."""
     values = np.random.default_rng(items).normal(shift, 1.0, items)
     theirs = permutation_test(
         (values,),
@@ -245,8 +242,7 @@ def test_p_values_without_an_effect_are_uniform() -> None:
 
 
 def test_sampled_swaps_never_give_a_p_value_of_zero() -> None:
-    """The observed signs count as one arrangement; no other of the sampled ones is as far from
-    0."""
+    """The observed signs count as one arrangement; no sampled one is as far from 0."""
     assert sign_flip_p_value(np.ones(50)) == 1 / (RESAMPLES + 1)
 
 

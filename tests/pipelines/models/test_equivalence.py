@@ -1,4 +1,4 @@
-"""A way of reading is taken where it agrees with the model's own forward, and only there."""
+"""A reader is used only if it agrees with the model's own forward."""
 
 from collections.abc import Callable
 
@@ -33,31 +33,23 @@ def verify(model: PreTrainedModel, pack: Pack) -> tuple[PackReader, Verified]:
     return verified_reader(model, [Probe(pack, gradient=True)], trained=adapted(model))
 
 
-def test_what_agrees_is_taken_and_its_differences_are_kept(
+def test_a_reader_that_agrees_is_used_and_its_differences_are_kept(
     family: Family, examples_pack: Pack
 ) -> None:
     reader, found = verify(family("gemma2"), examples_pack)
-    assert (reader.packed, found.path, found.own_head, found.rejected) == (
-        True,
-        "packed",
-        False,
-        (),
-    )
+    assert reader.packed
+    assert (found.path, found.own_head, found.rejected) == ("packed", False, ())
     assert (found.examples, found.longest) == (4, 40)
-    assert (
-        found.loss_difference < 1e-5
-        and found.gradient_difference is not None
-        and found.gradient_difference < 1e-4
-    )
-    assert "fast path (packed) matches the model's own forward" in str(
-        found
-    ) and "4 examples of up to 40 tokens" in str(found)
+    assert found.loss_difference < 1e-5
+    assert found.gradient_difference is not None and found.gradient_difference < 1e-4
+    assert "fast path (packed) matches the model's own forward" in str(found)
+    assert "4 examples of up to 40 tokens" in str(found)
 
 
-def test_a_window_that_is_not_honored_is_seen(
+def test_a_window_that_is_ignored_is_detected(
     family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With every mask taken for a causal one, as if windows were dropped, the model is read one example at a time."""
+    """With every mask causal, as if windows were ignored, examples are read one at a time."""
     monkeypatch.setattr(attention, "_within", lambda segment, visible: segment.mask)
     reader, found = verify(family("mistral"), examples_pack)
     assert not reader.packed
@@ -67,7 +59,7 @@ def test_a_window_that_is_not_honored_is_seen(
     assert verified_reader(family("mistral"), [Probe(short)])[0].packed
 
 
-def test_a_term_of_the_head_that_is_not_known_is_left_to_the_model(
+def test_a_head_with_an_unknown_term_is_computed_by_the_model(
     family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(head, "DIVISORS", ())
@@ -77,10 +69,10 @@ def test_a_term_of_the_head_that_is_not_known_is_left_to_the_model(
     assert verify(family("granite"), examples_pack)[0].head is not None
 
 
-def test_a_gradient_alone_that_differs_is_seen(
+def test_a_difference_of_gradients_alone_is_detected(
     family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The losses agree to the bit; a backward pass that is wrong shows in the gradients only."""
+    """The losses agree to the bit; a wrong backward pass shows in the gradients only."""
     loss = PackReader.loss
 
     def detached(reader: PackReader, pack: Pack) -> Tensor:
@@ -92,10 +84,10 @@ def test_a_gradient_alone_that_differs_is_seen(
     assert found.path == "one by one" and "gradients by 5.0e-01" in found.rejected[0]
 
 
-def test_a_backward_pass_that_differs_in_training_mode_alone_is_seen(
+def test_a_difference_in_training_mode_alone_is_detected(
     family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks that are computed again in the backward pass are so in training mode only."""
+    """Blocks are recomputed in the backward pass in training mode only."""
     rows = PackReader._packed
 
     def scaled(reader: PackReader, pack: Pack) -> Tensor:
@@ -103,9 +95,8 @@ def test_a_backward_pass_that_differs_in_training_mode_alone_is_seen(
 
     monkeypatch.setattr(PackReader, "_packed", scaled)
     assert verify(family("llama"), examples_pack)[1].path == "one by one"
-    assert (
-        verify(family("llama", attention_dropout=0.1), examples_pack)[1].path == "packed"
-    )  # there it would be random
+    _, found = verify(family("llama", attention_dropout=0.1), examples_pack)
+    assert found.path == "packed"  # a random forward is verified in evaluation mode
 
 
 @pytest.mark.filterwarnings(
@@ -115,11 +106,8 @@ def test_checkpointed_blocks_are_compared(family: Family, examples_pack: Pack) -
     model = family("gemma2")
     enable_checkpointing(model)
     _, found = verify(model, examples_pack)
-    assert (
-        found.path == "packed"
-        and found.gradient_difference is not None
-        and found.gradient_difference < 1e-4
-    )
+    assert found.path == "packed"
+    assert found.gradient_difference is not None and found.gradient_difference < 1e-4
 
 
 def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(
@@ -133,10 +121,9 @@ def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(
             layer.input_layernorm.weight.data.clamp_(-0.5, 0.5)
 
     layer.register_forward_pre_hook(clamp)
-    with pytest.raises(
-        BaseModelError,
-        match=r"'llama' changes 1 weights .* model\.layers\.0\.input_layernorm\.weight; set base_model",
-    ):
+    weight = r"model\.layers\.0\.input_layernorm\.weight"
+    message = f"'llama' changes 1 weights .* {weight}; set base_model"
+    with pytest.raises(BaseModelError, match=message):
         verify(model, examples_pack)
     verified_reader(model, [Probe(examples_pack)])  # scoring is not in training mode
 
@@ -146,7 +133,7 @@ def test_a_recurrent_state_is_not_packed(family: Family, examples_pack: Pack) ->
     assert not reader.packed and found.rejected == ("not packed: lfm2 has layers of kind conv",)
 
 
-def test_a_state_that_nothing_announces_is_seen(
+def test_an_undeclared_recurrent_state_is_detected(
     family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(equivalence, "why_not_packed", lambda model: None)
@@ -154,15 +141,16 @@ def test_a_state_that_nothing_announces_is_seen(
     assert not reader.packed and "packed with" in found.rejected[0]
 
 
-def test_a_model_that_sees_the_future_is_refused(family: Family, examples_pack: Pack) -> None:
+def test_a_model_that_reads_the_future_is_refused(family: Family, examples_pack: Pack) -> None:
     model = family("llama")
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     model.config.is_causal = False
-    with pytest.raises(
-        BaseModelError,
-        match=r"'llama' is not a causal language model: a token's logits change by .* with the tokens after it",
-    ):
+    message = (
+        "'llama' is not a causal language model: "
+        "a token's logits change by .* with the tokens after it"
+    )
+    with pytest.raises(BaseModelError, match=message):
         verified_reader(model, [Probe(examples_pack)])
 
 
@@ -174,16 +162,17 @@ def test_weights_that_are_not_finite_are_refused(family: Family, examples_pack: 
         verified_reader(model, [Probe(examples_pack)])
 
 
-def test_what_takes_no_part_in_the_loss_is_named(family: Family, examples_pack: Pack) -> None:
+def test_weights_that_do_not_affect_the_loss_are_named(family: Family, examples_pack: Pack) -> None:
     model = family("gpt2")
     model.transformer.unused = nn.Linear(2, 2)
     trained = dict(model.named_parameters())
     _, found = verified_reader(model, [Probe(examples_pack, gradient=True)], trained=trained)
     assert found.without_gradient == ("transformer.unused.weight", "transformer.unused.bias")
-    assert verified_reader(model, [Probe(examples_pack)], trained=trained)[1].without_gradient == ()
+    _, found = verified_reader(model, [Probe(examples_pack)], trained=trained)
+    assert found.without_gradient == ()
 
 
-def test_the_model_is_left_as_it_was(family: Family, examples_pack: Pack) -> None:
+def test_the_model_is_unchanged_by_the_verification(family: Family, examples_pack: Pack) -> None:
     model = family("llama")
     trained = adapted(model.train())
     state = torch.get_rng_state()
@@ -195,19 +184,16 @@ def test_the_model_is_left_as_it_was(family: Family, examples_pack: Pack) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "bloom", "mamba2"])
-def test_a_base_is_looked_at_before_there_is_data(family: Family, name: str) -> None:
+def test_a_base_is_verified_before_there_is_data(family: Family, name: str) -> None:
     found = first_look(family(name))
     assert found.loss_difference < 1e-5 and found.gradient_difference is None
 
 
-def test_sixteen_bits_are_given_more_room(family: Family, examples_pack: Pack) -> None:
+def test_16_bits_have_a_larger_tolerance(family: Family, examples_pack: Pack) -> None:
     model = family("llama").to(torch.bfloat16)
     _, found = verified_reader(model, [Probe(examples_pack)])
-    assert (
-        found.loss_tolerance
-        == tolerances.IN_16_BITS.loss
-        > tolerances.TOLERANCES[torch.float32].loss
-    )
+    assert found.loss_tolerance == tolerances.IN_16_BITS.loss
+    assert found.loss_tolerance > tolerances.TOLERANCES[torch.float32].loss
     masters = family("llama")
     _, found = verified_reader(
         masters,
@@ -218,17 +204,19 @@ def test_sixteen_bits_are_given_more_room(family: Family, examples_pack: Pack) -
     assert found.path == "packed" and found.loss_difference > 1e-6  # it was computed in bfloat16
 
 
-def test_a_sentence_says_what_was_found() -> None:
+def test_a_sentence_describes_the_verification() -> None:
     found = Verified(
-        "one by one",
-        False,
-        1,
-        1200,
-        3e-7,
-        None,
-        1e-4,
-        1e-3,
+        path="one by one",
+        own_head=False,
+        examples=1,
+        longest=1200,
+        loss_difference=3e-7,
+        gradient_difference=None,
+        loss_tolerance=1e-4,
+        gradient_tolerance=1e-3,
         rejected=("not packed: it has a state",),
     )
-    expected = "slow path (one example at a time) matches the model's own forward: 3e-07 nats per token on 1 example of up to 1,200 tokens"
-    assert sentence(found.figures()) == f"{expected}; not packed: it has a state"
+    assert sentence(found.figures()) == (
+        "slow path (one example at a time) matches the model's own forward: "
+        "3e-07 nats per token on 1 example of up to 1,200 tokens; not packed: it has a state"
+    )

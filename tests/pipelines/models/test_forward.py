@@ -1,4 +1,4 @@
-"""Packs are read as each example alone; longer examples than those verified are verified when they come."""
+"""A pack gives what each example gives alone; a longer example is verified when it comes."""
 
 from collections.abc import Callable
 
@@ -27,11 +27,10 @@ def tree_of(wholes: list[list[int]], prompt: int) -> Pack:
 TREE = tree_of([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 4, 3], [5, 6, 9]], 2)
 
 
-def test_the_paths_of_examples_are_the_examples(examples_pack: Pack) -> None:
+def test_the_paths_of_a_pack_are_its_examples(examples_pack: Pack) -> None:
     paths = examples_pack.paths()
-    assert [examples_pack.input_ids[path.places].tolist() for path in paths] == [
-        one["input_ids"] for one in drawn()
-    ]
+    read = [examples_pack.input_ids[path.places].tolist() for path in paths]
+    assert read == [example["input_ids"] for example in drawn()]
     for path in paths:
         ids = examples_pack.input_ids[path.places]
         assert ids[path.at + 1].tolist() == examples_pack.targets[path.rows].tolist()
@@ -40,19 +39,15 @@ def test_the_paths_of_examples_are_the_examples(examples_pack: Pack) -> None:
 def test_the_paths_of_a_tree_are_its_answers_up_to_the_last_token_that_predicts() -> None:
     read = [TREE.input_ids[path.places].tolist() for path in TREE.paths()]
     assert read == [[5, 6, 7], [5, 6], [5, 6, 7, 4], [5, 6]]
-    assert [TREE.targets[path.rows].tolist() for path in TREE.paths()] == [
-        [7, 8],
-        [9],
-        [7, 4, 3],
-        [9],
-    ]
+    targets = [TREE.targets[path.rows].tolist() for path in TREE.paths()]
+    assert targets == [[7, 8], [9], [7, 4, 3], [9]]
 
 
-def test_pieces_join_to_the_whole(examples_pack: Pack) -> None:
-    whole = join([examples_pack, TREE])
-    again = join(whole.pieces())
+def test_joined_pieces_equal_the_pack(examples_pack: Pack) -> None:
+    joined = join([examples_pack, TREE])
+    again = join(joined.pieces())
     for name in ("input_ids", "position_ids", "predicts", "targets"):
-        assert torch.equal(getattr(whole, name), getattr(again, name))
+        assert torch.equal(getattr(joined, name), getattr(again, name))
 
 
 def test_an_excerpt_keeps_the_longest_and_the_shortest(examples_pack: Pack) -> None:
@@ -60,10 +55,8 @@ def test_an_excerpt_keeps_the_longest_and_the_shortest(examples_pack: Pack) -> N
     assert [segment.length for segment in small.segments] == [40, 4]
     assert small.longest == examples_pack.longest == 40
     answers = excerpt(TREE)
-    assert [answers.targets[path.rows].tolist() for path in answers.paths()] == [
-        [7, 8],
-        [7, 4, 3],
-    ]  # the first and the longest
+    targets = [answers.targets[path.rows].tolist() for path in answers.paths()]
+    assert targets == [[7, 8], [7, 4, 3]]  # the first and the longest
 
 
 @pytest.mark.filterwarnings(
@@ -73,9 +66,10 @@ def test_an_excerpt_keeps_the_longest_and_the_shortest(examples_pack: Pack) -> N
 def test_recomputed_activations_give_the_same_gradients(
     family: Family, examples_pack: Pack, name: str
 ) -> None:
-    """A mask is made once, in the forward pass, and is there when a block is computed again."""
+    """A mask is made once, in the forward pass, and is kept until a block is recomputed."""
     model = family(name).train()
-    objective, parameters = Objective(model), list(model.parameters())
+    objective = Objective(model)
+    parameters = list(model.parameters())
     plain = torch.autograd.grad(objective(examples_pack), parameters, allow_unused=True)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     again = torch.autograd.grad(objective(examples_pack), parameters, allow_unused=True)
@@ -85,32 +79,31 @@ def test_recomputed_activations_give_the_same_gradients(
             torch.testing.assert_close(one, other)
 
 
-def test_an_example_longer_than_those_verified_is_verified_when_it_comes(
+def test_a_longer_example_than_those_verified_is_verified(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With windows dropped, short examples agree and long ones do not: from the first long one on, the slow path is taken."""
+    """If windows are ignored, short examples agree and long ones do not.
+
+    From the first long example on, the slow path is used.
+    """
     monkeypatch.setattr(attention, "_within", lambda segment, visible: segment.mask)
     reader = CheckedReader(family("mistral"))
     short, long = (pack([one], "cpu") for one in (drawn()[3], drawn()[1]))
     reader.log_likelihoods(short, 8)
-    assert reader.verified is not None and (reader.verified.path, reader.verified.longest) == (
-        "packed",
-        4,
-    )
+    verified = reader.verified
+    assert verified is not None and (verified.path, verified.longest) == ("packed", 4)
     found, _ = reader.log_likelihoods(long, 8)
-    assert (reader.verified.path, reader.verified.longest, reader.verified.examples) == (
-        "one by one",
-        40,
-        2,
-    )
+    verified = reader.verified
+    assert verified is not None and verified.path == "one by one"
+    assert (verified.longest, verified.examples) == (40, 2)
     with torch.no_grad():
         own, _ = PackReader(reader.model, packed=False, head=None).log_likelihoods(long, 8)
     torch.testing.assert_close(found, own)
     reader.log_likelihoods(short, 8)
-    assert reader.verified.path == "one by one"  # it stays so
+    assert reader.verified is not None and reader.verified.path == "one by one"
 
 
-def test_trees_are_verified_apart_from_examples(family: Family, examples_pack: Pack) -> None:
+def test_trees_are_verified_separately_from_examples(family: Family, examples_pack: Pack) -> None:
     reader = CheckedReader(family("llama"))
     reader.log_likelihoods(examples_pack, 8)
     reader.log_likelihoods(TREE, 8)
@@ -118,26 +111,23 @@ def test_trees_are_verified_apart_from_examples(family: Family, examples_pack: P
 
 
 @pytest.mark.parametrize(
-    ("name", "way"),
+    ("name", "expected"),
     [
         ("llama", Generation(SDPA, batched=True)),
-        (
-            "gemma2",
-            Generation(EAGER, batched=True),
-        ),  # its capped scores are more than PyTorch's kernels compute
+        ("gemma2", Generation(EAGER, batched=True)),  # PyTorch's kernels cannot cap scores
         ("gpt_oss", Generation(EAGER, batched=True)),
         ("bloom", Generation(EAGER, batched=False)),
         ("mamba2", Generation(EAGER, batched=False)),
     ],
 )
-def test_answers_are_written_in_batches_where_that_changes_none(
-    family: Family, name: str, way: Generation
+def test_answers_are_generated_in_batches_if_that_changes_none(
+    family: Family, name: str, expected: Generation
 ) -> None:
     reader = CheckedReader(family(name))
-    assert reader.generation([[5, 6, 7], [9, 10, 11, 12, 13]]) == way
+    assert reader.generation([[5, 6, 7], [9, 10, 11, 12, 13]]) == expected
 
 
-def test_attention_is_set_back_also_where_a_family_refuses_it(family: Family) -> None:
+def test_attention_is_restored_if_a_family_refuses_it(family: Family) -> None:
     model = family("gpt_oss")
     before = model.config._attn_implementation
     with pytest.raises(ValueError, match="scaled_dot_product_attention"), attending_by(model, SDPA):
@@ -146,7 +136,7 @@ def test_attention_is_set_back_also_where_a_family_refuses_it(family: Family) ->
 
 
 def test_a_tree_of_one_token_is_scored(family: Family) -> None:
-    """Nothing follows a single token, so nothing of it can look ahead."""
+    """A single token has no future that it could read."""
     reader = CheckedReader(family("llama"))
     for tree in (tree_of([[3, 4]], 1), tree_of([[3, 4], [3, 5, 6, 7]], 1)):
         found, _ = reader.log_likelihoods(tree, 8)
@@ -156,19 +146,18 @@ def test_a_tree_of_one_token_is_scored(family: Family) -> None:
 def test_what_either_verification_rejected_is_avoided(family: Family) -> None:
     model = family("llama")
     closed = PackReader.default(model).head
-    packed, alone = (
-        PackReader(model, packed=True, head=None),
-        PackReader(model, packed=False, head=closed),
-    )
+    packed = PackReader(model, packed=True, head=None)
+    alone = PackReader(model, packed=False, head=closed)
     assert _slower_of(packed, alone) == PackReader(model, packed=False, head=None)
 
 
-def test_want_of_memory_is_not_taken_for_another_family(
+def test_an_out_of_memory_error_is_raised_and_not_taken_for_an_incompatibility(
     family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def short(reader: PackReader, pack: Pack) -> torch.Tensor:
         raise RuntimeError(
-            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: "
+            "you tried to allocate 8 bytes"
         )
 
     monkeypatch.setattr(PackReader, "rows", short)

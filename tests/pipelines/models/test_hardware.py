@@ -1,4 +1,4 @@
-"""The optimiser follows from the hardware, the engine and what fits; a mean in 8 bits comes back to the bit."""
+"""The optimizer depends on hardware, engine and memory; an 8-bit state resumes to the bit."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,11 @@ from pipelines.models.loading import attention_heads, load_model
 from pipelines.training import eight_bit
 from pipelines.training.optimizers import build, full_bytes
 
-CPU, GPU = (
-    Hardware("cpu", torch.float32, "gloo"),
-    Hardware("cuda:0", torch.bfloat16, "nccl", 24 << 30),
-)
+CPU = Hardware("cpu", torch.float32, "gloo")
+GPU = Hardware("cuda:0", torch.bfloat16, "nccl", 24 << 30)
 FITS, LARGE = 20 << 30, 23 << 30
 """Of 24 GiB, nine tenths are 21.6."""
-RATE = 1e-3
+LEARNING_RATE = 1e-3
 
 
 @pytest.mark.parametrize(
@@ -45,21 +43,22 @@ RATE = 1e-3
         (GPU, "replaced", LARGE, REPLACED),
     ],
 )
-def test_the_optimiser_follows_from_hardware_and_engine(
+def test_the_optimizer_depends_on_hardware_and_engine(
     hardware: Hardware, state: Any, full_bytes: int | None, name: str
 ) -> None:
     assert choose_optimizer(hardware, state, full_bytes).name == name
 
 
-def test_what_was_chosen_is_said_with_its_reason() -> None:
-    said = GPU.describe("flash", choose_optimizer(GPU, "whole", LARGE))
-    assert said.startswith(
-        "device cuda:0, bfloat16, nccl, flash attention, paged 8-bit AdamW (full fine-tuning needs about 23.0 of 24.0 GiB)"
+def test_the_description_has_the_reason_for_the_optimizer() -> None:
+    text = GPU.describe("flash", choose_optimizer(GPU, "whole", LARGE))
+    assert text.startswith(
+        "device cuda:0, bfloat16, nccl, flash attention, "
+        "paged 8-bit AdamW (full fine-tuning needs about 23.0 of 24.0 GiB)"
     )
 
 
-def test_the_kernel_is_the_one_that_pytorch_takes(tiny_folder: Path) -> None:
-    """Half as many heads of keys and values are no reason for another."""
+def test_the_kernel_is_the_one_that_pytorch_uses(tiny_folder: Path) -> None:
+    """Shared heads of keys and values do not change it."""
     model = load_model(tiny_folder, "none", CPU)
     assert attention_heads(model) == (4, 2, 16)
     assert attention_kernel(detect(), attention_heads(model)) == "flash"
@@ -76,14 +75,13 @@ def test_full_fine_tuning_needs_more_for_more_tokens_and_for_copies_of_gradients
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert needs > 4 * 4 * weights  # masters, gradients and two means, in 4 bytes
     assert full_bytes(model, options, 6400) > needs
-    assert (
-        full_bytes(model, {**options, "processes": 2}, 64) == needs + 4 * weights
-    )  # gradients of float32 masters, once more
+    # a second copy of the gradients of float32 masters
+    assert full_bytes(model, {**options, "processes": 2}, 64) == needs + 4 * weights
 
 
 @dataclass
 class Taught:
-    """Two matrices, one too small for 8 bits, and the optimiser that trains them."""
+    """Two matrices, one too small for 8 bits, and the optimizer that trains them."""
 
     weights: list[nn.Parameter]
     optimizer: Any
@@ -108,7 +106,7 @@ def taught(name: str, steps: int = 3) -> Taught:
     torch.manual_seed(0)
     device = detect().device
     weights = [nn.Parameter(torch.randn(*shape, device=device)) for shape in ((80, 70), (8, 8))]
-    groups = [{"params": weights, "lr": RATE, "weight_decay": 0.0}]
+    groups = [{"params": weights, "lr": LEARNING_RATE, "weight_decay": 0.0}]
     found = Taught(weights, build(replace(choose_optimizer(CPU, "whole", None), name=name), groups))
     for seed in range(steps):
         found.step(seed)
@@ -119,13 +117,16 @@ pages = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on
 
 
 @pages
-def test_an_8_bit_state_goes_on_to_the_bit() -> None:
-    whole, broken = taught(PAGED), taught(PAGED, steps=0)
-    assert [sorted(mean["exp_avg"]) for mean in whole.means()] == [["", "/absmax"], [""]]
-    for own, weight, mean in zip(broken.weights, whole.weights, whole.means(), strict=True):
+def test_an_8_bit_state_resumes_to_the_bit() -> None:
+    uninterrupted = taught(PAGED)
+    resumed = taught(PAGED, steps=0)
+    assert [sorted(mean["exp_avg"]) for mean in uninterrupted.means()] == [["", "/absmax"], [""]]
+    for own, weight, mean in zip(
+        resumed.weights, uninterrupted.weights, uninterrupted.means(), strict=True
+    ):
         own.data.copy_(weight.data)
         eight_bit.restore(
-            broken.optimizer,
+            resumed.optimizer,
             own,
             {
                 key: {e: t.to("cpu", copy=True) for e, t in parts.items()}
@@ -134,17 +135,19 @@ def test_an_8_bit_state_goes_on_to_the_bit() -> None:
             3,
         )
     for seed in (3, 4):
-        whole.step(seed)
-        broken.step(seed)
+        uninterrupted.step(seed)
+        resumed.step(seed)
     assert all(
-        torch.equal(one, other) for one, other in zip(whole.weights, broken.weights, strict=True)
+        torch.equal(one, other)
+        for one, other in zip(uninterrupted.weights, resumed.weights, strict=True)
     )
 
 
 @pages
-def test_a_run_goes_on_with_the_other_optimiser() -> None:
-    """8 bits stand for what float32 has but for their rounding, 1/127 of a block's largest at most where values are spread."""
-    plain, rounded = taught(PLAIN), taught(PAGED)
+def test_a_run_resumes_with_the_other_optimizer() -> None:
+    """8 bits differ from float32 by rounding: at most 1/127 of the largest value of a block."""
+    plain = taught(PLAIN)
+    rounded = taught(PAGED)
     for one, other in zip(plain.means(), rounded.means(), strict=True):
         for key, mean in one.items():
             largest = float(mean[""].abs().max())

@@ -1,5 +1,6 @@
-"""The order of the examples is the seed's alone, every share is whole, and no target crosses an example's border."""
+"""The order of examples depends on the seed alone, and no target crosses an example's border."""
 
+from itertools import chain, compress
 from typing import Any
 
 from hypothesis import given
@@ -13,7 +14,7 @@ Examples = list[dict[str, Any]]
 
 @st.composite
 def steps_of_examples(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
-    """Draw the lengths of all examples, the indices of one step, and the number of parts it is dealt to."""
+    """Draw the lengths of all examples, the indices of one step, and the number of shards."""
     lengths = draw(st.lists(st.integers(1, 400), min_size=1, max_size=24))
     parts = draw(st.integers(1, len(lengths)))
     indices = draw(st.permutations(range(len(lengths))))[: draw(st.integers(parts, len(lengths)))]
@@ -21,8 +22,8 @@ def steps_of_examples(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
 
 
 @st.composite
-def tokenised_examples(draw: st.DrawFn) -> Examples:
-    """Draw examples whose first token is never supervised, as preparation leaves them."""
+def tokenized_examples(draw: st.DrawFn) -> Examples:
+    """Draw examples whose first token is never supervised, as preparation makes them."""
     drawn = draw(
         st.lists(
             st.lists(st.tuples(st.integers(0, 999), st.booleans()), min_size=1, max_size=9),
@@ -33,14 +34,14 @@ def tokenised_examples(draw: st.DrawFn) -> Examples:
     return [
         {
             "input_ids": [token for token, _ in one],
-            "supervised": [place > 0 and learnt for place, (_, learnt) in enumerate(one)],
+            "supervised": [index > 0 and learned for index, (_, learned) in enumerate(one)],
         }
         for one in drawn
     ]
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(0, 3))
-def test_each_epoch_takes_every_example_once(
+def test_each_epoch_uses_every_example_once(
     examples: int, steps: int, batch_size: int, seed: int
 ) -> None:
     drawn = [index for step in order(examples, steps, batch_size, seed) for index in step]
@@ -52,7 +53,7 @@ def test_each_epoch_takes_every_example_once(
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12))
-def test_a_longer_run_begins_like_a_shorter_one(examples: int, steps: int, batch_size: int) -> None:
+def test_a_longer_run_starts_like_a_shorter_one(examples: int, steps: int, batch_size: int) -> None:
     assert order(examples, steps + 3, batch_size, 7)[:steps] == order(
         examples, steps, batch_size, 7
     )
@@ -70,75 +71,68 @@ def test_the_order_is_drawn_by_the_seed() -> None:
 
 
 @given(steps_of_examples())
-def test_shares_are_disjoint_and_whole(drawn: tuple[list[int], list[int], int]) -> None:
+def test_shards_are_disjoint_and_complete(drawn: tuple[list[int], list[int], int]) -> None:
     lengths, indices, parts = drawn
-    dealt = balance_by_tokens(indices, lengths, parts)
-    assert sorted(index for share in dealt for index in share) == sorted(indices)
-    assert len(dealt) == parts
+    shards = balance_by_tokens(indices, lengths, parts)
+    assert sorted(chain.from_iterable(shards)) == sorted(indices)
+    assert len(shards) == parts
 
 
 @given(steps_of_examples())
-def test_no_share_is_empty(drawn: tuple[list[int], list[int], int]) -> None:
+def test_no_shard_is_empty(drawn: tuple[list[int], list[int], int]) -> None:
     lengths, indices, parts = drawn
     assert all(balance_by_tokens(indices, lengths, parts))
 
 
 @given(steps_of_examples())
-def test_shares_differ_by_no_more_than_one_example(drawn: tuple[list[int], list[int], int]) -> None:
-    """The part that is heaviest was the lightest before its last example came."""
+def test_shards_differ_by_at_most_one_example(drawn: tuple[list[int], list[int], int]) -> None:
+    """The largest shard was the smallest before its last example was added."""
     lengths, indices, parts = drawn
-    tokens = [
-        sum(lengths[index] for index in share)
-        for share in balance_by_tokens(indices, lengths, parts)
-    ]
+    shards = balance_by_tokens(indices, lengths, parts)
+    tokens = [sum(lengths[index] for index in shard) for shard in shards]
     assert max(tokens) - min(tokens) <= max(lengths[index] for index in indices)
 
 
 @given(steps_of_examples())
-def test_a_step_holds_the_same_examples_for_any_number_of_parts(
+def test_a_step_has_the_same_examples_for_any_number_of_shards(
     drawn: tuple[list[int], list[int], int],
 ) -> None:
     lengths, indices, parts = drawn
-    together, apart = (
-        balance_by_tokens(indices, lengths, 1),
-        balance_by_tokens(indices, lengths, parts),
-    )
-    assert sorted(together[0]) == sorted(index for share in apart for index in share)
+    [together] = balance_by_tokens(indices, lengths, 1)
+    shards = balance_by_tokens(indices, lengths, parts)
+    assert sorted(together) == sorted(chain.from_iterable(shards))
 
 
-def test_the_deal_does_not_hang_on_the_order_within_a_step() -> None:
+def test_shards_do_not_depend_on_the_order_within_a_step() -> None:
     lengths = [5, 5, 9, 2, 7, 7]
-    assert balance_by_tokens([0, 1, 2, 3, 4, 5], lengths, 3) == balance_by_tokens(
-        [5, 3, 1, 4, 2, 0], lengths, 3
-    )
+    shards = balance_by_tokens([0, 1, 2, 3, 4, 5], lengths, 3)
+    assert shards == balance_by_tokens([5, 3, 1, 4, 2, 0], lengths, 3)
 
 
-@given(tokenised_examples())
+@given(tokenized_examples())
 def test_a_target_is_the_token_after_the_one_that_predicts_it(examples: Examples) -> None:
     packed = pack(examples, "cpu")
     assert (packed.input_ids[packed.predicts + 1] == packed.targets).all()
-    assert packed.targets.tolist() == [
-        t
-        for e in examples
-        for t, learnt in zip(e["input_ids"], e["supervised"], strict=True)
-        if learnt
-    ]
+    targets = []
+    for example in examples:
+        targets += compress(example["input_ids"], example["supervised"])
+    assert packed.targets.tolist() == targets
 
 
-@given(tokenised_examples())
+@given(tokenized_examples())
 def test_no_prediction_crosses_the_border_of_an_example(examples: Examples) -> None:
     packed = pack(examples, "cpu")
     owner = [number for number, example in enumerate(examples) for _ in example["input_ids"]]
-    assert all(owner[place] == owner[place + 1] for place in packed.predicts.tolist())
+    assert all(owner[index] == owner[index + 1] for index in packed.predicts.tolist())
 
 
-@given(tokenised_examples())
-def test_positions_start_anew_in_each_segment(examples: Examples) -> None:
+@given(tokenized_examples())
+def test_positions_start_at_0_in_each_segment(examples: Examples) -> None:
     packed = pack(examples, "cpu")
     lengths = [len(example["input_ids"]) for example in examples]
     assert [segment.length for segment in packed.segments] == lengths
     assert all(segment.mask is None for segment in packed.segments)
-    assert packed.position_ids.tolist() == [place for length in lengths for place in range(length)]
-    assert packed.input_ids.tolist() == [
-        token for example in examples for token in example["input_ids"]
-    ]
+    positions = chain.from_iterable(range(length) for length in lengths)
+    assert packed.position_ids.tolist() == list(positions)
+    tokens = chain.from_iterable(example["input_ids"] for example in examples)
+    assert packed.input_ids.tolist() == list(tokens)

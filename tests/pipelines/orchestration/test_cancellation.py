@@ -1,6 +1,4 @@
-"""Leftover processes of a run are killed, and only those; after Ctrl-C a run is Cancelled, and a
-killed one Crashed.
-"""
+"""Leftover processes are killed; interrupted runs become Cancelled, killed ones Crashed."""
 
 import os
 import subprocess
@@ -52,9 +50,7 @@ SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 @pytest.fixture
 def started() -> "Iterator[Callable[..., subprocess.Popen[bytes]]]":
-    """Return a function that starts a process in a separate session, like a rank; all end after the
-    test.
-    """
+    """Return a function that starts a process in a separate session, as for a rank."""
     processes: list[subprocess.Popen[bytes]] = []
 
     def start(run: UUID | None, argv: list[str] = SLEEP) -> "subprocess.Popen[bytes]":

@@ -1,6 +1,4 @@
-"""Slots are named after GPUs or cores, created if missing, and acquired only from a server that
-runs share.
-"""
+"""Slots are named after GPUs or cores, and acquired only from a shared server."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,6 +1,4 @@
-"""A deployment on a real Prefect server with a real worker: it starts, is cancelled, loses its
-worker, and resumes.
-"""
+"""A deployment on a real Prefect server and worker starts, is cancelled, and resumes."""
 
 import subprocess
 import sys

@@ -1,6 +1,4 @@
-"""A real local Prefect server: it ignores signals, and ends together with its run however that
-ends.
-"""
+"""A real local Prefect server ignores signals, and ends together with its run."""
 
 import os
 import signal

@@ -113,9 +113,7 @@ def test_a_plan_rejects_what_training_would_reject_or_ignore(
 
 def test_a_loraplus_ratio_affects_the_dora_magnitudes_of_an_embedding(tiny_folder: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny_folder)
-    lora = lora_settings(
-        target_modules=("embed_tokens",), loraplus_ratio=4, use_dora=True
-    )
+    lora = lora_settings(target_modules=("embed_tokens",), loraplus_ratio=4, use_dora=True)
     config = lora_config(lora, 4)
     check_loraplus_ratio(lora, plan_targets(model, config))
     inject(model, config, seed=0)

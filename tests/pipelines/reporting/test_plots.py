@@ -1,12 +1,15 @@
 """The plots show every row of the frontier once, on the trajectory that it belongs to."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from summaries import Summary
 
 from pipelines.reporting.plots.drawing import RANK_COLORS, color_of
-from pipelines.reporting.plots.frontier_plot import Trajectory, plot_frontier, trajectories
+from pipelines.reporting.plots.frontier_plot import plot_frontier
 from pipelines.reporting.plots.rank_plot import plot_ranks
+from pipelines.reporting.plots.trajectories import Trajectory, trajectories
 
 DOTTED_CONTROL_LINE = (
     r'<path d="[^"]*" clip-path="[^"]*" '
@@ -15,13 +18,19 @@ DOTTED_CONTROL_LINE = (
 CONTROL_LABEL = r"fill: var\(--control[^>]*>([^<]*)</text>"
 
 
+def column(rows: Sequence[Summary], key: str) -> list[Any]:
+    return [row[key] for row in rows]
+
+
 def by_label(summary: Summary) -> dict[str, Trajectory]:
     return {trajectory.label: trajectory for trajectory in trajectories(summary)}
 
 
 def test_every_row_of_the_frontier_is_on_one_trajectory(summary: Summary) -> None:
-    drawn = [row["label"] for trajectory in trajectories(summary) for row in trajectory.rows]
-    assert sorted(drawn) == sorted(row["label"] for row in summary["frontier"])
+    drawn = []
+    for trajectory in trajectories(summary):
+        drawn += column(trajectory.rows, "label")
+    assert sorted(drawn) == sorted(column(summary["frontier"], "label"))
 
 
 def test_trajectories_start_at_their_base(summary: Summary) -> None:
@@ -34,11 +43,11 @@ def test_trajectories_start_at_their_base(summary: Summary) -> None:
 def test_trajectories_have_snapshots_rates_and_truncations(summary: Summary) -> None:
     found = by_label(summary)
     for label in ("control", "rank-16"):
-        assert [row["step"] for row in found[label].snapshots] == [5, 10]
+        assert column(found[label].snapshots, "step") == [5, 10]
         assert not found[label].truncated
-    assert [row["label"] for row in found["rank-16"].rates] == ["rank-16 lr 0.0005"]
-    assert [row["label"] for row in found["control"].rates] == ["control lr 0.0003"]
-    assert [row["rank"] for row in found["rank-64"].truncated] == [8, 2]
+    assert column(found["rank-16"].rates, "label") == ["rank-16 lr 0.0005"]
+    assert column(found["control"].rates, "label") == ["control lr 0.0003"]
+    assert column(found["rank-64"].truncated, "rank") == [8, 2]
 
 
 def test_lora_control_starts_at_the_base_of_the_adapters(summary: Summary) -> None:
@@ -82,8 +91,8 @@ def test_no_gain_limit_is_drawn_if_the_control_did_not_learn(summary: Summary) -
 
 def test_truncations_are_labeled(summary: Summary) -> None:
     svg = plot_frontier(summary)
-    assert ">truncated to 8<" in svg
-    assert ">truncated to 2<" in svg
+    assert ">→ rank 8<" in svg
+    assert ">→ rank 2<" in svg
 
 
 def test_a_single_rank_is_drawn(summary: Summary) -> None:

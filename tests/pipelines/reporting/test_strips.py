@@ -1,5 +1,6 @@
 """The paths of a strip encode the spectra that it was built from."""
 
+import math
 import re
 
 import hypothesis.strategies as st
@@ -18,10 +19,11 @@ def shades_of(strip: Strip) -> list[list[int]]:
     """Return the shade of each cell, column by column, read from the strip's paths."""
     cells = [[0] * strip.rank for _ in range(strip.layers)]
     for shade, path in strip.shades.items():
-        for column, top, height in re.findall(r"M(\d+) (\d+)h1v(\d+)h-1z", path):
-            for index in range(int(top), int(top) + int(height)):
-                assert cells[int(column)][index] == 0, "a cell is painted twice"
-                cells[int(column)][index] = shade
+        for match in re.findall(r"M(\d+) (\d+)h1v(\d+)h-1z", path):
+            column, top, height = map(int, match)
+            for index in range(top, top + height):
+                assert cells[column][index] == 0, "a cell is painted twice"
+                cells[column][index] = shade
     return cells
 
 
@@ -29,9 +31,14 @@ def shades_of(strip: Strip) -> list[list[int]]:
 def test_shades_are_the_values_within_half_a_shade(columns: list[list[float]]) -> None:
     modules = []
     for index, values in enumerate(columns):
-        name = f"layers.{index}.q_proj"
-        rank = len(values)
-        modules.append({"module": name, "rank": rank, "effective_rank": 1.0, "values": values})
+        modules.append(
+            {
+                "module": f"layers.{index}.q_proj",
+                "rank": len(values),
+                "effective_rank": 1.0,
+                "values": values,
+            }
+        )
     (strip,) = strips(modules)
     for values, shades in zip(columns, shades_of(strip), strict=True):
         largest = values[0] or 1.0
@@ -42,7 +49,11 @@ def test_shades_are_the_values_within_half_a_shade(columns: list[list[float]]) -
 
 
 def norm(module: Summary) -> float:
-    return float(sum(value**2 for value in module["values"]) ** 0.5)
+    return math.hypot(*module["values"])
+
+
+def queries_of(modules: list[Summary]) -> list[Summary]:
+    return [module for module in modules if "q_proj" in module["module"]]
 
 
 def bar_heights(strip: Strip) -> list[float]:
@@ -53,11 +64,12 @@ def test_layers_keep_their_order_and_bars_are_relative_to_the_largest() -> None:
     modules = spectrum(4)
     by_kind = {strip.kind: strip for strip in strips(modules)}
     assert list(by_kind) == ["q_proj", "o_proj", "down_proj"]
-    heights = [height for strip in by_kind.values() for height in bar_heights(strip)]
+    heights = []
+    for strip in by_kind.values():
+        heights += bar_heights(strip)
     assert max(heights) == bar_heights(by_kind["down_proj"])[-1] == 1
-    queries = [module for module in modules if "q_proj" in module["module"]]
     largest = norm(modules[-1])
-    expected = [norm(module) / largest for module in queries]
+    expected = [norm(module) / largest for module in queries_of(modules)]
     # three decimals are written
     assert bar_heights(by_kind["q_proj"]) == pytest.approx(expected, abs=5e-4)
 
@@ -66,6 +78,6 @@ def test_line_shows_the_effective_ranks() -> None:
     modules = spectrum(4)
     strip = strips(modules)[0]
     line = [float(point.split(",")[1]) for point in strip.line.split()]
-    queries = [module for module in modules if "q_proj" in module["module"]]
+    expected = [module["effective_rank"] for module in queries_of(modules)]
     # two decimals are written
-    assert line == pytest.approx([module["effective_rank"] for module in queries], abs=5e-3)
+    assert line == pytest.approx(expected, abs=5e-3)

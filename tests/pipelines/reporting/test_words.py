@@ -22,7 +22,7 @@ FAILED = {
     "beyond_items": True,
 }
 GOOD = {
-    "name": "learnt enough",
+    "name": "learned enough",
     "status": "pass",
     "reason": "80% of the control's gain",
     "beyond_items": False,

@@ -1,6 +1,4 @@
-"""A batch of stages: each has its own result or error, a finished one is skipped, and a bug ends
-the batch.
-"""
+"""In a batch of stages each has its own result or error, and finished ones are skipped."""
 
 import subprocess
 import sys

@@ -1,6 +1,4 @@
-"""A stall is detected from heartbeats, whatever the clocks show, and the error names the blocking
-rank.
-"""
+"""A stall is detected from heartbeats, and the error names the blocking rank."""
 
 import time
 from pathlib import Path

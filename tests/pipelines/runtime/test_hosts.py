@@ -1,6 +1,4 @@
-"""A host joins each training of another host once, and ignores a call that a dead host has left
-behind.
-"""
+"""A host joins each training of another host once, and ignores the call of a dead host."""
 
 import threading
 import time
@@ -37,9 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Serve a joining host; return the machine ranks of the trainings it joined, each until its
-    call is over.
-    """
+    """Serve a joining host; return its machine rank once for each training that it joined."""
     joined: list[str] = []
     host = JoiningHost(1, tmp_path, lambda _: None)
 

@@ -1,6 +1,4 @@
-"""A stage is named by its inputs, and done as long as its result and all files of the result are
-intact.
-"""
+"""A stage is named by its inputs, and done as long as its result and files are intact."""
 
 import json
 from collections.abc import Callable

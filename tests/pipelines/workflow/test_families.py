@@ -1,5 +1,4 @@
-"""Complete runs on tiny bases of families other than Llama: reported losses equal those of
-transformers' own forward.
+"""Complete runs on tiny bases of several families report transformers' own losses.
 
 The reference loads base, adapter (with PEFT) and data from the run's folders, and shares no code
 with the scorer.
@@ -7,6 +6,7 @@ with the scorer.
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ LAUNCHES = {"lfm2": {"config": "cpu_zero2", "processes": 2}}
 EXPERTS = {"gpt_oss": [], "qwen3_moe": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A completed run on a tiny base."""
+
+    family: str
+    folder: Path
+    summary: dict[str, Any]
+
+
 def save_family(name: str, folder: Path) -> Path:
     """Save a tiny base of a family, with the tiny tokenizer."""
     save_tiny_model(folder)
@@ -67,8 +76,8 @@ def save_family(name: str, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=FAMILIES)
 def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, dict[str, Any]]:
-    """Return a family, the folder of its run, and the run's summary."""
+) -> FinishedRun:
+    """Run the pipeline on a tiny base of a family."""
     name = request.param
     folder = tmp_path_factory.mktemp(name)
     save_family(name, folder / "model")
@@ -86,17 +95,14 @@ def finished(
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     ended = lora(folder, "run", "tiny.yaml")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    return (
-        name,
-        folder,
-        json.loads((folder / "runs" / "pairs_tiny_cpu" / "summary.json").read_text()),
-    )
+    summary = json.loads((folder / "runs" / "pairs_tiny_cpu" / "summary.json").read_text())
+    return FinishedRun(name, folder, summary)
 
 
 def test_reported_losses_equal_those_of_the_models_own_forward(
-    finished: tuple[str, Path, dict[str, Any]],
+    finished: FinishedRun,
 ) -> None:
-    name, folder, summary = finished
+    folder, summary = finished.folder, finished.summary
     for label, load in loaders(folder, summary).items():
         reported = [record for record in items(summary, label) if record["kind"] == "task"]
         own = own_losses(load(), next((folder / "runs" / "data").glob("*")) / "validation")
@@ -104,22 +110,22 @@ def test_reported_losses_equal_those_of_the_models_own_forward(
             abs(record["nll"] - loss) / record["tokens"]
             for record, loss in zip(reported, own, strict=True)
         ]
-        assert max(differences) < NATS, (name, label)
+        assert max(differences) < NATS, (finished.family, label)
 
 
 def test_a_run_reports_the_forward_path_of_its_models(
-    finished: tuple[str, Path, dict[str, Any]],
+    finished: FinishedRun,
 ) -> None:
-    name, folder, summary = finished
-    path = "one by one" if name in SLOW else "packed"
-    for label, ways in summary["forward"].items():
+    path = "one by one" if finished.family in SLOW else "packed"
+    for label, ways in finished.summary["forward"].items():
         checks = [check for check in ways.values() if check is not None]
         assert {check["path"] for check in checks} == {path}, label
         for check in checks:
             assert check["loss_difference"] <= check["loss_tolerance"]
-    page = (folder / "runs" / "pairs_tiny_cpu" / "report.html").read_text()
+    runs = finished.folder / "runs"
+    page = (runs / "pairs_tiny_cpu" / "report.html").read_text()
     assert "matches the model&#39;s own forward" in page
-    card = next((folder / "runs" / "mlartifacts").rglob("README.md")).read_text()
+    card = next((runs / "mlartifacts").rglob("README.md")).read_text()
     assert "Verified, training" in card
     assert "Verified, scoring" in card
 

@@ -132,7 +132,7 @@ class TestRun:
         dead = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "LORA_REGISTRY_SECONDS": "1"}
         ended = lora(folder, "run", "tiny.yaml", **dead)
         assert ended.returncode == 2
-        assert "the adapters are kept" in ended.stderr
+        assert "the adapters are saved" in ended.stderr
         assert "Traceback" not in ended.stderr
         assert "rank-4" in ended.stdout
         repeated = [entry["name"] for entry in summary(folder)["stages"] if not entry["cached"]]

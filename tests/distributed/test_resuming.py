@@ -1,4 +1,7 @@
-"""A run goes on with another number of ranks, from the checkpoint before a damaged one, and keeps the best beside the newest."""
+"""A run resumes on another number of ranks, or from the checkpoint before a damaged one.
+
+The best checkpoint is kept in addition to the newest.
+"""
 
 import json
 from pathlib import Path
@@ -11,15 +14,15 @@ from pipelines.training import checkpoint
 
 pytestmark = pytest.mark.slow
 BREAK = 5
-"""Steps done when a run is broken off; its newest checkpoint holds four."""
+"""Steps done when a run is interrupted; its newest checkpoint has four."""
 
 
 DAMAGES = ("a flipped bit", "cut short", "a missing file")
 
 
 @pytest.fixture(scope="module")
-def broken(trainings: Trainings) -> dict[str, Stage]:
-    """Runs of two ranks that were broken off, one for each test, by name."""
+def interrupted(trainings: Trainings) -> dict[str, Stage]:
+    """Return interrupted runs of two ranks, one for each test, by name."""
     stages = {
         name: trainings.stage("QLoRA", name.replace(" ", "-"), 2)
         for name in ("to one", "to four", *DAMAGES)
@@ -28,7 +31,7 @@ def broken(trainings: Trainings) -> dict[str, Stage]:
         "cpu_zero2",
         2,
         [f"{stage.folder}:{BREAK}" for stage in stages.values()],
-        trainings.root / "broken.log",
+        trainings.root / "interrupted.log",
     )
     return stages
 
@@ -36,19 +39,17 @@ def broken(trainings: Trainings) -> dict[str, Stage]:
 @pytest.mark.parametrize(
     ("name", "config", "processes"), [("to one", "cpu_single", 1), ("to four", "cpu_ddp", 4)]
 )
-def test_two_ranks_go_on_as_others(
+def test_two_ranks_resume_on_another_number_of_ranks(
     trainings: Trainings,
     alone: dict[str, Stage],
-    broken: dict[str, Stage],
+    interrupted: dict[str, Stage],
     name: str,
     config: str,
     processes: int,
 ) -> None:
-    stage, log = (
-        trainings.stage("QLoRA", name.replace(" ", "-"), processes),
-        trainings.root / f"{config}.log",
-    )
-    assert stage.folder == broken[name].folder
+    stage = trainings.stage("QLoRA", name.replace(" ", "-"), processes)
+    log = trainings.root / f"{config}.log"
+    assert stage.folder == interrupted[name].folder
     train_all(config, processes, [str(stage.folder)], log)
     assert "from step 4" in log.read_text()
     assert losses(stage) == pytest.approx(losses(alone["QLoRA"]), abs=2e-6)
@@ -56,22 +57,25 @@ def test_two_ranks_go_on_as_others(
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    trainings: Trainings, alone: dict[str, Stage], broken: dict[str, Stage]
+    trainings: Trainings, alone: dict[str, Stage], interrupted: dict[str, Stage]
 ) -> None:
     for damage in DAMAGES:
-        harm(broken[damage].folder / "checkpoints" / "step-00004" / "exp_avg.safetensors", damage)
+        damage_file(
+            interrupted[damage].folder / "checkpoints" / "step-00004" / "exp_avg.safetensors",
+            damage,
+        )
     log = trainings.root / "damaged.log"
-    train_all("cpu_zero2", 2, [str(broken[damage].folder) for damage in DAMAGES], log)
+    train_all("cpu_zero2", 2, [str(interrupted[damage].folder) for damage in DAMAGES], log)
     assert (
         log.read_text().count("step-00004 is damaged (")
         == log.read_text().count("from step 2")
         == len(DAMAGES)
     )
     for damage in DAMAGES:
-        assert losses(broken[damage]) == pytest.approx(losses(alone["QLoRA"]), abs=2e-6)
+        assert losses(interrupted[damage]) == pytest.approx(losses(alone["QLoRA"]), abs=2e-6)
 
 
-def test_the_newest_and_the_best_checkpoints_stay_and_one_without_a_state_ends_no_run(
+def test_the_newest_and_the_best_checkpoints_are_kept_and_one_without_state_is_skipped(
     trainings: Trainings,
 ) -> None:
     stage = trainings.stage(
@@ -96,25 +100,25 @@ def test_the_newest_and_the_best_checkpoints_stay_and_one_without_a_state_ends_n
     assert len(losses(stage)) == 14
 
 
-def test_a_checkpoint_that_costs_too_much_waits_and_a_run_that_ends_leaves_it_whole(
+def test_an_expensive_checkpoint_is_postponed_and_an_ended_run_leaves_it_complete(
     trainings: Trainings,
 ) -> None:
-    """Two hundredths of a tiny model's steps are less than any checkpoint takes; the first one's cost is only guessed at."""
+    """A checkpoint takes more than 2% of a tiny model's steps; the first cost is an estimate."""
     settings = {
         "steps": 40,
         "checkpoint_every": 1,
         "checkpoints_kept": 40,
         "checkpoint_time_fraction": 0.02,
     }
-    stage = trainings.stage("LoRA", "dear", training=settings)
-    train_all("cpu_single", 1, [f"{stage.folder}:39"], trainings.root / "dear.log")
+    stage = trainings.stage("LoRA", "expensive", training=settings)
+    train_all("cpu_single", 1, [f"{stage.folder}:39"], trainings.root / "expensive.log")
     written = sorted((stage.folder / "checkpoints").glob("step-*"))
     assert 1 <= len(written) < 20
-    assert all(checkpoint.damage(folder) is None for folder in written)
+    assert all(checkpoint.corruption_reason(folder) is None for folder in written)
 
 
-def harm(path: Path, damage: str) -> None:
-    """Damage a file as a disk or a kill does."""
+def damage_file(path: Path, damage: str) -> None:
+    """Damage a file as a disk error or a kill does."""
     content = bytearray(path.read_bytes())
     if damage == "a missing file":
         path.unlink()
