@@ -130,8 +130,7 @@ def residual_init(original: Tensor, stored: Tensor, rank: int, scale: float) -> 
     check_rank(residual, rank)
     if not residual.any():
         raise ConfigError(
-            "the stored weight is the original, so there is no quantization error to compensate; "
-            "use 'kaiming'"
+            "the stored weight is the original, so the quantization error is zero; use 'kaiming'"
         )
     b, a = decompose(residual).factors(rank, scale)
     return _as_stored(a, b)

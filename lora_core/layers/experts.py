@@ -64,14 +64,14 @@ class LoraExperts(nn.Module):
             TargetError: `base` has another layout or lacks a named stack.
         """
         super().__init__()
-        ranks = {name: rank for name, (rank, _) in sizes.items()}
+        shapes = factor_shapes(base, {name: rank for name, (rank, _) in sizes.items()})
         device = next(base.parameters()).device
         self.base = base
         self.scales: dict[str, float] = {}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         # One by one: ParameterDict sorts a mapping, and the keys in the file follow module order.
-        for name, (a_shape, b_shape) in factor_shapes(base, ranks).items():
+        for name, (a_shape, b_shape) in shapes.items():
             self.scales[name] = sizes[name][1]
             self.lora_A[name] = torch.empty(a_shape, device=device, dtype=torch.float32)
             self.lora_B[name] = torch.zeros(b_shape, device=device, dtype=torch.float32)

@@ -7,7 +7,7 @@ that does.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,11 +35,41 @@ class Generation:
     """Several prompts at once, padded on the left; else one after the other."""
 
 
+@dataclass
+class Architecture:
+    """What this process has verified of models with one config and one kind of weights.
+
+    Windows, chunks and positions depend on the config and on the length of an example, not on the
+    values of the weights. A second model of the same architecture is therefore verified on short
+    examples only, up to the length that the first one was verified on.
+    """
+
+    longest: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+    """Whether a pack has trees → tokens of the longest example that was verified."""
+    is_packed: bool = True
+    """Whether no verification rejected reading packs."""
+    has_linear_head: bool = True
+    """Whether no verification rejected the head in closed form."""
+
+    def record(self, reader: PackReader, pack: Pack) -> None:
+        """Record that a reader was verified on examples as long as those of a pack."""
+        self.is_packed = self.is_packed and reader.packed
+        self.has_linear_head = self.has_linear_head and reader.head is not None
+        self.longest[pack.has_trees] = max(self.longest[pack.has_trees], pack.longest)
+
+    def limited(self, reader: PackReader) -> PackReader:
+        """Return a reader that avoids whatever any verification rejected."""
+        head = reader.head if self.has_linear_head else None
+        return PackReader(reader.model, reader.packed and self.is_packed, head)
+
+
 class CheckedReader:
     """Reads packs, each with a reader that is verified for examples of its length."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture | None = None) -> None:
+        """Read with a model; `architecture` is what is known of models like it."""
         self.model = model
+        self._architecture = Architecture() if architecture is None else architecture
         self.verified: Verified | None = None
         self._reader = PackReader.default(model)
         self._longest = {False: 0, True: 0}
@@ -62,16 +92,20 @@ class CheckedReader:
         Raises:
             BaseModelError: see `verified_reader`.
         """
-        if pack.longest <= self._longest[pack.has_trees] or not len(pack.predicts):
+        trees = pack.has_trees
+        if pack.longest <= self._longest[trees] or not len(pack.predicts):
             return
-        reader, verified = verified_reader(self.model, [Probe(excerpt(pack))])
-        self._longest[pack.has_trees] = pack.longest
-        if self.verified is None:
-            self._reader = reader
-            self.verified = verified
-        else:
-            self._reader = _slower_of(self._reader, reader)
-            self.verified = _merged(self.verified, verified, self._reader)
+        known = self._architecture.longest[trees]
+        is_known = pack.longest <= known
+        sample = shortest(pack) if is_known else excerpt(pack)
+        reader, verified = verified_reader(self.model, [Probe(sample)])
+        self._longest[trees] = known if is_known else pack.longest
+        self._architecture.record(reader, sample)
+        self._reader = self._architecture.limited(reader)
+        if self.verified is not None:
+            verified = _merged(self.verified, verified)
+        own_head = self._reader.head is None
+        self.verified = replace(verified, path=self._reader.path, own_head=own_head)
 
     def generation(self, prompts: Sequence[list[int]]) -> Generation:
         """Return the fastest way to generate that starts each answer as the own forward does.
@@ -164,6 +198,12 @@ def excerpt(pack: Pack) -> Pack:
     return join([_some_answers(longest, 1), _some_answers(shortest, 2)])
 
 
+def shortest(pack: Pack) -> Pack:
+    """Return the shortest example of a pack, or two answers of its shortest tree."""
+    pieces = [piece for piece in pack.pieces() if len(piece.predicts)]
+    return _some_answers(min(pieces, key=lambda piece: len(piece.input_ids)), 2)
+
+
 def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[Tensor, Tensor]:
     """Return prompts as one batch, padded on the left, and its mask, both (prompts, longest)."""
     width = len(max(prompts, key=len))
@@ -182,18 +222,10 @@ def _some_answers(piece: Pack, number: int) -> Pack:
     return piece.only(rows.sort().values)
 
 
-def _slower_of(one: PackReader, other: PackReader) -> PackReader:
-    """Return the reader that avoids whatever either verification rejected."""
-    head = None if one.head is None else other.head
-    return PackReader(one.model, one.packed and other.packed, head)
-
-
-def _merged(one: Verified, other: Verified, reader: PackReader) -> Verified:
+def _merged(one: Verified, other: Verified) -> Verified:
     """Return the result of two verifications together."""
     return replace(
         one,
-        path=reader.path,
-        own_head=reader.head is None,
         examples=one.examples + other.examples,
         longest=max(one.longest, other.longest),
         loss_difference=max(one.loss_difference, other.loss_difference),

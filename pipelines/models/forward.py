@@ -32,6 +32,7 @@ from lora_core.training.losses import target_log_likelihoods
 from pipelines.models.head import Head, linear_head
 from pipelines.models.packs import Pack
 from pipelines.models.support import text_body, why_not_packed
+from pipelines.models.verified import ONE_BY_ONE, PACKED_PATH, Verified
 
 EAGER_TOKENS = 2048
 """Longest example that is read by eager attention even if the family offers other kernels."""
@@ -86,10 +87,16 @@ class PackReader:
         """Return the fastest reader that is not known to be wrong."""
         return cls(model, why_not_packed(model) is None, linear_head(model))
 
+    @classmethod
+    def of(cls, model: PreTrainedModel, verified: Verified) -> "PackReader":
+        """Return the reader that was verified, for this copy of the model."""
+        head = None if verified.own_head else linear_head(model)
+        return cls(model, verified.is_packed, head)
+
     @property
     def path(self) -> str:
         """The name of this way of reading in results and reports."""
-        return "packed" if self.packed else "one by one"
+        return PACKED_PATH if self.packed else ONE_BY_ONE
 
     @property
     def attention(self) -> str:

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PACKED_PATH = "packed"
+ONE_BY_ONE = "one by one"
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -29,6 +32,11 @@ class Verified:
     """Trained tensors that do not affect the loss."""
     seconds: float = 0.0
     """Duration of the verification."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several examples are read in one row."""
+        return self.path == PACKED_PATH
 
     def figures(self) -> dict[str, Any]:
         """Return plain values for a stage's result."""

@@ -1,5 +1,8 @@
 """Verify the forward pass on examples of the run before training, and report how it is computed."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +27,46 @@ def verify_reader(
 ) -> tuple[PackReader, Verified]:
     """Choose how packs are read, and verify it against the model's own forward.
 
-    A collective: every rank verifies, on its own probes.
+    A collective: the first rank of each host verifies, on all cores of the host, while the other
+    ranks wait for what it found.
 
     Raises:
-        PipelineError: the ranks would read the base in different ways.
+        PipelineError: the hosts would read the base in different ways.
     """
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+    own: Verified | None = None
     with run.timer.phase("check"):
-        reader, verified = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
+        if run.accelerator.is_local_main_process:
+            with all_cores():
+                _, own = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
+        by_rank: list[Verified | None] = gather_object([own])  # the other ranks wait here
     run.timer.collect()  # the check belongs to no step
     reset_peak_memory()
-    paths = gather_object([(verified.path, verified.own_head)])
-    if len(set(paths)) > 1:
+    found = [one for one in by_rank if one is not None]
+    paths = {(one.path, one.own_head) for one in found}
+    if len(paths) > 1:
         raise PipelineError(
-            f"the ranks would read the base in different ways ({paths}); "
+            f"the hosts would read the base in different ways ({sorted(paths)}); "
             "run them on hosts of one kind"
         )
-    if any(gather_object([bool(verified.without_gradient)])):
+    if any(one.without_gradient for one in found):
         # DDP waits for the gradients of all tensors, unless it is told that some may be missing.
         run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return reader, verified
+    verified = own or found[0]
+    return PackReader.of(model, verified), verified
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Compute on every core that this process may use inside a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def announce(folder: Path, facts: dict[str, Any], *, ranks: int, first: int) -> None:

@@ -71,23 +71,25 @@ def launches(folder: Path) -> Iterator[Row]:
         "cpu_single", 1, [str(stage.folder) for stage in alone.values()], folder / "alone.log"
     )
     for name in LAUNCHES:
-        whole, broken = (
+        uninterrupted, interrupted = (
             {method: trainings.stage(method, f"{name}{kind}", 2) for method in METHODS}
-            for kind in ("", "-broken")
+            for kind in ("", "-interrupted")
         )
-        words = [str(stage.folder) for stage in whole.values()]
+        words = [str(stage.folder) for stage in uninterrupted.values()]
         words += [
-            word for stage in broken.values() for word in (f"{stage.folder}:3", str(stage.folder))
+            word
+            for stage in interrupted.values()
+            for word in (f"{stage.folder}:3", str(stage.folder))
         ]
         train_all(name, 2, words, folder / f"{name}.log")
         for method in METHODS:
             yield within(
                 f"{name}, {method}: largest difference of a step's loss",
-                apart(whole[method], alone[method]),
+                apart(uninterrupted[method], alone[method]),
                 "nats",
                 LOSS,
             )
-            weights = farthest(outcome(alone[method]), outcome(whole[method]))
+            weights = farthest(outcome(alone[method]), outcome(uninterrupted[method]))
             yield within(
                 f"{name}, {method}: largest difference of a trained tensor",
                 weights,
@@ -96,7 +98,7 @@ def launches(folder: Path) -> Iterator[Row]:
             )
             yield within(
                 f"{name}, {method}: interrupted and resumed, loss",
-                apart(broken[method], whole[method]),
+                apart(interrupted[method], uninterrupted[method]),
                 "nats",
                 0,
             )

@@ -41,16 +41,21 @@ Runs = dict[str, tuple[Stage, Stage]]
 def runs(request: pytest.FixtureRequest, trainings: Trainings) -> Runs:
     """Return every method under one launch, uninterrupted, and interrupted after three steps."""
     name = request.param
-    whole = {method: trainings.stage(method, name, 2, **MICRO_BATCHES) for method in METHODS}
-    broken = {
-        method: trainings.stage(method, f"{name}-broken", 2, **MICRO_BATCHES) for method in METHODS
+    uninterrupted = {
+        method: trainings.stage(method, name, 2, **MICRO_BATCHES) for method in METHODS
     }
-    words = [str(stage.folder) for stage in whole.values()]
+    interrupted = {
+        method: trainings.stage(method, f"{name}-interrupted", 2, **MICRO_BATCHES)
+        for method in METHODS
+    }
+    words = [str(stage.folder) for stage in uninterrupted.values()]
     words += [
-        word for stage in broken.values() for word in (f"{stage.folder}:{BREAK}", str(stage.folder))
+        word
+        for stage in interrupted.values()
+        for word in (f"{stage.folder}:{BREAK}", str(stage.folder))
     ]
     train_all(name, 2, words, trainings.root / f"{name}.log")
-    return {method: (whole[method], broken[method]) for method in METHODS}
+    return {method: (uninterrupted[method], interrupted[method]) for method in METHODS}
 
 
 def gradient_norms(stage: Stage) -> list[float]:
@@ -59,18 +64,18 @@ def gradient_norms(stage: Stage) -> list[float]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_equal_one_process(alone: dict[str, Stage], runs: Runs, method: str) -> None:
-    whole, _ = runs[method]
-    assert losses(whole) == pytest.approx(losses(alone[method]), abs=LOSS)
-    assert gradient_norms(whole) == pytest.approx(gradient_norms(alone[method]), rel=NORM)
-    assert losses(whole)[-1] < losses(whole)[0] - 0.1
-    assert farthest(outcome(alone[method]), outcome(whole)) < WEIGHTS
+    uninterrupted, _ = runs[method]
+    assert losses(uninterrupted) == pytest.approx(losses(alone[method]), abs=LOSS)
+    assert gradient_norms(uninterrupted) == pytest.approx(gradient_norms(alone[method]), rel=NORM)
+    assert losses(uninterrupted)[-1] < losses(uninterrupted)[0] - 0.1
+    assert farthest(outcome(alone[method]), outcome(uninterrupted)) < WEIGHTS
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bit_exact(runs: Runs, method: str) -> None:
-    whole, broken = runs[method]
-    assert losses(broken) == losses(whole)
-    assert farthest(outcome(whole), outcome(broken)) == 0.0
+    uninterrupted, interrupted = runs[method]
+    assert losses(interrupted) == losses(uninterrupted)
+    assert farthest(outcome(uninterrupted), outcome(interrupted)) == 0.0
 
 
 @pytest.mark.parametrize("method", ["LoRA", "QLoRA"])

@@ -104,7 +104,7 @@ def test_merge_keeps_logits_and_unmerge_restores_model(case: Case) -> None:
     if kind_of(model) != "dense" or case.tolerance != FLOAT32:
         pytest.skip("a merge rounds to the dtype of the base; test_merge.py covers that")
     if config.lora_bias:
-        pytest.skip("a bias in B cannot be merged into layers without case")
+        pytest.skip("a bias in B cannot be merged into layers without one")
     bits = {name: value.clone() for name, value in model.state_dict().items()}
     inject(model, config, seed=1)
     shake(trained(model))

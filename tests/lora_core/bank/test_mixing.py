@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from lora_core import Bank, LoraConfig, RoutingError
-from lora_core.bank.routing import BATCH, TOKENS, routing
+from lora_core.bank.routing import BATCH, TOKENS
 from lora_core.layers.linear import LoraLinear
 
 Build = Callable[..., LlamaForCausalLM]
-CPU = torch.device("cpu")
 ROWS = ["a", "b", None, "a", "c"]
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 ON_EXPERTS = {
@@ -234,29 +233,6 @@ def test_rows_along_the_features_are_refused(build_llama: Build) -> None:
         pytest.raises(RoutingError, match="has its features there"),
     ):
         bank.model.model.layers[0].self_attn.q_proj(torch.randn(64, 64))
-
-
-@pytest.mark.parametrize(
-    ("names", "options", "message"),
-    [
-        (["a"], {"dim": 2}, "cannot be routed along dimension 2"),
-        (["a", None], {"lengths": [3]}, r"lengths=\[3\] do not fit 2 names"),
-        (["a", None], {"lengths": []}, r"lengths=\[\] do not fit 2 names"),
-        (["a", None], {"lengths": [3, -1]}, "none below 0"),
-        ([], {}, "not all 0"),
-    ],
-)
-def test_an_invalid_routing_is_refused(
-    names: list[str | None], options: dict[str, object], message: str
-) -> None:
-    with pytest.raises(RoutingError, match=message):
-        routing(names, **options)
-
-
-def test_tokens_of_rows() -> None:
-    """By hand: rows 0 and 2 of 3 rows with 2 tokens; tokens 0 and 2 of 2 packs with 3 tokens."""
-    assert routing(["a", None, "a"], dim=BATCH).tokens("a", 6, CPU).tolist() == [0, 1, 4, 5]
-    assert routing(["a", None, "a"], dim=TOKENS).tokens("a", 6, CPU).tolist() == [0, 2, 3, 5]
 
 
 # --- one shared product ---

@@ -66,7 +66,7 @@ def test_saved_adapter_is_a_plain_adapter_of_the_4_bit_base(
     tmp_path: Path,
     init: str,
 ) -> None:
-    """PEFT requires more settings for both values, so the file says `true`; logits are the same."""
+    """PEFT requires more settings for both values, so the file contains `true`."""
     model = initialized(init)
     for _, layer in lora_layers(model):
         layer.lora_B.data += 0.05

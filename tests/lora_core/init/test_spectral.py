@@ -181,7 +181,7 @@ def test_residual_init_brings_4_bit_weight_closest_to_original(scale: float) -> 
 
 def test_residual_init_of_equal_or_different_weights_raises() -> None:
     weight = torch.randn(6, 4)
-    with pytest.raises(ConfigError, match="no quantization error to compensate"):
+    with pytest.raises(ConfigError, match="the quantization error is zero"):
         residual_init(weight, weight.clone(), 2, 1.0)
     with pytest.raises(ConfigError, match=r"\(6, 4\) and \(4, 6\)"):
         residual_init(weight, weight.T, 2, 1.0)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lora_core.training import attention
 from pipelines.evaluation.scoring import tree_pack
 from pipelines.evaluation.trees import build_prefix_tree
-from pipelines.models.checked import CheckedReader, Generation, _slower_of, excerpt
+from pipelines.models.checked import Architecture, CheckedReader, Generation, excerpt
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
 from pipelines.models.packs import Pack, join, pack
 from pipelines.training.objective import Objective
@@ -143,12 +143,36 @@ def test_a_tree_of_one_token_is_scored(family: Family) -> None:
         assert torch.isfinite(found).all() and len(found) == len(tree.targets)
 
 
-def test_what_either_verification_rejected_is_avoided(family: Family) -> None:
+def test_what_any_verification_rejected_is_avoided(family: Family, examples_pack: Pack) -> None:
     model = family("llama")
     closed = PackReader.default(model).head
     packed = PackReader(model, packed=True, head=None)
     alone = PackReader(model, packed=False, head=closed)
-    assert _slower_of(packed, alone) == PackReader(model, packed=False, head=None)
+    architecture = Architecture()
+    architecture.record(packed, examples_pack)
+    architecture.record(alone, examples_pack)
+    best = PackReader.default(model)
+    assert architecture.limited(best) == PackReader(model, packed=False, head=None)
+
+
+def test_a_second_model_is_verified_on_short_examples(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the length of the first; what the first one's long examples rejected is avoided."""
+    monkeypatch.setattr(attention, "_within", lambda segment, visible: segment.mask)
+    architecture = Architecture()
+    short, long = (pack([one], "cpu") for one in (drawn()[3], drawn()[1]))
+    first = CheckedReader(family("mistral"), architecture)
+    first.log_likelihoods(long, 8)
+    assert first.verified is not None
+    assert (first.verified.path, first.verified.longest) == ("one by one", 40)
+    second = CheckedReader(family("mistral"), architecture)
+    second.log_likelihoods(join([long, short]), 8)
+    assert second.verified is not None
+    assert (second.verified.path, second.verified.longest) == ("one by one", 4)
+    longer = pack([{"input_ids": [*range(1, 61)], "supervised": [False] + [True] * 59}], "cpu")
+    second.log_likelihoods(longer, 8)
+    assert second.verified.longest == 60
 
 
 def test_an_out_of_memory_error_is_raised_and_not_taken_for_an_incompatibility(

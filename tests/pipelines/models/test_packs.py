@@ -1,7 +1,7 @@
 """The order of examples depends on the seed alone, and no target crosses an example's border."""
 
 from itertools import chain, compress
-from typing import Any
+from typing import Any, NamedTuple
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,39 +12,42 @@ from pipelines.models.packs import pack
 Examples = list[dict[str, Any]]
 
 
+class Step(NamedTuple):
+    """One optimizer step."""
+
+    lengths: list[int]
+    """Of all examples."""
+    indices: list[int]
+    """Of the examples in this step."""
+    shards: int
+
+
 @st.composite
-def steps_of_examples(draw: st.DrawFn) -> tuple[list[int], list[int], int]:
-    """Draw the lengths of all examples, the indices of one step, and the number of shards."""
+def drawn_steps(draw: st.DrawFn) -> Step:
     lengths = draw(st.lists(st.integers(1, 400), min_size=1, max_size=24))
-    parts = draw(st.integers(1, len(lengths)))
-    indices = draw(st.permutations(range(len(lengths))))[: draw(st.integers(parts, len(lengths)))]
-    return lengths, indices, parts
+    shards = draw(st.integers(1, len(lengths)))
+    permutation = draw(st.permutations(range(len(lengths))))
+    count = draw(st.integers(shards, len(lengths)))
+    return Step(lengths, permutation[:count], shards)
 
 
 @st.composite
 def tokenized_examples(draw: st.DrawFn) -> Examples:
     """Draw examples whose first token is never supervised, as preparation makes them."""
-    drawn = draw(
-        st.lists(
-            st.lists(st.tuples(st.integers(0, 999), st.booleans()), min_size=1, max_size=9),
-            min_size=1,
-            max_size=6,
-        )
-    )
-    return [
-        {
-            "input_ids": [token for token, _ in one],
-            "supervised": [index > 0 and learned for index, (_, learned) in enumerate(one)],
-        }
-        for one in drawn
-    ]
+    examples = []
+    for length in draw(st.lists(st.integers(1, 9), min_size=1, max_size=6)):
+        rest = length - 1
+        ids = draw(st.lists(st.integers(0, 999), min_size=length, max_size=length))
+        supervised = draw(st.lists(st.booleans(), min_size=rest, max_size=rest))
+        examples.append({"input_ids": ids, "supervised": [False, *supervised]})
+    return examples
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 12), st.integers(0, 3))
 def test_each_epoch_uses_every_example_once(
     examples: int, steps: int, batch_size: int, seed: int
 ) -> None:
-    drawn = [index for step in order(examples, steps, batch_size, seed) for index in step]
+    drawn = list(chain.from_iterable(order(examples, steps, batch_size, seed)))
     assert len(drawn) == steps * batch_size
     for start in range(0, len(drawn), examples):
         epoch = drawn[start : start + examples]
@@ -70,36 +73,37 @@ def test_the_order_is_drawn_by_the_seed() -> None:
     assert order(50, 5, 10, 7) == order(50, 5, 10, 7) != order(50, 5, 10, 8)
 
 
-@given(steps_of_examples())
-def test_shards_are_disjoint_and_complete(drawn: tuple[list[int], list[int], int]) -> None:
-    lengths, indices, parts = drawn
-    shards = balance_by_tokens(indices, lengths, parts)
-    assert sorted(chain.from_iterable(shards)) == sorted(indices)
-    assert len(shards) == parts
+@given(drawn_steps())
+def test_shards_are_disjoint_and_complete(step: Step) -> None:
+    shards = balance_by_tokens(step.indices, step.lengths, step.shards)
+    assert sorted(chain.from_iterable(shards)) == sorted(step.indices)
+    assert len(shards) == step.shards
 
 
-@given(steps_of_examples())
-def test_no_shard_is_empty(drawn: tuple[list[int], list[int], int]) -> None:
-    lengths, indices, parts = drawn
-    assert all(balance_by_tokens(indices, lengths, parts))
+@given(drawn_steps())
+def test_no_shard_is_empty(step: Step) -> None:
+    assert all(balance_by_tokens(step.indices, step.lengths, step.shards))
 
 
-@given(steps_of_examples())
-def test_shards_differ_by_at_most_one_example(drawn: tuple[list[int], list[int], int]) -> None:
+@given(drawn_steps())
+def test_shards_differ_by_at_most_one_example(step: Step) -> None:
     """The largest shard was the smallest before its last example was added."""
-    lengths, indices, parts = drawn
-    shards = balance_by_tokens(indices, lengths, parts)
-    tokens = [sum(lengths[index] for index in shard) for shard in shards]
-    assert max(tokens) - min(tokens) <= max(lengths[index] for index in indices)
+    shards = balance_by_tokens(step.indices, step.lengths, step.shards)
+    tokens = [tokens_of(step, shard) for shard in shards]
+    longest = max(step.lengths[index] for index in step.indices)
+    assert max(tokens) - min(tokens) <= longest
 
 
-@given(steps_of_examples())
+def tokens_of(step: Step, indices: list[int]) -> int:
+    return sum(step.lengths[index] for index in indices)
+
+
+@given(drawn_steps())
 def test_a_step_has_the_same_examples_for_any_number_of_shards(
-    drawn: tuple[list[int], list[int], int],
+    step: Step,
 ) -> None:
-    lengths, indices, parts = drawn
-    [together] = balance_by_tokens(indices, lengths, 1)
-    shards = balance_by_tokens(indices, lengths, parts)
+    [together] = balance_by_tokens(step.indices, step.lengths, 1)
+    shards = balance_by_tokens(step.indices, step.lengths, step.shards)
     assert sorted(together) == sorted(chain.from_iterable(shards))
 
 
