@@ -1,4 +1,4 @@
-"""Comments, docstrings, messages and documentation use the field's standard terms; names are unique."""
+"""Comments, docstrings, messages and documentation use standard terms; class names are unique."""
 
 import ast
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted(path for name in ("lora_core", "pipelines") for path in (ROOT / name).rglob("*.py"))
+SOURCES = sorted([*(ROOT / "lora_core").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")])
 DOCUMENTS = sorted(
     path
     for pattern in ("*.md", "lora_core/*.md", "pipelines/**/*.md", "infra/*.md", "tests/*.md")
