@@ -6,6 +6,7 @@ They get the same frozen NF4 base, computed in float32 with PyTorch's attention 
 `from_pretrained`, and the same adapter, steps and AdamW.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from datasets import Dataset
 from ours import Record, Task, run_contestant
 from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from pipelines.models.tokenizer import load_tokenizer
+from pipelines.training.step import FINAL_LR_MULTIPLIER, lr_multiplier
 
 IGNORED = -100
 """Label of a token that is not supervised."""
@@ -31,10 +34,12 @@ def peft_loop(task: Task) -> Record:
         lr=task.inputs["learning_rate"],
         weight_decay=task.inputs["training"]["weight_decay"],
     )
+    schedule = LambdaLR(optimizer, partial(lr_multiplier, warmup_steps=0, steps=task.steps))
     for examples in task.batches():
         loss = model(**padded(examples)).loss
         loss.backward()
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         record.losses.append(loss.item())
         record.step_ended()
@@ -118,7 +123,8 @@ def sft_config(task: Task) -> SFTConfig:
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         learning_rate=task.inputs["learning_rate"],
-        lr_scheduler_type="constant",
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": FINAL_LR_MULTIPLIER},
         weight_decay=task.inputs["training"]["weight_decay"],
         max_grad_norm=0.0,  # no clipping
         gradient_checkpointing=False,

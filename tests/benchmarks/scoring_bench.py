@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import BUILD, Row, console, report, row, threads
+from bench import BUILD, Row, console, differing, report, row, threads
 from scoring_together import together_rows
 from transformers import AutoModelForCausalLM
 
@@ -64,7 +64,7 @@ class ScoringRun:
     """Fraction of the machine's cores that it had."""
 
 
-def main() -> None:
+def main() -> int:
     """Run both, write and print the results."""
     options = parse_options()
     if find_spec("lm_eval") is None:
@@ -86,6 +86,7 @@ def main() -> None:
     found = [*rows(items, rounds), spared, *together_rows(base, trees, options.rounds)]
     write_json(options.result, found)
     report(found, title="Scoring answers")
+    return 1 if differing(found) else 0
 
 
 def parse_options() -> argparse.Namespace:
@@ -106,7 +107,11 @@ def parse_options() -> argparse.Namespace:
         help="batch sizes for lm-eval",
     )
     parser.add_argument("--result", type=Path, default=RESULT, help="where the results go")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="two items per benchmark, one round")
+    options = parser.parse_args()
+    if options.quick:
+        options.items, options.rounds, options.batches = 2, 1, [4]
+    return options
 
 
 def contestants(
@@ -241,4 +246,4 @@ def accuracy(items: Sequence[Item], chosen: Sequence[int]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

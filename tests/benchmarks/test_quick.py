@@ -1,0 +1,37 @@
+"""The benchmarks run in their quick mode, with their checks of equality enabled."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+BUILD = HERE.parents[1] / "build"
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of runs, which both benchmarks share."""
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.mark.parametrize("name", ["scoring_bench", "bench"])
+def test_a_benchmark_finds_equal_numbers(runs: Path, name: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(HERE / f"{name}.py"), "--quick"],
+        env={**os.environ, "LORA_RUNS": str(runs), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    rows = json.loads((BUILD / f"{name}.json").read_text())
+    equal = [row for row in rows if row["unit"] == "nats"]
+    assert len(equal) == 2
+    assert all(row["holds"] for row in equal)
