@@ -75,22 +75,27 @@ def verified_reader(
         own = PackReader(model, packed=False, head=None)
         reference = measure_reference(own, probes, parameters, tolerance)
         chosen = _compared_tensors(parameters, reference)
-        tensors = [parameters[index] for index in chosen]
         expected = [one.select(chosen) for one in reference]
 
-        def difference_of(reader: PackReader) -> Difference:
-            return compare(expected, [measure(reader, probe, tensors) for probe in probes])
+        def attempt(reader: PackReader) -> _Attempt:
+            found = [measure(reader, probe, parameters) for probe in probes]
+            return _Attempt(found, compare(expected, [one.select(chosen) for one in found]))
 
         model.train(in_training_mode)
         with frozen_weights_unchanged(model) if in_training_mode else nullcontext():
-            found = _first_that_agrees(model, tolerance, difference_of)
+            try:
+                found = _first_that_agrees(model, tolerance, attempt)
+            except BaseModelError:
+                _refuse_bypassed(model, list(trained), reference, attempt(own).measurements)
+                raise
+        _refuse_bypassed(model, list(trained), reference, found.measurements)
     return found.reader, Verified(
         path=found.reader.path,
         own_head=found.reader.head is None,
         examples=sum(len(probe.pack.paths()) for probe in probes),
         longest=max(probe.pack.longest for probe in probes),
         loss_difference=found.difference.loss,
-        gradient_difference=found.difference.gradient if tensors else None,
+        gradient_difference=found.difference.gradient if chosen else None,
         loss_tolerance=tolerance.loss,
         gradient_tolerance=tolerance.gradient,
         rejected=found.rejected,
@@ -100,31 +105,41 @@ def verified_reader(
 
 
 @dataclass(frozen=True)
+class _Attempt:
+    """What one reader computes, and how far it is from the reference."""
+
+    measurements: list[Measurement]
+    difference: Difference
+
+
+@dataclass(frozen=True)
 class _Agreement:
     """The first reader that agrees with the reference."""
 
     reader: PackReader
+    measurements: list[Measurement]
     difference: Difference
     rejected: tuple[str, ...]
     """Why faster readers are not used."""
 
 
 def _first_that_agrees(
-    model: PreTrainedModel, tolerance: Tolerance, difference_of: Callable[[PackReader], Difference]
+    model: PreTrainedModel, tolerance: Tolerance, attempt: Callable[[PackReader], _Attempt]
 ) -> _Agreement:
     reason = why_not_packed(model)
     rejected = [] if reason is None else [f"not packed: {reason}"]
     for reader in _readers(model, packed=reason is None):
         try:
-            difference = difference_of(reader)
+            result = attempt(reader)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # a family's code may raise anything under inputs that it does not expect
             rejected.append(f"{_name(reader)} fails with {one_line(error, limit=160)}")
             continue
+        difference = result.difference
         if difference.is_within(tolerance):
-            return _Agreement(reader, difference, tuple(rejected))
+            return _Agreement(reader, result.measurements, difference, tuple(rejected))
         rejected.append(
             f"{_name(reader)} differs by {difference.loss:.1e} nats a token, "
             f"gradients by {difference.gradient:.1e}"
@@ -134,6 +149,33 @@ def _first_that_agrees(
         f"same example twice ({'; '.join(rejected)}); it cannot be trained or scored reliably "
         "here; take another base"
     )
+
+
+def _refuse_bypassed(
+    model: PreTrainedModel,
+    trained: Sequence[str],
+    reference: Sequence[Measurement],
+    found: Sequence[Measurement],
+) -> None:
+    """Refuse tensors that take part in the forward pass in evaluation mode only.
+
+    A parent module that reads the weight of a layer directly bypasses its adapter, as Gemma 3n does
+    in training mode.
+
+    Raises:
+        BaseModelError: the first such tensor.
+    """
+    bypassed = []
+    for index, name in enumerate(trained):
+        had_gradient = any(one.gradients[index] is not None for one in reference)
+        if had_gradient and all(one.gradients[index] is None for one in found):
+            bypassed.append(name)
+    if bypassed:
+        raise BaseModelError(
+            f"base model family {model.config.model_type!r} does not use {len(bypassed)} trained "
+            f"tensors in training mode, among them {bypassed[0]}, and uses them when it is scored; "
+            "add the module's name to lora.exclude_modules"
+        )
 
 
 def first_look(model: PreTrainedModel) -> Verified:

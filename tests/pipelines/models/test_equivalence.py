@@ -110,6 +110,20 @@ def test_checkpointed_blocks_are_compared(family: Family, examples_pack: Pack) -
     assert found.gradient_difference is not None and found.gradient_difference < 1e-4
 
 
+def test_an_adapter_that_is_bypassed_in_training_is_refused(
+    family: Family, examples_pack: Pack
+) -> None:
+    """It starts at zero, so that no loss shows it; a tensor without a gradient does."""
+    model = family("gemma3n_text")
+    with pytest.raises(BaseModelError, match=r"does not use 8 .*correction_coefs.*exclude_modules"):
+        verify(model, examples_pack)
+    model = family("gemma3n_text")
+    inject(model, LoraConfig(r=2, lora_alpha=4, exclude_modules=("correction_coefs",)), seed=SEED)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    _, found = verified_reader(model, [Probe(examples_pack, gradient=True)], trained=trained)
+    assert found.path == "packed"
+
+
 def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(
     family: Family, examples_pack: Pack
 ) -> None:
