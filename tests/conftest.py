@@ -8,6 +8,8 @@ import pytest
 os.environ.setdefault("LORA_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 # All other tests run on the CPU on every machine. Set before torch is imported.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# No test runs MLflow's background jobs, whose workers would take the cores of the others.
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
