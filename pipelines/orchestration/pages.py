@@ -19,6 +19,8 @@ POLL_SECONDS = 0.5
 LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
 LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASE_STORAGE}
 """By default, Prefect's server loses the leases of slots when it ends; this setting stores them."""
+WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+"""MLflow's server starts no workers for background jobs, which its pages do not need."""
 
 
 def serve(
@@ -66,7 +68,7 @@ def _command(module: str, *arguments: str) -> list[str]:
 
 
 def _start(command: list[str]) -> "subprocess.Popen[bytes]":
-    environment = {**LEASES, **os.environ}
+    environment = {**LEASES, **WITHOUT_JOBS, **os.environ}
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
 
