@@ -89,7 +89,7 @@ def finished(
         control={} if name in CONTROLLED else {"method": "none"},
         lora={"ranks": [2], "target_parameters": EXPERTS.get(name, [])},
         training={"steps": 4},
-        launch=LAUNCHES.get(name, {}),
+        launch={"evaluations_at_once": 1, **LAUNCHES.get(name, {})},
         evaluation={"items_per_benchmark": 2, "passages": 2, "chat_prompts": 2},
     )
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
