@@ -67,14 +67,15 @@ USUAL_START = 20.0
 """Seconds to import and load."""
 GIB = 2**30
 RANK = 16
-RECIPE = {
+THREADS = "BENCH_THREADS"
+"""Environment variable with the number of cores to use; all by default."""
+RECIPE: dict[str, Any] = {
     "name": "bench",
     "base_model": {"id": "embedded:SmolLM2-135M-Instruct", "quantization": "nf4"},
     "data": {"source": "docstrings", "max_source_characters": 250, "max_tokens": 320},
     "lora": {"ranks": [RANK], "alpha": 2 * RANK, "learning_rate": 1e-3},
     "training": {
         "steps": 20,  # each contestant decays its learning rate over the steps that it takes
-        "batch_size": 8,
         "warmup_steps": 0,
         "max_grad_norm": 1e9,  # never clips
     },
@@ -117,7 +118,9 @@ Rounds = list[dict[str, Figures]]
 def main() -> int:
     """Prepare, run the contestants, write and print the results."""
     options = parse_options()
-    task, tokens_per_step = prepare()
+    if options.quick:
+        os.environ[THREADS] = "1"  # other tests run at the same time
+    task, tokens_per_step = prepare(batch_size=2 if options.quick else 8)
     plans = [plan_round(number, options) for number in range(options.rounds)]
     pairs = []
     if has_wider_units() and not options.quick:
@@ -158,9 +161,10 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def prepare() -> tuple[Row, float]:
+def prepare(batch_size: int) -> tuple[Row, float]:
     """Prepare base and data if needed; return the common task and its mean tokens per step."""
-    recipe = parse_recipe(RECIPE)
+    training_section = {**RECIPE["training"], "batch_size": batch_size}
+    recipe = parse_recipe({**RECIPE, "training": training_section})
     stages = Stages(recipe, runs_root())
     base = ensure_result(stages.base(), threads=threads())
     data_stage = stages.data(base)
@@ -246,8 +250,8 @@ def environment() -> dict[str, str]:
 
 
 def threads() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Return the number of cores to use."""
+    return int(os.environ.get(THREADS, len(os.sched_getaffinity(0))))
 
 
 def rows(rounds: Rounds, steps: int) -> list[Row]:

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import BUILD, Row, console, differing, report, row, threads
+from bench import BUILD, THREADS, Row, console, differing, report, row, threads
 from scoring_together import together_rows
 from transformers import AutoModelForCausalLM
 
@@ -110,6 +110,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two items per benchmark, one round")
     options = parser.parse_args()
     if options.quick:
+        os.environ[THREADS] = "1"  # other tests run at the same time
         options.items, options.rounds, options.batches = 2, 1, [4]
     return options
 

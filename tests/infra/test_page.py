@@ -22,10 +22,10 @@ from pipelines.runtime.launcher import CONFIGS, config_file
 REPOSITORY = Path(__file__).parents[2]
 INFRA = REPOSITORY / "infra"
 PAGE = (INFRA / "README.md").read_text()
+OTHER_FOLDERS = (CONFIGS, INFRA / "deepspeed", INFRA / "images")
+"""Folders whose files the page does not list one by one."""
 FILES = [
-    path
-    for path in sorted(INFRA.rglob("*"))
-    if path.is_file() and path.parent not in (CONFIGS, INFRA / "deepspeed")
+    path for path in sorted(INFRA.rglob("*")) if path.is_file() and path.parent not in OTHER_FOLDERS
 ]
 COMPOSE = (INFRA / "compose.yaml").read_text()
 
