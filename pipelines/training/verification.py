@@ -1,8 +1,5 @@
 """Verify the forward pass on examples of the run before training, and report how it is computed."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,7 @@ def verify_reader(
 ) -> tuple[PackReader, Verified]:
     """Choose how packs are read, and verify it against the model's own forward.
 
-    A collective: the first rank of each host verifies, on all cores of the host, while the other
-    ranks wait for what it found.
+    A collective: the first rank of each host verifies, and the others wait for what it found.
 
     Raises:
         PipelineError: the hosts would read the base in different ways.
@@ -39,8 +35,7 @@ def verify_reader(
     own: Verified | None = None
     with run.timer.phase("check"):
         if run.accelerator.is_local_main_process:
-            with all_cores():
-                _, own = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
+            _, own = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
         by_rank: list[Verified | None] = gather_object([own])  # the other ranks wait here
     run.timer.collect()  # the check belongs to no step
     reset_peak_memory()
@@ -56,17 +51,6 @@ def verify_reader(
         run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     verified = own or found[0]
     return PackReader.of(model, verified), verified
-
-
-@contextmanager
-def all_cores() -> Iterator[None]:
-    """Compute on every core that this process may use inside a block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(before, len(os.sched_getaffinity(0))))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def announce(folder: Path, facts: dict[str, Any], *, ranks: int, first: int) -> None:

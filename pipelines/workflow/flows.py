@@ -1,6 +1,6 @@
 """The workflow, from a recipe to a compared, checked and registered adapter. Start reading here.
 
-    data ─► base ─► train the control and each rank ─► evaluate all ─► compare ─► report ─► register
+data ─► base ─► train the control and each rank ─► evaluate all ─► compare ─► report ─► register
 """
 
 from collections.abc import Sequence
