@@ -12,7 +12,7 @@ depends on the dtype; see `tolerances`.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -68,38 +68,25 @@ def verified_reader(
     """
     started = time.perf_counter()
     trained = trained or {}
-    parameters = list(trained.values())
     tolerance = tolerance_of(dtype or model.dtype)
     in_training_mode = bool(trained) and not is_random_in_training(model)
     with _evaluation_mode(model), _autocast(model, dtype):
-        own = PackReader(model, packed=False, head=None)
-        reference = measure_reference(own, probes, parameters, tolerance)
-        chosen = _compared_tensors(parameters, reference)
-        expected = [one.select(chosen) for one in reference]
-
-        def attempt(reader: PackReader) -> _Attempt:
-            found = [measure(reader, probe, parameters) for probe in probes]
-            return _Attempt(found, compare(expected, [one.select(chosen) for one in found]))
-
+        reference = _Reference.of(model, probes, trained, tolerance)
         model.train(in_training_mode)
         with frozen_weights_unchanged(model) if in_training_mode else nullcontext():
-            try:
-                found = _first_that_agrees(model, tolerance, attempt)
-            except BaseModelError:
-                _refuse_bypassed(model, list(trained), reference, attempt(own).measurements)
-                raise
-        _refuse_bypassed(model, list(trained), reference, found.measurements)
+            found = _first_that_agrees(model, reference, tolerance)
+    difference = found.attempt.difference
     return found.reader, Verified(
         path=found.reader.path,
         own_head=found.reader.head is None,
         examples=sum(len(probe.pack.paths()) for probe in probes),
         longest=max(probe.pack.longest for probe in probes),
-        loss_difference=found.difference.loss,
-        gradient_difference=found.difference.gradient if chosen else None,
+        loss_difference=difference.loss,
+        gradient_difference=difference.gradient if reference.compared else None,
         loss_tolerance=tolerance.loss,
         gradient_tolerance=tolerance.gradient,
         rejected=found.rejected,
-        without_gradient=_without_gradient(list(trained), reference),
+        without_gradient=_without_gradient(list(trained), reference.measurements),
         seconds=round(time.perf_counter() - started, 3),
     )
 
@@ -113,69 +100,102 @@ class _Attempt:
 
 
 @dataclass(frozen=True)
+class _Reference:
+    """What the model's own forward computes in evaluation mode."""
+
+    probes: Sequence[Probe]
+    trained: Mapping[str, nn.Parameter]
+    measurements: list[Measurement]
+    compared: list[int]
+    """Indices of the trained tensors whose gradients are compared."""
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        probes: Sequence[Probe],
+        trained: Mapping[str, nn.Parameter],
+        tolerance: Tolerance,
+    ) -> "_Reference":
+        """Measure the own forward, and check it; see `measure_reference`."""
+        own = PackReader(model, packed=False, head=None)
+        parameters = list(trained.values())
+        measurements = measure_reference(own, probes, parameters, tolerance)
+        return cls(probes, trained, measurements, _compared_tensors(parameters, measurements))
+
+    def attempt(self, reader: PackReader) -> _Attempt:
+        """Measure a reader and compare it with the reference."""
+        parameters = list(self.trained.values())
+        found = [measure(reader, probe, parameters) for probe in self.probes]
+        expected = [one.select(self.compared) for one in self.measurements]
+        return _Attempt(found, compare(expected, [one.select(self.compared) for one in found]))
+
+    def bypassed(self, attempt: _Attempt) -> list[str]:
+        """Return the trained tensors that affect the loss here and not in an attempt.
+
+        A parent module that reads the weight of a layer directly bypasses its adapter, as Gemma 3n
+        does in training mode.
+        """
+        names = []
+        for index, name in enumerate(self.trained):
+            had_gradient = any(one.gradients[index] is not None for one in self.measurements)
+            has_none = all(one.gradients[index] is None for one in attempt.measurements)
+            if had_gradient and has_none:
+                names.append(name)
+        return names
+
+
+@dataclass(frozen=True)
 class _Agreement:
     """The first reader that agrees with the reference."""
 
     reader: PackReader
-    measurements: list[Measurement]
-    difference: Difference
+    attempt: _Attempt
     rejected: tuple[str, ...]
     """Why faster readers are not used."""
 
 
 def _first_that_agrees(
-    model: PreTrainedModel, tolerance: Tolerance, attempt: Callable[[PackReader], _Attempt]
+    model: PreTrainedModel, reference: _Reference, tolerance: Tolerance
 ) -> _Agreement:
+    """Return the fastest reader that agrees.
+
+    Raises:
+        BaseModelError: none agrees, not even the own forward in the mode that is compared, or a
+            tensor is trained that this mode does not use.
+    """
+    family = model.config.model_type
     reason = why_not_packed(model)
     rejected = [] if reason is None else [f"not packed: {reason}"]
     for reader in _readers(model, packed=reason is None):
         try:
-            result = attempt(reader)
+            attempt = reference.attempt(reader)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
             # a family's code may raise anything under inputs that it does not expect
             rejected.append(f"{_name(reader)} fails with {one_line(error, limit=160)}")
             continue
-        difference = result.difference
-        if difference.is_within(tolerance):
-            return _Agreement(reader, result.measurements, difference, tuple(rejected))
+        difference = attempt.difference
+        agrees = difference.is_within(tolerance)
+        bypassed = reference.bypassed(attempt)
+        if bypassed and (agrees or not reader.packed):
+            raise BaseModelError(
+                f"base model family {family!r} does not use {len(bypassed)} trained tensors in "
+                f"training mode, among them {bypassed[0]}, and uses them when it is scored; add "
+                "the module's name to lora.exclude_modules"
+            )
+        if agrees:
+            return _Agreement(reader, attempt, tuple(rejected))
         rejected.append(
-            f"{_name(reader)} differs by {difference.loss:.1e} nats a token, "
+            f"{_name(reader)} differs by {difference.loss:.1e} nats per token, "
             f"gradients by {difference.gradient:.1e}"
         )
     raise BaseModelError(
-        f"base model family {model.config.model_type!r} gives different losses when it reads the "
-        f"same example twice ({'; '.join(rejected)}); it cannot be trained or scored reliably "
-        "here; take another base"
+        f"no way of reading base model family {family!r} agrees with its own forward in evaluation "
+        f"mode ({'; '.join(rejected)}); it cannot be trained or scored reliably here; take another "
+        "base"
     )
-
-
-def _refuse_bypassed(
-    model: PreTrainedModel,
-    trained: Sequence[str],
-    reference: Sequence[Measurement],
-    found: Sequence[Measurement],
-) -> None:
-    """Refuse tensors that take part in the forward pass in evaluation mode only.
-
-    A parent module that reads the weight of a layer directly bypasses its adapter, as Gemma 3n does
-    in training mode.
-
-    Raises:
-        BaseModelError: the first such tensor.
-    """
-    bypassed = []
-    for index, name in enumerate(trained):
-        had_gradient = any(one.gradients[index] is not None for one in reference)
-        if had_gradient and all(one.gradients[index] is None for one in found):
-            bypassed.append(name)
-    if bypassed:
-        raise BaseModelError(
-            f"base model family {model.config.model_type!r} does not use {len(bypassed)} trained "
-            f"tensors in training mode, among them {bypassed[0]}, and uses them when it is scored; "
-            "add the module's name to lora.exclude_modules"
-        )
 
 
 def first_look(model: PreTrainedModel) -> Verified:

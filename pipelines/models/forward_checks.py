@@ -118,7 +118,7 @@ def frozen_weights_unchanged(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         after = _frozen_checksums(model)
-        changed = [name for name in before if after[name] != before[name]]
+        changed = [name for name in before if not _is_same(before[name], after[name])]
         if changed:
             raise BaseModelError(
                 f"base model family {model.config.model_type!r} changes {len(changed)} weights "
@@ -137,6 +137,11 @@ def _frozen_checksums(model: PreTrainedModel) -> dict[str, float]:
 
 def _checksum(parameter: Tensor) -> float:
     values = parameter.detach()
-    if values.is_floating_point():
-        return float(values.double().sum())
-    return float(values.sum(dtype=torch.int64))
+    # summed in the wider dtype without a wider copy of the weights
+    dtype = torch.float64 if values.is_floating_point() else torch.int64
+    return float(values.sum(dtype=dtype))
+
+
+def _is_same(before: float, after: float) -> bool:
+    """Return whether two checksums are equal; weights that no token uses may be NaN in both."""
+    return before == after or (math.isnan(before) and math.isnan(after))

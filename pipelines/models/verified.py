@@ -33,11 +33,6 @@ class Verified:
     seconds: float = 0.0
     """Duration of the verification."""
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether several examples are read in one row."""
-        return self.path == PACKED_PATH
-
     def figures(self) -> dict[str, Any]:
         """Return plain values for a stage's result."""
         return {
@@ -52,7 +47,7 @@ class Verified:
 
 def sentence(figures: Mapping[str, Any]) -> str:
     """Describe a verified reader for a log, a report or a model card, from its plain values."""
-    is_packed = figures["path"] == "packed"
+    is_packed = figures["path"] == PACKED_PATH
     path = "fast path (packed)" if is_packed else "slow path (one example at a time)"
     plural = "s" if figures["examples"] != 1 else ""
     examples = f"{figures['examples']} example{plural} of up to {figures['longest']:,} tokens"

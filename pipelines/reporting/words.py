@@ -5,6 +5,7 @@ from typing import Any
 
 from pipelines.comparison.comparison import CONTROL, QUANTIZED_BASE
 from pipelines.comparison.frontier import percent
+from pipelines.models.verified import PACKED_PATH
 
 Summary = Mapping[str, Any]
 
@@ -108,7 +109,7 @@ def verified_text(summary: Summary) -> str:
             if check is None:
                 continue
             differences.append(check["loss_difference"])
-            if check["path"] != "packed":
+            if check["path"] != PACKED_PATH:
                 unpacked.add(label)
     if not differences:
         return ""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pipelines.errors import PipelineError
 from pipelines.training.adam_state import KEYS, full_moments, full_weights, restore
 from pipelines.training.checkpoint import RANDOM, WEIGHTS, LoadedCheckpoint, Tensors
 from pipelines.training.engine import Engine
@@ -36,8 +37,19 @@ def resume(engine: Engine, checkpoint: LoadedCheckpoint | None, seed: int) -> in
 
 @torch.no_grad()
 def load_trained_weights(model: nn.Module, weights: Tensors) -> None:
-    """Copy trained weights and initial factors into a model that is not yet under an engine."""
+    """Copy trained weights and initial factors into a model that is not yet under an engine.
+
+    Raises:
+        PipelineError: the model lacks one of them, as with a checkpoint of another version.
+    """
     own = dict(model.named_parameters()) | dict(model.named_buffers())
+    unknown = sorted(weights.keys() - own.keys())
+    if unknown:
+        raise PipelineError(
+            f"the checkpoint contains {unknown[0]}, which the model does not have; it was written "
+            "by another version of this pipeline: resume with that version, or delete the stage's "
+            "checkpoints folder to train from the start"
+        )
     for name, tensor in weights.items():
         own[name].copy_(tensor)
 

@@ -30,6 +30,7 @@ from pipelines.models.hardware import detect
 from pipelines.runtime.child import die_with_parent, errors_recorded
 from pipelines.runtime.heartbeats import HeartbeatWriter
 from pipelines.runtime.stage import read_inputs, read_options, read_result, snapshot
+from pipelines.training.build import adapt, build_engine, load_base
 from pipelines.training.checkpoint import select_checkpoint
 from pipelines.training.checkpoint_state import resume
 from pipelines.training.checkpoint_writer import Checkpoints
@@ -40,7 +41,6 @@ from pipelines.training.output import declare_done, finish, missing_snapshots, s
 from pipelines.training.phase_timer import PhaseTimer
 from pipelines.training.rank_errors import gather_hostnames, name_lost_rank
 from pipelines.training.run import Run, prepare_run
-from pipelines.training.setup import adapt, build_engine, load_base
 from pipelines.training.step import name_memory_limit, train_step
 from pipelines.training.verification import announce
 

@@ -24,33 +24,28 @@ def verify_reader(
 ) -> tuple[PackReader, Verified]:
     """Choose how packs are read, and verify it against the model's own forward.
 
-    A collective: the first rank of each host verifies, and the others wait for what it found.
+    A collective: every rank verifies, on the same probes.
 
     Raises:
-        PipelineError: the hosts would read the base in different ways.
+        PipelineError: the ranks would read the base in different ways.
     """
     trained = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
-    own: Verified | None = None
     with run.timer.phase("check"):
-        if run.accelerator.is_local_main_process:
-            _, own = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
-        by_rank: list[Verified | None] = gather_object([own])  # the other ranks wait here
+        reader, verified = verified_reader(model, run.probes(), trained=trained, dtype=dtype)
     run.timer.collect()  # the check belongs to no step
     reset_peak_memory()
-    found = [one for one in by_rank if one is not None]
-    paths = {(one.path, one.own_head) for one in found}
-    if len(paths) > 1:
+    paths = gather_object([(verified.path, verified.own_head)])
+    if len(set(paths)) > 1:
         raise PipelineError(
-            f"the hosts would read the base in different ways ({sorted(paths)}); "
+            f"the ranks would read the base in different ways ({paths}); "
             "run them on hosts of one kind"
         )
-    if any(one.without_gradient for one in found):
+    if any(gather_object([bool(verified.without_gradient)])):
         # DDP waits for the gradients of all tensors, unless it is told that some may be missing.
         run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    verified = own or found[0]
-    return PackReader.of(model, verified), verified
+    return reader, verified
 
 
 def announce(folder: Path, facts: dict[str, Any], *, ranks: int, first: int) -> None:

@@ -132,7 +132,7 @@ def main() -> int:
     rounds = [run_round(plan, task, options.steps) for plan in plans]
     held = [run_round(pair, task, options.steps, AVX2) for pair in pairs]
     found = rows(rounds, options.steps) + ratios_to_trl(rounds, held, options.steps)
-    write_json(RESULT, found)
+    write_json(result_file(RESULT, quick=options.quick), found)
     report(found)
     return 1 if differing(found) else 0
 
@@ -290,6 +290,11 @@ def rows(rounds: Rounds, steps: int) -> list[Row]:
         # Below the goal, other processes were running.
         row("lowest share of the cores that a contestant had", "", min(shares), at_least=0.8),
     ]
+
+
+def result_file(file: Path, *, quick: bool) -> Path:
+    """Return where results go; those of a quick run do not replace the others."""
+    return file.with_stem(f"{file.stem}_quick") if quick else file
 
 
 def differing(found: list[Row]) -> list[str]:

@@ -23,10 +23,10 @@ from pipelines.data.batches import order
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import choose_optimizer, detect, peak_memory_bytes
 from pipelines.models.loading import load_model
+from pipelines.training.build import adapt, parameter_groups
 from pipelines.training.engine import prepare, start
 from pipelines.training.phase_timer import PhaseTimer
 from pipelines.training.run import Run
-from pipelines.training.setup import adapt, parameter_groups
 from pipelines.training.step import train_step
 
 

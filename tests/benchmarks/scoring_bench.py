@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import BUILD, THREADS, Row, console, differing, report, row, threads
+from bench import BUILD, THREADS, Row, console, differing, report, result_file, row, threads
 from scoring_together import together_rows
 from transformers import AutoModelForCausalLM
 
@@ -84,7 +84,7 @@ def main() -> int:
         arithmetic_ratio(base, items, trees),
     )
     found = [*rows(items, rounds), spared, *together_rows(base, trees, options.rounds)]
-    write_json(options.result, found)
+    write_json(result_file(options.result, quick=options.quick), found)
     report(found, title="Scoring answers")
     return 1 if differing(found) else 0
 

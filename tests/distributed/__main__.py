@@ -67,7 +67,7 @@ def main() -> int:
             found = list(section(Path(folder)))
             show(title, found)
             rows += found
-    write_json(RESULT, rows)
+    write_json(RESULT.with_stem("matrix_quick") if quick else RESULT, rows)
     return 0 if all(row["holds"] is not False for row in rows) else 1
 
 

@@ -42,6 +42,7 @@ def main() -> int:
     every = (*TRAININGS, *RUNS, *ORCHESTRATED)
     faults = (replace(TRAININGS[0], times=1),) if options.quick else every
     wanted_kills = 1 if options.quick else KILLS
+    result = RESULT.with_stem("faults_quick") if options.quick else RESULT
     rows: list[Row] = []
     table = Table(
         "fault",
@@ -61,7 +62,7 @@ def main() -> int:
             outcomes = [attempted(fault, site, random, console) for _ in range(fault.times)]
             rows += results(fault, outcomes)
             table.add_row(*words(fault, outcomes))
-            write_json(RESULT, rows)
+            write_json(result, rows)
     kills = sum(
         one["value"]
         for one in rows
@@ -72,7 +73,7 @@ def main() -> int:
         row("processes killed with kill -9", kills, "times", goal, holds=kills >= wanted_kills)
     )
     console.print(table)
-    write_json(RESULT, rows)
+    write_json(result, rows)
     return 0 if all(one["holds"] is not False for one in rows) else 1
 
 

@@ -42,7 +42,7 @@ RUNS = (
     Fault(
         "the tracking server gone for a minute",
         servers.away_for_a_minute,
-        elsewhere="test_patience, test_live",
+        elsewhere="test_retry, test_live",
     ),
     Fault("the tracking server gone for good", servers.gone_for_good, elsewhere="test_run"),
 )

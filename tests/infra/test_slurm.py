@@ -179,7 +179,7 @@ def test_lost_node_ends_the_run(job: Job, running: "subprocess.Popen[bytes]") ->
     assert running.wait(60) == 143
     assert job.files("ended") == {"node-a"}
     assert job.changes() == ""
-    assert "from its last checkpoint" in job.stderr()
+    assert "resumes from its last checkpoint" in job.stderr()
 
 
 def test_job_stops_in_order_and_is_requeued_before_the_time_limit(

@@ -77,9 +77,10 @@ def main() -> int:
         summary = json.loads(path.read_text())
     sections = [section for section in SECTIONS if summary is not None or not section.of_a_run]
     rows = [row for section in sections for row in measured(section, summary)]
-    write_json(RESULT, rows)
+    result = RESULT.with_stem("parity_quick") if options.quick else RESULT
+    write_json(result, rows)
     missed = [row["what"] for row in rows if row["holds"] is False]
-    print(f"{len(rows)} results in {RESULT}; goals missed: {', '.join(missed) or 'none'}")
+    print(f"{len(rows)} results in {result}; goals missed: {', '.join(missed) or 'none'}")
     if summary is None and not options.quick:
         omitted = ", ".join(section.title for section in SECTIONS if section.of_a_run)
         print(f"omitted, because {path} does not exist (`make run` creates it): {omitted}")

@@ -124,6 +124,30 @@ def test_an_adapter_that_is_bypassed_in_training_is_refused(
     assert found.path == "packed"
 
 
+def test_a_family_that_fails_in_training_mode_is_refused(
+    family: Family, examples_pack: Pack
+) -> None:
+    model = family("llama")
+
+    def fail(module: nn.Module, _: object) -> None:
+        assert not module.training, "inference only"
+
+    model.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(BaseModelError, match=r"no way of reading .*'llama' .* inference only"):
+        verify(model, examples_pack)
+
+
+def test_weights_that_are_not_finite_and_not_used_are_no_change(
+    family: Family, examples_pack: Pack
+) -> None:
+    """As in rows of an embedding that pad a vocabulary."""
+    model = family("llama", tie_word_embeddings=False)
+    unused = max(set(range(model.config.vocab_size)) - set(examples_pack.input_ids.tolist()))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[unused] = torch.nan
+    assert verify(model, examples_pack)[1].path == "packed"
+
+
 def test_a_family_that_writes_to_frozen_weights_in_training_is_refused(
     family: Family, examples_pack: Pack
 ) -> None:

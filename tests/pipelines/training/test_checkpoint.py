@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipelines.errors import PipelineError
 from pipelines.runtime.heartbeats import read_notes
 from pipelines.training.checkpoint import write_checkpoint
+from pipelines.training.checkpoint_state import load_trained_weights
 from pipelines.training.checkpoint_writer import Checkpoints
 
 FILE_BYTES = 4096
@@ -28,6 +30,14 @@ def failed(tmp_path: Path) -> Checkpoints:
 def test_the_next_checkpoint_raises_the_error_of_the_previous_one(failed: Checkpoints) -> None:
     with pytest.raises(OSError, match="No space left"):
         failed.due()
+
+
+def test_a_checkpoint_of_another_version_is_refused_before_anything_changes() -> None:
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    with pytest.raises(PipelineError, match=r"contains start_A, .* another version .* delete"):
+        load_trained_weights(model, {"weight": torch.ones(2, 2), "start_A": torch.ones(2)})
+    assert torch.equal(model.weight, before)
 
 
 def test_a_finished_run_notes_the_error(failed: Checkpoints, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lora_core.init.spectral import spectral_init
 from lora_core.layers import linear
 from pipelines.models.hardware import PAGED, Optimizer
 from pipelines.runtime.stage import Stage, read_result
-from pipelines.training import setup
+from pipelines.training import build
 from pipelines.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_resume_of_a_control_with_8_bit_state_is_bit_exact(
     uninterrupted = prepared(None, "uninterrupted")
     stopped = prepared(None, "stopped")
     paged = Optimizer(PAGED, "chosen by the test")
-    monkeypatch.setattr(setup, "select_optimizer", lambda *_, **__: paged)
+    monkeypatch.setattr(build, "select_optimizer", lambda *_, **__: paged)
     train(uninterrupted.begin())
     train_interrupted(stopped, monkeypatch, steps=3)
     means = load_file(str(latest_checkpoint(stopped) / "exp_avg.safetensors"))
