@@ -18,7 +18,6 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lora_core.files import atomic_file, write_text
 from pipelines.comparison.records import left_out, unfinished
@@ -30,11 +29,10 @@ from pipelines.evaluation.questions import Question, Record, records
 from pipelines.evaluation.scoring import score, score_examples
 from pipelines.models.checked import Architecture, CheckedReader
 from pipelines.models.hardware import detect, peak_memory_bytes
+from pipelines.models.verification_cache import VerificationCache, architecture_key
 from pipelines.runtime.child import execute_stages
 from pipelines.runtime.stage import digest
 
-NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
-"""What a config states that does not change what the model computes."""
 ITEMS, DISTRIBUTIONS = "items.jsonl", "distributions.safetensors"
 
 
@@ -59,7 +57,6 @@ class Evaluation:
     def __init__(self) -> None:
         self.models = Models(detect())
         self._eval_set: tuple[str, EvalSet] | None = None
-        self._architectures: dict[str, Architecture] = {}
 
     def __call__(
         self, folder: Path, inputs: dict[str, Any], paths: dict[str, str]
@@ -76,8 +73,11 @@ class Evaluation:
                     trust_remote_code=inputs.get("trust_remote_code", False),
                 )
                 model = stack.enter_context(use)
-            reader = CheckedReader(model, self.architecture(model))
+            cache, key = VerificationCache(folder), architecture_key(model)
+            architecture = cache.load(key, Architecture) or Architecture()
+            reader = CheckedReader(model, architecture)
             found, files = evaluate(reader, eval_set, folder, timings)
+            cache.save(key, architecture)
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
         write_text(folder / ITEMS, "".join(lines))
         result = {
@@ -89,14 +89,6 @@ class Evaluation:
             "seconds_of": timings.seconds,
         }
         return result, [ITEMS, *files]
-
-    def architecture(self, model: PreTrainedModel) -> Architecture:
-        """Return what this process has verified of models like this one."""
-        config = json.loads(model.config.to_json_string(use_diff=False))
-        for name in NOT_ARCHITECTURE:
-            config.pop(name, None)
-        key = digest([config, str(model.dtype)])
-        return self._architectures.setdefault(key, Architecture())
 
     def eval_set(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
         """Return the evaluation set of a stage; that of the stage before if it is the same."""

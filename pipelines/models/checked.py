@@ -7,9 +7,10 @@ that does.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,16 +36,15 @@ class Generation:
     """Several prompts at once, padded on the left; else one after the other."""
 
 
-@dataclass
-class Architecture:
-    """What this process has verified of models with one config and one kind of weights.
+class Architecture(BaseModel, extra="forbid"):
+    """What has been verified of models with one config and one kind of weights.
 
     Windows, chunks and positions depend on the config and on the length of an example, not on the
     values of the weights. A second model of the same architecture is therefore verified on short
     examples only, up to the length that the first one was verified on.
     """
 
-    longest: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+    longest: dict[bool, int] = {False: 0, True: 0}
     """Whether a pack has trees → tokens of the longest example that was verified."""
     is_packed: bool = True
     """Whether no verification rejected reading packs."""
@@ -105,7 +105,8 @@ class CheckedReader:
         if self.verified is not None:
             verified = _merged(self.verified, verified)
         own_head = self._reader.head is None
-        self.verified = replace(verified, path=self._reader.path, own_head=own_head)
+        used = {"path": self._reader.path, "own_head": own_head}
+        self.verified = verified.model_copy(update=used)
 
     def generation(self, prompts: Sequence[list[int]]) -> Generation:
         """Return the fastest way to generate that starts each answer as the own forward does.
@@ -224,11 +225,11 @@ def _some_answers(piece: Pack, number: int) -> Pack:
 
 def _merged(one: Verified, other: Verified) -> Verified:
     """Return the result of two verifications together."""
-    return replace(
-        one,
-        examples=one.examples + other.examples,
-        longest=max(one.longest, other.longest),
-        loss_difference=max(one.loss_difference, other.loss_difference),
-        rejected=tuple(dict.fromkeys([*one.rejected, *other.rejected])),
-        seconds=round(one.seconds + other.seconds, 3),
-    )
+    changes = {
+        "examples": one.examples + other.examples,
+        "longest": max(one.longest, other.longest),
+        "loss_difference": max(one.loss_difference, other.loss_difference),
+        "rejected": tuple(dict.fromkeys([*one.rejected, *other.rejected])),
+        "seconds": round(one.seconds + other.seconds, 3),
+    }
+    return one.model_copy(update=changes)

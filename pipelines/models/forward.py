@@ -32,7 +32,7 @@ from lora_core.training.losses import target_log_likelihoods
 from pipelines.models.head import Head, linear_head
 from pipelines.models.packs import Pack
 from pipelines.models.support import text_body, why_not_packed
-from pipelines.models.verified import ONE_BY_ONE, PACKED_PATH
+from pipelines.models.verified import ONE_BY_ONE, PACKED_PATH, Verified
 
 EAGER_TOKENS = 2048
 """Longest example that is read by eager attention even if the family offers other kernels."""
@@ -86,6 +86,12 @@ class PackReader:
     def default(cls, model: PreTrainedModel) -> "PackReader":
         """Return the fastest reader that is not known to be wrong."""
         return cls(model, why_not_packed(model) is None, linear_head(model))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, verified: Verified) -> "PackReader":
+        """Return the reader that a verification of such a model found."""
+        head = None if verified.own_head else linear_head(model)
+        return cls(model, verified.path == PACKED_PATH, head)
 
     @property
     def path(self) -> str:

@@ -1,15 +1,15 @@
 """The result of verifying a reader; see `pipelines.models.equivalence`. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 PACKED_PATH = "packed"
 ONE_BY_ONE = "one by one"
 
 
-@dataclass(frozen=True)
-class Verified:
+class Verified(BaseModel, frozen=True, extra="forbid"):
     """The reader that is used, and how well it agrees with the model's own forward."""
 
     path: str
@@ -32,14 +32,13 @@ class Verified:
     """Trained tensors that do not affect the loss."""
     seconds: float = 0.0
     """Duration of the verification."""
+    verified_by: str | None = None
+    """The earlier training of the same base, data and method that verified it; None if this one
+    did."""
 
     def figures(self) -> dict[str, Any]:
         """Return plain values for a stage's result."""
-        return {
-            **asdict(self),
-            "rejected": list(self.rejected),
-            "without_gradient": list(self.without_gradient),
-        }
+        return self.model_dump(mode="json")
 
     def __str__(self) -> str:
         return sentence(self.figures())
@@ -56,4 +55,6 @@ def sentence(figures: Mapping[str, Any]) -> str:
     gradient = figures["gradient_difference"]
     if gradient is not None:
         text += f", gradients within {gradient:.0e} of their norm"
+    if figures["verified_by"] is not None:
+        text += f", verified by the training of {figures['verified_by']}"
     return "; ".join([text, *figures["rejected"]])

@@ -15,6 +15,7 @@ from pipelines.models.forward import PackReader
 from pipelines.models.hardware import Hardware, attention_kernel
 from pipelines.models.loading import attention_heads, load_model
 from pipelines.models.support import enable_checkpointing
+from pipelines.models.verification_cache import VerificationCache
 from pipelines.planning.plan import lora_config
 from pipelines.training.checkpoint import WEIGHTS, LoadedCheckpoint
 from pipelines.training.checkpoint_state import load_trained_weights
@@ -81,6 +82,7 @@ def build_engine(
     inputs: dict[str, Any],
     options: dict[str, Any],
     hardware: Hardware,
+    cache: VerificationCache,
 ) -> tuple[Engine, dict[str, Any]]:
     """Choose reader and optimizer; return the engine, and these choices for the result.
 
@@ -89,7 +91,7 @@ def build_engine(
     weights = trained_weights(model)
     if options["gradient_checkpointing"]:
         enable_checkpointing(model)
-    reader, verified = verify_reader(run, model, hardware.dtype)
+    reader, verified = verify_reader(run, model, inputs, hardware.dtype, cache)
     optimizer = select_optimizer(
         run.accelerator,
         hardware,

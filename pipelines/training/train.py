@@ -11,7 +11,7 @@ packs in the same order, so they see the same tokens.
     adapter/         PEFT format and sidecar, or
     model/           the control's weights, which are evaluated and never registered
 
-    setup.py         base, adapter, reader, optimizer and engine
+    build.py         base, adapter, reader, optimizer and engine
     run.py           the examples and packs of each step
     step.py          one optimizer step
     output.py        what is saved at the end
@@ -27,6 +27,7 @@ import torch
 
 from lora_core import LoraConfig
 from pipelines.models.hardware import detect
+from pipelines.models.verification_cache import VerificationCache
 from pipelines.runtime.child import die_with_parent, errors_recorded
 from pipelines.runtime.heartbeats import HeartbeatWriter
 from pipelines.runtime.stage import read_inputs, read_options, read_result, snapshot
@@ -81,7 +82,8 @@ def train(folder: Path) -> None:
     result = read_result(folder)
     checkpoint = select_checkpoint(accelerator.is_main_process, folder / CHECKPOINTS)
     config = adapt(model, inputs, examples=run.examples(), base=base, checkpoint=checkpoint)
-    engine, facts = build_engine(run, model, inputs, options, hardware)
+    cache = VerificationCache(folder)
+    engine, facts = build_engine(run, model, inputs, options, hardware, cache)
     checkpoints = _checkpoints(folder, options, facts["trained_weights"])
     first = resume(engine, checkpoint, inputs["seed"])
     time_collectives(engine, timer)

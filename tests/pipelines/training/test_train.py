@@ -11,6 +11,7 @@ from training_stages import TrainingStages, adapter_of, launch_training, losses_
 from lora_core.adapter.adapter_files import read_json
 from pipelines.errors import StageError
 from pipelines.runtime.stage import read_records
+from pipelines.training import verification
 from pipelines.training.train import train
 
 pytestmark = pytest.mark.slow
@@ -55,6 +56,28 @@ def test_a_row_has_the_metrics_of_its_step(
     result = stage.result()
     assert result is not None
     assert (result["optimizer"], result["attention"]) == ("AdamW", "flash")
+
+
+def test_the_second_rank_uses_the_verification_of_the_first(
+    prepared: TrainingStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains as if it had verified by itself, and its result names the training that did."""
+    first, second = prepared(4, "shared"), prepared(2, "shared")
+    alone = prepared(2, "alone")
+    train(first.begin())
+    train(alone.begin())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("verified a second time")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "verified_reader", refuse)
+        train(second.begin())
+    assert losses_of(second) == losses_of(alone)
+    results = [stage.result() or {} for stage in (first, second, alone)]
+    verified_by = [result["forward"]["verified_by"] for result in results]
+    assert verified_by == [None, first.folder.name, None]
+    assert results[1]["forward"]["loss_difference"] == results[0]["forward"]["loss_difference"]
 
 
 def test_a_loftq_run_starts_nearer_to_the_full_precision_base(prepared: TrainingStages) -> None:
