@@ -1,14 +1,11 @@
 """Where runs are stored, and where files that a recipe names are found. Imports no torch."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipelines.config.recipe import local_path
-
-FOLDERS = ("recipe", "here")
-"""Keys of a stage's paths for the recipe's folder and the working folder of the command."""
+from pipelines.config.sections import EvaluationSection
 
 
 def runs_root() -> Path:
@@ -21,10 +18,10 @@ def tracking_uri(runs: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
 
 
-def folders(paths: Mapping[str, str]) -> list[Path]:
-    """Return the search folders of relative names; the working folder if the stage has none."""
-    named = [Path(paths[name]) for name in FOLDERS if name in paths]
-    return list(dict.fromkeys(named)) or [Path.cwd()]
+def folders(*named: str | None) -> list[Path]:
+    """Return the search folders of relative names; the working folder if none is given."""
+    given = [Path(name) for name in named if name is not None]
+    return list(dict.fromkeys(given)) or [Path.cwd()]
 
 
 def find(name: str, search_folders: Sequence[Path]) -> Path | None:
@@ -41,7 +38,7 @@ def listed(search_folders: Sequence[Path]) -> str:
     return " or ".join(map(str, search_folders))
 
 
-def evaluation_files(section: Mapping[str, Any], search_folders: Sequence[Path]) -> dict[str, Path]:
+def evaluation_files(section: EvaluationSection, search_folders: Sequence[Path]) -> dict[str, Path]:
     """Return the files and folders of a recipe's evaluation section by name.
 
     Their content affects the scores.
@@ -49,14 +46,13 @@ def evaluation_files(section: Mapping[str, Any], search_folders: Sequence[Path])
     A metric given by import path counts as its module's file, or as the complete top-level package;
     further imports of that module are not followed.
     """
-    names = [*section["probes"], *section["execute"]]
-    for metric in section["metrics"]:
+    names = [*section.probes, *section.execute]
+    for metric in section.metrics:
         if ":" in metric:
             module = metric.partition(":")[0].partition(".")[0]
             names += [f"{module}.py", module]
-    task_folder = (section["lm_eval"] or {}).get("include_path")
-    if task_folder:
-        names.append(task_folder)
+    if section.lm_eval is not None and section.lm_eval.include_path:
+        names.append(section.lm_eval.include_path)
     files = {}
     for name in names:
         path = find(name, search_folders)

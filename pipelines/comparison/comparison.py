@@ -1,12 +1,9 @@
 """The summary of a run: every model's metrics, every adapter's verdict, and the adapter to promote.
 
-A pure function from stage results and item records to the plain values of summary.json. Reports and
-the registry read nothing else.
+A pure function from stage results and item records to the comparison in summary.json.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
 
 from pipelines.comparison.differences import (
     change,
@@ -15,6 +12,15 @@ from pipelines.comparison.differences import (
     open_samples,
     score_scales,
     task_gain,
+)
+from pipelines.comparison.document import (
+    Comparison,
+    DetectableDrop,
+    Effect,
+    Judgment,
+    ModelSummary,
+    RegisteredChampion,
+    TrainedModel,
 )
 from pipelines.comparison.evidence import measure
 from pipelines.comparison.frontier import (
@@ -35,8 +41,7 @@ from pipelines.comparison.inputs import (
 )
 from pipelines.comparison.power import power_of
 from pipelines.comparison.records import Records, align
-from pipelines.comparison.resampling import Interval
-from pipelines.comparison.scores import scores
+from pipelines.comparison.scores import Scores, scores
 from pipelines.config.recipe import Recipe
 
 __all__ = [
@@ -49,7 +54,6 @@ __all__ = [
     "FrontierVariant",
     "compare",
 ]
-Values = dict[str, Any]
 
 
 def compare(
@@ -57,7 +61,7 @@ def compare(
     trained: Sequence[ComparedModel],
     items: Mapping[str, Records],
     context: ComparisonContext | None = None,
-) -> Values:
+) -> Comparison:
     """Return the metrics of the base, the control and each adapter, and the decision.
 
     Args:
@@ -77,84 +81,80 @@ def compare(
             models[label] = _base(inputs, label)
     for model in trained:
         models[model.label] = _trained(inputs, model)
-    for model in inputs.adapters:
-        models[model.label] |= _judged(inputs, model)
     adapters = {model.label: models[model.label] for model in inputs.adapters}
     points = _points(inputs)
-    recommended = recommend(points, _with_status(adapters, "pass"), inputs.items)
-    return {
-        "models": models,
-        **_decision(adapters),
-        "recommended": None if recommended is None else asdict(recommended),
-        "control": inputs.control,
-        "incumbent": _champion(inputs),
-        "general_figure": general_metric(inputs.items[BASE]),
-        "frontier": [asdict(point) for point in points],
-    }
+    champion = _champion(adapters)
+    candidates = _with_status(adapters, "pass", "can't tell")
+    return Comparison(
+        models=models,
+        candidate=candidates[-1] if candidates else None,
+        champion=champion,
+        decision=_decision(adapters, champion),
+        recommended=recommend(points, _with_status(adapters, "pass"), inputs.items),
+        control=inputs.control,
+        registered_champion=_registered_champion(inputs),
+        general_metric=general_metric(inputs.items[BASE]),
+        frontier=tuple(points),
+    )
 
 
-def _base(inputs: ComparisonInputs, label: str) -> Values:
+def _base(inputs: ComparisonInputs, label: str) -> ModelSummary:
     """Return a base's metrics; the change of the 4-bit base is the cost of quantization."""
     if label == BASE:
-        return {"scores": _scores(inputs, label)}
-    return {
-        "scores": _scores(inputs, label),
-        "change": _effect(inputs, BASE, label),
-        "power": _power(inputs, BASE, label),
-    }
+        return ModelSummary(scores=_scores(inputs, label))
+    return ModelSummary(
+        scores=_scores(inputs, label),
+        change=_effect(inputs, BASE, label),
+        power=_power(inputs, BASE, label),
+    )
 
 
-def _trained(inputs: ComparisonInputs, model: ComparedModel) -> Values:
+def _trained(inputs: ComparisonInputs, model: ComparedModel) -> ModelSummary:
     """Return a trained model's metrics, its change by training and its total change."""
     before = inputs.base_of(inputs.variant(model))
     by_training = _effect(inputs, before, model.label)
     total = by_training if before == BASE else _effect(inputs, BASE, model.label)
-    return {
-        **asdict(model),
-        "scores": _scores(inputs, model.label),
-        "change": by_training,
-        "total": total,
-        "power": _power(inputs, before, model.label),
-    }
+    training = TrainedModel(
+        rank=model.rank, key=model.key, folder=model.folder, result=model.result
+    )
+    return ModelSummary(
+        scores=_scores(inputs, model.label),
+        change=by_training,
+        total=total,
+        power=_power(inputs, before, model.label),
+        training=training,
+        judgment=None if model.label == CONTROL else _judgment(inputs, model),
+    )
 
 
-def _judged(inputs: ComparisonInputs, model: ComparedModel) -> Values:
+def _judgment(inputs: ComparisonInputs, model: ComparedModel) -> Judgment:
     """Return an adapter's comparison with the control, and its verdict."""
     evidence = measure(inputs, model)
-    verdict = decide(evidence, inputs.recipe.gate.model_dump())
-    return {
-        "gain_share": _interval_values(evidence.gain_share),
-        "beyond_control": _interval_values(evidence.beyond_control),
-        "verdict": asdict(verdict),
-    }
+    return Judgment(
+        gain_share=evidence.gain_share,
+        beyond_control=evidence.beyond_control,
+        verdict=decide(evidence, inputs.recipe.gate),
+    )
 
 
-def _interval_values(interval: Interval | None) -> Values | None:
-    return None if interval is None else asdict(interval)
-
-
-def _scores(inputs: ComparisonInputs, label: str) -> Values:
+def _scores(inputs: ComparisonInputs, label: str) -> Scores:
     section = inputs.recipe.evaluation
     metrics = list(section.metrics)
     if section.execute:
         metrics.append("execution")
-    return asdict(scores(inputs.items[label], metrics))
+    return scores(inputs.items[label], metrics)
 
 
-def _effect(inputs: ComparisonInputs, before: str, after: str) -> Values:
+def _effect(inputs: ComparisonInputs, before: str, after: str) -> Effect:
     """Return the difference between two models; KL divergence only if both have distributions."""
-    values = asdict(change(inputs.items[before], inputs.items[after]))
+    difference = change(inputs.items[before], inputs.items[after])
     divergence = inputs.divergences.get((before, after))
     if divergence is None:
-        return {**values, "kl": None, "kl_interval": None}
-    return {
-        **values,
-        "kl": divergence.mean,
-        "kl_interval": _interval_values(divergence.interval),
-    }
+        return Effect(change=difference)
+    return Effect(change=difference, kl=divergence.mean, kl_interval=divergence.interval)
 
 
-def _power(inputs: ComparisonInputs, before: str, after: str) -> Values | None:
+def _power(inputs: ComparisonInputs, before: str, after: str) -> DetectableDrop | None:
     """Return what the general items can detect, together and by benchmark.
 
     It is None if no benchmark has two items left. For a task with its own score, drops are in that
@@ -176,11 +176,11 @@ def _power(inputs: ComparisonInputs, before: str, after: str) -> Values | None:
     benchmarks = {}
     for name, values in every.items():
         scaled_drop = drop * scales.get(name, 1)
-        benchmarks[name] = asdict(power_of([values], scaled_drop))
-    return {**asdict(pooled), "benchmarks": benchmarks}
+        benchmarks[name] = power_of([values], scaled_drop)
+    return DetectableDrop(pooled=pooled, benchmarks=benchmarks)
 
 
-def _champion(inputs: ComparisonInputs) -> Values | None:
+def _registered_champion(inputs: ComparisonInputs) -> RegisteredChampion | None:
     """Return the registered champion, with a sentence about its comparison."""
     champion = inputs.context.champion
     if champion is None:
@@ -194,7 +194,13 @@ def _champion(inputs: ComparisonInputs) -> Values | None:
     else:
         gain = task_gain(inputs.items[BASE], inputs.items[champion.label])
         words = f"{subject} gains {gain.mean:+.3f} nats per token over the base on the same items."
-    return {**asdict(champion), "label": champion.label, "words": words}
+    return RegisteredChampion(
+        version=champion.version,
+        adapter_sha256=champion.adapter_sha256,
+        objection=champion.objection,
+        label=champion.label,
+        words=words,
+    )
 
 
 def _points(inputs: ComparisonInputs) -> list[FrontierPoint]:
@@ -214,34 +220,35 @@ def _points(inputs: ComparisonInputs) -> list[FrontierPoint]:
     return points
 
 
-def _decision(adapters: Mapping[str, Any]) -> Values:
-    """Choose the candidate, the last adapter that is not rejected, and the champion.
-
-    The champion is the adapter with the largest gain among those that pass.
-    """
-    kept = _with_status(adapters, "pass", "can't tell")
+def _champion(adapters: Mapping[str, ModelSummary]) -> str | None:
+    """Return the adapter with the largest gain among those that pass; None if none passes."""
     gains = {}
     for label in _with_status(adapters, "pass"):
-        total = adapters[label]["total"]
-        gains[label] = total["task_gain"]["mean"]
-    champion = max(gains, key=lambda label: gains[label], default=None)
+        gains[label] = _gain(adapters[label])
+    return max(gains, key=lambda label: gains[label], default=None)
+
+
+def _decision(adapters: Mapping[str, ModelSummary], champion: str | None) -> str:
     if champion is not None:
-        reason = (
+        return (
             f"{champion} passes and gains most on the task "
-            f"({gains[champion]:+.3f} nats per token over the base)"
+            f"({_gain(adapters[champion]):+.3f} nats per token over the base)"
         )
-    else:
-        reasons = []
-        for label, model in adapters.items():
-            reasons.append(f"{label}: {model['verdict']['reason']}")
-        reason = "no adapter passes: " + "; ".join(reasons)
-    candidate = kept[-1] if kept else None
-    return {"candidate": candidate, "champion": champion, "decision": reason}
+    reasons = []
+    for label, model in adapters.items():
+        assert model.judgment is not None, "an adapter is judged"
+        reasons.append(f"{label}: {model.judgment.verdict.reason}")
+    return "no adapter passes: " + "; ".join(reasons)
 
 
-def _with_status(adapters: Mapping[str, Any], *statuses: str) -> list[str]:
+def _gain(model: ModelSummary) -> float:
+    assert model.total is not None, "a trained model has a total change"
+    return model.total.change.task_gain.mean
+
+
+def _with_status(adapters: Mapping[str, ModelSummary], *statuses: str) -> list[str]:
     labels = []
     for label, model in adapters.items():
-        if model["verdict"]["status"] in statuses:
+        if model.judgment is not None and model.judgment.verdict.status in statuses:
             labels.append(label)
     return labels

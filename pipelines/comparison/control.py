@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from pipelines.comparison.document import ControlSummary
 from pipelines.config.sections import ControlSection
 
 Losses = Mapping[float, float]
 """Learning rate → loss."""
 
 
-def describe(section: ControlSection, rates: Mapping[float, float | None]) -> dict[str, Any]:
-    """Return the control as it is stored in the summary: method, rates, chosen, words.
+def describe(section: ControlSection, rates: Mapping[float, float | None]) -> ControlSummary:
+    """Return the control as it is stored in the summary.
 
     Args:
         section: the recipe's control section.
@@ -30,17 +31,17 @@ def describe(section: ControlSection, rates: Mapping[float, float | None]) -> di
             "There is no control: "
             "what full fine-tuning would have learned and forgotten is unknown."
         )
-        return {"method": "none", "rates": {}, "chosen": None, "words": words}
+        return ControlSummary(method="none", words=words)
     losses = _finite_losses(section, rates)
     chosen = min(losses, key=losses.__getitem__) if losses else section.learning_rate[0]
     method = _method(section)
     search = _search(list(rates), losses, chosen)
-    return {
-        "method": section.method,
-        "rates": {f"{rate:g}": losses.get(rate) for rate in sorted(rates)},
-        "chosen": chosen,
-        "words": f"The control is {method} at a learning rate of {chosen:g}{search}.",
-    }
+    return ControlSummary(
+        method=section.method,
+        rates={f"{rate:g}": losses.get(rate) for rate in sorted(rates)},
+        chosen=chosen,
+        words=f"The control is {method} at a learning rate of {chosen:g}{search}.",
+    )
 
 
 def _finite_losses(

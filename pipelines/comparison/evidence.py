@@ -39,9 +39,9 @@ def measure(inputs: ComparisonInputs, model: ComparedModel) -> Evidence:
         general_metric=general_metric(base),
         beyond_control=_beyond_control(inputs, before, own),
         open_changes=_open_changes(before, own),
-        file_bytes=model.figures["file_bytes"],
+        file_bytes=model.result.saved.file_bytes,
         # an initialization from the weight doubles the rank in the file
-        rank=model.figures.get("file_rank", model.rank),
+        rank=model.result.saved.file_rank or model.rank,
         over_champion=_over_champion(inputs, model),
         champion_objection=None if rival is None else rival.objection,
         errors=metric_errors(own),

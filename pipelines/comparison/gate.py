@@ -18,9 +18,8 @@ A task's own score may have any scale, so its largest drop is a fraction of the 
 score. That scale is taken as a constant, without an interval.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pipelines.comparison.criterion import (
     Criterion,
@@ -30,6 +29,7 @@ from pipelines.comparison.criterion import (
     escape_braces,
 )
 from pipelines.comparison.resampling import Interval
+from pipelines.config.sections import GateSection
 
 NAMED_ERRORS = 3
 MIN_POSITIVE = 1e-6
@@ -93,19 +93,19 @@ class Verdict:
     rules: tuple[RuleResult, ...]
 
 
-def decide(evidence: Evidence, gate: Mapping[str, Any]) -> Verdict:
+def decide(evidence: Evidence, gate: GateSection) -> Verdict:
     """Evaluate every rule that applies to an adapter.
 
     Args:
         evidence: the adapter's measurements.
-        gate: the recipe's gate section as plain values.
+        gate: the recipe's gate section.
     """
     rules = (
         _learning(evidence, gate),
         *_forgetting(evidence, gate),
-        *_forgetting_by_benchmark(evidence, gate["max_general_drop"]),
+        *_forgetting_by_benchmark(evidence, gate.max_general_drop),
         *_serving(evidence, gate),
-        *_champion(evidence, gate["min_gain_over_champion"]),
+        *_champion(evidence, gate.min_gain_over_champion),
         *_metrics(evidence),
     )
     statuses = {rule.status for rule in rules}
@@ -118,7 +118,7 @@ def decide(evidence: Evidence, gate: Mapping[str, Any]) -> Verdict:
     return Verdict(status, reason, rules)
 
 
-def _learning(evidence: Evidence, gate: Mapping[str, Any]) -> RuleResult:
+def _learning(evidence: Evidence, gate: GateSection) -> RuleResult:
     if evidence.control == "none":
         criterion = Criterion(
             name="gained on the task",
@@ -141,10 +141,10 @@ def _learning(evidence: Evidence, gate: Mapping[str, Any]) -> RuleResult:
         count=evidence.examples,
         unit="held-out examples",
     )
-    return criterion.evaluate(evidence.gain_share, gate["min_gain_share"])
+    return criterion.evaluate(evidence.gain_share, gate.min_gain_share)
 
 
-def _forgetting(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[RuleResult]:
+def _forgetting(evidence: Evidence, gate: GateSection) -> Iterator[RuleResult]:
     if evidence.general is None:
         if not evidence.open_changes:
             reason = (
@@ -162,7 +162,7 @@ def _forgetting(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[RuleRes
         count=evidence.items,
         unit="items",
     )
-    yield criterion.evaluate(evidence.general, -gate["max_general_drop"])
+    yield criterion.evaluate(evidence.general, -gate.max_general_drop)
     if evidence.beyond_control is not None:
         criterion = Criterion(
             name="forgot little more than the control",
@@ -171,7 +171,7 @@ def _forgetting(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[RuleRes
             count=evidence.items,
             unit="items",
         )
-        yield criterion.evaluate(evidence.beyond_control, -gate["max_drop_beyond_control"])
+        yield criterion.evaluate(evidence.beyond_control, -gate.max_drop_beyond_control)
 
 
 def _forgetting_by_benchmark(evidence: Evidence, drop: float) -> Iterator[RuleResult]:
@@ -197,21 +197,21 @@ def _forgetting_by_benchmark(evidence: Evidence, drop: float) -> Iterator[RuleRe
         yield criterion.evaluate(one.change, -drop * scale)
 
 
-def _serving(evidence: Evidence, gate: Mapping[str, Any]) -> Iterator[RuleResult]:
+def _serving(evidence: Evidence, gate: GateSection) -> Iterator[RuleResult]:
     megabytes = evidence.file_bytes / 1e6
-    if gate["max_file_mb"] is not None:
+    if gate.max_file_mb is not None:
         yield check_limit(
             "the file is small enough",
             megabytes,
-            gate["max_file_mb"],
+            gate.max_file_mb,
             measured=f"a file of {megabytes:.3g} MB",
             unit=" MB",
         )
-    if gate["max_rank"] is not None:
+    if gate.max_rank is not None:
         yield check_limit(
             "the rank can be served",
             evidence.rank,
-            gate["max_rank"],
+            gate.max_rank,
             measured=f"rank {evidence.rank}",
             unit="",
         )

@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from pipelines.comparison.control import describe
 from pipelines.comparison.divergence import KLDivergence, divergences
+from pipelines.comparison.document import ControlSummary
 from pipelines.comparison.frontier import FrontierVariant
 from pipelines.comparison.records import Records
 from pipelines.config.recipe import Recipe
+from pipelines.runtime.interfaces.results import TrainResult
 
 BASE = "base"
 QUANTIZED_BASE = "base-nf4"
@@ -38,8 +39,8 @@ class ComparedModel:
     """Key of its training stage."""
     folder: str
     """Folder of its training stage."""
-    figures: Mapping[str, Any]
-    """Result of its training stage."""
+    result: TrainResult
+    """Of its training stage."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ComparisonInputs:
         return [model for model in self.trained if model.label != CONTROL]
 
     @cached_property
-    def control(self) -> dict[str, Any]:
+    def control(self) -> ControlSummary:
         """Return how the control was trained."""
         return describe(self.recipe.control, self.context.rates)
 
@@ -98,7 +99,7 @@ class ComparisonInputs:
         if champion is None:
             return None
         for model in self.adapters:
-            if model.figures["adapter_sha256"] == champion.adapter_sha256:
+            if model.result.saved.adapter_sha256 == champion.adapter_sha256:
                 return model
         return None
 
@@ -127,8 +128,9 @@ class ComparisonInputs:
         method = "lora"
         learning_rate = self.recipe.lora.learning_rate
         if model.label == CONTROL:
-            method = self.control["method"]
-            learning_rate = self.control["chosen"]
+            assert self.control.chosen is not None, "a control has a learning rate"
+            method = self.control.method
+            learning_rate = self.control.chosen
         return FrontierVariant(
             label=model.label,
             method=method,

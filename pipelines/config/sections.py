@@ -103,11 +103,9 @@ class DataSection(Section):
     """Longest function that `docstrings` includes; no other source uses it."""
 
 
-class LoraSection(Section):
-    """The adapters: one is trained for each rank."""
+class LoraSettings(Section):
+    """What all adapters have in common."""
 
-    ranks: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
-    """Ranks to compare."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """Numerator of the scale alpha/r; with it fixed, the best learning rate hardly depends on the
     rank."""
@@ -133,6 +131,13 @@ class LoraSection(Section):
     (eva), or toward the full-precision weight (loftq)."""
     loraplus_ratio: Annotated[float, Field(gt=0)] = 1
     """Learning rate of B divided by that of A (LoRA+); 1 for one learning rate."""
+
+
+class LoraSection(LoraSettings):
+    """The adapters: one is trained for each rank."""
+
+    ranks: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
+    """Ranks to compare."""
     learning_rate: LearningRate = 1e-3
     """Peak learning rate; about ten times the control's."""
 
@@ -170,15 +175,13 @@ class FrontierSection(Section):
     """Ranks to which the adapter of the highest rank is truncated."""
 
 
-class TrainingSection(Section):
-    """What all trainings of the comparison have in common."""
+class OptimizationSettings(Section):
+    """What determines the result of a training."""
 
     steps: Count
     """Optimizer steps."""
     batch_size: Count = 8
     """Examples per step, over all processes."""
-    gradient_accumulation_steps: Count = 1
-    """Micro-batches per step and process; more of them need less memory."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2
     """Steps in which the learning rate rises linearly; after them it falls along a cosine to a
     tenth."""
@@ -186,6 +189,13 @@ class TrainingSection(Section):
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients with a larger norm are clipped to it."""
+
+
+class SchedulingSettings(Section):
+    """How a step is distributed over time and memory: this changes a result by rounding only."""
+
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches per step and process; more of them need less memory."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: slower, less memory."""
     checkpoint_every: Count = 10
@@ -195,6 +205,10 @@ class TrainingSection(Section):
     more is postponed; 1 writes all."""
     checkpoints_kept: Count = 2
     """Number of latest checkpoints to keep, in addition to the best."""
+
+
+class TrainingSection(SchedulingSettings, OptimizationSettings):
+    """What all trainings of the comparison have in common."""
 
 
 class LaunchSection(Section):

@@ -18,6 +18,7 @@ from typing import Any
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.config.sections import DataSection
 from pipelines.data.example import Example, build_example
 from pipelines.data.rendering import Piece, render_row
 from pipelines.data.sources import load_rows, shape_of
@@ -25,48 +26,63 @@ from pipelines.data.splitting import split_by_group
 from pipelines.errors import DataError
 from pipelines.models.tokenizer import load_tokenizer
 from pipelines.runtime.child import execute_stage
+from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import DATA
+from pipelines.runtime.interfaces.results import DataResult
 from pipelines.runtime.stage import digest
 
 Splits = dict[str, list[Example]]
 
 
 def prepare(
-    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
-) -> tuple[dict[str, Any], list[str]]:
+    folder: Path, inputs: DataInputs, paths: StagePaths
+) -> tuple[DataResult, list[str]]:
     """Write the splits; return their metrics and files."""
     disable_progress_bars()
-    settings = inputs["data"]
-    source = {"source": paths["source"]} if "source" in paths else {}
-    rows = load_rows(settings | source)
+    settings = inputs.data
+    rows = load_rows(settings, paths.source or settings.source)
     tokenizer = load_tokenizer(
-        Path(paths["base"]), trust_remote_code=inputs.get("trust_remote_code", False)
+        paths.required("base"), trust_remote_code=inputs.trust_remote_code
     )
     examples = list(tokenize(rows, tokenizer, settings))
     usable = [example for example in examples if any(example.supervised)]
     if not usable:
         raise DataError(
-            f"all {len(examples)} completions of {settings['source']!r} are cut off by "
-            f"max_tokens={settings['max_tokens']}; raise it or use shorter prompts"
+            f"all {len(examples)} completions of {settings.source!r} are cut off by "
+            f"max_tokens={settings.max_tokens}; raise it or use shorter prompts"
         )
-    splits = split_by_group(usable, settings["validation_examples"], inputs["seed"])
+    splits = split_by_group(usable, settings.validation_examples, inputs.seed)
     files: list[str] = []
     for name, split in splits.items():
         if split:
             files += _save(split, folder, name)
-    counts = {"rows": len(rows), "left_out": len(examples) - len(usable)}
-    return counts | _metrics(usable, splits), files
+    train = splits["train"]
+    validation = splits["validation"]
+    result = DataResult(
+        rows=len(rows),
+        left_out=len(examples) - len(usable),
+        cut=sum(example.was_cut for example in usable),
+        cut_held_out=sum(example.was_cut for example in validation),
+        train_examples=len(train),
+        validation_examples=len(validation),
+        tuning_examples=len(splits["tuning"]),
+        train_tokens=sum(len(example.input_ids) for example in train),
+        supervised_tokens=sum(sum(example.supervised) for example in train),
+        digest=_digest(splits),
+    )
+    return result, files
 
 
 def tokenize(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSection
 ) -> Iterator[Example]:
     """Yield an Example for each row, truncated on the right to `max_tokens`."""
-    shape = shape_of(rows.column_names, settings["source"])
-    group_column = _group_column(rows, settings["group_column"])
+    shape = shape_of(rows.column_names, settings.source)
+    group_column = _group_column(rows, settings.group_column)
     for number, row in enumerate(rows, start=1):
         pieces = render_row(row, shape, tokenizer, number)
         group = str(row[group_column]) if group_column else _prompt_digest(pieces)
-        yield build_example(pieces, tokenizer, group=group, max_tokens=settings["max_tokens"])
+        yield build_example(pieces, tokenizer, group=group, max_tokens=settings.max_tokens)
 
 
 def _group_column(rows: Dataset, name: str | None) -> str | None:
@@ -87,21 +103,6 @@ def _prompt_digest(pieces: list[Piece]) -> str:
     return digest(prompt or [text for text, _ in pieces])
 
 
-def _metrics(usable: list[Example], splits: Splits) -> dict[str, Any]:
-    train = splits["train"]
-    validation = splits["validation"]
-    return {
-        "cut": sum(example.was_cut for example in usable),
-        "cut_held_out": sum(example.was_cut for example in validation),
-        "train_examples": len(train),
-        "validation_examples": len(validation),
-        "tuning_examples": len(splits["tuning"]),
-        "train_tokens": sum(len(example.input_ids) for example in train),
-        "supervised_tokens": sum(sum(example.supervised) for example in train),
-        "digest": _digest(splits),
-    }
-
-
 def _digest(splits: Splits) -> str:
     """Return a digest of what models are trained and evaluated on."""
     content: dict[str, list[Any]] = {}
@@ -116,4 +117,4 @@ def _save(examples: list[Example], folder: Path, split: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    execute_stage(prepare)
+    execute_stage(DATA, prepare)

@@ -8,12 +8,12 @@ import json
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from datasets import Dataset, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
 from pipelines.config.recipe import local_path
+from pipelines.config.sections import DataSection
 from pipelines.data.stdlib_docstrings import stdlib_pairs
 from pipelines.errors import DataError, one_line
 
@@ -22,20 +22,23 @@ SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 DOCSTRINGS = "docstrings"
 
 
-def load_rows(settings: dict[str, Any]) -> Dataset:
-    """Load the rows that a recipe's data section names.
+def load_rows(settings: DataSection, source: str) -> Dataset:
+    """Load the rows of a source.
+
+    Args:
+        settings: the recipe's data section.
+        source: its source; of a file, the path where it was found.
 
     Raises:
         DataError: the source is missing, empty or malformed (with the line), or has none of the
             three shapes.
     """
-    source = str(settings["source"])
     if source == DOCSTRINGS:
-        rows = Dataset.from_list(list(stdlib_pairs(settings["max_source_characters"])))
+        rows = Dataset.from_list(list(stdlib_pairs(settings.max_source_characters)))
     elif Path(source).suffix in BUILDERS:
         rows = _from_file(local_path(source))
     else:
-        rows = _from_hub(source, settings["revision"], settings["split"])
+        rows = _from_hub(source, settings.revision, settings.split)
     if len(rows) == 0:
         raise DataError(f"data source {source!r} has no rows; provide at least a few hundred")
     shape_of(rows.column_names, source)

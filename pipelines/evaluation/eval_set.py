@@ -4,7 +4,7 @@ It is read, checked and tokenized once, before any model is loaded.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from datasets import load_from_disk
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from pipelines.config.sections import EvaluationSection, LmEvalSection
 from pipelines.errors import DataError
 from pipelines.evaluation.benchmarks import passages, sample
 from pipelines.evaluation.chat import chat_items
@@ -24,6 +25,7 @@ from pipelines.evaluation.questions import Question, tokenize
 from pipelines.models.support import context_tokens
 from pipelines.models.tokenizer import load_tokenizer
 from pipelines.paths import folders
+from pipelines.runtime.interfaces.inputs import EvaluateInputs, StagePaths
 
 
 @dataclass(frozen=True)
@@ -45,73 +47,74 @@ class EvalSet:
     """Tasks of lm-eval (`harness.Tasks`); None if the recipe has none."""
 
 
-def prepare(inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
+def prepare(inputs: EvaluateInputs, paths: StagePaths) -> EvalSet:
     """Read what a stage's evaluation section names.
 
     Raises:
         DataError: a question, a file or a setting is not valid.
         RecipeError: a metric, a command or a task does not exist.
     """
-    settings = inputs["evaluation"]
-    seed = inputs["seed"]
-    search_folders = folders(paths)
-    is_trusted = inputs.get("trust_remote_code", False)
-    tokenizer = load_tokenizer(Path(paths["base"]), trust_remote_code=is_trusted)
-    config = AutoConfig.from_pretrained(paths["base"], trust_remote_code=is_trusted)
+    settings = inputs.evaluation
+    seed = inputs.seed
+    search_folders = folders(paths.recipe, paths.here)
+    is_trusted = inputs.trust_remote_code
+    base = paths.required("base")
+    tokenizer = load_tokenizer(base, trust_remote_code=is_trusted)
+    config = AutoConfig.from_pretrained(str(base), trust_remote_code=is_trusted)
     context = context_tokens(config)
     generation = _generation_config(settings, search_folders, context)
-    custom = read_probes(settings["probes"], search_folders)
+    custom = read_probes(settings.probes, search_folders)
     general = _general_items(settings, seed)
     texts = _passages(settings, seed)
     chats = chat_items(
-        tokenizer, settings["chat_prompts"], seed, _sampled_items(settings, "arc_easy")
+        tokenizer, settings.chat_prompts, seed, _sampled_items(settings, "arc_easy")
     )
-    tasks = _tasks(settings["lm_eval"], seed, search_folders)
+    tasks = _tasks(settings.lm_eval, seed, search_folders)
     _check_names_differ(general, custom, tasks)
     return EvalSet(
         tokenizer=tokenizer,
-        examples=list(load_from_disk(str(Path(paths["data"]) / "validation"))),
+        examples=list(load_from_disk(str(paths.required("data") / "validation"))),
         questions=tokenize([*general, *custom], tokenizer, context),
         texts=tokenize(texts, tokenizer, context),
         chats=tokenize(chats, tokenizer, context),
-        answered=settings["generations"],
+        answered=inputs.generations,
         generation=generation,
         tasks=tasks,
     )
 
 
 def _generation_config(
-    settings: Mapping[str, Any], search_folders: Sequence[Path], context: int | None
+    settings: EvaluationSection, search_folders: Sequence[Path], context: int | None
 ) -> GenerationConfig:
-    words = settings["execute"]
+    words = settings.execute
     return GenerationConfig(
-        max_new_tokens=settings["max_new_tokens"],
-        metrics=load_metrics(settings["metrics"], search_folders),
+        max_new_tokens=settings.max_new_tokens,
+        metrics=load_metrics(settings.metrics, search_folders),
         argv=command(words, search_folders) if words else [],
-        seconds=settings["execute_seconds"],
+        seconds=settings.execute_seconds,
         context=context,
     )
 
 
-def _general_items(settings: Mapping[str, Any], seed: int) -> list[Item]:
+def _general_items(settings: EvaluationSection, seed: int) -> list[Item]:
     items = []
-    for benchmark in settings["general"]:
-        items += sample(benchmark, settings["items_per_benchmark"], seed)
+    for benchmark in settings.general:
+        items += sample(benchmark, settings.items_per_benchmark, seed)
     return items
 
 
-def _passages(settings: Mapping[str, Any], seed: int) -> list[Item]:
-    if not settings["passages"]:
+def _passages(settings: EvaluationSection, seed: int) -> list[Item]:
+    if not settings.passages:
         return []
-    return passages(settings["passages"], seed, _sampled_items(settings, "lambada"))
+    return passages(settings.passages, seed, _sampled_items(settings, "lambada"))
 
 
-def _sampled_items(settings: Mapping[str, Any], benchmark: str) -> int:
+def _sampled_items(settings: EvaluationSection, benchmark: str) -> int:
     """Return the number of sampled items of a benchmark; chats and passages differ from them."""
-    return settings["items_per_benchmark"] if benchmark in settings["general"] else 0
+    return settings.items_per_benchmark if benchmark in settings.general else 0
 
 
-def _tasks(settings: Mapping[str, Any] | None, seed: int, search_folders: Sequence[Path]) -> Any:
+def _tasks(settings: LmEvalSection | None, seed: int, search_folders: Sequence[Path]) -> Any:
     if settings is None:
         return None
     from pipelines.evaluation.harness import load_tasks

@@ -10,11 +10,10 @@ each writes what it would write alone, to the bit.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,6 +30,9 @@ from pipelines.models.checked import Architecture, CheckedReader
 from pipelines.models.hardware import detect, peak_memory_bytes
 from pipelines.models.verification_cache import VerificationCache, architecture_key
 from pipelines.runtime.child import execute_stages
+from pipelines.runtime.interfaces.inputs import EvaluateInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import EVALUATE
+from pipelines.runtime.interfaces.results import EvaluateResult
 from pipelines.runtime.stage import digest
 
 ITEMS, DISTRIBUTIONS = "items.jsonl", "distributions.safetensors"
@@ -59,8 +61,8 @@ class Evaluation:
         self._eval_set: tuple[str, EvalSet] | None = None
 
     def __call__(
-        self, folder: Path, inputs: dict[str, Any], paths: dict[str, str]
-    ) -> tuple[dict[str, Any], list[str]]:
+        self, folder: Path, inputs: EvaluateInputs, paths: StagePaths
+    ) -> tuple[EvaluateResult, list[str]]:
         """Write items.jsonl and, if there are chats, distributions.safetensors for one model."""
         timings = Timings()
         with ExitStack() as stack:
@@ -68,9 +70,7 @@ class Evaluation:
                 eval_set = self.eval_set(inputs, paths)
             with timings.of("load"):
                 use = self.models.use(
-                    paths,
-                    inputs["quantization"],
-                    trust_remote_code=inputs.get("trust_remote_code", False),
+                    paths, inputs.quantization, trust_remote_code=inputs.trust_remote_code
                 )
                 model = stack.enter_context(use)
             cache, key = VerificationCache(folder), architecture_key(model)
@@ -80,22 +80,21 @@ class Evaluation:
             cache.save(key, architecture)
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
         write_text(folder / ITEMS, "".join(lines))
-        result = {
-            "items": len(found),
-            "left_out": left_out(found),
-            "unfinished": unfinished(found),
-            "forward": None if reader.verified is None else reader.verified.figures(),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "seconds_of": timings.seconds,
-        }
+        result = EvaluateResult(
+            items=len(found),
+            left_out=left_out(found),
+            unfinished=unfinished(found),
+            forward=reader.verified,
+            peak_memory_bytes=peak_memory_bytes(),
+            seconds_of=timings.seconds,
+        )
         return result, [ITEMS, *files]
 
-    def eval_set(self, inputs: Mapping[str, Any], paths: Mapping[str, str]) -> EvalSet:
+    def eval_set(self, inputs: EvaluateInputs, paths: StagePaths) -> EvalSet:
         """Return the evaluation set of a stage; that of the stage before if it is the same."""
-        shared = dict(paths)
-        shared.pop("model", None)
-        shared.pop("adapter", None)
-        key = digest([inputs["evaluation"], inputs["seed"], shared])
+        shared = paths.model_copy(update={"model": None, "adapter": None})
+        settings = inputs.evaluation.model_dump(mode="json")
+        key = digest([settings, inputs.generations, inputs.seed, shared.plain()])
         if self._eval_set is None or self._eval_set[0] != key:
             self._eval_set = key, prepare(inputs, paths)
         return self._eval_set[1]
@@ -140,4 +139,4 @@ def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[Rec
 
 
 if __name__ == "__main__":
-    execute_stages(Evaluation())
+    execute_stages(EVALUATE, Evaluation())

@@ -15,6 +15,7 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.config.sections import LmEvalSection
 from pipelines.errors import DataError, RecipeError, one_line
 from pipelines.evaluation.documents import check_documents
 from pipelines.evaluation.harness_records import document_record
@@ -74,7 +75,7 @@ class Tasks:
                     yield record
 
 
-def load_tasks(settings: Mapping[str, Any], seed: int, search_folders: Sequence[Path]) -> Tasks:
+def load_tasks(settings: LmEvalSection, seed: int, search_folders: Sequence[Path]) -> Tasks:
     """Load tasks by name, from lm-eval or from a folder of task files.
 
     A multiple choice becomes a record like those of the built-in benchmarks. Of any other task each
@@ -96,11 +97,11 @@ def load_tasks(settings: Mapping[str, Any], seed: int, search_folders: Sequence[
             "evaluation.lm_eval needs the lm-eval library, which is not installed; "
             "run: pip install 'lora-pipeline[lm-eval]'"
         )
-    manager = _manager(settings["tasks"], settings["include_path"], search_folders)
-    _check_known(settings["tasks"], manager.all_tasks)
+    manager = _manager(settings.tasks, settings.include_path, search_folders)
+    _check_known(settings.tasks, manager.all_tasks)
     tasks: dict[str, Any] = {}
     with chdir(search_folders[0]):
-        for name in settings["tasks"]:
+        for name in settings.tasks:
             found = _loaded(manager, name)
             _check_new(name, [task for task in found if task in tasks])
             tasks |= found
@@ -109,8 +110,8 @@ def load_tasks(settings: Mapping[str, Any], seed: int, search_folders: Sequence[
             if task.get_config("num_fewshot") is None:
                 task.set_config("num_fewshot", 0)
             task.set_fewshot_seed(seed)
-            check_documents(name, task, settings["limit"])
-    return Tasks(tasks, settings["limit"], seed)
+            check_documents(name, task, settings.limit)
+    return Tasks(tasks, settings.limit, seed)
 
 
 def _loaded(manager: Any, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ eighth of the size.
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lora_core.merging.dequantize import dequantize
 from lora_core.modules import adapter_parts, module_at, replace_module
 from pipelines.models.hardware import Hardware
 from pipelines.models.loading import load_model
+from pipelines.runtime.interfaces.inputs import StagePaths
 
 Layers = dict[str, nn.Module]
 
@@ -35,7 +36,7 @@ class Models:
 
     @contextmanager
     def use(
-        self, paths: Mapping[str, str], quantization: str, *, trust_remote_code: bool = False
+        self, paths: StagePaths, quantization: str, *, trust_remote_code: bool = False
     ) -> Iterator[PreTrainedModel]:
         """Yield the model of a stage, in evaluation mode.
 
@@ -47,10 +48,10 @@ class Models:
         Raises:
             LoraError: the adapter does not belong to this base.
         """
-        model = self._loaded(paths.get("model", paths["base"]), quantization, trust_remote_code)
+        model = self._loaded(str(paths.weights), quantization, trust_remote_code)
         try:
-            if "adapter" in paths:
-                self._adapt(model, Path(paths["adapter"]))
+            if paths.adapter is not None:
+                self._adapt(model, Path(paths.adapter))
             yield model
         except BaseException:
             # the state of the model is unknown, so no other stage may compute with it

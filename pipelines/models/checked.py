@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipelines.models.equivalence import verified_reader
+from pipelines.models.equivalence import combined, verified_reader
 from pipelines.models.forward import EAGER, SDPA, PackReader, attending_by
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack, join
 from pipelines.models.support import why_not_packed
 from pipelines.models.tolerances import tolerance_of
-from pipelines.models.verified import Verified
+from pipelines.runtime.interfaces.results import Verified
 from pipelines.runtime.memory import is_out_of_memory
 
 FIRST_TOKENS = 3
@@ -97,13 +97,18 @@ class CheckedReader:
             return
         known = self._architecture.longest[trees]
         is_known = pack.longest <= known
+        if is_known and self.verified is not None:  # this model's weights are read as verified
+            self._longest[trees] = known
+            return
         sample = shortest(pack) if is_known else excerpt(pack)
         reader, verified = verified_reader(self.model, [Probe(sample)])
         self._longest[trees] = known if is_known else pack.longest
         self._architecture.record(reader, sample)
         self._reader = self._architecture.limited(reader)
         if self.verified is not None:
-            verified = _merged(self.verified, verified)
+            seconds = round(self.verified.seconds + verified.seconds, 3)
+            together = combined([self.verified, verified])
+            verified = together.model_copy(update={"seconds": seconds})
         own_head = self._reader.head is None
         used = {"path": self._reader.path, "own_head": own_head}
         self.verified = verified.model_copy(update=used)
@@ -222,14 +227,3 @@ def _some_answers(piece: Pack, number: int) -> Pack:
     rows = torch.cat([path.rows for path in chosen])
     return piece.only(rows.sort().values)
 
-
-def _merged(one: Verified, other: Verified) -> Verified:
-    """Return the result of two verifications together."""
-    changes = {
-        "examples": one.examples + other.examples,
-        "longest": max(one.longest, other.longest),
-        "loss_difference": max(one.loss_difference, other.loss_difference),
-        "rejected": tuple(dict.fromkeys([*one.rejected, *other.rejected])),
-        "seconds": round(one.seconds + other.seconds, 3),
-    }
-    return one.model_copy(update=changes)

@@ -39,7 +39,7 @@ from pipelines.models.measurement import (
 from pipelines.models.packs import pack
 from pipelines.models.support import why_not_packed
 from pipelines.models.tolerances import Tolerance, tolerance_of
-from pipelines.models.verified import Verified
+from pipelines.runtime.interfaces.results import Verified
 from pipelines.runtime.memory import is_out_of_memory
 
 MAX_TENSORS = 6
@@ -196,6 +196,23 @@ def _first_that_agrees(
         f"mode ({'; '.join(rejected)}); it cannot be trained or scored reliably here; take another "
         "base"
     )
+
+
+def combined(found: Sequence[Verified]) -> Verified:
+    """Return the result of verifications of one reader on different examples."""
+    gradients = [one.gradient_difference for one in found if one.gradient_difference is not None]
+    rejected = [reason for one in found for reason in one.rejected]
+    without_gradient = [name for one in found for name in one.without_gradient]
+    changes = {
+        "examples": sum(one.examples for one in found),
+        "longest": max(one.longest for one in found),
+        "loss_difference": max(one.loss_difference for one in found),
+        "gradient_difference": max(gradients, default=None),
+        "rejected": tuple(dict.fromkeys(rejected)),
+        "without_gradient": tuple(dict.fromkeys(without_gradient)),
+        "seconds": max(one.seconds for one in found),
+    }
+    return found[0].model_copy(update=changes)
 
 
 def first_look(model: PreTrainedModel) -> Verified:

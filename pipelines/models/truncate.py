@@ -4,21 +4,23 @@ python -m pipelines.models.truncate STAGE_FOLDER
 """
 
 from pathlib import Path
-from typing import Any
 
 from lora_core.spectrum.truncation import truncate_adapter
 from pipelines.runtime.child import execute_stage
+from pipelines.runtime.interfaces.inputs import CutInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import CUT
+from pipelines.runtime.interfaces.results import CutResult
 
 
 def truncate(
-    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
-) -> tuple[dict[str, Any], list[str]]:
+    folder: Path, inputs: CutInputs, paths: StagePaths
+) -> tuple[CutResult, list[str]]:
     """Write adapter/ and return the fraction of the update that is lost, by module."""
     truncated = folder / "adapter"
-    lost = truncate_adapter(Path(paths["adapter"]), truncated, inputs["rank"])
+    lost = truncate_adapter(paths.required("adapter"), truncated, inputs.rank)
     files = [f"adapter/{path.name}" for path in sorted(truncated.iterdir())]
-    return {"rank": inputs["rank"], "lost": lost}, files
+    return CutResult(rank=inputs.rank, lost=lost), files
 
 
 if __name__ == "__main__":
-    execute_stage(truncate)
+    execute_stage(CUT, truncate)

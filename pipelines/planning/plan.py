@@ -20,6 +20,7 @@ from lora_core.budget.setup import Setup
 from lora_core.init.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
 from lora_core.validation import plan_adapter
+from pipelines.config.sections import LoraSettings
 from pipelines.errors import RecipeError
 from pipelines.models.hardware import COMFORTABLE
 from pipelines.models.support import check_checkpointing
@@ -146,19 +147,19 @@ def gpu_setup(setup: Setup) -> Setup:
     )
 
 
-def lora_config(settings: dict[str, Any], rank: int) -> LoraConfig:
+def lora_config(settings: LoraSettings, rank: int) -> LoraConfig:
     """Return the library's config of one rank, from a recipe's lora section."""
     return LoraConfig(
         r=rank,
-        lora_alpha=settings["alpha"],
-        target_modules=_names(settings["target_modules"]),
-        target_parameters=tuple(settings["target_parameters"]),
-        exclude_modules=_names(settings["exclude_modules"]),
-        layers_to_transform=tuple(settings["layers_to_transform"]),
-        lora_dropout=settings["dropout"],
-        use_rslora=settings["use_rslora"],
-        use_dora=settings["use_dora"],
-        init_lora_weights=settings["init"],
+        lora_alpha=settings.alpha,
+        target_modules=settings.target_modules,
+        target_parameters=settings.target_parameters,
+        exclude_modules=settings.exclude_modules,
+        layers_to_transform=settings.layers_to_transform,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init,
     )
 
 
@@ -170,10 +171,6 @@ def check_loraplus_ratio(lora: dict[str, Any], targets: list[Target]) -> None:
             f"lora.loraplus_ratio {lora['loraplus_ratio']:g} has no effect: "
             "both factors of an embedding have the same learning rate; use 1"
         )
-
-
-def _names(value: str | list[str]) -> str | tuple[str, ...]:
-    return value if isinstance(value, str) else tuple(value)
 
 
 @dataclass(frozen=True)

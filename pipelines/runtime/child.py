@@ -12,11 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
 
 from lora_core.errors import LoraError
 from pipelines.errors import PipelineError, StageError, no_space, one_line, record_error
-from pipelines.runtime.stage import StageResult, read_inputs, read_result, write_result
+from pipelines.runtime.interfaces.inputs import StagePaths
+from pipelines.runtime.interfaces.kinds import Inputs, Result, StageKind
+from pipelines.runtime.stage import read_inputs, read_result, write_result
 
 PR_SET_PDEATHSIG = 1
 PARENT = "LORA_RUN_PID"
@@ -27,20 +28,20 @@ the GPU."""
 USER_ERROR = 2
 """Exit status of a stage that failed for a reason that the user can fix."""
 
-Work = Callable[[Path, dict[str, Any], dict[str, str]], tuple[StageResult, list[str]]]
+Work = Callable[[Path, Inputs, StagePaths], tuple[Result, list[str]]]
 """Folder, inputs, paths → what the stage reports, and the files that it wrote for later stages."""
 
 
-def execute_stage(work: Work) -> None:
+def execute_stage(kind: StageKind[Inputs, Result], work: Work[Inputs, Result]) -> None:
     """Run `work` on the stage folder named on the command line, and write its result.
 
     If the inputs are invalid, print one sentence and exit with status 2.
     """
     die_with_parent()
-    _execute(work, Path(sys.argv[1]))
+    _execute(kind, work, Path(sys.argv[1]))
 
 
-def execute_stages(work: Work) -> None:
+def execute_stages(kind: StageKind[Inputs, Result], work: Work[Inputs, Result]) -> None:
     """Run `work` on each stage folder named on the command line; each gets a result or an error.
 
     A finished stage is skipped, so an interrupted batch loses only the running stage. After an
@@ -51,23 +52,25 @@ def execute_stages(work: Work) -> None:
     failed = False
     for name in sys.argv[1:]:
         folder = Path(name)
-        if read_result(folder) is not None:
+        if read_result(folder, kind) is not None:
             continue
         try:
-            _execute(work, folder)
+            _execute(kind, work, folder)
         except SystemExit:  # errors_recorded has printed the reason
             failed = True
     if failed:
         sys.exit(USER_ERROR)
 
 
-def _execute(work: Work, folder: Path) -> None:
+def _execute(
+    kind: StageKind[Inputs, Result], work: Work[Inputs, Result], folder: Path
+) -> None:
     """Run one stage and write its result or its error."""
     started = time.perf_counter()
     with errors_recorded(folder):
-        result, files = work(folder, *read_inputs(folder))
+        result, files = work(folder, *read_inputs(folder, kind))
         seconds = round(time.perf_counter() - started, 2)
-        write_result(folder, {**result, "seconds": seconds}, files)
+        write_result(folder, result.model_copy(update={"seconds": seconds}), files)
 
 
 class errors_recorded:

@@ -27,9 +27,11 @@ from pipelines.config.sections import LaunchSection
 from pipelines.console import Watch
 from pipelines.errors import PipelineError
 from pipelines.runtime import launcher
+from pipelines.runtime.interfaces.inputs import TrainInputs
+from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.runtime.monitor import StallMonitor
 from pipelines.runtime.sharding import LaunchConfig
-from pipelines.runtime.stage import Stage, StageResult
+from pipelines.runtime.stage import Stage
 
 CALL = "call.json"
 MAIN_ADDRESS = "LORA_MAIN_ADDRESS"
@@ -46,8 +48,12 @@ Call = dict[str, Any]
 
 
 def train(
-    stage: Stage, settings: LaunchSection, *, watch: Watch | None, report: Callable[[str], None]
-) -> StageResult:
+    stage: Stage[TrainInputs, TrainResult],
+    settings: LaunchSection,
+    *,
+    watch: Watch | None,
+    report: Callable[[str], None],
+) -> TrainResult:
     """Train on this host and those that join it.
 
     Args:

@@ -22,9 +22,10 @@ import yaml
 from pipelines.console import Watch
 from pipelines.errors import EndedError, RecipeError, StageError, no_space, recorded_error
 from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
+from pipelines.runtime.interfaces.kinds import TRAIN, Inputs, Result
 from pipelines.runtime.monitor import POLL_SECONDS, StallMonitor, follow
 from pipelines.runtime.processes import GRACE_SECONDS, end, kill_leftovers
-from pipelines.runtime.stage import LOG, MODULES, Stage, StageResult, read_result
+from pipelines.runtime.stage import LOG, Stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "infra" / "accelerate"
@@ -42,10 +43,9 @@ _running: "set[subprocess.Popen[bytes]]" = set()
 """Running children of all threads: an interrupted run ends those that other threads wait for."""
 
 
-def stage_argv(stages: Sequence[Stage]) -> list[str]:
+def stage_argv(stages: Sequence[Stage[Inputs, Result]]) -> list[str]:
     """Return the command that runs stages of one kind in one process."""
-    module = MODULES[stages[0].kind]
-    return [sys.executable, "-m", module, *(str(stage.folder) for stage in stages)]
+    return [sys.executable, "-m", stages[0].kind.module, *(str(stage.folder) for stage in stages)]
 
 
 def accelerate_argv(
@@ -63,7 +63,7 @@ def accelerate_argv(
     file = str(config_file(config))
     launch += ["--config_file", file, *_deepspeed_arguments(config)]
     launch += ["--num_processes", str(processes), *host_arguments]
-    return [*launch, "-m", MODULES["train"], str(folder)]
+    return [*launch, "-m", TRAIN.module, str(folder)]
 
 
 def _deepspeed_arguments(config: str) -> list[str]:
@@ -90,7 +90,7 @@ def config_file(name: str) -> Path:
     )
 
 
-def ensure_result(stage: Stage, *, threads: int) -> StageResult:
+def ensure_result(stage: Stage[Inputs, Result], *, threads: int) -> Result:
     """Return the result of a single-process stage; run the stage first if it is not done."""
     result = stage.result()
     if result is not None:
@@ -100,14 +100,14 @@ def ensure_result(stage: Stage, *, threads: int) -> StageResult:
 
 
 def run_child(
-    stages: Sequence[Stage],
+    stages: Sequence[Stage[Inputs, Result]],
     argv: list[str],
     *,
     threads: int,
     worker_index: int = 0,
     watch: Watch | None = None,
     stall_monitor: StallMonitor | None = None,
-) -> list[StageResult]:
+) -> list[Result]:
     """Run one or several stages in one child process, each in its own folder; return their results.
 
     Args:
@@ -184,11 +184,11 @@ def _started(
         _running.discard(child)
 
 
-def _outcome(stage: Stage, log: Path, status: int) -> StageResult:
+def _outcome(stage: Stage[Inputs, Result], log: Path, status: int) -> Result:
     error = recorded_error(stage.folder)
     if error is not None:
         raise error
-    result = read_result(stage.folder, stage.expects)
+    result = stage.result()
     if result is not None:
         return result
     if shutil.disk_usage(stage.folder).free < MIN_FREE_BYTES:

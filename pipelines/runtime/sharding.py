@@ -5,15 +5,17 @@ Imports no torch.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from lora_core.budget.wire import PERSISTENT_WEIGHTS, REUSE_WEIGHTS
+from lora_core.budget.wire import PERSISTENT_WEIGHTS, REUSE_WEIGHTS, Sharding
 from pipelines.config.recipe import Recipe
 from pipelines.errors import RecipeError
+from pipelines.runtime.interfaces.inputs import LaunchFacts
+from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.runtime.launcher import REPOSITORY, WITHOUT_GPUS, config_file
 
 DEEPSPEED_BUCKET = 500_000_000
@@ -21,8 +23,13 @@ DEEPSPEED_BUCKET = 500_000_000
 OWN_BUCKET = 50_000_000
 """The value in the configs of infra/deepspeed. A plan compares those alternatives if the launch
 config uses another engine."""
-ENGINES = {"NO": "ddp", "MULTI_CPU": "ddp", "MULTI_GPU": "ddp", "FSDP": "zero3"}
-ZERO_STAGES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES: dict[str, Sharding] = {
+    "NO": "ddp",
+    "MULTI_CPU": "ddp",
+    "MULTI_GPU": "ddp",
+    "FSDP": "zero3",
+}
+ZERO_STAGES: tuple[Sharding, ...] = ("ddp", "zero1", "zero2", "zero3")
 SINGLE_PROCESS = ("NO", "MULTI_CPU")
 """Values of distributed_type for which accelerate's launcher starts one process, whatever
 --num_processes is."""
@@ -70,7 +77,7 @@ class LaunchConfig:
         return self.deepspeed.get("gradient_accumulation_steps", own)
 
 
-def sharding(name: str) -> dict[str, Any]:
+def launch_facts(name: str) -> LaunchFacts:
     """Return what a launch config means for a plan: device, sharding and communication.
 
     Raises:
@@ -83,16 +90,16 @@ def sharding(name: str) -> dict[str, Any]:
             f"a plan knows {', '.join(ENGINES)} and DEEPSPEED"
         )
     default_bucket = DEEPSPEED_BUCKET if launch.deepspeed else OWN_BUCKET
-    return {
-        "device": "cpu" if launch.on_cpu else "gpu",
-        "sharding": _sharding(launch),
-        "bucket_weights": _number(launch, "reduce_bucket_size", default_bucket),
-        "persistent_weights": _number(
+    return LaunchFacts(
+        device="cpu" if launch.on_cpu else "gpu",
+        sharding=_sharding(launch),
+        bucket_weights=_number(launch, "reduce_bucket_size", default_bucket),
+        persistent_weights=_number(
             launch, "stage3_param_persistence_threshold", PERSISTENT_WEIGHTS
         ),
-        "reuse_weights": _number(launch, "stage3_max_reuse_distance", REUSE_WEIGHTS),
-        "reduces_to_owner": launch.zero.get("use_multi_rank_bucket_allreduce") is False,
-    }
+        reuse_weights=_number(launch, "stage3_max_reuse_distance", REUSE_WEIGHTS),
+        reduces_to_owner=launch.zero.get("use_multi_rank_bucket_allreduce") is False,
+    )
 
 
 def hide_gpus_if_on_cpu(config: str) -> None:
@@ -101,7 +108,7 @@ def hide_gpus_if_on_cpu(config: str) -> None:
         os.environ.update(WITHOUT_GPUS)
 
 
-def check_forward_path(recipe: Recipe, base: Mapping[str, Any]) -> None:
+def check_forward_path(recipe: Recipe, base: BaseResult) -> None:
     """Reject a base without the packed forward path if ZeRO-3 shards its weights.
 
     Under ZeRO-3 every rank must run the same number of forward passes; without packing, the number
@@ -114,13 +121,13 @@ def check_forward_path(recipe: Recipe, base: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: the combination cannot be trained.
     """
-    forward = base["forward"]
-    if forward["path"] == "packed" or recipe.launch.processes == 1:
+    forward = base.forward
+    if forward.is_packed or recipe.launch.processes == 1:
         return
-    if sharding(recipe.launch.config)["sharding"] in ("zero3", "zero3_offload"):
+    if launch_facts(recipe.launch.config).sharding in ("zero3", "zero3_offload"):
         raise RecipeError(
-            f"launch.config {recipe.launch.config!r} shards the weights of {base['id']}, which is "
-            f"read one example at a time ({'; '.join(forward['rejected'])}), and its ranks would "
+            f"launch.config {recipe.launch.config!r} shards the weights of {base.id}, which is "
+            f"read one example at a time ({'; '.join(forward.rejected)}), and its ranks would "
             "have to read equally many; use ddp, zero1 or zero2"
         )
 
@@ -253,7 +260,7 @@ def _device(launch: LaunchConfig) -> str:
     return "cpu" if launch.on_cpu else "gpu"
 
 
-def _sharding(launch: LaunchConfig) -> str:
+def _sharding(launch: LaunchConfig) -> Sharding:
     """Return the name of the sharding.
 
     On a CPU offloading changes nothing: host and process share one memory.

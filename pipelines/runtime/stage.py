@@ -7,56 +7,45 @@
 The key is a digest of the inputs: equal work is cached, whichever recipe needs it, and a changed
 setting repeats only what depends on it. To run a stage by hand:
 
-    python -m <module of its kind, see MODULES> <folder of the stage>
+    python -m <module of its kind, see interfaces/kinds.py> <folder of the stage>
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
+
+from pydantic import ValidationError
 
 from lora_core.files import sha256_of_file, write_json
-from pipelines.errors import ERROR_FILE
+from pipelines.errors import ERROR_FILE, StageError, one_line
+from pipelines.runtime.interfaces.inputs import StagePaths, TrainOptions
+from pipelines.runtime.interfaces.kinds import Inputs, Result, StageKind
+from pipelines.runtime.interfaces.results import StageResult
 
 INPUTS, RESULT, LOG, SNAPSHOTS = "inputs.json", "result.json", "log.txt", "snapshots"
-FORMATS = {"base": 4, "data": 5, "plan": 7, "train": 6, "tune": 5, "cut": 3, "evaluate": 6}
-"""Kind of a stage → a number to increase when its outcome changes for the same inputs."""
-MODULES = {
-    "base": "pipelines.models.base_model",
-    "data": "pipelines.data.preparation",
-    "plan": "pipelines.planning.plan",
-    "train": "pipelines.training.train",
-    "tune": "pipelines.evaluation.tuning",
-    "cut": "pipelines.models.truncate",
-    "evaluate": "pipelines.evaluation.evaluate",
-}
-"""Kind of a stage → the module that runs it in a child process. The parent does not import it,
-because most of these modules import torch."""
 LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "bitsandbytes", "datasets")
-StageResult = dict[str, Any]
-"""What a stage reports: plain values by name."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Generic[Inputs, Result]):
     """One unit of work, identified by its inputs."""
 
-    kind: str
-    """A key of MODULES."""
+    kind: StageKind[Inputs, Result]
     label: str
     """Name for readers, such as rank-4."""
-    inputs: Mapping[str, Any]
-    """Plain values that determine the outcome; they make the key."""
+    inputs: Inputs
+    """What determines the outcome; it makes the key."""
     root: Path
     """Folder of all runs."""
-    paths: Mapping[str, str] = field(default_factory=dict)
+    paths: StagePaths = field(default_factory=StagePaths)
     """Where to find what the inputs name by digest; not part of the key."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings that do not change the outcome; not part of the key."""
+    options: TrainOptions | None = None
+    """Of a training: settings that do not change the outcome; not part of the key."""
     expects: tuple[str, ...] = ()
     """Files that the options require: a result without them is incomplete."""
 
@@ -65,9 +54,9 @@ class Stage:
         """SHA-256 of the kind, the inputs and the library versions."""
         return digest(
             {
-                "kind": self.kind,
-                "format": FORMATS.get(self.kind, 1),
-                "inputs": self.inputs,
+                "kind": self.kind.name,
+                "format": self.kind.format,
+                "inputs": self.inputs.plain(),
                 "versions": library_versions(),
             }
         )
@@ -78,7 +67,7 @@ class Stage:
 
         The label in the name is that of the first run to begin the stage.
         """
-        parent = self.root / self.kind
+        parent = self.root / self.kind.name
         key = self.key[:12]
         existing = sorted(parent.glob(f"*-{key}"))
         return existing[0] if existing else parent / f"{self.label}-{key}"
@@ -90,35 +79,46 @@ class Stage:
         write_json(
             self.folder / INPUTS,
             {
-                "kind": self.kind,
+                "kind": self.kind.name,
                 "label": self.label,
                 "key": self.key,
-                "inputs": dict(self.inputs),
-                "paths": dict(self.paths),
-                "options": dict(self.options),
+                "inputs": self.inputs.plain(),
+                "paths": self.paths.plain(),
+                "options": None if self.options is None else self.options.model_dump(mode="json"),
                 "versions": library_versions(),
             },
         )
         return self.folder
 
-    def result(self) -> StageResult | None:
+    def result(self) -> Result | None:
         """Return the result if the stage is done and all its files are complete, else None."""
-        return read_result(self.folder, self.expects)
+        return read_result(self.folder, self.kind, self.expects)
 
 
-def read_inputs(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return a stage's inputs and paths."""
-    values = json.loads((folder / INPUTS).read_text())
-    return values["inputs"], values["paths"]
+def read_inputs(folder: Path, kind: StageKind[Inputs, Result]) -> tuple[Inputs, StagePaths]:
+    """Return a stage's inputs and paths.
+
+    Raises:
+        StageError: they are not those of this kind of stage.
+    """
+    try:
+        values = json.loads((folder / INPUTS).read_text())
+        return kind.inputs.model_validate(values["inputs"]), StagePaths(**values["paths"])
+    except (ValidationError, KeyError, TypeError) as error:
+        raise StageError(
+            f"{folder / INPUTS} does not contain the inputs of a stage {kind} "
+            f"({one_line(error, limit=160)}); run the recipe, which writes it again"
+        ) from error
 
 
-def read_options(folder: Path) -> dict[str, Any]:
-    """Return a stage's options."""
-    options: dict[str, Any] = json.loads((folder / INPUTS).read_text())["options"]
-    return options
+def read_options(folder: Path) -> TrainOptions:
+    """Return the options of a training."""
+    return TrainOptions.model_validate(json.loads((folder / INPUTS).read_text())["options"])
 
 
-def read_result(folder: Path, expects: Iterable[str] = ()) -> StageResult | None:
+def read_result(
+    folder: Path, kind: StageKind[Inputs, Result], expects: Iterable[str] = ()
+) -> Result | None:
     """Return what a stage reported; None if it is unfinished or a file is not intact."""
     path = folder / RESULT
     if not path.is_file():
@@ -131,20 +131,22 @@ def read_result(folder: Path, expects: Iterable[str] = ()) -> StageResult | None
         file = folder / name
         if not file.is_file() or sha256_of_file(file) != sha256:
             return None
-    result: StageResult = values["figures"]
-    return result
+    try:
+        return kind.result.model_validate(values["result"])
+    except ValidationError:
+        return None  # written by another version of this software
 
 
-def write_result(folder: Path, figures: Mapping[str, Any], files: list[str]) -> None:
+def write_result(folder: Path, result: StageResult, files: list[str]) -> None:
     """Mark a stage as done.
 
     Args:
         folder: the stage's folder.
-        figures: plain values that the stage reports.
+        result: what the stage reports.
         files: paths inside the folder that later stages read; their digests are stored.
     """
     digests = {name: sha256_of_file(folder / name) for name in sorted(files)}
-    write_json(folder / RESULT, {"figures": dict(figures), "files": digests})
+    write_json(folder / RESULT, {"result": result.plain(), "files": digests})
 
 
 def snapshot(step: int) -> str:

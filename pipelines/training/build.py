@@ -17,6 +17,8 @@ from pipelines.models.loading import attention_heads, load_model
 from pipelines.models.support import enable_checkpointing
 from pipelines.models.verification_cache import VerificationCache
 from pipelines.planning.plan import lora_config
+from pipelines.runtime.interfaces.inputs import TrainInputs, TrainOptions
+from pipelines.runtime.interfaces.results import TrainingFacts
 from pipelines.training.checkpoint import WEIGHTS, LoadedCheckpoint
 from pipelines.training.checkpoint_state import load_trained_weights
 from pipelines.training.engine import Engine, disable_zero_init, is_deepspeed, prepare
@@ -26,25 +28,25 @@ from pipelines.training.run import Run
 from pipelines.training.verification import verify_reader
 
 
-def load_base(base: Path, inputs: dict[str, Any], hardware: Hardware) -> PreTrainedModel:
+def load_base(base: Path, inputs: TrainInputs, hardware: Hardware) -> PreTrainedModel:
     """Load the complete base on every rank.
 
     For full fine-tuning it is float32, unless DeepSpeed keeps float32 master weights.
     """
-    masters = inputs["method"] == "full" and not is_deepspeed()
+    masters = inputs.method == "full" and not is_deepspeed()
     with disable_zero_init():
         return load_model(
             base,
-            inputs["quantization"],
+            inputs.quantization,
             hardware,
             masters=masters,
-            trust_remote_code=inputs.get("trust_remote_code", False),
+            trust_remote_code=inputs.trust_remote_code,
         )
 
 
 def adapt(
     model: PreTrainedModel,
-    inputs: dict[str, Any],
+    inputs: TrainInputs,
     *,
     examples: Iterable[dict[str, Any]],
     base: Path,
@@ -56,12 +58,12 @@ def adapt(
     initialization that they would overwrite.
     """
     config = None
-    if inputs["method"] == "lora":
-        config = lora_config(inputs["lora"], inputs["rank"])
+    if inputs.adapter is not None:
+        config = lora_config(inputs.adapter.lora, inputs.adapter.rank)
         initial = config
         if checkpoint is not None and config.init_lora_weights in DATA_DRIVEN_INITS:
             initial = replace(config, init_lora_weights="kaiming")
-        inject_initialized(model, initial, seed=inputs["seed"], examples=examples, base=base)
+        inject_initialized(model, initial, seed=inputs.seed, examples=examples, base=base)
     else:
         freeze_towers(model)
     if checkpoint is not None:
@@ -79,17 +81,17 @@ def freeze_towers(model: PreTrainedModel) -> None:
 def build_engine(
     run: Run,
     model: PreTrainedModel,
-    inputs: dict[str, Any],
-    options: dict[str, Any],
+    inputs: TrainInputs,
+    options: TrainOptions,
     hardware: Hardware,
     cache: VerificationCache,
-) -> tuple[Engine, dict[str, Any]]:
+) -> tuple[Engine, TrainingFacts]:
     """Choose reader and optimizer; return the engine, and these choices for the result.
 
     A collective: every rank calls it.
     """
     weights = trained_weights(model)
-    if options["gradient_checkpointing"]:
+    if options.gradient_checkpointing:
         enable_checkpointing(model)
     reader, verified = verify_reader(run, model, inputs, hardware.dtype, cache)
     optimizer = select_optimizer(
@@ -97,7 +99,7 @@ def build_engine(
         hardware,
         model,
         options,
-        full=inputs["method"] == "full",
+        full=inputs.method == "full",
         tokens=run.largest_pack_tokens,
     )
     engine = prepare(
@@ -108,14 +110,14 @@ def build_engine(
         max_grad_norm=run.max_grad_norm,
     )
     attention = _attention(reader, model, hardware)
-    return engine, {
-        "trained_weights": weights,
-        "processor": hardware.name,
-        "optimizer": optimizer.name,
-        "attention": attention,
-        "choices": hardware.describe(attention, optimizer),
-        "forward": verified.figures(),
-    }
+    return engine, TrainingFacts(
+        trained_weights=weights,
+        processor=hardware.name,
+        optimizer=optimizer.name,
+        attention=attention,
+        choices=hardware.describe(attention, optimizer),
+        forward=verified,
+    )
 
 
 def _attention(reader: PackReader, model: PreTrainedModel, hardware: Hardware) -> str:
@@ -125,11 +127,11 @@ def _attention(reader: PackReader, model: PreTrainedModel, hardware: Hardware) -
     return reader.attention
 
 
-def parameter_groups(model: PreTrainedModel, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+def parameter_groups(model: PreTrainedModel, inputs: TrainInputs) -> list[dict[str, Any]]:
     """Return what the optimizer trains, with learning rates: one for all, or LoRA+'s for B."""
-    learning_rate = inputs["learning_rate"]
-    weight_decay = inputs["training"]["weight_decay"]
-    ratio = inputs.get("lora", {}).get("loraplus_ratio", 1)
+    learning_rate = inputs.learning_rate
+    weight_decay = inputs.training.weight_decay
+    ratio = 1.0 if inputs.adapter is None else inputs.adapter.lora.loraplus_ratio
     if ratio != 1:
         return loraplus_groups(
             model.named_parameters(),

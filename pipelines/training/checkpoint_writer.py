@@ -18,6 +18,7 @@ from typing import Any, Self
 from accelerate.utils import broadcast_object_list, gather_object
 
 from pipelines.runtime.heartbeats import note
+from pipelines.runtime.interfaces.results import CheckpointMetrics
 from pipelines.runtime.memory import free_memory_bytes
 from pipelines.training.checkpoint import Tensors, folder_name, remove_old, write_checkpoint
 from pipelines.training.checkpoint_state import full_state, random_state
@@ -75,13 +76,13 @@ class Checkpoints:
             note(self.folder.parent, f"the last checkpoint was not written ({failure})")
 
     @property
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> CheckpointMetrics:
         """Return how many checkpoints this process has written, and the time that took."""
-        return {
-            "written": self._written,
-            "seconds": round(self._waited, 3),
-            "seconds_beside": round(self._background, 3),
-        }
+        return CheckpointMetrics(
+            written=self._written,
+            seconds=round(self._waited, 3),
+            background_seconds=round(self._background, 3),
+        )
 
     def due(self) -> bool:
         """Return whether one more checkpoint stays within the fraction of the elapsed time.

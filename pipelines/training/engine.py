@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from pipelines.errors import PipelineError
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import Hardware, Optimizer
+from pipelines.runtime.interfaces.inputs import TrainOptions
 from pipelines.training.objective import Objective, trained_parameters
 from pipelines.training.optimizers import PEAK_LR, build
 
@@ -97,14 +98,14 @@ class Engine:
             yield
 
 
-def start(seed: int, options: dict[str, Any], hardware: Hardware, *, full: bool) -> Accelerator:
+def start(seed: int, options: TrainOptions, hardware: Hardware, *, full: bool) -> Accelerator:
     """Join the process group and check it against the recipe's launch.
 
     Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of
     the data. Float32 master weights are computed under autocast. Adapters choose their dtypes
     themselves, over a base that computes as it does in scoring.
     """
-    if options["device"] == "gpu" and hardware.device == "cpu":
+    if options.device == "gpu" and hardware.device == "cpu":
         raise PipelineError(
             f"launch.config is for GPUs, but PyTorch {torch.__version__} finds no GPU on "
             f"{gethostname()}; check that driver and build are for the same CUDA and that "
@@ -116,17 +117,17 @@ def start(seed: int, options: dict[str, Any], hardware: Hardware, *, full: bool)
     if not full and not is_deepspeed():
         handlers.append(AutocastKwargs(enabled=False))
     if "WORLD_SIZE" in os.environ:
-        handlers.append(_process_group(hardware, options["timeout_seconds"]))
+        handlers.append(_process_group(hardware, options.timeout_seconds))
     accelerator = Accelerator(
         cpu=hardware.device == "cpu" and not is_deepspeed(),
-        gradient_accumulation_steps=options["gradient_accumulation_steps"],
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         mixed_precision=_mixed_precision(hardware, full=full),
         kwargs_handlers=handlers,
     )
-    if accelerator.num_processes != options["processes"]:
+    if accelerator.num_processes != options.processes:
         raise PipelineError(
             f"{accelerator.num_processes} ranks started, but launch.processes is "
-            f"{options['processes']}; check that the accelerate config fits the machine"
+            f"{options.processes}; check that the accelerate config fits the machine"
         )
     return accelerator
 

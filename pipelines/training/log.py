@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_core.files import write_text
+from pipelines.runtime.interfaces.results import TrainingTotals
 
 METRICS = "metrics.jsonl"
 Row = dict[str, Any]
@@ -52,21 +53,19 @@ class Log:
         last = self.rows[-steps:]
         return sum(float(row["loss"]) for row in last) / len(last)
 
-    def summary(self) -> Row:
-        """Return the metrics of the run; the first step is a warm-up and not counted for speed."""
+    def totals(self) -> TrainingTotals:
+        """Return the totals of the run; the first step is a warm-up and not counted for speed."""
         timed = self.rows[1:] or self.rows
-        if not timed:
-            return {}
         tokens_per_second = _total(timed, "tokens") / _total(timed, "seconds")
-        return {
-            "steps": len(self.rows),
-            "tokens": _total(self.rows, "tokens"),
-            "supervised_tokens": _total(self.rows, "supervised_tokens"),
-            "first_loss": self.rows[0]["loss"],
-            "last_loss": self.rows[-1]["loss"],
-            "tokens_per_second": round(tokens_per_second, 1),
-            "training_seconds": round(_total(self.rows, "seconds"), 2),
-        }
+        return TrainingTotals(
+            steps=len(self.rows),
+            tokens=_total(self.rows, "tokens"),
+            supervised_tokens=_total(self.rows, "supervised_tokens"),
+            first_loss=self.rows[0]["loss"],
+            last_loss=self.rows[-1]["loss"],
+            tokens_per_second=round(tokens_per_second, 1),
+            training_seconds=round(_total(self.rows, "seconds"), 2),
+        )
 
 
 def _total(rows: list[Row], key: str) -> Any:

@@ -1,6 +1,6 @@
 """Choose and build the optimizer of a training; `pipelines.models.hardware` has the rule."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,17 +14,17 @@ from lora_core.budget.setup import Setup
 from pipelines.errors import PipelineError
 from pipelines.models.hardware import FUSED, PAGED, AdamState, Hardware, Optimizer, choose_optimizer
 from pipelines.planning.plan import gpu_setup
+from pipelines.runtime.interfaces.inputs import TrainOptions
 
 PEAK_LR = "initial_lr"
 """Key of the peak learning rate in an optimizer's group, as in PyTorch's schedules."""
-Values = Mapping[str, Any]
 
 
 def select_optimizer(
     accelerator: Accelerator,
     hardware: Hardware,
     model: PreTrainedModel,
-    options: Values,
+    options: TrainOptions,
     *,
     full: bool,
     tokens: Callable[[], int],
@@ -45,13 +45,13 @@ def select_optimizer(
     return choose_optimizer(smallest, adam_state_under(accelerator), needed)
 
 
-def full_bytes(model: PreTrainedModel, options: Values, tokens: int) -> int:
+def full_bytes(model: PreTrainedModel, options: TrainOptions, tokens: int) -> int:
     """Return the estimated GPU memory of full fine-tuning without an engine."""
     setup = Setup(
         "full",
         tokens,
-        processes=options["processes"],
-        checkpointing=options["gradient_checkpointing"],
+        processes=options.processes,
+        checkpointing=options.gradient_checkpointing,
     )
     return budget(model, gpu_setup(setup)).memory_bytes
 

@@ -4,8 +4,8 @@ Rank 0 writes.
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import gather_object
 
@@ -15,6 +15,8 @@ from lora_core.errors import AdapterError
 from lora_core.spectrum.spectrum import effective_rank, singular_values
 from lora_core.spectrum.updates import read_updates
 from pipelines.models.hardware import peak_memory_bytes
+from pipelines.runtime.interfaces.inputs import TrainInputs
+from pipelines.runtime.interfaces.results import ModuleSpectrum, SavedWeights, TrainResult
 from pipelines.runtime.stage import RESULT, SNAPSHOTS, snapshot, write_result
 from pipelines.training.engine import Engine
 
@@ -23,29 +25,27 @@ def finish(
     folder: Path,
     engine: Engine,
     config: LoraConfig | None,
-    inputs: dict[str, Any],
-    metrics: dict[str, Any],
-) -> dict[str, Any]:
-    """Save the trained weights; return the run's results. A collective: every rank calls it.
+    inputs: TrainInputs,
+) -> tuple[SavedWeights, int]:
+    """Save the trained weights; return what was saved, and the largest memory peak of all ranks.
 
-    The peak of memory is the largest of all ranks.
+    A collective: every rank calls it.
     """
     peak = max(gather_object([peak_memory_bytes()]))
-    saved = save_trained(engine, config, inputs, folder)
-    return {**metrics, "peak_memory_bytes": peak, **saved}
+    return save_trained(engine, config, inputs, folder), peak
 
 
 def declare_done(
-    folder: Path, engine: Engine, config: LoraConfig | None, results: dict[str, Any]
+    folder: Path, engine: Engine, config: LoraConfig | None, result: TrainResult
 ) -> None:
     """Write the stage's result, with every snapshot that was ever kept. Every rank calls it."""
     if engine.is_first:
         files = [*(folder / output_folder(config)).iterdir(), *(folder / SNAPSHOTS).glob("*/*/*")]
-        write_result(folder, results, [str(path.relative_to(folder)) for path in sorted(files)])
+        write_result(folder, result, [str(path.relative_to(folder)) for path in sorted(files)])
     engine.accelerator.wait_for_everyone()
 
 
-def missing_snapshots(folder: Path, steps: list[int]) -> list[int]:
+def missing_snapshots(folder: Path, steps: Sequence[int]) -> list[int]:
     """Return the steps for which a finished run has no snapshot."""
     files = read_json(folder / RESULT)["files"]
     return [step for step in steps if not _has_snapshot(files, step)]
@@ -56,24 +56,24 @@ def _has_snapshot(files: list[str], step: int) -> bool:
 
 
 def save_trained(
-    engine: Engine, config: LoraConfig | None, inputs: dict[str, Any], parent: Path
-) -> dict[str, Any]:
+    engine: Engine, config: LoraConfig | None, inputs: TrainInputs, parent: Path
+) -> SavedWeights:
     """Write the adapter, or the control's weights, into `parent`; return its size and digest.
 
-    A collective: every rank calls it, and the weights are gathered from all.
+    A collective: every rank calls it, and the weights are gathered from all. Only the first rank
+    writes, and returns what it wrote.
     """
     engine.accelerator.wait_for_everyone()
     folder = parent / output_folder(config)
-    results: dict[str, Any] = {}
+    saved = SavedWeights(file_bytes=0)
     with engine.gathered():
         if engine.is_first:
             if config is None:
-                _save_model(engine, folder, inputs)
+                saved = _save_model(engine, folder, inputs)
             else:
-                results = _save_adapter(engine, folder, config, inputs)
-            results["file_bytes"] = sum(path.stat().st_size for path in folder.iterdir())
+                saved = _save_adapter(engine, folder, config, inputs)
     engine.accelerator.wait_for_everyone()
-    return results
+    return saved
 
 
 def output_folder(config: LoraConfig | None) -> str:
@@ -82,23 +82,37 @@ def output_folder(config: LoraConfig | None) -> str:
 
 
 def _save_adapter(
-    engine: Engine, folder: Path, config: LoraConfig, inputs: dict[str, Any]
-) -> dict[str, Any]:
-    base = inputs["base"]
-    identity = Identity(base["id"], base["revision"], base["digests"], _lineage(inputs))
-    sha256 = save_adapter(engine.model, folder, config, identity)
-    return {
-        "adapter_sha256": sha256,
-        "file_rank": read_json(folder / CONFIG)["r"],
-        "spectrum": spectrum(folder),
+    engine: Engine, folder: Path, config: LoraConfig, inputs: TrainInputs
+) -> SavedWeights:
+    adapter = inputs.adapter
+    assert adapter is not None, "an adapter is saved for a training that has one"
+    lineage = {
+        "data_digest": inputs.data_digest,
+        "tokenizer_sha256": adapter.tokenizer_sha256,
+        "template_sha256": adapter.template_sha256,
+        "quantization": inputs.quantization,
+        "init": adapter.lora.init,
     }
+    identity = Identity(adapter.base_id, adapter.base_revision, inputs.base_digests, lineage)
+    sha256 = save_adapter(engine.model, folder, config, identity)
+    return SavedWeights(
+        file_bytes=_size_of(folder),
+        adapter_sha256=sha256,
+        file_rank=read_json(folder / CONFIG)["r"],
+        spectrum=spectrum(folder),
+    )
 
 
-def _save_model(engine: Engine, folder: Path, inputs: dict[str, Any]) -> None:
+def _save_model(engine: Engine, folder: Path, inputs: TrainInputs) -> SavedWeights:
     shutil.rmtree(folder, ignore_errors=True)
     engine.model.save_pretrained(folder)
-    if inputs.get("trust_remote_code"):
+    if inputs.trust_remote_code:
         _copy_code(Path(engine.model.config._name_or_path), folder)
+    return SavedWeights(file_bytes=_size_of(folder))
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _copy_code(base: Path, folder: Path) -> None:
@@ -109,33 +123,23 @@ def _copy_code(base: Path, folder: Path) -> None:
         shutil.copy(source, target)
 
 
-def spectrum(adapter: Path) -> list[dict[str, Any]]:
+def spectrum(adapter: Path) -> tuple[ModuleSpectrum, ...]:
     """Return the singular values and the effective rank of each module's ΔW.
 
-    The list is empty if more than ΔW was trained: with DoRA, biases or fully trained modules, no
+    It is empty if more than ΔW was trained: with DoRA, biases or fully trained modules, no
     product of two factors is the complete update.
     """
     try:
         values = {name: singular_values(update) for name, update in read_updates(adapter).items()}
     except AdapterError:
-        return []
-    return [
-        {
-            "module": name,
-            "rank": len(module),
-            "effective_rank": round(effective_rank(module), 3),
-            "values": [float(f"{value:.4g}") for value in module.tolist()],
-        }
-        for name, module in values.items()
-    ]
-
-
-def _lineage(inputs: dict[str, Any]) -> dict[str, str]:
-    base = inputs["base"]
-    return {
-        "data_digest": inputs["data_digest"],
-        "tokenizer_sha256": base["tokenizer_sha256"],
-        "template_sha256": base["template_sha256"],
-        "quantization": inputs["quantization"],
-        "init": inputs["lora"]["init"],
-    }
+        return ()
+    modules = []
+    for name, module in values.items():
+        found = ModuleSpectrum(
+            module=name,
+            rank=len(module),
+            effective_rank=round(effective_rank(module), 3),
+            values=tuple(float(f"{value:.4g}") for value in module.tolist()),
+        )
+        modules.append(found)
+    return tuple(modules)

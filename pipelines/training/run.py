@@ -13,6 +13,7 @@ from pipelines.data.batches import balance_by_tokens, order
 from pipelines.errors import DataError, PipelineError
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack, pack
+from pipelines.runtime.interfaces.inputs import TrainInputs
 from pipelines.training.phase_timer import PhaseTimer
 
 PROBE_TOKENS = 16
@@ -115,7 +116,7 @@ def opening(example: Example) -> Example:
 
 
 def prepare_run(
-    accelerator: Accelerator, inputs: dict[str, Any], data: Path, timer: PhaseTimer
+    accelerator: Accelerator, inputs: TrainInputs, data: Path, timer: PhaseTimer
 ) -> Run:
     """Load the examples, fix their order and check the shards. Every rank calls it.
 
@@ -123,14 +124,14 @@ def prepare_run(
         PipelineError: the ranks' shards of the first step are not disjoint and complete.
     """
     dataset = load_from_disk(str(data / "train"))
-    settings = inputs["training"]
+    settings = inputs.training
     run = Run(
         accelerator,
         dataset,
         lengths=[len(ids) for ids in dataset["input_ids"]],
-        steps=order(len(dataset), settings["steps"], settings["batch_size"], inputs["seed"]),
-        warmup_steps=settings["warmup_steps"],
-        max_grad_norm=settings["max_grad_norm"],
+        steps=order(len(dataset), settings.steps, settings.batch_size, inputs.seed),
+        warmup_steps=settings.warmup_steps,
+        max_grad_norm=settings.max_grad_norm,
         device=str(accelerator.device),
         timer=timer,
     )

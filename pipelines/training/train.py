@@ -18,10 +18,10 @@ packs in the same order, so they see the same tokens.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
-from typing import Any
 
 import torch
 
@@ -30,6 +30,9 @@ from pipelines.models.hardware import detect
 from pipelines.models.verification_cache import VerificationCache
 from pipelines.runtime.child import die_with_parent, errors_recorded
 from pipelines.runtime.heartbeats import HeartbeatWriter
+from pipelines.runtime.interfaces.inputs import TrainInputs, TrainOptions
+from pipelines.runtime.interfaces.kinds import TRAIN
+from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.runtime.stage import read_inputs, read_options, read_result, snapshot
 from pipelines.training.build import adapt, build_engine, load_base
 from pipelines.training.checkpoint import select_checkpoint
@@ -54,8 +57,8 @@ class Training:
 
     folder: Path
     """The stage's."""
-    inputs: dict[str, Any]
-    options: dict[str, Any]
+    inputs: TrainInputs
+    options: TrainOptions
     run: Run
     engine: Engine
     config: LoraConfig | None
@@ -70,22 +73,22 @@ def train(folder: Path) -> None:
     If the run is already finished but lacks snapshots, it trains again up to the last missing one,
     and its result stays as it is.
     """
-    inputs, paths = read_inputs(folder)
+    inputs, paths = read_inputs(folder, TRAIN)
     options = read_options(folder)
-    base = Path(paths["base"])
+    base = paths.required("base")
     hardware = detect()
-    accelerator = start(inputs["seed"], options, hardware, full=inputs["method"] == "full")
+    accelerator = start(inputs.seed, options, hardware, full=inputs.method == "full")
     model = load_base(base, inputs, hardware)
     timer = PhaseTimer(HeartbeatWriter(folder, accelerator.process_index, gethostname()))
-    run = prepare_run(accelerator, inputs, Path(paths["data"]), timer)
+    run = prepare_run(accelerator, inputs, paths.required("data"), timer)
 
-    result = read_result(folder)
+    result = read_result(folder, TRAIN)
     checkpoint = select_checkpoint(accelerator.is_main_process, folder / CHECKPOINTS)
     config = adapt(model, inputs, examples=run.examples(), base=base, checkpoint=checkpoint)
     cache = VerificationCache(folder)
     engine, facts = build_engine(run, model, inputs, options, hardware, cache)
-    checkpoints = _checkpoints(folder, options, facts["trained_weights"])
-    first = resume(engine, checkpoint, inputs["seed"])
+    checkpoints = _checkpoints(folder, options, facts.trained_weights)
+    first = resume(engine, checkpoint, inputs.seed)
     time_collectives(engine, timer)
     log = Log(folder / METRICS if engine.is_first and result is None else None, first)
     if engine.is_first:
@@ -95,28 +98,34 @@ def train(folder: Path) -> None:
     hosts = gather_hostnames()
     with checkpoints, name_lost_rank(hosts, timer):
         if result is None:
-            _train_steps(training, first, len(run.steps), options["snapshots"])
+            _train_steps(training, first, len(run.steps), options.snapshots)
         else:
-            missing = missing_snapshots(folder, options["snapshots"])
+            missing = missing_snapshots(folder, options.snapshots)
             _train_steps(training, first, max(missing, default=0), missing)
     if result is None:
-        metrics = {**facts, "checkpoints": checkpoints.metrics, **log.summary()}
-        result = finish(folder, engine, config, inputs, metrics)
+        saved, peak_memory_bytes = finish(folder, engine, config, inputs)
+        result = TrainResult(
+            facts=facts,
+            totals=log.totals(),
+            saved=saved,
+            checkpoints=checkpoints.metrics,
+            peak_memory_bytes=peak_memory_bytes,
+        )
     declare_done(folder, engine, config, result)
     if engine.is_first:
         checkpoints.discard()
 
 
-def _checkpoints(folder: Path, options: dict[str, Any], trained_weights: int) -> Checkpoints:
+def _checkpoints(folder: Path, options: TrainOptions, trained_weights: int) -> Checkpoints:
     return Checkpoints(
         folder / CHECKPOINTS,
-        options["checkpoints_kept"],
-        options["checkpoint_time_fraction"],
+        options.checkpoints_kept,
+        options.checkpoint_time_fraction,
         trained_weights,
     )
 
 
-def _train_steps(training: Training, first: int, last: int, snapshots: list[int]) -> None:
+def _train_steps(training: Training, first: int, last: int, snapshots: Sequence[int]) -> None:
     """Take the steps from `first` up to `last`; save snapshots and checkpoints on the way.
 
     Every rank calls it: steps, snapshots and checkpoints are collectives.
@@ -131,14 +140,14 @@ def _train_steps(training: Training, first: int, last: int, snapshots: list[int]
                 save_trained(
                     engine, training.config, training.inputs, training.folder / snapshot(done)
                 )
-        if done % training.options["checkpoint_every"] == 0 and done < len(run.steps):
+        if done % training.options.checkpoint_every == 0 and done < len(run.steps):
             with run.timer.phase("checkpoint"):
                 _save_checkpoint(training, done)
 
 
 def _save_checkpoint(training: Training, step: int) -> None:
     if training.checkpoints.due():
-        loss = training.log.mean_loss(training.options["checkpoint_every"])
+        loss = training.log.mean_loss(training.options.checkpoint_every)
         training.checkpoints.save(training.engine, step, loss)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from pipelines.config.experiments import EvaluatedModel
 from pipelines.errors import RegistryError
-from pipelines.runtime.stage import StageResult
+from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.tracking.retry import retry_until_reachable
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
 
@@ -24,7 +24,7 @@ class Champion:
 
 
 def find_champion(
-    run: PipelineRun, base: StageResult, adapters: Sequence[TrainedExperiment]
+    run: PipelineRun, base: BaseResult, adapters: Sequence[TrainedExperiment]
 ) -> Champion | None:
     """Fetch the champion of the registered model; None if there is none to compare with.
 
@@ -46,7 +46,7 @@ def find_champion(
     if found is None:
         return None
     champion = Champion(found.version, found.adapter_sha256)
-    if any(trained.result["adapter_sha256"] == found.adapter_sha256 for trained in adapters):
+    if any(trained.result.saved.adapter_sha256 == found.adapter_sha256 for trained in adapters):
         return champion
     objection = _objection(run, base, found.tags)
     if objection is not None:
@@ -62,13 +62,14 @@ def find_champion(
     return replace(champion, model=model)
 
 
-def _objection(run: PipelineRun, base: StageResult, tags: Mapping[str, str]) -> str | None:
+def _objection(run: PipelineRun, base: BaseResult, tags: Mapping[str, str]) -> str | None:
     """Return why the champion's scores on these items would mislead; None if they would not."""
-    for kind, digest in base["digests"].items():
+    for kind, digest in base.digests.items():
         if tags.get(f"base_fingerprint.{kind}") != digest:
             return f"it was trained on another base, {tags.get('base', 'which it does not name')}"
-    for name in ("tokenizer", "template"):
-        if tags.get(f"{name}_sha256") != str(base[f"{name}_sha256"]):
+    parts = {"tokenizer": base.tokenizer_sha256, "template": base.template_sha256}
+    for name, sha256 in parts.items():
+        if tags.get(f"{name}_sha256") != sha256:
             return f"it was trained with another {name}, so that its prompts would be unfamiliar"
     seed = tags.get("seed", "which it does not name")
     if seed != str(run.recipe.seed):

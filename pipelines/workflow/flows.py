@@ -27,13 +27,13 @@ from pipelines.orchestration.cancellation import (
 )
 from pipelines.paths import runs_root
 from pipelines.runtime import launcher
+from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.runtime.sharding import check_forward_path, check_launch, hide_gpus_if_on_cpu
-from pipelines.runtime.stage import Stage, StageResult
 from pipelines.workflow import tasks
 from pipelines.workflow.champion import Champion, find_champion
 from pipelines.workflow.publishing import publish
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
-from pipelines.workflow.stages import PreparedData, Stages, group_by_base
+from pipelines.workflow.stages import EvaluateStage, PreparedData, Stages, group_by_base
 from pipelines.workflow.summary import RunResults, summarize
 from pipelines.workflow.training import train_control, train_one
 
@@ -82,7 +82,7 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
 
 
 def train_all(
-    run: PipelineRun, base: StageResult, data: PreparedData, experiments: Sequence[Experiment]
+    run: PipelineRun, base: BaseResult, data: PreparedData, experiments: Sequence[Experiment]
 ) -> list[TrainedExperiment]:
     """Train experiments one after the other; each uses all processes."""
     return [train_one(run, base, data, experiment) for experiment in experiments]
@@ -131,8 +131,8 @@ def truncate(run: PipelineRun, trained: TrainedExperiment, rank: int) -> Evaluat
 
 
 def evaluate_champion(
-    run: PipelineRun, base: StageResult, data: PreparedData, champion: Champion
-) -> tuple[Champion, dict[EvaluatedModel, Stage]]:
+    run: PipelineRun, base: BaseResult, data: PreparedData, champion: Champion
+) -> tuple[Champion, dict[EvaluatedModel, EvaluateStage]]:
     """Score the registered champion on the same items.
 
     If that fails, return the reason as its objection, and continue with the rest of the run.
@@ -145,8 +145,8 @@ def evaluate_champion(
 
 
 def evaluate_all(
-    run: PipelineRun, base: StageResult, data: PreparedData, models: Sequence[EvaluatedModel]
-) -> dict[EvaluatedModel, Stage]:
+    run: PipelineRun, base: BaseResult, data: PreparedData, models: Sequence[EvaluatedModel]
+) -> dict[EvaluatedModel, EvaluateStage]:
     """Score every model.
 
     Models with the same base share a process, and a few processes run at the same time.

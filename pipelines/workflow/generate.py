@@ -73,7 +73,7 @@ def _prepare_base(base: str, revision: str | None, runs: Path, *, trust_remote_c
             "the adapter does not name the base that it was trained on; name it with --base"
         )
     stage = base_stage(base, revision, runs, trust_remote_code=trust_remote_code)
-    return Path(launcher.ensure_result(stage, threads=1)["folder"])
+    return Path(launcher.ensure_result(stage, threads=1).folder)
 
 
 def _prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:

@@ -3,11 +3,10 @@
 A failure here loses nothing that was trained or scored.
 """
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from lora_core.files import write_text
 from pipelines.console import print_status, print_table
@@ -16,8 +15,13 @@ from pipelines.tracking.retry import retry_until_reachable
 from pipelines.workflow import tasks
 from pipelines.workflow.run import PipelineRun
 
+if TYPE_CHECKING:
+    from pipelines.comparison.document import Registered, Summary
 
-def publish(run: PipelineRun, summary: dict[str, Any]) -> Path:
+Answer = TypeVar("Answer")
+
+
+def publish(run: PipelineRun, summary: "Summary") -> Path:
     """Write the report, register the adapters, add their versions to it, and print the table.
 
     Raises:
@@ -28,12 +32,13 @@ def publish(run: PipelineRun, summary: dict[str, Any]) -> Path:
 
     note = write_report(run, summary)  # before the registry is called, which may fail
     started = time.monotonic()
-    failure = _attempt(lambda: register(run, summary, note))
+    registered, failure = _attempt(lambda: register(run, summary, note))
     run.record("register", time.monotonic() - started)
+    summary = summary.model_copy(update={"registered": registered})
     note = write_report(run, summary)
-    if failure is None:
-        failure = _attempt(lambda: describe(run, summary, note))
-    tasks.show_comparison(note, summary["decision"])
+    if registered is not None:
+        _, failure = _attempt(lambda: describe(run, registered, note))
+    tasks.show_comparison(note, summary.decision)
     print_status("")
     print_table(terminal_table(summary))
     page, path = paths(run)
@@ -48,35 +53,35 @@ def paths(run: PipelineRun) -> tuple[Path, Path]:
     return run.folder / "report.html", run.folder / "summary.json"
 
 
-def write_report(run: PipelineRun, summary: dict[str, Any]) -> str:
+def write_report(run: PipelineRun, summary: "Summary") -> str:
     """Write the page, and the summary with the times so far; return the table in Markdown."""
     from pipelines.reporting.report import markdown_table, write_html
 
     page, path = paths(run)
-    summary |= run.times()
-    write_text(path, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    times = {"stages": tuple(run.timings), "seconds": run.seconds}
+    summary = summary.model_copy(update=times)
+    write_text(path, summary.model_dump_json(indent=2) + "\n")
     write_html(summary, page)
     return markdown_table(summary)
 
 
-def register(run: PipelineRun, summary: dict[str, Any], note: str) -> None:
-    """Register the adapters and add their versions to the summary."""
+def register(run: PipelineRun, summary: "Summary", note: str) -> "Registered":
+    """Register the adapters; return their versions."""
     from pipelines.tracking import registry
 
-    summary["registered"] = registry.register(summary, run.stages.root, list(paths(run)), note)
+    return registry.register(summary, run.stages.root, list(paths(run)), note)
 
 
-def describe(run: PipelineRun, summary: dict[str, Any], note: str) -> None:
+def describe(run: PipelineRun, registered: "Registered", note: str) -> None:
     """Add the registered versions to the comparison's run in the registry."""
     from pipelines.tracking import registry
 
-    registry.describe(summary["registered"], run.stages.root, list(paths(run)), note)
+    registry.describe(registered, run.stages.root, list(paths(run)), note)
 
 
-def _attempt(action: Callable[[], None]) -> RegistryError | None:
-    """Call the registry; return its error, if any."""
+def _attempt(action: Callable[[], Answer]) -> tuple[Answer | None, RegistryError | None]:
+    """Call the registry; return its answer or its error."""
     try:
-        retry_until_reachable(action)
+        return retry_until_reachable(action), None
     except RegistryError as error:
-        return error
-    return None
+        return None, error

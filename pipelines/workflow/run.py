@@ -9,8 +9,11 @@ from typing import Any
 from pipelines.config.experiments import EvaluatedModel, Experiment
 from pipelines.config.recipe import Recipe
 from pipelines.console import print_status
-from pipelines.runtime.stage import Stage, StageResult, snapshot
-from pipelines.workflow.stages import Stages
+from pipelines.runtime.interfaces.kinds import Inputs, Result
+from pipelines.runtime.interfaces.plan_result import PlanResult
+from pipelines.runtime.interfaces.results import StageTime, TrainResult
+from pipelines.runtime.stage import Stage, snapshot
+from pipelines.workflow.stages import EvaluateStage, Stages, TrainStage
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class TrainedExperiment:
     """An experiment after its training."""
 
     experiment: Experiment
-    stage: Stage
-    result: StageResult
+    stage: TrainStage
+    result: TrainResult
 
     @property
     def output(self) -> str:
@@ -29,7 +32,7 @@ class TrainedExperiment:
     def evaluated_model(self, step: int | None = None) -> EvaluatedModel:
         """Return it as a model to score, with its final weights or those after `step` steps."""
         label = self.experiment.label
-        weights = str(self.result.get("adapter_sha256", self.stage.key))
+        weights = self.result.saved.adapter_sha256 or self.stage.key
         folder = self.stage.folder
         if step is not None:
             label = f"{label}@{step}"
@@ -37,7 +40,7 @@ class TrainedExperiment:
             folder = folder / snapshot(step)
         return EvaluatedModel(
             label,
-            quantized=self.stage.inputs["quantization"] != "none",
+            quantized=self.stage.inputs.quantization != "none",
             weights=weights,
             output=self.output,
             folder=str(folder / self.output),
@@ -54,16 +57,16 @@ class PipelineRun:
     recipe: Recipe
     stages: Stages
     started: float = field(default_factory=time.monotonic)
-    timings: list[dict[str, Any]] = field(default_factory=list)
-    plan: StageResult = field(default_factory=dict)
-    """What the plan reported; empty before that."""
+    timings: list[StageTime] = field(default_factory=list)
+    plan: PlanResult | None = None
+    """What the plan reported; None before that."""
 
     @property
     def folder(self) -> Path:
         """Folder of the run's summary and report."""
         return self.stages.root / self.recipe.name
 
-    def run_stage(self, task: Any, stage: Stage, *arguments: Any) -> StageResult:
+    def run_stage(self, task: Any, stage: Stage[Inputs, Result], *arguments: Any) -> Result:
         """Run a stage as a Prefect task, or reuse its cached result; print and record the time.
 
         Prefect caches the result, but not the files of the stage. They are verified first: if one
@@ -71,11 +74,11 @@ class PipelineRun:
         """
         started = time.monotonic()
         is_cached = stage.result() is not None
-        result: StageResult = task.with_options(refresh_cache=not is_cached)(stage, *arguments)
+        result: Result = task.with_options(refresh_cache=not is_cached)(stage, *arguments)
         self._record_stage(stage, time.monotonic() - started, cached=is_cached)
         return result
 
-    def run_stages(self, task: Any, stages: Sequence[Stage], *arguments: Any) -> None:
+    def run_stages(self, task: Any, stages: Sequence[EvaluateStage], *arguments: Any) -> None:
         """Run the unfinished ones of several stages in one process; print and record the times."""
         started = time.monotonic()
         missing = [stage for stage in stages if stage.result() is None]
@@ -83,12 +86,13 @@ class PipelineRun:
             task(missing, *arguments)
         for stage in stages:
             if stage in missing:
-                result = stage.result() or {}
-                self._record_stage(stage, float(result["seconds"]), cached=False)
+                result = stage.result()
+                seconds = 0.0 if result is None or result.seconds is None else result.seconds
+                self._record_stage(stage, seconds, cached=False)
             else:
                 self._record_stage(stage, time.monotonic() - started, cached=True)
 
-    def _record_stage(self, stage: Stage, seconds: float, *, cached: bool) -> None:
+    def _record_stage(self, stage: Stage[Any, Any], seconds: float, *, cached: bool) -> None:
         name = f"{stage.kind} {stage.label}"
         self.record(name, seconds, cached=cached, folder=str(stage.folder))
         print_status(name, mark="✓", aside="cached" if cached else f"{seconds:.0f} s")
@@ -96,8 +100,9 @@ class PipelineRun:
     def record(self, name: str, seconds: float, *, cached: bool = False, folder: str = "") -> None:
         """Record how long a stage took."""
         seconds = round(seconds, 2)
-        self.timings.append({"name": name, "seconds": seconds, "cached": cached, "folder": folder})
+        self.timings.append(StageTime(name=name, seconds=seconds, cached=cached, folder=folder))
 
-    def times(self) -> dict[str, Any]:
-        """Return the times of the stages so far and of the run, as the summary stores them."""
-        return {"stages": self.timings, "seconds": round(time.monotonic() - self.started, 2)}
+    @property
+    def seconds(self) -> float:
+        """Duration of the run so far."""
+        return round(time.monotonic() - self.started, 2)

@@ -6,13 +6,19 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipelines.config.experiments import EvaluatedModel, Experiment
-from pipelines.runtime.stage import Stage, StageResult, digest, library_versions, read_records
+from pipelines.runtime.interfaces.results import BaseResult, DataResult
+from pipelines.runtime.stage import digest, library_versions, read_records
 from pipelines.workflow.champion import Champion
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
+from pipelines.workflow.stages import EvaluateStage
 from pipelines.workflow.training import TrainedControl
+
+if TYPE_CHECKING:
+    from pipelines.comparison.comparison import ComparedModel, FrontierVariant
+    from pipelines.comparison.document import Comparison, ForwardChecks, Summary
 
 DISTRIBUTIONS = "distributions.safetensors"
 
@@ -21,15 +27,15 @@ DISTRIBUTIONS = "distributions.safetensors"
 class RunResults:
     """What a run has produced before the comparison."""
 
-    base: StageResult
+    base: BaseResult
     """What the base's stage reported."""
-    data: StageResult
+    data: DataResult
     """What the data's stage reported."""
     control: TrainedControl
     adapters: Sequence[TrainedExperiment]
     champion: Champion | None
     """The registered champion, if there is one."""
-    evaluated: Mapping[EvaluatedModel, Stage]
+    evaluated: Mapping[EvaluatedModel, EvaluateStage]
     """Every scored model, with its evaluation stage."""
 
     @property
@@ -38,37 +44,34 @@ class RunResults:
         return [*self.control.chosen, *self.adapters]
 
 
-def summarize(run: PipelineRun, results: RunResults) -> dict[str, Any]:
+def summarize(run: PipelineRun, results: RunResults) -> "Summary":
     """Compare all models and return the summary."""
+    from pipelines.comparison.document import Summary
+
     recipe = run.recipe.model_dump(mode="json")
     stage_keys = sorted(stage.key for stage in results.evaluated.values())
     item_files = {
         model.label: str(stage.folder / "items.jsonl") for model, stage in results.evaluated.items()
     }
-    spectra = {}
-    for trained in results.trained:
-        if "spectrum" in trained.result:
-            spectra[trained.experiment.label] = trained.result["spectrum"]
-    return {
-        "name": run.recipe.name,
-        "key": digest([recipe, stage_keys]),
-        "seed": run.recipe.seed,
-        "recipe": recipe,
-        "commit": _commit(),
-        "versions": library_versions(),
-        "machine": _machine(results.trained),
-        "base": results.base,
-        "data": results.data,
-        "items": item_files,
-        "forward": _forward_checks(results),
-        "spectrum": spectra,
-        **_compare(run, results, item_files),
-    }
+    return Summary(
+        **dict(_compare(run, results, item_files)),
+        name=run.recipe.name,
+        key=digest([recipe, stage_keys]),
+        seed=run.recipe.seed,
+        recipe=run.recipe,
+        commit=_commit(),
+        versions=library_versions(),
+        machine=_machine(results.trained),
+        base=results.base,
+        data=results.data,
+        items=item_files,
+        forward=_forward_checks(results),
+    )
 
 
 def _compare(
     run: PipelineRun, results: RunResults, item_files: Mapping[str, str]
-) -> dict[str, Any]:
+) -> "Comparison":
     """Compare the trained models with the base, the control and the champion."""
     from pipelines.comparison import comparison
 
@@ -95,18 +98,20 @@ def _compare(
     )
 
 
-def _compared_model(trained: TrainedExperiment) -> Any:
-    """Return a trained model for the comparison, without its spectrum."""
+def _compared_model(trained: TrainedExperiment) -> "ComparedModel":
+    """Return a trained model for the comparison."""
     from pipelines.comparison.comparison import ComparedModel
 
     experiment = trained.experiment
-    result = {name: value for name, value in trained.result.items() if name != "spectrum"}
+    folder = str(trained.stage.folder)
     return ComparedModel(
-        experiment.label, experiment.rank, trained.stage.key, str(trained.stage.folder), result
+        experiment.label, experiment.rank, trained.stage.key, folder, trained.result
     )
 
 
-def _frontier_variant(run: PipelineRun, model: EvaluatedModel, experiment: Experiment) -> Any:
+def _frontier_variant(
+    run: PipelineRun, model: EvaluatedModel, experiment: Experiment
+) -> "FrontierVariant":
     """Return a model that only the frontier shows as the comparison takes it."""
     from pipelines.comparison.comparison import FrontierVariant
 
@@ -123,21 +128,26 @@ def _frontier_variant(run: PipelineRun, model: EvaluatedModel, experiment: Exper
     )
 
 
-def _forward_checks(results: RunResults) -> dict[str, dict[str, Any]]:
+def _forward_checks(results: RunResults) -> "dict[str, ForwardChecks]":
     """Return how training and scoring agree with each model's own forward."""
+    from pipelines.comparison.document import ForwardChecks
+
     training = {}
     for trained in results.trained:
-        training[trained.experiment.label] = trained.result.get("forward")
+        training[trained.experiment.label] = trained.result.facts.forward
     checks = {}
     for model, stage in results.evaluated.items():
-        scoring = (stage.result() or {}).get("forward")
-        checks[model.label] = {"training": training.get(model.label), "scoring": scoring}
+        evaluated = stage.result()
+        checks[model.label] = ForwardChecks(
+            training=training.get(model.label),
+            scoring=None if evaluated is None else evaluated.forward,
+        )
     return checks
 
 
 def _machine(trained: Sequence[TrainedExperiment]) -> str:
     """Return the hardware of the run: its GPUs, if it used any, and the host."""
-    processors = dict.fromkeys(one.result.get("processor", "CPU") for one in trained)
+    processors = dict.fromkeys(one.result.facts.processor for one in trained)
     gpus = [name for name in processors if name != "CPU"]
     return ", ".join([*gpus, f"{os.cpu_count()} cores", platform.machine(), platform.system()])
 

@@ -12,8 +12,25 @@ from pipelines.console import fan_out, print_status, training_progress
 from pipelines.orchestration import concurrency, flow_log
 from pipelines.orchestration.cancellation import started_by_worker
 from pipelines.runtime import hosts, launcher
-from pipelines.runtime.stage import Stage, StageResult
+from pipelines.runtime.interfaces.plan_result import PlanResult
+from pipelines.runtime.interfaces.results import (
+    BaseResult,
+    CutResult,
+    DataResult,
+    EvaluateResult,
+    TrainResult,
+    TuneResult,
+)
 from pipelines.tracking.live import live_run
+from pipelines.workflow.stages import (
+    BaseStage,
+    CutStage,
+    DataStage,
+    EvaluateStage,
+    PlanStage,
+    TrainStage,
+    TuneStage,
+)
 
 
 def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
@@ -24,30 +41,30 @@ def stage_key(context: TaskRunContext, parameters: dict[str, Any]) -> str:
 CACHED: dict[str, Any] = {
     "cache_key_fn": stage_key,
     "persist_result": True,
-    "task_run_name": "{stage.kind} {stage.label}",
+    "task_run_name": "{stage.kind.name} {stage.label}",
 }
 
 
 @task(name="prepare base model", **CACHED)
-def prepare_base(stage: Stage) -> StageResult:
+def prepare_base(stage: BaseStage) -> BaseResult:
     """Convert the base to Hugging Face format and fingerprint it (pipelines.models.base_model)."""
     return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="prepare data", **CACHED)
-def prepare_data(stage: Stage) -> StageResult:
+def prepare_data(stage: DataStage) -> DataResult:
     """Load, apply the chat template, tokenize, mask and split (pipelines.data.preparation)."""
     return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="plan", **CACHED)
-def plan(stage: Stage) -> StageResult:
+def plan(stage: PlanStage) -> PlanResult:
     """Match target modules, check ranks, and count weights and memory (pipelines.planning.plan)."""
     return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="train", **CACHED)
-def train(stage: Stage, settings: LaunchSection, mlflow_experiment: str) -> StageResult:
+def train(stage: TrainStage, settings: LaunchSection, mlflow_experiment: str) -> TrainResult:
     """Train an adapter or the control on all ranks (pipelines.training.train).
 
     It resumes from the last checkpoint, and MLflow shows it while it runs.
@@ -74,7 +91,7 @@ def train(stage: Stage, settings: LaunchSection, mlflow_experiment: str) -> Stag
 
 
 @task(name="tune", **CACHED)
-def tune(stage: Stage) -> StageResult:
+def tune(stage: TuneStage) -> TuneResult:
     """Compute the loss of a control at one learning rate (pipelines.evaluation.tuning)."""
     slots = concurrency.slot_names(1) if concurrency.gpus() else []
     with concurrency.hold_slots(slots, flow_log.log_and_print):
@@ -82,13 +99,13 @@ def tune(stage: Stage) -> StageResult:
 
 
 @task(name="cut", **CACHED)
-def truncate(stage: Stage) -> StageResult:
+def truncate(stage: CutStage) -> CutResult:
     """Truncate an adapter to a lower rank (pipelines.models.truncate)."""
     return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
 @task(name="evaluate", task_run_name="evaluate {stages[0].label} …")
-def evaluate(stages: list[Stage], at_once: int, index: int) -> list[StageResult]:
+def evaluate(stages: list[EvaluateStage], at_once: int, index: int) -> list[EvaluateResult]:
     """Score models that share a base in one process (pipelines.evaluation.evaluate).
 
     Each model gets its own result; call this only for those without one. If there are several
@@ -104,7 +121,7 @@ def evaluate(stages: list[Stage], at_once: int, index: int) -> list[StageResult]
     )
 
 
-def evaluation_slots(stages: list[Stage], at_once: int) -> AbstractContextManager[None]:
+def evaluation_slots(stages: list[EvaluateStage], at_once: int) -> AbstractContextManager[None]:
     """Hold GPUs for scoring if a stage is not done.
 
     CPU cores are shared as the recipe configures.

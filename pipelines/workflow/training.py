@@ -8,7 +8,7 @@ from pipelines.config.experiments import CONTROL, Experiment, control_experiment
 from pipelines.console import print_status
 from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, StageError
 from pipelines.planning.fitting import what_would_fit
-from pipelines.runtime.stage import StageResult
+from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.workflow import tasks
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
 from pipelines.workflow.stages import PreparedData
@@ -29,7 +29,7 @@ class TrainedControl:
 
 
 def train_one(
-    run: PipelineRun, base: StageResult, data: PreparedData, experiment: Experiment
+    run: PipelineRun, base: BaseResult, data: PreparedData, experiment: Experiment
 ) -> TrainedExperiment:
     """Train an experiment on all processes; if memory runs out, the error names what needs less."""
     stage = run.stages.train(base, data, experiment)
@@ -37,14 +37,14 @@ def train_one(
     try:
         result = run.run_stage(tasks.train, stage, run.recipe.launch, mlflow_experiment)
     except StageError as error:
-        if error.kind != MemoryExceededError.__name__:
+        if error.kind != MemoryExceededError.__name__ or run.plan is None:
             raise
         advice = what_would_fit(run.plan, experiment.label)
         raise StageError(f"{error}; {advice}", error.kind) from error
     return TrainedExperiment(experiment, stage, result)
 
 
-def train_control(run: PipelineRun, base: StageResult, data: PreparedData) -> TrainedControl:
+def train_control(run: PipelineRun, base: BaseResult, data: PreparedData) -> TrainedControl:
     """Train the control at each learning rate, and choose the rate with the lowest tuning loss.
 
     A learning rate at which training diverges is left out, unless it is the only one.
@@ -56,7 +56,7 @@ def train_control(run: PipelineRun, base: StageResult, data: PreparedData) -> Tr
     experiments = control_experiments(run.recipe)
     if len(experiments) < 2:
         return TrainedControl([train_one(run, base, data, one) for one in experiments])
-    _check_tuning_examples(len(experiments), data.result["tuning_examples"])
+    _check_tuning_examples(len(experiments), data.result.tuning_examples)
     candidates = []
     losses = {experiment.learning_rate: inf for experiment in experiments}
     for experiment in experiments:
@@ -66,7 +66,7 @@ def train_control(run: PipelineRun, base: StageResult, data: PreparedData) -> Tr
     for trained in candidates:
         stage = run.stages.tune(base, data, trained.stage)
         result = run.run_stage(tasks.tune, stage)
-        losses[trained.experiment.learning_rate] = result["tuning_loss"]
+        losses[trained.experiment.learning_rate] = result.tuning_loss
     if not candidates:
         rates = ", ".join(f"{rate:g}" for rate in losses)
         raise RecipeError(f"the control diverged at each of its rates ({rates}); name lower ones")
@@ -86,7 +86,7 @@ def _check_tuning_examples(rates: int, examples: int) -> None:
 
 
 def train_or_diverge(
-    run: PipelineRun, base: StageResult, data: PreparedData, experiment: Experiment
+    run: PipelineRun, base: BaseResult, data: PreparedData, experiment: Experiment
 ) -> TrainedExperiment | None:
     """Train one of several experiments; return None if its loss is no longer finite."""
     try:

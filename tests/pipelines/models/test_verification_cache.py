@@ -18,7 +18,7 @@ from pipelines.models.verification_cache import (
     architecture_key,
     training_key,
 )
-from pipelines.models.verified import Verified
+from pipelines.runtime.interfaces.results import Verified
 
 Family = Callable[..., PreTrainedModel]
 VERIFIED = Verified(

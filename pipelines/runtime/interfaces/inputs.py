@@ -1,0 +1,202 @@
+"""What determines the outcome of each kind of stage; it makes the stage's key."""
+
+from pathlib import Path
+from typing import Literal
+
+from lora_core.budget.wire import Sharding
+from pipelines.config.sections import (
+    DataSection,
+    EvaluationSection,
+    LoraSection,
+    LoraSettings,
+    OptimizationSettings,
+    SchedulingSettings,
+    TrainingSection,
+)
+from pipelines.errors import StageError
+from pipelines.runtime.interfaces.values import Values
+
+Method = Literal["full", "lora"]
+Quantization = Literal["nf4", "none"]
+
+
+class StagePaths(Values):
+    """Where to find what the inputs name by digest; not part of the key."""
+
+    base: str | None = None
+    """Folder of the base in Hugging Face format."""
+    data: str | None = None
+    """Folder of the data's stage."""
+    source: str | None = None
+    """File with the rows, if the data is a file."""
+    model: str | None = None
+    """Folder of a fully fine-tuned model, which replaces the base."""
+    adapter: str | None = None
+    """Folder of an adapter."""
+    recipe: str | None = None
+    """Folder of the recipe, which may name files next to it."""
+    here: str | None = None
+    """Folder in which the run was started."""
+
+    def required(self, name: str) -> Path:
+        """Return the path with a name.
+
+        Raises:
+            StageError: the stage was started without it.
+        """
+        value: str | None = getattr(self, name)
+        if value is None:
+            raise StageError(f"the stage was started without the path {name!r}; run its recipe")
+        return Path(value)
+
+    @property
+    def weights(self) -> Path:
+        """Folder of the weights that are loaded: the fully fine-tuned model, or the base."""
+        return self.required("base" if self.model is None else "model")
+
+
+class BaseIdentity(Values):
+    """Which base it is, found before it is loaded."""
+
+    kind: Literal["gguf", "folder", "hub"]
+    id: str
+    revision: str | None = None
+    """Of a hub model."""
+    file: str | None = None
+    """Name of an embedded GGUF file."""
+    bytes: int | None = None
+    """Size of that file."""
+    sha256: str | None = None
+    """Of a GGUF file of the user."""
+    files: str | None = None
+    """Digest of a folder's file names, sizes and times."""
+    trust_remote_code: bool = False
+    """Its own Python code may run."""
+
+
+class BaseInputs(Values):
+    """Inputs of a base's stage."""
+
+    base: BaseIdentity
+
+
+class DataInputs(Values):
+    """Inputs of a data stage."""
+
+    data: DataSection
+    source: str
+    """Digest of the file, or name of the source."""
+    tokenizer: str
+    """SHA-256 of the vocabulary."""
+    template: str
+    """SHA-256 of the chat template."""
+    seed: int
+    trust_remote_code: bool = False
+
+
+class LaunchFacts(Values):
+    """What a launch config means for a plan."""
+
+    device: Literal["cpu", "gpu"]
+    sharding: Sharding
+    bucket_weights: int
+    """Gradients that the engine reduces at once."""
+    persistent_weights: int
+    """ZeRO-3: a tensor of at most this many weights stays gathered."""
+    reuse_weights: int
+    """ZeRO-3: a weight stays gathered if it is used again within this many others."""
+    reduces_to_owner: bool
+    """Each shard of the gradient is reduced to its owner only."""
+
+
+class PlanInputs(Values):
+    """Inputs of a plan."""
+
+    base_digests: dict[str, str]
+    data_digest: str
+    lora: LoraSection
+    quantization: Quantization
+    training: TrainingSection
+    launch: LaunchFacts
+    processes: int
+    seed: int
+    trust_remote_code: bool = False
+
+
+class AdapterInputs(Values):
+    """What an adapter is, and what its file names as its base."""
+
+    rank: int
+    lora: LoraSettings
+    base_id: str
+    base_revision: str
+    tokenizer_sha256: str
+    template_sha256: str
+
+
+class TrainInputs(Values):
+    """Inputs of a training. Those of full fine-tuning name the base by its weights only, so that
+    every recipe with the same control reuses it."""
+
+    method: Method
+    base_digests: dict[str, str]
+    """Kind of weights → their fingerprint."""
+    data_digest: str
+    quantization: Quantization
+    learning_rate: float
+    training: OptimizationSettings
+    seed: int
+    adapter: AdapterInputs | None = None
+    """None for full fine-tuning."""
+    trust_remote_code: bool = False
+
+
+class TrainOptions(SchedulingSettings):
+    """How a training is distributed over time, memory and processes: this changes its result by
+    rounding only."""
+
+    processes: int
+    device: Literal["cpu", "gpu"]
+    timeout_seconds: int
+    snapshots: tuple[int, ...] = ()
+    """Steps after which the weights are saved as well."""
+
+
+class TuneInputs(Values):
+    """Inputs of the loss that selects a control's learning rate."""
+
+    trained: str
+    """Key of the training."""
+    quantization: Quantization
+    data_digest: str
+    trust_remote_code: bool = False
+
+
+class CutInputs(Values):
+    """Inputs of a truncation."""
+
+    adapter: str
+    """SHA-256 of the adapter's weights."""
+    rank: int
+    """To which it is truncated."""
+
+
+class EvaluateInputs(Values):
+    """Inputs of an evaluation."""
+
+    base_digests: dict[str, str]
+    tokenizer: str
+    template: str
+    trained: str | None
+    """Digest of the trained weights, or the key of their training; None for a base."""
+    quantization: Quantization
+    data_digest: str
+    evaluation: EvaluationSection
+    generations: int
+    """Held-out prompts that this model answers."""
+    files: dict[str, str]
+    """File that the evaluation section names → its digest."""
+    seed: int
+    lm_eval: str | None = None
+    """Version of the lm-eval library, if its tasks are scored."""
+    trust_remote_code: bool = False

@@ -1,0 +1,50 @@
+"""The kinds of stages: which module runs one, from which inputs, to which result."""
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pipelines.runtime.interfaces import inputs, results
+from pipelines.runtime.interfaces.plan_result import PlanResult
+from pipelines.runtime.interfaces.values import Values
+
+Inputs = TypeVar("Inputs", bound=Values)
+Result = TypeVar("Result", bound=results.StageResult)
+
+
+@dataclass(frozen=True)
+class StageKind(Generic[Inputs, Result]):
+    """A kind of stage."""
+
+    name: str
+    module: str
+    """Runs it in a child process. The parent does not import it, because most of these modules
+    import torch."""
+    format: int
+    """Increased when the outcome changes for the same inputs."""
+    inputs: type[Inputs]
+    result: type[Result]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BASE = StageKind(
+    "base", "pipelines.models.base_model", 4, inputs.BaseInputs, results.BaseResult
+)
+DATA = StageKind(
+    "data", "pipelines.data.preparation", 5, inputs.DataInputs, results.DataResult
+)
+PLAN = StageKind("plan", "pipelines.planning.plan", 7, inputs.PlanInputs, PlanResult)
+TRAIN = StageKind(
+    "train", "pipelines.training.train", 6, inputs.TrainInputs, results.TrainResult
+)
+TUNE = StageKind(
+    "tune", "pipelines.evaluation.tuning", 5, inputs.TuneInputs, results.TuneResult
+)
+CUT = StageKind("cut", "pipelines.models.truncate", 3, inputs.CutInputs, results.CutResult)
+EVALUATE = StageKind(
+    "evaluate", "pipelines.evaluation.evaluate", 6, inputs.EvaluateInputs, results.EvaluateResult
+)
+KINDS: dict[str, StageKind[Any, Any]] = {
+    kind.name: kind for kind in (BASE, DATA, PLAN, TRAIN, TUNE, CUT, EVALUATE)
+}

@@ -1,0 +1,213 @@
+"""What each kind of stage reports."""
+
+from pipelines.runtime.interfaces.values import Values
+
+PACKED_PATH = "packed"
+ONE_BY_ONE = "one by one"
+
+
+class StageResult(Values):
+    """What a stage reports."""
+
+    seconds: float | None = None
+    """Duration of the stage's work; None for a training, which may have been resumed."""
+
+
+class Verified(Values):
+    """The reader that is used, and how well it agrees with the model's own forward; see
+    `pipelines.models.equivalence`."""
+
+    path: str
+    """packed, or one by one."""
+    own_head: bool
+    """The model computes its own logits; else the head is a product in closed form."""
+    examples: int
+    """Examples that were read by both."""
+    longest: int
+    """Tokens of the longest of them."""
+    loss_difference: float
+    """Largest of any example, nats per token."""
+    gradient_difference: float | None
+    """Largest of any tensor, relative to its norm; None if no gradient was compared."""
+    loss_tolerance: float
+    gradient_tolerance: float
+    rejected: tuple[str, ...] = ()
+    """Why faster readers are not used."""
+    without_gradient: tuple[str, ...] = ()
+    """Trained tensors that do not affect the loss."""
+    seconds: float = 0.0
+    """Duration of the verification."""
+    verified_by: str | None = None
+    """The earlier training of the same base, data and method that verified it; None if this one
+    did."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether several examples are read in one pass."""
+        return self.path == PACKED_PATH
+
+    def __str__(self) -> str:
+        path = "fast path (packed)" if self.is_packed else "slow path (one example at a time)"
+        plural = "s" if self.examples != 1 else ""
+        examples = f"{self.examples} example{plural} of up to {self.longest:,} tokens"
+        text = f"{path} matches the model's own forward: "
+        text += f"{self.loss_difference:.0e} nats per token on {examples}"
+        if self.gradient_difference is not None:
+            text += f", gradients within {self.gradient_difference:.0e} of their norm"
+        if self.verified_by is not None:
+            text += f", verified by the training of {self.verified_by}"
+        return "; ".join([text, *self.rejected])
+
+
+class BaseResult(StageResult):
+    """The base model in Hugging Face format."""
+
+    folder: str
+    id: str
+    revision: str
+    """Commit of a hub model, or a digest of its files."""
+    digests: dict[str, str]
+    """Kind of weights → their fingerprint."""
+    tokenizer_sha256: str
+    template_sha256: str
+    forward: Verified
+    """How it is read, verified on a few random tokens."""
+    trust_remote_code: bool
+    weights: int
+    """Number of weights."""
+    context_tokens: int | None
+    """Longest context; None if it has no limit."""
+
+
+class DataResult(StageResult):
+    """The prepared data."""
+
+    rows: int
+    left_out: int
+    """Examples without any supervised token left."""
+    cut: int
+    """Examples that were truncated."""
+    cut_held_out: int
+    """Of these, the held-out ones."""
+    train_examples: int
+    validation_examples: int
+    """Held-out examples, on which models are compared."""
+    tuning_examples: int
+    """Examples on which the control's learning rate is chosen."""
+    train_tokens: int
+    supervised_tokens: int
+    """Of the training examples."""
+    digest: str
+    """Of the tokens and supervision of all splits."""
+
+
+class CheckpointMetrics(Values):
+    """What checkpoints cost a training."""
+
+    written: int
+    """By the last process of the training."""
+    seconds: float
+    """That the training waited for them."""
+    background_seconds: float
+    """That they were written in the background."""
+
+
+class ModuleSpectrum(Values):
+    """The singular values of one module's ΔW."""
+
+    module: str
+    rank: int
+    effective_rank: float
+    values: tuple[float, ...]
+
+
+class TrainingTotals(Values):
+    """Totals over the steps of a training."""
+
+    steps: int
+    tokens: int
+    supervised_tokens: int
+    first_loss: float
+    """Of the first step, nats per supervised token."""
+    last_loss: float
+    tokens_per_second: float
+    """Without the first step, which warms up."""
+    training_seconds: float
+
+
+class TrainingFacts(Values):
+    """How a training is computed; known before its first step."""
+
+    trained_weights: int
+    processor: str
+    """Name of the GPU, or CPU."""
+    optimizer: str
+    attention: str
+    """Name of the attention that reads packs."""
+    choices: str
+    """Device, dtype, backend, attention, optimizer and threads in one line."""
+    forward: Verified
+
+
+class SavedWeights(Values):
+    """The output of a training."""
+
+    file_bytes: int
+    """Size of the saved weights."""
+    adapter_sha256: str | None = None
+    """None for full fine-tuning, as the next."""
+    file_rank: int | None = None
+    """Rank of the saved adapter; twice the trained one after a spectral initialization."""
+    spectrum: tuple[ModuleSpectrum, ...] = ()
+    """Empty if more than ΔW was trained, or if every weight was."""
+
+
+class TrainResult(StageResult):
+    """A trained adapter, or a fully fine-tuned model."""
+
+    facts: TrainingFacts
+    totals: TrainingTotals
+    saved: SavedWeights
+    checkpoints: CheckpointMetrics
+    peak_memory_bytes: int
+    """The largest of all ranks."""
+
+
+class TuneResult(StageResult):
+    """The loss of a control on the tuning examples."""
+
+    tuning_loss: float
+    """Nats per supervised token."""
+    examples: int
+
+
+class CutResult(StageResult):
+    """A truncated adapter."""
+
+    rank: int
+    lost: dict[str, float]
+    """Module → fraction of its update that is lost."""
+
+
+class EvaluateResult(StageResult):
+    """The scores of one model; its items are in the stage's folder."""
+
+    items: int
+    left_out: dict[str, int]
+    """Benchmark → items that do not fit the context."""
+    unfinished: dict[str, int]
+    """Benchmark → answers that stopped at the maximum length."""
+    forward: Verified | None
+    """None if nothing was read."""
+    peak_memory_bytes: int
+    seconds_of: dict[str, float]
+    """Part of the evaluation → its duration."""
+
+
+class StageTime(Values):
+    """How long a stage of a run took."""
+
+    name: str
+    seconds: float
+    cached: bool
+    folder: str
