@@ -38,7 +38,8 @@ def retrained(summary: Summary, content: str, **changes: Any) -> Summary:
     """Return a later comparison, whose rank 16 was trained again."""
     summary = json.loads(json.dumps(summary)) | changes
     model = summary["models"]["rank-16"]
-    folder = write_training(Path(f"{model['folder']}-{content}"))
-    model["folder"] = str(folder)
-    model["figures"]["adapter_sha256"] = write_adapter(folder / "adapter", content)
+    training = model["training"]
+    folder = write_training(Path(f"{training['folder']}-{content}"))
+    training["folder"] = str(folder)
+    training["result"]["saved"]["adapter_sha256"] = write_adapter(folder / "adapter", content)
     return summary | {"key": content.ljust(64, "k")}

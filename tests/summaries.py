@@ -23,8 +23,11 @@ from summary_parts import (
     scores,
     spectrum,
     trained,
+    verified,
     write_items,
 )
+
+from pipelines.comparison import document
 
 __all__ = [
     "BENCHMARKS",
@@ -35,22 +38,24 @@ __all__ = [
     "ODD",
     "Summary",
     "interval",
+    "parsed",
     "spectrum",
 ]
 
 
 def build(folder: Path) -> Summary:
-    """Return a comparison over a 4-bit base with unordered ranks; write its item files."""
-    adapters = [
-        adapter(64, 0.7, -0.06, "reject"),
-        adapter(4, 0.6, -0.004, "can't tell"),
-        adapter(16, 0.723456, -0.0031, "pass"),
-    ]
+    """Return a comparison over a 4-bit base with unordered ranks; write its item files.
+
+    It has the plain values of summary.json, which a test may change before it parses them; see
+    `parsed`.
+    """
     models: Summary = {
         "base": {"scores": scores(3.6)},
         "base-nf4": {"scores": scores(4.0, -0.01), "change": change(-0.4, -0.01)},
         "control": trained(None, 0.86, -0.001),
-        **{model["label"]: model for model in adapters},
+        "rank-64": adapter(64, 0.7, -0.06, "reject"),
+        "rank-4": adapter(4, 0.6, -0.004, "can't tell"),
+        "rank-16": adapter(16, 0.723456, -0.0031, "pass"),
     }
     counts = {
         "train_examples": 2201,
@@ -58,7 +63,10 @@ def build(folder: Path) -> Summary:
         "train_tokens": 263276,
         "supervised_tokens": 28168,
         "cut": 0,
+        "cut_held_out": 0,
         "left_out": 3,
+        "rows": 2268,
+        "tuning_examples": 0,
     }
     return {
         "name": "tiny_run",
@@ -69,8 +77,12 @@ def build(folder: Path) -> Summary:
         "versions": {"torch": "2.13.0"},
         "machine": "2 cores, x86_64, Linux",
         "base": {
+            "folder": "x",
             "id": "tiny",
             "revision": "",
+            "forward": verified(),
+            "trust_remote_code": False,
+            "context_tokens": 512,
             "digests": {"dense": "12" * 32},
             "weights": 134_515_008,
             "tokenizer_sha256": "34" * 32,
@@ -88,20 +100,25 @@ def build(folder: Path) -> Summary:
             "words": "The control is full fine-tuning at 0.0001, the better of two rates on "
             "examples kept for that.",
         },
-        "incumbent": None,
-        "general_figure": "choice_probability",
+        "registered_champion": None,
+        "general_metric": "choice_probability",
+        "forward": {},
         "frontier": frontier(models),
         "recommended": {"label": "rank-16", "reason": "rank-16 is the only one that passes"},
-        "spectrum": {f"rank-{rank}": spectrum(rank) for rank in (64, 4, 16)},
         "candidate": "rank-16",
         "champion": "rank-16",
         "decision": "rank-16 passes and gains most on the task (+0.723 nats a token over the base)",
     }
 
 
+def parsed(summary: Summary) -> document.Summary:
+    """Return the typed summary, as the pipeline passes it to reports and to the registry."""
+    return document.Summary.model_validate(summary)
+
+
 def one_rank(summary: Summary) -> None:
     for label in ("rank-4", "rank-64"):
-        del summary["models"][label], summary["spectrum"][label]
+        del summary["models"][label]
     summary["frontier"] = [row for row in summary["frontier"] if row["rank"] in (None, 16)]
 
 
@@ -152,11 +169,11 @@ def no_control(summary: Summary) -> None:
         row for row in summary["frontier"] if not row["label"].startswith("control")
     ]
     for label in ("rank-64", "rank-4", "rank-16"):
-        summary["models"][label] |= {"gain_share": None, "beyond_control": None}
+        summary["models"][label]["judgment"] |= {"gain_share": None, "beyond_control": None}
 
 
 def control_by_lora(summary: Summary) -> None:
-    summary["models"]["control"]["rank"] = 128
+    summary["models"]["control"]["training"]["rank"] = 128
     summary["control"]["method"] = "lora"
     summary["recipe"]["control"] |= {"method": "lora", "rank": 128}
 
@@ -221,7 +238,7 @@ def a_gate_that_allows_no_drop(summary: Summary) -> None:
 
 def no_choices(summary: Summary) -> None:
     """Leave only questions with one answer, so that accuracy measures general abilities."""
-    summary["general_figure"] = "accuracy"
+    summary["general_metric"] = "accuracy"
     for model in summary["models"].values():
         model["scores"] |= {"choice_probability": None, "margin": None}
         for effect in {"change", "total"} & model.keys():
@@ -236,7 +253,9 @@ def no_general_ability(summary: Summary) -> None:
         model["scores"] |= {"accuracy": None, "benchmarks": {}}
         for effect in {"change", "total"} & model.keys():
             model[effect] |= {"accuracy": None, "benchmarks": {}}
-        model["power"] = model["beyond_control"] = None
+        model["power"] = None
+        if "judgment" in model:
+            model["judgment"]["beyond_control"] = None
     for row in summary["frontier"]:
         row["general"] = None
 

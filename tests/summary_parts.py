@@ -71,28 +71,66 @@ def scores(loss: float, general: float = 0.0) -> Summary:
 def trained(rank: int | None, gain: float, general: float) -> Summary:
     weights = 305_280 * rank if rank else 134_515_008
     file_bytes = 1_228_217 * rank if rank else 269_060_552
-    figures = {
+    training = {
+        "rank": rank,
+        "key": "5a" * 32,
+        "folder": "x",
+        "result": {
+            "facts": facts(weights),
+            "totals": totals(round(3.6 - gain, 6)),
+            "saved": {
+                "file_bytes": file_bytes,
+                "adapter_sha256": f"{rank:02d}" * 32 if rank else None,
+                "file_rank": rank,
+                "spectrum": spectrum(rank) if rank else [],
+            },
+            "checkpoints": {"written": 1, "seconds": 0.2, "background_seconds": 0.1},
+            "peak_memory_bytes": 2_594_799_616,
+        },
+    }
+    return {
+        "training": training,
+        "scores": scores(round(3.6 - gain, 6), general),
+        "change": change(round(gain + 0.4, 6) if rank else gain, general),
+        "total": change(gain, round(general - 0.01, 6) if rank else general),
+    }
+
+
+def facts(weights: int) -> Summary:
+    return {
         "trained_weights": weights,
-        "file_bytes": file_bytes,
-        "tokens_per_second": 207.5,
-        "peak_memory_bytes": 2_594_799_616,
+        "processor": "CPU",
+        "optimizer": "AdamW",
+        "attention": "flash",
+        "choices": "device cpu, float32, gloo, flash attention, AdamW (on a CPU), 1 threads",
+        "forward": verified(),
+    }
+
+
+def verified(path: str = "packed", rejected: tuple[str, ...] = ()) -> Summary:
+    """Return how well a reader agrees with the model's own forward."""
+    return {
+        "path": path,
+        "own_head": False,
+        "examples": 4,
+        "longest": 208,
+        "loss_difference": 1e-5,
+        "gradient_difference": 6e-6,
+        "loss_tolerance": 1e-4,
+        "gradient_tolerance": 1e-3,
+        "rejected": list(rejected),
+    }
+
+
+def totals(loss: float) -> Summary:
+    return {
         "steps": 15,
         "tokens": 17_901,
         "supervised_tokens": 1_934,
         "first_loss": 3.9,
-        "last_loss": round(3.6 - gain, 6),
+        "last_loss": loss,
+        "tokens_per_second": 207.5,
         "training_seconds": 86.2,
-        **({"adapter_sha256": f"{rank:02d}" * 32} if rank else {}),
-    }
-    return {
-        "label": f"rank-{rank}" if rank else "control",
-        "rank": rank,
-        "key": "5a" * 32,
-        "folder": "x",
-        "figures": figures,
-        "scores": scores(round(3.6 - gain, 6), general),
-        "change": change(round(gain + 0.4, 6) if rank else gain, general),
-        "total": change(gain, round(general - 0.01, 6) if rank else general),
     }
 
 
@@ -114,13 +152,8 @@ def adapter(rank: int, gain: float, general: float, status: str) -> Summary:
     one = {"items": 40, "needed": 30 + rank, "smallest_drop": 0.045, "enough": rank <= 10}
     power = {"items": 120, "needed": 90 + rank, "smallest_drop": 0.026, "enough": rank <= 30}
     power |= {"benchmarks": dict.fromkeys(BENCHMARKS, one)}
-    return {
-        **trained(rank, gain, general),
-        "gain_share": gain_share,
-        "beyond_control": interval(0.0),
-        "verdict": verdict,
-        "power": power,
-    }
+    judgment = {"gain_share": gain_share, "beyond_control": interval(0.0), "verdict": verdict}
+    return {**trained(rank, gain, general), "judgment": judgment, "power": power}
 
 
 def recipe(ranks: list[int]) -> Summary:
@@ -146,7 +179,7 @@ def frontier(models: Summary) -> list[Summary]:
             continue
         gain = model["total"]["task_gain"]["mean"]
         general = model["change"]["choice_probability"]["mean"]
-        rank = model["rank"]
+        rank = model["training"]["rank"]
         lora = {
             "method": "lora" if rank else "full",
             "rank": rank,

@@ -150,8 +150,8 @@ def _effect(inputs: ComparisonInputs, before: str, after: str) -> Effect:
     difference = change(inputs.items[before], inputs.items[after])
     divergence = inputs.divergences.get((before, after))
     if divergence is None:
-        return Effect(change=difference)
-    return Effect(change=difference, kl=divergence.mean, kl_interval=divergence.interval)
+        return Effect(**vars(difference))
+    return Effect(**vars(difference), kl=divergence.mean, kl_interval=divergence.interval)
 
 
 def _power(inputs: ComparisonInputs, before: str, after: str) -> DetectableDrop | None:
@@ -177,7 +177,7 @@ def _power(inputs: ComparisonInputs, before: str, after: str) -> DetectableDrop 
     for name, values in every.items():
         scaled_drop = drop * scales.get(name, 1)
         benchmarks[name] = power_of([values], scaled_drop)
-    return DetectableDrop(pooled=pooled, benchmarks=benchmarks)
+    return DetectableDrop(**vars(pooled), benchmarks=benchmarks)
 
 
 def _registered_champion(inputs: ComparisonInputs) -> RegisteredChampion | None:
@@ -243,7 +243,7 @@ def _decision(adapters: Mapping[str, ModelSummary], champion: str | None) -> str
 
 def _gain(model: ModelSummary) -> float:
     assert model.total is not None, "a trained model has a total change"
-    return model.total.change.task_gain.mean
+    return model.total.task_gain.mean
 
 
 def _with_status(adapters: Mapping[str, ModelSummary], *statuses: str) -> list[str]:

@@ -3,6 +3,7 @@
 Reports and the registry read nothing else.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -26,20 +27,20 @@ from pipelines.runtime.interfaces.values import Values
 SCHEMA_VERSION = 1
 
 
-class Effect(Values):
+@dataclass(frozen=True)
+class Effect(Change):
     """The difference between two models, with its KL divergence."""
 
-    change: Change
     kl: float | None = None
     """Nats per token; None unless both models have distributions."""
     kl_interval: Interval | None = None
     """None for a single chat."""
 
 
-class DetectableDrop(Values):
+@dataclass(frozen=True)
+class DetectableDrop(Power):
     """What the items of general abilities can detect, together and by benchmark."""
 
-    pooled: Power
     benchmarks: dict[str, Power]
 
 

@@ -34,16 +34,12 @@ from pipelines.runtime.stage import digest
 Splits = dict[str, list[Example]]
 
 
-def prepare(
-    folder: Path, inputs: DataInputs, paths: StagePaths
-) -> tuple[DataResult, list[str]]:
+def prepare(folder: Path, inputs: DataInputs, paths: StagePaths) -> tuple[DataResult, list[str]]:
     """Write the splits; return their metrics and files."""
     disable_progress_bars()
     settings = inputs.data
     rows = load_rows(settings, paths.source or settings.source)
-    tokenizer = load_tokenizer(
-        paths.required("base"), trust_remote_code=inputs.trust_remote_code
-    )
+    tokenizer = load_tokenizer(paths.required("base"), trust_remote_code=inputs.trust_remote_code)
     examples = list(tokenize(rows, tokenizer, settings))
     usable = [example for example in examples if any(example.supervised)]
     if not usable:

@@ -66,9 +66,7 @@ def prepare(inputs: EvaluateInputs, paths: StagePaths) -> EvalSet:
     custom = read_probes(settings.probes, search_folders)
     general = _general_items(settings, seed)
     texts = _passages(settings, seed)
-    chats = chat_items(
-        tokenizer, settings.chat_prompts, seed, _sampled_items(settings, "arc_easy")
-    )
+    chats = chat_items(tokenizer, settings.chat_prompts, seed, _sampled_items(settings, "arc_easy"))
     tasks = _tasks(settings.lm_eval, seed, search_folders)
     _check_names_differ(general, custom, tasks)
     return EvalSet(

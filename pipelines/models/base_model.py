@@ -126,9 +126,7 @@ def embedded_file(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def prepare(
-    folder: Path, inputs: BaseInputs, paths: StagePaths
-) -> tuple[BaseResult, list[str]]:
+def prepare(folder: Path, inputs: BaseInputs, paths: StagePaths) -> tuple[BaseResult, list[str]]:
     """Convert the base to Hugging Face format and fingerprint it in full precision."""
     from lora_core import fingerprint
     from pipelines.models.equivalence import first_look

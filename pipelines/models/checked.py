@@ -226,4 +226,3 @@ def _some_answers(piece: Pack, number: int) -> Pack:
     chosen = sorted(piece.paths(), key=lambda path: -len(path.places))[:number]
     rows = torch.cat([path.rows for path in chosen])
     return piece.only(rows.sort().values)
-

@@ -12,9 +12,7 @@ from pipelines.runtime.interfaces.kinds import CUT
 from pipelines.runtime.interfaces.results import CutResult
 
 
-def truncate(
-    folder: Path, inputs: CutInputs, paths: StagePaths
-) -> tuple[CutResult, list[str]]:
+def truncate(folder: Path, inputs: CutInputs, paths: StagePaths) -> tuple[CutResult, list[str]]:
     """Write adapter/ and return the fraction of the update that is lost, by module."""
     truncated = folder / "adapter"
     lost = truncate_adapter(paths.required("adapter"), truncated, inputs.rank)

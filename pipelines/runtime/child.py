@@ -62,9 +62,7 @@ def execute_stages(kind: StageKind[Inputs, Result], work: Work[Inputs, Result]) 
         sys.exit(USER_ERROR)
 
 
-def _execute(
-    kind: StageKind[Inputs, Result], work: Work[Inputs, Result], folder: Path
-) -> None:
+def _execute(kind: StageKind[Inputs, Result], work: Work[Inputs, Result], folder: Path) -> None:
     """Run one stage and write its result or its error."""
     started = time.perf_counter()
     with errors_recorded(folder):

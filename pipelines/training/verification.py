@@ -28,8 +28,6 @@ LISTED_TENSORS = 5
 """Maximum number of tensors without a gradient that are listed by name."""
 
 
-
-
 def verify_reader(
     run: Run,
     model: PreTrainedModel,

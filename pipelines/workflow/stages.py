@@ -52,7 +52,6 @@ CutStage = Stage[CutInputs, CutResult]
 EvaluateStage = Stage[EvaluateInputs, EvaluateResult]
 
 
-
 @dataclass(frozen=True)
 class PreparedData:
     """The stage that prepared the data, and what it reported."""
@@ -124,9 +123,7 @@ class Stages:
         )
         return Stage(PLAN, recipe.name, inputs, self.root, _base_and_data(base, data))
 
-    def train(
-        self, base: BaseResult, data: PreparedData, experiment: Experiment
-    ) -> TrainStage:
+    def train(self, base: BaseResult, data: PreparedData, experiment: Experiment) -> TrainStage:
         """The training of one experiment.
 
         The launch config and the number of processes are not part of the key.

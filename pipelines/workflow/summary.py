@@ -69,9 +69,7 @@ def summarize(run: PipelineRun, results: RunResults) -> "Summary":
     )
 
 
-def _compare(
-    run: PipelineRun, results: RunResults, item_files: Mapping[str, str]
-) -> "Comparison":
+def _compare(run: PipelineRun, results: RunResults, item_files: Mapping[str, str]) -> "Comparison":
     """Compare the trained models with the base, the control and the champion."""
     from pipelines.comparison import comparison
 

@@ -28,19 +28,11 @@ class StageKind(Generic[Inputs, Result]):
         return self.name
 
 
-BASE = StageKind(
-    "base", "pipelines.models.base_model", 4, inputs.BaseInputs, results.BaseResult
-)
-DATA = StageKind(
-    "data", "pipelines.data.preparation", 5, inputs.DataInputs, results.DataResult
-)
+BASE = StageKind("base", "pipelines.models.base_model", 4, inputs.BaseInputs, results.BaseResult)
+DATA = StageKind("data", "pipelines.data.preparation", 5, inputs.DataInputs, results.DataResult)
 PLAN = StageKind("plan", "pipelines.planning.plan", 7, inputs.PlanInputs, PlanResult)
-TRAIN = StageKind(
-    "train", "pipelines.training.train", 6, inputs.TrainInputs, results.TrainResult
-)
-TUNE = StageKind(
-    "tune", "pipelines.evaluation.tuning", 5, inputs.TuneInputs, results.TuneResult
-)
+TRAIN = StageKind("train", "pipelines.training.train", 6, inputs.TrainInputs, results.TrainResult)
+TUNE = StageKind("tune", "pipelines.evaluation.tuning", 5, inputs.TuneInputs, results.TuneResult)
 CUT = StageKind("cut", "pipelines.models.truncate", 3, inputs.CutInputs, results.CutResult)
 EVALUATE = StageKind(
     "evaluate", "pipelines.evaluation.evaluate", 6, inputs.EvaluateInputs, results.EvaluateResult

@@ -38,8 +38,9 @@ def comparison(tmp_path: Path, request: pytest.FixtureRequest) -> Summary:
     summary["recipe"]["registry"]["model"] = name
     for label, model in summary["models"].items():
         folder = tmp_path / "train" / label
-        if "figures" in model:
-            model["folder"] = str(write_training(folder))
-        if "verdict" in model:
-            model["figures"]["adapter_sha256"] = write_adapter(folder / "adapter", label)
+        if "training" in model:
+            model["training"]["folder"] = str(write_training(folder))
+        if "judgment" in model:
+            saved = model["training"]["result"]["saved"]
+            saved["adapter_sha256"] = write_adapter(folder / "adapter", label)
     return summary
