@@ -4,7 +4,6 @@ Each command imports its heavy libraries itself, so that `lora --help` is fast.
 """
 
 import inspect
-import json
 import os
 import signal
 import sys
@@ -140,10 +139,11 @@ def compare(
 ) -> None:
     """Print the table of an earlier run."""
     path = _find_summary(name)
+    from pipelines.comparison.document import read_summary
     from pipelines.console import print_table
     from pipelines.reporting.report import terminal_table
 
-    print_table(terminal_table(json.loads(path.read_text())))
+    print_table(terminal_table(read_summary(path)))
 
 
 @app.command()

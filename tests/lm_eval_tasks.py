@@ -97,6 +97,6 @@ def changed_docs(index: int, **changes: Any) -> list[Values]:
     return docs
 
 
-def settings(*names: str, limit: int | None = None) -> Values:
+def settings(*names: str, limit: int | None = None) -> LmEvalSection:
     """Return the section of a recipe."""
-    return {"tasks": list(names), "include_path": ".", "limit": limit}
+    return LmEvalSection(tasks=names, include_path=".", limit=limit)

@@ -1,12 +1,19 @@
 """Comparisons as the registry gets them: with the folders that training leaves, in miniature."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from summaries import Summary
+from summaries import Summary, parsed
 
 from lora_core.files import sha256_of_file
+from pipelines.comparison.document import Registered
+from pipelines.config.sections import LoraSettings, OptimizationSettings
+from pipelines.runtime.interfaces.inputs import AdapterInputs, TrainInputs
+from pipelines.runtime.interfaces.kinds import TRAIN
+from pipelines.runtime.interfaces.results import TrainResult
+from pipelines.runtime.stage import Stage
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -32,6 +39,38 @@ def write_adapter(folder: Path, content: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_text(content)
     return sha256_of_file(folder / WEIGHTS)
+
+
+def training_stage(name: str, runs: Path) -> Stage[TrainInputs, TrainResult]:
+    """Return the training of a rank 4 over a base in 4 bits, on data with this digest."""
+    adapter = AdapterInputs(
+        rank=4,
+        lora=LoraSettings(alpha=32),
+        base_id="tiny",
+        base_revision="",
+        tokenizer_sha256="34" * 32,
+        template_sha256="56" * 32,
+    )
+    inputs = TrainInputs(
+        method="lora",
+        base_digests={"dense": "12" * 32},
+        data_digest=name,
+        quantization="nf4",
+        learning_rate=0.002,
+        training=OptimizationSettings(steps=9),
+        seed=7,
+        adapter=adapter,
+    )
+    return Stage(TRAIN, "rank-4", inputs, runs)
+
+
+def register(
+    comparison: Summary, runs: Path, files: Sequence[Path] = (), note: str = ""
+) -> Registered:
+    """Parse a comparison and register it."""
+    from pipelines.tracking import registry  # imports MLflow, which may be missing
+
+    return registry.register(parsed(comparison), runs, list(files), note)
 
 
 def retrained(summary: Summary, content: str, **changes: Any) -> Summary:

@@ -28,9 +28,9 @@ WRAPPED = {"prefect": {"orchestration", "workflow"}, "mlflow": {"tracking"}}
 LEVELS = (
     {"errors", "console"},
     {"config"},
-    {"paths", "comparison"},
+    {"paths"},
     {"runtime"},
-    {"models"},
+    {"models", "comparison"},
     {"data", "reporting"},
     {"planning", "evaluation"},
     {"training", "orchestration", "tracking"},

@@ -18,9 +18,10 @@ from torch import Tensor
 from pipelines.config.experiments import Experiment, control_experiments
 from pipelines.config.recipe import parse_recipe
 from pipelines.runtime import launcher
-from pipelines.runtime.stage import Stage, read_records
+from pipelines.runtime.interfaces.results import TrainResult
+from pipelines.runtime.stage import read_records
 from pipelines.training import train as train_module
-from pipelines.workflow.stages import PreparedData, Stages
+from pipelines.workflow.stages import PreparedData, Stages, TrainStage
 
 ADAPTER_FILE = "adapter/adapter_model.safetensors"
 MODEL_FILE = "model/model.safetensors"
@@ -57,7 +58,9 @@ class TrainingStages:
         save_pairs(root / "pairs.jsonl")
         return cls(root)
 
-    def __call__(self, rank: int | None, runs: str = "runs", **changes: dict[str, Any]) -> Stage:
+    def __call__(
+        self, rank: int | None, runs: str = "runs", **changes: dict[str, Any]
+    ) -> TrainStage:
         """Return the stage of an adapter, or of the control if `rank` is None.
 
         Args:
@@ -78,33 +81,35 @@ class TrainingStages:
         return stages.train(base, data, experiment)
 
 
-def launch_training(stage: Stage, config: str = "cpu_single", processes: int = 1) -> dict[str, Any]:
+def launch_training(
+    stage: TrainStage, config: str = "cpu_single", processes: int = 1
+) -> TrainResult:
     """Train in child processes; return the result."""
     argv = launcher.accelerate_argv(config, processes, stage.begin())
     return launcher.run_child([stage], argv, threads=1)[0]
 
 
-def losses_of(stage: Stage) -> list[float]:
+def losses_of(stage: TrainStage) -> list[float]:
     """Return the loss of each step."""
     return [row["loss"] for row in read_records(stage.folder / "metrics.jsonl")]
 
 
-def adapter_of(stage: Stage) -> dict[str, Tensor]:
+def adapter_of(stage: TrainStage) -> dict[str, Tensor]:
     """Return the saved adapter."""
     return load_file(str(stage.folder / ADAPTER_FILE))
 
 
-def latest_checkpoint(stage: Stage) -> Path:
+def latest_checkpoint(stage: TrainStage) -> Path:
     """Return the folder of the newest checkpoint."""
     return sorted((stage.folder / "checkpoints").glob("step-*"))[-1]
 
 
-def checkpoint_weights(stage: Stage) -> dict[str, Tensor]:
+def checkpoint_weights(stage: TrainStage) -> dict[str, Tensor]:
     """Return the weights in the newest checkpoint."""
     return load_file(str(latest_checkpoint(stage) / "weights.safetensors"))
 
 
-def train_interrupted(stage: Stage, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> None:
+def train_interrupted(stage: TrainStage, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> None:
     """Train in this process and interrupt the run after `steps` steps."""
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "train_step", _interrupted_after(steps))
@@ -125,7 +130,7 @@ def _interrupted_after(steps: int) -> Callable[..., dict[str, Any]]:
     return step
 
 
-def train_and_kill(stage: Stage, *, after_steps: int) -> int:
+def train_and_kill(stage: TrainStage, *, after_steps: int) -> int:
     """Launch a training, kill its launcher with SIGKILL; return the number of finished steps."""
     folder = stage.begin()
     log = folder.parent / "killed.txt"
@@ -142,7 +147,7 @@ def train_and_kill(stage: Stage, *, after_steps: int) -> int:
     return metrics.read_text().count("\n")
 
 
-def processes_left(stage: Stage, *, seconds: float) -> list[Path]:
+def processes_left(stage: TrainStage, *, seconds: float) -> list[Path]:
     """Wait up to `seconds` for a stage's processes to end; return those that are still alive."""
     deadline = time.monotonic() + seconds
     while _processes_of(stage) and time.monotonic() < deadline:
@@ -150,7 +155,7 @@ def processes_left(stage: Stage, *, seconds: float) -> list[Path]:
     return _processes_of(stage)
 
 
-def _processes_of(stage: Stage) -> list[Path]:
+def _processes_of(stage: TrainStage) -> list[Path]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -4,9 +4,10 @@ Reports and the registry read nothing else.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from pipelines.comparison.differences import Change
 from pipelines.comparison.frontier import FrontierPoint, Recommendation
@@ -15,6 +16,7 @@ from pipelines.comparison.power import Power
 from pipelines.comparison.resampling import Interval
 from pipelines.comparison.scores import Scores
 from pipelines.config.recipe import Recipe
+from pipelines.errors import PipelineError, one_line
 from pipelines.runtime.interfaces.results import (
     BaseResult,
     DataResult,
@@ -24,7 +26,7 @@ from pipelines.runtime.interfaces.results import (
 )
 from pipelines.runtime.interfaces.values import Values
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Registered(Values):
 class Summary(Comparison):
     """The content of summary.json."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     """Increased when a name or a meaning changes."""
     name: str
     """Of the recipe."""
@@ -183,3 +185,18 @@ class Summary(Comparison):
     """Duration of the run."""
     registered: Registered | None = None
     """None before anything is registered."""
+
+
+def read_summary(path: Path) -> Summary:
+    """Read a summary.json.
+
+    Raises:
+        PipelineError: it was written by another version of this software, or is not a summary.
+    """
+    try:
+        return Summary.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise PipelineError(
+            f"{path} is not a summary of schema version {SCHEMA_VERSION} "
+            f"({one_line(error, limit=160)}); run its recipe again, which reuses what was trained"
+        ) from error

@@ -133,11 +133,16 @@ class LoraSettings(Section):
     """Learning rate of B divided by that of A (LoRA+); 1 for one learning rate."""
 
 
-class LoraSection(LoraSettings):
-    """The adapters: one is trained for each rank."""
+class Ranks(Section):
+    """Which adapters are trained."""
 
     ranks: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
     """Ranks to compare."""
+
+
+class LoraSection(LoraSettings, Ranks):
+    """The adapters: one is trained for each rank."""
+
     learning_rate: LearningRate = 1e-3
     """Peak learning rate; about ten times the control's."""
 

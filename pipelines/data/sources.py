@@ -22,17 +22,18 @@ SHAPES = (("messages",), ("prompt", "completion"), ("text",))
 DOCSTRINGS = "docstrings"
 
 
-def load_rows(settings: DataSection, source: str) -> Dataset:
+def load_rows(settings: DataSection, source: str | None = None) -> Dataset:
     """Load the rows of a source.
 
     Args:
         settings: the recipe's data section.
-        source: its source; of a file, the path where it was found.
+        source: of a file, the path where it was found; by default as the section names it.
 
     Raises:
         DataError: the source is missing, empty or malformed (with the line), or has none of the
             three shapes.
     """
+    source = source or settings.source
     if source == DOCSTRINGS:
         rows = Dataset.from_list(list(stdlib_pairs(settings.max_source_characters)))
     elif Path(source).suffix in BUILDERS:

@@ -1,70 +1,50 @@
 """Memory and traffic of the same training on more GPUs, and of changes that need less memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from lora_core import Target
 from lora_core.budget.budget import alternatives
 from lora_core.budget.communicated import communicated_weights
-from lora_core.budget.setup import METHODS, Setup
+from lora_core.budget.setup import METHODS, Method, Setup
 from lora_core.budget.wire import SHARDINGS, CommunicatedWeights, Exchange, Traffic, wire_bytes
-from pipelines.planning.examples import Examples
+from pipelines.planning.examples import Examples, LargestMicroBatch
+from pipelines.runtime.interfaces.inputs import LaunchFacts, PlanInputs
+from pipelines.runtime.interfaces.plan_result import (
+    Communication,
+    Configuration,
+    ConfigurationCost,
+    SmallerChange,
+)
 
 PROCESSES = tuple(2**power for power in range(10))
 """1 to 512 GPUs."""
 MIN_MAX_TOKENS = 8
 """Smallest suggested data.max_tokens."""
-RecipeChange = tuple[str, Any, Setup]
-"""A setting of the recipe, its new value, and the setup that results."""
 
 
 @dataclass(frozen=True)
-class EngineSettings:
-    """How a launch's engine communicates weights and gradients."""
+class RecipeChange:
+    """A change of one setting of the recipe."""
 
-    gradient_accumulation_steps: int
-    persistent_weights: int
-    reuse_weights: int
-    reduces_to_owner: bool
-
-    @classmethod
-    def from_inputs(cls, inputs: dict[str, Any]) -> "EngineSettings":
-        """Read the settings from a plan's inputs."""
-        return cls(
-            gradient_accumulation_steps=inputs["training"]["gradient_accumulation_steps"],
-            persistent_weights=inputs["persistent_weights"],
-            reuse_weights=inputs["reuse_weights"],
-            reduces_to_owner=inputs["reduces_to_owner"],
-        )
-
-    def exchange(self, setup: Setup) -> Exchange:
-        """Return how the ranks of a setup share a step."""
-        return Exchange(
-            sharding=setup.sharding,
-            processes=setup.processes,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            checkpointing=setup.checkpointing,
-            reduces_to_owner=self.reduces_to_owner,
-            reuse_weights=self.reuse_weights,
-        )
+    setting: str
+    value: bool | int | str
+    setup: Setup
+    """The setup that results."""
 
 
 def traffic(
-    model: nn.Module, setup: Setup, targets: Sequence[Target], engine: EngineSettings
+    model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
 ) -> Traffic:
     """Return what each rank sends in a step."""
-    weights = communicated_weights(
-        model, setup, targets, persistent_weights=engine.persistent_weights
-    )
-    return wire_bytes(weights, engine.exchange(setup))
+    return wire_bytes(_weights(model, setup, targets, inputs), _exchange(setup, inputs))
 
 
 def scaling(
-    model: nn.Module, setup: Setup, targets: list[Target], engine: EngineSettings
-) -> list[dict[str, Any]]:
+    model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
+) -> tuple[Configuration, ...]:
     """Return memory and traffic of each method under each sharding on 1 to 512 processes.
 
     The number of tokens on each process is constant.
@@ -73,62 +53,38 @@ def scaling(
         model: without weights.
         setup: for the hardware in question.
         targets: the adapters'.
-        engine: how the launch's engine communicates.
+        inputs: the plan's.
     """
-    plain = replace(setup, checkpointing=False)
-    checkpointed = replace(setup, checkpointing=True)
-    setups = (plain, _in_eight_bits(plain), checkpointed, _in_eight_bits(checkpointed))
-    budgets = [alternatives(model, one, targets, PROCESSES) for one in setups]
-    weights = _weights_by_method(model, setup, targets, engine)
-    rows = []
-    for plain_row, eight_bit_row, checkpointed_row, least_row in zip(*budgets, strict=True):
-        configuration, cost = plain_row
-        checkpointed_configuration, checkpointed_cost = checkpointed_row
-        traffic_plain = wire_bytes(weights[configuration.method], engine.exchange(configuration))
-        traffic_checkpointed = wire_bytes(
-            weights[configuration.method], engine.exchange(checkpointed_configuration)
+    costs = _costs(model, replace(setup, checkpointing=False), targets, inputs)
+    checkpointed = _costs(model, replace(setup, checkpointing=True), targets, inputs)
+    configurations = []
+    for (variant, cost), (_, checkpointed_cost) in zip(costs, checkpointed, strict=True):
+        configuration = Configuration(
+            method=variant.method,
+            sharding=variant.sharding,
+            processes=variant.processes,
+            without_checkpointing=cost,
+            with_checkpointing=checkpointed_cost,
         )
-        row = {
-            "method": configuration.method,
-            "sharding": configuration.sharding,
-            "processes": configuration.processes,
-            "memory_bytes": cost.memory_bytes,
-            "eight_bit_bytes": eight_bit_row[1].memory_bytes,
-            "checkpointed_bytes": checkpointed_cost.memory_bytes,
-            "checkpointed_eight_bit_bytes": least_row[1].memory_bytes,
-            "sent_bytes": traffic_plain.wire_bytes,
-            "checkpointed_sent_bytes": traffic_checkpointed.wire_bytes,
-        }
-        rows.append(row)
-    return rows
+        configurations.append(configuration)
+    return tuple(configurations)
 
 
-def exchanged(
-    model: nn.Module, setup: Setup, targets: list[Target], engine: EngineSettings
-) -> dict[str, Any]:
-    """Return each method's communicated weights, and how they are communicated.
-
-    This determines the traffic on any number of processes without the model.
-    """
-    weights = _weights_by_method(model, setup, targets, engine)
-    exchange = asdict(engine.exchange(setup))
-    del exchange["sharding"]
-    del exchange["processes"]
-    return {
-        "weights": {method: asdict(one) for method, one in weights.items()},
-        "exchange": exchange,
-    }
+def communication(
+    model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
+) -> Communication:
+    """Return each method's communicated weights, and how they are communicated."""
+    weights = _weights_by_method(model, setup, targets, inputs)
+    return Communication(weights=weights, exchange=_exchange(setup, inputs))
 
 
 def in_less_memory(
     setup: Setup,
-    inputs: dict[str, Any],
+    inputs: PlanInputs,
     examples: Examples,
     memory_of: Callable[[Setup], int],
-) -> list[dict[str, Any]]:
+) -> tuple[SmallerChange, ...]:
     """Return the single recipe changes that need less memory, the smallest first.
-
-    Each has the setting, its value and the memory in bytes.
 
     Args:
         setup: of the recipe.
@@ -139,71 +95,100 @@ def in_less_memory(
     candidates = [
         *_other_passes(setup),
         *_smaller_micro_batches(setup, inputs, examples),
-        *_other_launches(setup, inputs["device"]),
+        *_other_launches(setup, inputs.launch),
     ]
     current = memory_of(setup)
     smaller = []
-    for setting, value, changed in candidates:
-        memory = memory_of(changed)
+    for change in candidates:
+        memory = memory_of(change.setup)
         if memory < current:
-            smaller.append({"setting": setting, "value": value, "memory_bytes": memory})
-    return sorted(smaller, key=lambda change: int(change["memory_bytes"]))
+            smaller.append(
+                SmallerChange(setting=change.setting, value=change.value, memory_bytes=memory)
+            )
+    return tuple(sorted(smaller, key=lambda change: change.memory_bytes))
+
+
+def _costs(
+    model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
+) -> list[tuple[Setup, ConfigurationCost]]:
+    """Return the cost of `setup` with every method, sharding and number of processes."""
+    in_eight_bits = replace(setup, eight_bit_optimizer=True)
+    budgets = alternatives(model, setup, targets, PROCESSES)
+    eight_bit_budgets = alternatives(model, in_eight_bits, targets, PROCESSES)
+    weights = _weights_by_method(model, setup, targets, inputs)
+    costs = []
+    for (variant, cost), (_, eight_bit_cost) in zip(budgets, eight_bit_budgets, strict=True):
+        sent = wire_bytes(weights[variant.method], _exchange(variant, inputs))
+        configuration_cost = ConfigurationCost(
+            memory_bytes=cost.memory_bytes,
+            eight_bit_bytes=eight_bit_cost.memory_bytes,
+            sent_bytes=sent.wire_bytes,
+        )
+        costs.append((variant, configuration_cost))
+    return costs
 
 
 def _weights_by_method(
-    model: nn.Module, setup: Setup, targets: list[Target], engine: EngineSettings
-) -> dict[str, CommunicatedWeights]:
-    weights: dict[str, CommunicatedWeights] = {}
-    for method in METHODS:
-        weights[method] = communicated_weights(
-            model,
-            replace(setup, method=method),
-            targets,
-            persistent_weights=engine.persistent_weights,
-        )
-    return weights
+    model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
+) -> dict[Method, CommunicatedWeights]:
+    return {
+        method: _weights(model, replace(setup, method=method), targets, inputs)
+        for method in METHODS
+    }
 
 
-def _in_eight_bits(setup: Setup) -> Setup:
-    return replace(setup, eight_bit_optimizer=True)
+def _weights(
+    model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
+) -> CommunicatedWeights:
+    persistent = inputs.launch.persistent_weights
+    return communicated_weights(model, setup, targets, persistent_weights=persistent)
+
+
+def _exchange(setup: Setup, inputs: PlanInputs) -> Exchange:
+    """Return how the ranks of a setup share a step."""
+    return Exchange(
+        sharding=setup.sharding,
+        processes=setup.processes,
+        gradient_accumulation_steps=inputs.training.gradient_accumulation_steps,
+        checkpointing=setup.checkpointing,
+        reduces_to_owner=inputs.launch.reduces_to_owner,
+        reuse_weights=inputs.launch.reuse_weights,
+    )
 
 
 def _other_passes(setup: Setup) -> Iterator[RecipeChange]:
     if not setup.checkpointing:
-        yield "training.gradient_checkpointing", True, replace(setup, checkpointing=True)
+        changed = replace(setup, checkpointing=True)
+        yield RecipeChange("training.gradient_checkpointing", True, changed)
     if setup.method == "lora":
-        yield "base_model.quantization", "nf4", replace(setup, method="qlora")
+        yield RecipeChange("base_model.quantization", "nf4", replace(setup, method="qlora"))
 
 
 def _smaller_micro_batches(
-    setup: Setup, inputs: dict[str, Any], examples: Examples
+    setup: Setup, inputs: PlanInputs, examples: Examples
 ) -> Iterator[RecipeChange]:
-    training = inputs["training"]
-    doubled = 2 * training["gradient_accumulation_steps"]
-    if inputs["processes"] * doubled <= training["batch_size"]:
-        changed = {**inputs, "training": {**training, "gradient_accumulation_steps": doubled}}
-        largest = examples.largest_micro_batch(changed)
-        yield (
-            "training.gradient_accumulation_steps",
-            doubled,
-            _with_micro_batch(setup, largest),
-        )
+    doubled = 2 * inputs.training.gradient_accumulation_steps
+    if inputs.processes * doubled <= inputs.training.batch_size:
+        largest = examples.largest_micro_batch(inputs, doubled)
+        changed = _with_micro_batch(setup, largest)
+        yield RecipeChange("training.gradient_accumulation_steps", doubled, changed)
     halved = max(examples.lengths) // 2
     if halved >= MIN_MAX_TOKENS:
         largest = examples.truncate(halved).largest_micro_batch(inputs)
-        yield "data.max_tokens", halved, _with_micro_batch(setup, largest)
+        yield RecipeChange("data.max_tokens", halved, _with_micro_batch(setup, largest))
 
 
-def _other_launches(setup: Setup, device: str) -> Iterator[RecipeChange]:
+def _other_launches(setup: Setup, launch: LaunchFacts) -> Iterator[RecipeChange]:
     """Yield the launches that shard more; on a CPU, offloading frees no memory."""
     if setup.processes == 1:
         return
     current = SHARDINGS.index(setup.sharding)
     for name in SHARDINGS[current + 1 :]:
-        if device == "gpu" or name != "zero3_offload":
-            yield "launch.config", f"{device}_{name}", replace(setup, sharding=name)
+        if launch.device == "gpu" or name != "zero3_offload":
+            config = f"{launch.device}_{name}"
+            yield RecipeChange("launch.config", config, replace(setup, sharding=name))
 
 
-def _with_micro_batch(setup: Setup, largest: dict[str, int]) -> Setup:
-    logit_rows = min(setup.logit_rows, max(1, largest["supervised"]))
-    return replace(setup, tokens=largest["tokens"], logit_rows=logit_rows)
+def _with_micro_batch(setup: Setup, largest: LargestMicroBatch) -> Setup:
+    logit_rows = min(setup.logit_rows, max(1, largest.supervised))
+    return replace(setup, tokens=largest.tokens, logit_rows=logit_rows)

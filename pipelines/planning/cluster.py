@@ -4,8 +4,9 @@ All numbers are for training in bfloat16 with as many tokens per micro-batch as 
 process.
 """
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
@@ -19,22 +20,21 @@ from lora_core.budget.checkpoints import (
 )
 from lora_core.budget.wire import (
     SHARDINGS,
-    CommunicatedWeights,
-    Exchange,
     Sharding,
     Traffic,
     seconds_on_wire,
     wire_bytes,
 )
 from pipelines.errors import PipelineError
+from pipelines.runtime.interfaces.plan_result import Configuration, PlanResult, TrainingMethod
 
 GBIT = 100.0
 DISK_GB_PER_SECOND = 1.0
 GIB = 1024**3
 """A GPU sold as 24 GB has 24 GiB."""
-LEVELS = ("", "checkpointed_")
-"""Without and with gradient checkpointing: the prefixes of the plan's keys."""
-METHODS = ("full", "lora", "qlora")
+LEVELS = (False, True)
+"""Without and with gradient checkpointing, in the order in which they are tried."""
+METHODS: tuple[TrainingMethod, ...] = get_args(TrainingMethod)
 TITLE_WIDTH = 78
 """Columns needed for a title of two lines; the minimum width of a table."""
 ONLY_WITH_GPUS = ("disk_gb_per_second", "failures_per_gpu_year", "tokens_per_second")
@@ -99,16 +99,9 @@ class Cluster:
         return seconds_on_wire(sent_bytes, self.gbit or GBIT)
 
 
-def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Table:
+def scaling_table(plan: PlanResult, cluster: Cluster, gpu_gb: float) -> Table:
     """Return the first sharding that fits, for each method on 1 to 512 GPUs, and its traffic."""
-    configurations = {
-        (
-            configuration["method"],
-            configuration["processes"],
-            configuration["sharding"],
-        ): configuration
-        for configuration in plan["scaling"]
-    }
+    configurations = {(one.method, one.processes, one.sharding): one for one in plan.scaling}
     counts = sorted({count for _, count, _ in configurations})
     title = (
         f"Sharding needed on GPUs of {gpu_gb:g} GB: "
@@ -121,13 +114,13 @@ def scaling_table(plan: dict[str, Any], cluster: Cluster, gpu_gb: float) -> Tabl
         cells = []
         for method in METHODS:
             shardings = [configurations[method, count, sharding] for sharding in SHARDINGS]
-            cells.append(first_that_fits(shardings, cluster, gpu_gb, plan["comfortable_share"]))
+            cells.append(first_that_fits(shardings, cluster, gpu_gb, plan.comfortable_share))
         table.add_row(str(count), *cells)
     return table
 
 
 def first_that_fits(
-    configurations: list[dict[str, Any]], cluster: Cluster, gpu_gb: float, comfortable: float
+    configurations: Sequence[Configuration], cluster: Cluster, gpu_gb: float, comfortable: float
 ) -> str:
     """Return the first configuration that fits, with checkpointing if needed, and its traffic.
 
@@ -137,15 +130,15 @@ def first_that_fits(
         gpu_gb: memory of a GPU.
         comfortable: see `memory_of`.
     """
-    for level in LEVELS:
+    for checkpointing in LEVELS:
         for configuration in configurations:
-            used, mark = memory_of(configuration, level, gpu_gb, comfortable)
+            used, mark = memory_of(configuration, gpu_gb, comfortable, checkpointing=checkpointing)
             if used > gpu_gb * GIB:
                 continue
-            words = [configuration["sharding"]]
+            words: list[str] = [configuration.sharding]
             if mark:
                 words.append(mark)
-            sent = configuration[level + "sent_bytes"]
+            sent = configuration.cost(checkpointing=checkpointing).sent_bytes
             if sent:
                 words.append(duration(cluster.seconds(sent)))
             return " ".join(words)
@@ -153,7 +146,7 @@ def first_that_fits(
 
 
 def memory_of(
-    configuration: dict[str, Any], level: str, gpu_gb: float, comfortable: float
+    configuration: Configuration, gpu_gb: float, comfortable: float, *, checkpointing: bool
 ) -> tuple[int, str]:
     """Return the memory of a configuration in bytes, and its mark: 8, c, 8c or nothing.
 
@@ -161,24 +154,24 @@ def memory_of(
 
     Args:
         configuration: an entry of the plan's `scaling`.
-        level: one of LEVELS.
         gpu_gb: memory of a GPU.
         comfortable: the fraction of it above which full fine-tuning uses the 8 bits; see
             `pipelines.models.hardware.choose_optimizer`.
+        checkpointing: with gradient checkpointing.
     """
-    plain = configuration["checkpointed_bytes" if level else "memory_bytes"]
-    eight_bit = configuration[f"{level}eight_bit_bytes"]
-    mark = "c" if level else ""
-    if eight_bit < plain and plain > comfortable * gpu_gb * GIB:
-        return eight_bit, f"8{mark}"
-    return plain, mark
+    cost = configuration.cost(checkpointing=checkpointing)
+    mark = "c" if checkpointing else ""
+    is_tight = cost.memory_bytes > comfortable * gpu_gb * GIB
+    if is_tight and cost.eight_bit_bytes < cost.memory_bytes:
+        return cost.eight_bit_bytes, f"8{mark}"
+    return cost.memory_bytes, mark
 
 
-def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
+def traffic_table(plan: PlanResult, cluster: Cluster, gpus: int) -> Table:
     """Return what each GPU sends in a step under each sharding, and for how long."""
-    exchange = plan["exchanged"]["exchange"]
-    micro_batches = _plural(exchange["gradient_accumulation_steps"], "micro-batch", "micro-batches")
-    checkpointing = "with" if exchange["checkpointing"] else "without"
+    exchange = plan.communication.exchange
+    micro_batches = _plural(exchange.gradient_accumulation_steps, "micro-batch", "micro-batches")
+    checkpointing = "with" if exchange.checkpointing else "without"
     title = (
         f"What each of {gpus} GPUs sends in a step of {micro_batches}, "
         f"{checkpointing} gradient checkpointing, "
@@ -194,15 +187,14 @@ def traffic_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
     return table
 
 
-def traffic_on(plan: dict[str, Any], method: str, sharding: Sharding, gpus: int) -> Traffic:
+def traffic_on(plan: PlanResult, method: TrainingMethod, sharding: Sharding, gpus: int) -> Traffic:
     """Return what each GPU sends in a step."""
-    exchanged = plan["exchanged"]
-    weights = CommunicatedWeights(**exchanged["weights"][method])
-    exchange = Exchange(sharding=sharding, processes=gpus, **exchanged["exchange"])
-    return wire_bytes(weights, exchange)
+    communication = plan.communication
+    exchange = replace(communication.exchange, sharding=sharding, processes=gpus)
+    return wire_bytes(communication.weights[method], exchange)
 
 
-def checkpoints_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Table:
+def checkpoints_table(plan: PlanResult, cluster: Cluster, gpus: int) -> Table:
     """Return each run's checkpoint size and best write interval, by Young's and Daly's formula."""
     failures = cluster.failures_per_gpu_year or FAILURES_PER_GPU_YEAR
     between_failures = seconds_between_failures(failures, gpus)
@@ -214,8 +206,8 @@ def checkpoints_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Tabl
     )
     columns = ("run", "size", "write time", "write every", "time lost")
     table = Table(*columns, title=title, title_justify="left", min_width=TITLE_WIDTH)
-    for label, run in plan["runs"].items():
-        size = checkpoint_bytes(run["trained_weights"])
+    for label, run in plan.runs.items():
+        size = checkpoint_bytes(run.trained_weights)
         write_seconds = size / (disk * 1e9)
         interval = best_interval_seconds(write_seconds, between_failures)
         lost = lost_fraction(interval, write_seconds, between_failures)
@@ -223,7 +215,7 @@ def checkpoints_table(plan: dict[str, Any], cluster: Cluster, gpus: int) -> Tabl
             label,
             _format_bytes(size),
             duration(write_seconds),
-            interval_words(interval, plan["tokens_of_a_step"], cluster.tokens_per_second),
+            interval_words(interval, plan.tokens_of_a_step, cluster.tokens_per_second),
             f"{lost:.3%}",
         )
     return table

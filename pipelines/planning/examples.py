@@ -3,11 +3,20 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import load_from_disk
 
 from pipelines.data.batches import balance_by_tokens, order
+from pipelines.runtime.interfaces.inputs import PlanInputs
+
+
+@dataclass(frozen=True)
+class LargestMicroBatch:
+    """The most that a process reads at once in any step."""
+
+    tokens: int
+    supervised: int
+    """The most supervised tokens, possibly of another micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -31,34 +40,38 @@ class Examples:
         """Return the examples truncated on the right."""
         return Examples([mask[:max_tokens] for mask in self.supervised_masks])
 
-    def largest_micro_batch(self, inputs: dict[str, Any]) -> dict[str, int]:
-        """Return the most tokens, and the most supervised tokens, of any micro-batch."""
+    def largest_micro_batch(
+        self, inputs: PlanInputs, accumulation_steps: int | None = None
+    ) -> LargestMicroBatch:
+        """Return the most tokens, and the most supervised tokens, of any micro-batch.
+
+        Args:
+            inputs: the plan's.
+            accumulation_steps: micro-batches per step and process; None for those of the inputs.
+        """
+        if accumulation_steps is None:
+            accumulation_steps = inputs.training.gradient_accumulation_steps
         lengths = self.lengths
         supervised = [sum(mask) for mask in self.supervised_masks]
-        parts = inputs["processes"] * inputs["training"]["gradient_accumulation_steps"]
+        parts = inputs.processes * accumulation_steps
         most_tokens = 0
         most_supervised = 0
         for step in self._steps(inputs):
             for indices in balance_by_tokens(step, lengths, parts):
                 most_tokens = max(most_tokens, _sum_of(lengths, indices))
                 most_supervised = max(most_supervised, _sum_of(supervised, indices))
-        return {"tokens": most_tokens, "supervised": most_supervised}
+        return LargestMicroBatch(most_tokens, most_supervised)
 
-    def tokens_of_a_step(self, inputs: dict[str, Any]) -> float:
+    def tokens_of_a_step(self, inputs: PlanInputs) -> float:
         """Return the mean tokens of a step over the training, on all processes together."""
         lengths = self.lengths
         steps = self._steps(inputs)
         tokens = sum(_sum_of(lengths, step) for step in steps)
         return tokens / len(steps)
 
-    def _steps(self, inputs: dict[str, Any]) -> list[list[int]]:
-        training = inputs["training"]
-        return order(
-            len(self.supervised_masks),
-            training["steps"],
-            training["batch_size"],
-            inputs["seed"],
-        )
+    def _steps(self, inputs: PlanInputs) -> list[list[int]]:
+        training = inputs.training
+        return order(len(self.supervised_masks), training.steps, training.batch_size, inputs.seed)
 
 
 def _sum_of(numbers: list[int], indices: Iterable[int]) -> int:

@@ -1,24 +1,25 @@
 """Advice for a training that ran out of memory, from the plan's estimates. Imports no torch."""
 
-from typing import Any
+from pipelines.runtime.interfaces.plan_result import PlanResult, RunCost
 
-from pipelines.config.experiments import CONTROL
-
-TERMS = {
-    "weight_bytes": "weights",
-    "quantization_bytes": "scales of 4-bit weights",
-    "gradient_bytes": "gradients",
-    "optimizer_bytes": "optimizer",
-    "activation_bytes": "activations",
-    "buffer_bytes": "buffers",
-    "process_bytes": "process itself",
-}
-"""Terms of the memory, as `lora_core.budget.budget` names them → as they are printed."""
 NAMED_TERMS = 2
 """Number of the largest terms that are named."""
 
 
-def what_would_fit(plan: dict[str, Any], label: str) -> str:
+def memory_terms(run: RunCost) -> dict[str, int]:
+    """Return the terms of a run's memory in bytes, by the name that is printed."""
+    return {
+        "weights": run.weight_bytes,
+        "scales of 4-bit weights": run.quantization_bytes,
+        "gradients": run.gradient_bytes,
+        "optimizer": run.optimizer_bytes,
+        "activations": run.activation_bytes,
+        "buffers": run.buffer_bytes,
+        "process itself": run.process_bytes,
+    }
+
+
+def what_would_fit(plan: PlanResult, label: str) -> str:
     """Return the memory that a run was expected to need, and which single recipe changes need less.
 
     Args:
@@ -27,13 +28,13 @@ def what_would_fit(plan: dict[str, Any], label: str) -> str:
             "control"; for a label that is not in the plan, its adapter of the highest rank is used.
     """
     name, run = _run_of(plan, label)
-    memory = _format_bytes(run["memory_bytes"])
+    memory = _format_bytes(run.memory_bytes)
     needs = f"{name} was expected to need {memory} in each process ({_largest_terms(run)})"
     changes = []
-    for change in run["less"]:
-        value = _format_value(change["value"])
-        less = _format_bytes(change["memory_bytes"])
-        changes.append(f"{change['setting']}: {value} ({less})")
+    for change in run.less:
+        value = _format_value(change.value)
+        less = _format_bytes(change.memory_bytes)
+        changes.append(f"{change.setting}: {value} ({less})")
     if not changes:
         return (
             f"{needs}, and no single change of the recipe needs less; "
@@ -42,28 +43,27 @@ def what_would_fit(plan: dict[str, Any], label: str) -> str:
     return f"{needs}; less memory is needed with {_join_with_or(changes)}"
 
 
-def _run_of(plan: dict[str, Any], label: str) -> tuple[str, dict[str, Any]]:
-    runs: dict[str, Any] = plan["runs"]
+def _run_of(plan: PlanResult, label: str) -> tuple[str, RunCost]:
     name = label.partition(" ")[0]
-    if name in runs:
-        return name, runs[name]
+    if name in plan.runs:
+        return name, plan.runs[name]
     ranks = {}
-    for key, run in runs.items():
-        if key != CONTROL:
-            ranks[key] = int(run["rank"])
+    for key, run in plan.runs.items():
+        if run.adapter is not None:
+            ranks[key] = run.adapter.rank
     highest = max(ranks, key=lambda key: ranks[key])
-    return highest, runs[highest]
+    return highest, plan.runs[highest]
 
 
-def _largest_terms(run: dict[str, Any]) -> str:
-    by_size = sorted(TERMS, key=lambda term: -int(run[term]))
+def _largest_terms(run: RunCost) -> str:
+    by_size = sorted(memory_terms(run).items(), key=lambda term: -term[1])
     largest = []
-    for term in by_size[:NAMED_TERMS]:
-        largest.append(f"{TERMS[term]} {_format_bytes(run[term])}")
+    for name, size in by_size[:NAMED_TERMS]:
+        largest.append(f"{name} {_format_bytes(size)}")
     return ", ".join(largest)
 
 
-def _format_value(value: Any) -> str:
+def _format_value(value: bool | int | str) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return str(value)

@@ -7,7 +7,6 @@ Rejects a target that matches nothing, and a rank larger than a layer, before an
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,23 +19,25 @@ from lora_core.budget.setup import Setup
 from lora_core.init.spectral import is_spectral
 from lora_core.training.losses import CHUNK_ROWS
 from lora_core.validation import plan_adapter
+from pipelines.config.experiments import CONTROL
 from pipelines.config.sections import LoraSettings
 from pipelines.errors import RecipeError
 from pipelines.models.hardware import COMFORTABLE
 from pipelines.models.support import check_checkpointing
-from pipelines.planning.alternatives import (
-    EngineSettings,
-    exchanged,
-    in_less_memory,
-    scaling,
-    traffic,
-)
-from pipelines.planning.examples import Examples
+from pipelines.planning.alternatives import communication, in_less_memory, scaling, traffic
+from pipelines.planning.examples import Examples, LargestMicroBatch
 from pipelines.planning.weights import stored_weights, targets_by_kind
 from pipelines.runtime.child import execute_stage
+from pipelines.runtime.interfaces.inputs import PlanInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import PLAN
+from pipelines.runtime.interfaces.plan_result import (
+    PlannedAdapter,
+    PlannedSetup,
+    PlanResult,
+    RunCost,
+    TargetKind,
+)
 
-PROCESSES = (1, 2, 4, 8)
-"""Numbers of GPUs for which every alternative is printed."""
 CPU_PROCESS_BYTES = 610_000_000
 """Measured: resident memory of a rank under DeepSpeed before its first step, minus its tensors: 612
 MB over an NF4 base, 589 MB over a dense one. Interpreter, libraries, and what loading leaves
@@ -50,45 +51,41 @@ GPU_PROCESS_BYTES = 1 << 30
 """An estimate, not measured here: the CUDA context and the buffers of NCCL."""
 
 
-def plan(
-    folder: Path, inputs: dict[str, Any], paths: dict[str, str]
-) -> tuple[dict[str, Any], list[str]]:
+def plan(folder: Path, inputs: PlanInputs, paths: StagePaths) -> tuple[PlanResult, list[str]]:
     """Return targets by kind and rank, each run's memory by term, and the alternatives on GPUs."""
-    trust_remote_code = inputs.get("trust_remote_code", False)
-    model = meta_model(paths["base"], trust_remote_code=trust_remote_code)
-    examples = Examples.read(Path(paths["data"]))
+    base = str(paths.required("base"))
+    model = meta_model(base, trust_remote_code=inputs.trust_remote_code)
+    examples = Examples.read(paths.required("data"))
     setup = run_setup(inputs, examples.largest_micro_batch(inputs))
     if setup.checkpointing:
         check_checkpointing(model)
-    lora = inputs["lora"]
-    targets = {rank: plan_adapter(model, lora_config(lora, rank)) for rank in inputs["ranks"]}
-    check_loraplus_ratio(lora, targets[inputs["ranks"][0]])
+    lora = inputs.lora
+    targets = {rank: plan_adapter(model, lora_config(lora, rank)) for rank in lora.ranks}
+    check_loraplus_ratio(lora, targets[lora.ranks[0]])
     estimator = CostEstimator(model, inputs, examples)
     on_gpu = gpu_setup(setup)
     largest = targets[max(targets)]
-    engine = EngineSettings.from_inputs(inputs)
-    scaled = scaling(model, on_gpu, largest, engine)
-    return {
-        "weights": stored_weights(model, largest, quantized=inputs["quantization"] == "nf4"),
-        "targets": _targets(targets, use_dora=lora["use_dora"]),
-        "runs": _runs(estimator, setup, targets),
-        "setup": asdict(setup),
-        "tokens_of_a_step": examples.tokens_of_a_step(inputs),
-        "alternatives": [
-            configuration for configuration in scaled if configuration["processes"] in PROCESSES
-        ],
-        "scaling": scaled,
-        "comfortable_share": COMFORTABLE,
-        "exchanged": exchanged(model, on_gpu, largest, engine),
-    }, []
+    result = PlanResult(
+        weights=stored_weights(model, largest, quantized=inputs.quantization == "nf4"),
+        targets=_targets(targets, use_dora=lora.use_dora),
+        runs=_runs(estimator, setup, targets),
+        setup=PlannedSetup(
+            sharding=setup.sharding, tokens=setup.tokens, checkpointing=setup.checkpointing
+        ),
+        tokens_of_a_step=examples.tokens_of_a_step(inputs),
+        scaling=scaling(model, on_gpu, largest, inputs),
+        comfortable_share=COMFORTABLE,
+        communication=communication(model, on_gpu, largest, inputs),
+    )
+    return result, []
 
 
-def _targets(targets: dict[int, list[Target]], *, use_dora: bool) -> list[dict[str, Any]]:
+def _targets(targets: dict[int, list[Target]], *, use_dora: bool) -> tuple[TargetKind, ...]:
     """Return the targets of each rank by kind."""
     kinds = []
     for adapter_targets in targets.values():
         kinds += targets_by_kind(adapter_targets, use_dora=use_dora)
-    return kinds
+    return tuple(kinds)
 
 
 def meta_model(base: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -101,25 +98,26 @@ def meta_model(base: str, *, trust_remote_code: bool = False) -> PreTrainedModel
     return model
 
 
-def run_setup(inputs: dict[str, Any], largest: dict[str, int]) -> Setup:
+def run_setup(inputs: PlanInputs, largest: LargestMicroBatch) -> Setup:
     """Return how the adapters are trained, as a setup of the library's budget.
 
     Args:
         inputs: the plan's.
-        largest: tokens and supervised tokens of the largest micro-batch.
+        largest: the most that a process reads at once.
     """
+    launch = inputs.launch
     setup = Setup(
-        method="qlora" if inputs["quantization"] == "nf4" else "lora",
-        tokens=largest["tokens"],
-        sharding=inputs["sharding"],
-        processes=inputs["processes"],
-        checkpointing=inputs["training"]["gradient_checkpointing"],
-        dropout=inputs["lora"]["dropout"] > 0,
-        dora=inputs["lora"]["use_dora"],
-        logit_rows=min(CHUNK_ROWS, max(1, largest["supervised"])),
-        bucket_weights=inputs["bucket_weights"],
+        method="qlora" if inputs.quantization == "nf4" else "lora",
+        tokens=largest.tokens,
+        sharding=launch.sharding,
+        processes=inputs.processes,
+        checkpointing=inputs.training.gradient_checkpointing,
+        dropout=inputs.lora.dropout > 0,
+        dora=inputs.lora.use_dora,
+        logit_rows=min(CHUNK_ROWS, max(1, largest.supervised)),
+        bucket_weights=launch.bucket_weights,
     )
-    return cpu_setup(setup) if inputs["device"] == "cpu" else gpu_setup(setup)
+    return cpu_setup(setup) if launch.device == "cpu" else gpu_setup(setup)
 
 
 def cpu_setup(setup: Setup) -> Setup:
@@ -163,12 +161,12 @@ def lora_config(settings: LoraSettings, rank: int) -> LoraConfig:
     )
 
 
-def check_loraplus_ratio(lora: dict[str, Any], targets: list[Target]) -> None:
+def check_loraplus_ratio(lora: LoraSettings, targets: list[Target]) -> None:
     """Reject LoRA+ if it changes no learning rate."""
     only_embeddings = all(target.layer == "embedding" for target in targets)
-    if lora["loraplus_ratio"] != 1 and not lora["use_dora"] and only_embeddings:
+    if lora.loraplus_ratio != 1 and not lora.use_dora and only_embeddings:
         raise RecipeError(
-            f"lora.loraplus_ratio {lora['loraplus_ratio']:g} has no effect: "
+            f"lora.loraplus_ratio {lora.loraplus_ratio:g} has no effect: "
             "both factors of an embedding have the same learning rate; use 1"
         )
 
@@ -179,13 +177,32 @@ class CostEstimator:
 
     model: nn.Module
     """Without weights."""
-    inputs: dict[str, Any]
+    inputs: PlanInputs
     """The plan's."""
     examples: Examples
 
-    def estimate(
-        self, setup: Setup, targets: list[Target], init_weights: int = 0
-    ) -> dict[str, Any]:
+    def control(self, setup: Setup) -> RunCost:
+        """Return the cost of full fine-tuning."""
+        return self._estimate(replace(setup, method="full"), [])
+
+    def adapter(self, setup: Setup, targets: list[Target]) -> RunCost:
+        """Return the cost of an adapter."""
+        rank = targets[0].rank
+        file_rank = rank
+        init_weights = 0
+        if is_spectral(self.inputs.lora.init):
+            file_rank = 2 * rank
+            init_weights = sum(target.trained_weights for target in targets)
+        adapter = PlannedAdapter(rank=rank, scale=targets[0].scale, file_rank=file_rank)
+        return self._estimate(setup, targets, adapter, init_weights)
+
+    def _estimate(
+        self,
+        setup: Setup,
+        targets: list[Target],
+        adapter: PlannedAdapter | None = None,
+        init_weights: int = 0,
+    ) -> RunCost:
         """Return a run's budget, its alternatives, and what a rank sends.
 
         The alternatives are the other setting of gradient checkpointing, and the recipe changes
@@ -194,6 +211,7 @@ class CostEstimator:
         Args:
             setup: how it is trained.
             targets: the adapter's; none for the control.
+            adapter: what is known of it; None for the control.
             init_weights: weights of an initialization that is kept next to the trained factors, in
                 memory and in the file.
         """
@@ -204,14 +222,14 @@ class CostEstimator:
 
         cost = _with_init_weights(budget(self.model, setup, targets), setup, init_weights)
         other = replace(setup, checkpointing=not setup.checkpointing)
-        sent = traffic(self.model, setup, targets, EngineSettings.from_inputs(self.inputs))
-        return {
-            **vars(cost),
-            "memory_bytes": cost.memory_bytes,
-            "other_checkpointing_bytes": memory_of(other),
-            "less": in_less_memory(setup, self.inputs, self.examples, memory_of),
-            "sent_bytes": sent.wire_bytes,
-        }
+        return RunCost(
+            **asdict(cost),
+            memory_bytes=cost.memory_bytes,
+            other_checkpointing_bytes=memory_of(other),
+            less=in_less_memory(setup, self.inputs, self.examples, memory_of),
+            sent_bytes=traffic(self.model, setup, targets, self.inputs).wire_bytes,
+            adapter=adapter,
+        )
 
 
 def _with_init_weights(cost: Budget, setup: Setup, init_weights: int) -> Budget:
@@ -224,30 +242,14 @@ def _with_init_weights(cost: Budget, setup: Setup, init_weights: int) -> Budget:
 
 def _runs(
     estimator: CostEstimator, setup: Setup, targets: dict[int, list[Target]]
-) -> dict[str, Any]:
+) -> dict[str, RunCost]:
     """Return the cost of each adapter and of the control."""
     runs = {}
     for rank, adapter_targets in targets.items():
-        runs[f"rank-{rank}"] = _adapter_run(estimator, setup, adapter_targets)
-    runs["control"] = estimator.estimate(replace(setup, method="full"), [])
+        runs[f"rank-{rank}"] = estimator.adapter(setup, adapter_targets)
+    runs[CONTROL] = estimator.control(setup)
     return runs
 
 
-def _adapter_run(estimator: CostEstimator, setup: Setup, targets: list[Target]) -> dict[str, Any]:
-    """Return an adapter's rank and scale, the rank of its file, and its cost."""
-    rank = targets[0].rank
-    file_rank = rank
-    init_weights = 0
-    if is_spectral(estimator.inputs["lora"]["init"]):
-        file_rank = 2 * rank
-        init_weights = sum(target.trained_weights for target in targets)
-    return {
-        "rank": rank,
-        "scale": targets[0].scale,
-        "file_rank": file_rank,
-        **estimator.estimate(setup, targets, init_weights),
-    }
-
-
 if __name__ == "__main__":
-    execute_stage(plan)
+    execute_stage(PLAN, plan)

@@ -1,18 +1,18 @@
 """Tables of a plan: the base's weights by kind, and an adapter's targets by kind."""
 
 import re
-from typing import Any
 
 from torch import nn
 
 from lora_core import Target
 from lora_core.base.quant import base_weight
 from lora_core.modules import output_head
+from pipelines.runtime.interfaces.plan_result import StoredWeights, TargetKind
 
 
 def stored_weights(
     model: nn.Module, targets: list[Target], *, quantized: bool
-) -> list[dict[str, Any]]:
+) -> tuple[StoredWeights, ...]:
     """Return all weights of the base by kind: how each is stored, and whether it is adapted.
 
     A kind is the name of a weight without the number of its layer. A tied weight is counted under
@@ -24,7 +24,7 @@ def stored_weights(
         quantized: whether linear layers are stored in NF4, except the output head.
     """
     head = output_head(model)
-    adapted = {target.name for target in targets}
+    target_names = {target.name for target in targets}
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
     sizes: dict[tuple[str, str, bool], list[int]] = {}
     for path, module in model.named_modules():
@@ -36,24 +36,19 @@ def stored_weights(
                 continue
             is_weight = name == "weight"
             stored = "nf4" if in_nf4 and is_weight else "dense"
-            is_adapted = (path in adapted and is_weight) or full_name in adapted
+            is_adapted = (path in target_names and is_weight) or full_name in target_names
             kind = re.sub(r"\.\d+\.", ".*.", full_name)
             numbers = sizes.setdefault((kind, stored, is_adapted), [])
             numbers.append(parameter.numel())
-    rows = []
-    for (kind, stored, is_adapted), numbers in sizes.items():
-        row = {
-            "name": kind,
-            "stored": stored,
-            "adapted": is_adapted,
-            "count": len(numbers),
-            "weights": sum(numbers),
-        }
-        rows.append(row)
-    return rows
+    return tuple(
+        StoredWeights(
+            name=kind, stored=stored, adapted=adapted, count=len(numbers), weights=sum(numbers)
+        )
+        for (kind, stored, adapted), numbers in sizes.items()
+    )
 
 
-def targets_by_kind(targets: list[Target], *, use_dora: bool) -> list[dict[str, Any]]:
+def targets_by_kind(targets: list[Target], *, use_dora: bool) -> list[TargetKind]:
     """Group targets by the last part of their name and their shape.
 
     The weights are those of the group, with DoRA's magnitudes.
@@ -63,19 +58,19 @@ def targets_by_kind(targets: list[Target], *, use_dora: bool) -> list[dict[str, 
         name = target.name.rpartition(".")[2]
         shape = (target.out_features, target.in_features)
         groups.setdefault((name, *shape), []).append(target)
-    rows = []
+    kinds = []
     for (name, out_features, in_features), group in groups.items():
         trained_weights = sum(target.trained_weights for target in group)
         if use_dora:
             trained_weights += out_features * len(group)
-        row = {
-            "name": name,
-            "out_features": out_features,
-            "in_features": in_features,
-            "count": len(group),
-            "rank": group[0].rank,
-            "scale": group[0].scale,
-            "trained_weights": trained_weights,
-        }
-        rows.append(row)
-    return rows
+        kind = TargetKind(
+            name=name,
+            out_features=out_features,
+            in_features=in_features,
+            count=len(group),
+            rank=group[0].rank,
+            scale=group[0].scale,
+            trained_weights=trained_weights,
+        )
+        kinds.append(kind)
+    return kinds

@@ -1,9 +1,12 @@
 """Number formats of every table and page: three digits, signed differences, non-breaking units."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-Interval = Mapping[str, float]
+from pipelines.comparison.differences import BenchmarkChange
+from pipelines.comparison.resampling import Interval
+
+AnyInterval = Interval | BenchmarkChange
 LARGE = 1e5
 """Values from here on are written with an exponent: a user-defined metric may have any scale."""
 
@@ -26,22 +29,19 @@ def number(value: float, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def ends(interval: Interval) -> str:
+def ends(interval: AnyInterval) -> str:
     """Return the two ends of an interval."""
-    low = signed(interval["low"])
-    high = signed(interval["high"])
-    return f"{low}, {high}"
+    return f"{signed(interval.low)}, {signed(interval.high)}"
 
 
-def interval_text(interval: Interval) -> str:
+def interval_text(interval: AnyInterval) -> str:
     """Return a mean and the ends of its interval."""
-    mean = signed(interval["mean"])
-    return f"{mean} ({ends(interval)})"
+    return f"{signed(interval.mean)} ({ends(interval)})"
 
 
-def is_clear(interval: Interval) -> bool:
+def is_clear(interval: AnyInterval) -> bool:
     """Return whether an interval excludes zero."""
-    return interval["low"] > 0 or interval["high"] < 0
+    return interval.low > 0 or interval.high < 0
 
 
 def scaled(value: float, units: Sequence[str]) -> str:

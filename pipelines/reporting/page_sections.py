@@ -1,66 +1,107 @@
 """The content of the page's sections as plain values; the templates only render them."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 import yaml
 
 from pipelines.comparison.comparison import BASE, CONTROL, QUANTIZED_BASE
-from pipelines.models.verified import sentence
+from pipelines.comparison.differences import BenchmarkChange
+from pipelines.comparison.document import Effect, ModelSummary, Summary
+from pipelines.comparison.power import Power
+from pipelines.comparison.resampling import Interval
 from pipelines.reporting.formats import is_clear
-from pipelines.reporting.report_metrics import ReportMetric, general_change
+from pipelines.reporting.model_parts import (
+    EffectName,
+    against_base,
+    effect_of,
+    judgment_of,
+    training_of,
+    verified_readers,
+)
+from pipelines.reporting.report_metrics import ReportMetric, general_change_by
 
 RECIPE = "recipe.yaml"
 """Name of the recipe among the artifacts of the MLflow run."""
-Model = Mapping[str, Any]
-Models = Mapping[str, Model]
-Summary = Mapping[str, Any]
-Row = dict[str, Any]
+Models = Mapping[str, ModelSummary]
 
 
-def against_base(model: Model) -> Any:
-    """Return the comparison with the full-precision base; the 4-bit base has no other."""
-    return model.get("total", model.get("change", {}))
+@dataclass(frozen=True)
+class EffectCell:
+    """The change of the task or of general abilities by one of the effects."""
+
+    name: str
+    """Value of the page's data-figure attribute."""
+    change: Interval | None
+    """None if the effect does not apply, or was not measured."""
+
+
+@dataclass(frozen=True)
+class TriedRate:
+    """A learning rate that was tried for the control."""
+
+    rate: str
+    loss: float | None
+    """On the tuning examples, nats per supervised token; None if training diverged."""
+    outcome: str
+    """chosen, diverged, or empty."""
 
 
 def verified(summary: Summary, label: str | None = None) -> list[tuple[str, str]]:
     """Return how training and scoring were verified: name and result, of all models or of one."""
     rows = []
-    forward = summary.get("forward", {})  # older summaries have none
-    for name, checks in forward.items():
-        if label not in (None, name):
-            continue
-        for what, result in checks.items():
-            if result is not None:
-                text = sentence(result)
-                rows.append((f"{name}, {what}", text))
+    for name, checks in summary.forward.items():
+        if label in (None, name):
+            for what, result in verified_readers(checks).items():
+                rows.append((f"{name}, {what}", str(result)))
     return rows
 
 
-def effects(models: Models) -> dict[str, Row]:
+def effects(models: Models) -> dict[str, list[EffectCell]]:
     """Return the effects of quantization, of training and of both, for each model but the base."""
-    by_quantization = models.get(QUANTIZED_BASE, {}).get("change")
+    quantized_base = models.get(QUANTIZED_BASE)
+    by_quantization = None if quantized_base is None else quantized_base.change
     table = {}
     for label, model in models.items():
         if label == BASE:
             continue
-        in_full_precision = label == CONTROL and model["rank"] is None
-        quantization = None if in_full_precision else by_quantization
-        training = None if label == QUANTIZED_BASE else model["change"]
-        table[label] = {
-            "quantization": _effect(quantization),
-            "training": _effect(training),
-            "total": _effect(against_base(model)),
+        in_full_precision = label == CONTROL and training_of(model).rank is None
+        separated = {
+            "quantization": None if in_full_precision else by_quantization,
+            "training": None if label == QUANTIZED_BASE else model.change,
+            "total": against_base(model),
         }
+        table[label] = _effect_cells(separated)
     return table
 
 
-def _effect(change: Model | None) -> Row | None:
-    """Return the change of the task and of general abilities."""
-    if change is None:
-        return None
-    general = general_change({"change": change})
-    return {"task_gain": change["task_gain"], "choice_probability": general}
+def _effect_cells(separated: Mapping[str, Effect | None]) -> list[EffectCell]:
+    """Return the changes of the task, then those of general abilities."""
+    task = []
+    general = []
+    for name, effect in separated.items():
+        task_gain = None if effect is None else effect.task_gain
+        task.append(EffectCell(f"{name}.task_gain", task_gain))
+        change = None if effect is None else general_change_by(effect)
+        general.append(EffectCell(f"{name}.choice_probability", change))
+    return [*task, *general]
+
+
+def models_with(effect: EffectName, models: Models) -> dict[str, ModelSummary]:
+    """Return the base, with which models are compared, and every model with an effect."""
+    found = {}
+    for label, model in models.items():
+        if label == BASE or effect_of(model, effect) is not None:
+            found[label] = model
+    return found
+
+
+def benchmark_change(
+    model: ModelSummary, effect: EffectName, benchmark: str
+) -> BenchmarkChange | None:
+    """Return the change on a benchmark; None without the effect, or if it was not compared."""
+    found = effect_of(model, effect)
+    return None if found is None else found.benchmarks.get(benchmark)
 
 
 def count_clear_changes(metric: ReportMetric, models: Models) -> tuple[int, int]:
@@ -68,15 +109,10 @@ def count_clear_changes(metric: ReportMetric, models: Models) -> tuple[int, int]
     intervals = []
     for model in models.values():
         change = metric.change(model)
-        if "figures" in model and change is not None:
+        if model.training is not None and change is not None:
             intervals.append(change)
     clear = sum(map(is_clear, intervals))
     return clear, len(intervals)
-
-
-def adapters(models: Models) -> dict[str, Model]:
-    """Return the models that the gate judged."""
-    return {label: model for label, model in models.items() if "verdict" in model}
 
 
 def accuracy_text(accuracy: float | None) -> str:
@@ -93,66 +129,64 @@ def undecided(summary: Summary) -> list[str]:
 
     If none passes, the decision already names them.
     """
-    if summary["champion"] is None:
+    if summary.champion is None:
         return []
     remarks = []
-    for label, model in adapters(summary["models"]).items():
-        verdict = model["verdict"]
-        if verdict["status"] == "can't tell":
-            remarks.append(f"Can't tell for {label}: {verdict['reason']}.")
+    for label, model in summary.adapters.items():
+        verdict = judgment_of(model).verdict
+        if verdict.status == "can't tell":
+            remarks.append(f"Can't tell for {label}: {verdict.reason}.")
     return remarks
 
 
-def control_rates(summary: Summary) -> list[Row]:
+def control_rates(summary: Summary) -> list[TriedRate]:
     """Return the learning rates tried for the control, with their losses and outcomes."""
-    chosen = summary["control"]["chosen"]
     rows = []
-    for rate, loss in summary["control"]["rates"].items():
+    for rate, loss in summary.control.rates.items():
         outcome = ""
         if loss is None:
             outcome = "diverged"
-        elif float(rate) == chosen:
+        elif float(rate) == summary.control.chosen:
             outcome = "chosen"
-        rows.append({"rate": rate, "loss": loss, "outcome": outcome})
+        rows.append(TriedRate(rate, loss, outcome))
     return rows
 
 
-def power_by_benchmark(model: Model) -> Row:
-    """Return the power of each benchmark alone; empty if only their union was analyzed."""
-    power = model.get("power") or {}
-    return dict(power.get("benchmarks") or {})
+def power_by_benchmark(model: ModelSummary) -> dict[str, Power]:
+    """Return the power of each benchmark alone; empty if nothing could be analyzed."""
+    return {} if model.power is None else model.power.benchmarks
 
 
-def power_table(models: Models) -> dict[str, Row]:
+def power_table(summary: Summary) -> dict[str, dict[str, Power | None]]:
     """Return the power of each adapter, for each benchmark whose power is known."""
-    judged = adapters(models)
-    table: dict[str, Row] = {}
-    for label, model in judged.items():
+    adapters = summary.adapters
+    table: dict[str, dict[str, Power | None]] = {}
+    for label, model in adapters.items():
         for name, power in power_by_benchmark(model).items():
-            row = table.setdefault(name, dict.fromkeys(judged))
+            row = table.setdefault(name, dict.fromkeys(adapters))
             row[label] = power
     return table
 
 
 def training_method(summary: Summary, label: str) -> str:
     """Return how a model was trained, and over which base."""
-    recipe = summary["recipe"]
-    rank = summary["models"][label]["rank"]
+    recipe = summary.recipe
+    rank = training_of(summary.models[label]).rank
     if label == CONTROL:
-        rank = recipe["control"]["rank"]
+        rank = recipe.control.rank
     if rank is None:
         return "all weights, in full precision"
-    method = "DoRA" if recipe["lora"]["use_dora"] else "LoRA"
-    base = "NF4" if recipe["base_model"]["quantization"] == "nf4" else "full precision"
+    method = "DoRA" if recipe.lora.use_dora else "LoRA"
+    base = "NF4" if recipe.base_model.quantization == "nf4" else "full precision"
     return f"{method} of rank {rank} over {base}"
 
 
 def commands(summary: Summary) -> list[str]:
     """Return the commands that repeat the comparison from a checkout with the recipe file in it."""
-    commit = summary["commit"]
-    name = summary["recipe"]["name"]
+    commit = summary.commit
+    name = summary.recipe.name
     lines = []
-    if commit not in (None, "unknown"):
+    if commit != "unknown":
         lines.append(f"git checkout {commit.removesuffix('-dirty')}")
     lines += ["make setup", f".venv/bin/lora run {name}.yaml", f".venv/bin/lora compare {name}"]
     return lines
@@ -160,4 +194,5 @@ def commands(summary: Summary) -> list[str]:
 
 def recipe_text(summary: Summary) -> str:
     """Return the recipe with every setting written out, as a file that can be run."""
-    return yaml.safe_dump(summary["recipe"], sort_keys=False, allow_unicode=True, width=100)
+    settings = summary.recipe.model_dump(mode="json")
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=100)

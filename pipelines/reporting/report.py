@@ -1,15 +1,15 @@
 """The report of a comparison: a terminal table, a Markdown table and a self-contained HTML page.
 
-All three read the plain values of summary.json and show the same columns, which are declared here
+All three read the content of summary.json and show the same columns, which are declared here
 once. The page needs no other file: its plots are inline SVG, its style is in the file, and all text
 that a model wrote is escaped.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich import box
@@ -18,11 +18,14 @@ from rich.text import Text
 
 from lora_core.files import write_text
 from pipelines.comparison.comparison import BASE, QUANTIZED_BASE
+from pipelines.comparison.document import ModelSummary, Summary
+from pipelines.comparison.resampling import Interval
 from pipelines.reporting import formats, item_records, page_sections, words
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
+from pipelines.reporting.model_parts import against_base, status_of
 from pipelines.reporting.plots.frontier_plot import plot_frontier
 from pipelines.reporting.plots.rank_plot import plot_ranks
-from pipelines.reporting.plots.strips import SHADES, strips
+from pipelines.reporting.plots.strips import SHADES, Strip, strips
 from pipelines.reporting.plots.trajectories import trajectories
 from pipelines.reporting.report_metrics import (
     benchmark_score,
@@ -30,57 +33,82 @@ from pipelines.reporting.report_metrics import (
     report_metrics,
     unmeasured,
 )
+from pipelines.runtime.interfaces.results import TrainResult
 
 NOTHING = "–"
 COLORS = {"pass": "green", "reject": "red", "can't tell": "yellow"}
 PAGE = Path(__file__).parent / "page"
 FILTERS = ("signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
 """Functions of `formats` that the templates use."""
-Model = Mapping[str, Any]
-Summary = Mapping[str, Any]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Generic[Value]):
     """One column of the tables."""
 
     key: str
     """Value of the page's data-figure attribute."""
     title: str
-    extract: Callable[[Model], Any]
+    extract: Callable[[ModelSummary], Value | None]
     """Takes the value from a model's entry; returns None if the entry has none."""
-    format: Callable[[Any], str]
+    format: Callable[[Value], str]
 
     @property
     def is_text(self) -> bool:
         return self.key == "verdict"
 
+    def text(self, model: ModelSummary) -> str:
+        """Return the formatted value; a dash if the entry has none."""
+        value = self.extract(model)
+        return NOTHING if value is None else self.format(value)
 
-def _training_result(name: str) -> Callable[[Model], Any]:
-    return lambda model: model.get("figures", {}).get(name)
+
+def _trained(extract: Callable[[TrainResult], Value]) -> Callable[[ModelSummary], Value | None]:
+    """Return a function that takes a value from the result of a model's training."""
+
+    def extract_if_trained(model: ModelSummary) -> Value | None:
+        return None if model.training is None else extract(model.training.result)
+
+    return extract_if_trained
 
 
-COLUMNS = (
-    Column("trained_weights", "Trained weights", _training_result("trained_weights"), short_count),
-    Column("file_bytes", "File", _training_result("file_bytes"), short_size),
-    Column("task_loss", "Task loss", lambda model: model["scores"]["task_loss"], "{:.3f}".format),
+def _task_gain(model: ModelSummary) -> Interval | None:
+    effect = against_base(model)
+    return None if effect is None else effect.task_gain
+
+
+COLUMNS: tuple[Column[Any], ...] = (
     Column(
-        "task_gain",
-        "Task gain",
-        lambda model: page_sections.against_base(model).get("task_gain"),
-        lambda gain: signed(gain["mean"]),
+        "trained_weights",
+        "Trained weights",
+        _trained(lambda result: result.facts.trained_weights),
+        short_count,
     ),
+    Column("file_bytes", "File", _trained(lambda result: result.saved.file_bytes), short_size),
+    Column("task_loss", "Task loss", lambda model: model.scores.task_loss, "{:.3f}".format),
+    Column("task_gain", "Task gain", _task_gain, lambda gain: signed(gain.mean)),
     Column("general_change", "General change", general_change, interval_text),
-    Column("verdict", "Verdict", lambda model: model.get("verdict", {}).get("status"), str),
-    Column("tokens_per_second", "Tokens/s", _training_result("tokens_per_second"), short_count),
-    Column("peak_memory_bytes", "Peak memory", _training_result("peak_memory_bytes"), short_size),
+    Column("verdict", "Verdict", status_of, str),
+    Column(
+        "tokens_per_second",
+        "Tokens/s",
+        _trained(lambda result: result.totals.tokens_per_second),
+        short_count,
+    ),
+    Column(
+        "peak_memory_bytes",
+        "Peak memory",
+        _trained(lambda result: result.peak_memory_bytes),
+        short_size,
+    ),
 )
 
 
 def terminal_table(summary: Summary) -> Table:
     """Return one row per model of summary.json, for a terminal of 100 columns or more."""
     table = Table(
-        title=summary["name"],
+        title=summary.name,
         caption=Text("\n".join(_remarks(summary))),
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -108,7 +136,7 @@ def _cell_style(cell: str) -> str:
 def _row_style(summary: Summary, label: str) -> str:
     if label in (BASE, QUANTIZED_BASE):
         return "dim"
-    return "bold" if label == summary["champion"] else ""
+    return "bold" if label == summary.champion else ""
 
 
 def markdown_table(summary: Summary) -> str:
@@ -136,11 +164,9 @@ def write_html(summary: Summary, path: Path) -> None:
     """Write the complete comparison as one page that needs no other file.
 
     Args:
-        summary: the plain values of summary.json; sample answers are read from the item files
-            that it names.
+        summary: sample answers are read from the item files that it names.
         path: the .html file; replaced once the new page is complete.
     """
-    spectra = {label: strips(modules) for label, modules in summary["spectrum"].items()}
     found = trajectories(summary)
     frontier = plot_frontier(summary) if found else ""
     template = _environment().get_template("report.html.jinja")
@@ -149,13 +175,13 @@ def write_html(summary: Summary, path: Path) -> None:
         columns=COLUMNS,
         words=words,
         sections=page_sections,
-        metrics=report_metrics(summary["models"]),
-        unmeasured=unmeasured(summary["models"]),
+        metrics=report_metrics(summary.models),
+        unmeasured=unmeasured(summary.models),
         benchmark_score=benchmark_score,
         general_change=general_change,
         left_out=item_records.left_out(summary),
         trajectories=found,
-        spectra=spectra,
+        spectra=_spectra(summary),
         shades=SHADES,
         samples=item_records.samples(summary),
         plot_frontier=frontier,
@@ -177,16 +203,26 @@ def _environment() -> Environment:
     for name in FILTERS:
         environment.filters[name] = getattr(formats, name)
     environment.filters["count"] = short_count
+    environment.tests["interval"] = lambda value: isinstance(value, Interval)
     return environment
+
+
+def _spectra(summary: Summary) -> dict[str, list[Strip]]:
+    """Return label → the strips of its updates, for each model whose spectra are known."""
+    spectra = {}
+    for label, model in summary.models.items():
+        if model.training is not None and model.training.result.saved.spectrum:
+            spectra[label] = strips(model.training.result.saved.spectrum)
+    return spectra
 
 
 def _remarks(summary: Summary) -> list[str]:
     """Return the lines below the table, from the decision to the legend."""
     texts = [
-        summary["decision"],
+        summary.decision,
         words.recommended_text(summary),
         *page_sections.undecided(summary),
-        summary["control"]["words"],
+        summary.control.words,
         words.registered_text(summary),
         words.verified_text(summary),
         words.legend(summary),
@@ -197,13 +233,10 @@ def _remarks(summary: Summary) -> list[str]:
 def _rows(summary: Summary) -> list[tuple[str, list[str]]]:
     """Return label and cells of each model."""
     rows = []
-    for label, model in summary["models"].items():
-        cells = {}
+    for label, model in summary.models.items():
+        cells = []
         for column in COLUMNS:
-            value = column.extract(model)
-            text = NOTHING if value is None else column.format(value)
-            cells[column.key] = text
-        if label == summary["champion"]:
-            cells["verdict"] += ", champion"
-        rows.append((label, list(cells.values())))
+            mark = ", champion" if column.is_text and label == summary.champion else ""
+            cells.append(column.text(model) + mark)
+        rows.append((label, cells))
     return rows

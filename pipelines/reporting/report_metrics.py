@@ -4,99 +4,90 @@ All changes are positive if the model became better. A metric that was not measu
 example the chat loss of a base without a chat template.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+from pipelines.comparison.comparison import BASE
+from pipelines.comparison.document import Effect, ModelSummary
+from pipelines.comparison.resampling import Interval
+from pipelines.comparison.scores import BenchmarkScores, Scores
 from pipelines.reporting.formats import number
+from pipelines.reporting.model_parts import EffectName, effect_of
 
-Model = Mapping[str, Any]
-Models = Mapping[str, Model]
-Interval = Mapping[str, float]
+Models = Mapping[str, ModelSummary]
+
+
+def _not_measured(measured: object) -> None:
+    """Stand in for what a metric does not have."""
 
 
 @dataclass(frozen=True)
 class ReportMetric:
     """One metric, for all models."""
 
-    key: str
+    name: str
+    """Unique; of generated answers, prefixed with generation or corpus."""
     title: str
     unit: str
     detects: str
-    section: str = ""
-    """Part of the scores that has the metric; empty for the scores themselves."""
-    change_key: str = ""
-    """Its key among the changes; empty if it is the same key."""
+    read: Callable[[ModelSummary], float | None]
+    """Returns the value of a model; None if it was not measured."""
+    compare: Callable[[Effect], Interval | None] = _not_measured
+    """Returns the change by an effect; None if it was not measured."""
+    interval: Callable[[ModelSummary], Interval | None] = _not_measured
+    """Returns the interval of the value; None if only the change has an interval."""
 
-    def value(self, model: Model) -> float | None:
+    def value(self, model: ModelSummary) -> float | None:
         """Return the value of the metric for a model."""
-        scores = model["scores"]
-        section = scores[self.section] if self.section else scores
-        value = section.get(self.key)
+        value = self.read(model)
         return None if value is None else float(value)
 
-    def change(self, model: Model, effect: str = "change") -> Interval | None:
+    def change(self, model: ModelSummary, effect: EffectName = "change") -> Interval | None:
         """Return how training changed the metric; None if nothing was changed.
 
         Args:
             model: the model's entry.
             effect: `change`, or `total`: the change since the base in full precision.
         """
-        change = model.get(effect)
-        if change is None or self.section == "corpus":
-            return None
-        section = change["generation"] if self.section else change
-        interval: Interval | None = section.get(self.change_key or self.key)
-        return interval
-
-    def interval(self, model: Model) -> Interval | None:
-        """Return the interval of the value; None if only the change has an interval."""
-        return None
+        found = effect_of(model, effect)
+        return None if found is None else self.compare(found)
 
     def format(self, value: float) -> str:
         """Return a value as text."""
         digits = {"count": 0, "of 100": 1}.get(self.unit, 3)
         return number(value, digits)
 
-    @property
-    def name(self) -> str:
-        """A unique name: the key, prefixed with its section."""
-        return f"{self.section}.{self.key}" if self.section else self.key
+
+def _divergence(model: ModelSummary) -> float | None:
+    """Return how far a model's distributions moved: the value is itself a change."""
+    return None if model.change is None else model.change.kl
 
 
-@dataclass(frozen=True)
-class DivergenceMetric(ReportMetric):
-    """How far a model's distributions moved: its value is itself a change."""
-
-    def value(self, model: Model) -> float | None:
-        change = model.get("change", {})
-        divergence: float | None = change.get(self.key)
-        return divergence
-
-    def change(self, model: Model, effect: str = "change") -> Interval | None:
-        return None
-
-    def interval(self, model: Model) -> Interval | None:
-        change = model.get("change", {})
-        interval: Interval | None = change.get(f"{self.key}_interval")
-        return interval
+def _divergence_interval(model: ModelSummary) -> Interval | None:
+    return None if model.change is None else model.change.kl_interval
 
 
-def general_change(model: Model, effect: str = "change") -> Interval | None:
+def general_change(model: ModelSummary, effect: EffectName = "change") -> Interval | None:
     """Return the change of general abilities.
 
     It is the change of choice probability, or of accuracy if no question has choices.
     """
-    change = model.get(effect) or {}
-    interval: Interval | None = change.get("choice_probability") or change.get("accuracy")
-    return interval
+    found = effect_of(model, effect)
+    return None if found is None else general_change_by(found)
 
 
-def benchmark_score(scores: Mapping[str, Any]) -> float | None:
+def general_change_by(effect: Effect) -> Interval | None:
+    """Return the change of general abilities by an effect."""
+    if effect.choice_probability is None:
+        return effect.accuracy
+    return effect.choice_probability
+
+
+def benchmark_score(scores: Scores | BenchmarkScores) -> float | None:
     """Return the score by which a benchmark, or all of them, are compared."""
-    choice_probability: float | None = scores["choice_probability"]
-    accuracy: float | None = scores["accuracy"]
-    return accuracy if choice_probability is None else choice_probability
+    if scores.choice_probability is None:
+        return scores.accuracy
+    return scores.choice_probability
 
 
 LEARNING = ReportMetric(
@@ -104,7 +95,8 @@ LEARNING = ReportMetric(
     "Task loss",
     "nats per token",
     "Learning, with the most sensitivity: every supervised token counts",
-    change_key="task_gain",
+    lambda model: model.scores.task_loss,
+    lambda effect: effect.task_gain,
 )
 GENERATION_METRICS = {
     "chrf": ("chrF", "Learning that is visible in answers: letters and words of the reference"),
@@ -114,7 +106,11 @@ GENERATION_METRICS = {
     "execution": ("Execution", "Answers that pass an executable check"),
 }
 UNFINISHED = ReportMetric(
-    "unfinished_answers", "Unfinished answers", "count", "A model that no longer knows when to stop"
+    "unfinished_answers",
+    "Unfinished answers",
+    "count",
+    "A model that no longer knows when to stop",
+    lambda model: model.scores.unfinished_answers,
 )
 FORGETTING = (
     ReportMetric(
@@ -122,47 +118,59 @@ FORGETTING = (
         "Choice probability",
         "fraction",
         "Forgetting, smoothly: how probable the right choice is; the gate uses it",
+        lambda model: model.scores.choice_probability,
+        lambda effect: effect.choice_probability,
     ),
     ReportMetric(
         "accuracy",
         "Accuracy",
         "fraction",
         "Forgetting, coarsely: it changes only if the order of two answers flips",
+        lambda model: model.scores.accuracy,
+        lambda effect: effect.accuracy,
     ),
     ReportMetric(
         "margin",
         "Margin",
         "nats per byte",
         "How near a flip is: the right answer minus the best wrong one",
+        lambda model: model.scores.margin,
+        lambda effect: effect.margin,
     ),
     ReportMetric(
         "text_loss",
         "Passages’ loss",
         "nats per byte",
         "Drift on plain text; training on any text can lower it, whatever the model forgets",
+        lambda model: model.scores.text_loss,
+        lambda effect: effect.text_loss,
     ),
     ReportMetric(
         "chat_loss",
         "Chat loss",
         "nats per token",
         "A model that has the knowledge but no longer answers in the chat format",
+        lambda model: model.scores.chat_loss,
+        lambda effect: effect.chat_loss,
     ),
-    DivergenceMetric(
+    ReportMetric(
         "kl",
         "KL divergence",
         "nats per token",
         "Any change, for better or worse: the earliest sign, without a direction",
+        _divergence,
+        interval=_divergence_interval,
     ),
 )
 
 
 def report_metrics(models: Models) -> list[ReportMetric]:
     """Return every metric that at least one model has, learning first."""
-    scores = models["base"]["scores"]
+    scores = models[BASE].scores
     candidates = [LEARNING]
-    candidates += [_generation_metric(key) for key in scores["generation"]]
-    candidates += [_corpus_metric(key) for key in scores["corpus"]]
-    if scores["generation"]:
+    candidates += [_generation_metric(key) for key in scores.generation]
+    candidates += [_corpus_metric(key) for key in scores.corpus]
+    if scores.generation:
         candidates.append(UNFINISHED)
     candidates += FORGETTING
     return [metric for metric in candidates if _is_measured(metric, models)]
@@ -182,11 +190,22 @@ def _is_measured(metric: ReportMetric, models: Models) -> bool:
 
 def _generation_metric(key: str) -> ReportMetric:
     title, detects = GENERATION_METRICS.get(key, (key, "A user-defined metric"))
-    unit = "of 100" if key in GENERATION_METRICS else ""
-    return ReportMetric(key, title, unit, detects, "generation")
+    return ReportMetric(
+        f"generation.{key}",
+        title,
+        "of 100" if key in GENERATION_METRICS else "",
+        detects,
+        lambda model: model.scores.generation.get(key),
+        lambda effect: effect.generation.get(key),
+    )
 
 
 def _corpus_metric(key: str) -> ReportMetric:
     title, _ = GENERATION_METRICS.get(key, (key, ""))
-    title = f"{title}, all answers as one text"
-    return ReportMetric(key, title, "of 100", "As papers report it; it has no interval", "corpus")
+    return ReportMetric(
+        f"corpus.{key}",
+        f"{title}, all answers as one text",
+        "of 100",
+        "As papers report it; it has no interval",
+        lambda model: model.scores.corpus.get(key),
+    )

@@ -1,23 +1,19 @@
 """The outcome of a comparison in sentences, for readers who are not familiar with LoRA."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipelines.comparison.comparison import CONTROL, QUANTIZED_BASE
+from pipelines.comparison.document import ModelSummary, Summary
 from pipelines.comparison.frontier import percent
-from pipelines.models.verified import PACKED_PATH
-
-Summary = Mapping[str, Any]
+from pipelines.reporting.model_parts import judgment_of, total_of, training_of, verified_readers
 
 
 def headline(summary: Summary) -> str:
     """Return the outcome as one sentence."""
-    champion = summary["champion"]
+    champion = summary.champion
     if champion is None:
         return _headline_without_champion(summary)
-    model = summary["models"][champion]
-    trained = model["figures"]["trained_weights"]
-    percentage = 100 * trained / summary["base"]["weights"]
+    model = summary.models[champion]
+    trained = training_of(model).result.facts.trained_weights
+    percentage = 100 * trained / summary.base.weights
     return (
         f"Use {champion}: by training {percentage:.2g}\u00a0% as many weights "
         f"{_learned(summary, model)}, and it forgot no more than the gate allows"
@@ -26,75 +22,76 @@ def headline(summary: Summary) -> str:
 
 
 def _headline_without_champion(summary: Summary) -> str:
-    candidate = summary["candidate"]
-    if not candidate:
+    candidate = summary.candidate
+    if candidate is None:
         return "No adapter is put forward."
-    missing = _missing(summary["models"][candidate])
+    missing = _missing(summary.models[candidate])
     return f"No adapter is put forward; {candidate} was not rejected, {missing}."
 
 
-def _missing(model: Summary) -> str:
+def _missing(model: ModelSummary) -> str:
     """Return what an adapter lacks to pass: more items, unless a rule needs something else."""
     others = []
-    for rule in model["verdict"]["rules"]:
-        if rule["status"] == "can't tell" and rule.get("beyond_items", False):
-            others.append(rule["reason"].rstrip("."))
+    for rule in judgment_of(model).verdict.rules:
+        if rule.status == "can't tell" and rule.beyond_items:
+            others.append(rule.reason.rstrip("."))
     if others:
         return "but more items cannot decide whether it passes: " + "; ".join(others)
     return "and scoring more items would decide"
 
 
 def _smaller_alternative(summary: Summary) -> str:
-    recommended = summary["recommended"]
-    if not recommended or recommended["label"] == summary["champion"]:
+    recommended = summary.recommended
+    if recommended is None or recommended.label == summary.champion:
         return ""
-    given_up = recommended.get("gives_up")  # older summaries do not have it
     difference = "not clearly worse"
-    if given_up is not None:
-        difference = f"gives up at most {percent(given_up)}\u00a0% of the gain"
-    return f"; {recommended['label']} is smaller and {difference}"
+    if recommended.gives_up is not None:
+        difference = f"gives up at most {percent(recommended.gives_up)}\u00a0% of the gain"
+    return f"; {recommended.label} is smaller and {difference}"
 
 
-def _learned(summary: Summary, model: Summary) -> str:
-    fraction = model["gain_share"]
+def _learned(summary: Summary, model: ModelSummary) -> str:
+    fraction = judgment_of(model).gain_share
     if fraction is None:
-        gain = model["total"]["task_gain"]["mean"]
+        gain = total_of(model).task_gain.mean
         return f"it gained {gain:.3f} nats per token on the task"
     control = "full fine-tuning"
-    if summary["control"]["method"] != "full":
+    if summary.control.method != "full":
         control = f"the control, an adapter of rank {_control_rank(summary)},"
-    percentage = 100 * fraction["mean"]
+    percentage = 100 * fraction.mean
     return f"it learned {percentage:.0f}\u00a0% of what {control} learned"
 
 
 def _control_rank(summary: Summary) -> int:
-    return int(summary["recipe"]["control"]["rank"])
+    rank = summary.recipe.control.rank
+    assert rank is not None, "a control that is an adapter has a rank"
+    return rank
 
 
 def recommended_text(summary: Summary) -> str:
     """Return the recommended rank and the reason; empty if no adapter passes."""
-    recommended = summary["recommended"]
-    if not recommended:
+    recommended = summary.recommended
+    if recommended is None:
         return ""
-    is_champion = recommended["label"] == summary["champion"]
+    is_champion = recommended.label == summary.champion
     where_size_counts = "" if is_champion else " where size counts"
-    return f"Recommended{where_size_counts}: {recommended['reason']}."
+    return f"Recommended{where_size_counts}: {recommended.reason}."
 
 
 def registered_text(summary: Summary) -> str:
     """Return the registered versions and aliases; empty if nothing was registered."""
-    registered = summary.get("registered")
-    if not registered:
+    registered = summary.registered
+    if registered is None:
         return ""
     versions = []
-    for label, version in registered["versions"].items():
+    for label, version in registered.versions.items():
         versions.append(f"{label} as version {version}")
     aliases = []
-    for alias, version in registered["aliases"].items():
+    for alias, version in registered.aliases.items():
         aliases.append(f"{alias} is version {version}")
     listed = ", ".join(versions)
     moved = ", ".join(aliases) or "no alias was moved"
-    return f"Registered in {registered['model']}: {listed}; {moved}."
+    return f"Registered in {registered.model}: {listed}; {moved}."
 
 
 def verified_text(summary: Summary) -> str:
@@ -104,12 +101,10 @@ def verified_text(summary: Summary) -> str:
     """
     differences = []
     unpacked = set()
-    for label, checks in summary.get("forward", {}).items():
-        for check in checks.values():
-            if check is None:
-                continue
-            differences.append(check["loss_difference"])
-            if check["path"] != PACKED_PATH:
+    for label, checks in summary.forward.items():
+        for result in verified_readers(checks).values():
+            differences.append(result.loss_difference)
+            if not result.is_packed:
                 unpacked.add(label)
     if not differences:
         return ""
@@ -126,7 +121,7 @@ def verified_text(summary: Summary) -> str:
 
 def legend(summary: Summary) -> str:
     """Return what the columns of the tables mean."""
-    has_quantized_base = QUANTIZED_BASE in summary["models"]
+    has_quantized_base = QUANTIZED_BASE in summary.models
     of_base = f"; of {QUANTIZED_BASE}: by quantization" if has_quantized_base else ""
     return (
         "Task gain: nats per token over the base. "
@@ -136,9 +131,9 @@ def legend(summary: Summary) -> str:
 
 def control_name(summary: Summary) -> str:
     """Return the control's name in a legend; empty without a control."""
-    if CONTROL not in summary["models"]:
+    if CONTROL not in summary.models:
         return ""
-    if summary["control"]["method"] == "full":
+    if summary.control.method == "full":
         return "control: full fine-tuning"
     return f"control: rank {_control_rank(summary)}"
 
@@ -146,7 +141,7 @@ def control_name(summary: Summary) -> str:
 def learning_rate(summary: Summary, label: str) -> float | None:
     """Return the peak learning rate of a model's training; None if the model was not trained."""
     if label == CONTROL:
-        return float(summary["control"]["chosen"])
-    if "figures" not in summary["models"][label]:
+        return summary.control.chosen
+    if summary.models[label].training is None:
         return None
-    return float(summary["recipe"]["lora"]["learning_rate"])
+    return summary.recipe.lora.learning_rate

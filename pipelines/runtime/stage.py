@@ -133,7 +133,7 @@ def read_result(
             return None
     try:
         return kind.result.model_validate(values["result"])
-    except ValidationError:
+    except (ValidationError, KeyError):
         return None  # written by another version of this software
 
 

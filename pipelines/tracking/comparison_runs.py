@@ -5,16 +5,17 @@ Everything here can be repeated: a run is looked up by its tags before it is cre
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, Param, Run, RunTag
 
-from pipelines.comparison.comparison import CONTROL
+from pipelines.comparison.document import ModelSummary, Summary
 from pipelines.reporting import page_sections
+from pipelines.reporting.model_parts import training_of
 from pipelines.tracking import logged, model_card
-from pipelines.tracking.logged import MetricPoint
+from pipelines.tracking.logged import Tags
 from pipelines.tracking.runs import (
     PARENT_TAG,
     STAGE_TAG,
@@ -23,6 +24,7 @@ from pipelines.tracking.runs import (
     find_run,
     log_points,
 )
+from pipelines.tracking.step_metrics import MetricPoint
 from pipelines.tracking.tables import tables
 
 TRAINING_RUN_TAG = "lora.training_run"
@@ -30,24 +32,21 @@ TABLES_TAG = "mlflow.loggedArtifacts"
 NOTE_TAG = "mlflow.note.content"
 MAX_DIGEST = 36
 """Characters of a data set's digest that MLflow accepts."""
-Summary = dict[str, Any]
-Model = dict[str, Any]
-Tags = dict[str, str]
 
 
 def log_comparison(client: MlflowClient, experiment: str, summary: Summary) -> Run:
     """Find or create the comparison's own run; log its tables, and the recipe that repeats it."""
-    started = int(1000 * (time.time() - summary["seconds"]))
-    tags = {PARENT_TAG: summary["key"]}
-    run = find_or_create_run(client, experiment, summary["name"], tags, started)
+    started = int(1000 * (time.time() - summary.seconds))
+    tags = {PARENT_TAG: summary.key}
+    run = find_or_create_run(client, experiment, summary.name, tags, started)
     run_id = run.info.run_id
     shown = []
     for name, table in tables(summary).items():
         # log_table would append the rows again when it is called again
-        client.log_dict(run_id, table, name)
+        client.log_dict(run_id, asdict(table), name)
         shown.append({"path": name, "type": "table"})
     client.log_text(run_id, page_sections.recipe_text(summary), page_sections.RECIPE)
-    values = {"lora.decision": summary["decision"], TABLES_TAG: json.dumps(shown)}
+    values = {"lora.decision": summary.decision, TABLES_TAG: json.dumps(shown)}
     client.log_batch(run_id, tags=_run_tags(values | _source_tags(summary)))
     return run
 
@@ -63,9 +62,9 @@ def log_model(
     client: MlflowClient, experiment: str, parent: Run, *, summary: Summary, label: str
 ) -> str:
     """Log a model's parameters, metrics, training curve, data and files; return the run's id."""
-    model = summary["models"][label]
+    model = summary.models[label]
     started, ended = logged.training_time(model) or (None, None)
-    comparison = summary["key"][:12]
+    comparison = summary.key[:12]
     tags = {
         "mlflow.parentRunId": parent.info.run_id,
         STAGE_TAG: f"{comparison}/{label}",
@@ -78,7 +77,7 @@ def log_model(
     values |= _link_training(client, experiment, model, ended)
     params = []
     if not run.data.params:
-        for name, value in logged.parameters(summary, label).items():
+        for name, value in logged.parameters(summary, label).by_name().items():
             params.append(Param(name, value))
     client.log_batch(run_id, params=params, tags=_run_tags(values))
     points: list[MetricPoint] = []
@@ -93,29 +92,31 @@ def log_model(
 
 def _log_files(client: MlflowClient, run_id: str, summary: Summary, label: str) -> None:
     """Log training data and item records, and the files of an adapter with its card."""
-    model = summary["models"][label]
-    if "folder" in model:
+    model = summary.models[label]
+    if model.training is not None:
         client.log_inputs(run_id, [DatasetInput(_dataset(summary))])
-    client.log_artifact(run_id, summary["items"][label])
-    if label in adapters(summary):
-        adapter = Path(model["folder"]) / "adapter"
+    client.log_artifact(run_id, summary.items[label])
+    if model.judgment is not None:
+        adapter = Path(training_of(model).folder) / "adapter"
         client.log_artifacts(run_id, str(adapter), "adapter")
         log_card(client, run_id, summary, label)
 
 
-def _link_training(client: MlflowClient, experiment: str, model: Model, ended: int | None) -> Tags:
+def _link_training(
+    client: MlflowClient, experiment: str, model: ModelSummary, ended: int | None
+) -> Tags:
     """Return the tag that links the run of a model's training, if the experiment has one.
 
     A training run that is still marked as running is ended.
     """
-    if "key" not in model:
+    if model.training is None:
         return {}
-    training = find_run(client, experiment, {TRAINING_TAG: model["key"]})
-    if training is None:
+    run = find_run(client, experiment, {TRAINING_TAG: model.training.key})
+    if run is None:
         return {}
-    if training.info.status == "RUNNING":
-        client.set_terminated(training.info.run_id, end_time=ended)
-    return {TRAINING_RUN_TAG: str(training.info.run_id)}
+    if run.info.status == "RUNNING":
+        client.set_terminated(run.info.run_id, end_time=ended)
+    return {TRAINING_RUN_TAG: str(run.info.run_id)}
 
 
 def log_card(client: MlflowClient, run_id: str, summary: Summary, label: str) -> None:
@@ -124,17 +125,11 @@ def log_card(client: MlflowClient, run_id: str, summary: Summary, label: str) ->
     client.log_text(run_id, text, f"adapter/{model_card.FILE}")
 
 
-def adapters(summary: Summary) -> list[str]:
-    """Return the labels of the models to register: all that the gate judged, never a control."""
-    judged = page_sections.adapters(summary["models"])
-    return [label for label in judged if label != CONTROL]
-
-
 def _source_tags(summary: Summary) -> Tags:
     """Return MLflow's tags for the code that created a run."""
     return {
-        "mlflow.source.name": f"lora run {summary['name']}",
-        "mlflow.source.git.commit": summary["commit"],
+        "mlflow.source.name": f"lora run {summary.name}",
+        "mlflow.source.git.commit": summary.commit,
     }
 
 
@@ -144,13 +139,16 @@ def _run_tags(values: Tags) -> list[RunTag]:
 
 def _dataset(summary: Summary) -> Dataset:
     """Return the training data as an MLflow data set, identified by its digest."""
-    source = summary["recipe"]["data"]["source"]
-    data = summary["data"]
-    counts = ("train_examples", "train_tokens", "supervised_tokens")
-    profile = {name: data[name] for name in counts}
+    source = summary.recipe.data.source
+    data = summary.data
+    profile = {
+        "train_examples": data.train_examples,
+        "train_tokens": data.train_tokens,
+        "supervised_tokens": data.supervised_tokens,
+    }
     return Dataset(
         Path(source).name,
-        data["digest"][:MAX_DIGEST],
+        data.digest[:MAX_DIGEST],
         "local",
         json.dumps({"source": source}),
         profile=json.dumps(profile),

@@ -14,6 +14,8 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from pipelines.console import Row, Watch
+from pipelines.runtime.interfaces.inputs import TrainInputs
+from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.runtime.stage import Stage
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ SAMPLING_SECONDS = 10.0
 
 
 @contextmanager
-def live_run(stage: Stage, experiment: str, print_status: Callable[[str], None]) -> Iterator[Watch]:
+def live_run(
+    stage: Stage[TrainInputs, TrainResult], experiment: str, print_status: Callable[[str], None]
+) -> Iterator[Watch]:
     """Yield a function that takes each new row of a training's metrics, until the block ends.
 
     The run is looked up by the stage's key, so that a resumed training continues its run. It ends
@@ -72,7 +76,12 @@ def sampling_seconds() -> float:
 class _Sender:
     """Sends rows in its own thread until the training ends."""
 
-    def __init__(self, stage: Stage, experiment: str, print_status: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        stage: Stage[TrainInputs, TrainResult],
+        experiment: str,
+        print_status: Callable[[str], None],
+    ) -> None:
         self.rows: SimpleQueue[Row] = SimpleQueue()
         self._stage = stage
         self._experiment = experiment

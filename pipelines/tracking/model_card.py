@@ -8,16 +8,20 @@ source in the text only.
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from pipelines.comparison.comparison import BASE, CONTROL
-from pipelines.reporting import page_sections, words
+from pipelines.comparison.document import ModelSummary, Summary
+from pipelines.reporting import page_sections
 from pipelines.reporting.formats import duration, interval_text, short_count
+from pipelines.reporting.model_parts import judgment_of, training_of
 from pipelines.reporting.report_metrics import ReportMetric, report_metrics
+from pipelines.runtime.interfaces.results import TrainResult
+from pipelines.tracking.logged import peak_rate
 
-Summary = Mapping[str, Any]
 Values = dict[str, Any]
 FILE = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -36,7 +40,7 @@ def card(summary: Summary, label: str) -> str:
     """Return the text of the card.
 
     Args:
-        summary: see `pipelines.comparison.comparison`, with the additional keys `base` and `data`.
+        summary: the comparison.
         label: one of the adapters.
     """
     front = yaml.safe_dump(_front_matter(summary, label), sort_keys=False, allow_unicode=True)
@@ -51,91 +55,114 @@ def card(summary: Summary, label: str) -> str:
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
 
+def _trained(summary: Summary, label: str) -> TrainResult:
+    return training_of(summary.models[label]).result
+
+
 def _is_quantized(summary: Summary) -> bool:
-    return bool(summary["recipe"]["base_model"]["quantization"] == "nf4")
+    return summary.recipe.base_model.quantization == "nf4"
 
 
 def _front_matter(summary: Summary, label: str) -> Values:
-    recipe = summary["recipe"]
-    front: Values = {"library_name": "peft", "pipeline_tag": "text-generation"}
-    if HUB_ID.fullmatch(summary["base"]["id"]):
-        front |= {"base_model": summary["base"]["id"], "base_model_relation": "adapter"}
-    if HUB_ID.fullmatch(recipe["data"]["source"]):
-        front["datasets"] = [recipe["data"]["source"]]
+    name = f"{summary.recipe.registry.model}-{label}"
+    results = [result.front_matter() for result in _results(summary, label) if result.metrics]
+    return {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        **_hub_links(summary),
+        "tags": _tags(summary),
+        "model-index": [{"name": name, "results": results}],
+    }
+
+
+def _hub_links(summary: Summary) -> Values:
+    """Return the base and the data, if they are on the Hub."""
+    links: Values = {}
+    if HUB_ID.fullmatch(summary.base.id):
+        links |= {"base_model": summary.base.id, "base_model_relation": "adapter"}
+    source = summary.recipe.data.source
+    if HUB_ID.fullmatch(source):
+        links |= {"datasets": [source]}
+    return links
+
+
+def _tags(summary: Summary) -> list[str]:
     tags = ["lora"]
     if _is_quantized(summary):
         tags.append("qlora")
-    if recipe["lora"]["use_dora"]:
+    if summary.recipe.lora.use_dora:
         tags.append("dora")
-    front["tags"] = [*tags, "peft"]
-    name = f"{recipe['registry']['model']}-{label}"
-    front["model-index"] = [{"name": name, "results": _results(summary, label)}]
-    return front
+    return [*tags, "peft"]
 
 
-def _results(summary: Summary, label: str) -> list[Values]:
-    """Return the results on the task and on each benchmark, in the Hub's format."""
-    scores = summary["models"][label]["scores"]
-    source = summary["recipe"]["data"]["source"]
+@dataclass(frozen=True)
+class _Result:
+    """What was measured on one data set."""
+
+    kind: str
+    """Id of a data set on the Hub, or a name."""
+    name: str
+    metrics: dict[str, float]
+    """Our name of a metric → its value; empty if nothing was measured."""
+
+    @classmethod
+    def of(cls, kind: str, name: str, values: Mapping[str, float | None]) -> "_Result":
+        """Return the result with the metrics that were measured."""
+        return cls(kind, name, {key: value for key, value in values.items() if value is not None})
+
+    def front_matter(self) -> Values:
+        """Return the result in the Hub's format."""
+        metrics = []
+        for key, value in self.metrics.items():
+            metric = HUB_METRICS.get(key, key)
+            metrics.append({"type": metric, "name": key, "value": round(float(value), 4)})
+        return {
+            "task": {"type": "text-generation"},
+            "dataset": {"type": self.kind, "name": self.name},
+            "metrics": metrics,
+        }
+
+
+def _results(summary: Summary, label: str) -> list[_Result]:
+    """Return the results on the task and on each benchmark."""
+    scores = summary.models[label].scores
+    source = summary.recipe.data.source
     source_type = source if HUB_ID.fullmatch(source) else "held-out"
-    task = {"perplexity": scores["perplexity"], **scores["generation"]}
-    results = [_result(source_type, f"{source}, held-out examples", task)]
-    for name, one in scores["benchmarks"].items():
-        values = {key: one[key] for key in ("accuracy", "choice_probability")}
-        results.append(_result(name, name, values))
-    return [result for result in results if result["metrics"]]
-
-
-def _result(kind: str, name: str, values: Mapping[str, float | None]) -> Values:
-    """Return the entry of one data set; it has no metrics if nothing was measured."""
-    metrics = []
-    for key, value in values.items():
-        if value is not None:
-            metrics.append(
-                {
-                    "type": HUB_METRICS.get(key, key),
-                    "name": key,
-                    "value": round(float(value), 4),
-                }
-            )
-    dataset = {"type": kind, "name": name}
-    return {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": metrics}
+    task = {"perplexity": scores.perplexity, **scores.generation}
+    results = [_Result.of(source_type, f"{source}, held-out examples", task)]
+    for name, one in scores.benchmarks.items():
+        values = {"accuracy": one.accuracy, "choice_probability": one.choice_probability}
+        results.append(_Result.of(name, name, values))
+    return results
 
 
 def _introduction(summary: Summary, label: str) -> str:
-    recipe = summary["recipe"]
-    base = summary["base"]
-    name = recipe["registry"]["model"]
-    source = recipe["data"]["source"]
-    revision = ""
-    if base["revision"]:
-        revision = f" at revision `{base['revision']}`"
+    base = summary.base
+    source = summary.recipe.data.source
+    revision = f" at revision `{base.revision}`" if base.revision else ""
     precision = "stored in 4 bits (NF4)" if _is_quantized(summary) else "in full precision"
     method = page_sections.training_method(summary, label).partition(" over ")[0]
-    weights = short_count(summary["models"][label]["figures"]["trained_weights"])
+    weights = short_count(_trained(summary, label).facts.trained_weights)
     return (
-        f"# {name}, {label}\n\n"
-        f"An adapter ({method}) for `{base['id']}`{revision}, trained over that base {precision} "
+        f"# {summary.recipe.registry.model}, {label}\n\n"
+        f"An adapter ({method}) for `{base.id}`{revision}, trained over that base {precision} "
         f"on {source}. It has {weights} weights and needs the base."
     )
 
 
 def _verdict(summary: Summary, label: str) -> str:
-    verdict = summary["models"][label]["verdict"]
-    control = summary["control"]["words"]
-    is_champion = label == summary["champion"]
-    role = "It was put forward as champion. " if is_champion else ""
-    lines = [f"## Verdict: {verdict['status']}\n", f"{role}{control}\n"]
-    for rule in verdict["rules"]:
-        result = f"**{rule['status']}** – {rule['reason']}"
-        lines.append(f"- {rule['name']}: {result}")
-    if not verdict["rules"]:
-        lines.append(verdict["reason"])
+    verdict = judgment_of(summary.models[label]).verdict
+    role = "It was put forward as champion. " if label == summary.champion else ""
+    lines = [f"## Verdict: {verdict.status}\n", f"{role}{summary.control.words}\n"]
+    for rule in verdict.rules:
+        lines.append(f"- {rule.name}: **{rule.status}** – {rule.reason}")
+    if not verdict.rules:
+        lines.append(verdict.reason)
     return "\n".join(lines)
 
 
 def _metrics(summary: Summary, label: str) -> str:
-    models = summary["models"]
+    models = summary.models
     columns = ["Metric", "Base"]
     if CONTROL in models:
         columns.append(CONTROL.capitalize())
@@ -152,19 +179,17 @@ def _metrics(summary: Summary, label: str) -> str:
     return "\n".join(lines)
 
 
-def _metric_row(metric: ReportMetric, models: Mapping[str, Any], label: str) -> str:
+def _metric_row(metric: ReportMetric, models: Mapping[str, ModelSummary], label: str) -> str:
     unit = f" ({metric.unit})" if metric.unit else ""
     title = metric.title.replace("|", "\\|")  # a user-defined metric may have any name
     cells = [f"{title}{unit}"]
     for name in (BASE, CONTROL, label):
         if name in models:
             value = metric.value(models[name])
-            text = "–" if value is None else metric.format(value)
-            cells.append(text)
-    for effect in ("change", "total"):
-        change = metric.change(models[label], effect)
-        text = "–" if change is None else interval_text(change)
-        cells.append(text)
+            cells.append("–" if value is None else metric.format(value))
+    adapter = models[label]
+    for change in (metric.change(adapter, "change"), metric.change(adapter, "total")):
+        cells.append("–" if change is None else interval_text(change))
     return "| " + " | ".join(cells) + " |"
 
 
@@ -179,16 +204,16 @@ def _usage(summary: Summary, label: str) -> str:
 
 def _python_lines(summary: Summary) -> list[str]:
     """Return the code that loads the adapter with PEFT."""
-    base = summary["base"]
-    name = base["id"]
+    base = summary.base
+    name = base.id
     comment = ""
     if not _is_loadable(name):
         name = "BASE"
-        comment = f"  # a folder with {base['id']}"
+        comment = f"  # a folder with {base.id}"
     lines = ["from peft import PeftModel"]
     arguments = [_quoted(name)]
-    if base["revision"]:
-        arguments.append(f"revision={_quoted(base['revision'])}")
+    if base.revision:
+        arguments.append(f"revision={_quoted(base.revision)}")
     if _is_quantized(summary):
         arguments.append("quantization_config=in_4_bits")
         config = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
@@ -211,9 +236,11 @@ def _is_loadable(base: str) -> bool:
 
 def _adapter_uri(summary: Summary, label: str) -> str:
     """Return what `lora generate` takes as the adapter."""
-    for alias in ("champion", "candidate"):
-        if summary[alias] == label:
-            return f"models:/{summary['recipe']['registry']['model']}@{alias}"
+    model = summary.recipe.registry.model
+    if label == summary.champion:
+        return f"models:/{model}@champion"
+    if label == summary.candidate:
+        return f"models:/{model}@candidate"
     return "FOLDER"
 
 
@@ -229,57 +256,62 @@ def _training(summary: Summary, label: str) -> str:
 
 
 def _training_facts(summary: Summary, label: str) -> dict[str, str]:
-    recipe = summary["recipe"]
-    data = summary["data"]
-    trained = summary["models"][label]["figures"]
-    lora = recipe["lora"]
-    batch_size = recipe["training"]["batch_size"]
-    processes = recipe["launch"]["processes"]
-    source = recipe["data"]["source"]
-    method = page_sections.training_method(summary, label)
-    time = duration(trained["training_seconds"])
+    recipe = summary.recipe
+    data = summary.data
+    trained = _trained(summary, label)
+    totals = trained.totals
+    time = duration(totals.training_seconds)
     return {
-        "Method": f"{method}, alpha {lora['alpha']:g}, target_modules {lora['target_modules']}",
-        "Peak learning rate": f"{words.learning_rate(summary, label):g}",
+        "Method": _method(summary, label),
+        "Peak learning rate": f"{peak_rate(summary, label):g}",
         "Steps": (
-            f"{trained['steps']} of {batch_size} examples, "
-            f"{trained['tokens']:,} tokens ({trained['supervised_tokens']:,} supervised)"
+            f"{totals.steps} of {recipe.training.batch_size} examples, "
+            f"{totals.tokens:,} tokens ({totals.supervised_tokens:,} supervised)"
         ),
-        "Time": f"{time} on {summary['machine']}, {processes} process(es)",
-        "Optimizer": trained.get("optimizer", "AdamW"),
+        "Time": f"{time} on {summary.machine}, {recipe.launch.processes} process(es)",
+        "Optimizer": trained.facts.optimizer,
         "Data": (
-            f"{source}, {data['train_examples']:,} training examples, digest `{data['digest']}`"
+            f"{recipe.data.source}, {data.train_examples:,} training examples, "
+            f"digest `{data.digest}`"
         ),
-        "Weights' SHA-256": f"`{trained['adapter_sha256']}`",
+        "Weights' SHA-256": f"`{trained.saved.adapter_sha256}`",
     }
 
 
+def _method(summary: Summary, label: str) -> str:
+    lora = summary.recipe.lora
+    targets = lora.target_modules
+    shown = targets if isinstance(targets, str) else list(targets)
+    method = page_sections.training_method(summary, label)
+    return f"{method}, alpha {lora.alpha:g}, target_modules {shown}"
+
+
 def _provenance_facts(summary: Summary, label: str) -> dict[str, str]:
-    name = summary["recipe"]["name"]
+    name = summary.recipe.name
     facts = {}
-    for kind, digest in summary["base"]["digests"].items():
+    for kind, digest in summary.base.digests.items():
         facts[f"Fingerprint of the base, {kind}"] = f"`{digest}`"
     for what, text in page_sections.verified(summary, label):
         facts[f"Verified, {what.rpartition(', ')[2]}"] = text
     versions = []
-    for library, version in summary["versions"].items():
+    for library, version in summary.versions.items():
         versions.append(f"{library} {version}")
     return facts | {
-        "Seed": str(summary["seed"]),
-        "Commit": f"`{summary['commit']}`",
+        "Seed": str(summary.seed),
+        "Commit": f"`{summary.commit}`",
         "Versions": ", ".join(versions),
-        "Comparison": f"`{summary['key']}`",
+        "Comparison": f"`{summary.key}`",
         "To repeat it": (
-            f"save `{page_sections.RECIPE}` of the MLflow run `{summary['name']}` as "
+            f"save `{page_sections.RECIPE}` of the MLflow run `{summary.name}` as "
             f"`{name}.yaml`; then, from a checkout of that commit, `lora run {name}.yaml`"
         ),
     }
 
 
 def _limits(summary: Summary, label: str) -> str:
-    model = summary["models"][label]
-    power = model["power"]
-    unfinished = model["scores"]["unfinished_answers"]
+    model = summary.models[label]
+    power = model.power
+    unfinished = model.scores.unfinished_answers
     limits = [
         "It works only with the base named above; with other weights its answers are meaningless.",
         "The intervals cover the choice of items, but not the training seed: there was one run.",
@@ -287,10 +319,10 @@ def _limits(summary: Summary, label: str) -> str:
     ]
     if power is not None:
         limits.append(
-            f"Forgetting was measured on {power['items']:,} questions, which detect a drop of "
-            f"{power['smallest_drop']:.3f} or more with 80 % power, and no smaller one."
+            f"Forgetting was measured on {power.items:,} questions, which detect a drop of "
+            f"{power.smallest_drop:.3f} or more with 80 % power, and no smaller one."
         )
     if unfinished:
-        tokens = summary["recipe"]["evaluation"]["max_new_tokens"]
+        tokens = summary.recipe.evaluation.max_new_tokens
         limits.append(f"{unfinished} of its answers had not ended after {tokens} tokens.")
     return "## Limits\n\n- " + "\n- ".join(limits)

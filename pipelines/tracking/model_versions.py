@@ -6,21 +6,21 @@ only from the version that it was compared with.
 """
 
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from pipelines.comparison.document import Summary
 from pipelines.errors import RegistryError
+from pipelines.reporting.model_parts import status_of, training_of
 from pipelines.tracking import logged
-from pipelines.tracking.comparison_runs import adapters, log_card
+from pipelines.tracking.comparison_runs import log_card
 
 MAX_ADAPTER_FRACTION = 0.5
 """Files larger than this fraction of the base's weights in 2 bytes are not an adapter."""
 ADAPTER_TAG = "adapter_sha256"
 CANDIDATE = "candidate"
 CHAMPION = "champion"
-Summary = dict[str, Any]
 
 
 def register_version(client: MlflowClient, summary: Summary, label: str, run_id: str) -> int | None:
@@ -29,13 +29,13 @@ def register_version(client: MlflowClient, summary: Summary, label: str, run_id:
     Returns:
         The version. None for a rejected adapter: it gets no version, and its run has its files.
     """
-    model = summary["models"][label]
-    name = summary["recipe"]["registry"]["model"]
+    model = summary.models[label]
+    name = summary.recipe.registry.model
     tags = logged.version_tags(summary, label)
-    adapter = Path(model["folder"]) / "adapter"
-    _check_adapter_size(adapter, summary["base"]["weights"])
+    adapter = Path(training_of(model).folder) / "adapter"
+    _check_adapter_size(adapter, summary.base.weights)
     if not client.search_registered_models(_name_query(name)):
-        description = f"LoRA adapters of the recipe {summary['name']}"
+        description = f"LoRA adapters of the recipe {summary.name}"
         client.create_registered_model(name, description=description)
     for known in client.search_model_versions(_name_query(name)):
         if known.tags.get(ADAPTER_TAG) == tags[ADAPTER_TAG]:
@@ -43,7 +43,7 @@ def register_version(client: MlflowClient, summary: Summary, label: str, run_id:
             log_card(client, known.run_id or run_id, summary, label)
             _update_tags(client, name, known, tags)
             return int(known.version)
-    if model["verdict"]["status"] == "reject":
+    if status_of(model) == "reject":
         return None
     source = f"{client.get_run(run_id).info.artifact_uri}/adapter"
     return int(client.create_model_version(name, source, run_id, tags=tags).version)
@@ -64,11 +64,11 @@ def move_aliases(
 
     MLflow moves one alias at a time. The champion's is the last.
     """
-    name = summary["recipe"]["registry"]["model"]
+    name = summary.recipe.registry.model
     aliases = {}
-    for alias in (CANDIDATE, CHAMPION):
-        if summary[alias] is not None:
-            aliases[alias] = versions[summary[alias]]
+    for alias, label in ((CANDIDATE, summary.candidate), (CHAMPION, summary.champion)):
+        if label is not None:
+            aliases[alias] = versions[label]
     for alias, version in aliases.items():
         if alias == CHAMPION:
             registered = registered_version(client, name, CHAMPION)
@@ -91,10 +91,10 @@ def _name_query(name: str) -> str:
 
 def check_champion_passed(summary: Summary) -> None:
     """Raise RegistryError if the champion of the summary did not pass the gate."""
-    label = summary[CHAMPION]
+    label = summary.champion
     if label is None:
         return
-    status = summary["models"][label].get("verdict", {}).get("status")
+    status = status_of(summary.models[label])
     if status != "pass":
         raise RegistryError(
             f"{label} is named champion, but its verdict is {status!r}; "
@@ -104,22 +104,22 @@ def check_champion_passed(summary: Summary) -> None:
 
 def _check_champion_was_compared(summary: Summary, registered: ModelVersion | None) -> None:
     """Raise RegistryError if the champion was replaced or removed after the comparison started."""
-    if summary["recipe"]["gate"]["min_gain_over_champion"] is None:
+    if summary.recipe.gate.min_gain_over_champion is None:
         return
-    incumbent = summary["incumbent"]
-    compared = {incumbent["adapter_sha256"] if incumbent else None}
-    for label in adapters(summary):
-        compared.add(summary["models"][label]["figures"]["adapter_sha256"])
+    champion = summary.registered_champion
+    compared = {None if champion is None else champion.adapter_sha256}
+    for model in summary.adapters.values():
+        compared.add(training_of(model).result.saved.adapter_sha256)
     sha256 = None if registered is None else registered.tags.get(ADAPTER_TAG)
     if sha256 in compared:
         return
-    name = summary["recipe"]["registry"]["model"]
+    name = summary.recipe.registry.model
     now = "has no champion"
     if registered is not None:
         now = f"has version {registered.version} as its champion"
-    then = f"version {incumbent['version']}" if incumbent else "none"
+    then = "none" if champion is None else f"version {champion.version}"
     raise RegistryError(
-        f"{name} {now}, but {summary[CHAMPION]} was compared with {then}; "
+        f"{name} {now}, but {summary.champion} was compared with {then}; "
         "run the recipe again to compare it with the champion that is registered now. "
         f"Everything is registered, and the alias {CHAMPION} has not moved"
     )

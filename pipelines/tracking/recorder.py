@@ -7,7 +7,6 @@ point that is sent twice once.
 from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any
 
 import psutil
 from mlflow import MlflowClient
@@ -15,11 +14,13 @@ from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
+from pipelines.console import Row
 from pipelines.errors import one_line
 from pipelines.paths import tracking_uri
+from pipelines.runtime.interfaces.inputs import TrainInputs
+from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.runtime.stage import Stage
-from pipelines.tracking import logged
-from pipelines.tracking.logged import MetricPoint
+from pipelines.tracking.logged import Parameters
 from pipelines.tracking.runs import (
     TRAINING_TAG,
     configure_mlflow_client,
@@ -28,6 +29,7 @@ from pipelines.tracking.runs import (
     find_or_create_run,
     log_points,
 )
+from pipelines.tracking.step_metrics import MetricPoint, StepMetrics
 from pipelines.tracking.system_metrics import SystemMetrics
 
 KIND_TAG = "lora.kind"
@@ -42,7 +44,9 @@ The comparison's own runs get all of them in the end.
 class Recorder:
     """Sends the metrics of one training to its MLflow run."""
 
-    def __init__(self, stage: Stage, experiment: str, started: int) -> None:
+    def __init__(
+        self, stage: Stage[TrainInputs, TrainResult], experiment: str, started: int
+    ) -> None:
         """Configure the client; no server is contacted yet.
 
         Args:
@@ -54,15 +58,15 @@ class Recorder:
         self._stage = stage
         self._experiment = experiment
         self._started = started
-        self._rows: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING)
+        self._rows: deque[StepMetrics] = deque(maxlen=MAX_WAITING)
         self._samples: deque[MetricPoint] = deque(maxlen=MAX_WAITING)
         self._system_metrics: SystemMetrics | None = None
         self._run: Run | None = None
         self._step = 0
 
-    def take(self, rows: Iterable[dict[str, Any]]) -> None:
+    def take(self, rows: Iterable[Row]) -> None:
         """Keep rows until they are sent."""
-        self._rows.extend(rows)
+        self._rows.extend(StepMetrics.model_validate(row) for row in rows)
 
     def sample(self, now: int) -> None:
         """Keep the current system metrics, once the run is open.
@@ -74,7 +78,7 @@ class Recorder:
             return
         step = self._step
         if self._rows:
-            step = self._rows[-1]["step"]
+            step = self._rows[-1].step
         with suppress(psutil.Error, AttributeError):  # a machine may have no network counters
             for name, value in self._system_metrics.collect().items():
                 self._samples.append((name, value, now, step))
@@ -106,13 +110,13 @@ class Recorder:
 
         A training that resumes from a checkpoint repeats a few steps.
         """
-        rows = [row for row in self._rows if row["step"] > self._step]
+        rows = [row for row in self._rows if row.step > self._step]
         points: list[MetricPoint] = []
         for row in rows:
-            points += logged.points(row)
+            points += row.points()
         log_points(client, run_id, points)
         if rows:
-            step = rows[-1]["step"]
+            step = rows[-1].step
             client.set_tag(run_id, STEP_TAG, str(step))
             self._step = step
         self._rows.clear()
@@ -129,7 +133,7 @@ class Recorder:
             client.update_run(run_id, status="RUNNING")
         params = []
         if not run.data.params:
-            for name, value in parameters(self._stage).items():
+            for name, value in parameters(self._stage.inputs).by_name().items():
                 params.append(Param(name, value))
         client.log_batch(run_id, params=params, tags=[RunTag(KIND_TAG, "training")])
         self._step = int(run.data.tags.get(STEP_TAG, 0))
@@ -156,19 +160,19 @@ class Recorder:
         if not self._rows:
             return False
         first = self._rows[0]
-        is_new = 1000 * first["time"] >= self._started
-        return bool(first["step"] == 1 and is_new)
+        is_new = 1000 * first.time >= self._started
+        return first.step == 1 and is_new
 
 
-def parameters(stage: Stage) -> dict[str, str]:
-    """Return the few parameters of a training, under the names that a comparison's runs use."""
-    inputs = stage.inputs
-    values = {
-        "method": inputs["method"],
-        "learning_rate": f"{inputs['learning_rate']:g}",
-        "quantization": inputs["quantization"],
-    }
-    if "rank" in inputs:
-        alpha = inputs["lora"]["alpha"]
-        values |= {"lora.r": str(inputs["rank"]), "lora.alpha": f"{alpha:g}"}
-    return values
+def parameters(inputs: TrainInputs) -> Parameters:
+    """Return the parameters of a training, which are those of its run in a comparison."""
+    adapter = inputs.adapter
+    if adapter is None:
+        return Parameters(inputs.method, inputs.learning_rate, inputs.quantization)
+    return Parameters(
+        inputs.method,
+        inputs.learning_rate,
+        inputs.quantization,
+        rank=adapter.rank,
+        alpha=adapter.lora.alpha,
+    )

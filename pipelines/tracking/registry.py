@@ -8,26 +8,22 @@ one. Every call can be repeated.
     model_versions.py    the versions and aliases
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from lora_core.files import sha256_of_file
+from pipelines.comparison.document import Registered, Summary
 from pipelines.errors import RegistryError, UnreachableError, one_line
 from pipelines.paths import tracking_uri
-from pipelines.tracking.comparison_runs import (
-    adapters,
-    log_comparison,
-    log_documents,
-    log_model,
-)
+from pipelines.tracking.comparison_runs import log_comparison, log_documents, log_model
 from pipelines.tracking.model_versions import (
     ADAPTER_TAG,
     CHAMPION,
@@ -54,17 +50,11 @@ class FetchedChampion:
     tags: dict[str, str]
 
 
-def register(
-    summary: dict[str, Any],
-    runs: Path,
-    files: list[Path],
-    note: str,
-) -> dict[str, Any]:
+def register(summary: Summary, runs: Path, files: list[Path], note: str) -> Registered:
     """Log a comparison and register its adapters; return run ids, versions and aliases.
 
     Args:
-        summary: see `pipelines.comparison.comparison`, with the additional keys `name`, `key`,
-            `base`, `data` and `incumbent`.
+        summary: the comparison.
         runs: folder of all runs; has the SQLite file unless a server is configured.
         files: report and summary, logged with the parent run.
         note: Markdown, shown on the parent run's page.
@@ -76,32 +66,47 @@ def register(
     """
     check_champion_passed(summary)
     with _connect(runs) as client:
-        name = summary["recipe"]["registry"]["experiment"] or summary["name"]
-        experiment = experiment_id(client, name, runs)
+        experiment = experiment_id(client, summary.recipe.registry.experiment or summary.name, runs)
         parent = log_comparison(client, experiment, summary)
         log_documents(client, parent.info.run_id, files, note)
-        children = {}
-        for label in summary["models"]:
-            children[label] = log_model(client, experiment, parent, summary=summary, label=label)
-        versions = {}
-        for label in adapters(summary):
-            version = register_version(client, summary, label, children[label])
-            if version is not None:
-                versions[label] = version
+        children = _log_models(client, experiment, parent, summary)
+        versions = _register_adapters(client, summary, children)
         client.set_terminated(parent.info.run_id)
         aliases = move_aliases(client, summary, versions)  # last: users read nothing but these
-    return {
-        "tracking_uri": tracking_uri(runs),
-        "experiment_id": experiment,
-        "parent_run": parent.info.run_id,
-        "runs": children,
-        "model": summary["recipe"]["registry"]["model"],
-        "versions": versions,
-        "aliases": aliases,
-    }
+    return Registered(
+        tracking_uri=tracking_uri(runs),
+        experiment_id=experiment,
+        parent_run=parent.info.run_id,
+        runs=children,
+        model=summary.recipe.registry.model,
+        versions=versions,
+        aliases=aliases,
+    )
 
 
-def describe(registered: dict[str, Any], runs: Path, files: list[Path], note: str) -> None:
+def _log_models(
+    client: MlflowClient, experiment: str, parent: Run, summary: Summary
+) -> dict[str, str]:
+    """Log each model of a comparison; return label → run id."""
+    children = {}
+    for label in summary.models:
+        children[label] = log_model(client, experiment, parent, summary=summary, label=label)
+    return children
+
+
+def _register_adapters(
+    client: MlflowClient, summary: Summary, children: Mapping[str, str]
+) -> dict[str, int]:
+    """Register each adapter that is not rejected, from its run; return label → version."""
+    versions = {}
+    for label in summary.adapters:
+        version = register_version(client, summary, label, children[label])
+        if version is not None:
+            versions[label] = version
+    return versions
+
+
+def describe(registered: Registered, runs: Path, files: list[Path], note: str) -> None:
     """Log report, summary and note of a comparison again, now that they include the registration.
 
     Args:
@@ -114,7 +119,7 @@ def describe(registered: dict[str, Any], runs: Path, files: list[Path], note: st
         RegistryError: the server does not answer or refuses.
     """
     with _connect(runs) as client:
-        log_documents(client, registered["parent_run"], files, note)
+        log_documents(client, registered.parent_run, files, note)
 
 
 def fetch_champion(name: str, runs: Path, destination: Path) -> FetchedChampion | None:

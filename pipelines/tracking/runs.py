@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
 from pipelines.paths import tracking_uri
-from pipelines.tracking.logged import MetricPoint
+from pipelines.tracking.step_metrics import MetricPoint
 
 SQLITE = "sqlite:///"
 MAX_METRICS = 1000

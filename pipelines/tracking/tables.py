@@ -10,188 +10,191 @@ control_rates   the learning rates that were tried for the control
 spectra         rank, effective rank and largest singular values of each update
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
+from pipelines.comparison.document import ModelSummary, Summary, TrainedModel
+from pipelines.comparison.frontier import FrontierPoint
+from pipelines.comparison.power import Power
 from pipelines.reporting import page_sections
+from pipelines.reporting.model_parts import judgment_of, status_of
 from pipelines.reporting.report_metrics import ReportMetric, report_metrics
-from pipelines.reporting.words import learning_rate
-from pipelines.tracking.logged import EFFECTS
-
-Values = dict[str, Any]
-Rows = list[Values]
-Interval = Mapping[str, float]
-INTERVAL = ("mean", "low", "high")
-POINT = ("label", "method", "rank", "step", "learning_rate", "cut_from", "trained")
-POWER = ("items", "needed", "smallest_drop", "enough")
-TRAINING = (
-    "steps",
-    "tokens",
-    "supervised_tokens",
-    "first_loss",
-    "last_loss",
-    "training_seconds",
-    "adapter_sha256",
+from pipelines.tracking.logged import EFFECTS, peak_rate
+from pipelines.tracking.table_rows import (
+    BenchmarkRow,
+    IntervalCells,
+    MetricRow,
+    PointRow,
+    PowerRow,
+    ProvenanceRow,
+    RateRow,
+    Row,
+    RuleRow,
+    SpectrumRow,
+    Table,
+    table_of,
 )
+
+Models = Mapping[str, ModelSummary]
 MAX_SINGULAR_VALUES = 4
 """How many of the largest singular values of each update are listed."""
 
 
-def tables(summary: Values) -> dict[str, Values]:
-    """Return the tables by file name, in the format of MLflow's pages."""
-    models = summary["models"]
-    rows_by_name = {
-        "comparison": _comparison(models),
-        "benchmarks": _benchmarks(models),
-        "rules": _rules(models),
-        "power": _power(models),
-        "frontier": [_point(row) for row in summary["frontier"]],
-        "provenance": _provenance(summary),
-        "control_rates": page_sections.control_rates(summary),
-        "spectra": _spectra(summary["spectrum"]),
+def tables(summary: Summary) -> dict[str, Table]:
+    """Return the tables by file name; one without rows is left out."""
+    rows_by_name: dict[str, Sequence[Row]] = {
+        "comparison": list(_comparison(summary.models)),
+        "benchmarks": list(_benchmarks(summary.models)),
+        "rules": list(_rules(summary.adapters)),
+        "power": list(_power(summary.adapters)),
+        "frontier": [_point(point) for point in summary.frontier],
+        "provenance": list(_provenance(summary)),
+        "control_rates": list(_control_rates(summary)),
+        "spectra": list(_spectra(summary.models)),
     }
-    return {f"{name}.json": _table(rows) for name, rows in rows_by_name.items() if rows}
+    return {f"{name}.json": table_of(rows) for name, rows in rows_by_name.items() if rows}
 
 
-def _table(rows: Rows) -> Values:
-    names: dict[str, None] = {}  # an ordered set
-    for row in rows:
-        names |= dict.fromkeys(row)
-    columns = list(names)
-    data = []
-    for row in rows:
-        data.append([row.get(name) for name in columns])
-    return {"columns": columns, "data": data}
-
-
-def _comparison(models: Values) -> Rows:
-    """Return a row for each model and metric."""
+def _comparison(models: Models) -> Iterator[MetricRow]:
+    """Yield a row for each model and metric."""
     metrics = report_metrics(models)
-    rows = []
     for label, model in models.items():
         for metric in metrics:
-            rows.append(_metric_row(label, model, metric))
-    return rows
+            yield _metric_row(label, model, metric)
 
 
-def _metric_row(label: str, model: Values, metric: ReportMetric) -> Values:
-    interval = metric.interval(model) or {}
-    row = {
-        "model": label,
-        "figure": metric.name,
-        "unit": metric.unit,
-        "value": metric.value(model),
-        "value_low": interval.get("low"),
-        "value_high": interval.get("high"),
-    }
-    for name, effect in EFFECTS.items():
-        row |= _prefixed(name, metric.change(model, effect))
-    row["verdict"] = model.get("verdict", {}).get("status")
-    return row
+def _metric_row(label: str, model: ModelSummary, metric: ReportMetric) -> MetricRow:
+    interval = IntervalCells.of(metric.interval(model))
+    return MetricRow(
+        model=label,
+        figure=metric.name,
+        unit=metric.unit,
+        value=metric.value(model),
+        value_low=interval.low,
+        value_high=interval.high,
+        by_training=IntervalCells.of(metric.change(model, "change")),
+        in_all=IntervalCells.of(metric.change(model, "total")),
+        verdict=status_of(model),
+    )
 
 
-def _benchmarks(models: Values) -> Rows:
-    """Return a row for each model, benchmark and effect; base-nf4 changes by quantization."""
-    rows = []
+def _benchmarks(models: Models) -> Iterator[BenchmarkRow]:
+    """Yield a row for each model, benchmark and effect; base-nf4 changes by quantization."""
     for label, model in models.items():
-        for name, own in model["scores"]["benchmarks"].items():
-            for shown, effect in EFFECTS.items():
-                change = model.get(effect, {}).get("benchmarks", {}).get(name)
-                if not change:
-                    continue
-                row = {"model": label, "benchmark": name, "effect": shown, **_ends(change)}
-                row["p_value"] = change.get("p_value")
-                row["adjusted_p"] = change.get("adjusted_p")
-                rows.append(row | own)
-    return rows
+        for benchmark in model.scores.benchmarks:
+            for effect in EFFECTS:
+                row = _benchmark_row(label, model, benchmark, effect)
+                if row is not None:
+                    yield row
 
 
-def _rules(models: Values) -> Rows:
-    """Return a row for each adapter and rule, with the resulting verdict."""
-    rows = []
-    for label, model in page_sections.adapters(models).items():
-        verdict = model["verdict"]
-        for rule in verdict["rules"]:
-            rows.append(
-                {
-                    "model": label,
-                    "rule": rule["name"],
-                    "status": rule["status"],
-                    "reason": rule["reason"],
-                    "verdict": verdict["status"],
-                }
-            )
-    return rows
+def _benchmark_row(
+    label: str, model: ModelSummary, benchmark: str, effect: str
+) -> BenchmarkRow | None:
+    """Return a row; None if the model does not have the effect, or it was not compared."""
+    change = page_sections.benchmark_change(model, EFFECTS[effect], benchmark)
+    if change is None:
+        return None
+    scores = model.scores.benchmarks[benchmark]
+    return BenchmarkRow(
+        model=label,
+        benchmark=benchmark,
+        effect=effect,
+        mean=change.mean,
+        low=change.low,
+        high=change.high,
+        p_value=change.p_value,
+        adjusted_p=change.adjusted_p,
+        choice_probability=scores.choice_probability,
+        accuracy=scores.accuracy,
+        items=scores.items,
+        left_out=scores.left_out,
+    )
 
 
-def _power(models: Values) -> Rows:
-    """Return a row for each adapter on all benchmarks, and on each benchmark if it is known."""
-    rows = []
-    for label, model in page_sections.adapters(models).items():
-        powers = {"all": model["power"], **page_sections.power_by_benchmark(model)}
-        for name, power in powers.items():
-            if power is None:
-                continue
-            row = {"model": label, "benchmark": name}
-            for key in POWER:
-                row[key] = power.get(key)
-            rows.append(row)
-    return rows
+def _rules(adapters: Models) -> Iterator[RuleRow]:
+    """Yield a row for each adapter and rule, with the resulting verdict."""
+    for label, model in adapters.items():
+        verdict = judgment_of(model).verdict
+        for rule in verdict.rules:
+            yield RuleRow(label, rule.name, rule.status, rule.reason, verdict.status)
 
 
-def _point(row: Values) -> Values:
-    point = {name: row[name] for name in POINT}
-    point |= _prefixed("gain", row["gain"])
-    point |= _prefixed("general", row["general"])
-    return point
-
-
-def _provenance(summary: Values) -> Rows:
-    """Return a row for each trained model."""
-    shared = {
-        "base": summary["base"]["id"],
-        "base_revision": summary["base"]["revision"],
-        "data": summary["recipe"]["data"]["source"],
-        "data_digest": summary["data"]["digest"],
-        "commit": summary["commit"],
-        "machine": summary["machine"],
-    }
-    rows = []
-    for label, model in summary["models"].items():
-        if "figures" not in model:
+def _power(adapters: Models) -> Iterator[PowerRow]:
+    """Yield a row for each adapter on all benchmarks, and on each benchmark if it is known."""
+    for label, model in adapters.items():
+        if model.power is None:
             continue
-        row = {
-            "model": label,
-            "trained": page_sections.training_method(summary, label),
-            "learning_rate": learning_rate(summary, label),
-        }
-        for name in TRAINING:
-            row[name] = model["figures"].get(name)
-        rows.append(row | shared)
-    return rows
+        powers: dict[str, Power] = {"all": model.power, **model.power.benchmarks}
+        for name, power in powers.items():
+            yield PowerRow(
+                model=label,
+                benchmark=name,
+                items=power.items,
+                needed=power.needed,
+                smallest_drop=power.smallest_drop,
+                enough=power.enough,
+            )
 
 
-def _spectra(spectrum: Mapping[str, Any]) -> Rows:
-    """Return a row for each adapter and module."""
-    rows = []
-    for label, modules in spectrum.items():
-        for module in modules:
-            row = {"model": label}
-            for name in ("module", "rank", "effective_rank"):
-                row[name] = module[name]
-            largest = module["values"][:MAX_SINGULAR_VALUES]
-            for index, value in enumerate(largest, start=1):
-                row[f"singular_value_{index}"] = value
-            rows.append(row)
-    return rows
+def _point(point: FrontierPoint) -> PointRow:
+    return PointRow(
+        label=point.label,
+        method=point.method,
+        rank=point.rank,
+        step=point.step,
+        learning_rate=point.learning_rate,
+        cut_from=point.cut_from,
+        trained=point.trained,
+        gain=IntervalCells.of(point.gain),
+        general=IntervalCells.of(point.general),
+    )
 
 
-def _prefixed(prefix: str, interval: Interval | None) -> Values:
-    return {f"{prefix}_{end}": value for end, value in _ends(interval).items()}
+def _provenance(summary: Summary) -> Iterator[ProvenanceRow]:
+    """Yield a row for each trained model."""
+    for label, model in summary.models.items():
+        if model.training is not None:
+            yield _provenance_row(summary, label, model.training)
 
 
-def _ends(interval: Interval | None) -> Values:
-    """Return mean, low and high; each is None without an interval."""
-    if interval is None:
-        return dict.fromkeys(INTERVAL)
-    return {end: interval[end] for end in INTERVAL}
+def _provenance_row(summary: Summary, label: str, training: TrainedModel) -> ProvenanceRow:
+    totals = training.result.totals
+    return ProvenanceRow(
+        model=label,
+        trained=page_sections.training_method(summary, label),
+        learning_rate=peak_rate(summary, label),
+        steps=totals.steps,
+        tokens=totals.tokens,
+        supervised_tokens=totals.supervised_tokens,
+        first_loss=totals.first_loss,
+        last_loss=totals.last_loss,
+        training_seconds=totals.training_seconds,
+        adapter_sha256=training.result.saved.adapter_sha256,
+        base=summary.base.id,
+        base_revision=summary.base.revision,
+        data=summary.recipe.data.source,
+        data_digest=summary.data.digest,
+        commit=summary.commit,
+        machine=summary.machine,
+    )
+
+
+def _control_rates(summary: Summary) -> Iterator[RateRow]:
+    """Yield a row for each learning rate that was tried for the control."""
+    for tried in page_sections.control_rates(summary):
+        yield RateRow(tried.rate, tried.loss, tried.outcome)
+
+
+def _spectra(models: Models) -> Iterator[SpectrumRow]:
+    """Yield a row for each adapter and module."""
+    for label, model in models.items():
+        if model.training is None:
+            continue
+        for module in model.training.result.saved.spectrum:
+            yield SpectrumRow(
+                model=label,
+                module=module.module,
+                rank=module.rank,
+                effective_rank=module.effective_rank,
+                singular_value=module.values[:MAX_SINGULAR_VALUES],
+            )

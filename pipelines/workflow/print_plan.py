@@ -1,12 +1,12 @@
 """`lora plan`: prepare what the plan needs, and print what would be trained and its cost."""
 
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.config.experiments import CONTROL
 from pipelines.config.recipe import Recipe
-from pipelines.models.verified import sentence
 from pipelines.planning.cluster import (
     GIB,
     LEVELS,
@@ -16,13 +16,22 @@ from pipelines.planning.cluster import (
     scaling_table,
     traffic_table,
 )
-from pipelines.planning.fitting import TERMS
+from pipelines.planning.fitting import memory_terms
+from pipelines.runtime.interfaces.plan_result import (
+    Configuration,
+    PlanResult,
+    RunCost,
+    StoredWeights,
+    TargetKind,
+)
 from pipelines.runtime.launcher import ensure_result
 from pipelines.runtime.sharding import check_forward_path, check_launch
 from pipelines.workflow.stages import PreparedData, Stages
 
 MIN_LISTED_FRACTION = 0.001
 """Fraction of all weights above which a kind of weight has a separate line."""
+PROCESSES = (1, 2, 4, 8)
+"""Numbers of GPUs for which the memory of every configuration is printed."""
 console = Console()
 
 
@@ -37,11 +46,11 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     data_stage = stages.data(base)
     data = PreparedData(data_stage, ensure_result(data_stage, threads=1))
     plan = ensure_result(stages.plan(base, data), threads=1)
-    console.print(f"{base['id']}: {sentence(base['forward'])}", highlight=False)
-    console.print(_targets_table(plan["targets"], recipe.lora.init))
-    console.print(_weights_table(plan["weights"]))
-    console.print(_runs_table(recipe, plan, base["weights"]))
-    uncounted = plan["runs"]["control"]["uncounted"]
+    console.print(f"{base.id}: {base.forward}", highlight=False)
+    console.print(_targets_table(plan.targets, recipe.lora.init))
+    console.print(_weights_table(plan.weights))
+    console.print(_runs_table(recipe, plan, base.weights))
+    uncounted = plan.runs[CONTROL].uncounted
     if uncounted:
         names = ", ".join(uncounted)
         console.print(f"at least: the activations of {names} are not counted", style="yellow")
@@ -57,38 +66,35 @@ def _table(title: str, *columns: str) -> Table:
     return Table(*columns, title=title, title_justify="left")
 
 
-def _targets_table(targets: list[dict[str, Any]], init: str) -> Table:
+def _targets_table(targets: Iterable[TargetKind], init: str) -> Table:
     table = _table(
         f"Modules with an adapter; init {init}",
         *("module", "layers", "out × in", "rank", "scale", "trained weights"),
     )
     for target in targets:
-        shape = f"{target['out_features']} × {target['in_features']}"
-        scale = f"{target['scale']:g}"
-        weights = f"{target['trained_weights']:,}"
         table.add_row(
-            target["name"],
-            str(target["count"]),
-            shape,
-            str(target["rank"]),
-            scale,
-            weights,
+            target.name,
+            str(target.count),
+            f"{target.out_features} × {target.in_features}",
+            str(target.rank),
+            f"{target.scale:g}",
+            f"{target.trained_weights:,}",
         )
     return table
 
 
-def _weights_table(weights: list[dict[str, Any]]) -> Table:
+def _weights_table(weights: Sequence[StoredWeights]) -> Table:
     """Return how each kind of weight is stored and adapted; largest first, small ones summed."""
     table = _table(
         "All weights",
         *("weights of the base", "tensors", "weights", "share", "stored", "adapter"),
     )
-    total = sum(kind["weights"] for kind in weights)
+    total = sum(kind.weights for kind in weights)
     minimum = MIN_LISTED_FRACTION * total
     listed = []
     others = []
-    for kind in sorted(weights, key=lambda kind: -kind["weights"]):
-        if kind["weights"] >= minimum:
+    for kind in sorted(weights, key=lambda kind: -kind.weights):
+        if kind.weights >= minimum:
             listed.append(kind)
         else:
             others.append(kind)
@@ -96,87 +102,89 @@ def _weights_table(weights: list[dict[str, Any]]) -> Table:
         listed.append(_sum_of(others))
     for kind in listed:
         table.add_row(
-            kind["name"],
-            f"{kind['count']:,}",
-            f"{kind['weights']:,}",
-            f"{kind['weights'] / total:.1%}",
-            kind["stored"],
-            "yes" if kind["adapted"] else "no",
+            kind.name,
+            f"{kind.count:,}",
+            f"{kind.weights:,}",
+            f"{kind.weights / total:.1%}",
+            kind.stored,
+            "yes" if kind.adapted else "no",
         )
     return table
 
 
-def _sum_of(kinds: list[dict[str, Any]]) -> dict[str, Any]:
+def _sum_of(kinds: Sequence[StoredWeights]) -> StoredWeights:
     """Return one line for several kinds of weight."""
-    stored = sorted({kind["stored"] for kind in kinds})
-    return {
-        "name": "others",
-        "count": sum(kind["count"] for kind in kinds),
-        "weights": sum(kind["weights"] for kind in kinds),
-        "stored": "/".join(stored),
-        "adapted": all(kind["adapted"] is True for kind in kinds),
-    }
+    return StoredWeights(
+        name="others",
+        stored="/".join(sorted({kind.stored for kind in kinds})),
+        adapted=all(kind.adapted for kind in kinds),
+        count=sum(kind.count for kind in kinds),
+        weights=sum(kind.weights for kind in kinds),
+    )
 
 
-def _runs_table(recipe: Recipe, plan: dict[str, Any], base_weights: int) -> Table:
+def _runs_table(recipe: Recipe, plan: PlanResult, base_weights: int) -> Table:
     """Return a column for each training and a row for each term of its memory."""
     training = recipe.training
-    setup = plan["setup"]
-    runs = list(plan["runs"].values())
+    runs = list(plan.runs.values())
     title = (
         f"{recipe.name}: {training.steps} steps of {training.batch_size} examples on "
-        f"{recipe.launch.processes} processes ({setup['sharding']}), at most {setup['tokens']} "
-        "tokens at once on each"
+        f"{recipe.launch.processes} processes ({plan.setup.sharding}), "
+        f"at most {plan.setup.tokens} tokens at once on each"
     )
-    table = _table(title, "memory of a process", *plan["runs"])
+    table = _table(title, "memory of a process", *plan.runs)
     for column in table.columns[1:]:
         column.justify = "right"
 
-    def add_sizes(name: str, key: str, *, end_section: bool = False) -> None:
-        sizes = [_megabytes(run[key]) for run in runs]
-        table.add_row(name, *sizes, end_section=end_section)
+    def add_sizes(name: str, size_of: Callable[[RunCost], int]) -> None:
+        table.add_row(name, *(_megabytes(size_of(run)) for run in runs))
 
-    table.add_row("trained weights", *(f"{run['trained_weights']:,}" for run in runs))
-    table.add_row("share of all", *(f"{run['trained_weights'] / base_weights:.2%}" for run in runs))
-    table.add_row("rank in the file", *(str(run.get("file_rank", "–")) for run in runs))
-    add_sizes("file", "file_bytes", end_section=True)
-    for term, name in TERMS.items():
-        add_sizes(name, term)
+    table.add_row("trained weights", *(f"{run.trained_weights:,}" for run in runs))
+    table.add_row("share of all", *(f"{run.trained_weights / base_weights:.2%}" for run in runs))
+    table.add_row("rank in the file", *(_file_rank(run) for run in runs))
+    add_sizes("file", lambda run: run.file_bytes)
     table.add_section()
-    add_sizes("while loading", "loading_bytes")
-    add_sizes("memory at its peak", "memory_bytes")
-    other = "without" if setup["checkpointing"] else "with"
-    add_sizes(f"{other} checkpointing", "other_checkpointing_bytes")
+    terms = [memory_terms(run) for run in runs]
+    for name in terms[0]:
+        table.add_row(name, *(_megabytes(sizes[name]) for sizes in terms))
+    table.add_section()
+    add_sizes("while loading", lambda run: run.loading_bytes)
+    add_sizes("memory at its peak", lambda run: run.memory_bytes)
+    other = "without" if plan.setup.checkpointing else "with"
+    add_sizes(f"{other} checkpointing", lambda run: run.other_checkpointing_bytes)
     if recipe.launch.processes > 1:
         table.add_section()
-        add_sizes("sent to the others in a step", "sent_bytes")
+        add_sizes("sent to the others in a step", lambda run: run.sent_bytes)
     return table
 
 
-def _fits_table(plan: dict[str, Any], rank: int, gpu_gb: float) -> Table:
+def _file_rank(run: RunCost) -> str:
+    return "–" if run.adapter is None else str(run.adapter.file_rank)
+
+
+def _fits_table(plan: PlanResult, rank: int, gpu_gb: float) -> Table:
     """Return the memory of each way to train on GPUs of one size, and whether it fits."""
-    ways: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for way in plan["alternatives"]:
-        by_count = ways.setdefault((way["method"], way["sharding"]), {})
-        by_count[way["processes"]] = way
-    counts = sorted(next(iter(ways.values())))
+    ways: dict[tuple[str, str], dict[int, Configuration]] = {}
+    for way in plan.scaling:
+        by_count = ways.setdefault((way.method, way.sharding), {})
+        by_count[way.processes] = way
     title = (
-        f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan['setup']['tokens']} tokens at "
+        f"On GPUs of {gpu_gb:g} GB in bfloat16, rank {rank}, {plan.setup.tokens} tokens at "
         "once on each: GiB of a process; ✓ fits, 8 with the paged 8-bit AdamW that is used then, "
         "c with gradient checkpointing, 8c with both, × does not"
     )
-    columns = [f"{count} GPU" if count == 1 else f"{count} GPUs" for count in counts]
+    columns = [f"{count} GPU" if count == 1 else f"{count} GPUs" for count in PROCESSES]
     table = _table(title, "method", "sharding", *columns)
     for (method, sharding), by_count in ways.items():
-        fits = [_fit(by_count[count], gpu_gb, plan["comfortable_share"]) for count in counts]
+        fits = [_fit(by_count[count], gpu_gb, plan.comfortable_share) for count in PROCESSES]
         table.add_row(method, sharding, *fits)
     return table
 
 
-def _fit(way: dict[str, Any], gpu_gb: float, comfortable: float) -> str:
+def _fit(way: Configuration, gpu_gb: float, comfortable: float) -> str:
     """Return whether a way fits, with what, and its memory in GiB."""
-    for level in LEVELS:
-        used, mark = memory_of(way, level, gpu_gb, comfortable)
+    for checkpointing in LEVELS:
+        used, mark = memory_of(way, gpu_gb, comfortable, checkpointing=checkpointing)
         if used <= gpu_gb * GIB:
             return f"{mark or '✓'} {used / GIB:.1f}"
     return f"× {used / GIB:.1f}"

@@ -172,12 +172,12 @@ def prepare(batch_size: int) -> tuple[Row, float]:
     [experiment] = rank_experiments(recipe)
     training = stages.train(base, PreparedData(data_stage, data), experiment)
     task = {
-        "inputs": dict(training.inputs),
-        "paths": {**training.paths, "adapter": str(WORK / "adapter")},
+        "inputs": training.inputs.plain(),
+        "paths": training.paths.plain() | {"adapter": str(WORK / "adapter")},
     }
     run("ours.py", "adapter", {**task, "steps": 1})
-    tokens_per_example = data["train_tokens"] / data["train_examples"]
-    return task, tokens_per_example * training.inputs["training"]["batch_size"]
+    tokens_per_example = data.train_tokens / data.train_examples
+    return task, tokens_per_example * training.inputs.training.batch_size
 
 
 def plan_round(number: int, options: argparse.Namespace) -> dict[str, int]:

@@ -23,6 +23,7 @@ from pipelines.data.batches import order
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import choose_optimizer, detect, peak_memory_bytes
 from pipelines.models.loading import load_model
+from pipelines.runtime.interfaces.inputs import StagePaths, TrainInputs, TrainOptions
 from pipelines.training.build import adapt, parameter_groups
 from pipelines.training.engine import prepare, start
 from pipelines.training.phase_timer import PhaseTimer
@@ -34,25 +35,29 @@ from pipelines.training.step import train_step
 class Task:
     """The input of every contestant."""
 
-    inputs: dict[str, Any]
-    """Inputs of a training stage."""
-    paths: dict[str, str]
+    inputs: TrainInputs
+    paths: StagePaths
     """The base, the data and the adapter to start from."""
     steps: int
 
+    @classmethod
+    def read(cls, file: Path) -> "Task":
+        """Read a task from a JSON file."""
+        values = json.loads(file.read_text())
+        inputs = TrainInputs.model_validate(values["inputs"])
+        return cls(inputs, StagePaths.model_validate(values["paths"]), values["steps"])
+
     def model(self) -> PreTrainedModel:
         """Load the frozen base in NF4."""
-        return load_model(Path(self.paths["base"]), self.inputs["quantization"], detect())
+        return load_model(self.paths.required("base"), self.inputs.quantization, detect())
 
     def dataset(self) -> Dataset:
         """Return the training examples."""
-        return load_from_disk(str(Path(self.paths["data"]) / "train"))
+        return load_from_disk(str(self.paths.required("data") / "train"))
 
     def order(self, dataset: Dataset) -> list[list[int]]:
         """Return the examples of each step."""
-        return order(
-            len(dataset), self.steps, self.inputs["training"]["batch_size"], self.inputs["seed"]
-        )
+        return order(len(dataset), self.steps, self.inputs.training.batch_size, self.inputs.seed)
 
     def batches(self) -> list[list[dict[str, Any]]]:
         """Return the examples themselves, step by step."""
@@ -86,23 +91,18 @@ Contestant = Callable[[Task], Record]
 def ours(task: Task) -> Record:
     """Train as pipelines.training does; the seed gives the adapter that `write_adapter` saved."""
     hardware, record = detect(), Record()
-    options = {
-        "gradient_accumulation_steps": 1,
-        "processes": 1,
-        "device": "cpu",
-        "timeout_seconds": 600,
-    }
-    accelerator = start(task.inputs["seed"], options, hardware, full=False)
-    model, dataset, settings = task.model(), task.dataset(), task.inputs["training"]
-    adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]))
+    options = TrainOptions(processes=1, device="cpu", timeout_seconds=600)
+    accelerator = start(task.inputs.seed, options, hardware, full=False)
+    model, dataset, settings = task.model(), task.dataset(), task.inputs.training
+    adapt(model, task.inputs, examples=(), base=task.paths.required("base"))
     lengths, steps = [len(ids) for ids in dataset["input_ids"]], task.order(dataset)
     run = Run(
         accelerator,
         dataset,
         lengths,
         steps,
-        settings["warmup_steps"],
-        settings["max_grad_norm"],
+        settings.warmup_steps,
+        settings.max_grad_norm,
         hardware.device,
         PhaseTimer(None),
     )
@@ -123,16 +123,17 @@ def ours(task: Task) -> Record:
 def write_adapter(task: Task) -> Record:
     """Write the untrained adapter."""
     model = task.model()
-    config = adapt(model, task.inputs, examples=(), base=Path(task.paths["base"]))
+    config = adapt(model, task.inputs, examples=(), base=task.paths.required("base"))
     assert config is not None
-    save_adapter(model, Path(task.paths["adapter"]), config, Identity(base=task.paths["base"]))
+    identity = Identity(base=str(task.paths.base))
+    save_adapter(model, task.paths.required("adapter"), config, identity)
     return Record()
 
 
 def run_contestant(contestants: Mapping[str, Contestant]) -> None:
     """Run the contestant of the command line; write its record and the tokens of each step."""
     name, task_file, result_file = sys.argv[1:]
-    task = Task(**json.loads(Path(task_file).read_text()))
+    task = Task.read(Path(task_file))
     record = contestants[name](task)
     tokens = [sum(len(example["input_ids"]) for example in batch) for batch in task.batches()]
     write_json(Path(result_file), {"losses": record.losses, "ends": record.ends, "tokens": tokens})

@@ -7,7 +7,6 @@ They get the same frozen NF4 base, computed in float32 with PyTorch's attention 
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ def peft_loop(task: Task) -> Record:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained,
-        lr=task.inputs["learning_rate"],
-        weight_decay=task.inputs["training"]["weight_decay"],
+        lr=task.inputs.learning_rate,
+        weight_decay=task.inputs.training.weight_decay,
     )
     schedule = LambdaLR(optimizer, partial(lr_multiplier, warmup_steps=0, steps=task.steps))
     for examples in task.batches():
@@ -65,10 +64,10 @@ def adapted(task: Task) -> PeftModel:
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(
-        task.paths["base"], dtype=torch.float32, quantization_config=quantization
+        str(task.paths.base), dtype=torch.float32, quantization_config=quantization
     )
     base.config.use_cache = False
-    model = PeftModel.from_pretrained(base, task.paths["adapter"], is_trainable=True)
+    model = PeftModel.from_pretrained(base, str(task.paths.adapter), is_trainable=True)
     model.train()
     return model
 
@@ -103,7 +102,7 @@ def sft(task: Task, *, keeps_float32: bool) -> Record:
         model=model,
         args=sft_config(task),
         train_dataset=sft_dataset(task),
-        processing_class=load_tokenizer(Path(task.paths["base"])),
+        processing_class=load_tokenizer(task.paths.required("base")),
         callbacks=[Timer(record)],
     )
     if keeps_float32:
@@ -117,15 +116,15 @@ def sft(task: Task, *, keeps_float32: bool) -> Record:
 def sft_config(task: Task) -> SFTConfig:
     """Return TRL's config of the task, without checkpoints, evaluation, reports or workers."""
     return SFTConfig(
-        output_dir=str(Path(task.paths["adapter"]).parent / "trl"),
+        output_dir=str(task.paths.required("adapter").parent / "trl"),
         max_steps=task.steps,
-        per_device_train_batch_size=task.inputs["training"]["batch_size"],
+        per_device_train_batch_size=task.inputs.training.batch_size,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
-        learning_rate=task.inputs["learning_rate"],
+        learning_rate=task.inputs.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": FINAL_LR_MULTIPLIER},
-        weight_decay=task.inputs["training"]["weight_decay"],
+        weight_decay=task.inputs.training.weight_decay,
         max_grad_norm=0.0,  # no clipping
         gradient_checkpointing=False,
         bf16=False,

@@ -71,7 +71,7 @@ def main() -> int:
         sys.exit("lm-eval is not installed; run: pip install 'lora-pipeline[lm-eval]'")
     torch.set_num_threads(threads())
     base = options.base or Path(
-        ensure_result(base_stage(BASE, None, runs_root()), threads=threads())["folder"]
+        ensure_result(base_stage(BASE, None, runs_root()), threads=threads()).folder
     )
     items = [item for name in READERS for item in sample(name, options.items, SEED)]
     console.print(f"{len(items)} items, {threads()} cores", style="bold")

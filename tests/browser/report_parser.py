@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from summaries import Summary
+from summaries import Summary, parsed
 
 from pipelines.reporting.report import write_html
 
@@ -42,8 +42,8 @@ class ReportParser(HTMLParser):
 
 
 def render(summary: Summary, path: Path) -> tuple[str, ReportParser]:
-    """Write the page of a summary; return its text and what the parser found."""
-    write_html(summary, path)
+    """Write the page of a summary, given as plain values; return its text and what was parsed."""
+    write_html(parsed(summary), path)
     text = path.read_text(encoding="utf-8")
     parser = ReportParser()
     parser.feed(text)

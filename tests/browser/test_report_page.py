@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browser.rendered import BROWSER, NO_BROWSER, Rendered, dump
-from summaries import Summary, build
+from summaries import Summary, build, parsed
 
 from pipelines.reporting.formats import ends, signed
 from pipelines.reporting.report import write_html
@@ -40,7 +40,7 @@ def measured(page: str, folder: Path) -> list[dict[str, Any]]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the report of a comparison."""
     path = tmp_path_factory.mktemp("page")
-    write_html(build(path), path / "report.html")
+    write_html(parsed(build(path)), path / "report.html")
     return path
 
 
@@ -75,8 +75,9 @@ def test_browser_shows_the_metrics_of_the_summary(summary: Summary, rendered: Re
                 for end, key in (("mean", "value"), ("low", "low"), ("high", "high"))
             } == expected
             assert shown["text"].startswith(signed(expected["mean"]) + ends(expected))
-        if "verdict" in model:
-            assert rendered.metrics[label, "verdict"]["text"] == model["verdict"]["status"]
+        if "judgment" in model:
+            status = model["judgment"]["verdict"]["status"]
+            assert rendered.metrics[label, "verdict"]["text"] == status
 
 
 def test_browser_shows_every_point_of_the_frontier(summary: Summary, rendered: Rendered) -> None:

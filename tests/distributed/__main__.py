@@ -38,7 +38,7 @@ from pipelines.config.sections import LaunchSection
 from pipelines.errors import RecipeError
 from pipelines.runtime.launcher import REPOSITORY
 from pipelines.runtime.sharding import check_launch
-from pipelines.runtime.stage import Stage, read_result
+from pipelines.runtime.stage import Stage
 
 RESULT = REPOSITORY / "build" / "matrix.json"
 LOSS, WEIGHTS, COST = 2e-6, 5e-5, 0.02
@@ -201,25 +201,26 @@ def checkpoints(folder: Path) -> Iterator[Row]:
         name = f"{method}, {'every checkpoint written' if often else 'as the recipe defines'}"
         stage = embedded_stage(folder / name, method, settings, **often)
         train_all("cpu_zero2", 2, [str(stage.folder)], folder / f"{name}.log")
-        result = read_result(stage.folder)
+        result = stage.result()
         assert result is not None
-        cost = result["checkpoints"]
-        seconds = cost["seconds"] + cost["seconds_beside"]
-        fraction = seconds / result["training_seconds"]
+        cost = result.checkpoints
+        training_seconds = result.totals.training_seconds
+        seconds = cost.seconds + cost.background_seconds
+        fraction = seconds / training_seconds
         yield row(
             f"{name}: checkpoints written",
-            cost["written"],
-            f"in {result['training_seconds']:.0f} s",
+            cost.written,
+            f"in {training_seconds:.0f} s",
         )
         if often:
             yield row(
                 f"{name}: seconds that training waited for each",
-                cost["seconds"] / cost["written"],
+                cost["seconds"] / cost.written,
                 "s",
             )
             yield row(
                 f"{name}: CPU seconds in background for each",
-                cost["seconds_beside"] / cost["written"],
+                cost["seconds_beside"] / cost.written,
                 "s",
             )
         yield (

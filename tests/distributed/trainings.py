@@ -14,8 +14,8 @@ from pipelines.config.recipe import RECIPES, parse_recipe
 from pipelines.config.sections import LaunchSection
 from pipelines.paths import runs_root
 from pipelines.runtime import launcher
-from pipelines.runtime.stage import Stage, read_records
-from pipelines.workflow.stages import PreparedData, Stages
+from pipelines.runtime.stage import read_records
+from pipelines.workflow.stages import PreparedData, Stages, TrainStage
 
 METHODS = {"LoRA": "none", "QLoRA": "nf4", "full": "none"}
 """Name → how the base is stored."""
@@ -38,7 +38,7 @@ class Trainings:
         save_pairs(root / "pairs.jsonl")
         return cls(root)
 
-    def stage(self, method: str, runs: str, processes: int = 1, **changes: Any) -> Stage:
+    def stage(self, method: str, runs: str, processes: int = 1, **changes: Any) -> TrainStage:
         """Return a started stage in a separate folder of runs."""
         changes = {
             "base_model": {"quantization": METHODS[method]},
@@ -77,16 +77,16 @@ def train_all(config: str, processes: int, words: list[str], log: Path) -> None:
     assert status == 0, log.read_text()[-3000:]
 
 
-def losses(stage: Stage) -> list[float]:
+def losses(stage: TrainStage) -> list[float]:
     """Return the loss of each step."""
     return [row["loss"] for row in read_records(stage.folder / "metrics.jsonl")]
 
 
-def outcome(stage: Stage) -> dict[str, Tensor]:
+def outcome(stage: TrainStage) -> dict[str, Tensor]:
     """Return what was trained."""
     file = (
         "model/model.safetensors"
-        if stage.inputs["method"] == "full"
+        if stage.inputs.method == "full"
         else "adapter/adapter_model.safetensors"
     )
     return load_file(str(stage.folder / file))
@@ -101,7 +101,7 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     )
 
 
-def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training: Any) -> Stage:
+def embedded_stage(runs: Path, method: str, settings: LaunchSection, **training: Any) -> TrainStage:
     """Return the started stage of the default recipe's rank 4 (QLoRA) or control (full).
 
     Base and data are those of the default run.

@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 import torch
 from parity.peft_rows import TOLERANCE, held_out, largest, our_logits
-from parity.rows import LeftOut, Row, at_least, at_most
+from parity.rows import LeftOut, Row, at_least, at_most, has_rank
 from torch import Tensor
 
 from lora_core.export.export import export_gguf
@@ -41,9 +41,12 @@ def llama_cpp_rows(summary: Row) -> Iterator[Row]:
             TOLERANCE,
         )
         for label, model in summary["models"].items():
-            if model.get("rank") is None:
+            if not has_rank(model):
                 continue
-            adapter, exported = Path(model["folder"]) / "adapter", Path(scratch) / f"{label}.gguf"
+            adapter, exported = (
+                Path(model["training"]["folder"]) / "adapter",
+                Path(scratch) / f"{label}.gguf",
+            )
             export_gguf(adapter, exported, base_config=folder)
             found = llama_cpp_logits(base, exported, sequences)
             ours = our_logits(folder, adapter, "none", sequences)

@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
-from parity.rows import Row, at_least, figure
+from parity.rows import Row, at_least, figure, has_rank
 
 from lora_core import merge_fidelity
 from pipelines.models.hardware import detect
@@ -18,12 +18,12 @@ GOALS = {"float32": 0.999, "bfloat16": 0.95}
 def merge_rows(summary: Row) -> Iterator[Row]:
     """Yield the kept fraction and the error of the highest-rank adapter's update, by storage."""
     label = max(
-        (label for label, model in summary["models"].items() if model.get("rank")),
-        key=lambda one: summary["models"][one]["rank"],
+        (label for label, model in summary["models"].items() if has_rank(model)),
+        key=lambda one: summary["models"][one]["training"]["rank"],
     )
     base, folder = (
         Path(summary["base"]["folder"]),
-        Path(summary["models"][label]["folder"]) / "adapter",
+        Path(summary["models"][label]["training"]["folder"]) / "adapter",
     )
     quantized, original = (
         load_model(base, quantization, detect()) for quantization in ("nf4", "none")

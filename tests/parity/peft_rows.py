@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from datasets import load_from_disk
-from parity.rows import Row, at_least, at_most
+from parity.rows import Row, at_least, at_most, has_rank
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -42,9 +42,9 @@ def compare(summary: Row, quantization: str) -> Iterator[Row]:
     sequences = held_out(summary)
     plain = peft_logits(base, None, quantization, sequences)
     for label, model in summary["models"].items():
-        if model.get("rank") is None:
+        if not has_rank(model):
             continue
-        adapter = Path(model["folder"]) / "adapter"
+        adapter = Path(model["training"]["folder"]) / "adapter"
         theirs = peft_logits(base, adapter, quantization, sequences)
         ours = our_logits(base, adapter, quantization, sequences)
         effect = largest(theirs, plain)

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from datasets import load_from_disk
-from parity.rows import Row, figure
+from parity.rows import Row, figure, has_rank
 
 from lora_core import load_adapter
 from lora_core.merging.dequantize import dequantize
@@ -19,13 +19,13 @@ from pipelines.models.loading import load_model
 def rank_rows(summary: Row) -> Iterator[Row]:
     """Yield the retained energy and held-out loss for each power of 2 below the highest rank."""
     trained = {
-        model["rank"]: (label, model)
+        model["training"]["rank"]: (label, model)
         for label, model in summary["models"].items()
-        if model.get("rank")
+        if has_rank(model)
     }
     highest = max(trained)
     label, model = trained[highest]
-    folder = Path(model["folder"]) / "adapter"
+    folder = Path(model["training"]["folder"]) / "adapter"
     ranks = [rank for rank in (2**n for n in range(12)) if rank < highest]
     for kept in truncation_table(folder, ranks):
         what = f"{label} truncated to rank {kept.rank}"

@@ -79,3 +79,8 @@ def show_grid(title: str, rows: list[Row]) -> None:
     for thing, line in cells.items():
         table.add_row(thing, *(line.get(name, "–") for name in names))
     Console(width=120).print(table)
+
+
+def has_rank(model: Row) -> bool:
+    """Return whether a model of a summary is an adapter."""
+    return model["training"] is not None and model["training"]["rank"] is not None

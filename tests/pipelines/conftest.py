@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
+from pipelines.config.sections import DataSection
+
 Values = dict[str, Any]
 # The first call may load a library, so set no deadline.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -91,19 +93,12 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def data_settings() -> Callable[..., Values]:
-    """Return a function that makes a recipe's data section as plain values."""
+def data_settings() -> Callable[..., DataSection]:
+    """Return a function that makes a recipe's data section."""
 
-    def make(source: Path | str, **changes: Any) -> Values:
-        defaults = {
-            "revision": None,
-            "split": "train",
-            "group_column": None,
-            "validation_examples": 8,
-            "max_tokens": 64,
-            "max_source_characters": 500,
-        }
-        return {"source": str(source), **defaults, **changes}
+    def make(source: Path | str, **changes: Any) -> DataSection:
+        defaults = {"validation_examples": 8, "max_tokens": 64, "max_source_characters": 500}
+        return DataSection.model_validate({"source": str(source), **defaults, **changes})
 
     return make
 

@@ -58,7 +58,7 @@ def finding_rows(summary: Values) -> Iterator[Row]:
 
 def ranks(summary: Values) -> list[str]:
     """Return the labels of the adapters."""
-    return [label for label, model in summary["models"].items() if "verdict" in model]
+    return [label for label, model in summary["models"].items() if model["judgment"] is not None]
 
 
 def verdict(what: str, found: Any, unit: str) -> Row:

@@ -70,8 +70,9 @@ class ScoredModel:
 
 def sight_rows(tuned: Values, pushed: Values) -> Iterator[Row]:
     """Yield each metric's change for the highest rank, the tuned and the over-trained control."""
-    judged = [model for model in tuned["models"].values() if "verdict" in model]
-    rank = max(judged, key=lambda model: int(model["rank"]))["label"]
+    models = tuned["models"]
+    judged = [label for label, model in models.items() if model["judgment"] is not None]
+    rank = max(judged, key=lambda label: int(models[label]["training"]["rank"]))
     steps = pushed["recipe"]["training"]["steps"]
     hard = ScoredModel(f"pushed control, {steps} steps", pushed, "control", "base")
     subjects = [

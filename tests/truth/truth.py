@@ -64,8 +64,8 @@ def command_row(summary: dict[str, Any]) -> Row:
     results = [
         Path(stage["folder"]) / "result.json" for stage in summary["stages"] if stage["folder"]
     ]
-    figures = [json.loads(result.read_text())["figures"] for result in results]
-    seconds = sum(one.get("seconds") or one["training_seconds"] for one in figures)
+    reported = [json.loads(result.read_text())["result"] for result in results]
+    seconds = sum(one["seconds"] or one["totals"]["training_seconds"] for one in reported)
     return {
         "what": f"lora run {summary['name']}",
         "value": round(seconds),

@@ -7,7 +7,7 @@ colors, for readers who cannot distinguish these.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
@@ -18,6 +18,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+
+from pipelines.comparison.resampling import Interval
 
 CONTROL_COLOR = "#d55e00"
 LIMIT = "#cc79a7"
@@ -40,12 +42,11 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 3,
     "ytick.major.size": 3,
 }
-Interval = Mapping[str, float]
 Box = tuple[float, float, float, float]
 Offset = tuple[int, int]
 Size = tuple[float, float]
 """Width and height."""
-ZERO: Interval = {"mean": 0.0, "low": 0.0, "high": 0.0}
+ZERO = Interval(mean=0.0, low=0.0, high=0.0)
 OFFSETS = [
     (side * distance, up)
     for up, distance, side in product(
@@ -88,7 +89,7 @@ def color_of(rank: int, ranks: Sequence[int]) -> str:
 
 def means(intervals: Sequence[Interval]) -> list[float]:
     """Return the means of the intervals."""
-    return [interval["mean"] for interval in intervals]
+    return [interval.mean for interval in intervals]
 
 
 def reaches(intervals: Sequence[Interval]) -> list[list[float]]:
@@ -96,9 +97,8 @@ def reaches(intervals: Sequence[Interval]) -> list[list[float]]:
     below = []
     above = []
     for interval in intervals:
-        mean = interval["mean"]
-        below.append(max(0.0, mean - interval["low"]))
-        above.append(max(0.0, interval["high"] - mean))
+        below.append(max(0.0, interval.mean - interval.low))
+        above.append(max(0.0, interval.high - interval.mean))
     return [below, above]
 
 

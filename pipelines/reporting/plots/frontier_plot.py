@@ -11,13 +11,15 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from pipelines.comparison.comparison import BASE, CONTROL, QUANTIZED_BASE
+from pipelines.comparison.document import Summary
+from pipelines.comparison.resampling import Interval
+from pipelines.reporting.model_parts import total_of
 from pipelines.reporting.plots.drawing import (
     INK,
     LIMIT,
     QUIET,
     ZERO,
     Box,
-    Interval,
     Label,
     drawing,
     limits,
@@ -27,9 +29,7 @@ from pipelines.reporting.plots.drawing import (
 )
 from pipelines.reporting.plots.trajectories import (
     Position,
-    Summary,
     Trajectory,
-    position_of,
     quantized_base_position,
     trajectories,
 )
@@ -42,12 +42,7 @@ Style = dict[str, Any]
 
 
 def plot_frontier(summary: Summary) -> str:
-    """Return the plot as SVG; the area that the gate rejects is shaded.
-
-    Args:
-        summary: see `pipelines.comparison.comparison`, with the additional keys `recipe` and
-            `frontier`.
-    """
+    """Return the plot as SVG; the area that the gate rejects is shaded."""
     found = trajectories(summary)
     with drawing("frontier", INCHES) as figure:
         axes = figure.add_axes((0.135, 0.1, 0.855, 0.885))
@@ -62,42 +57,41 @@ def plot_frontier(summary: Summary) -> str:
 
 def _set_frame(axes: Axes, found: Sequence[Trajectory], summary: Summary) -> None:
     """Set axis limits that contain all points, and the intervals of the trained models."""
-    x = _extent("gain", found)
-    y = _extent("general", found)
+    gains = [ZERO]
+    changes = [ZERO]
+    x = []
+    y = [-summary.recipe.gate.max_general_drop]
     for trajectory in found:
+        gains.append(trajectory.end.gain)
+        changes.append(trajectory.end.general)
         gain, _ = trajectory.start
         x.append(gain)
-    y.append(-summary["recipe"]["gate"]["max_general_drop"])
-    axes.set_xlim(*limits(x))
-    axes.set_ylim(*limits(y))
+        for point in trajectory.points:
+            x.append(point.gain.mean)
+            y.append(point.general.mean)
+    axes.set_xlim(*limits([*x, *_both_ends(gains)]))
+    axes.set_ylim(*limits([*y, *_both_ends(changes)]))
     axes.set_xlabel("Task gain (nats per token) – learned more →")
     axes.set_ylabel("← forgot more – General change")
 
 
-def _extent(key: str, found: Sequence[Trajectory]) -> list[float]:
-    """Return the values that an axis has to show."""
-    intervals: list[Interval] = [ZERO]
+def _both_ends(intervals: Sequence[Interval]) -> list[float]:
     values = []
-    for trajectory in found:
-        intervals.append(trajectory.end[key])
-        for row in trajectory.rows:
-            values.append(row[key]["mean"])
     for interval in intervals:
-        values += [interval["low"], interval["high"]]
+        values += [interval.low, interval.high]
     return values
 
 
 def _shade_rejected(axes: Axes, summary: Summary) -> None:
     """Shade what the gate rejects: too much forgetting, too little of the control's mean gain."""
-    gate = summary["recipe"]["gate"]
-    _shade_forgetting(axes, -gate["max_general_drop"])
-    control = summary["models"].get(CONTROL)
+    gate = summary.recipe.gate
+    _shade_forgetting(axes, -gate.max_general_drop)
+    control = summary.models.get(CONTROL)
     if control is None:
         return
-    gain = control["total"]["task_gain"]
-    if gain["low"] > 0:
-        min_fraction = gate["min_gain_share"]
-        _shade_low_gain(axes, min_fraction=min_fraction, control_gain=gain["mean"])
+    gain = total_of(control).task_gain
+    if gain.low > 0:
+        _shade_low_gain(axes, min_fraction=gate.min_gain_share, control_gain=gain.mean)
 
 
 def _shade_forgetting(axes: Axes, drop: float) -> None:
@@ -152,27 +146,26 @@ def _bases(summary: Summary) -> dict[str, Position]:
 
 def _draw(axes: Axes, trajectory: Trajectory) -> None:
     """Draw the path through the snapshots, other learning rates, truncations and the end."""
-    end = position_of(trajectory.end)
+    end = trajectory.end.position
     style: Style = {"color": trajectory.color}
-    snapshots = [position_of(row) for row in trajectory.snapshots]
+    snapshots = [point.position for point in trajectory.snapshots]
     path = [trajectory.start, *snapshots, end]
     dots: Style = {"linestyle": "none", "marker": "o", "markersize": 3.2, "zorder": 3}
     x, y = _columns(path)
     axes.plot(x, y, linewidth=1.3, alpha=0.85, zorder=2, **style)
     axes.plot(x[1:], y[1:], **dots, **style)
     square: Style = {"marker": "s", "markersize": 4.6, "markerfacecolor": "none"}
-    for row in trajectory.rates:
-        at = position_of(row)
-        x, y = _columns([end, at])
+    for point in trajectory.rates:
+        x, y = _columns([end, point.position])
         axes.plot(x, y, linewidth=0.8, linestyle=":", zorder=1, **style)
-        axes.plot(*at, **square, zorder=3, **style)
+        axes.plot(*point.position, **square, zorder=3, **style)
     if trajectory.truncated:
         _draw_truncated(axes, trajectory, end)
-    marker = "D" if trajectory.label == CONTROL else "o"
+    marker = "D" if trajectory.end.is_control else "o"
     axes.errorbar(
         *end,
-        xerr=reaches([trajectory.end["gain"]]),
-        yerr=reaches([trajectory.end["general"]]),
+        xerr=reaches([trajectory.end.gain]),
+        yerr=reaches([trajectory.end.general]),
         marker=marker,
         markersize=7,
         elinewidth=1,
@@ -191,7 +184,7 @@ def _draw_truncated(axes: Axes, trajectory: Trajectory, end: Position) -> None:
         "markerfacecolor": "none",
         "zorder": 3,
     }
-    positions = [position_of(row) for row in trajectory.truncated]
+    positions = [point.position for point in trajectory.truncated]
     x, y = _columns([end, *positions])
     axes.plot(x, y, linewidth=0.9, linestyle="--", zorder=1, **style)
     axes.plot(x[1:], y[1:], **triangles, **style)
@@ -225,29 +218,28 @@ def _labels(trajectory: Trajectory, *, with_steps: bool) -> list[Label]:
     Steps are the same for all models, so that only the first trajectory names them.
     """
     color = trajectory.color
-    labels = [Label(trajectory.name, position_of(trajectory.end), color)]
-    for row in trajectory.truncated:
-        text = f"→ rank {row['rank']}"
-        labels.append(Label(text, position_of(row), color, is_main=False))
-    for row in trajectory.rates:
-        text = f"{row['learning_rate']:g}"
-        labels.append(Label(text, position_of(row), color, is_main=False))
+    labels = [Label(trajectory.name, trajectory.end.position, color)]
+    for point in trajectory.truncated:
+        text = f"→ rank {point.rank}"
+        labels.append(Label(text, point.position, color, is_main=False))
+    for point in trajectory.rates:
+        text = f"{point.learning_rate:g}"
+        labels.append(Label(text, point.position, color, is_main=False))
     if with_steps:
-        for row in trajectory.snapshots:
-            text = f"{row['step']} steps"
-            labels.append(Label(text, position_of(row), color, is_main=False))
+        for point in trajectory.snapshots:
+            text = f"{point.step} steps"
+            labels.append(Label(text, point.position, color, is_main=False))
     return labels
 
 
 def _obstacles(trajectory: Trajectory) -> list[Box]:
     """Return the boxes of its points and of the two error bars of its end, which are lines."""
     boxes: list[Box] = []
-    for row in trajectory.rows:
-        x, y = position_of(row)
-        boxes.append((x, y, x, y))
-    x, y = position_of(trajectory.end)
-    gain = trajectory.end["gain"]
-    general = trajectory.end["general"]
-    horizontal = (gain["low"], y, gain["high"], y)
-    vertical = (x, general["low"], x, general["high"])
+    for point in trajectory.points:
+        boxes.append((*point.position, *point.position))
+    x, y = trajectory.end.position
+    gain = trajectory.end.gain
+    general = trajectory.end.general
+    horizontal = (gain.low, y, gain.high, y)
+    vertical = (x, general.low, x, general.high)
     return [*boxes, horizontal, vertical]

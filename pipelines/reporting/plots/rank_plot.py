@@ -1,12 +1,16 @@
 """Gain and change against rank: the trained ranks, and the highest rank truncated to lower ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
 from pipelines.comparison.comparison import CONTROL
+from pipelines.comparison.document import Summary
+from pipelines.comparison.frontier import FrontierPoint
+from pipelines.comparison.resampling import Interval
+from pipelines.reporting.model_parts import rank_of
 from pipelines.reporting.plots.drawing import (
     CONTROL_COLOR,
     GRID,
@@ -14,7 +18,6 @@ from pipelines.reporting.plots.drawing import (
     LIMIT,
     QUIET,
     RANK_COLORS,
-    Interval,
     drawing,
     means,
     reaches,
@@ -34,28 +37,24 @@ TRUNCATED_STYLE: Style = {
     "markerfacecolor": "none",
     "alpha": 0.8,
 }
-Row = Mapping[str, Any]
-Rows = Sequence[Row]
+Points = Sequence[FrontierPoint]
+Metric = Callable[[FrontierPoint], Interval | None]
 
 
-def plot_ranks(summary: Mapping[str, Any]) -> str:
+def plot_ranks(summary: Summary) -> str:
     """Return the plot of task gain and general change against rank as SVG.
 
     The control is a dashed line within its interval.
-
-    Args:
-        summary: see `pipelines.comparison.comparison`, with the additional keys `recipe` and
-            `frontier`.
     """
-    control: list[Row] = []
-    adapters: list[Row] = []
-    truncated: list[Row] = []
-    for row in summary["frontier"]:
-        if row["cut_from"] is not None:
-            truncated.append(row)
-        elif row["trained"]:
-            group = control if row["label"] == CONTROL else adapters
-            group.append(row)
+    control: list[FrontierPoint] = []
+    adapters: list[FrontierPoint] = []
+    truncated: list[FrontierPoint] = []
+    for point in summary.frontier:
+        if point.cut_from is not None:
+            truncated.append(point)
+        elif point.trained:
+            group = control if point.label == CONTROL else adapters
+            group.append(point)
     with drawing("ranks", INCHES) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         figure.subplots_adjust(
@@ -65,13 +64,13 @@ def plot_ranks(summary: Mapping[str, Any]) -> str:
             bottom=0.1,
             hspace=0.12,
         )
-        for axes, key in ((upper, "gain"), (lower, "general")):
-            _draw_intervals(axes, truncated, key, TRUNCATED_STYLE)
-            _draw_intervals(axes, adapters, key, TRAINED_STYLE)
+        for axes, metric in ((upper, _gain), (lower, _general)):
+            _draw_intervals(axes, truncated, metric, TRUNCATED_STYLE)
+            _draw_intervals(axes, adapters, metric, TRAINED_STYLE)
             _style_panel(axes)
-            _draw_control(axes, control, key)
+            _draw_control(axes, control, metric)
         lower.axhline(0, color=QUIET, linewidth=0.8, zorder=0)
-        limit = -summary["recipe"]["gate"]["max_general_drop"]
+        limit = -summary.recipe.gate.max_general_drop
         lower.axhline(limit, color=LIMIT, linewidth=1.4, linestyle=":")
         upper.set_ylabel("Task gain (nats per token)")
         lower.set_ylabel("General change")
@@ -81,14 +80,23 @@ def plot_ranks(summary: Mapping[str, Any]) -> str:
         return svg(figure, "ranks", description)
 
 
-def _draw_intervals(axes: Axes, rows: Rows, key: str, style: Style) -> None:
-    """Draw one metric of the rows by rank; rows without a score are skipped."""
+def _gain(point: FrontierPoint) -> Interval:
+    return point.gain
+
+
+def _general(point: FrontierPoint) -> Interval | None:
+    return point.general
+
+
+def _draw_intervals(axes: Axes, points: Points, metric: Metric, style: Style) -> None:
+    """Draw one metric of the points by rank; points without a score are skipped."""
     ranks: list[int] = []
     intervals: list[Interval] = []
-    for row in sorted(rows, key=lambda row: row["rank"]):
-        if row[key] is not None:
-            ranks.append(row["rank"])
-            intervals.append(row[key])
+    for point in sorted(points, key=rank_of):
+        interval = metric(point)
+        if interval is not None:
+            ranks.append(rank_of(point))
+            intervals.append(interval)
     if ranks:
         errors = reaches(intervals)
         axes.errorbar(
@@ -106,19 +114,17 @@ def _style_panel(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_control(axes: Axes, rows: Rows, key: str) -> None:
-    for row in rows:
-        interval = row[key]
+def _draw_control(axes: Axes, points: Points, metric: Metric) -> None:
+    for point in points:
+        interval = metric(point)
         if interval is None:
             continue
-        low = interval["low"]
-        high = interval["high"]
-        axes.axhspan(low, high, color=CONTROL_COLOR, alpha=0.13, linewidth=0)
-        axes.axhline(interval["mean"], color=CONTROL_COLOR, linewidth=1.4, linestyle="--")
+        axes.axhspan(interval.low, interval.high, color=CONTROL_COLOR, alpha=0.13, linewidth=0)
+        axes.axhline(interval.mean, color=CONTROL_COLOR, linewidth=1.4, linestyle="--")
 
 
-def _set_rank_axis(axes: Axes, rows: Rows) -> None:
-    ticks = sorted({row["rank"] for row in rows})
+def _set_rank_axis(axes: Axes, points: Points) -> None:
+    ticks = sorted(set(map(rank_of, points)))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(ticks, labels=list(map(str, ticks)))

@@ -9,10 +9,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from pipelines.runtime.interfaces.results import ModuleSpectrum
 
 SHADES = 8
-Module = Mapping[str, Any]
 ShadeRun = tuple[int, int]
 """The first cell of a shade in a column, and the number of its cells."""
 
@@ -37,30 +37,29 @@ class Strip:
     highest: float
 
 
-def strips(modules: Sequence[Module]) -> list[Strip]:
+def strips(modules: Sequence[ModuleSpectrum]) -> list[Strip]:
     """Return a strip for each kind of module of one adapter, in the order of the model."""
-    kinds: dict[str, list[Module]] = {}
+    kinds: dict[str, list[ModuleSpectrum]] = {}
     for module in modules:
-        kind = re.sub(r"\d+", "", module["module"])
+        kind = re.sub(r"\d+", "", module.module)
         kinds.setdefault(kind, []).append(module)
     largest = max(map(_size, modules), default=0.0) or 1.0
     return [_strip(group, largest) for group in kinds.values()]
 
 
-def _strip(group: Sequence[Module], largest: float) -> Strip:
+def _strip(group: Sequence[ModuleSpectrum], largest: float) -> Strip:
     columns = []
     effective_ranks = []
     points = []
     bars = []
     for index, module in enumerate(group):
-        effective_rank = float(module["effective_rank"])
         height = _size(module) / largest
-        columns.append(module["values"])
-        effective_ranks.append(effective_rank)
-        points.append(f"{index + 0.5:g},{effective_rank:.2f}")
+        columns.append(module.values)
+        effective_ranks.append(module.effective_rank)
+        points.append(f"{index + 0.5:g},{module.effective_rank:.2f}")
         bars.append(f"M{index + 0.1:g} 1h.8v-{height:.3f}h-.8z")
     return Strip(
-        kind=group[0]["module"].rpartition(".")[2],
+        kind=group[0].module.rpartition(".")[2],
         layers=len(group),
         rank=max(map(len, columns)),
         shades=_shades(columns),
@@ -95,5 +94,5 @@ def _runs(values: Sequence[float]) -> dict[int, ShadeRun]:
     return runs
 
 
-def _size(module: Module) -> float:
-    return math.hypot(*module["values"])
+def _size(module: ModuleSpectrum) -> float:
+    return math.hypot(*module.values)

@@ -42,6 +42,15 @@ class SmallerChange(Values):
     memory_bytes: int
 
 
+class PlannedAdapter(Values):
+    """An adapter before it is trained."""
+
+    rank: int
+    scale: float
+    file_rank: int
+    """Rank of the saved adapter; twice the trained one after a spectral initialization."""
+
+
 class RunCost(Values):
     """The cost of one training; memory is per process. See `lora_core.budget.budget.Budget`."""
 
@@ -65,11 +74,8 @@ class RunCost(Values):
     """What needs less memory, the smallest first."""
     sent_bytes: int
     """That a process sends in a step."""
-    rank: int | None = None
-    """None for full fine-tuning, as the next two."""
-    scale: float | None = None
-    file_rank: int | None = None
-    """Rank of the saved adapter."""
+    adapter: PlannedAdapter | None = None
+    """None for full fine-tuning."""
 
 
 class PlannedSetup(Values):
@@ -98,6 +104,10 @@ class Configuration(Values):
     processes: int
     without_checkpointing: ConfigurationCost
     with_checkpointing: ConfigurationCost
+
+    def cost(self, *, checkpointing: bool) -> ConfigurationCost:
+        """Return the cost with or without gradient checkpointing."""
+        return self.with_checkpointing if checkpointing else self.without_checkpointing
 
 
 class Communication(Values):

@@ -1,10 +1,12 @@
 """Which experiments and stages a recipe has, and how evaluations are distributed over processes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from summary_parts import verified
 
 from pipelines.config.experiments import (
     EvaluatedModel,
@@ -14,21 +16,59 @@ from pipelines.config.experiments import (
     rank_experiments,
 )
 from pipelines.config.recipe import parse_recipe
+from pipelines.config.sections import DataSection
 from pipelines.errors import RecipeError
+from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import DATA
+from pipelines.runtime.interfaces.results import BaseResult, DataResult, Verified
 from pipelines.runtime.stage import Stage
-from pipelines.workflow.stages import PreparedData, Stages, group_by_base, plain_label
+from pipelines.workflow.stages import (
+    EvaluateStage,
+    PreparedData,
+    Stages,
+    TrainStage,
+    group_by_base,
+    plain_label,
+)
 
 Values = dict[str, Any]
 Maker = Callable[..., Values]
-BASE = {
-    "folder": "base",
-    "id": "tiny",
-    "revision": "1",
-    "digests": {"dense": "d"},
-    "tokenizer_sha256": "t",
-    "template_sha256": "c",
+BASE_RESULT = BaseResult(
+    folder="base",
+    id="tiny",
+    revision="1",
+    digests={"dense": "d"},
+    tokenizer_sha256="t",
+    template_sha256="c",
+    forward=Verified.model_validate(verified()),
+    trust_remote_code=False,
+    weights=1,
+    context_tokens=None,
+)
+DATA_RESULT = DataResult(
+    rows=9,
+    left_out=0,
+    cut=0,
+    cut_held_out=0,
+    train_examples=6,
+    validation_examples=2,
+    tuning_examples=1,
+    train_tokens=60,
+    supervised_tokens=30,
+    digest="rows",
+)
+DATA_INPUTS = DataInputs(
+    data=DataSection(source="rows.jsonl"), source="r", tokenizer="t", template="c", seed=7
+)
+RECIPE = {
+    "name": "tiny",
+    "base_model": {"id": "tiny"},
+    "data": {"source": "rows.jsonl"},
+    "lora": {"ranks": [4]},
+    "training": {"steps": 6},
+    "registry": {"model": "tiny"},
 }
-DATA = PreparedData(Stage("data", "rows", {}, Path("runs")), {"digest": "rows"})
+PREPARED = PreparedData(Stage(DATA, "rows", DATA_INPUTS, Path("runs")), DATA_RESULT)
 
 
 def labels(experiments: list[Experiment]) -> list[str]:
@@ -80,11 +120,11 @@ def test_a_control_is_shared_by_all_recipes_that_need_it(recipe_with: Maker) -> 
     keys = {
         train_stage(recipe_with()).key,
         train_stage(other).key,
-        train_stage(recipe_with(), {**BASE, "id": "copy", "revision": "2"}).key,
+        train_stage(recipe_with(), changed_base(id="copy", revision="2")).key,
     }
     assert len(keys) == 1
     assert train_stage(recipe_with(training={"steps": 7})).key not in keys
-    assert train_stage(recipe_with(), {**BASE, "digests": {"dense": "e"}}).key not in keys
+    assert train_stage(recipe_with(), changed_base(digests={"dense": "e"})).key not in keys
 
 
 def test_the_key_of_an_evaluation_contains_its_files(recipe_with: Maker, tmp_path: Path) -> None:
@@ -118,20 +158,20 @@ def test_data_in_the_recipe_folder_is_found_from_any_working_folder(
     recipe = parse_recipe(recipe_with(data={"source": "rows.jsonl"}))
     stages = Stages(recipe, tmp_path, tmp_path / "there")
     monkeypatch.chdir(tmp_path)
-    stage = stages.data(BASE)
-    assert stage.paths["source"] == str(tmp_path / "there" / "rows.jsonl")
+    stage = stages.data(BASE_RESULT)
+    assert stage.paths.source == str(tmp_path / "there" / "rows.jsonl")
     (tmp_path / "there" / "rows.jsonl").write_text("{} \n")
-    assert stages.data(BASE).key != stage.key
+    assert stages.data(BASE_RESULT).key != stage.key
 
 
 def test_examples_longer_than_the_context_are_rejected(recipe_with: Maker) -> None:
     stages = Stages(parse_recipe(recipe_with(data={"max_tokens": 64})), Path("runs"))
-    assert stages.data({**BASE, "context_tokens": 64}).kind == "data"
+    assert stages.data(changed_base(context_tokens=64)).kind is DATA
     with pytest.raises(
         RecipeError,
         match=r"data.max_tokens 64 is more than the 63 tokens of the base's context; use at most",
     ):
-        stages.data({**BASE, "context_tokens": 63})
+        stages.data(changed_base(context_tokens=63))
 
 
 def test_snapshots_are_expected_files(recipe_with: Maker) -> None:
@@ -140,7 +180,8 @@ def test_snapshots_are_expected_files(recipe_with: Maker) -> None:
         "snapshots/step-00002/model/config.json",
         "snapshots/step-00004/model/config.json",
     )
-    assert stage.options["snapshots"] == [2, 4]
+    assert stage.options is not None
+    assert stage.options.snapshots == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -170,17 +211,22 @@ def test_a_label_is_part_of_a_folder_name() -> None:
     assert plain_label("control lr 0.0001") == "control-lr-0.0001"
 
 
-def train_stage(values: Values, base: Values = BASE) -> Stage:
+def changed_base(**changes: Any) -> BaseResult:
+    return BASE_RESULT.model_copy(update=changes)
+
+
+def train_stage(values: Values, base: BaseResult = BASE_RESULT) -> TrainStage:
     recipe = parse_recipe(values)
-    return Stages(recipe, Path("runs")).train(base, DATA, control_experiments(recipe)[0])
+    return Stages(recipe, Path("runs")).train(base, PREPARED, control_experiments(recipe)[0])
 
 
 def evaluation_key(values: Values, folder: Path) -> str:
     stages = Stages(parse_recipe(values), Path("runs"), folder)
-    return stages.evaluate(BASE, DATA, EvaluatedModel("base", quantized=False)).key
+    return stages.evaluate(BASE_RESULT, PREPARED, EvaluatedModel("base", quantized=False)).key
 
 
-def scored(label: str, quantization: str = "none", **paths: str) -> Stage:
-    return Stage(
-        "evaluate", label, {"quantization": quantization}, Path("runs"), {"base": "base", **paths}
-    )
+def scored(label: str, quantization: str = "none", **paths: str) -> EvaluateStage:
+    stages = Stages(parse_recipe(RECIPE), Path("runs"))
+    model = EvaluatedModel(label, quantized=quantization == "nf4")
+    stage = stages.evaluate(BASE_RESULT, PREPARED, model)
+    return replace(stage, paths=StagePaths(base="base", **paths))

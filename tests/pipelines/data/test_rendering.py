@@ -11,13 +11,14 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.config.sections import DataSection
 from pipelines.data.example import Example
 from pipelines.data.preparation import tokenize
 from pipelines.errors import DataError
 from pipelines.models.tokenizer import load_tokenizer
 
 Values = dict[str, Any]
-Maker = Callable[..., Values]
+Maker = Callable[..., DataSection]
 END = "<|end|>"
 PAIR = {"prompt": "Write red 7.", "completion": "red red."}
 TALK = [
@@ -28,7 +29,7 @@ TALK = [
 ]
 
 
-def only(rows: list[Values], tokenizer: PreTrainedTokenizerBase, settings: Values) -> Example:
+def only(rows: list[Values], tokenizer: PreTrainedTokenizerBase, settings: DataSection) -> Example:
     """Return the example of the only row."""
     [example] = list(tokenize(Dataset.from_list(rows), tokenizer, settings))
     return example

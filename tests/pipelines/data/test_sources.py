@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
+from pipelines.config.sections import DataSection
 from pipelines.data.sources import load_rows, shape_of
 from pipelines.errors import DataError
 
 Values = dict[str, Any]
-Maker = Callable[..., Values]
+Maker = Callable[..., DataSection]
 
 TEXTS = [{"text": "one"}, {"text": "two"}]
 PAIRS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]

@@ -14,6 +14,7 @@ from pipelines.data import preparation
 from pipelines.errors import DataError, RecipeError
 from pipelines.evaluation import benchmarks
 from pipelines.evaluation.eval_set import EvalSet, prepare
+from pipelines.runtime.interfaces.inputs import DataInputs, EvaluateInputs, StagePaths
 
 Prepare = Callable[..., EvalSet]
 
@@ -30,15 +31,22 @@ def prepared(
 
     def make(**settings: Any) -> EvalSet:
         recipe = parse_recipe(tiny_recipe(folder, pairs_file, evaluation=settings))
-        preparation.prepare(
-            tmp_path / "data",
-            {"data": recipe.data.model_dump(mode="json"), "seed": 7},
-            {"base": str(folder)},
+        data = DataInputs(data=recipe.data, source="pairs", tokenizer="t", template="c", seed=7)
+        preparation.prepare(tmp_path / "data", data, StagePaths(base=str(folder)))
+        inputs = EvaluateInputs(
+            base_digests={},
+            tokenizer="t",
+            template="c",
+            trained=None,
+            quantization="none",
+            data_digest="d",
+            evaluation=recipe.evaluation,
+            generations=recipe.evaluation.generations,
+            files={},
+            seed=7,
         )
-        inputs = {"evaluation": recipe.evaluation.model_dump(mode="json"), "seed": 7}
-        return prepare(
-            inputs, {"base": str(folder), "data": str(tmp_path / "data"), "recipe": str(tmp_path)}
-        )
+        paths = StagePaths(base=str(folder), data=str(tmp_path / "data"), recipe=str(tmp_path))
+        return prepare(inputs, paths)
 
     return make
 

@@ -26,6 +26,9 @@ from pipelines.evaluation.scoring import score_examples
 from pipelines.models.checked import CheckedReader
 from pipelines.models.hardware import detect
 from pipelines.models.loading import load_model
+from pipelines.runtime.interfaces.inputs import DataInputs, EvaluateInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import EVALUATE
+from pipelines.runtime.interfaces.results import EvaluateResult
 from pipelines.runtime.stage import Stage, read_inputs, read_records, read_result
 
 pytestmark = pytest.mark.skipif(
@@ -39,7 +42,8 @@ SETTINGS = {
     "generations": 3,
     "max_new_tokens": 4,
 }
-StageOf = Callable[..., Stage]
+EvaluateStage = Stage[EvaluateInputs, EvaluateResult]
+StageOf = Callable[..., EvaluateStage]
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +52,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file
     root = tmp_path_factory.mktemp("evaluation")
     recipe = parse_recipe(tiny_recipe(folder, pairs_file))
     (root / "data").mkdir()
-    prepare(
-        root / "data",
-        {"data": recipe.data.model_dump(mode="json"), "seed": 7},
-        {"base": str(folder)},
-    )
+    inputs = DataInputs(data=recipe.data, source="pairs", tokenizer="t", template="c", seed=7)
+    prepare(root / "data", inputs, StagePaths(base=str(folder)))
     for rank in (2, 4):
         write_adapter(folder, root / f"rank-{rank}", rank)
     write_adapter(save_tiny_model(root / "other", seed=3), root / "stranger", 2)
@@ -78,30 +79,40 @@ def write_adapter(base: Path, folder: Path, rank: int) -> None:
 def stage_of(workspace: Path, folder: Path, tmp_path: Path) -> StageOf:
     """Return a function that makes started stages."""
 
-    def make(label: str, root: str = "runs", trained: str | None = None, **changes: Any) -> Stage:
+    def make(
+        label: str, root: str = "runs", trained: str | None = None, **changes: Any
+    ) -> EvaluateStage:
         recipe = parse_recipe(
             tiny_recipe(folder, workspace / "pairs.jsonl", evaluation={**SETTINGS, **changes})
         )
-        inputs = {
-            "trained": label,
-            "quantization": "none" if label in ("base", "control") else "nf4",
-            "evaluation": recipe.evaluation.model_dump(mode="json"),
-            "seed": 7,
-        }
-        paths = {"base": str(folder), "data": str(workspace / "data"), "recipe": str(tmp_path)}
+        inputs = EvaluateInputs(
+            base_digests={},
+            tokenizer="t",
+            template="c",
+            trained=label,
+            quantization="none" if label in ("base", "control") else "nf4",
+            data_digest="d",
+            evaluation=recipe.evaluation,
+            generations=recipe.evaluation.generations,
+            files={},
+            seed=7,
+        )
+        outputs = {}
         if label not in ("base", "base-nf4"):
-            paths["model" if label == "control" else "adapter"] = str(
-                workspace / (trained or label)
-            )
-        stage = Stage("evaluate", label, inputs, tmp_path / root, paths)
+            output = "model" if label == "control" else "adapter"
+            outputs[output] = str(workspace / (trained or label))
+        paths = StagePaths(
+            base=str(folder), data=str(workspace / "data"), recipe=str(tmp_path), **outputs
+        )
+        stage = Stage(EVALUATE, label, inputs, tmp_path / root, paths)
         stage.begin()
         return stage
 
     return make
 
 
-def write(evaluation: Evaluation, stage: Stage) -> dict[str, bytes]:
-    _, files = evaluation(stage.folder, *read_inputs(stage.folder))
+def write(evaluation: Evaluation, stage: EvaluateStage) -> dict[str, bytes]:
+    _, files = evaluation(stage.folder, *read_inputs(stage.folder, EVALUATE))
     return {name: (stage.folder / name).read_bytes() for name in files}
 
 
@@ -129,7 +140,7 @@ def test_an_adapter_scores_the_same_when_loaded_by_hand(
     model = load_model(folder, "nf4", detect())
     load_adapter(model, workspace / "rank-4")
     dequantize(model, torch.float32)
-    eval_set = evaluation.eval_set(*read_inputs(stage.folder))
+    eval_set = evaluation.eval_set(*read_inputs(stage.folder, EVALUATE))
     expected = [
         *score_examples(CheckedReader(model), eval_set.examples),
         *scored(CheckedReader(model), eval_set.questions),
@@ -209,12 +220,15 @@ def test_left_out_and_unfinished_answers_are_counted(
     stage_of: StageOf, tokens: int, counted: str, marked: str
 ) -> None:
     stage = stage_of("base", max_new_tokens=tokens)
-    result, _ = Evaluation()(stage.folder, *read_inputs(stage.folder))
+    result, _ = Evaluation()(stage.folder, *read_inputs(stage.folder, EVALUATE))
     answers = [
         record for record in read_records(stage.folder / ITEMS) if record["kind"] == "generation"
     ]
     assert all(marked in record for record in answers)
-    counts = {name: result[name].get("answers", 0) for name in ("left_out", "unfinished")}
+    counts = {
+        "left_out": result.left_out.get("answers", 0),
+        "unfinished": result.unfinished.get("answers", 0),
+    }
     assert counts == {"left_out": 0, "unfinished": 0, counted: len(answers)}
 
 
@@ -226,7 +240,9 @@ def test_a_batch_reports_the_error_of_one_stage_and_continues(
     refused = stage_of("stranger")
     left = stage_of("rank-2")
     first = evaluate(done)
-    assert (first.returncode, read_result(done.folder) is None) == (0, False), first.stderr
+    assert (first.returncode, read_result(done.folder, EVALUATE) is None) == (0, False), (
+        first.stderr
+    )
     before = (done.folder / "result.json").stat().st_mtime_ns
     batch = evaluate(done, refused, left)
     assert batch.returncode == 2, batch.stderr
@@ -234,8 +250,8 @@ def test_a_batch_reports_the_error_of_one_stage_and_continues(
     assert "Traceback" not in batch.stderr
     assert refused.result() is None
     result = left.result()
-    assert result is not None and result["items"] == 34
-    assert set(result["seconds_of"]) == {
+    assert result is not None and result.items == 34
+    assert set(result.seconds_of) == {
         "prepare",
         "load",
         "task",
@@ -248,7 +264,7 @@ def test_a_batch_reports_the_error_of_one_stage_and_continues(
     assert (done.folder / "result.json").stat().st_mtime_ns == before
 
 
-def evaluate(*stages: Stage) -> "subprocess.CompletedProcess[str]":
+def evaluate(*stages: EvaluateStage) -> "subprocess.CompletedProcess[str]":
     argv = [
         sys.executable,
         "-m",

@@ -89,7 +89,7 @@ def test_missing_data_is_refused(tasks_folder: Path) -> None:
 @needs_library
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="include_path 'tasks' is not a folder in"):
-        load_tasks({**settings("chosen"), "include_path": "tasks"}, 7, [tmp_path])
+        load_tasks(settings("chosen").model_copy(update={"include_path": "tasks"}), 7, [tmp_path])
 
 
 @needs_library

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +22,9 @@ from pipelines.models.base_model import (
     locate,
     prepare,
 )
+from pipelines.runtime.interfaces.inputs import BaseIdentity, BaseInputs, StagePaths
+from pipelines.runtime.interfaces.kinds import BASE
+from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.runtime.launcher import ensure_result
 from pipelines.runtime.stage import Stage
 
@@ -39,13 +41,13 @@ def copied(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> Callable[[Path], dict[str, Any]]:
+def prepared(tmp_path: Path) -> Callable[[Path], BaseResult]:
     """Return a function that prepares a folder as a base and returns the result."""
 
-    def run(folder: Path) -> dict[str, Any]:
-        inputs = {"base": identify(str(folder), None)}
-        stage = Stage("base", "tiny", inputs, tmp_path / "runs")
-        result, files = prepare(stage.begin(), inputs, {})
+    def run(folder: Path) -> BaseResult:
+        inputs = BaseInputs(base=identify(str(folder), None))
+        stage = Stage(BASE, "tiny", inputs, tmp_path / "runs")
+        result, files = prepare(stage.begin(), inputs, StagePaths())
         assert files == []
         return result
 
@@ -54,7 +56,7 @@ def prepared(tmp_path: Path) -> Callable[[Path], dict[str, Any]]:
 
 def test_a_folder_is_identified_by_its_path_and_its_files(tiny_folder: Path) -> None:
     identity = identify(str(tiny_folder), None)
-    assert (identity["kind"], identity["id"]) == ("folder", str(tiny_folder.resolve()))
+    assert (identity.kind, identity.id) == ("folder", str(tiny_folder.resolve()))
     assert identity == identify(str(tiny_folder), None)
     assert locate(identity) == tiny_folder
 
@@ -76,25 +78,22 @@ def test_a_gguf_file_is_identified_by_its_bytes(tmp_path: Path) -> None:
     file = tmp_path / "small.gguf"
     file.write_bytes(b"GGUF")
     identity = identify(str(file), None)
-    assert identity == {"kind": "gguf", "id": str(file), "sha256": sha256_of_file(file)}
+    assert identity == BaseIdentity(kind="gguf", id=str(file), sha256=sha256_of_file(file))
     assert locate(identity) == file
 
 
 @pytest.mark.parametrize(("revision", "named"), [(None, "main"), ("v1.0", "v1.0")])
 def test_a_hub_model_is_identified_by_its_revision(revision: str | None, named: str) -> None:
-    assert identify("owner/model", revision) == {
-        "kind": "hub",
-        "id": "owner/model",
-        "revision": named,
-    }
+    expected = BaseIdentity(kind="hub", id="owner/model", revision=named)
+    assert identify("owner/model", revision) == expected
 
 
 @needs_wheel
 def test_the_embedded_model_is_a_file_of_its_wheel() -> None:
     identity = identify(EMBEDDED_PREFIX + EMBEDDED_NAME, None)
     file = locate(identity)
-    assert identity["kind"] == "gguf"
-    assert (file.name, file.stat().st_size) == (identity["file"], identity["bytes"])
+    assert identity.kind == "gguf"
+    assert (file.name, file.stat().st_size) == (identity.file, identity.bytes)
     assert file == embedded_file(EMBEDDED_NAME)
 
 
@@ -149,24 +148,24 @@ def test_a_hub_model_is_refused_while_offline() -> None:
 
 
 def test_the_digest_equals_that_of_the_loaded_model(
-    prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path
+    prepared: Callable[[Path], BaseResult], tiny_folder: Path
 ) -> None:
     kind, digest = fingerprint(AutoModelForCausalLM.from_pretrained(tiny_folder))
-    assert prepared(tiny_folder)["digests"] == {kind: digest}
+    assert prepared(tiny_folder).digests == {kind: digest}
 
 
 def test_a_base_is_described_for_the_stages_after_it(
-    prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path
+    prepared: Callable[[Path], BaseResult], tiny_folder: Path
 ) -> None:
     result = prepared(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    assert result["folder"] == str(tiny_folder.resolve())
-    assert result["weights"] == sum(parameter.numel() for parameter in model.parameters())
-    assert result["context_tokens"] == 512
+    assert result.folder == str(tiny_folder.resolve())
+    assert result.weights == sum(parameter.numel() for parameter in model.parameters())
+    assert result.context_tokens == 512
 
 
 def test_one_changed_weight_matrix_changes_the_digest(
-    prepared: Callable[[Path], dict[str, Any]], copied: Path
+    prepared: Callable[[Path], BaseResult], copied: Path
 ) -> None:
     before = prepared(copied)
     model = AutoModelForCausalLM.from_pretrained(copied)
@@ -174,33 +173,33 @@ def test_one_changed_weight_matrix_changes_the_digest(
         model.model.layers[1].mlp.down_proj.weight.add_(0.01)
     model.save_pretrained(copied)
     after = prepared(copied)
-    assert after["digests"] != before["digests"]
-    assert after["tokenizer_sha256"] == before["tokenizer_sha256"]
+    assert after.digests != before.digests
+    assert after.tokenizer_sha256 == before.tokenizer_sha256
 
 
 def test_a_different_template_changes_only_its_digest(
-    prepared: Callable[[Path], dict[str, Any]], tiny_folder: Path, plain_folder: Path
+    prepared: Callable[[Path], BaseResult], tiny_folder: Path, plain_folder: Path
 ) -> None:
     with_template = prepared(tiny_folder)
     without = prepared(plain_folder)
-    assert with_template["template_sha256"] != without["template_sha256"]
-    assert with_template["digests"] == without["digests"]
-    assert with_template["tokenizer_sha256"] == without["tokenizer_sha256"]
+    assert with_template.template_sha256 != without.template_sha256
+    assert with_template.digests == without.digests
+    assert with_template.tokenizer_sha256 == without.tokenizer_sha256
 
 
 def test_another_vocabulary_changes_the_digest_of_the_tokenizer(
-    prepared: Callable[[Path], dict[str, Any]], copied: Path
+    prepared: Callable[[Path], BaseResult], copied: Path
 ) -> None:
     before = prepared(copied)
     tokenizer = AutoTokenizer.from_pretrained(copied)
     tokenizer.add_tokens(["<|more|>"])
     tokenizer.save_pretrained(copied)
-    assert prepared(copied)["tokenizer_sha256"] != before["tokenizer_sha256"]
+    assert prepared(copied).tokenizer_sha256 != before.tokenizer_sha256
 
 
 @pytest.mark.parametrize("lost", ["model.safetensors", "tokenizer.json"])
 def test_a_folder_without_one_of_its_files_is_refused_by_name(
-    prepared: Callable[[Path], dict[str, Any]], copied: Path, lost: str
+    prepared: Callable[[Path], BaseResult], copied: Path, lost: str
 ) -> None:
     (copied / lost).unlink()
     with pytest.raises(BaseModelError, match=str(copied)):
@@ -237,7 +236,7 @@ def with_code(copied: Path) -> Path:
 
 
 def test_custom_code_of_a_base_does_not_run_unless_it_is_trusted(
-    with_code: Path, prepared: Callable[[Path], dict[str, Any]]
+    with_code: Path, prepared: Callable[[Path], BaseResult]
 ) -> None:
     (with_code / "own.py").write_text("raise SystemExit('this code was run')")
     classes = r"\(own\.OwnConfig, own\.OwnModel\)"
@@ -251,14 +250,16 @@ def test_trusted_code_runs_and_is_verified(
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     identity = identify(str(with_code), None, trust_remote_code=True)
-    result = ensure_result(Stage("base", "own", {"base": identity}, tmp_path / "runs"), threads=1)
-    assert result["trust_remote_code"]
-    forward = result["forward"]
-    assert (forward["path"], forward["own_head"]) == ("packed", True)
-    assert "differs by" in forward["rejected"][0]
+    stage = Stage(BASE, "own", BaseInputs(base=identity), tmp_path / "runs")
+    result = ensure_result(stage, threads=1)
+    assert result.trust_remote_code
+    forward = result.forward
+    assert (forward.path, forward.own_head) == ("packed", True)
+    assert "differs by" in forward.rejected[0]
 
 
-def test_an_identity_mentions_trust_only_if_code_is_trusted(with_code: Path) -> None:
+def test_an_identity_states_whether_code_is_trusted(with_code: Path) -> None:
     plain = identify(str(with_code), None)
     trusted = identify(str(with_code), None, trust_remote_code=True)
-    assert trusted == {**plain, "trust_remote_code": True}
+    assert not plain.trust_remote_code
+    assert trusted == plain.model_copy(update={"trust_remote_code": True})

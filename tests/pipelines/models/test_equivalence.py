@@ -16,7 +16,7 @@ from pipelines.models.forward import PackReader
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack
 from pipelines.models.support import enable_checkpointing
-from pipelines.models.verified import Verified, sentence
+from pipelines.runtime.interfaces.results import Verified
 
 Family = Callable[..., PreTrainedModel]
 SEED = 1
@@ -254,7 +254,7 @@ def test_a_sentence_describes_the_verification() -> None:
         gradient_tolerance=1e-3,
         rejected=("not packed: it has a state",),
     )
-    assert sentence(found.figures()) == (
+    assert str(found) == (
         "slow path (one example at a time) matches the model's own forward: "
         "3e-07 nats per token on 1 example of up to 1,200 tokens; not packed: it has a state"
     )

@@ -1,5 +1,7 @@
 """Memory, traffic and checkpoints of a plan on a cluster of GPUs."""
 
+from collections.abc import Callable
+from itertools import product
 from typing import Annotated, Any
 
 import pytest
@@ -7,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lora_core.budget.wire import SHARDINGS
+from lora_core.budget.wire import SHARDINGS, Sharding
 from pipelines.cli import with_options
 from pipelines.errors import PipelineError
 from pipelines.planning.cluster import (
@@ -21,58 +23,54 @@ from pipelines.planning.cluster import (
     traffic_on,
     traffic_table,
 )
+from pipelines.runtime.interfaces.plan_result import (
+    Configuration,
+    ConfigurationCost,
+    PlanResult,
+    TrainingMethod,
+)
 
 GIB = 1024**3
-WEIGHTS = {
-    "plain_bytes": 4_000_000_000,
-    "trained_bytes": 2_000_000_000,
-    "first_bytes": 2_000_000_000,
-    "again_bytes": 2_000_000_000,
-    "block_bytes": 2_000_000_000,
-    "persistent_bytes": 0,
-    "shared_numbers": 1_000_000_000,
-}
-EXCHANGE = {
-    "gradient_accumulation_steps": 1,
-    "checkpointing": False,
-    "reduces_to_owner": False,
-    "reuse_weights": 0,
-}
 
 
 def configuration(
-    sharding: str, gib: float, checkpointed: float, eight_bit: float | None = None
-) -> dict[str, Any]:
+    sharding: Sharding,
+    gib: float,
+    checkpointed: float,
+    eight_bit: float | None = None,
+    *,
+    method: TrainingMethod = "full",
+    processes: int = 1,
+) -> Configuration:
     """Return an entry of the plan's `scaling`; sizes are in GiB."""
     eight_bit = eight_bit or gib
-    return {
-        "sharding": sharding,
-        "memory_bytes": gib * GIB,
-        "eight_bit_bytes": eight_bit * GIB,
-        "checkpointed_bytes": checkpointed * GIB,
-        "checkpointed_eight_bit_bytes": eight_bit / gib * checkpointed * GIB,
-        "sent_bytes": 12_500_000_000,
-        "checkpointed_sent_bytes": 25_000_000_000,
-    }
+    return Configuration(
+        method=method,
+        sharding=sharding,
+        processes=processes,
+        without_checkpointing=ConfigurationCost(
+            memory_bytes=round(gib * GIB),
+            eight_bit_bytes=round(eight_bit * GIB),
+            sent_bytes=12_500_000_000,
+        ),
+        with_checkpointing=ConfigurationCost(
+            memory_bytes=round(checkpointed * GIB),
+            eight_bit_bytes=round(eight_bit / gib * checkpointed * GIB),
+            sent_bytes=25_000_000_000,
+        ),
+    )
 
 
-def plan() -> dict[str, Any]:
+@pytest.fixture
+def plan(plan_result: Callable[..., PlanResult]) -> PlanResult:
+    """Return a plan for 1, 2 and 512 GPUs."""
+    runs = {"rank-4": {"trained_weights": 10_000_000}, "control": {"trained_weights": 10**9}}
     scaling = []
-    for method in METHODS:
-        for processes in (1, 2, 512):
-            for sharding in SHARDINGS:
-                row = configuration(sharding, 100 / processes, 50 / processes)
-                scaling.append({"method": method, "processes": processes, **row})
-    return {
-        "scaling": scaling,
-        "comfortable_share": 0.9,
-        "exchanged": {"weights": dict.fromkeys(METHODS, WEIGHTS), "exchange": EXCHANGE},
-        "runs": {
-            "rank-4": {"trained_weights": 10_000_000},
-            "control": {"trained_weights": 1_000_000_000},
-        },
-        "tokens_of_a_step": 100_000.0,
-    }
+    for method, processes, sharding in product(METHODS, (1, 2, 512), SHARDINGS):
+        gib = 100 / processes
+        one = configuration(sharding, gib, gib / 2, method=method, processes=processes)
+        scaling.append(one)
+    return plan_result(runs, tuple(scaling))
 
 
 def printed(table: Any) -> str:
@@ -113,36 +111,36 @@ def test_twice_the_bandwidth_is_half_the_time() -> None:
     assert first_that_fits([configuration("ddp", 1, 1)], cluster, 1, 0.9) == "ddp 0.5 s"
 
 
-def test_each_number_of_gpus_has_a_row() -> None:
-    lines = printed(scaling_table(plan(), Cluster(gpu_gb=80), 80)).splitlines()
+def test_each_number_of_gpus_has_a_row(plan: PlanResult) -> None:
+    lines = printed(scaling_table(plan, Cluster(gpu_gb=80), 80)).splitlines()
     rows = [line for line in lines if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == ["1", "2", "512"]
     assert "ddp c" in rows[0]
 
 
-def test_traffic_follows_the_formula() -> None:
+def test_traffic_follows_the_formula(plan: PlanResult) -> None:
     """Each of 64 ranks sends 63/64 of 2 GB twice to gather, and once to scatter the gradient."""
-    assert traffic_on(plan(), "full", "zero3", 64).wire_bytes == 3 * 2_000_000_000 * 63 // 64
-    text = printed(traffic_table(plan(), Cluster(gpus=64, gbit=100), 64))
+    assert traffic_on(plan, "full", "zero3", 64).wire_bytes == 3 * 2_000_000_000 * 63 // 64
+    text = printed(traffic_table(plan, Cluster(gpus=64, gbit=100), 64))
     assert "5.91 GB, 0.47 s" in text
     assert "62.5 MB to the host" in text
 
 
-def test_the_checkpoint_interval_is_a_duration_or_steps() -> None:
+def test_the_checkpoint_interval_is_a_duration_or_steps(plan: PlanResult) -> None:
     """1.2e10 bytes in 12 s, and a failure every 33 days of 64 GPUs.
 
     √(2 · 12 s · 33 d) = 138 min, or 827 steps of 10 s.
     """
-    in_time = printed(checkpoints_table(plan(), Cluster(gpus=64), 64))
-    in_steps = printed(checkpoints_table(plan(), Cluster(gpus=64, tokens_per_second=10_000), 64))
+    in_time = printed(checkpoints_table(plan, Cluster(gpus=64), 64))
+    in_steps = printed(checkpoints_table(plan, Cluster(gpus=64, tokens_per_second=10_000), 64))
     assert "12 GB" in in_time
     assert "2.3 h" in in_time
     assert "827 steps" in in_steps
 
 
-def test_a_faster_disk_and_more_failures_both_reduce_the_interval() -> None:
+def test_a_faster_disk_and_more_failures_both_reduce_the_interval(plan: PlanResult) -> None:
     cluster = Cluster(gpus=64, disk_gb_per_second=4, failures_per_gpu_year=0.692)
-    text = printed(checkpoints_table(plan(), cluster, 64))
+    text = printed(checkpoints_table(plan, cluster, 64))
     assert "34.5 min" in text  # 138 min / √4 / √4
 
 

@@ -24,6 +24,7 @@ from summaries import (
     no_general_ability,
     no_prompts,
     one_rank,
+    parsed,
 )
 
 from pipelines.config.recipe import Recipe, load_recipe
@@ -115,9 +116,9 @@ def test_recipe_on_the_page_equals_the_recipe(summary: Summary, page: Page) -> N
 
 
 def test_recipe_runs_from_a_file_with_its_name(summary: Summary, tmp_path: Path) -> None:
-    command = next(line for line in commands(summary) if "lora run" in line)
+    command = next(line for line in commands(parsed(summary)) if "lora run" in line)
     path = tmp_path / command.split()[-1]
-    path.write_text(recipe_text(summary), encoding="utf-8")
+    path.write_text(recipe_text(parsed(summary)), encoding="utf-8")
     assert load_recipe(str(path)).model_dump(mode="json") == summary["recipe"]
 
 
@@ -149,10 +150,11 @@ def test_metrics_of_any_scale_are_written_short(summary: Summary, tmp_path: Path
     assert "<b>|" not in text
 
 
-def test_incumbent_is_mentioned(summary: Summary, tmp_path: Path) -> None:
-    summary["incumbent"] = {
+def test_registered_champion_is_mentioned(summary: Summary, tmp_path: Path) -> None:
+    summary["registered_champion"] = {
         "version": "3",
         "adapter_sha256": "00",
+        "objection": None,
         "label": "champion-3",
         "words": "Version 3 was the champion.",
     }

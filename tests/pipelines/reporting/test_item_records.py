@@ -3,24 +3,24 @@
 import json
 from pathlib import Path
 
-from summaries import Summary, no_answers
+from summaries import Summary, no_answers, parsed
 
-from pipelines.reporting.item_records import left_out, samples
+from pipelines.reporting.item_records import LeftOut, left_out, samples
 
 
 def test_without_records_only_the_count_is_reported(summary: Summary) -> None:
     no_answers(summary)
-    counts = {row["name"]: row["count"] for row in left_out(summary)}
+    counts = {row.name: row.count for row in left_out(parsed(summary))}
     assert counts == {"lambada": 2, "passages": 1, "answers": 1}
     summary["items"] = {"rank-4": summary["items"]["rank-4"]}
-    assert left_out(summary) == [{"name": "lambada", "count": 2, "why": ""}]
+    assert left_out(parsed(summary)) == [LeftOut("lambada", 2, "")]
 
 
 def sampled_ids(summary: Summary) -> list[int]:
     ids = []
-    for records in samples(summary):
-        first = next(iter(records.values()))
-        ids.append(first["id"])
+    for answers in samples(parsed(summary)):
+        first = next(iter(answers.values()))
+        ids.append(first.id)
     return ids
 
 
@@ -41,5 +41,5 @@ def test_many_reasons_are_abbreviated(summary: Summary) -> None:
         lines.append(json.dumps(record) + "\n")
     Path(summary["items"]["base"]).write_text("".join(lines), encoding="utf-8")
     summary["items"] = {"base": summary["items"]["base"]}
-    expected = {"name": "chat", "count": 5, "why": "reason 0; reason 1; and 3 more like it"}
-    assert left_out(summary)[1:] == [expected]
+    expected = LeftOut("chat", 5, "reason 0; reason 1; and 3 more like it")
+    assert left_out(parsed(summary))[1:] == [expected]

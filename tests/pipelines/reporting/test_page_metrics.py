@@ -2,7 +2,7 @@
 
 import pytest
 from browser.report_parser import Cell, ReportParser, interval_of, value_of
-from summaries import BENCHMARKS, KINDS, LAYERS, METRICS, Summary
+from summaries import BENCHMARKS, KINDS, LAYERS, METRICS, Summary, parsed
 
 from pipelines.reporting.report_metrics import report_metrics
 
@@ -16,12 +16,25 @@ def cells(page: Page) -> Cells:
     return page[1].cells
 
 
+def status_of(model: Summary) -> str:
+    """Return the status of an adapter's verdict; empty for another model."""
+    return model["judgment"]["verdict"]["status"] if "judgment" in model else ""
+
+
+def spectra_of(summary: Summary) -> dict[str, list[Summary]]:
+    """Return label → the spectra of its updates, for each adapter."""
+    spectra = {}
+    for label, model in summary["models"].items():
+        if "judgment" in model:
+            spectra[label] = model["training"]["result"]["saved"]["spectrum"]
+    return spectra
+
+
 def test_models_table_equals_the_summary(summary: Summary, cells: Cells) -> None:
     for label, model in summary["models"].items():
         task_loss = value_of(cells[label, "task_loss"])
         assert task_loss == model["scores"]["task_loss"]
-        status = model.get("verdict", {}).get("status", "")
-        assert cells[label, "verdict"]["data-value"] == status
+        assert cells[label, "verdict"]["data-value"] == status_of(model)
         if label == "base":
             assert "data-value" not in cells[label, "task_gain"]
             continue
@@ -64,7 +77,7 @@ WITHOUT_CHANGE = {"kl", "corpus.bleu", "corpus.chrf", "unfinished_answers"}
 
 def test_every_metric_has_a_row_with_what_it_detects(summary: Summary, page: Page) -> None:
     text, _ = page
-    metrics = report_metrics(summary["models"])
+    metrics = report_metrics(parsed(summary).models)
     assert {metric.name for metric in metrics} == {*SCORED, *WITHOUT_CHANGE}
     for metric in metrics:
         assert metric.detects
@@ -112,14 +125,14 @@ def test_every_point_of_the_frontier_is_listed(summary: Summary, page: Page) -> 
 def test_every_rule_of_every_adapter_is_listed(summary: Summary, page: Page) -> None:
     expected = {}
     for label, model in summary["models"].items():
-        if "verdict" in model:
-            for rule in model["verdict"]["rules"]:
+        if "judgment" in model:
+            for rule in model["judgment"]["verdict"]["rules"]:
                 expected[label, rule["name"]] = rule["status"]
     assert page[1].rules == expected
 
 
 def test_spectra_show_the_effective_rank(summary: Summary, cells: Cells) -> None:
-    for label, modules in summary["spectrum"].items():
+    for label, modules in spectra_of(summary).items():
         for kind in KINDS:
             ranks = []
             for module in modules:
@@ -133,7 +146,7 @@ def test_spectra_show_the_effective_rank(summary: Summary, cells: Cells) -> None
 
 def test_power_table_equals_the_summary(summary: Summary, page: Page, cells: Cells) -> None:
     text, _ = page
-    for label in summary["spectrum"]:
+    for label in spectra_of(summary):
         power = summary["models"][label]["power"]
         piqa = power["benchmarks"]["piqa"]
         assert value_of(cells[label, "power.needed"]) == power["needed"]

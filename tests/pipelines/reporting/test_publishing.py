@@ -7,21 +7,25 @@ from typing import Any
 import pytest
 from rich.console import Console
 from rich.table import Table
-from summaries import Summary
+from summaries import Summary as Values
+from summaries import parsed
 
-from pipelines.config.recipe import Recipe
+from pipelines.comparison.document import Registered, Summary
 from pipelines.errors import RegistryError
 from pipelines.tracking import registry
 from pipelines.workflow import publishing, tasks
 from pipelines.workflow.run import PipelineRun
 from pipelines.workflow.stages import Stages
 
-REGISTERED = {
-    "model": "tiny-model",
-    "parent_run": "p",
-    "versions": {"rank-16": 3},
-    "aliases": {"champion": 3},
-}
+REGISTERED = Registered(
+    tracking_uri="sqlite:///mlflow.db",
+    experiment_id="1",
+    parent_run="p",
+    runs={"rank-16": "a"},
+    model="tiny-model",
+    versions={"rank-16": 3},
+    aliases={"champion": 3},
+)
 MESSAGE = "Registered in tiny-model: rank-16 as version 3; champion is version 3."
 
 
@@ -31,15 +35,11 @@ class FakeRegistry:
     def __init__(self) -> None:
         self.logged: list[dict[str, str]] = []
 
-    def register(
-        self, summary: Summary, runs: Path, files: list[Path], note: str
-    ) -> dict[str, Any]:
+    def register(self, summary: Summary, runs: Path, files: list[Path], note: str) -> Registered:
         self._log(files, note)
         return REGISTERED
 
-    def describe(
-        self, registered: dict[str, Any], runs: Path, files: list[Path], note: str
-    ) -> None:
+    def describe(self, registered: Registered, runs: Path, files: list[Path], note: str) -> None:
         assert registered == REGISTERED
         self._log(files, note)
 
@@ -74,9 +74,13 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture
-def run(summary: Summary, tmp_path: Path) -> PipelineRun:
-    recipe = Recipe.model_validate(summary["recipe"])
-    return PipelineRun(recipe, Stages(recipe, tmp_path))
+def typed(summary: Values) -> Summary:
+    return parsed(summary)
+
+
+@pytest.fixture
+def run(typed: Summary, tmp_path: Path) -> PipelineRun:
+    return PipelineRun(typed.recipe, Stages(typed.recipe, tmp_path))
 
 
 def failing(*arguments: Any) -> None:
@@ -84,33 +88,34 @@ def failing(*arguments: Any) -> None:
 
 
 def test_registered_versions_are_reported_everywhere(
-    run: PipelineRun, summary: Summary, mlflow: FakeRegistry, shown: list[str]
+    run: PipelineRun, typed: Summary, mlflow: FakeRegistry, shown: list[str]
 ) -> None:
-    path = publishing.publish(run, summary)
+    path = publishing.publish(run, typed)
     before, after = mlflow.logged
     assert MESSAGE not in before["note"] + before["report.html"]
     assert MESSAGE in after["note"]
     assert f'<p class="quiet" id="registered">{MESSAGE}</p>' in after["report.html"]
-    assert json.loads(after["summary.json"])["registered"] == REGISTERED
+    written = json.loads(after["summary.json"])
+    assert written["registered"] == REGISTERED.plain()
     assert after["summary.json"] == path.read_text(encoding="utf-8")
     assert after["report.html"] == (run.folder / "report.html").read_text(encoding="utf-8")
     assert len(shown) == 2
     assert all(MESSAGE in text for text in shown)
-    assert [stage["name"] for stage in summary["stages"]] == ["register"]
+    assert [stage["name"] for stage in written["stages"]] == ["register"]
 
 
 @pytest.mark.parametrize("name", ["register", "describe"])
 def test_failing_registry_loses_nothing(
     name: str,
     run: PipelineRun,
-    summary: Summary,
+    typed: Summary,
     mlflow: FakeRegistry,
     shown: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(registry, name, failing)
     with pytest.raises(RegistryError, match="does not answer"):
-        publishing.publish(run, summary)
+        publishing.publish(run, typed)
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     is_registered = name == "describe"
     assert len(shown) == 2
@@ -120,11 +125,11 @@ def test_failing_registry_loses_nothing(
 
 
 def test_programming_error_is_raised_at_once(
-    run: PipelineRun, summary: Summary, mlflow: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+    run: PipelineRun, typed: Summary, mlflow: FakeRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*arguments: Any) -> None:
         raise KeyError("an internal bug")
 
     monkeypatch.setattr(registry, "register", broken)
     with pytest.raises(KeyError):
-        publishing.publish(run, summary)
+        publishing.publish(run, typed)

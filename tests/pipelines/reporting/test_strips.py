@@ -6,9 +6,10 @@ import re
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from summaries import Summary, spectrum
+from summaries import spectrum
 
 from pipelines.reporting.plots.strips import SHADES, Strip, strips
+from pipelines.runtime.interfaces.results import ModuleSpectrum
 
 SINGULAR_VALUES = st.lists(st.floats(0, 10, allow_subnormal=False), min_size=1, max_size=9).map(
     lambda values: sorted(values, reverse=True)
@@ -32,12 +33,12 @@ def test_shades_are_the_values_within_half_a_shade(columns: list[list[float]]) -
     modules = []
     for index, values in enumerate(columns):
         modules.append(
-            {
-                "module": f"layers.{index}.q_proj",
-                "rank": len(values),
-                "effective_rank": 1.0,
-                "values": values,
-            }
+            ModuleSpectrum(
+                module=f"layers.{index}.q_proj",
+                rank=len(values),
+                effective_rank=1.0,
+                values=tuple(values),
+            )
         )
     (strip,) = strips(modules)
     for values, shades in zip(columns, shades_of(strip), strict=True):
@@ -48,12 +49,16 @@ def test_shades_are_the_values_within_half_a_shade(columns: list[list[float]]) -
         assert found == pytest.approx(expected, abs=0.5 / SHADES + 1e-9, rel=0)
 
 
-def norm(module: Summary) -> float:
-    return math.hypot(*module["values"])
+def spectra_of_rank(rank: int) -> list[ModuleSpectrum]:
+    return [ModuleSpectrum.model_validate(values) for values in spectrum(rank)]
 
 
-def queries_of(modules: list[Summary]) -> list[Summary]:
-    return [module for module in modules if "q_proj" in module["module"]]
+def norm(module: ModuleSpectrum) -> float:
+    return math.hypot(*module.values)
+
+
+def queries_of(modules: list[ModuleSpectrum]) -> list[ModuleSpectrum]:
+    return [module for module in modules if "q_proj" in module.module]
 
 
 def bar_heights(strip: Strip) -> list[float]:
@@ -61,7 +66,7 @@ def bar_heights(strip: Strip) -> list[float]:
 
 
 def test_layers_keep_their_order_and_bars_are_relative_to_the_largest() -> None:
-    modules = spectrum(4)
+    modules = spectra_of_rank(4)
     by_kind = {strip.kind: strip for strip in strips(modules)}
     assert list(by_kind) == ["q_proj", "o_proj", "down_proj"]
     heights = []
@@ -75,9 +80,9 @@ def test_layers_keep_their_order_and_bars_are_relative_to_the_largest() -> None:
 
 
 def test_line_shows_the_effective_ranks() -> None:
-    modules = spectrum(4)
+    modules = spectra_of_rank(4)
     strip = strips(modules)[0]
     line = [float(point.split(",")[1]) for point in strip.line.split()]
-    expected = [module["effective_rank"] for module in queries_of(modules)]
+    expected = [module.effective_rank for module in queries_of(modules)]
     # two decimals are written
     assert line == pytest.approx(expected, abs=5e-3)

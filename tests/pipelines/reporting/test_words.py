@@ -4,12 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from summaries import control_by_lora, no_champion, no_control, nothing_kept
+from summaries import control_by_lora, no_champion, no_control, nothing_kept, parsed
+from summary_parts import verified
 
-from pipelines.reporting.words import headline, recommended_text
+from pipelines.comparison.document import Summary
+from pipelines.reporting.page_sections import verified as verified_rows
+from pipelines.reporting.words import headline, recommended_text, verified_text
 
 Values = dict[str, Any]
-MakeSummary = Callable[..., Values]
+MakeSummary = Callable[..., Summary]
 UNSURE = {
     "name": "forgot little",
     "status": "can't tell",
@@ -31,35 +34,23 @@ NOT_REJECTED = "No adapter is put forward; rank-4 was not rejected, "
 
 
 @pytest.fixture
-def undecided() -> MakeSummary:
-    """Return a function that builds a summary whose only adapter is undecided by some rules."""
+def undecided(summary: Values) -> MakeSummary:
+    """Return a function that builds a summary whose candidate is undecided by some rules."""
 
-    def build(*rules: Values) -> Values:
+    def build(*rules: Values) -> Summary:
         verdict = {"status": "can't tell", "reason": "", "rules": list(rules)}
-        return {
-            "champion": None,
-            "candidate": "rank-4",
-            "models": {"rank-4": {"verdict": verdict}},
-            "recommended": None,
-        }
+        summary["models"]["rank-4"]["judgment"]["verdict"] = verdict
+        return parsed(summary | {"champion": None, "candidate": "rank-4", "recommended": None})
 
     return build
 
 
 @pytest.fixture
-def decided() -> MakeSummary:
+def decided(summary: Values) -> MakeSummary:
     """Return a function that builds a summary with champion rank-16, from the recommendation."""
 
-    def build(**recommended: Any) -> Values:
-        model = {"figures": {"trained_weights": 1e6}, "gain_share": {"mean": 0.8}}
-        return {
-            "champion": "rank-16",
-            "candidate": "rank-16",
-            "models": {"rank-16": model},
-            "recommended": recommended,
-            "base": {"weights": 1e8},
-            "control": {"method": "full"},
-        }
+    def build(**recommended: Any) -> Summary:
+        return parsed(summary | {"recommended": recommended})
 
     return build
 
@@ -96,29 +87,48 @@ def test_headline_compares_the_champion_with_full_fine_tuning(summary: Values) -
     expected = (
         "Use rank-16: by training 3.6\u00a0% as many weights it learned 84\u00a0% of what full"
     )
-    assert headline(summary).startswith(expected)
-    assert headline(summary).endswith("it forgot no more than the gate allows.")
+    assert headline(parsed(summary)).startswith(expected)
+    assert headline(parsed(summary)).endswith("it forgot no more than the gate allows.")
 
 
 def test_headline_names_a_smaller_alternative(summary: Values) -> None:
     summary["recommended"] = {"label": "rank-4", "reason": "it does"}
     expected = "than the gate allows; rank-4 is smaller and not clearly worse."
-    assert headline(summary).endswith(expected)
+    assert headline(parsed(summary)).endswith(expected)
 
 
 def test_headline_names_the_rank_of_a_lora_control(summary: Values) -> None:
     control_by_lora(summary)
-    assert "of what the control, an adapter of rank 128, learned" in headline(summary)
+    assert "of what the control, an adapter of rank 128, learned" in headline(parsed(summary))
 
 
 def test_headline_without_a_control_gives_the_gain(summary: Values) -> None:
     no_control(summary)
-    assert "it gained 0.723 nats per token on the task" in headline(summary)
+    assert "it gained 0.723 nats per token on the task" in headline(parsed(summary))
 
 
 def test_headline_without_a_champion(summary: Values) -> None:
     no_champion(summary)
     expected = "rank-16 was not rejected, and scoring more items would decide."
-    assert headline(summary) == f"No adapter is put forward; {expected}"
+    assert headline(parsed(summary)) == f"No adapter is put forward; {expected}"
     nothing_kept(summary)
-    assert headline(summary) == "No adapter is put forward."
+    assert headline(parsed(summary)) == "No adapter is put forward."
+
+
+def test_verified_readers_are_described(summary: Values) -> None:
+    assert verified_text(parsed(summary)) == ""
+    slow = verified("one by one", rejected=("packs differ",)) | {"loss_difference": 2e-4}
+    summary["forward"] = {
+        "base": {"training": None, "scoring": verified()},
+        "rank-4": {"training": verified(), "scoring": slow},
+    }
+    expected = (
+        "Training and scoring match the models' own forward within 2e-04 nats per token; "
+        "read one example at a time: rank-4."
+    )
+    assert verified_text(parsed(summary)) == expected
+    rows = verified_rows(parsed(summary))
+    assert [name for name, _ in rows] == ["base, scoring", "rank-4, training", "rank-4, scoring"]
+    assert verified_rows(parsed(summary), "rank-4") == rows[1:]
+    assert rows[-1][1].startswith("slow path (one example at a time) matches")
+    assert rows[-1][1].endswith("; packs differ")

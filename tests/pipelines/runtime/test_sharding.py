@@ -11,7 +11,7 @@ from tiny import tiny_recipe
 from pipelines.config.recipe import Recipe, parse_recipe
 from pipelines.errors import RecipeError
 from pipelines.runtime.launcher import CONFIGS
-from pipelines.runtime.sharding import check_launch, sharding
+from pipelines.runtime.sharding import check_launch, launch_facts
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ from pipelines.runtime.sharding import check_launch, sharding
     ],
 )
 def test_sharding_of_the_included_launch_configs(name: str, expected: dict[str, Any]) -> None:
-    assert sharding(name).items() >= expected.items()
+    assert launch_facts(name).plain().items() >= expected.items()
 
 
 def config(folder: Path, deepspeed: dict[str, Any] | None = None, **settings: Any) -> str:
@@ -65,19 +65,19 @@ def test_a_zero_stage_in_the_keys_of_accelerate(tmp_path: Path) -> None:
         distributed_type="DEEPSPEED",
         deepspeed_config={"zero_stage": 3, "offload_optimizer_device": "cpu"},
     )
-    assert sharding(path)["sharding"] == "zero3_offload"
+    assert launch_facts(path).sharding == "zero3_offload"
 
 
 def test_gradients_that_are_reduced_to_their_owner_only(tmp_path: Path) -> None:
     path = config(
         tmp_path, {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False}}
     )
-    assert sharding(path)["reduces_to_owner"]
+    assert launch_facts(path).reduces_to_owner
 
 
 def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="distributed_type XLA"):
-        sharding(config(tmp_path, distributed_type="XLA"))
+        launch_facts(config(tmp_path, distributed_type="XLA"))
 
 
 def test_a_missing_deepspeed_config_is_refused(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_missing_deepspeed_config_is_refused(tmp_path: Path) -> None:
         deepspeed_config={"deepspeed_config_file": "infra/zero9.json"},
     )
     with pytest.raises(RecipeError, match=r"'infra/zero9\.json', and there is no"):
-        sharding(path)
+        launch_facts(path)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic_stages import (
+    OTHER,
+    SYNTHETIC,
+    SyntheticInputs,
+    SyntheticLora,
+    SyntheticResult,
+)
 
 import pipelines.runtime.stage
+from lora_core.files import write_json
 from pipelines.errors import StageError, record_error, recorded_error
+from pipelines.runtime.interfaces.inputs import StagePaths, TrainOptions
+from pipelines.runtime.interfaces.kinds import BASE, KINDS
 from pipelines.runtime.stage import (
-    FORMATS,
-    MODULES,
     Stage,
     digest,
     read_inputs,
@@ -22,22 +30,25 @@ from pipelines.runtime.stage import (
 )
 
 Values = dict[str, Any]
-INPUTS: Values = {"rank": 4, "lora": {"alpha": 32, "init": "kaiming"}, "names": ["a", "b"]}
+SyntheticStage = Stage[SyntheticInputs, SyntheticResult]
+INPUTS = SyntheticInputs()
+PATHS = StagePaths(base="models/tiny")
+RESULT = SyntheticResult(loss=1.5)
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> Stage:
-    return Stage("train", "rank-4", INPUTS, tmp_path / "runs", {"base": "models/tiny"})
+def stage(tmp_path: Path) -> SyntheticStage:
+    return Stage(SYNTHETIC, "rank-4", INPUTS, tmp_path / "runs", PATHS)
 
 
 @pytest.fixture
-def finished(stage: Stage) -> Stage:
+def finished(stage: SyntheticStage) -> SyntheticStage:
     """A stage with a result that names two files."""
     folder = stage.begin()
     (folder / "adapter").mkdir()
     (folder / "adapter" / "weights").write_bytes(b"\x00\x01")
     (folder / "items.jsonl").write_text("{}\n")
-    write_result(folder, {"loss": 1.5}, ["items.jsonl", "adapter/weights"])
+    write_result(folder, RESULT, ["items.jsonl", "adapter/weights"])
     return stage
 
 
@@ -47,20 +58,20 @@ def key_of(tmp_path: Path) -> Callable[..., str]:
 
     def key(**changes: Any) -> str:
         fields = {
-            "kind": "train",
+            "kind": SYNTHETIC,
             "label": "rank-4",
             "inputs": INPUTS,
             "root": tmp_path,
-            "paths": {"base": "models/tiny"},
+            "paths": PATHS,
         }
         return Stage(**{**fields, **changes}).key
 
     return key
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_a_module_that_can_be_run(kind: str) -> None:
-    spec = find_spec(MODULES[kind])
+    spec = find_spec(KINDS[kind].module)
     assert spec is not None
     assert spec.origin is not None
     assert '__name__ == "__main__"' in Path(spec.origin).read_text(encoding="utf-8")
@@ -69,14 +80,14 @@ def test_every_kind_has_a_module_that_can_be_run(kind: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"kind": "evaluate"},
-        {"inputs": {**INPUTS, "rank": 8}},
-        {"inputs": {**INPUTS, "lora": {"alpha": 32, "init": "gaussian"}}},
-        {"inputs": {**INPUTS, "names": ["b", "a"]}},
-        {"inputs": {**INPUTS, "more": None}},
-        {"inputs": {**INPUTS, "rank": "4"}},
+        {"kind": OTHER},
+        {"kind": replace(SYNTHETIC, format=2)},
+        {"inputs": SyntheticInputs(rank=8)},
+        {"inputs": SyntheticInputs(lora=SyntheticLora(init="gaussian"))},
+        {"inputs": SyntheticInputs(names=("b", "a"))},
+        {"inputs": SyntheticInputs(rank="4")},
     ],
-    ids=["kind", "a value", "a nested value", "an order", "another input", "a type"],
+    ids=["kind", "format", "a value", "a nested value", "an order", "a type"],
 )
 def test_the_key_changes_with_what_determines_the_outcome(
     key_of: Callable[..., str], changes: Values
@@ -87,14 +98,13 @@ def test_the_key_changes_with_what_determines_the_outcome(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"paths": {"base": "elsewhere"}},
-        {"paths": {}},
-        {"options": {"checkpoint_every": 5}},
+        {"paths": StagePaths(base="elsewhere")},
+        {"paths": StagePaths()},
+        {"options": TrainOptions(processes=2, device="cpu", timeout_seconds=60)},
         {"expects": ("adapter/weights",)},
         {"root": Path("elsewhere")},
         {"label": "other"},
-        {"inputs": dict(reversed(INPUTS.items()))},
-        {"inputs": {**INPUTS, "names": ("a", "b")}},
+        {"inputs": SyntheticInputs(names=("a", "b"), rank=4)},
     ],
     ids=[
         "a path",
@@ -104,7 +114,6 @@ def test_the_key_changes_with_what_determines_the_outcome(
         "the root",
         "the label",
         "the order of the names",
-        "a tuple instead of a list",
     ],
 )
 def test_the_key_does_not_depend_on_anything_else(
@@ -122,83 +131,94 @@ def test_the_key_changes_with_a_library(
     assert key_of() != before
 
 
-def test_the_folder_is_named_after_kind_label_and_key(stage: Stage) -> None:
+def test_the_folder_is_named_after_kind_label_and_key(stage: SyntheticStage) -> None:
     assert stage.folder == stage.root / "train" / f"rank-4-{stage.key[:12]}"
 
 
-def test_begin_writes_inputs_and_paths(stage: Stage) -> None:
+def test_begin_writes_inputs_and_paths(stage: SyntheticStage) -> None:
     folder = stage.begin()
     written = json.loads((folder / "inputs.json").read_text())
     assert (written["kind"], written["label"], written["key"]) == ("train", "rank-4", stage.key)
-    assert read_inputs(folder) == (INPUTS, {"base": "models/tiny"})
+    assert read_inputs(folder, SYNTHETIC) == (INPUTS, PATHS)
 
 
-def test_begin_deletes_an_earlier_error(stage: Stage) -> None:
+def test_begin_deletes_an_earlier_error(stage: SyntheticStage) -> None:
     record_error(stage.begin(), StageError("it broke"))
     assert str(recorded_error(stage.folder)) == "it broke"
     assert recorded_error(stage.begin()) is None
 
 
-def test_begin_keeps_the_files_of_a_stopped_run(stage: Stage) -> None:
+def test_begin_keeps_the_files_of_a_stopped_run(stage: SyntheticStage) -> None:
     (stage.begin() / "checkpoints").mkdir()
     assert (stage.begin() / "checkpoints").is_dir()
 
 
-def test_a_stage_without_a_folder_has_no_result(stage: Stage) -> None:
+def test_a_stage_without_a_folder_has_no_result(stage: SyntheticStage) -> None:
     assert stage.result() is None
 
 
-def test_an_unfinished_stage_has_no_result(stage: Stage) -> None:
+def test_an_unfinished_stage_has_no_result(stage: SyntheticStage) -> None:
     stage.begin()
     assert stage.result() is None
 
 
-def test_a_finished_stage_returns_its_result(finished: Stage) -> None:
-    assert finished.result() == {"loss": 1.5}
+def test_a_finished_stage_returns_its_result(finished: SyntheticStage) -> None:
+    assert finished.result() == RESULT
 
 
-def test_an_equal_stage_has_the_same_result(finished: Stage) -> None:
+def test_an_equal_stage_has_the_same_result(finished: SyntheticStage) -> None:
     for label in ("rank-4", "another-label"):
-        assert Stage("train", label, INPUTS, finished.root).result() == {"loss": 1.5}
+        assert Stage(SYNTHETIC, label, INPUTS, finished.root).result() == RESULT
 
 
-def test_a_stage_without_files_is_done_once_it_has_a_result(stage: Stage) -> None:
-    write_result(stage.begin(), {"targets": []}, [])
-    assert stage.result() == {"targets": []}
+def test_a_stage_without_files_is_done_once_it_has_a_result(stage: SyntheticStage) -> None:
+    write_result(stage.begin(), RESULT, [])
+    assert stage.result() == RESULT
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "adapter/weights"])
-def test_a_missing_file_invalidates_the_result(finished: Stage, name: str) -> None:
+def test_a_missing_file_invalidates_the_result(finished: SyntheticStage, name: str) -> None:
     (finished.folder / name).unlink()
     assert finished.result() is None
 
 
 @pytest.mark.parametrize("name", ["items.jsonl", "adapter/weights"])
-def test_a_changed_file_invalidates_the_result(finished: Stage, name: str) -> None:
+def test_a_changed_file_invalidates_the_result(finished: SyntheticStage, name: str) -> None:
     path = finished.folder / name
     path.write_bytes(b"\xff" * path.stat().st_size)
     assert finished.result() is None
 
 
-def test_other_files_may_change(finished: Stage) -> None:
+def test_other_files_may_change(finished: SyntheticStage) -> None:
     (finished.folder / "log.txt").write_text("more\n")
-    assert finished.result() == {"loss": 1.5}
+    assert finished.result() == RESULT
 
 
-def test_a_result_is_not_written_without_its_files(stage: Stage) -> None:
+def test_a_result_is_not_written_without_its_files(stage: SyntheticStage) -> None:
     folder = stage.begin()
     with pytest.raises(FileNotFoundError):
-        write_result(folder, {"loss": 1.5}, ["items.jsonl"])
+        write_result(folder, RESULT, ["items.jsonl"])
     assert stage.result() is None
     assert {path.name for path in folder.iterdir()} == {"inputs.json"}
 
 
-def test_a_result_that_cannot_be_written_leaves_no_file(stage: Stage) -> None:
+def test_a_result_of_another_version_is_no_result(stage: SyntheticStage) -> None:
     folder = stage.begin()
-    with pytest.raises(TypeError):
-        write_result(folder, {"loss": object()}, [])
-    assert read_result(folder) is None
-    assert {path.name for path in folder.iterdir()} == {"inputs.json"}
+    write_json(folder / "result.json", {"result": {"error_rate": 0.1}, "files": {}})
+    assert read_result(folder, SYNTHETIC) is None
+    write_json(folder / "result.json", {"figures": {"loss": 1.5}, "files": {}})
+    assert read_result(folder, SYNTHETIC) is None
+
+
+def test_inputs_of_another_kind_are_refused(stage: SyntheticStage) -> None:
+    folder = stage.begin()
+    with pytest.raises(StageError, match="does not contain the inputs of a stage base"):
+        read_inputs(folder, BASE)
+
+
+def test_a_path_that_a_stage_lacks_is_named(stage: SyntheticStage) -> None:
+    with pytest.raises(StageError, match="without the path 'data'"):
+        stage.paths.required("data")
 
 
 def test_equal_values_have_equal_digests() -> None:
@@ -207,6 +227,6 @@ def test_equal_values_have_equal_digests() -> None:
     assert len(digest("")) == 64
 
 
-def test_a_result_without_an_expected_file_is_incomplete(finished: Stage) -> None:
-    assert replace(finished, expects=("adapter/weights",)).result() == {"loss": 1.5}
+def test_a_result_without_an_expected_file_is_incomplete(finished: SyntheticStage) -> None:
+    assert replace(finished, expects=("adapter/weights",)).result() == RESULT
     assert replace(finished, expects=("snapshots/step-00002/adapter/weights",)).result() is None

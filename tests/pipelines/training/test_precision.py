@@ -60,8 +60,8 @@ def test_a_control_in_bfloat16_trains_float32_weights(
         assert "embed" in name or in_bfloat16[name] > 0.97
     result = stages[torch.bfloat16].result()
     assert result is not None
-    assert result["forward"]["path"] == "packed"
-    assert result["forward"]["loss_tolerance"] == 0.02
+    assert result.facts.forward.path == "packed"
+    assert result.facts.forward.loss_tolerance == 0.02
 
 
 def test_an_adapter_in_bfloat16_computes_without_autocast(

@@ -23,9 +23,9 @@ from lora_core.calibration import data_driven
 from lora_core.init.spectral import spectral_init
 from lora_core.layers import linear
 from pipelines.models.hardware import PAGED, Optimizer
-from pipelines.runtime.stage import Stage, read_result
 from pipelines.training import build
 from pipelines.training.train import train
+from pipelines.workflow.stages import TrainStage
 
 pytestmark = pytest.mark.slow
 ZERO2 = {"config": "cpu_zero2", "processes": 2}
@@ -41,7 +41,7 @@ TINY_WEIGHTS_PER_RANK = 2 * (4 * 64 + 2 * 32 + 2 * 64 + 64 + 128 + 128 + 64 + 12
 """Weights of A and B in both blocks of the tiny model, for each unit of rank."""
 
 
-def assert_same_file(name: str, one: Stage, other: Stage) -> None:
+def assert_same_file(name: str, one: TrainStage, other: TrainStage) -> None:
     assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
 
 
@@ -84,10 +84,10 @@ def test_a_resumed_run_keeps_the_initialization_of_its_checkpoint(
         train(stopped.begin())
     assert losses_of(stopped) == losses_of(uninterrupted)
     assert_same_file(ADAPTER_FILE, stopped, uninterrupted)
-    result = read_result(stopped.folder)
+    result = stopped.result()
     assert result is not None
-    assert result["file_rank"] == 8
-    assert result["trained_weights"] == 4 * TINY_WEIGHTS_PER_RANK
+    assert result.saved.file_rank == 8
+    assert result.facts.trained_weights == 4 * TINY_WEIGHTS_PER_RANK
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -108,7 +108,7 @@ def test_resume_of_a_control_with_8_bit_state_is_bit_exact(
     assert_same_file(MODEL_FILE, stopped, uninterrupted)
     result = uninterrupted.result()
     assert result is not None
-    assert result["optimizer"] == "paged 8-bit AdamW"
+    assert result.facts.optimizer == "paged 8-bit AdamW"
 
 
 def test_a_resumed_run_does_not_repeat_a_data_driven_initialization(
@@ -132,7 +132,8 @@ def test_a_finished_run_that_lacks_a_snapshot_keeps_its_result(prepared: Trainin
     names = ("metrics.jsonl", ADAPTER_FILE)
     before = {name: (stage.folder / name).read_bytes() for name in names}
     expected = "snapshots/step-00002/adapter/adapter_config.json"
-    options = {**stage.options, "snapshots": [2]}
+    assert stage.options is not None
+    options = stage.options.model_copy(update={"snapshots": (2,)})
     with_snapshot = replace(stage, options=options, expects=(expected,))
     assert with_snapshot.folder == stage.folder
     assert with_snapshot.result() is None

@@ -55,7 +55,7 @@ def test_a_row_has_the_metrics_of_its_step(
     assert "device cpu, float32, gloo, flash attention, AdamW (on a CPU)" in output
     result = stage.result()
     assert result is not None
-    assert (result["optimizer"], result["attention"]) == ("AdamW", "flash")
+    assert (result.facts.optimizer, result.facts.attention) == ("AdamW", "flash")
 
 
 def test_the_second_rank_uses_the_verification_of_the_first(
@@ -74,10 +74,15 @@ def test_the_second_rank_uses_the_verification_of_the_first(
         patch.setattr(verification, "verified_reader", refuse)
         train(second.begin())
     assert losses_of(second) == losses_of(alone)
-    results = [stage.result() or {} for stage in (first, second, alone)]
-    verified_by = [result["forward"]["verified_by"] for result in results]
-    assert verified_by == [None, first.folder.name, None]
-    assert results[1]["forward"]["loss_difference"] == results[0]["forward"]["loss_difference"]
+    verifications = [forward_of(stage) for stage in (first, second, alone)]
+    assert [one.verified_by for one in verifications] == [None, first.folder.name, None]
+    assert verifications[1].loss_difference == verifications[0].loss_difference
+
+
+def forward_of(stage: TrainStage) -> Verified:
+    result = stage.result()
+    assert result is not None
+    return result.facts.forward
 
 
 def test_a_loftq_run_starts_nearer_to_the_full_precision_base(prepared: TrainingStages) -> None:

@@ -137,9 +137,9 @@ def items(summary: dict[str, Any], label: str) -> list[dict[str, Any]]:
 def loaders(folder: Path, summary: dict[str, Any]) -> dict[str, Callable[[], PreTrainedModel]]:
     """Return functions that load each scored model with transformers and PEFT only."""
     trained = {
-        label: Path(model["folder"])
+        label: Path(model["training"]["folder"])
         for label, model in summary["models"].items()
-        if "folder" in model
+        if model["training"] is not None
     }
 
     def plain(path: Path) -> PreTrainedModel:

@@ -50,7 +50,10 @@ class TestRun:
         values = summary(folder)
         assert list(values["models"]) == ["base", "base-nf4", "control", "rank-2", "rank-4"]
         assert values["models"]["control"]["change"]["task_gain"]["low"] > 0
-        assert all(values["models"][label]["verdict"]["reason"] for label in ("rank-2", "rank-4"))
+        assert all(
+            values["models"][label]["judgment"]["verdict"]["reason"]
+            for label in ("rank-2", "rank-4")
+        )
         assert sorted(values["registered"]["versions"].values()) == [1, 2]
         assert values["champion"] in ("rank-2", "rank-4")
         assert set(values["registered"]["aliases"]) == {"candidate", "champion"}
@@ -68,10 +71,12 @@ class TestRun:
         assert list((folder / "runs" / "mlartifacts").rglob("adapter_model.safetensors"))
 
     def test_control_and_adapters_are_trained_on_the_same_tokens(self, folder: Path) -> None:
-        figures = [
-            summary(folder)["models"][label]["figures"] for label in ("control", "rank-2", "rank-4")
+        models = summary(folder)["models"]
+        totals = [
+            models[label]["training"]["result"]["totals"]
+            for label in ("control", "rank-2", "rank-4")
         ]
-        assert len({(one["tokens"], one["supervised_tokens"]) for one in figures}) == 1
+        assert len({(one["tokens"], one["supervised_tokens"]) for one in totals}) == 1
 
     @pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
     def test_the_page_shows_the_measured_values(self, folder: Path) -> None:
@@ -83,7 +88,7 @@ class TestRun:
                 float(page.metrics[label, "task_loss"]["data-value"])
                 == model["scores"]["task_loss"]
             )
-            if "verdict" in model:
+            if model["judgment"] is not None:
                 shown = page.metrics[label, "task_gain"]
                 assert [float(shown[f"data-{end}"]) for end in ("low", "high")] == [
                     model["total"]["task_gain"][end] for end in ("low", "high")
@@ -115,7 +120,7 @@ class TestRun:
 
     def test_an_adapter_on_another_base_is_refused(self, folder: Path) -> None:
         other = save_tiny_model(folder / "other", seed=1)
-        adapter = str(Path(summary(folder)["models"]["rank-2"]["folder"]) / "adapter")
+        adapter = str(Path(summary(folder)["models"]["rank-2"]["training"]["folder"]) / "adapter")
         options = ["--adapter", adapter, "--base", str(other)]
         ended = lora(folder, "generate", *options, "Say red 1.")
         assert ended.returncode == 2
@@ -125,7 +130,7 @@ class TestRun:
     def test_a_changed_file_is_recomputed_and_a_dead_tracking_server_loses_nothing(
         self, folder: Path
     ) -> None:
-        adapter = Path(summary(folder)["models"]["rank-2"]["folder"]) / "adapter"
+        adapter = Path(summary(folder)["models"]["rank-2"]["training"]["folder"]) / "adapter"
         weights = adapter / "adapter_model.safetensors"
         original = weights.read_bytes()
         weights.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
