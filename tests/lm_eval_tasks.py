@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from pipelines.config.sections import LmEvalSection
+
 Values = dict[str, Any]
 WORDS = ("red", "north", "south", "east", "west", "left")
 DOCS: list[Values] = [

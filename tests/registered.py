@@ -41,8 +41,8 @@ def write_adapter(folder: Path, content: str) -> str:
     return sha256_of_file(folder / WEIGHTS)
 
 
-def training_stage(name: str, runs: Path) -> Stage[TrainInputs, TrainResult]:
-    """Return the training of a rank 4 over a base in 4 bits, on data with this digest."""
+def training_stage(data_digest: str, runs: Path) -> Stage[TrainInputs, TrainResult]:
+    """Return a training of rank 4 over a base in 4 bits."""
     adapter = AdapterInputs(
         rank=4,
         lora=LoraSettings(alpha=32),
@@ -54,7 +54,7 @@ def training_stage(name: str, runs: Path) -> Stage[TrainInputs, TrainResult]:
     inputs = TrainInputs(
         method="lora",
         base_digests={"dense": "12" * 32},
-        data_digest=name,
+        data_digest=data_digest,
         quantization="nf4",
         learning_rate=0.002,
         training=OptimizationSettings(steps=9),
@@ -73,9 +73,14 @@ def register(
     return registry.register(parsed(comparison), runs, list(files), note)
 
 
+def copied(summary: Summary) -> Summary:
+    values: Summary = json.loads(json.dumps(summary))
+    return values
+
+
 def retrained(summary: Summary, content: str, **changes: Any) -> Summary:
     """Return a later comparison, whose rank 16 was trained again."""
-    summary = json.loads(json.dumps(summary)) | changes
+    summary = copied(summary) | changes
     model = summary["models"]["rank-16"]
     training = model["training"]
     folder = write_training(Path(f"{training['folder']}-{content}"))

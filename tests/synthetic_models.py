@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from summary_parts import facts, totals
+
 from pipelines.comparison.comparison import ComparedModel
+from pipelines.runtime.interfaces.results import TrainResult
 
 ITEMS = 40
 """Held-out examples of a model, and questions of each of its benchmarks."""
@@ -34,8 +37,15 @@ WITH_ONE_ADAPTER = {"base": BASE, "base-nf4": NF4, "control": CONTROL, "rank-2":
 
 def compared_model(label: str, rank: int | None) -> ComparedModel:
     """Return a trained model with the training result that the comparison reads."""
-    figures = {"loss": 1.0, "file_bytes": 1_000_000, "adapter_sha256": f"digest of {label}"}
-    return ComparedModel(label, rank, f"key of {label}", f"runs/{label}", figures)
+    values = {
+        "facts": facts(weights=1000),
+        "totals": totals(loss=1.0),
+        "saved": {"file_bytes": 1_000_000, "adapter_sha256": f"digest of {label}"},
+        "checkpoints": {"written": 0, "seconds": 0.0, "background_seconds": 0.0},
+        "peak_memory_bytes": 1,
+    }
+    result = TrainResult.model_validate(values)
+    return ComparedModel(label, rank, f"key of {label}", f"runs/{label}", result)
 
 
 def control_and_adapter() -> list[ComparedModel]:

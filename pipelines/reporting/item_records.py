@@ -47,7 +47,7 @@ class SkippedItem:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShownAnswer:
     """A model's answer to a held-out prompt."""
 
     id: int
@@ -63,7 +63,7 @@ class Answer:
 
 
 SKIPPED_ITEM = TypeAdapter(SkippedItem)
-ANSWER = TypeAdapter(Answer)
+ANSWER = TypeAdapter(ShownAnswer)
 
 
 def left_out(summary: Summary) -> list[LeftOut]:
@@ -108,9 +108,9 @@ def _join_reasons(reasons: list[str]) -> str:
     return "; ".join(parts)
 
 
-def samples(summary: Summary) -> list[dict[str, Answer]]:
+def samples(summary: Summary) -> list[dict[str, ShownAnswer]]:
     """Return the first prompts that every model answered: for each, label → answer."""
-    answers: dict[str, dict[int, Answer]] = {}
+    answers: dict[str, dict[int, ShownAnswer]] = {}
     for label in summary.models:
         if label != QUANTIZED_BASE and label in summary.items:
             answers[label] = _answers(Path(summary.items[label]))
@@ -123,7 +123,7 @@ def samples(summary: Summary) -> list[dict[str, Answer]]:
     return rows
 
 
-def _answers(path: Path) -> dict[int, Answer]:
+def _answers(path: Path) -> dict[int, ShownAnswer]:
     """Return the answers of one model by item id, without those that were left out."""
     answers = {}
     for record in scored(read_records(path), "generation"):

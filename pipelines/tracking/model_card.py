@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
@@ -22,7 +21,7 @@ from pipelines.reporting.report_metrics import ReportMetric, report_metrics
 from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.tracking.logged import peak_rate
 
-Values = dict[str, Any]
+Values = dict[str, object]
 FILE = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_METRICS = {
@@ -96,7 +95,7 @@ def _tags(summary: Summary) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Result:
+class _HubResult:
     """What was measured on one data set."""
 
     kind: str
@@ -106,7 +105,7 @@ class _Result:
     """Our name of a metric → its value; empty if nothing was measured."""
 
     @classmethod
-    def of(cls, kind: str, name: str, values: Mapping[str, float | None]) -> "_Result":
+    def of(cls, kind: str, name: str, values: Mapping[str, float | None]) -> "_HubResult":
         """Return the result with the metrics that were measured."""
         return cls(kind, name, {key: value for key, value in values.items() if value is not None})
 
@@ -123,16 +122,16 @@ class _Result:
         }
 
 
-def _results(summary: Summary, label: str) -> list[_Result]:
+def _results(summary: Summary, label: str) -> list[_HubResult]:
     """Return the results on the task and on each benchmark."""
     scores = summary.models[label].scores
     source = summary.recipe.data.source
     source_type = source if HUB_ID.fullmatch(source) else "held-out"
     task = {"perplexity": scores.perplexity, **scores.generation}
-    results = [_Result.of(source_type, f"{source}, held-out examples", task)]
+    results = [_HubResult.of(source_type, f"{source}, held-out examples", task)]
     for name, one in scores.benchmarks.items():
         values = {"accuracy": one.accuracy, "choice_probability": one.choice_probability}
-        results.append(_Result.of(name, name, values))
+        results.append(_HubResult.of(name, name, values))
     return results
 
 

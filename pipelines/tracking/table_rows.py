@@ -11,7 +11,7 @@ Cell = str | float | None
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table: each field is a cell, or several, in columns with the field's name."""
 
     def cells(self) -> dict[str, Cell]:
@@ -20,7 +20,7 @@ class Row:
         for field in fields(self):
             name = field.name
             value = getattr(self, name)
-            if isinstance(value, Row):
+            if isinstance(value, TableRow):
                 cells |= {f"{name}_{inner}": cell for inner, cell in value.cells().items()}
             elif isinstance(value, tuple):
                 cells |= {f"{name}_{number}": cell for number, cell in enumerate(value, start=1)}
@@ -30,7 +30,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class IntervalCells(Row):
+class IntervalCells(TableRow):
     """The cells of an interval, as a part of a row."""
 
     mean: float | None = None
@@ -46,7 +46,7 @@ class IntervalCells(Row):
 
 
 @dataclass(frozen=True)
-class MetricRow(Row):
+class MetricRow(TableRow):
     """A metric of a model, and how training and quantization changed it."""
 
     model: str
@@ -63,7 +63,7 @@ class MetricRow(Row):
 
 
 @dataclass(frozen=True)
-class BenchmarkRow(Row):
+class BenchmarkRow(TableRow):
     """A model on a benchmark, and its change by one effect."""
 
     model: str
@@ -81,7 +81,7 @@ class BenchmarkRow(Row):
 
 
 @dataclass(frozen=True)
-class RuleRow(Row):
+class RuleRow(TableRow):
     """The result of a rule of the gate for an adapter."""
 
     model: str
@@ -93,7 +93,7 @@ class RuleRow(Row):
 
 
 @dataclass(frozen=True)
-class PowerRow(Row):
+class PowerRow(TableRow):
     """What an adapter's items can detect on a benchmark."""
 
     model: str
@@ -106,7 +106,7 @@ class PowerRow(Row):
 
 
 @dataclass(frozen=True)
-class PointRow(Row):
+class PointRow(TableRow):
     """A scored model on the frontier."""
 
     label: str
@@ -121,7 +121,7 @@ class PointRow(Row):
 
 
 @dataclass(frozen=True)
-class ProvenanceRow(Row):
+class ProvenanceRow(TableRow):
     """How a model was trained, on which base and data, and for how long."""
 
     model: str
@@ -143,7 +143,7 @@ class ProvenanceRow(Row):
 
 
 @dataclass(frozen=True)
-class RateRow(Row):
+class RateRow(TableRow):
     """A learning rate that was tried for the control."""
 
     rate: str
@@ -154,7 +154,7 @@ class RateRow(Row):
 
 
 @dataclass(frozen=True)
-class SpectrumRow(Row):
+class SpectrumRow(TableRow):
     """The singular values of a module's update."""
 
     model: str
@@ -173,7 +173,7 @@ class Table:
     data: list[list[Cell]]
 
 
-def table_of(rows: Sequence[Row]) -> Table:
+def table_of(rows: Sequence[TableRow]) -> Table:
     """Return the table of some rows; a cell that a row does not have is empty."""
     cells = [row.cells() for row in rows]
     names: dict[str, None] = {}  # an ordered set

@@ -27,10 +27,10 @@ from pipelines.tracking.table_rows import (
     PowerRow,
     ProvenanceRow,
     RateRow,
-    Row,
     RuleRow,
     SpectrumRow,
     Table,
+    TableRow,
     table_of,
 )
 
@@ -41,7 +41,7 @@ MAX_SINGULAR_VALUES = 4
 
 def tables(summary: Summary) -> dict[str, Table]:
     """Return the tables by file name; one without rows is left out."""
-    rows_by_name: dict[str, Sequence[Row]] = {
+    rows_by_name: dict[str, Sequence[TableRow]] = {
         "comparison": list(_comparison(summary.models)),
         "benchmarks": list(_benchmarks(summary.models)),
         "rules": list(_rules(summary.adapters)),

@@ -11,12 +11,13 @@ import pytest
 from synthetic_models import BASE, CONTROL, ITEMS, NF4, SyntheticModel, compared_model
 
 from pipelines.comparison.comparison import ComparisonContext, compare
+from pipelines.comparison.document import Comparison
 from pipelines.config.recipe import Recipe, parse_recipe
 
 Values = dict[str, Any]
 Maker = Callable[..., list[Values]]
 MakeModel = Callable[[SyntheticModel, int], list[Values]]
-Summarize = Callable[..., Values]
+Summarize = Callable[..., Comparison]
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +165,7 @@ def summarize(recipe: Recipe, model: MakeModel) -> Summarize:
         under: Recipe = recipe,
         context: ComparisonContext | None = None,
         **adapters: SyntheticModel,
-    ) -> Values:
+    ) -> Comparison:
         models = {"base": BASE, "base-nf4": nf4, "control": control}
         trained = []
         if control is not None:

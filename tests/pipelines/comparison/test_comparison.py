@@ -1,6 +1,5 @@
 """The summary separates quantization, learning and forgetting, and promotes an adapter or none."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -21,88 +20,89 @@ from synthetic_models import (
 )
 
 from pipelines.comparison.comparison import compare
+from pipelines.comparison.document import Comparison
 from pipelines.config.recipe import Recipe
 
 Values = dict[str, Any]
 Maker = Callable[..., list[Values]]
 MakeModel = Callable[[SyntheticModel, int], list[Values]]
-Summarize = Callable[..., Values]
+Summarize = Callable[..., Comparison]
 
 
 def test_the_adapter_with_the_largest_gain_that_passes_is_champion(summarize: Summarize) -> None:
     summary = summarize(rank_2=GOOD, rank_4=BETTER)
-    assert summary["champion"] == "rank-4"
-    assert summary["candidate"] == "rank-4"
-    assert summary["decision"].startswith("rank-4 passes and gains most on the task (+0.")
+    assert summary.champion == "rank-4"
+    assert summary.candidate == "rank-4"
+    assert summary.decision.startswith("rank-4 passes and gains most on the task (+0.")
 
 
 def test_the_candidate_is_the_last_adapter_and_not_always_the_best(summarize: Summarize) -> None:
     summary = summarize(rank_2=BETTER, rank_4=GOOD)
-    assert summary["champion"] == "rank-2"
-    assert summary["candidate"] == "rank-4"
+    assert summary.champion == "rank-2"
+    assert summary.candidate == "rank-4"
 
 
 def test_a_forgetful_adapter_is_not_champion_despite_its_gain(summarize: Summarize) -> None:
     summary = summarize(rank_2=GOOD, rank_4=FORGETFUL)
-    assert summary["champion"] == "rank-2"
-    assert summary["candidate"] == "rank-2"
-    assert summary["models"]["rank-4"]["verdict"]["status"] == "reject"
+    assert summary.champion == "rank-2"
+    assert summary.candidate == "rank-2"
+    assert summary.models["rank-4"].judgment.verdict.status == "reject"
 
 
 def test_without_a_passing_adapter_the_decision_gives_each_reason(summarize: Summarize) -> None:
     summary = summarize(rank_2=IDLE, rank_4=FORGETFUL)
-    assert summary["champion"] is None
-    assert summary["candidate"] is None
-    assert summary["recommended"] is None
-    first = summary["models"]["rank-2"]["verdict"]["reason"]
-    second = summary["models"]["rank-4"]["verdict"]["reason"]
-    assert summary["decision"] == f"no adapter passes: rank-2: {first}; rank-4: {second}"
+    assert summary.champion is None
+    assert summary.candidate is None
+    assert summary.recommended is None
+    first = summary.models["rank-2"].judgment.verdict.reason
+    second = summary.models["rank-4"].judgment.verdict.reason
+    assert summary.decision == f"no adapter passes: rank-2: {first}; rank-4: {second}"
     assert "of the control's gain" in first
     assert "general change" in second
 
 
 def test_an_undecided_adapter_is_candidate_and_not_champion(summarize: Summarize) -> None:
     summary = summarize(rank_2=UNCLEAR)
-    assert summary["models"]["rank-2"]["verdict"]["status"] == "can't tell"
-    assert summary["champion"] is None
-    assert summary["candidate"] == "rank-2"
-    assert "items (now 80) would decide" in summary["decision"]
+    assert summary.models["rank-2"].judgment.verdict.status == "can't tell"
+    assert summary.champion is None
+    assert summary.candidate == "rank-2"
+    assert "items (now 80) would decide" in summary.decision
 
 
 def test_the_cost_of_quantization_is_separate_from_the_gain(summarize: Summarize) -> None:
-    models = summarize(rank_2=GOOD)["models"]
+    models = summarize(rank_2=GOOD).models
     adapter = models["rank-2"]
-    assert models["base-nf4"]["change"]["task_gain"]["mean"] == pytest.approx(-0.3, abs=0.02)
-    assert adapter["change"]["task_gain"]["mean"] == pytest.approx(1.0, abs=0.02)
-    assert adapter["total"]["task_gain"]["mean"] == pytest.approx(0.7, abs=0.02)
-    assert adapter["gain_share"]["mean"] == pytest.approx(0.7, abs=0.02)
-    assert adapter["change"]["choice_probability"]["mean"] == pytest.approx(0, abs=0.01)
-    assert adapter["total"]["choice_probability"]["mean"] == pytest.approx(-0.03, abs=0.01)
-    assert adapter["beyond_control"]["mean"] == pytest.approx(0, abs=0.01)
+    assert models["base-nf4"].change.task_gain.mean == pytest.approx(-0.3, abs=0.02)
+    assert adapter.change.task_gain.mean == pytest.approx(1.0, abs=0.02)
+    assert adapter.total.task_gain.mean == pytest.approx(0.7, abs=0.02)
+    assert adapter.judgment.gain_share.mean == pytest.approx(0.7, abs=0.02)
+    assert adapter.change.choice_probability.mean == pytest.approx(0, abs=0.01)
+    assert adapter.total.choice_probability.mean == pytest.approx(-0.03, abs=0.01)
+    assert adapter.judgment.beyond_control.mean == pytest.approx(0, abs=0.01)
 
 
 def test_without_quantization_training_is_the_total_change(summarize: Summarize) -> None:
     summary = summarize(nf4=None, rank_2=SyntheticModel(3.3, 0.60))
-    assert list(summary["models"]) == ["base", "control", "rank-2"]
-    assert summary["models"]["rank-2"]["change"] == summary["models"]["rank-2"]["total"]
-    assert summary["champion"] == "rank-2"
+    assert list(summary.models) == ["base", "control", "rank-2"]
+    assert summary.models["rank-2"].change == summary.models["rank-2"].total
+    assert summary.champion == "rank-2"
 
 
 def test_models_are_in_the_order_of_the_report(summarize: Summarize) -> None:
-    models = summarize(rank_2=GOOD, rank_4=BETTER)["models"]
+    models = summarize(rank_2=GOOD, rank_4=BETTER).models
     assert list(models) == ["base", "base-nf4", "control", "rank-2", "rank-4"]
-    assert models["rank-4"]["key"] == "key of rank-4"
-    assert models["rank-4"]["figures"]["loss"] == 1.0
+    assert models["rank-4"].training.key == "key of rank-4"
+    assert models["rank-4"].training.result.totals.last_loss == 1.0
 
 
 def test_the_summary_is_valid_json(summarize: Summarize) -> None:
     summary = summarize(rank_2=GOOD, rank_4=FORGETFUL)
-    assert json.loads(json.dumps(summary, allow_nan=False))["champion"] == "rank-2"
+    assert Comparison.model_validate_json(summary.model_dump_json()) == summary
 
 
 def test_the_gate_uses_the_bounds_of_the_recipe(summarize: Summarize, recipe: Recipe) -> None:
-    verdict = summarize(rank_2=GOOD)["models"]["rank-2"]["verdict"]
-    reasons = {rule["name"]: rule["reason"] for rule in verdict["rules"]}
+    verdict = summarize(rank_2=GOOD).models["rank-2"].judgment.verdict
+    reasons = {rule.name: rule.reason for rule in verdict.rules}
     assert f"at least {recipe.gate.min_gain_share:.0%}" in reasons["learned enough"]
     assert f"at least {-recipe.gate.max_general_drop:+.3f}" in reasons["forgot little"]
 
@@ -113,12 +113,12 @@ def test_a_failed_metric_leaves_the_adapter_undecided(recipe: Recipe, model: Mak
         items[label] = model(synthetic, seed)
     items["rank-2"][-1]["errors"] = {"execution": "no such program"}
     summary = compare(recipe, control_and_adapter(), items)
-    adapter = summary["models"]["rank-2"]
-    assert adapter["verdict"]["status"] == "can't tell"
-    assert "execution of answer 1: no such program" in summary["decision"]
-    assert adapter["scores"]["errors"] == {"execution": 1}
-    assert summary["champion"] is None
-    assert summary["candidate"] == "rank-2"
+    adapter = summary.models["rank-2"]
+    assert adapter.judgment.verdict.status == "can't tell"
+    assert "execution of answer 1: no such program" in summary.decision
+    assert adapter.scores.errors == {"execution": 1}
+    assert summary.champion is None
+    assert summary.candidate == "rank-2"
 
 
 def test_an_item_that_one_model_cannot_score_is_left_out_for_all(
@@ -130,10 +130,10 @@ def test_an_item_that_one_model_cannot_score_is_left_out_for_all(
         "control": model(CONTROL, 2),
         "rank-2": without(model(GOOD, 3), "piqa/7"),
     }
-    models = compare(recipe, control_and_adapter(), items)["models"]
+    models = compare(recipe, control_and_adapter(), items).models
     for result in models.values():
-        assert result["scores"]["benchmarks"]["piqa"]["left_out"] == 1
-        assert result["scores"]["benchmarks"]["piqa"]["items"] == ITEMS - 1
+        assert result.scores.benchmarks["piqa"].left_out == 1
+        assert result.scores.benchmarks["piqa"].items == ITEMS - 1
 
 
 def test_metrics_of_the_recipe_are_listed_if_nothing_was_generated(
@@ -141,33 +141,32 @@ def test_metrics_of_the_recipe_are_listed_if_nothing_was_generated(
 ) -> None:
     records = task_records([4.0, 3.0]) + general_records("piqa", [0.5, 0.6])
     items = dict.fromkeys(("base", "control", "rank-2"), records)
-    models = compare(recipe, control_and_adapter(), items)["models"]
-    assert models["base"]["scores"]["generation"] == dict.fromkeys(recipe.evaluation.metrics)
+    models = compare(recipe, control_and_adapter(), items).models
+    assert models["base"].scores.generation == dict.fromkeys(recipe.evaluation.metrics)
 
 
 def test_power_reports_what_the_items_can_detect(summarize: Summarize, recipe: Recipe) -> None:
-    models = summarize(rank_2=UNCLEAR, rank_4=GOOD)["models"]
-    unclear = models["rank-2"]["power"]
-    clear = models["rank-4"]["power"]
-    assert unclear["items"] == 2 * ITEMS
-    assert unclear["needed"] > unclear["items"]
-    assert unclear["smallest_drop"] > recipe.gate.max_general_drop > clear["smallest_drop"]
-    assert unclear["enough"] is False
-    assert clear["enough"] is True
-    assert models["control"]["power"]["items"] == 2 * ITEMS
-    assert models["base-nf4"]["power"]["items"] == 2 * ITEMS
+    models = summarize(rank_2=UNCLEAR, rank_4=GOOD).models
+    unclear = models["rank-2"].power
+    clear = models["rank-4"].power
+    assert unclear.items == 2 * ITEMS
+    assert unclear.needed > unclear.items
+    assert unclear.smallest_drop > recipe.gate.max_general_drop > clear.smallest_drop
+    assert unclear.enough is False
+    assert clear.enough is True
+    assert models["control"].power.items == 2 * ITEMS
+    assert models["base-nf4"].power.items == 2 * ITEMS
 
 
 def test_power_is_also_reported_by_benchmark(summarize: Summarize) -> None:
     """Two benchmarks of the same spread and size: each detects a drop √2 times that of both."""
-    power = summarize(rank_2=GOOD)["models"]["rank-2"]["power"]
-    assert list(power["benchmarks"]) == ["piqa", "winogrande"]
-    for one in power["benchmarks"].values():
-        assert list(one) == ["items", "needed", "smallest_drop", "enough"]
-        assert one["items"] == ITEMS
-        assert one["enough"] == (one["needed"] <= ITEMS)
-        assert one["smallest_drop"] == pytest.approx(2**0.5 * power["smallest_drop"], rel=0.25)
+    power = summarize(rank_2=GOOD).models["rank-2"].power
+    assert list(power.benchmarks) == ["piqa", "winogrande"]
+    for one in power.benchmarks.values():
+        assert one.items == ITEMS
+        assert one.enough == (one.needed <= ITEMS)
+        assert one.smallest_drop == pytest.approx(2**0.5 * power.smallest_drop, rel=0.25)
 
 
 def test_the_summary_names_the_metric_of_general_abilities(summarize: Summarize) -> None:
-    assert summarize(rank_2=GOOD)["general_figure"] == "choice_probability"
+    assert summarize(rank_2=GOOD).general_metric == "choice_probability"

@@ -10,10 +10,11 @@ from safetensors.numpy import save_file
 from synthetic_models import BETTER, GOOD, IDLE, SyntheticModel, control_and_adapter
 
 from pipelines.comparison.comparison import ComparisonContext, FrontierVariant, compare
+from pipelines.comparison.document import Comparison
 from pipelines.config.recipe import Recipe
 
 Values = dict[str, Any]
-Summarize = Callable[..., Values]
+Summarize = Callable[..., Comparison]
 RIGHT = {"base": 0.5, "base-nf4": 0.6, "control": 0.7, "rank-2": 0.8}
 """Label → probability of the first of two tokens."""
 
@@ -36,25 +37,25 @@ def test_the_frontier_has_the_compared_models_first(summarize: Summarize, recipe
         "rank-4→1": SyntheticModel(3.2, 0.55),
     }
     summary = summarize(also=also, context=ComparisonContext(variants=variants), rank_4=BETTER)
-    points = {point["label"]: point for point in summary["frontier"]}
+    points = {point.label: point for point in summary.frontier}
     assert list(points) == ["control", "rank-4", "rank-4@1", "control@1", "rank-4→1"]
-    assert [point["trained"] for point in points.values()] == [True, True, False, False, False]
-    adapter = summary["models"]["rank-4"]
-    assert points["rank-4"]["gain"] == adapter["total"]["task_gain"]
-    assert points["rank-4"]["general"] == adapter["change"]["choice_probability"]
+    assert [point.trained for point in points.values()] == [True, True, False, False, False]
+    adapter = summary.models["rank-4"]
+    assert points["rank-4"].gain == adapter.total.task_gain
+    assert points["rank-4"].general == adapter.change.choice_probability
     settings = ("method", "rank", "step", "learning_rate", "cut_from")
-    assert [points["control"][name] for name in settings] == [
+    assert [getattr(points["control"], name) for name in settings] == [
         "full",
         None,
         recipe.training.steps,
         recipe.control.learning_rate[0],
         None,
     ]
-    assert [points["rank-4→1"][name] for name in settings] == ["lora", 1, 2, 1e-3, 4]
-    assert points["rank-4@1"]["general"]["mean"] == pytest.approx(0, abs=0.01)
-    assert points["control@1"]["general"]["mean"] == pytest.approx(0, abs=0.01)
-    assert points["rank-4→1"]["general"]["mean"] == pytest.approx(-0.02, abs=0.01)
-    reason = summary["recommended"]["reason"]
+    assert [getattr(points["rank-4→1"], name) for name in settings] == ["lora", 1, 2, 1e-3, 4]
+    assert points["rank-4@1"].general.mean == pytest.approx(0, abs=0.01)
+    assert points["control@1"].general.mean == pytest.approx(0, abs=0.01)
+    assert points["rank-4→1"].general.mean == pytest.approx(-0.02, abs=0.01)
+    reason = summary.recommended.reason
     assert "rank 4 truncated to 1 would give up at most " in reason
 
 
@@ -62,9 +63,9 @@ def test_a_lower_rank_with_nearly_the_gain_of_the_champion_is_recommended(
     summarize: Summarize,
 ) -> None:
     summary = summarize(rank_2=SyntheticModel(3.2, 0.57), rank_4=SyntheticModel(3.17, 0.57))
-    assert summary["champion"] == "rank-4"
-    assert summary["recommended"]["label"] == "rank-2"
-    assert 0.02 < summary["recommended"]["gives_up"] < 0.1
+    assert summary.champion == "rank-4"
+    assert summary.recommended.label == "rank-2"
+    assert 0.02 < summary.recommended.gives_up < 0.1
 
 
 def test_the_champion_is_recommended_if_lower_ranks_gain_less(summarize: Summarize) -> None:
@@ -73,18 +74,18 @@ def test_the_champion_is_recommended_if_lower_ranks_gain_less(summarize: Summari
         rank_4=SyntheticModel(3.36, 0.57),
         rank_8=SyntheticModel(3.2, 0.57),
     )
-    assert summary["champion"] == "rank-8"
-    assert summary["recommended"]["label"] == "rank-8"
+    assert summary.champion == "rank-8"
+    assert summary.recommended.label == "rank-8"
 
 
 def test_no_adapter_is_recommended_if_none_passes(summarize: Summarize) -> None:
-    assert summarize(rank_2=IDLE)["recommended"] is None
+    assert summarize(rank_2=IDLE).recommended is None
 
 
 def test_without_distributions_there_is_no_divergence(summarize: Summarize) -> None:
-    models = summarize(rank_2=GOOD)["models"]
+    models = summarize(rank_2=GOOD).models
     assert "change" not in models.pop("base")
-    assert all(model["change"]["kl"] is None for model in models.values())
+    assert all(model.change is None or model.change.kl is None for model in models.values())
 
 
 def test_each_change_has_the_divergence_from_its_reference(recipe: Recipe, tmp_path: Path) -> None:
@@ -103,15 +104,14 @@ def test_each_change_has_the_divergence_from_its_reference(recipe: Recipe, tmp_p
     task = [{"kind": "task", "id": number, "nll": 9.0, "tokens": 3} for number in range(2)]
     context = ComparisonContext(distributions={label: tmp_path / label for label in RIGHT})
     items = {label: [*task, chat] for label in RIGHT}
-    models = compare(recipe, control_and_adapter(), items, context)["models"]
+    models = compare(recipe, control_and_adapter(), items, context).models
 
     def expected(before: str, after: str) -> Any:
         return pytest.approx(kl_divergence(before, after), abs=1e-3)
 
-    assert models["base-nf4"]["change"]["kl"] == expected("base", "base-nf4")
-    assert models["control"]["change"]["kl"] == expected("base", "control")
-    assert models["control"]["total"]["kl"] == models["control"]["change"]["kl"]
-    assert models["rank-2"]["change"]["kl"] == expected("base-nf4", "rank-2")
-    assert models["rank-2"]["total"]["kl"] == expected("base", "rank-2")
-    assert models["rank-2"]["change"]["kl_interval"] is None  # there is a single chat
-    assert "kl_interval" in models["base-nf4"]["change"]
+    assert models["base-nf4"].change.kl == expected("base", "base-nf4")
+    assert models["control"].change.kl == expected("base", "control")
+    assert models["control"].total.kl == models["control"].change.kl
+    assert models["rank-2"].change.kl == expected("base-nf4", "rank-2")
+    assert models["rank-2"].total.kl == expected("base", "rank-2")
+    assert models["rank-2"].change.kl_interval is None  # there is a single chat

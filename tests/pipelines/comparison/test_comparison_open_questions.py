@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ MakeModel = Callable[[SyntheticModel, int], list[Values]]
 
 def statuses(model: Values) -> dict[str, str]:
     """Return rule → status."""
-    return {rule["name"]: rule["status"] for rule in model["verdict"]["rules"]}
+    return {rule.name: rule.status for rule in model.judgment.verdict.rules}
 
 
 @pytest.fixture
@@ -53,15 +52,15 @@ def test_worse_open_answers_reject_although_the_choices_did_not_change(
         base_perplexity = 10.0 if label == "base" else 12.0
         items[label] = model(synthetic, seed) + open_records(1.0, base_perplexity)
     items["rank-2"] = model(GOOD, 3) + open_records(right, 12.0 * perplexity)
-    adapter = compare(recipe, control_and_adapter(), items)["models"]["rank-2"]
+    adapter = compare(recipe, control_and_adapter(), items).models["rank-2"]
     rules = statuses(adapter)
     assert rules["forgot little"] == "pass"
     assert rules["forgot little more than the control"] == "pass"
     assert rules["forgot little of capitals"] == ("pass" if right == 1.0 else "reject")
     assert rules["forgot little of perplexity"] == ("pass" if perplexity == 1.0 else "reject")
-    assert adapter["verdict"]["status"] == status
-    assert list(adapter["power"]["benchmarks"]) == ["piqa", "winogrande", "capitals", "perplexity"]
-    json.dumps(adapter, allow_nan=False)
+    assert adapter.judgment.verdict.status == status
+    assert list(adapter.power.benchmarks) == ["piqa", "winogrande", "capitals", "perplexity"]
+    json.dumps(adapter.plain(), allow_nan=False)
 
 
 def test_a_drop_of_a_score_is_a_fraction_of_the_base_score(
@@ -73,12 +72,12 @@ def test_a_drop_of_a_score_is_a_fraction_of_the_base_score(
     for seed, (label, synthetic) in enumerate(WITH_ONE_ADAPTER.items()):
         values = scores.get(label, np.full(30, 10.0))
         items[label] = model(synthetic, seed) + score_records("task", list(values))
-    adapter = compare(recipe, control_and_adapter(), items)["models"]["rank-2"]
+    adapter = compare(recipe, control_and_adapter(), items).models["rank-2"]
     scale = scores["base-nf4"].mean()
     drop = recipe.gate.max_general_drop * scale
     differences = scores["rank-2"] - scores["base-nf4"]
-    assert adapter["power"]["benchmarks"]["task"] == asdict(power_of([differences], drop))
-    reasons = {rule["name"]: rule["reason"] for rule in adapter["verdict"]["rules"]}
+    assert adapter.power.benchmarks["task"] == power_of([differences], drop)
+    reasons = {rule.name: rule.reason for rule in adapter.judgment.verdict.rules}
     expected = f"at least {-drop:+.3f}, 3% of the base's {scale:.3f}"
     assert expected in reasons["forgot little of task"]
 
@@ -89,7 +88,7 @@ def test_a_single_benchmark_of_open_questions_is_judged_once(
     items = {}
     for label, loss in (("base", 4.0), ("control", 3.0), ("rank-2", 3.1)):
         items[label] = task_records([loss] * ITEMS) + probe_records("capitals", [True] * 8)
-    adapter = compare(recipe, control_and_adapter(), items)["models"]["rank-2"]
+    adapter = compare(recipe, control_and_adapter(), items).models["rank-2"]
     assert list(statuses(adapter)) == [
         "learned enough",
         "forgot little",
@@ -109,14 +108,14 @@ def test_tasks_with_their_own_score_are_judged_one_by_one(
 
     items = {"base": records(4.0, 0.9), "control": records(3.0, 0.9), "rank-2": records(3.1, 0.4)}
     summary = compare(recipe, control_and_adapter(), items)
-    adapter = summary["models"]["rank-2"]
+    adapter = summary.models["rank-2"]
     assert statuses(adapter) == {
         "learned enough": "pass",
         "forgot little of f1": "reject",
         "forgot little of steps": "pass",
     }
-    assert adapter["power"]["needed"] is None
-    assert adapter["power"]["enough"] is None
-    assert adapter["power"]["benchmarks"]["f1"]["enough"] is True
-    assert summary["frontier"][1]["general"]["mean"] == pytest.approx(-0.25)
-    json.dumps(summary, allow_nan=False)
+    assert adapter.power.needed is None
+    assert adapter.power.enough is None
+    assert adapter.power.benchmarks["f1"].enough is True
+    assert summary.frontier[1].general.mean == pytest.approx(-0.25)
+    json.dumps(summary.plain(), allow_nan=False)

@@ -8,15 +8,16 @@ import pytest
 from pipelines.comparison.criterion import RuleResult
 from pipelines.comparison.gate import Evidence, OpenChange, decide
 from pipelines.comparison.resampling import Interval
+from pipelines.config.sections import GateSection
 
-GATE = {
-    "min_gain_share": 0.5,
-    "max_general_drop": 0.03,
-    "max_drop_beyond_control": 0.03,
-    "max_file_mb": 20.0,
-    "max_rank": 64,
-    "min_gain_over_champion": 0.01,
-}
+GATE = GateSection(
+    min_gain_share=0.5,
+    max_general_drop=0.03,
+    max_drop_beyond_control=0.03,
+    max_file_mb=20.0,
+    max_rank=64,
+    min_gain_over_champion=0.01,
+)
 LEARNED = "learned enough"
 GAINED = "gained on the task"
 LITTLE = "forgot little"
@@ -65,7 +66,7 @@ def rule(evidence: Evidence, name: str) -> RuleResult:
 
 
 def rule_names(evidence: Evidence, **gate: float | None) -> list[str]:
-    return [one.name for one in decide(evidence, GATE | gate).rules]
+    return [one.name for one in decide(evidence, GATE.model_copy(update=gate)).rules]
 
 
 def without(*names: str) -> list[str]:
@@ -209,7 +210,7 @@ def test_tasks_with_their_own_score_replace_the_general_change() -> None:
 def test_the_bounds_are_those_of_the_gate(
     evidence: Evidence, bounds: dict[str, float], status: str
 ) -> None:
-    assert decide(evidence, GATE | bounds).status == status
+    assert decide(evidence, GATE.model_copy(update=bounds)).status == status
 
 
 @pytest.mark.parametrize(

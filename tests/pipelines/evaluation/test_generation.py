@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipelines.config.sections import DataSection
 from pipelines.data.preparation import tokenize
 from pipelines.evaluation.generation import (
     ANSWERS,
@@ -171,9 +172,9 @@ def test_a_conversation_truncated_in_its_last_question_is_not_answered(
     roles = ("user", "assistant", "user", "assistant")
     turns = [{"role": role, "content": "red green blue"} for role in roles]
     rows = Dataset.from_list([{"messages": turns}])
-    settings = {"source": "rows", "group_column": None, "max_tokens": 10_000}
+    settings = DataSection(source="rows", max_tokens=10_000)
     [complete] = tokenize(rows, tokenizer, settings)
-    shorter = {**settings, "max_tokens": complete.prompt_tokens - 1}
+    shorter = settings.model_copy(update={"max_tokens": complete.prompt_tokens - 1})
     [truncated] = tokenize(rows, tokenizer, shorter)
     assert any(truncated.supervised)
     examples = [vars(truncated), vars(complete)]

@@ -13,10 +13,14 @@ from typing import Any
 
 import psutil
 import pytest
+from registered import training_stage
 
+from pipelines.runtime.interfaces.inputs import TrainInputs
+from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.runtime.stage import Stage
-from pipelines.tracking import live, logged
+from pipelines.tracking import live
 from pipelines.tracking.live import live_run
+from pipelines.tracking.step_metrics import StepMetrics
 
 mlflow = pytest.importorskip("mlflow")
 from mlflow.entities import Run  # noqa: E402
@@ -26,6 +30,7 @@ from pipelines.tracking.runs import ensure_store, log_points  # noqa: E402
 pytestmark = pytest.mark.server
 EXPERIMENT = "pairs"
 Row = dict[str, Any]
+TrainStage = Stage[TrainInputs, TrainResult]
 PHASES = {"data": 0.1, "forward": 0.5, "backward": 0.9, "optimizer": 0.2, "communication": 0.3}
 CURVES = {
     "train/loss",
@@ -59,18 +64,6 @@ def store(runs: Path) -> str:
     return f"sqlite:///{runs / 'mlflow.db'}"
 
 
-def stage_named(name: str, runs: Path) -> Stage:
-    inputs = {
-        "method": "lora",
-        "rank": 4,
-        "lora": {"alpha": 32.0},
-        "learning_rate": 0.002,
-        "quantization": "nf4",
-        "of": name,
-    }
-    return Stage("train", "rank-4", inputs, runs)
-
-
 def training_row(step: int, **changes: Any) -> Row:
     row = {
         "step": step,
@@ -91,18 +84,18 @@ def print_nothing(text: str) -> None:
     raise AssertionError(text)
 
 
-def runs_of(client: Any, stage: Stage) -> list[Run]:
+def runs_of(client: Any, stage: TrainStage) -> list[Run]:
     experiment = client.get_experiment_by_name(EXPERIMENT)
     query = f"tags.`lora.training` = '{stage.key}'"
     return list(client.search_runs([experiment.experiment_id], query))
 
 
-def run_of(client: Any, stage: Stage) -> Run:
+def run_of(client: Any, stage: TrainStage) -> Run:
     [run] = runs_of(client, stage)
     return run
 
 
-def steps_of(client: Any, stage: Stage, name: str = "train/loss") -> list[int]:
+def steps_of(client: Any, stage: TrainStage, name: str = "train/loss") -> list[int]:
     """Return the steps at which a training's run has a metric, by time; empty without a run."""
     try:
         run = run_of(client, stage)
@@ -120,7 +113,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def test_training_is_visible_while_it_runs(runs: Path) -> None:
     client = mlflow.MlflowClient(store(runs))
-    stage = stage_named("seen", runs)
+    stage = training_stage("seen", runs)
     with live_run(stage, EXPERIMENT, print_nothing) as take:
         take(training_row(1))
         wait_until(lambda: steps_of(client, stage) == [1])
@@ -147,14 +140,14 @@ def test_training_is_visible_while_it_runs(runs: Path) -> None:
     assert "system/system_memory_usage_percentage" in run.data.metrics
     assert "system/disk_usage_percentage" in run.data.metrics
     # as after a request whose answer was lost
-    log_points(client, run.info.run_id, logged.points(training_row(1)))
+    log_points(client, run.info.run_id, StepMetrics.model_validate(training_row(1)).points())
     assert steps_of(client, stage) == [1, 2]
 
 
 def test_resumed_training_logs_no_step_twice(runs: Path) -> None:
     """It is interrupted after step 5, resumes from step 4, and its first rows are read again."""
     client = mlflow.MlflowClient(store(runs))
-    stage = stage_named("resumes", runs)
+    stage = training_stage("resumes", runs)
     with pytest.raises(KeyboardInterrupt), live_run(stage, EXPERIMENT, print_nothing) as take:
         for step in range(1, 6):
             take(training_row(step))
@@ -180,7 +173,7 @@ def test_resumed_training_logs_no_step_twice(runs: Path) -> None:
 
 
 def test_restarted_training_has_a_new_run(runs: Path) -> None:
-    stage = stage_named("restarts", runs)
+    stage = training_stage("restarts", runs)
     for loss in (3.0, 2.0):
         with live_run(stage, EXPERIMENT, print_nothing) as take:
             take(training_row(1, loss=loss, time=time.time()))
@@ -200,7 +193,7 @@ def test_training_does_not_wait_for_a_server_that_does_not_answer(
     monkeypatch.setattr(live, "END_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as mute:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{mute.getsockname()[1]}")
-        with live_run(stage_named("mute", runs), EXPERIMENT, printed.append) as take:
+        with live_run(training_stage("mute", runs), EXPERIMENT, printed.append) as take:
             started = time.monotonic()
             for step in range(1, 1001):
                 take(training_row(step))
@@ -223,7 +216,7 @@ def test_server_that_goes_away_and_returns_gets_every_row_once(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     client = mlflow.MlflowClient(store(runs))
-    stage = stage_named("returns", runs)
+    stage = training_stage("returns", runs)
     with live_run(stage, EXPERIMENT, printed.append) as take:
         take(training_row(1))
         wait_until(lambda: len(printed) == 1)  # the server is away at first

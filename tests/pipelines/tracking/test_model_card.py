@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from summaries import BENCHMARKS, METRICS, UNUSUAL, Summary, build, figures_of_any_scale, no_control
+from summaries import (
+    BENCHMARKS,
+    METRICS,
+    UNUSUAL,
+    Summary,
+    build,
+    figures_of_any_scale,
+    no_control,
+    parsed,
+)
 
 from pipelines.tracking.model_card import card
 
@@ -17,7 +26,7 @@ def summary(tmp_path: Path) -> Summary:
 
 
 def read(summary: Summary, label: str = "rank-16") -> ModelCard:
-    return ModelCard(card(summary, label), ignore_metadata_errors=False)
+    return ModelCard(card(parsed(summary), label), ignore_metadata_errors=False)
 
 
 def python_code(summary: Summary) -> str:
@@ -98,7 +107,7 @@ def test_every_metric_has_intervals(summary: Summary) -> None:
 
 def test_verdict_has_its_rules(summary: Summary) -> None:
     text = read(summary, "rank-4").text
-    rule = summary["models"]["rank-4"]["verdict"]["rules"][0]
+    rule = summary["models"]["rank-4"]["judgment"]["verdict"]["rules"][0]
     assert "## Verdict: can't tell" in text
     assert f"- {rule['name']}: **pass** – 70% of the control's gain" in text
     assert "champion" not in text
@@ -158,6 +167,13 @@ def test_odd_names_are_escaped(summary: Summary) -> None:
     assert "| 1e+30 | 1e+30 | −1e+30 | −2e+30 (−3e+30, 0.000)" in text
     constants = compile(python_code(summary), "card", "exec").co_consts
     assert '/models/a "quoted" one' in constants
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_method_names_the_targets(summary: Summary, targets: str | list[str]) -> None:
+    summary["recipe"]["lora"]["target_modules"] = targets
+    line = f"- Method: LoRA of rank 16 over NF4, alpha 32, target_modules {targets}\n"
+    assert line in read(summary).text
 
 
 def test_limits_mention_unfinished_answers(summary: Summary) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from registered import WEIGHTS
+from registered import WEIGHTS, register
 from summaries import Summary
 from tiny import save_tiny_model
 
@@ -11,7 +11,7 @@ from lora_core.files import sha256_of_file
 from pipelines.errors import RegistryError
 
 mlflow = pytest.importorskip("mlflow")
-from pipelines.tracking.registry import download, fetch_champion, register  # noqa: E402
+from pipelines.tracking.registry import download, fetch_champion  # noqa: E402
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_store")]
 
@@ -19,12 +19,12 @@ pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_store")]
 def test_champion_is_downloaded(comparison: Summary, runs: Path, tmp_path: Path) -> None:
     name = comparison["name"]
     assert fetch_champion(name, runs, tmp_path) is None
-    aliases = register(comparison, runs, [], "")["aliases"]
+    aliases = register(comparison, runs).aliases
     found = fetch_champion(name, runs, tmp_path)
     assert found is not None
     assert int(found.version) == aliases["champion"]
     assert found.tags["verdict"] == "pass"
-    digest = comparison["models"]["rank-16"]["figures"]["adapter_sha256"]
+    digest = comparison["models"]["rank-16"]["training"]["result"]["saved"]["adapter_sha256"]
     assert found.adapter_sha256 == digest
     assert sha256_of_file(found.folder / WEIGHTS) == digest
 
@@ -32,7 +32,7 @@ def test_champion_is_downloaded(comparison: Summary, runs: Path, tmp_path: Path)
 def test_champion_is_downloaded_again_only_if_incomplete(
     comparison: Summary, runs: Path, tmp_path: Path
 ) -> None:
-    register(comparison, runs, [], "")
+    register(comparison, runs)
     found = fetch_champion(comparison["name"], runs, tmp_path)
     assert found is not None
     weights = found.folder / WEIGHTS
@@ -48,7 +48,7 @@ def test_champion_with_other_files_is_refused(
     comparison: Summary, runs: Path, tmp_path: Path
 ) -> None:
     name = comparison["name"]
-    version = register(comparison, runs, [], "")["aliases"]["champion"]
+    version = register(comparison, runs).aliases["champion"]
     client = mlflow.MlflowClient()
     client.set_model_version_tag(name, str(version), "adapter_sha256", "0" * 64)
     with pytest.raises(RegistryError, match="does not contain the adapter of its tag"):
@@ -75,12 +75,12 @@ def test_downloaded_adapter_has_its_card_and_loads_in_peft(
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.01)
-    rank_16 = comparison["models"]["rank-16"]
-    adapter = Path(rank_16["folder"]) / "adapter"
+    training = comparison["models"]["rank-16"]["training"]
+    adapter = Path(training["folder"]) / "adapter"
     digest = save_adapter(model, adapter, config, Identity(base=str(base)))
-    rank_16["figures"]["adapter_sha256"] = digest
+    training["result"]["saved"]["adapter_sha256"] = digest
     saved = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    register(comparison, runs, [], "")
+    register(comparison, runs)
 
     uri = f"models:/{comparison['name']}@champion"
     folder = download(uri, runs, tmp_path / "fetched")

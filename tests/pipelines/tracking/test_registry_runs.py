@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from registered import write_rows, write_training
+from registered import register, training_stage, write_rows, write_training
 from summaries import (
     ODD,
     Summary,
@@ -16,11 +16,10 @@ from summaries import (
 
 from pipelines.config.recipe import load_recipe
 from pipelines.errors import RegistryError
-from pipelines.runtime.stage import Stage
 
 mlflow = pytest.importorskip("mlflow")
 from pipelines.tracking.recorder import Recorder  # noqa: E402
-from pipelines.tracking.registry import describe, register  # noqa: E402
+from pipelines.tracking.registry import describe  # noqa: E402
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_store")]
 STEPS = 700
@@ -65,10 +64,10 @@ def training_row(step: int) -> dict[str, Any]:
 
 
 def test_model_run_has_parameters_metrics_and_curve(comparison: Summary, runs: Path) -> None:
-    write_training(Path(comparison["models"]["rank-4"]["folder"]), STEPS)
-    result = register(comparison, runs, [], "")
+    write_training(Path(comparison["models"]["rank-4"]["training"]["folder"]), STEPS)
+    result = register(comparison, runs)
     client = mlflow.MlflowClient()
-    run = client.get_run(result["runs"]["rank-4"])
+    run = client.get_run(result.runs["rank-4"])
     assert run.data.params == {
         "method": "lora",
         "lora.r": "4",
@@ -85,8 +84,8 @@ def test_model_run_has_parameters_metrics_and_curve(comparison: Summary, runs: P
 
 
 def test_control_run_has_the_learning_rate_search(comparison: Summary, runs: Path) -> None:
-    result = register(comparison, runs, [], "")
-    control = mlflow.MlflowClient().get_run(result["runs"]["control"]).data
+    result = register(comparison, runs)
+    control = mlflow.MlflowClient().get_run(result.runs["control"]).data
     expected = {"method": "full", "learning_rate": "0.0001", "quantization": "none"}
     assert control.params == expected
     assert json.loads(control.tags["lora.control.rates"]) == comparison["control"]["rates"]
@@ -96,38 +95,30 @@ def test_control_run_has_the_learning_rate_search(comparison: Summary, runs: Pat
 def test_parent_run_has_decision_and_note(comparison: Summary, runs: Path) -> None:
     result = register(comparison, runs, [Path(comparison["items"]["base"])], "a table")
     client = mlflow.MlflowClient()
-    parent = client.get_run(result["parent_run"]).data
+    parent = client.get_run(result.parent_run).data
     assert parent.tags["lora.decision"] == comparison["decision"]
     assert parent.tags["mlflow.note.content"] == "a table"
     champion = client.get_model_version_by_alias(comparison["name"], "champion")
-    digest = comparison["models"]["rank-16"]["figures"]["adapter_sha256"]
+    digest = comparison["models"]["rank-16"]["training"]["result"]["saved"]["adapter_sha256"]
     assert champion.tags["adapter_sha256"] == digest
 
 
 def test_model_links_the_run_of_its_training(comparison: Summary, runs: Path) -> None:
     """The training's run is not a model of the comparison; if it was killed, it is ended."""
-    inputs = {
-        "method": "lora",
-        "rank": 4,
-        "lora": {"alpha": 32.0},
-        "learning_rate": 0.002,
-        "quantization": "nf4",
-        "of": comparison["name"],
-    }
-    stage = Stage("train", "rank-4", inputs, runs)
-    model = comparison["models"]["rank-4"]
-    model["key"] = stage.key
+    stage = training_stage(comparison["name"], runs)
+    trained = comparison["models"]["rank-4"]["training"]
+    trained["key"] = stage.key
     rows = [training_row(1), training_row(2)]
-    write_rows(Path(model["folder"]), rows)
+    write_rows(Path(trained["folder"]), rows)
     experiment = comparison["recipe"]["registry"]["experiment"] or comparison["name"]
     recorder = Recorder(stage, experiment, started=0)
     recorder.take(rows[:1])
     assert recorder.send() is None
 
-    result = register(comparison, runs, [], "")
-    assert register(comparison, runs, [], "") == result
+    result = register(comparison, runs)
+    assert register(comparison, runs) == result
     client = mlflow.MlflowClient()
-    rank_4 = client.get_run(result["runs"]["rank-4"]).data
+    rank_4 = client.get_run(result.runs["rank-4"]).data
     training = client.get_run(rank_4.tags["lora.training_run"])
     assert training.info.run_name == "rank-4 training"
     assert training.info.status == "FINISHED"
@@ -136,33 +127,33 @@ def test_model_links_the_run_of_its_training(comparison: Summary, runs: Path) ->
     curves = {name for name in rank_4.metrics if name.startswith("train/")}
     assert curves == {name for name in training.data.metrics if name.startswith("train/")}
     assert "train/seconds_backward" in curves
-    assert "lora.training_run" not in client.get_run(result["runs"]["rank-16"]).data.tags
+    assert "lora.training_run" not in client.get_run(result.runs["rank-16"]).data.tags
     parent_and_training = 2
-    found = client.search_runs([result["experiment_id"]])
+    found = client.search_runs([result.experiment_id])
     assert len(found) == len(comparison["models"]) + parent_and_training
 
 
 def test_frontier_is_a_table_and_not_runs(comparison: Summary, runs: Path) -> None:
-    result = register(comparison, runs, [], "")
-    register(comparison, runs, [], "")  # does not append rows
+    result = register(comparison, runs)
+    register(comparison, runs)  # does not append rows
     client = mlflow.MlflowClient()
-    experiment = result["experiment_id"]
-    assert set(result["runs"]) == set(comparison["models"])
+    experiment = result.experiment_id
+    assert set(result.runs) == set(comparison["models"])
     assert len(client.search_runs([experiment])) == 1 + len(comparison["models"])
-    tags = client.get_run(result["parent_run"]).data.tags
+    tags = client.get_run(result.parent_run).data.tags
     entries = json.loads(tags["mlflow.loggedArtifacts"])
     assert {entry["path"] for entry in entries} == TABLES
-    frontier = client.load_table(experiment, "frontier.json", [result["parent_run"]])
+    frontier = client.load_table(experiment, "frontier.json", [result.parent_run])
     assert list(frontier["label"]) == [row["label"] for row in comparison["frontier"]]
     expected = [row["general"]["low"] for row in comparison["frontier"]]
     assert list(frontier["general_low"]) == pytest.approx(expected)
 
 
 def test_tables_have_changes_with_intervals(comparison: Summary, runs: Path) -> None:
-    result = register(comparison, runs, [], "")
+    result = register(comparison, runs)
     client = mlflow.MlflowClient()
-    experiment = result["experiment_id"]
-    parents = [result["parent_run"]]
+    experiment = result.experiment_id
+    parents = [result.parent_run]
     benchmarks = client.load_table(experiment, "benchmarks.json", parents)
     query = "model == 'rank-16' and benchmark == 'piqa' and effect == 'in_all'"
     row = benchmarks.query(query).iloc[0]
@@ -177,7 +168,7 @@ def test_tables_have_changes_with_intervals(comparison: Summary, runs: Path) -> 
 def test_recipe_is_logged_with_the_comparison(
     comparison: Summary, runs: Path, tmp_path: Path
 ) -> None:
-    parent = register(comparison, runs, [], "")["parent_run"]
+    parent = register(comparison, runs).parent_run
     path = mlflow.artifacts.download_artifacts(
         run_id=parent, artifact_path="recipe.yaml", dst_path=str(tmp_path / "fetched")
     )
@@ -191,7 +182,7 @@ def test_describe_replaces_note_and_files(comparison: Summary, runs: Path, tmp_p
     page.write_text("after")
     describe(result, runs, [page], "another note")
     client = mlflow.MlflowClient()
-    parent = result["parent_run"]
+    parent = result.parent_run
     assert client.get_run(parent).data.tags["mlflow.note.content"] == "another note"
     downloaded = Path(client.download_artifacts(parent, page.name, str(tmp_path)))
     assert downloaded.read_text() == "after"
@@ -201,12 +192,12 @@ def test_comparison_without_general_abilities_is_registered(
     comparison: Summary, runs: Path
 ) -> None:
     no_general_ability(comparison)
-    result = register(comparison, runs, [], "")
-    assert len(result["versions"]) == 2
-    assert result["aliases"] == {}
+    result = register(comparison, runs)
+    assert len(result.versions) == 2
+    assert result.aliases == {}
     client = mlflow.MlflowClient()
-    parents = [result["parent_run"]]
-    frontier = client.load_table(result["experiment_id"], "frontier.json", parents)
+    parents = [result.parent_run]
+    frontier = client.load_table(result.experiment_id, "frontier.json", parents)
     assert frontier["general_mean"].isna().all()
     assert not frontier["gain_mean"].isna().any()
     assert client.get_model_version(comparison["name"], "1").tags["general_change"] == "None"
@@ -217,21 +208,21 @@ def test_odd_names_and_metrics_of_any_scale_are_registered(comparison: Summary, 
     a_rate_that_diverged(comparison)
     name = "it's 50% of |é| <b>"
     comparison["recipe"]["registry"]["model"] = name
-    result = register(comparison, runs, [], "")
-    assert register(comparison, runs, [], "") == result
+    result = register(comparison, runs)
+    assert register(comparison, runs) == result
     client = mlflow.MlflowClient()
-    metrics = client.get_run(result["runs"]["base"]).data.metrics
+    metrics = client.get_run(result.runs["base"]).data.metrics
     assert metrics["task/my_metrics_a_b_"] == 1e30
     assert [value for key, value in metrics.items() if "50_ of" in key] == [-123456.789]
     assert client.get_model_version_by_alias(name, "champion").tags["rank"] == "16"
-    parents = [result["parent_run"]]
-    benchmarks = client.load_table(result["experiment_id"], "benchmarks.json", parents)
+    parents = [result.parent_run]
+    benchmarks = client.load_table(result.experiment_id, "benchmarks.json", parents)
     assert ODD in set(benchmarks["benchmark"])
-    control = client.get_run(result["runs"]["control"]).data
+    control = client.get_run(result.runs["control"]).data
     assert json.loads(control.tags["lora.control.rates"])["0.001"] is None
 
 
 def test_adapter_near_the_size_of_a_base_is_refused(comparison: Summary, runs: Path) -> None:
     comparison["base"]["weights"] = 5
     with pytest.raises(RegistryError, match="near the size of a base"):
-        register(comparison, runs, [], "")
+        register(comparison, runs)

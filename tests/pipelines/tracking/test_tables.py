@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from summaries import BENCHMARKS, UNUSUAL, Summary, a_rate_that_diverged, build
+from summaries import BENCHMARKS, UNUSUAL, Summary, a_rate_that_diverged, build, parsed
 
 from pipelines.tracking.tables import MAX_SINGULAR_VALUES, tables
 
@@ -17,8 +18,8 @@ def summary(tmp_path: Path) -> Summary:
 
 
 def rows(summary: Summary, name: str) -> list[dict[str, Any]]:
-    table = tables(summary)[f"{name}.json"]
-    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    table = tables(parsed(summary))[f"{name}.json"]
+    return [dict(zip(table.columns, row, strict=True)) for row in table.data]
 
 
 def test_each_rule_of_each_adapter_has_a_row(summary: Summary) -> None:
@@ -28,7 +29,7 @@ def test_each_rule_of_each_adapter_has_a_row(summary: Summary) -> None:
         "model": "rank-4",
         "rule": "forgot little",
         "status": "can't tell",
-        "reason": summary["models"]["rank-4"]["verdict"]["rules"][1]["reason"],
+        "reason": summary["models"]["rank-4"]["judgment"]["verdict"]["rules"][1]["reason"],
         "verdict": "can't tell",
     }
 
@@ -45,7 +46,7 @@ def test_power_has_a_row_for_all_benchmarks_and_for_each(summary: Summary) -> No
         "enough": False,
     }
     for model in summary["models"].values():
-        model.get("power", {}).pop("benchmarks", None)
+        model.get("power", {})["benchmarks"] = {}
     assert [row["benchmark"] for row in rows(summary, "power")] == ["all"] * 3
 
 
@@ -89,8 +90,9 @@ def test_control_rates_have_outcomes(summary: Summary) -> None:
 
 def test_spectra_have_the_largest_values(summary: Summary) -> None:
     found = rows(summary, "spectra")
-    assert len(found) == sum(map(len, summary["spectrum"].values()))
-    module = summary["spectrum"]["rank-64"][0]
+    trained = [model["training"] for model in summary["models"].values() if "training" in model]
+    assert len(found) == sum(len(training["result"]["saved"]["spectrum"]) for training in trained)
+    module = summary["models"]["rank-64"]["training"]["result"]["saved"]["spectrum"][0]
     expected = {
         "model": "rank-64",
         "module": module["module"],
@@ -111,7 +113,7 @@ def test_divergence_has_an_interval(summary: Summary) -> None:
 @pytest.mark.parametrize("alter", UNUSUAL)
 def test_unusual_comparison_has_tables(summary: Summary, alter: Callable[[Summary], None]) -> None:
     alter(summary)
-    for name, table in tables(summary).items():
-        json.dumps(table, allow_nan=False)
-        assert table["data"], name
-        assert {len(row) for row in table["data"]} == {len(table["columns"])}, name
+    for name, table in tables(parsed(summary)).items():
+        json.dumps(asdict(table), allow_nan=False)
+        assert table.data, name
+        assert {len(row) for row in table.data} == {len(table.columns)}, name

@@ -10,9 +10,11 @@ from training_stages import TrainingStages, adapter_of, launch_training, losses_
 
 from lora_core.adapter.adapter_files import read_json
 from pipelines.errors import StageError
+from pipelines.runtime.interfaces.results import Verified
 from pipelines.runtime.stage import read_records
 from pipelines.training import verification
 from pipelines.training.train import train
+from pipelines.workflow.stages import TrainStage
 
 pytestmark = pytest.mark.slow
 ZERO2 = {"config": "cpu_zero2", "processes": 2}
@@ -108,8 +110,8 @@ def test_a_base_whose_loss_is_not_finite_is_refused_before_the_first_step(
 ) -> None:
     stage = prepared(4, "broken")
     broken_base = stage.folder.parent / "broken-base"
-    copy_with_nan(Path(stage.paths["base"]), broken_base)
-    broken = replace(stage, paths={**stage.paths, "base": str(broken_base)})
+    copy_with_nan(stage.paths.required("base"), broken_base)
+    broken = replace(stage, paths=stage.paths.model_copy(update={"base": str(broken_base)}))
     with pytest.raises(StageError, match=r"'llama' .* not finite"):
         launch_training(broken)
     assert not (broken.folder / "adapter").exists()
