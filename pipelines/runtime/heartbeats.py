@@ -8,19 +8,29 @@ another phase or in an earlier step. A stall is detected from the number of hear
 neither a clock that jumps nor two hosts with different clocks look like a stall. Imports no torch.
 """
 
-import json
 import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pipelines.runtime.interfaces.values import Values
 
 RANKS, NOTES = "ranks", "notes.txt"
 COMMUNICATION = "communication"
 WIDTH = 256
 """Bytes per file. The file is overwritten in place, so that a heartbeat costs one system call."""
-Heartbeat = dict[str, Any]
+
+
+class Heartbeat(Values):
+    """The progress of one rank."""
+
+    rank: int
+    host: str
+    step: int
+    phase: str
+    beats: int
+    """Heartbeats so far."""
 
 
 class HeartbeatWriter:
@@ -30,14 +40,17 @@ class HeartbeatWriter:
         path = folder / RANKS / f"rank-{rank}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._fixed = {"rank": rank, "host": host[:100]}
+        self._rank = rank
+        self._host = host[:100]
         self._beats = 0
 
     def beat(self, step: int, phase: str) -> None:
         """Record the step and the phase that the rank starts."""
         self._beats += 1
-        text = json.dumps({**self._fixed, "step": step, "phase": phase, "beats": self._beats})
-        os.pwrite(self._file, text.encode().ljust(WIDTH), 0)
+        heartbeat = Heartbeat(
+            rank=self._rank, host=self._host, step=step, phase=phase, beats=self._beats
+        )
+        os.pwrite(self._file, heartbeat.model_dump_json().encode().ljust(WIDTH), 0)
 
 
 @dataclass
@@ -51,7 +64,7 @@ class StallDetector:
 
     def stalled_seconds(self) -> float:
         """Return for how many seconds no rank has made progress."""
-        beats = {beat["rank"]: beat["beats"] for beat in read_heartbeats(self.folder)}
+        beats = {beat.rank: beat.beats for beat in read_heartbeats(self.folder)}
         if beats != self._last_beats or not beats:
             self._last_beats = beats
             self._since = time.monotonic()
@@ -69,7 +82,7 @@ def read_heartbeats(folder: Path) -> list[Heartbeat]:
     beats = []
     for path in sorted((folder / RANKS).glob("rank-*.json")):
         try:
-            beats.append(json.loads(path.read_text()))
+            beats.append(Heartbeat.model_validate_json(path.read_text()))
         except (ValueError, OSError):
             continue
     return beats
@@ -109,12 +122,12 @@ def describe_blocking_ranks(beats: list[Heartbeat]) -> list[str]:
     """
     if not beats:
         return ["no rank has started"]
-    lowest_step = min(beat["step"] for beat in beats)
-    behind = [beat for beat in beats if beat["step"] == lowest_step]
-    fewest_beats = min(beat["beats"] for beat in behind)
-    computing = [beat for beat in behind if beat["phase"] != COMMUNICATION]
-    in_earlier_collective = [beat for beat in behind if beat["beats"] == fewest_beats]
+    lowest_step = min(beat.step for beat in beats)
+    behind = [beat for beat in beats if beat.step == lowest_step]
+    fewest_beats = min(beat.beats for beat in behind)
+    computing = [beat for beat in behind if beat.phase != COMMUNICATION]
+    in_earlier_collective = [beat for beat in behind if beat.beats == fewest_beats]
     return [
-        f"rank {beat['rank']} on {beat['host']} is in {beat['phase']} of step {beat['step']}"
+        f"rank {beat.rank} on {beat.host} is in {beat.phase} of step {beat.step}"
         for beat in computing or in_earlier_collective
     ]

@@ -11,7 +11,6 @@ first host has died. All hosts find the first one by LORA_MAIN_ADDRESS; the back
 """
 
 import itertools
-import json
 import os
 import threading
 import time
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from lora_core.files import write_json
@@ -29,6 +27,7 @@ from pipelines.errors import PipelineError
 from pipelines.runtime import launcher
 from pipelines.runtime.interfaces.inputs import TrainInputs
 from pipelines.runtime.interfaces.results import TrainResult
+from pipelines.runtime.interfaces.values import Values
 from pipelines.runtime.monitor import StallMonitor
 from pipelines.runtime.sharding import LaunchConfig
 from pipelines.runtime.stage import Stage
@@ -44,7 +43,20 @@ GONE_SECONDS = 60
 BACKEND_SECONDS = 30
 """How much longer the run waits than its ranks wait for each other, since their own error is more
 specific."""
-Call = dict[str, Any]
+
+
+class Call(Values):
+    """The first host's call to others, in the stage's folder."""
+
+    attempt: str
+    """Identifies the training among those that were started in the folder."""
+    config: str
+    """accelerate config of the launch."""
+    processes: int
+    """Ranks on all hosts together."""
+    machines: int
+    count: int = 0
+    """Rises as long as the first host lives."""
 
 
 def train(
@@ -88,12 +100,12 @@ def calling_hosts(settings: LaunchSection, folder: Path) -> Iterator[Sequence[st
     if settings.machines == 1:
         yield launcher.SINGLE_HOST
         return
-    call = {
-        "attempt": uuid4().hex,
-        "config": settings.config,
-        "processes": settings.processes,
-        "machines": settings.machines,
-    }
+    call = Call(
+        attempt=uuid4().hex,
+        config=settings.config,
+        processes=settings.processes,
+        machines=settings.machines,
+    )
     arguments = host_arguments(call, 0)
     path = folder / CALL
     is_over = threading.Event()
@@ -109,7 +121,7 @@ def calling_hosts(settings: LaunchSection, folder: Path) -> Iterator[Sequence[st
 
 def _count(path: Path, call: Call, is_over: threading.Event) -> None:
     for count in itertools.count():
-        write_json(path, {**call, "count": count})
+        write_json(path, call.model_copy(update={"count": count}).plain())
         if is_over.wait(COUNT_SECONDS):
             return
 
@@ -120,10 +132,10 @@ def host_arguments(call: Call, machine: int) -> list[str]:
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit():
         raise PipelineError(
-            f"{MAIN_ADDRESS} is {address!r}; set it on each of the {call['machines']} hosts to "
+            f"{MAIN_ADDRESS} is {address!r}; set it on each of the {call.machines} hosts to "
             "the name or address of the first and a free port there, such as node-a:29500"
         )
-    arguments = ["--num_machines", str(call["machines"]), "--machine_rank", str(machine)]
+    arguments = ["--num_machines", str(call.machines), "--machine_rank", str(machine)]
     arguments += ["--main_process_ip", host, "--main_process_port", port]
     return [*arguments, "--deepspeed_multinode_launcher", "standard"]
 
@@ -147,17 +159,17 @@ class JoiningHost:
         while not until():
             for folder, call in open_calls(self.root):
                 if self._is_new(call) and self.is_counting(call):
-                    self._joined.add(call["attempt"])
+                    self._joined.add(call.attempt)
                     self.join(folder, call)
             time.sleep(POLL_SECONDS)
 
     def _is_new(self, call: Call) -> bool:
-        return call["attempt"] not in self._joined and self.machine < call["machines"]
+        return call.attempt not in self._joined and self.machine < call.machines
 
     def is_counting(self, call: Call) -> bool:
         """Return whether the count has increased since this host first read the call."""
-        first_count, _ = self._counts.setdefault(call["attempt"], (call["count"], time.monotonic()))
-        return bool(call["count"] != first_count)
+        first_count, _ = self._counts.setdefault(call.attempt, (call.count, time.monotonic()))
+        return call.count != first_count
 
     def is_over(self, folder: Path, attempt: str) -> bool:
         """Return whether a call was deleted or replaced, or stopped counting GONE_SECONDS ago."""
@@ -172,23 +184,23 @@ class JoiningHost:
 
     def _current_count(self, folder: Path, attempt: str) -> int | None:
         for other, call in open_calls(self.root):
-            if other == folder and call["attempt"] == attempt:
-                return int(call["count"])
+            if other == folder and call.attempt == attempt:
+                return call.count
         return None
 
     def join(self, folder: Path, call: Call) -> int:
         """Run this host's ranks until the training ends; return their exit status."""
         argv = launcher.accelerate_argv(
-            call["config"], call["processes"], folder, host_arguments(call, self.machine)
+            call.config, call.processes, folder, host_arguments(call, self.machine)
         )
         self.report(f"joining {folder.name}")
         with (folder / f"log-{self.machine}.txt").open("ab") as log:
             status = launcher.run_joined_ranks(
                 argv,
                 log,
-                threads=launcher.threads_each(call["processes"] // call["machines"]),
-                on_cpu=LaunchConfig.read(call["config"]).on_cpu,
-                until=lambda: self.is_over(folder, call["attempt"]),
+                threads=launcher.threads_each(call.processes // call.machines),
+                on_cpu=LaunchConfig.read(call.config).on_cpu,
+                until=lambda: self.is_over(folder, call.attempt),
             )
         self.report(f"{folder.name} ended with status {status}")
         return status
@@ -199,7 +211,7 @@ def open_calls(root: Path) -> list[tuple[Path, Call]]:
     found = []
     for path in sorted(root.glob(f"train/*/{CALL}")):
         try:
-            found.append((path.parent, json.loads(path.read_text())))
+            found.append((path.parent, Call.model_validate_json(path.read_text())))
         except (OSError, ValueError):  # it was deleted, or is being written
             continue
     return found

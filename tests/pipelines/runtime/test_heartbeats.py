@@ -2,12 +2,12 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipelines.errors import StageError
 from pipelines.runtime.heartbeats import (
+    Heartbeat,
     HeartbeatWriter,
     StallDetector,
     clear_heartbeats,
@@ -25,8 +25,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def beat(rank: int, step: int, phase: str, beats: int = 1) -> dict[str, Any]:
-    return {"rank": rank, "host": f"node-{rank}", "step": step, "phase": phase, "beats": beats}
+def beat(rank: int, step: int, phase: str, beats: int = 1) -> Heartbeat:
+    return Heartbeat(rank=rank, host=f"node-{rank}", step=step, phase=phase, beats=beats)
 
 
 def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
     writer.beat(12, "a phase with a longer name than before")
     writer.beat(12, "data")
     assert read_heartbeats(tmp_path) == [
-        {"rank": 1, "host": "node-b", "step": 12, "phase": "data", "beats": 3}
+        Heartbeat(rank=1, host="node-b", step=12, phase="data", beats=3)
     ]
     clear_heartbeats(tmp_path)
     assert read_heartbeats(tmp_path) == []
@@ -44,7 +44,7 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_a_file_that_is_being_written_is_skipped(tmp_path: Path) -> None:
     HeartbeatWriter(tmp_path, 0, "node-a").beat(1, "data")
     (tmp_path / "ranks" / "rank-1.json").write_text("")
-    assert [one["rank"] for one in read_heartbeats(tmp_path)] == [0]
+    assert [one.rank for one in read_heartbeats(tmp_path)] == [0]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_file_that_is_being_written_is_skipped(tmp_path: Path) -> None:
         "none",
     ],
 )
-def test_the_blocking_ranks_are_described(beats: list[dict[str, Any]], named: list[str]) -> None:
+def test_the_blocking_ranks_are_described(beats: list[Heartbeat], named: list[str]) -> None:
     assert describe_blocking_ranks(beats) == named
 
 

@@ -12,10 +12,18 @@ from pipelines.config.recipe import parse_recipe
 from pipelines.config.sections import LaunchSection
 from pipelines.errors import PipelineError, RecipeError
 from pipelines.runtime import hosts
-from pipelines.runtime.hosts import CALL, JoiningHost, calling_hosts, host_arguments, open_calls
+from pipelines.runtime.hosts import (
+    CALL,
+    Call,
+    JoiningHost,
+    calling_hosts,
+    host_arguments,
+    open_calls,
+)
 from pipelines.runtime.launcher import SINGLE_HOST
 
 TWO_HOSTS = LaunchSection(config="cpu_zero2", processes=2, machines=2)
+OLD_CALL = Call(attempt="old", config="cpu_zero2", processes=2, machines=2, count=7)
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +96,7 @@ def test_each_training_is_joined_once(folder: Path, joined: list[str]) -> None:
 
 
 def test_a_call_that_does_not_count_is_ignored(folder: Path, joined: list[str]) -> None:
-    call = {"attempt": "old", "config": "cpu_zero2", "processes": 2, "machines": 2, "count": 7}
-    write_json(folder / CALL, call)
+    write_json(folder / CALL, OLD_CALL.plain())
     threading.Event().wait(0.2)
     assert joined == []
     with calling_hosts(TWO_HOSTS, folder):
@@ -104,7 +111,7 @@ def test_an_address_without_host_or_port_is_refused(
     with pytest.raises(
         PipelineError, match=r"set it on each of the 2 hosts .* such as node-a:29500"
     ):
-        host_arguments({"machines": 2}, 1)
+        host_arguments(OLD_CALL, 1)
 
 
 def test_machines_need_the_same_number_of_ranks(
