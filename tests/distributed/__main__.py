@@ -215,12 +215,12 @@ def checkpoints(folder: Path) -> Iterator[Row]:
         if often:
             yield row(
                 f"{name}: seconds that training waited for each",
-                cost["seconds"] / cost.written,
+                cost.seconds / cost.written,
                 "s",
             )
             yield row(
                 f"{name}: CPU seconds in background for each",
-                cost["seconds_beside"] / cost.written,
+                cost.background_seconds / cost.written,
                 "s",
             )
         yield (

@@ -5,7 +5,6 @@
 The second word is a fault; see `faults.struck`. The output of the run goes to the standard output.
 """
 
-import json
 import pickle
 import signal
 import sys
@@ -26,7 +25,7 @@ def main() -> None:
 
         strike_launches(sys.argv[2])
     try:
-        print(json.dumps(hosts.train(stage, settings, watch=None, report=print)))
+        print(hosts.train(stage, settings, watch=None, report=print).model_dump_json())
     except PipelineError as error:
         sys.exit(f"error: {error}")
 

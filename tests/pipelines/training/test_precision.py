@@ -1,7 +1,6 @@
 """In bfloat16, the control trains float32 weights, and an adapter computes without autocast."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -49,7 +48,7 @@ def test_a_control_in_bfloat16_trains_float32_weights(
         use_dtype(monkeypatch, dtype)
         train(stage.begin())
         trained = load_file(str(stage.folder / MODEL_FILE))
-        base = load_file(str(Path(stage.paths["base"]) / "model.safetensors"))
+        base = load_file(str(stage.paths.required("base") / "model.safetensors"))
         assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
         changed[dtype] = {
             name: float((tensor != base[name]).float().mean()) for name, tensor in trained.items()
