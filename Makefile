@@ -28,11 +28,11 @@ format: $(READY)
 ui: $(READY) ## the MLflow and Prefect pages
 	$(BIN)/lora ui
 
-bench: $(READY) ## speed and memory beside TRL and a bare PEFT loop
+bench: $(READY) ## speed and memory next to TRL and a bare PEFT loop
 	$(BIN)/python tests/benchmarks/bench.py
 	$(BIN)/python tests/benchmarks/scoring_bench.py
 
-parity: $(READY) ## the library and the adapters of `make run` beside PEFT, other programs and published figures
+parity: $(READY) ## the library and the adapters of `make run` next to PEFT, other programs and published figures
 	PYTHONPATH=tests $(BIN)/python -m parity
 
 truth: $(READY) ## which figures see forgetting, and whether LoRA forgets less here; about an hour on two cores
@@ -50,7 +50,7 @@ families: $(READY) ## every family of causal language models next to its own for
 
 setup: $(READY)
 
-# torch goes first and alone: asked for together with the rest, pip may settle on a build for another machine.
+# torch goes first and alone: if it is requested together with the rest, pip may settle on a build for another machine.
 $(READY): pyproject.toml constraints.txt infra/embedded.txt
 	@start=$$(date +%s); set -e; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
