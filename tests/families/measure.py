@@ -96,7 +96,7 @@ def measure(name: str) -> Measured:
         reader, verified = verified_reader(
             model,
             [Probe(pack(examples[1:], "cpu"), gradient=True)],
-            trained=dict(enumerate(trained)),
+            trained={name: one for name, one in model.named_parameters() if one.requires_grad},
         )
     except BaseModelError as error:
         return Measured("refused", str(error))
