@@ -10,6 +10,7 @@ import pytest
 from browser.rendered import BROWSER, NO_BROWSER, Rendered, dump
 from summaries import Summary, build, parsed
 
+from pipelines.comparison.resampling import Interval
 from pipelines.reporting.formats import ends, signed
 from pipelines.reporting.report import write_html
 
@@ -74,7 +75,7 @@ def test_browser_shows_the_metrics_of_the_summary(summary: Summary, rendered: Re
                 end: float(shown[f"data-{key}"])
                 for end, key in (("mean", "value"), ("low", "low"), ("high", "high"))
             } == expected
-            assert shown["text"].startswith(signed(expected["mean"]) + ends(expected))
+            assert shown["text"].startswith(signed(expected["mean"]) + ends(Interval(**expected)))
         if "judgment" in model:
             status = model["judgment"]["verdict"]["status"]
             assert rendered.metrics[label, "verdict"]["text"] == status
@@ -85,7 +86,9 @@ def test_browser_shows_every_point_of_the_frontier(summary: Summary, rendered: R
         for figure in ("gain", "general"):
             shown = rendered.metrics[row["label"], figure]
             assert float(shown["data-value"]) == row[figure]["mean"]
-            assert shown["text"].strip() == signed(row[figure]["mean"]) + ends(row[figure])
+            assert shown["text"].strip() == signed(row[figure]["mean"]) + ends(
+                Interval(**row[figure])
+            )
 
 
 def test_page_makes_no_requests(folder: Path, rendered: Rendered) -> None:
