@@ -52,7 +52,6 @@ def training_stage(data_digest: str, runs: Path) -> Stage[TrainInputs, TrainResu
         template_sha256="56" * 32,
     )
     inputs = TrainInputs(
-        method="lora",
         base_digests={"dense": "12" * 32},
         data_digest=data_digest,
         quantization="nf4",

@@ -5,6 +5,15 @@ A pure function from stage results and item records to the comparison in summary
 
 from collections.abc import Mapping, Sequence
 
+from pipelines.comparison.comparison_inputs import (
+    BASE,
+    CONTROL,
+    QUANTIZED_BASE,
+    ComparedChampion,
+    ComparedModel,
+    ComparisonContext,
+    ComparisonInputs,
+)
 from pipelines.comparison.differences import (
     change,
     general_metric,
@@ -30,15 +39,6 @@ from pipelines.comparison.frontier import (
     recommend,
 )
 from pipelines.comparison.gate import decide
-from pipelines.comparison.inputs import (
-    BASE,
-    CONTROL,
-    QUANTIZED_BASE,
-    ComparedChampion,
-    ComparedModel,
-    ComparisonContext,
-    ComparisonInputs,
-)
 from pipelines.comparison.power import power_of
 from pipelines.comparison.records import Records, align
 from pipelines.comparison.scores import Scores, scores

@@ -1,5 +1,12 @@
 """The measurements of one adapter that the gate needs, from the inputs of a comparison."""
 
+from pipelines.comparison.comparison_inputs import (
+    BASE,
+    CONTROL,
+    ComparedChampion,
+    ComparedModel,
+    ComparisonInputs,
+)
 from pipelines.comparison.differences import (
     drop_beyond_control,
     gain_share,
@@ -11,13 +18,6 @@ from pipelines.comparison.differences import (
     task_gain,
 )
 from pipelines.comparison.gate import Evidence, OpenChange
-from pipelines.comparison.inputs import (
-    BASE,
-    CONTROL,
-    ComparedChampion,
-    ComparedModel,
-    ComparisonInputs,
-)
 from pipelines.comparison.records import Records, scored
 from pipelines.comparison.resampling import Interval, mean_interval
 from pipelines.comparison.scores import metric_errors

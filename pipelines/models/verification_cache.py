@@ -3,14 +3,18 @@
     <runs>/verified/<key>.json
 
 The key is a digest of everything that decides how a model is read: its class and config, dtype,
-device and library versions, and for a training also its base, method, trained tensors and examples.
+device, library versions and this software, and for a training also its base, method, trained
+tensors and examples.
 The rank of an adapter, the learning rate and the seed do not decide it: three ranks of one adapter
 are read in the same way. A file that is missing or cannot be read costs time and nothing else.
 """
 
+import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,13 +23,13 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+import lora_core
+import pipelines.models
 from lora_core.files import write_text
 from pipelines.models.measurement import Probe
 from pipelines.runtime.stage import digest, library_versions
 
 FOLDER = "verified"
-FORMAT = 1
-"""To increase when readers or their verification change."""
 NOT_ARCHITECTURE = ("_name_or_path", "transformers_version")
 """What a config states that does not change what the model computes."""
 Stored = TypeVar("Stored", bound=BaseModel)
@@ -63,10 +67,13 @@ def architecture_key(model: PreTrainedModel) -> str:
     for name in NOT_ARCHITECTURE:
         config.pop(name, None)
     kind = type(model)
+    module = sys.modules[kind.__module__]
     return digest(
         {
-            "format": FORMAT,
+            "code": _code_digest(),
             "class": f"{kind.__module__}.{kind.__qualname__}",
+            # of code that comes with a base; the module's name may stay the same when it changes
+            "custom_code": getattr(module, "__transformers_module_hash__", ""),
             "config": config,
             "dtype": str(model.dtype),
             "device": _device_name(model.device),
@@ -106,6 +113,16 @@ def training_key(
             "settings": dict(settings),
         }
     )
+
+
+@cache
+def _code_digest() -> str:
+    """Return a digest of the code that reads models and verifies it."""
+    sources = hashlib.sha256()
+    for package in (lora_core, pipelines.models):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            sources.update(path.read_bytes())
+    return sources.hexdigest()
 
 
 def _device_name(device: torch.device) -> str:

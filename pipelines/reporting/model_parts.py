@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from pipelines.comparison.criterion import Status
 from pipelines.comparison.document import (
     Effect,
     ForwardChecks,
@@ -53,7 +54,7 @@ def against_base(model: ModelSummary) -> Effect | None:
     return model.change if model.total is None else model.total
 
 
-def status_of(model: ModelSummary) -> str | None:
+def status_of(model: ModelSummary) -> Status | None:
     """Return the status of an adapter's verdict; None if the model was not judged."""
     return None if model.judgment is None else model.judgment.verdict.status
 

@@ -58,7 +58,7 @@ class MetricRow(TableRow):
     value_high: float | None
     by_training: IntervalCells
     in_all: IntervalCells
-    verdict: str | None
+    verdict: Status | None
     """Its status; None for a model that was not judged."""
 
 

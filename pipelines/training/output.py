@@ -21,18 +21,10 @@ from pipelines.runtime.stage import RESULT, SNAPSHOTS, snapshot, write_result
 from pipelines.training.engine import Engine
 
 
-def finish(
-    folder: Path,
-    engine: Engine,
-    config: LoraConfig | None,
-    inputs: TrainInputs,
-) -> tuple[SavedWeights, int]:
-    """Save the trained weights; return what was saved, and the largest memory peak of all ranks.
-
-    A collective: every rank calls it.
-    """
-    peak = max(gather_object([peak_memory_bytes()]))
-    return save_trained(engine, config, inputs, folder), peak
+def peak_memory_of_all_ranks() -> int:
+    """Return the largest peak of memory of any rank, in bytes. A collective."""
+    peaks: list[int] = gather_object([peak_memory_bytes()])
+    return max(peaks)
 
 
 def declare_done(

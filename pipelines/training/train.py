@@ -32,7 +32,7 @@ from pipelines.runtime.child import die_with_parent, errors_recorded
 from pipelines.runtime.heartbeats import HeartbeatWriter
 from pipelines.runtime.interfaces.inputs import TrainInputs, TrainOptions
 from pipelines.runtime.interfaces.kinds import TRAIN
-from pipelines.runtime.interfaces.results import TrainResult
+from pipelines.runtime.interfaces.results import TrainingFacts, TrainResult
 from pipelines.runtime.stage import read_inputs, read_options, read_result, snapshot
 from pipelines.training.build import adapt, build_engine, load_base
 from pipelines.training.checkpoint import select_checkpoint
@@ -41,7 +41,12 @@ from pipelines.training.checkpoint_writer import Checkpoints
 from pipelines.training.collective_timing import time_collectives
 from pipelines.training.engine import Engine, start
 from pipelines.training.log import METRICS, Log
-from pipelines.training.output import declare_done, finish, missing_snapshots, save_trained
+from pipelines.training.output import (
+    declare_done,
+    missing_snapshots,
+    peak_memory_of_all_ranks,
+    save_trained,
+)
 from pipelines.training.phase_timer import PhaseTimer
 from pipelines.training.rank_errors import gather_hostnames, name_lost_rank
 from pipelines.training.run import Run, prepare_run
@@ -103,17 +108,23 @@ def train(folder: Path) -> None:
             missing = missing_snapshots(folder, options.snapshots)
             _train_steps(training, first, max(missing, default=0), missing)
     if result is None:
-        saved, peak_memory_bytes = finish(folder, engine, config, inputs)
-        result = TrainResult(
-            facts=facts,
-            totals=log.totals(),
-            saved=saved,
-            checkpoints=checkpoints.metrics,
-            peak_memory_bytes=peak_memory_bytes,
-        )
+        result = _finish(training, facts)
     declare_done(folder, engine, config, result)
     if engine.is_first:
         checkpoints.discard()
+
+
+def _finish(training: Training, facts: TrainingFacts) -> TrainResult:
+    """Save the trained weights; return the result. A collective: every rank calls it."""
+    peak = peak_memory_of_all_ranks()
+    saved = save_trained(training.engine, training.config, training.inputs, training.folder)
+    return TrainResult(
+        facts=facts,
+        totals=training.log.totals(),
+        saved=saved,
+        checkpoints=training.checkpoints.metrics,
+        peak_memory_bytes=peak,
+    )
 
 
 def _checkpoints(folder: Path, options: TrainOptions, trained_weights: int) -> Checkpoints:

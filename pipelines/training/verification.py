@@ -13,7 +13,7 @@ from accelerate.utils import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from pipelines.errors import PipelineError
+from pipelines.errors import BaseModelError, PipelineError
 from pipelines.models.equivalence import combined, verified_reader
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import reset_peak_memory
@@ -72,18 +72,46 @@ def _verify_together(
     trained: Mapping[str, nn.Parameter],
     dtype: torch.dtype,
 ) -> Verified:
-    """Verify on probes that are divided among the ranks; a collective."""
+    """Verify on probes that are divided among the ranks; a collective.
+
+    Raises:
+        BaseModelError: a rank refuses the base; every rank raises its error.
+        PipelineError: the ranks would read the base in different ways, each on all probes.
+    """
     own_probe = probes[run.accelerator.process_index % len(probes)]
     is_divided = run.accelerator.num_processes >= len(probes)
     for some in ([own_probe], probes) if is_divided else (probes,):
-        _, verified = verified_reader(model, some, trained=trained, dtype=dtype)
-        found: list[Verified] = gather_object([verified])
+        found = _gather_verified(model, some, trained, dtype)
         ways = {(one.path, one.own_head) for one in found}
         if len(ways) == 1:
             return combined(found[: len(probes)] if some is not probes else found[:1])
     raise PipelineError(
         f"the ranks would read the base in different ways ({ways}); run them on hosts of one kind"
     )
+
+
+def _gather_verified(
+    model: PreTrainedModel,
+    probes: Sequence[Probe],
+    trained: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+) -> list[Verified]:
+    """Verify on a rank's probes; return the results of all ranks.
+
+    Raises:
+        BaseModelError: a rank refuses the base. All ranks raise it, so that none waits for another.
+    """
+    outcome: Verified | BaseModelError
+    try:
+        _, outcome = verified_reader(model, probes, trained=trained, dtype=dtype)
+    except BaseModelError as error:
+        outcome = error
+    found = []
+    for one in gather_object([outcome]):
+        if isinstance(one, BaseModelError):
+            raise one
+        found.append(one)
+    return found
 
 
 def _identity(inputs: TrainInputs) -> dict[str, Any]:

@@ -163,7 +163,6 @@ class Stages:
                 template_sha256=base.template_sha256,
             )
         return TrainInputs(
-            method=experiment.method,
             base_digests=base.digests,
             data_digest=data.result.digest,
             quantization="none" if adapter is None else recipe.base_model.quantization,

@@ -18,6 +18,7 @@ from pipelines.runtime.interfaces.values import Values
 
 Method = Literal["full", "lora"]
 Quantization = Literal["nf4", "none"]
+PathName = Literal["base", "data", "source", "model", "adapter"]
 
 
 class StagePaths(Values):
@@ -38,7 +39,7 @@ class StagePaths(Values):
     here: str | None = None
     """Folder in which the run was started."""
 
-    def required(self, name: str) -> Path:
+    def required(self, name: PathName) -> Path:
         """Return the path with a name.
 
         Raises:
@@ -138,7 +139,6 @@ class TrainInputs(Values):
     """Inputs of a training. Those of full fine-tuning name the base by its weights only, so that
     every recipe with the same control reuses it."""
 
-    method: Method
     base_digests: dict[str, str]
     """Kind of weights → their fingerprint."""
     data_digest: str
@@ -149,6 +149,11 @@ class TrainInputs(Values):
     adapter: AdapterInputs | None = None
     """None for full fine-tuning."""
     trust_remote_code: bool = False
+
+    @property
+    def method(self) -> Method:
+        """How it is trained."""
+        return "full" if self.adapter is None else "lora"
 
 
 class TrainOptions(SchedulingSettings):

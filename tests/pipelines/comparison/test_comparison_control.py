@@ -21,7 +21,7 @@ def test_the_control_is_compared_with_the_base_in_full_precision(summarize: Summ
     control = summarize(rank_2=GOOD).models["control"]
     assert control.change == control.total
     assert control.change.task_gain.mean == pytest.approx(1.0, abs=0.02)
-    assert "verdict" not in control
+    assert control.judgment is None
 
 
 def test_an_adapter_that_lost_less_than_the_control_does_not_pass(summarize: Summarize) -> None:
@@ -62,7 +62,7 @@ def test_a_lora_control_is_compared_with_the_base_in_4_bits(
     assert control.total.choice_probability.mean == pytest.approx(-0.03, abs=0.01)
     assert adapter.judgment.beyond_control.mean == pytest.approx(-0.05, abs=0.01)
     assert adapter.judgment.gain_share.mean == pytest.approx(0.8, abs=0.02)
-    assert "verdict" not in control
+    assert control.judgment is None
     assert summary.control.method == "lora"
     assert summary.frontier[0].method == "lora"
     assert "rank 64" in summary.control.words

@@ -84,8 +84,9 @@ def test_no_adapter_is_recommended_if_none_passes(summarize: Summarize) -> None:
 
 def test_without_distributions_there_is_no_divergence(summarize: Summarize) -> None:
     models = summarize(rank_2=GOOD).models
-    assert "change" not in models.pop("base")
-    assert all(model.change is None or model.change.kl is None for model in models.values())
+    assert models.pop("base").change is None
+    assert all(model.change is not None for model in models.values())
+    assert all(model.change.kl is None for model in models.values() if model.change is not None)
 
 
 def test_each_change_has_the_divergence_from_its_reference(recipe: Recipe, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pipelines.models.hardware import (
     detect,
 )
 from pipelines.models.loading import attention_heads, load_model
+from pipelines.runtime.interfaces.inputs import TrainOptions
 from pipelines.training import eight_bit
 from pipelines.training.optimizers import build, full_bytes
 
@@ -70,13 +71,14 @@ def test_full_fine_tuning_needs_more_for_more_tokens_and_for_copies_of_gradients
     tiny_folder: Path,
 ) -> None:
     model = load_model(tiny_folder, "none", CPU)
-    options = {"processes": 1, "gradient_checkpointing": False}
+    options = TrainOptions(processes=1, device="gpu", timeout_seconds=600)
     needs = full_bytes(model, options, 64)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert needs > 4 * 4 * weights  # masters, gradients and two means, in 4 bytes
     assert full_bytes(model, options, 6400) > needs
     # a second copy of the gradients of float32 masters
-    assert full_bytes(model, {**options, "processes": 2}, 64) == needs + 4 * weights
+    two_processes = options.model_copy(update={"processes": 2})
+    assert full_bytes(model, two_processes, 64) == needs + 4 * weights
 
 
 @dataclass

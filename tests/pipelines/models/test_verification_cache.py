@@ -1,5 +1,6 @@
 """A verification is shared by what is read in the same way, and by nothing else."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, inject
+from pipelines.models import verification_cache
 from pipelines.models.checked import Architecture
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack, pack
@@ -105,3 +107,17 @@ def test_trainings_share_a_verification_whatever_their_rank(
         key_of(family, examples_pack, base="one", checkpointing=True),
     ]
     assert len(set(keys)) == len(keys)
+
+
+def test_a_verification_is_of_the_code_that_reads(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change of this software, or of the code that comes with a base, is verified again."""
+    model = family("mistral")
+    before = architecture_key(model)
+    module = sys.modules[type(model).__module__]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "__transformers_module_hash__", "another", raising=False)
+        assert architecture_key(model) != before
+    monkeypatch.setattr(verification_cache, "_code_digest", lambda: "another")
+    assert architecture_key(model) != before

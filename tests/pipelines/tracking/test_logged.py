@@ -75,6 +75,6 @@ def test_base_has_rank_zero(summary: Summary) -> None:
 
 def test_full_fine_tuning_has_no_rank(tmp_path: Path) -> None:
     inputs = training_stage("rows", tmp_path).inputs
-    full = inputs.model_copy(update={"method": "full", "adapter": None, "quantization": "none"})
+    full = inputs.model_copy(update={"adapter": None, "quantization": "none"})
     expected = {"method": "full", "learning_rate": "0.002", "quantization": "none"}
     assert parameters(full).by_name() == expected

@@ -5,14 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from training_stages import TrainingStages, adapter_of, launch_training, losses_of
 
 from lora_core.adapter.adapter_files import read_json
+from lora_core.files import write_json
+from pipelines.data.batches import order
 from pipelines.errors import StageError
 from pipelines.runtime.interfaces.results import Verified
 from pipelines.runtime.stage import read_records
 from pipelines.training import verification
+from pipelines.training.run import PROBE_TOKENS
 from pipelines.training.train import train
 from pipelines.workflow.stages import TrainStage
 
@@ -117,12 +121,43 @@ def test_a_base_whose_loss_is_not_finite_is_refused_before_the_first_step(
     assert not (broken.folder / "adapter").exists()
 
 
+def test_a_base_that_one_rank_refuses_is_refused_with_its_reason(prepared: TrainingStages) -> None:
+    """The ranks verify on different examples: only the longest one has the broken token."""
+    stage = prepared(4, "broken-for-one", launch=ZERO2)
+    examples = list(load_from_disk(str(stage.paths.required("data") / "train"))["input_ids"])
+    training = stage.inputs.training
+    steps = order(len(examples), training.steps, training.batch_size, stage.inputs.seed)
+    used = sorted({index for step in steps for index in step})
+    by_length = sorted((examples[index] for index in used), key=len)
+    read_by_the_other_rank = {*by_length[0], *by_length[len(by_length) // 2][:PROBE_TOKENS]}
+    only_in_longest = sorted(set(by_length[-1]) - read_by_the_other_rank)
+    assert only_in_longest, "the longest example has a token that the other probe lacks"
+    broken_base = stage.folder.parent / "broken-token"
+    copy_with_nan_token(stage.paths.required("base"), broken_base, only_in_longest[0])
+    broken = replace(stage, paths=stage.paths.model_copy(update={"base": str(broken_base)}))
+    with pytest.raises(StageError, match=r"'llama' .* not finite"):
+        launch_training(broken, **ZERO2)
+
+
 def copy_with_nan(base: Path, folder: Path) -> None:
     """Copy a base and set its final norm to NaN."""
     shutil.copytree(base, folder)
     file = str(folder / "model.safetensors")
     weights = load_file(file)
     weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def copy_with_nan_token(base: Path, folder: Path, token: int) -> None:
+    """Copy a base, with an output head of its own, and set the embedding of a token to NaN."""
+    shutil.copytree(base, folder)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", config | {"tie_word_embeddings": False})
+    file = str(folder / "model.safetensors")
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone()
+    embedding[token] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
 
 
