@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench parity truth matrix faults families ui clean setup
+.PHONY: run test check format bench parity truth matrix faults families data ui clean setup
 
 run: $(READY) ## the whole pipeline on a real model
 	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
@@ -47,6 +47,9 @@ faults: $(READY) ## kills, full disks, damaged checkpoints and absent servers, c
 families: $(READY) ## every family of causal language models next to its own forward; about 5 minutes on two cores
 	PYTHONPATH=tests $(BIN)/python -m families
 	PYTHONPATH=tests $(BIN)/python -m families.precision
+
+data: $(READY) ## small data sets of every kind, and the time preparation takes next to TRL; about an hour on two cores
+	PYTHONPATH=tests $(BIN)/python -m dataset_checks
 
 setup: $(READY)
 

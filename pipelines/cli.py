@@ -131,6 +131,44 @@ def plan(recipe: RecipeArgument, cluster: Cluster, rank: RanksOption = []) -> No
 
 
 @app.command()
+def check(recipe: RecipeArgument) -> None:
+    """Print what would be learned: rows, columns, lengths, duplicates, and examples by token.
+
+    Loads no model and trains nothing; a run reuses the prepared data.
+    """
+    settings = load_recipe(recipe)
+    from pipelines.workflow.print_check import print_check
+    from pipelines.workflow.stages import Stages
+
+    print_check(settings, Stages(settings, runs_root(), find_recipe(recipe).parent))
+
+
+@app.command()
+def init(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="A file, a folder, a pattern of files, an address or a hub data set.",
+            show_default=False,
+        ),
+    ],
+    base: Annotated[
+        str, typer.Option(help="Base model: a hub id, a folder or a .gguf file.")
+    ] = "embedded:SmolLM2-135M-Instruct",
+    name: Annotated[str, typer.Option(help="Name of the recipe; by default the data's.")] = "",
+    output: Annotated[str, typer.Option(help="File to write; NAME.yaml by default.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a recipe for your data, with settings that fit them and a comment on each."""
+    from pipelines.workflow.init_recipe import NewRecipe, write_recipe
+
+    file = Path(output) if output else None
+    new = NewRecipe(data, base, name=name or None, output=file, overwrite=force)
+    path = write_recipe(new)
+    typer.echo(f"{path} is ready: check it with `lora check {path}`, run it with `lora run {path}`")
+
+
+@app.command()
 def compare(
     name: Annotated[
         str,

@@ -98,23 +98,27 @@ class _TerminalBar:
     def __init__(self, progress: Progress, label: str) -> None:
         self.progress = progress
         self.task = progress.add_task(label, total=None, metrics="starting")
+        self.evaluated: Row = {}
 
     def __call__(self, row: Row) -> None:
+        if "eval_loss" in row:
+            self.evaluated = {"eval_loss": row["eval_loss"]}
+        row = self.evaluated | row
         self.progress.update(
             self.task, total=row["steps"], completed=row["step"], metrics=_format_metrics(row)
         )
 
 
 class Throttled:
-    """Passes a row on every SECONDS_BETWEEN_LINES, and the last row."""
+    """Passes a row on every SECONDS_BETWEEN_LINES, each row with an evaluation, and the last."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
         self.last_time = -inf
 
     def __call__(self, row: Row) -> None:
-        is_last = row["step"] >= row["steps"]
-        if not is_last and time.monotonic() - self.last_time < SECONDS_BETWEEN_LINES:
+        always = row["step"] >= row["steps"] or "eval_loss" in row
+        if not always and time.monotonic() - self.last_time < SECONDS_BETWEEN_LINES:
             return
         self.last_time = time.monotonic()
         self.watch(row)
@@ -127,4 +131,7 @@ def progress_line(label: str, row: Row) -> str:
 
 
 def _format_metrics(row: Row) -> str:
-    return f"loss {row['loss']:.3f}, {row['tokens'] / row['seconds']:.0f} tokens/s"
+    text = f"loss {row['loss']:.3f}, "
+    if "eval_loss" in row:
+        text += f"held-out loss {row['eval_loss']:.3f}, "
+    return f"{text}{row['tokens'] / row['seconds']:.0f} tokens/s"

@@ -4,11 +4,11 @@ It has two effects, three ranks, a frontier and a grid of the control's learning
 `summary_parts`.
 """
 
-import json
 from pathlib import Path
 
 from summary_parts import (
     BENCHMARKS,
+    HELD_OUT,
     HOSTILE,
     KINDS,
     LAYERS,
@@ -24,10 +24,11 @@ from summary_parts import (
     spectrum,
     trained,
     verified,
-    write_items,
+    write_answers,
 )
 
 from pipelines.comparison import document
+from pipelines.comparison.record_files import write_items
 
 __all__ = [
     "BENCHMARKS",
@@ -89,7 +90,7 @@ def build(folder: Path) -> Summary:
             "template_sha256": "56" * 32,
         },
         "data": {**counts, "digest": "cd" * 32},
-        "items": {label: str(write_items(folder / f"{label}.jsonl", label)) for label in models},
+        "items": {label: str(write_answers(folder / f"{label}.jsonl", label)) for label in models},
         "stages": [{"name": "data rows", "seconds": 16.0, "cached": True, "folder": "x"}],
         "seconds": 760.2,
         "models": models,
@@ -136,9 +137,7 @@ def nothing_kept(summary: Summary) -> None:
 
 def no_answers(summary: Summary) -> None:
     path = Path(summary["items"]["rank-4"])
-    path.write_text(
-        json.dumps({"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}) + "\n", encoding="utf-8"
-    )
+    write_items(path, [HELD_OUT])
 
 
 def no_prompts(summary: Summary) -> None:

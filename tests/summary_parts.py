@@ -4,11 +4,17 @@ Its values are invented but consistent: gains add up, intervals contain their me
 frontier ends in the models.
 """
 
-import json
 from math import exp, log, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pipelines.comparison.record_files import write_items
+from pipelines.comparison.record_types import (
+    GenerationRecord,
+    ItemRecord,
+    LeftOutRecord,
+    TaskRecord,
+)
 from pipelines.config.recipe import parse_recipe
 
 Summary = dict[str, Any]
@@ -19,6 +25,8 @@ KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 LAYERS = 6
 ODD = '../50% of <b>|"it\'s"//'
 """Name of a benchmark that must be escaped in a path, in HTML, in Markdown and in a query."""
+DIGEST = "ef" * 32
+HELD_OUT = TaskRecord(id=0, prompt_sha256=DIGEST, nll=1.0, tokens=2)
 
 
 def interval(mean: float, reach: float = 0.02) -> dict[str, float]:
@@ -244,34 +252,39 @@ def spectrum(rank: int) -> list[Summary]:
     return modules
 
 
-def write_items(path: Path, label: str) -> Path:
+def write_answers(path: Path, label: str) -> Path:
     """Write six answers, the second of which was stopped, a held-out example, and skipped items."""
-    answers = [
-        {
-            "kind": "generation",
-            "id": index,
-            "prompt": f"Question {index} {HOSTILE}",
-            "prompt_sha256": "ef" * 32,
-            "answer": f"{label} {HOSTILE}",
-            "reference": f"r{index}",
-            "ended": index != 1,
-            "metrics": {"chrf": 40.0 + sqrt(index), "exact_match": 0},
-            "errors": {},
-        }
-        for index in range(6)
+    records: list[ItemRecord] = [HELD_OUT]
+    for index in range(6):
+        answer = GenerationRecord(
+            id=index,
+            benchmark="answers",
+            prompt_sha256=DIGEST,
+            prompt=f"Question {index} {HOSTILE}",
+            reference=f"r{index}",
+            answer=f"{label} {HOSTILE}",
+            metrics={"chrf": 40.0 + sqrt(index), "exact_match": 0.0},
+            errors={},
+            ended=index != 1,
+        )
+        records.append(answer)
+    long = "613 tokens exceed the context of 512"
+    records += [
+        left_out("general", "lambada", "lambada/0", long),
+        left_out("general", "lambada", "lambada/1", long),
+        left_out("text", "passages", "passages/0", long),
+        left_out("generation", "answers", 6, f"its answer had no end {HOSTILE}"),
     ]
-    long = {"left_out": "613 tokens exceed the context of 512"}
-    left_out = [
-        *(
-            {"kind": "general", "benchmark": "lambada", "id": f"lambada/{index}", **long}
-            for index in range(2)
-        ),
-        {"kind": "text", "benchmark": "passages", "id": "passages/0", **long},
-        {"kind": "generation", "id": 6, "left_out": f"its answer had no end {HOSTILE}"},
-    ]
-    records = [{"kind": "task", "id": 0, "nll": 1.0, "tokens": 2}, *answers, *left_out]
-    path.write_text(
-        "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
-        encoding="utf-8",
-    )
+    write_items(path, records)
     return path
+
+
+def left_out(
+    kind: Literal["generation", "general", "text", "chat"],
+    benchmark: str,
+    name: int | str,
+    reason: str,
+) -> LeftOutRecord:
+    return LeftOutRecord(
+        kind=kind, id=name, benchmark=benchmark, prompt_sha256=DIGEST, left_out=reason
+    )

@@ -135,6 +135,6 @@ class ComparisonInputs:
             label=model.label,
             method=method,
             rank=model.rank,
-            step=self.recipe.training.steps,
+            step=model.result.saved_step,
             learning_rate=learning_rate,
         )

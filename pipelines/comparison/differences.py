@@ -21,13 +21,23 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import false_discovery_control
 
+from pipelines.comparison.record_types import (
+    ChatRecord,
+    ChoiceRecord,
+    GenerationRecord,
+    LossRecord,
+    PassageRecord,
+    ScoreRecord,
+    SingleAnswerRecord,
+    TaskRecord,
+)
 from pipelines.comparison.records import (
     ABILITIES,
-    Record,
+    Ability,
     Records,
     by_benchmark,
     check_paired,
-    scored,
+    of_type,
 )
 from pipelines.comparison.resampling import (
     Array,
@@ -47,7 +57,6 @@ from pipelines.comparison.scores import (
 
 Samples = dict[str, Array]
 """Benchmark → the paired differences of its items."""
-Metric = Callable[[Record], float]
 
 
 @dataclass(frozen=True)
@@ -90,8 +99,8 @@ def change(before: Records, after: Records) -> Change:
     """
     check_paired(before, after)
     choices = _differences(
-        by_benchmark(before, "general"),
-        by_benchmark(after, "general"),
+        by_benchmark(before, ChoiceRecord),
+        by_benchmark(after, ChoiceRecord),
         (choice_probability, margin),
     )
     correct = _differences(accuracy_benchmarks(before), accuracy_benchmarks(after), (accuracy,))
@@ -105,8 +114,8 @@ def change(before: Records, after: Records) -> Change:
         choice_probability=smooth[0],
         accuracy=correct_change,
         margin=smooth[1],
-        text_loss=_loss_decrease(before, after, "text", "bytes"),
-        chat_loss=_loss_decrease(before, after, "chat", "tokens"),
+        text_loss=_loss_decrease(of_type(before, PassageRecord), of_type(after, PassageRecord)),
+        chat_loss=_loss_decrease(of_type(before, ChatRecord), of_type(after, ChatRecord)),
         generation=_generation(before, after),
         benchmarks=_benchmarks(choice_samples, before, after),
     )
@@ -114,13 +123,13 @@ def change(before: Records, after: Records) -> Change:
 
 def task_gain(before: Records, after: Records) -> Interval:
     """Return the decrease of the task loss, in nats per supervised token."""
-    tokens = _column(scored(before, "task"), "tokens")
+    tokens = _units(of_type(before, TaskRecord))
     return ratio_interval(task_differences(before, after), tokens)
 
 
 def task_differences(before: Records, after: Records) -> Array:
     """Return the decrease of each held-out example's summed negative log-likelihood."""
-    return _column(scored(before, "task"), "nll") - _column(scored(after, "task"), "nll")
+    return _losses(of_type(before, TaskRecord)) - _losses(of_type(after, TaskRecord))
 
 
 def gain_share(base: Records, control: Records, adapter: Records) -> Interval | None:
@@ -139,7 +148,7 @@ def general_metric(records: Records) -> str:
 
     It is choice_probability, or accuracy if no question has choices.
     """
-    choices = by_benchmark(records, "general").values()
+    choices = by_benchmark(records, ChoiceRecord).values()
     has_choices = any(len(rows) > 1 for rows in choices)
     return "choice_probability" if has_choices else "accuracy"
 
@@ -147,19 +156,19 @@ def general_metric(records: Records) -> str:
 def general_samples(before: Records, after: Records) -> Samples:
     """Return the paired differences of the metric of general abilities; no task's own score."""
     if general_metric(before) == "accuracy":
-        return _samples(before, after, ("general", "answer"), accuracy)
-    return _samples(before, after, ("general",), choice_probability)
+        return _samples(before, after, (ChoiceRecord, SingleAnswerRecord), accuracy)
+    return _samples(before, after, (ChoiceRecord,), choice_probability)
 
 
 def open_samples(before: Records, after: Records) -> Samples:
     """Return the paired differences of accuracy or own score, on benchmarks without choices."""
-    return _samples(before, after, ("answer", "score"), accuracy)
+    return _samples(before, after, (SingleAnswerRecord, ScoreRecord), accuracy)
 
 
 def score_scales(records: Records) -> dict[str, float]:
     """Return the mean absolute score on each task with its own score, the unit of its drops."""
     scales = {}
-    for name, rows in by_benchmark(records, "score").items():
+    for name, rows in by_benchmark(records, ScoreRecord).items():
         magnitudes = [abs(accuracy(row)) for row in rows]
         scales[name] = float(np.mean(magnitudes))
     return scales
@@ -200,7 +209,9 @@ def drop_beyond_control(
 
 
 def _differences(
-    before: Mapping[str, Records], after: Mapping[str, Records], metrics: Sequence[Metric]
+    before: Mapping[str, Sequence[Ability]],
+    after: Mapping[str, Sequence[Ability]],
+    metrics: Sequence[Callable[[Ability], float]],
 ) -> dict[str, Array]:
     """Return the increase of each metric of each item, (metrics, n).
 
@@ -213,10 +224,15 @@ def _differences(
     return differences
 
 
-def _samples(before: Records, after: Records, kinds: Sequence[str], metric: Metric) -> Samples:
-    """Return the increase of one metric of each item, for each benchmark of the given kinds."""
-    first = by_benchmark(before, *kinds)
-    second = by_benchmark(after, *kinds)
+def _samples(
+    before: Records,
+    after: Records,
+    types: Sequence[type[Ability]],
+    metric: Callable[[Ability], float],
+) -> Samples:
+    """Return the increase of one metric of each item, for each benchmark of the given types."""
+    first = by_benchmark(before, *types)
+    second = by_benchmark(after, *types)
     return _first_metric(_differences(first, second, (metric,)))
 
 
@@ -224,7 +240,7 @@ def _first_metric(differences: Mapping[str, Array]) -> Samples:
     return {name: values[0] for name, values in differences.items()}
 
 
-def _table(records: Records, metrics: Sequence[Metric]) -> Array:
+def _table(records: Sequence[Ability], metrics: Sequence[Callable[[Ability], float]]) -> Array:
     rows = []
     for metric in metrics:
         rows.append([metric(record) for record in records])
@@ -250,8 +266,8 @@ def _benchmarks(smooth: Samples, before: Records, after: Records) -> dict[str, B
 
 
 def _generation(before: Records, after: Records) -> dict[str, Interval]:
-    first = scored(before, "generation")
-    second = scored(after, "generation")
+    first = of_type(before, GenerationRecord)
+    second = of_type(after, GenerationRecord)
     if not (first and second):  # a model that only the frontier shows has no answers
         return {}
     intervals = {}
@@ -262,26 +278,29 @@ def _generation(before: Records, after: Records) -> dict[str, Interval]:
     return intervals
 
 
-def _increases(first: Records, second: Records, name: str) -> Array:
+def _increases(
+    first: Sequence[GenerationRecord], second: Sequence[GenerationRecord], name: str
+) -> Array:
     """Return the increase of a metric for each answer for which both models have it."""
     increases = []
     for before, after in zip(first, second, strict=True):
-        old = before["metrics"].get(name)
-        new = after["metrics"].get(name)
+        old = before.metrics.get(name)
+        new = after.metrics.get(name)
         if old is not None and new is not None:
             increases.append(new - old)
     return np.array(increases, dtype=np.float64)
 
 
-def _loss_decrease(before: Records, after: Records, kind: str, unit: str) -> Interval | None:
-    """Return the decrease of a loss per unit; None for fewer than two items."""
-    first = scored(before, kind)
-    second = scored(after, kind)
-    if min(len(first), len(second)) < 2:
+def _loss_decrease(before: Sequence[LossRecord], after: Sequence[LossRecord]) -> Interval | None:
+    """Return the decrease of the loss per token or byte; None for fewer than two items."""
+    if min(len(before), len(after)) < 2:
         return None
-    decrease = _column(first, "nll") - _column(second, "nll")
-    return ratio_interval(decrease, _column(first, unit))
+    return ratio_interval(_losses(before) - _losses(after), _units(before))
 
 
-def _column(records: Records, name: str) -> Array:
-    return np.array([record[name] for record in records], dtype=np.float64)
+def _losses(records: Sequence[LossRecord]) -> Array:
+    return np.array([record.nll for record in records], dtype=np.float64)
+
+
+def _units(records: Sequence[LossRecord]) -> Array:
+    return np.array([record.units for record in records], dtype=np.float64)

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from pipelines.comparison.records import Records, scored
+from pipelines.comparison.record_types import ChatRecord
+from pipelines.comparison.records import Records, of_type
 from pipelines.comparison.resampling import Array, Interval, ratio_interval
 
 TENSOR = "log_probabilities"
@@ -53,7 +54,7 @@ def divergences(
     Raises:
         ValueError: two files have different positions or vocabularies.
     """
-    rows = [record["rows"] for record in scored(chats, "chat")]
+    rows = [record.rows for record in of_type(chats, ChatRecord)]
     if not rows:
         return {}
     lengths = np.diff(np.array(rows)).ravel().astype(np.float64)

@@ -177,6 +177,8 @@ class Summary(Comparison):
     machine: str
     base: BaseResult
     data: DataResult
+    data_warnings: tuple[str, ...] = ()
+    """What may be unintended about the data."""
     items: dict[str, str]
     """Label → path of its item records."""
     forward: dict[str, ForwardChecks]

@@ -18,7 +18,8 @@ from pipelines.comparison.differences import (
     task_gain,
 )
 from pipelines.comparison.gate import Evidence, OpenChange
-from pipelines.comparison.records import Records, scored
+from pipelines.comparison.record_types import GenerationRecord, TaskRecord
+from pipelines.comparison.records import Records, of_type
 from pipelines.comparison.resampling import Interval, mean_interval
 from pipelines.comparison.scores import metric_errors
 
@@ -45,9 +46,9 @@ def measure(inputs: ComparisonInputs, model: ComparedModel) -> Evidence:
         over_champion=_over_champion(inputs, model),
         champion_objection=None if rival is None else rival.objection,
         errors=metric_errors(own),
-        examples=len(scored(own, "task")),
+        examples=len(of_type(own, TaskRecord)),
         items=sum(len(values) for values in general.values()),
-        answers=len(scored(own, "generation")),
+        answers=len(of_type(own, GenerationRecord)),
     )
 
 

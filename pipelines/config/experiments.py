@@ -52,7 +52,10 @@ class EvaluatedModel:
     """The training that it comes from; None for a base, and for an adapter that an earlier run
     registered."""
     step: int | None = None
-    """Number of training steps; None for the final weights."""
+    """Step of a snapshot; None for the saved weights."""
+    saved_step: int | None = None
+    """Optimizer steps that its weights have taken; None for a base, and for an adapter that an
+    earlier run registered."""
     truncated_rank: int | None = None
     """Rank to which the adapter was truncated; None if it was not."""
     is_complete: bool = True

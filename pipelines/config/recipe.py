@@ -8,23 +8,24 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pipelines.config.data_section import DataSection
 from pipelines.config.error_messages import sentences
+from pipelines.config.fields import Section
 from pipelines.config.sections import (
     BaseModelSection,
     ControlSection,
-    DataSection,
     EvaluationSection,
     FrontierSection,
     GateSection,
     LaunchSection,
     LoraSection,
     RegistrySection,
-    Section,
     TrainingSection,
 )
+from pipelines.config.step_rules import check_early_stopping, check_steps
+from pipelines.config.yaml_loading import read_yaml
 from pipelines.errors import RecipeError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -61,25 +62,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_warmup(self) -> "Recipe":
-        warmup = self.training.warmup_steps
-        steps = self.training.steps
-        if warmup >= steps:
-            raise ValueError(
-                f"training.warmup_steps {warmup} takes all of training.steps {steps}, so that the "
-                f"peak rate is never reached; use at most {steps - 1}, or more steps"
-            )
+    def _check_steps(self) -> "Recipe":
+        check_early_stopping(self.training, self.frontier)
+        if self.training.steps is not None:
+            check_steps(self.training, self.frontier)
         return self
 
     @model_validator(mode="after")
     def _check_frontier(self) -> "Recipe":
-        steps = self.training.steps
-        late = [step for step in self.frontier.snapshots if step >= steps]
-        if late:
-            raise ValueError(
-                f"frontier.snapshots names step {late[0]} of training.steps {steps}; use earlier "
-                "ones"
-            )
         highest = max(self.lora.ranks)
         high = [rank for rank in self.frontier.cuts if rank >= highest]
         if high:
@@ -138,12 +128,7 @@ def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
             message lists every problem.
     """
     file = find_recipe(path)
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
+    values = read_yaml(file)
     if not isinstance(values, dict):
         raise RecipeError(
             f"{file} contains {type(values).__name__} instead of settings by name; start from an "

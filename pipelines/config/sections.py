@@ -5,52 +5,28 @@ Loading them imports no torch.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lora_core.config import INIT_NAMES, INITS
+from pipelines.config.fields import (
+    Count,
+    Fraction,
+    LearningRate,
+    LearningRates,
+    SampleSize,
+    Section,
+    distinct,
+)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-SampleSize = Annotated[int, Field(ge=2)]
-"""Number of scored items; a confidence interval needs two."""
-LearningRate = Annotated[float, Field(gt=0, lt=1)]
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    if len(set(values)) != len(values):
-        raise ValueError(f"has duplicates in {list(values)}; name each once")
-    return values
-
-
-def _as_tuple(value: Any) -> Any:
-    """Accept one value as a list of one."""
-    return value if isinstance(value, list | tuple) else (value,)
-
-
-LearningRates = Annotated[
-    tuple[LearningRate, ...],
-    BeforeValidator(_as_tuple),
-    Field(min_length=1),
-    AfterValidator(_distinct),
-]
-"""One learning rate, or several."""
 
 
 def _check_init(name: str) -> str:
     if not INITS.fullmatch(name):
         raise ValueError(f"is {name!r}, which is not an initialization; use {INIT_NAMES}")
     return name
-
-
-class Section(BaseModel):
-    """Settings that cannot be changed after loading and reject unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class BaseModelSection(Section):
@@ -79,28 +55,6 @@ class BaseModelSection(Section):
                 "the commit whose code was reviewed"
             )
         return self
-
-
-class DataSection(Section):
-    """The training data."""
-
-    source: str
-    """`docstrings` (the interpreter's standard library), a .jsonl, .json, .csv or .parquet file, or
-    a hub data set id."""
-    revision: str | None = None
-    """Commit or tag of a hub data set."""
-    split: str = "train"
-    """Split of a hub data set."""
-    group_column: str | None = None
-    """Rows with the same value are on the same side of the split; without it, rows with the same
-    text, prompt or conversation are."""
-    validation_examples: SampleSize = 64
-    """Held-out examples that are scored, from groups that are not trained on."""
-    max_tokens: Annotated[int, Field(ge=8)] = 512
-    """Longer examples are truncated on the right; an example without any of its completion left is
-    dropped and counted."""
-    max_source_characters: Count = 700
-    """Longest function that `docstrings` includes; no other source uses it."""
 
 
 class LoraSettings(Section):
@@ -136,7 +90,7 @@ class LoraSettings(Section):
 class Ranks(Section):
     """Which adapters are trained."""
 
-    ranks: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(_distinct)]
+    ranks: Annotated[tuple[Count, ...], Field(min_length=1), AfterValidator(distinct)]
     """Ranks to compare."""
 
 
@@ -172,19 +126,42 @@ class ControlSection(Section):
 class FrontierSection(Section):
     """Further models that are scored to plot learning versus forgetting; none is registered."""
 
-    snapshots: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = ()
+    snapshots: Annotated[tuple[Count, ...], AfterValidator(distinct)] = ()
     """Steps after which the control and each rank are scored too."""
-    learning_rates: Annotated[tuple[LearningRate, ...], AfterValidator(_distinct)] = ()
+    learning_rates: Annotated[tuple[LearningRate, ...], AfterValidator(distinct)] = ()
     """Further learning rates at which each rank is trained."""
-    cuts: Annotated[tuple[Count, ...], AfterValidator(_distinct)] = ()
+    cuts: Annotated[tuple[Count, ...], AfterValidator(distinct)] = ()
     """Ranks to which the adapter of the highest rank is truncated."""
 
 
-class OptimizationSettings(Section):
-    """What determines the result of a training."""
+class LengthSettings(Section):
+    """How long a training lasts: a number of steps, or of epochs."""
 
-    steps: Count
-    """Optimizer steps."""
+    steps: Count | None = None
+    """Optimizer steps; or set `epochs`."""
+    epochs: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Passes over the training examples, instead of `steps`; a fraction is possible, and the last
+    step is rounded up."""
+
+    @property
+    def total_steps(self) -> int:
+        """Return the number of steps; a length in epochs is resolved first, see `resolve_steps`."""
+        assert self.steps is not None, "epochs are converted to steps once the data is prepared"
+        return self.steps
+
+    @model_validator(mode="after")
+    def _check_one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"has steps {self.steps} and epochs {self.epochs}: set one of them, which "
+                "determines how long the training lasts"
+            )
+        return self
+
+
+class UpdateSettings(Section):
+    """What determines the result of a training of a given length."""
+
     batch_size: Count = 8
     """Examples per step, over all processes."""
     warmup_steps: Annotated[int, Field(ge=0)] = 2
@@ -194,6 +171,20 @@ class OptimizationSettings(Section):
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients with a larger norm are clipped to it."""
+    evaluate_every: Count | None = None
+    """Steps between two evaluations of the loss on the tuning examples, which is also evaluated
+    after the last step. The weights with the lowest loss are saved instead of the last ones; by
+    default, nothing is evaluated and the last ones are saved."""
+    early_stopping_patience: Count | None = None
+    """Stop after this many evaluations in a row that do not improve on the lowest loss; by default,
+    all steps are taken."""
+
+
+class OptimizationSettings(UpdateSettings):
+    """What determines the result of a training."""
+
+    steps: Count
+    """Optimizer steps."""
 
 
 class SchedulingSettings(Section):
@@ -212,8 +203,17 @@ class SchedulingSettings(Section):
     """Number of latest checkpoints to keep, in addition to the best."""
 
 
-class TrainingSection(SchedulingSettings, OptimizationSettings):
+class TrainingSection(SchedulingSettings, UpdateSettings, LengthSettings):
     """What all trainings of the comparison have in common."""
+
+    @model_validator(mode="after")
+    def _check_patience_has_effect(self) -> Self:
+        if self.early_stopping_patience is not None and self.evaluate_every is None:
+            raise ValueError(
+                f"has early_stopping_patience {self.early_stopping_patience} without "
+                "evaluate_every: patience counts evaluations, so set evaluate_every as well"
+            )
+        return self
 
 
 class LaunchSection(Section):
@@ -253,7 +253,7 @@ class LmEvalSection(Section):
     They need `pip install lora-pipeline[lm-eval]`.
     """
 
-    tasks: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(distinct)]
     """Names of tasks."""
     include_path: str | None = None
     """Folder of user-defined task files."""
@@ -264,7 +264,7 @@ class LmEvalSection(Section):
 class EvaluationSection(Section):
     """What is scored for the base, the control and each adapter."""
 
-    general: Annotated[tuple[Benchmark, ...], AfterValidator(_distinct)] = (
+    general: Annotated[tuple[Benchmark, ...], AfterValidator(distinct)] = (
         "hellaswag",
         "piqa",
         "arc_easy",
@@ -277,7 +277,7 @@ class EvaluationSection(Section):
     set."""
     items_per_benchmark: SampleSize = 40
     """Sampled by seed; the same items for every model."""
-    probes: Annotated[tuple[str, ...], AfterValidator(_distinct)] = ()
+    probes: Annotated[tuple[str, ...], AfterValidator(distinct)] = ()
     """User-defined questions: .jsonl files with prompt, choices and gold (the index of the right
     choice), or with prompt and answer."""
     lm_eval: LmEvalSection | None = None
@@ -292,7 +292,7 @@ class EvaluationSection(Section):
     are held out."""
     max_new_tokens: Count = 40
     """Maximum length of an answer."""
-    metrics: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)] = (
+    metrics: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(distinct)] = (
         "chrf",
         "rouge_l",
         "bleu",

@@ -1,115 +1,247 @@
-"""Prepare the data: render, tokenize, mark supervised tokens, split by group, save with a digest.
+"""Prepare the data: read, parse, render, tokenize, mark supervised tokens, split, save.
 
     python -m pipelines.data.preparation STAGE_FOLDER
 
-    sources.py        rows of a file, of the hub or of the standard library
-    rendering.py      a row → pieces of text, supervised or not
-    example.py        pieces → `input_ids` and `supervised`
-    splitting.py      examples → splits
+    sources.py          files, folders, addresses and data sets → rows as written
+    schema.py           a row → a conversation or a text
+    rendering.py        conversation → tokens, supervised or not
+    encoding_rows.py    all rows, in batches and processes
+    usable.py           which examples are used; errors of rows
+    splitting.py        examples → splits
+    duplicates.py       held-out examples that resemble training examples
 
 The splits are Arrow folders next to result.json: `train`; `validation`, on which models are
-compared; and `tuning`, on which a control's learning rate is chosen.
+compared; and `tuning`, on which a control's learning rate is chosen. If the recipe changes the
+tokenizer, the folder `tokenizer` has the changed one.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedTokenizerBase
 
-from pipelines.config.sections import DataSection
-from pipelines.data.example import Example, build_example
-from pipelines.data.rendering import Piece, render_row
-from pipelines.data.sources import load_rows, shape_of
-from pipelines.data.splitting import split_by_group
+from pipelines.config.data_section import DataSection, WeightedSource
+from pipelines.data.duplicates import overlap
+from pipelines.data.encoding_rows import STORED, EncodedSource, RowEncoder, encode
+from pipelines.data.inspection import histogram, previews
+from pipelines.data.rendering.example import Example
+from pipelines.data.rendering.templates import prepared_tokenizer
+from pipelines.data.rows import SourceRows
+from pipelines.data.schemas.schema import Schema, detect_schema
+from pipelines.data.sources.loading_rows import load_source, load_validation
+from pipelines.data.splitting import Splits, split_examples
+from pipelines.data.usable import UsableExamples, usable_examples
 from pipelines.errors import DataError
-from pipelines.models.tokenizer import load_tokenizer
+from pipelines.models.tokenizer import CHANGED_TOKENIZER, load_tokenizer
 from pipelines.runtime.child import execute_stage
 from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
 from pipelines.runtime.interfaces.kinds import DATA
-from pipelines.runtime.interfaces.results import DataResult
+from pipelines.runtime.interfaces.results import DataResult, SplitOverlap
 from pipelines.runtime.stage import digest
 
-Splits = dict[str, list[Example]]
+SCHEMA_ROWS = 100
+"""Rows from which the schema is detected."""
+HELD_OUT = ("validation", "tuning")
+COLUMNS = (*STORED, "key")
 
 
 def prepare(folder: Path, inputs: DataInputs, paths: StagePaths) -> tuple[DataResult, list[str]]:
     """Write the splits; return their metrics and files."""
     disable_progress_bars()
     settings = inputs.data
-    rows = load_rows(settings, paths.source or settings.source)
-    tokenizer = load_tokenizer(paths.required("base"), trust_remote_code=inputs.trust_remote_code)
-    examples = list(tokenize(rows, tokenizer, settings))
-    usable = [example for example in examples if any(example.supervised)]
-    if not usable:
-        raise DataError(
-            f"all {len(examples)} completions of {settings.source!r} are cut off by "
-            f"max_tokens={settings.max_tokens}; raise it or use shorter prompts"
+    base = load_tokenizer(paths.required("base"), trust_remote_code=inputs.trust_remote_code)
+    tokenizer = prepared_tokenizer(base, settings)
+    with TemporaryDirectory(dir=folder) as cache:
+        sources = _encoded_sources(inputs, paths, tokenizer, Path(cache))
+        examples = usable_examples(sources, settings)
+        splits = split_examples(
+            examples.texts("group"),
+            examples.texts("key"),
+            own_validation=examples.own_validation,
+            weights=examples.weights.tolist(),
+            validation_examples=settings.validation_examples,
+            seed=inputs.seed,
         )
-    splits = split_by_group(usable, settings.validation_examples, inputs.seed)
-    files: list[str] = []
-    for name, split in splits.items():
-        if split:
-            files += _save(split, folder, name)
-    train = splits["train"]
-    validation = splits["validation"]
-    result = DataResult(
-        rows=len(rows),
-        left_out=len(examples) - len(usable),
-        cut=sum(example.was_cut for example in usable),
-        cut_held_out=sum(example.was_cut for example in validation),
-        train_examples=len(train),
-        validation_examples=len(validation),
-        tuning_examples=len(splits["tuning"]),
-        train_tokens=sum(len(example.input_ids) for example in train),
-        supervised_tokens=sum(sum(example.supervised) for example in train),
-        digest=_digest(splits),
-    )
+        parts = _parts(examples, splits)
+        result = _result(sources, examples, splits, parts, tokenizer)
+        files = _save(parts, folder)
+    if tokenizer is not base:
+        tokenizer.save_pretrained(str(folder / CHANGED_TOKENIZER))
+        files += _files_of(folder, CHANGED_TOKENIZER)
+        result = result.model_copy(update={"has_tokenizer": True})
     return result, files
 
 
 def tokenize(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: DataSection
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: DataSection
 ) -> Iterator[Example]:
-    """Yield an Example for each row, truncated on the right to `max_tokens`."""
-    shape = shape_of(rows.column_names, settings.source)
-    group_column = _group_column(rows, settings.group_column)
-    for number, row in enumerate(rows, start=1):
-        pieces = render_row(row, shape, tokenizer, number)
-        group = str(row[group_column]) if group_column else _prompt_digest(pieces)
-        yield build_example(pieces, tokenizer, group=group, max_tokens=settings.max_tokens)
+    """Yield the examples of rows that are in memory.
+
+    Raises:
+        DataError: a row cannot be learned as written; the message starts with its number.
+    """
+    all_rows = list(rows)
+    columns = list(dict.fromkeys(name for row in all_rows for name in row))
+    [source] = settings.all_sources
+    first_rows = all_rows[:SCHEMA_ROWS]
+    schema = detect_schema(
+        columns,
+        first_rows,
+        source,
+        supervise=settings.supervise,
+        group_column=settings.group_column,
+    )
+    encoder = RowEncoder(schema, prepared_tokenizer(tokenizer, settings), settings)
+    for number, outcome in enumerate(encoder.encode(all_rows), start=1):
+        if isinstance(outcome, DataError):
+            raise DataError(f"row {number} {outcome}")
+        yield from outcome
 
 
-def _group_column(rows: Dataset, name: str | None) -> str | None:
-    """Return the configured column, the column `group` if there is one, or None."""
-    if not name:
-        return "group" if "group" in rows.column_names else None
-    if name not in rows.column_names:
-        raise DataError(
-            f"group_column {name!r} is not one of {', '.join(rows.column_names)}; "
-            "name a column or leave it out"
-        )
-    return name
+def _encoded_sources(
+    inputs: DataInputs, paths: StagePaths, tokenizer: PreTrainedTokenizerBase, cache: Path
+) -> list[EncodedSource]:
+    """Read and encode each source, and the user's own validation rows."""
+    settings = inputs.data
+    found = []
+    for number, source in enumerate(settings.all_sources):
+        path = paths.sources.get(source.source)
+        characters = settings.max_source_characters
+        rows = load_source(source, path=path, cache=cache, max_source_characters=characters)
+        rows = _drawn(rows, source.max_rows, inputs.seed)
+        file = cache / f"examples-{number}.arrow"
+        found.append(_encoded(rows, source, settings, tokenizer, file))
+    first = settings.all_sources[0]
+    own = load_validation(
+        settings,
+        path=paths.sources.get(first.source),
+        validation_path=paths.sources.get(settings.validation_source or ""),
+        cache=cache,
+    )
+    if own is not None:
+        file = cache / "examples-validation.arrow"
+        unweighted = first.model_copy(update={"weight": 1.0})
+        encoded = _encoded(own, unweighted, settings, tokenizer, file)
+        found.append(replace(encoded, held_out=True))
+    return found
 
 
-def _prompt_digest(pieces: list[Piece]) -> str:
-    """Return a digest of the prompt, or of the text if there is none; it identifies a group."""
-    prompt = [text for text, is_supervised in pieces if not is_supervised]
-    return digest(prompt or [text for text, _ in pieces])
+def _drawn(rows: SourceRows, count: int | None, seed: int) -> SourceRows:
+    """Return as many rows as the recipe wants, drawn by the seed and in their order."""
+    if count is None or count >= len(rows):
+        return rows
+    drawn = sorted(random.Random(seed).sample(range(len(rows)), count))
+    return replace(rows, table=rows.table.select(drawn))
 
 
-def _digest(splits: Splits) -> str:
+def _encoded(
+    rows: SourceRows,
+    source: WeightedSource,
+    settings: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    file: Path,
+) -> EncodedSource:
+    schema = _schema_of(rows, source, settings)
+    facts = rows.facts.model_copy(
+        update={
+            "schema_name": schema.name,
+            "used_columns": schema.used,
+            "unused_columns": schema.unused,
+        }
+    )
+    examples = encode(rows, RowEncoder(schema, tokenizer, settings), file)
+    return EncodedSource(facts, len(rows), examples, source.weight)
+
+
+def _schema_of(rows: SourceRows, source: WeightedSource, settings: DataSection) -> Schema:
+    first_rows = [values for _, values in islice(rows, SCHEMA_ROWS)]
+    return detect_schema(
+        rows.columns,
+        first_rows,
+        source,
+        supervise=settings.supervise,
+        group_column=settings.group_column,
+    )
+
+
+def _parts(examples: UsableExamples, splits: Splits) -> dict[str, Dataset]:
+    """Return the examples of each split that is not empty."""
+    indices = {
+        "train": splits.train,
+        "validation": splits.validation,
+        "tuning": splits.tuning,
+    }
+    parts = {}
+    for name, rows in indices.items():
+        if len(rows):
+            parts[name] = examples.select(rows, COLUMNS)
+    return parts
+
+
+def _result(
+    sources: Sequence[EncodedSource],
+    examples: UsableExamples,
+    splits: Splits,
+    parts: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+) -> DataResult:
+    train = parts["train"]
+    validation = parts["validation"]
+    return DataResult(
+        rows=sum(source.rows for source in sources),
+        sources=tuple(source.facts for source in sources),
+        bad_rows=examples.bad_rows,
+        left_out=examples.left_out,
+        cut=examples.cut,
+        cut_held_out=sum(validation["was_cut"]),
+        train_examples=len(train),
+        validation_examples=len(validation),
+        tuning_examples=len(splits.tuning),
+        unused_examples=splits.unused,
+        excluded_examples=splits.excluded,
+        overlap=_overlap(parts, tokenizer),
+        notes=examples.notes,
+        end_tokens=examples.end_tokens,
+        lengths=histogram(examples.numbers("length")),
+        ends_supervised=examples.ends_supervised(splits.train),
+        previews=previews(train, tokenizer),
+        train_tokens=sum(train["length"]),
+        supervised_tokens=sum(train["supervised_tokens"]),
+        digest=_digest(parts),
+    )
+
+
+def _overlap(parts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> SplitOverlap:
+    """Compare the held-out examples with the training examples."""
+    held_out = []
+    for name in HELD_OUT:
+        if name in parts:
+            held_out += list(parts[name]["input_ids"])
+    return overlap(parts["train"], held_out, decode=lambda ids: str(tokenizer.decode(ids)))
+
+
+def _digest(parts: Mapping[str, Dataset]) -> str:
     """Return a digest of what models are trained and evaluated on."""
-    content: dict[str, list[Any]] = {}
-    for name, split in splits.items():
-        content[name] = [[example.input_ids, example.supervised] for example in split]
-    return digest(content)
+    return digest({name: list(part["key"]) for name, part in parts.items()})
 
 
-def _save(examples: list[Example], folder: Path, split: str) -> list[str]:
-    Dataset.from_list([vars(example) for example in examples]).save_to_disk(str(folder / split))
-    return [f"{split}/{path.name}" for path in sorted((folder / split).glob("*.arrow"))]
+def _save(parts: Mapping[str, Dataset], folder: Path) -> list[str]:
+    files = []
+    for name, part in parts.items():
+        part.select_columns(list(STORED)).save_to_disk(str(folder / name))
+        files += _files_of(folder, name)
+    return files
+
+
+def _files_of(folder: Path, name: str) -> list[str]:
+    paths = sorted(path for path in (folder / name).iterdir() if path.is_file())
+    return [f"{name}/{path.name}" for path in paths]
 
 
 if __name__ == "__main__":

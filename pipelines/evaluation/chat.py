@@ -10,14 +10,16 @@ Shapes: log_probabilities (N, V), one row for each scored token, in the order of
 from collections.abc import Sequence
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.comparison.record_types import ChatRecord, LeftOutRecord
+from pipelines.data.conversation import Message
+from pipelines.data.rendering.templates import ChatTemplate
 from pipelines.errors import DataError
 from pipelines.evaluation.benchmarks import chats
 from pipelines.evaluation.items import Choice, Item
-from pipelines.evaluation.questions import Question, Record, head, left_out
+from pipelines.evaluation.questions import Question, left_out_record
 from pipelines.evaluation.scoring import PACK_TOKENS, tree_pack
 from pipelines.evaluation.trees import Tree, bin_pack
 from pipelines.models.checked import CheckedReader
@@ -38,8 +40,9 @@ def chat_items(
     if not tokenizer.chat_template or count == 0:
         return []
     items = []
+    template = ChatTemplate(tokenizer)
     for name, question, answer in chats(count, seed, sampled):
-        prompt = _rendered(tokenizer, question)
+        prompt = _rendered(template, question)
         items.append(Item("chat", name, prompt, (Choice("", answer),), 0, "chat"))
     return items
 
@@ -47,25 +50,36 @@ def chat_items(
 @torch.inference_mode()
 def chat_records(
     reader: CheckedReader, questions: Sequence[Question]
-) -> tuple[list[Record], Tensor]:
+) -> tuple[list[ChatRecord | LeftOutRecord], Tensor]:
     """Return the records of chats, and the log-probabilities (N, V) in float16 of their `rows`."""
     evaluated = [question for question in questions if question.left_out is None]
     tables, losses = _log_probabilities(reader, [question.tree for question in evaluated])
-    found = []
+    found: list[ChatRecord | LeftOutRecord] = []
     scored = iter(zip(tables, losses, strict=True))
     start = 0
     for question in questions:
         if question.left_out is not None:
-            found.append(left_out(question))
+            found.append(left_out_record(question.item, question.left_out))
             continue
         table, loss = next(scored)
         end = start + len(table)
-        values = {"nll": loss, "tokens": len(table), "rows": [start, end]}
-        found.append({**head(question.item), **values})
+        found.append(_record(question.item, loss, (start, end)))
         start = end
     if not tables:
         return found, torch.empty(0, 0, dtype=torch.float16)
     return found, torch.cat(tables)
+
+
+def _record(item: Item, loss: float, rows: tuple[int, int]) -> ChatRecord:
+    first, end = rows
+    return ChatRecord(
+        id=item.id,
+        benchmark=item.benchmark,
+        prompt_sha256=item.prompt_sha256,
+        nll=loss,
+        tokens=end - first,
+        rows=rows,
+    )
 
 
 def _log_probabilities(
@@ -88,14 +102,10 @@ def _log_probabilities(
     return tables, losses
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    messages = [{"role": "user", "content": question}]
+def _rendered(template: ChatTemplate, question: str) -> str:
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
-    except (TypeError, ValueError, TemplateError) as error:
+        return template.render([Message("user", question)], opens_answer=True)
+    except DataError as error:
         raise DataError(
-            f"the base's chat template does not take a single question of a user ({error}); "
-            "fix the template, or set evaluation.chat_prompts to 0"
+            f"a single question of a user {error}; or set evaluation.chat_prompts to 0"
         ) from error

@@ -5,7 +5,7 @@ It is read, checked and tokenized once, before any model is loaded.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipelines.evaluation.metrics import load_metrics
 from pipelines.evaluation.probes import read_probes
 from pipelines.evaluation.questions import Question, tokenize
 from pipelines.models.support import context_tokens
-from pipelines.models.tokenizer import load_tokenizer
+from pipelines.models.tokenizer import load_tokenizer, tokenizer_folder
 from pipelines.paths import folders
 from pipelines.runtime.interfaces.inputs import EvaluateInputs, StagePaths
 
@@ -59,10 +59,12 @@ def prepare(inputs: EvaluateInputs, paths: StagePaths) -> EvalSet:
     search_folders = folders(paths.recipe, paths.here)
     is_trusted = inputs.trust_remote_code
     base = paths.required("base")
-    tokenizer = load_tokenizer(base, trust_remote_code=is_trusted)
+    data = paths.required("data")
+    tokenizer = load_tokenizer(tokenizer_folder(base, data), trust_remote_code=is_trusted)
     config = AutoConfig.from_pretrained(str(base), trust_remote_code=is_trusted)
     context = context_tokens(config)
     generation = _generation_config(settings, search_folders, context)
+    generation = replace(generation, end_tokens=inputs.end_tokens)
     custom = read_probes(settings.probes, search_folders)
     general = _general_items(settings, seed)
     texts = _passages(settings, seed)
@@ -71,7 +73,7 @@ def prepare(inputs: EvaluateInputs, paths: StagePaths) -> EvalSet:
     _check_names_differ(general, custom, tasks)
     return EvalSet(
         tokenizer=tokenizer,
-        examples=list(load_from_disk(str(paths.required("data") / "validation"))),
+        examples=list(load_from_disk(str(data / "validation"))),
         questions=tokenize([*general, *custom], tokenizer, context),
         texts=tokenize(texts, tokenizer, context),
         chats=tokenize(chats, tokenizer, context),

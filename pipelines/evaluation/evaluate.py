@@ -8,7 +8,6 @@ quantization share the loaded model, and those with equal evaluation settings sh
 each writes what it would write alone, to the bit.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,13 +17,15 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_core.files import atomic_file, write_text
+from lora_core.files import atomic_file
+from pipelines.comparison.record_files import write_items
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.comparison.records import left_out, unfinished
 from pipelines.evaluation.chat import TENSOR, chat_records
 from pipelines.evaluation.eval_set import EvalSet, prepare
 from pipelines.evaluation.generation import answer_records
 from pipelines.evaluation.models import Models
-from pipelines.evaluation.questions import Question, Record, records
+from pipelines.evaluation.questions import Question, records
 from pipelines.evaluation.scoring import score, score_examples
 from pipelines.models.checked import Architecture, CheckedReader
 from pipelines.models.hardware import detect, peak_memory_bytes
@@ -78,8 +79,7 @@ class Evaluation:
             reader = CheckedReader(model, architecture)
             found, files = evaluate(reader, eval_set, folder, timings)
             cache.save(key, architecture)
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in found]
-        write_text(folder / ITEMS, "".join(lines))
+        write_items(folder / ITEMS, found)
         result = EvaluateResult(
             items=len(found),
             left_out=left_out(found),
@@ -102,9 +102,9 @@ class Evaluation:
 
 def evaluate(
     reader: CheckedReader, eval_set: EvalSet, folder: Path, timings: Timings
-) -> tuple[list[Record], list[str]]:
+) -> tuple[list[ItemRecord], list[str]]:
     """Return the records of a model, and the names of the files that are written with them."""
-    found, files = list[Record](), list[str]()
+    found, files = list[ItemRecord](), list[str]()
     with timings.of("task"):
         found += score_examples(reader, eval_set.examples)
     with timings.of("general"):
@@ -132,7 +132,7 @@ def _write_table(file: Path, table: Tensor) -> None:
         save_file({TENSOR: table}, str(aside))
 
 
-def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[Record]:
+def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[ItemRecord]:
     """Yield the record of each question."""
     trees = [question.tree for question in questions if question.left_out is None]
     return records(questions, iter(score(reader, trees)))

@@ -12,9 +12,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from pipelines.comparison.record_types import GenerationRecord, LeftOutRecord
 from pipelines.evaluation.execution import Verdict, execute
 from pipelines.evaluation.metrics import Metric, measure
-from pipelines.evaluation.questions import Record, too_long
+from pipelines.evaluation.questions import too_long
 from pipelines.models.checked import CheckedReader, padded
 from pipelines.models.forward import attending_by
 from pipelines.runtime.stage import digest
@@ -24,6 +25,22 @@ EXECUTION = "execution"
 """Name of the score that the recipe's command gives."""
 ANSWERS = "answers"
 """Benchmark name of the records of answers."""
+
+
+@dataclass(frozen=True)
+class HeldOutPrompt:
+    """The prompt of a held-out example, and what its answer is compared with."""
+
+    index: int
+    """Of the example."""
+    tokens: list[int]
+    text: str
+    prompt_sha256: str
+    """Digest of the prompt and its reference."""
+    reference: str
+    """The answer in the data."""
+    left_out: str | None
+    """Why it is not answered; None if it is."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,8 @@ class GenerationConfig:
     """Its maximum duration."""
     context: int | None
     """The model's context length in tokens; None if unknown."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end an answer in the training data."""
 
 
 def answer_records(
@@ -54,30 +73,26 @@ def answer_records(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Mapping[str, Any]],
     config: GenerationConfig,
-) -> Iterator[Record]:
+) -> Iterator[GenerationRecord | LeftOutRecord]:
     """Yield, for each example with a prompt, the greedy answer and its scores.
 
     If the prompt is not answered, the record has the reason.
     """
-    prompts = list[list[int]]()
-    records = list[Record]()
+    prompts = []
     for index, example in enumerate(examples):
         if example["prompt_tokens"] > 0 and example["reference"]:
-            prompt = example["input_ids"][: example["prompt_tokens"]]
-            record = _head(index, prompt, example["reference"], tokenizer)
-            reason = _reason_to_leave_out(example, config)
-            if reason is None:
-                prompts.append(prompt)
-            else:
-                record["left_out"] = reason
-            records.append(record)
-    answers = generate(reader, tokenizer, prompts, config.max_new_tokens)
-    answered = [record for record in records if "left_out" not in record]
-    for record, answer in zip(answered, answers, strict=True):
-        record["answer"] = answer.text.strip()
-    for record, scores, answer in zip(answered, _scores(answered, config), answers, strict=True):
-        record |= {**scores, "ended": answer.ended}
-    yield from records
+            prompts.append(_prompt(index, example, tokenizer, config))
+    answered = [prompt for prompt in prompts if prompt.left_out is None]
+    tokens = [prompt.tokens for prompt in answered]
+    answers = generate(
+        reader, tokenizer, tokens, config.max_new_tokens, end_tokens=config.end_tokens
+    )
+    records = iter(_scored(answered, answers, config))
+    for prompt in prompts:
+        if prompt.left_out is None:
+            yield next(records)
+        else:
+            yield _left_out(prompt, prompt.left_out)
 
 
 @torch.inference_mode()
@@ -87,6 +102,8 @@ def generate(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     until: Sequence[str] = (),
+    *,
+    end_tokens: Sequence[int] = (),
 ) -> list[Answer]:
     """Answer token prompts greedily.
 
@@ -99,18 +116,20 @@ def generate(
         prompts: tokens of each prompt.
         max_new_tokens: maximum length of an answer.
         until: texts that end an answer as well; the answer is cut off before them.
+        end_tokens: tokens that end an answer as well.
     """
     if not prompts:
         return []
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     method = reader.generation(prompts)
+    ending = _Ending(_all_end_tokens(reader.model, tokenizer, end_tokens), tuple(until))
     size = BATCH if method.batched else 1
     with attending_by(reader.model, method.attention):
         for start in range(0, len(order), size):
             indices = order[start : start + size]
             batch = [prompts[index] for index in indices]
-            found = _answer_batch(reader.model, tokenizer, batch, max_new_tokens, until)
+            found = _answer_batch(reader.model, tokenizer, batch, max_new_tokens, ending)
             answers |= zip(indices, found, strict=True)
     return [answers[index] for index in range(len(prompts))]
 
@@ -120,11 +139,12 @@ def _answer_batch(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
-    until: Sequence[str],
+    ending: "_Ending",
 ) -> list[Answer]:
     """Answer one batch, padded on the left."""
     width = len(max(prompts, key=len))
-    ends = _end_tokens(model, tokenizer)
+    ends = ending.tokens
+    until = ending.texts
     filler = tokenizer.pad_token_id
     if filler is None:
         filler = ends[0] if ends else 0
@@ -136,16 +156,32 @@ def _answer_batch(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=filler,
-        eos_token_id=ends or None,
+        eos_token_id=list(ends) or None,
         stopping_criteria=StoppingCriteriaList(criteria),
     )
-    generated = output[:, width:].tolist()
-    texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
     answers = []
-    for text, tokens in zip(texts, generated, strict=True):
-        has_end_token = not set(ends).isdisjoint(tokens)
-        answers.append(_answer(text, has_end_token, until))
+    for tokens in output[:, width:].tolist():
+        kept = ending.before_end(tokens)
+        text = str(tokenizer.decode(kept, skip_special_tokens=True))
+        answers.append(_answer(text, len(kept) < len(tokens), until))
     return answers
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What ends an answer."""
+
+    tokens: tuple[int, ...]
+    texts: tuple[str, ...]
+
+    def before_end(self, tokens: Sequence[int]) -> list[int]:
+        """Return the tokens before the first one that ends the answer."""
+        kept = []
+        for token in tokens:
+            if token in self.tokens:
+                break
+            kept.append(token)
+        return kept
 
 
 class _Until(StoppingCriteria):
@@ -177,14 +213,14 @@ def _stop_position(text: str, until: Sequence[str]) -> int | None:
     return min(positions, default=None)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end an answer.
-
-    They are the tokenizer's, which training teaches, and the model's own.
-    """
+def _all_end_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, further: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of training, the tokenizer's and the model's."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    named = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return list(dict.fromkeys(int(token) for token in named if token is not None))
+    of_model = own if isinstance(own, list) else [own]
+    named = [*further, tokenizer.eos_token_id, *of_model]
+    return tuple(dict.fromkeys(int(token) for token in named if token is not None))
 
 
 def _reason_to_leave_out(example: Mapping[str, Any], config: GenerationConfig) -> str | None:
@@ -199,41 +235,70 @@ def _reason_to_leave_out(example: Mapping[str, Any], config: GenerationConfig) -
     return too_long(prompt_tokens + config.max_new_tokens, config.context)
 
 
-def _head(
-    index: int, prompt: list[int], reference: str, tokenizer: PreTrainedTokenizerBase
-) -> Record:
-    return {
-        "kind": "generation",
-        "id": index,
-        "benchmark": ANSWERS,
-        "prompt": str(tokenizer.decode(prompt, skip_special_tokens=True)).strip(),
-        "prompt_sha256": digest([str(tokenizer.decode(prompt)), reference]),
-        "reference": reference,
-    }
+def _prompt(
+    index: int,
+    example: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+) -> HeldOutPrompt:
+    """Return the prompt of a held-out example that has one."""
+    tokens = example["input_ids"][: example["prompt_tokens"]]
+    reference = example["reference"]
+    return HeldOutPrompt(
+        index=index,
+        tokens=tokens,
+        text=str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+        prompt_sha256=digest([str(tokenizer.decode(tokens)), reference]),
+        reference=reference,
+        left_out=_reason_to_leave_out(example, config),
+    )
 
 
-def _scores(records: Sequence[Record], config: GenerationConfig) -> Iterator[Record]:
-    """Yield the metrics and errors of each answer."""
-    inputs = [
-        {
-            "prompt": record["prompt"],
-            "answer": record["answer"],
-            "reference": record["reference"],
-        }
-        for record in records
-    ]
-    verdicts: Sequence[Verdict | None] = [None] * len(records)
-    if config.argv:
-        verdicts = execute(config.argv, inputs, config.seconds)
-    for one, verdict in zip(inputs, verdicts, strict=True):
-        values, errors = measure(
-            config.metrics,
-            one["answer"],
-            one["reference"],
-            one["prompt"],
-        )
+def _left_out(prompt: HeldOutPrompt, reason: str) -> LeftOutRecord:
+    return LeftOutRecord(
+        kind="generation",
+        id=prompt.index,
+        benchmark=ANSWERS,
+        prompt_sha256=prompt.prompt_sha256,
+        prompt=prompt.text,
+        reference=prompt.reference,
+        left_out=reason,
+    )
+
+
+def _scored(
+    prompts: Sequence[HeldOutPrompt], answers: Sequence[Answer], config: GenerationConfig
+) -> Iterator[GenerationRecord]:
+    """Yield the record of each answer, with its metrics and errors."""
+    verdicts = _verdicts(prompts, answers, config)
+    for prompt, answer, verdict in zip(prompts, answers, verdicts, strict=True):
+        text = answer.text.strip()
+        metrics, errors = measure(config.metrics, text, prompt.reference, prompt.text)
         if isinstance(verdict, str):
             errors[EXECUTION] = verdict
         elif verdict is not None:
-            values[EXECUTION] = verdict
-        yield {"metrics": values, "errors": errors}
+            metrics[EXECUTION] = verdict
+        yield GenerationRecord(
+            id=prompt.index,
+            benchmark=ANSWERS,
+            prompt_sha256=prompt.prompt_sha256,
+            prompt=prompt.text,
+            reference=prompt.reference,
+            answer=text,
+            metrics=metrics,
+            errors=errors,
+            ended=answer.ended,
+        )
+
+
+def _verdicts(
+    prompts: Sequence[HeldOutPrompt], answers: Sequence[Answer], config: GenerationConfig
+) -> Sequence[Verdict | None]:
+    """Return the verdict of the recipe's command on each answer; None if it names no command."""
+    if not config.argv:
+        return [None] * len(prompts)
+    inputs = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = answer.text.strip()
+        inputs.append({"prompt": prompt.text, "answer": text, "reference": prompt.reference})
+    return execute(config.argv, inputs, config.seconds)

@@ -8,6 +8,7 @@ Source: EleutherAI's Language Model Evaluation Harness, whose interface for mode
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from typing import Any
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.comparison.record_types import ItemRecord, ScoreRecord
 from pipelines.config.sections import LmEvalSection
 from pipelines.errors import DataError, RecipeError, one_line
 from pipelines.evaluation.documents import check_documents
 from pipelines.evaluation.harness_records import document_record
-from pipelines.evaluation.questions import Record
 from pipelines.models.checked import CheckedReader
 from pipelines.paths import find, listed
 
@@ -46,7 +47,7 @@ class Tasks:
 
     def records(
         self, reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, context: int | None
-    ) -> Iterator[Record]:
+    ) -> Iterator[ItemRecord]:
         """Yield the record of each document of each task; see `load_tasks` for its kind."""
         from lm_eval.evaluator import evaluate
 
@@ -70,8 +71,8 @@ class Tasks:
                     document = name, sample["doc_id"]
                     reason = model.left_out.get(document)
                     record = document_record(name, task, sample, reason)
-                    if "left_out" not in record and document in model.ended:
-                        record["ended"] = model.ended[document]
+                    if isinstance(record, ScoreRecord) and document in model.ended:
+                        record = replace(record, ended=model.ended[document])
                     yield record
 
 

@@ -4,15 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.comparison.record_types import ChoiceRecord, LeftOutRecord, ScoreRecord
 from pipelines.errors import RecipeError
 from pipelines.evaluation.documents import gold_index, scored_by_choice
 from pipelines.evaluation.items import Choice, Item
-from pipelines.evaluation.questions import Record, general_values, head
+from pipelines.evaluation.questions import choice_record, left_out_record
 
 MEASURED_IN_BITS = "bits_per_byte"
+DocumentRecord = ChoiceRecord | ScoreRecord | LeftOutRecord
 
 
-def document_record(name: str, task: Any, sample: Mapping[str, Any], reason: str | None) -> Record:
+def document_record(
+    name: str, task: Any, sample: Mapping[str, Any], reason: str | None
+) -> DocumentRecord:
     """Return the record of a document.
 
     Args:
@@ -27,14 +31,14 @@ def document_record(name: str, task: Any, sample: Mapping[str, Any], reason: str
     gold = gold_index(task, sample["doc"]) if scored_by_choice(task) else None
     item = _item(name, sample, gold)
     if reason is not None:
-        return {**head(item), "left_out": reason}
+        return left_out_record(item, reason)
     if gold is None:
-        return _value_record(item, task, sample)
+        return _score_record(item, task, sample)
     likelihoods, greedy = [], []
     for likelihood, is_greedy in _responses(item, sample):
         likelihoods.append(likelihood)
         greedy.append(is_greedy)
-    return {**head(item), **general_values(gold, likelihoods, greedy, item.choices)}
+    return choice_record(item, likelihoods, greedy)
 
 
 def _item(name: str, sample: Mapping[str, Any], gold: int | None) -> Item:
@@ -64,7 +68,7 @@ def _responses(item: Item, sample: Mapping[str, Any]) -> list[Any]:
     return [responses[0] for responses in sample["resps"]][: len(item.choices)]
 
 
-def _value_record(item: Item, task: Any, sample: Mapping[str, Any]) -> Record:
+def _score_record(item: Item, task: Any, sample: Mapping[str, Any]) -> ScoreRecord | LeftOutRecord:
     """Return the record of a document's value by one metric, with the likelihoods behind it."""
     metric = _metric(item, task, sample["metrics"])
     aggregate = task.aggregation().get(metric)
@@ -73,30 +77,34 @@ def _value_record(item: Item, task: Any, sample: Mapping[str, Any]) -> Record:
         value = aggregate([value])
     if not isinstance(value, int | float) or not math.isfinite(value):
         reason = f"its {metric} is {value!r}, which is not a finite number"
-        return {**head(item), "left_out": reason}
-    return {
-        **head(item),
-        "metric": metric,
-        "value": float(value),
-        "higher_is_better": bool(task.higher_is_better().get(metric, True)),
-        **_likelihoods(item, sample),
-    }
+        return left_out_record(item, reason)
+    log_likelihoods, greedy = _likelihoods(item, sample)
+    return ScoreRecord(
+        id=item.id,
+        benchmark=item.benchmark,
+        prompt_sha256=item.prompt_sha256,
+        metric=metric,
+        value=float(value),
+        higher_is_better=bool(task.higher_is_better().get(metric, True)),
+        log_likelihoods=log_likelihoods,
+        greedy=greedy,
+    )
 
 
-def _likelihoods(item: Item, sample: Mapping[str, Any]) -> Record:
+def _likelihoods(
+    item: Item, sample: Mapping[str, Any]
+) -> tuple[tuple[float, ...] | None, tuple[bool, ...] | None]:
     """Return each answer's log-likelihood and whether it is greedy.
 
     A text as a unit has only the first; a generated answer has neither.
     """
     responses = _responses(item, sample)
     if all(isinstance(response, float) for response in responses):
-        return {"log_likelihoods": [round(response, 6) for response in responses]}
+        return tuple(round(response, 6) for response in responses), None
     if all(isinstance(response, tuple) for response in responses):
-        return {
-            "log_likelihoods": [round(value, 6) for value, _ in responses],
-            "greedy": [greedy for _, greedy in responses],
-        }
-    return {}
+        log_likelihoods = tuple(round(value, 6) for value, _ in responses)
+        return log_likelihoods, tuple(greedy for _, greedy in responses)
+    return None, None
 
 
 def _metric(item: Item, task: Any, metrics: Sequence[str]) -> str:

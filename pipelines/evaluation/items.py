@@ -1,7 +1,10 @@
 """What every model is evaluated on, as text: a context, the scored answers, and the right one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from pipelines.runtime.stage import digest
 
 Kind = Literal["general", "answer", "chat", "text", "score"]
 """A question with one right answer among wrong ones; one with a single answer; one as a chat; a
@@ -30,8 +33,14 @@ class Item:
     """Index of the right answer among the choices."""
     kind: Kind = "general"
 
+    @property
+    def prompt_sha256(self) -> str:
+        """Digest of its context and answers."""
+        answers = [choice.lead + choice.scored for choice in self.choices]
+        return digest([self.context, *answers])
 
-def choice_item(benchmark: str, name: str, context: str, answers: list[str], gold: int) -> Item:
+
+def choice_item(benchmark: str, name: str, context: str, answers: Sequence[str], gold: int) -> Item:
     """Return a question whose answers follow its context after one blank."""
     choices = tuple(Choice("", f" {answer.strip()}") for answer in answers)
     return Item(benchmark, name, context, choices, gold)

@@ -5,17 +5,20 @@ Items are tokenized once for all models of a comparison.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.comparison.record_types import (
+    ChoiceRecord,
+    ItemRecord,
+    LeftOutRecord,
+    PassageRecord,
+    SingleAnswerRecord,
+)
 from pipelines.errors import DataError
-from pipelines.evaluation.items import Choice, Item
+from pipelines.evaluation.items import Item
 from pipelines.evaluation.scoring import Score
 from pipelines.evaluation.trees import Tree, build_prefix_tree, encode
-from pipelines.runtime.stage import digest
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def tokenize(
     return found
 
 
-def records(questions: Sequence[Question], scores: Iterator[list[Score]]) -> Iterator[Record]:
+def records(questions: Sequence[Question], scores: Iterator[list[Score]]) -> Iterator[ItemRecord]:
     """Yield each question's record.
 
     Args:
@@ -66,37 +69,41 @@ def records(questions: Sequence[Question], scores: Iterator[list[Score]]) -> Ite
     """
     for question in questions:
         if question.left_out is not None:
-            yield left_out(question)
+            yield left_out_record(question.item, question.left_out)
         else:
-            yield {**head(question.item), **_values(question, next(scores))}
+            yield _record(question, next(scores))
 
 
-def head(item: Item) -> Record:
-    """Return the part of an item's record that does not depend on the model."""
-    answers = [choice.lead + choice.scored for choice in item.choices]
-    return {
-        "kind": item.kind,
-        "id": item.id,
-        "benchmark": item.benchmark,
-        "prompt_sha256": digest([item.context, *answers]),
-    }
+def choice_record(
+    item: Item, log_likelihoods: Sequence[float], greedy: Sequence[bool]
+) -> ChoiceRecord:
+    """Return the record of a multiple-choice question.
+
+    Args:
+        item: the question.
+        log_likelihoods: of each choice, in nats.
+        greedy: whether each choice is the likeliest of all texts.
+    """
+    return ChoiceRecord(
+        id=item.id,
+        benchmark=item.benchmark,
+        prompt_sha256=item.prompt_sha256,
+        gold=item.gold,
+        log_likelihoods=tuple(round(value, 6) for value in log_likelihoods),
+        bytes=tuple(len(choice.scored.encode()) for choice in item.choices),
+        greedy=tuple(greedy),
+    )
 
 
-def general_values(
-    gold: int, log_likelihoods: Sequence[float], greedy: Sequence[bool], choices: Sequence[Choice]
-) -> Record:
-    """Return the part of the record of a multiple-choice question that depends on the model."""
-    return {
-        "gold": gold,
-        "log_likelihoods": [round(value, 6) for value in log_likelihoods],
-        "bytes": [len(choice.scored.encode()) for choice in choices],
-        "greedy": list(greedy),
-    }
-
-
-def left_out(question: Question) -> Record:
-    """Return the record of a question that is not evaluated."""
-    return {**head(question.item), "left_out": question.left_out}
+def left_out_record(item: Item, reason: str) -> LeftOutRecord:
+    """Return the record of an item that is not evaluated."""
+    return LeftOutRecord(
+        kind=item.kind,
+        id=item.id,
+        benchmark=item.benchmark,
+        prompt_sha256=item.prompt_sha256,
+        left_out=reason,
+    )
 
 
 def too_long(tokens: int, context: int | None) -> str | None:
@@ -136,16 +143,29 @@ def _question(
     return Question(item, tree, too_long(tree.context, context), scored_bytes)
 
 
-def _values(question: Question, scores: list[Score]) -> Record:
+def _record(question: Question, scores: list[Score]) -> ItemRecord:
+    """Return the record of a question from the score of each of its answers."""
     item = question.item
     if item.kind == "general":
         likelihoods = [score.log_likelihood for score in scores]
-        greedy = [score.greedy for score in scores]
-        return general_values(item.gold, likelihoods, greedy, item.choices)
+        return choice_record(item, likelihoods, [score.greedy for score in scores])
     [score] = scores
-    values: Record = {"nll": -score.log_likelihood, "tokens": score.tokens}
-    if item.kind != "chat":
-        values["bytes"] = question.bytes
-    if item.kind not in ("chat", "text"):
-        values["greedy"] = score.greedy
-    return values
+    if item.kind == "text":
+        return PassageRecord(
+            id=item.id,
+            benchmark=item.benchmark,
+            prompt_sha256=item.prompt_sha256,
+            nll=-score.log_likelihood,
+            tokens=score.tokens,
+            bytes=question.bytes,
+        )
+    assert item.kind == "answer", "chats and documents of lm-eval are scored elsewhere"
+    return SingleAnswerRecord(
+        id=item.id,
+        benchmark=item.benchmark,
+        prompt_sha256=item.prompt_sha256,
+        nll=-score.log_likelihood,
+        tokens=score.tokens,
+        bytes=question.bytes,
+        greedy=score.greedy,
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_core.training.attention import Segment
+from pipelines.comparison.record_types import TaskRecord
 from pipelines.evaluation.trees import Tree, bin_pack, mask
 from pipelines.models.checked import CheckedReader
 from pipelines.models.packs import Pack, join, pack
@@ -60,7 +61,7 @@ def score(reader: CheckedReader, trees: Sequence[Tree]) -> list[list[Score]]:
 @torch.inference_mode()
 def score_examples(
     reader: CheckedReader, examples: Sequence[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[TaskRecord]:
     """Yield, for each held-out example, the summed NLL of its supervised tokens and their number.
 
     The digest of an example covers its token ids and which of them are supervised, as JSON, so that
@@ -75,13 +76,12 @@ def score_examples(
         counts = [sum(example["supervised"]) for example in chunk]
         for offset, values in enumerate(likelihoods.split(counts)):
             example = chunk[offset]
-            yield {
-                "kind": "task",
-                "id": start + offset,
-                "prompt_sha256": digest([list(example["input_ids"]), list(example["supervised"])]),
-                "nll": -float(values.sum()),
-                "tokens": counts[offset],
-            }
+            yield TaskRecord(
+                id=start + offset,
+                prompt_sha256=digest([list(example["input_ids"]), list(example["supervised"])]),
+                nll=-float(values.sum()),
+                tokens=counts[offset],
+            )
 
 
 def check_examples(reader: CheckedReader, examples: Sequence[dict[str, Any]]) -> None:

@@ -34,8 +34,8 @@ def tuning_loss(
     if paths.adapter is not None:
         load_adapter(model, Path(paths.adapter))
     scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(split)))))
-    nll = sum(record["nll"] for record in scored)
-    tokens = sum(record["tokens"] for record in scored)
+    nll = sum(record.nll for record in scored)
+    tokens = sum(record.tokens for record in scored)
     return TuneResult(tuning_loss=nll / tokens, examples=len(scored)), []
 
 

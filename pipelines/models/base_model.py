@@ -131,7 +131,12 @@ def prepare(folder: Path, inputs: BaseInputs, paths: StagePaths) -> tuple[BaseRe
     from lora_core import fingerprint
     from pipelines.models.equivalence import first_look
     from pipelines.models.support import context_tokens
-    from pipelines.models.tokenizer import load_tokenizer, quiet
+    from pipelines.models.tokenizer import (
+        load_tokenizer,
+        quiet,
+        template_digest,
+        vocabulary_digest,
+    )
 
     quiet()
     base = inputs.base
@@ -151,8 +156,8 @@ def prepare(folder: Path, inputs: BaseInputs, paths: StagePaths) -> tuple[BaseRe
         id=base.id,
         revision=_revision(source, base),
         digests={kind: base_digest},
-        tokenizer_sha256=digest(sorted(tokenizer.get_vocab().items())),
-        template_sha256=digest(tokenizer.chat_template or ""),
+        tokenizer_sha256=vocabulary_digest(tokenizer),
+        template_sha256=template_digest(tokenizer),
         forward=verified,
         trust_remote_code=base.trust_remote_code,
         weights=sum(parameter.numel() for parameter in model.parameters()),

@@ -45,13 +45,7 @@ def load_model(
         "attn_implementation": EAGER,
     }
     if quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=hardware.dtype,
-            bnb_4bit_quant_storage=torch.uint8,
-        )
+        options["quantization_config"] = _double_quantized_nf4(hardware.dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code, **options
     )
@@ -60,6 +54,16 @@ def load_model(
     disable_cpu_repacking(model)
     model.eval()
     return model
+
+
+def _double_quantized_nf4(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
 
 
 def _detach_from_mmap(model: PreTrainedModel) -> None:

@@ -6,6 +6,11 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from pipelines.runtime.stage import digest
+
+CHANGED_TOKENIZER = "tokenizer"
+"""Folder, in a data stage, of a tokenizer with the recipe's chat template or end token."""
+
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer in `folder`."""
@@ -14,6 +19,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         str(folder), trust_remote_code=trust_remote_code
     )
     return tokenizer
+
+
+def tokenizer_folder(base: Path, data: Path) -> Path:
+    """Return the folder of the tokenizer: the prepared data's, if the recipe changed it."""
+    changed = data / CHANGED_TOKENIZER
+    return changed if changed.is_dir() else base
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of the tokens and their ids."""
+    return digest(sorted(tokenizer.get_vocab().items()))
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of the chat template."""
+    return digest(tokenizer.chat_template or "")
 
 
 def quiet() -> None:

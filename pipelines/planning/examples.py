@@ -71,7 +71,9 @@ class Examples:
 
     def _steps(self, inputs: PlanInputs) -> list[list[int]]:
         training = inputs.training
-        return order(len(self.supervised_masks), training.steps, training.batch_size, inputs.seed)
+        return order(
+            len(self.supervised_masks), training.total_steps, training.batch_size, inputs.seed
+        )
 
 
 def _sum_of(numbers: list[int], indices: Iterable[int]) -> int:

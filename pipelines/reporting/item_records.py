@@ -1,19 +1,17 @@
 """What the page takes from the item files: sample answers, and the items that were left out."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from pipelines.comparison.comparison import BASE, QUANTIZED_BASE
 from pipelines.comparison.document import Summary
-from pipelines.comparison.records import UNNAMED, scored
-from pipelines.runtime.stage import read_records
+from pipelines.comparison.record_files import read_items
+from pipelines.comparison.record_types import GenerationRecord, LeftOutRecord
+from pipelines.comparison.records import of_type
 
 MAX_SAMPLES = 4
 MAX_REASONS = 2
-"""How many reasons are listed for the left-out items of one benchmark or kind."""
+"""How many reasons are listed for the left-out items of one benchmark."""
 Item = tuple[str, int | str]
 """Kind and id."""
 Reasons = dict[Item, str]
@@ -22,7 +20,7 @@ Reasons = dict[Item, str]
 
 @dataclass(frozen=True)
 class LeftOut:
-    """The items of one benchmark or kind that were left out for all models."""
+    """The items of one benchmark that were left out for all models."""
 
     name: str
     count: int
@@ -30,44 +28,8 @@ class LeftOut:
     """The first reasons; empty if they are unknown."""
 
 
-@dataclass(frozen=True)
-class SkippedItem:
-    """The record of an item that was left out."""
-
-    kind: str
-    id: int | str
-    left_out: str
-    """The reason."""
-    benchmark: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Its benchmark, or what it is counted as."""
-        return self.benchmark or UNNAMED[self.kind]
-
-
-@dataclass(frozen=True)
-class ShownAnswer:
-    """A model's answer to a held-out prompt."""
-
-    id: int
-    """Of the prompt."""
-    prompt: str
-    reference: str
-    answer: str
-    ended: bool
-    """Whether it ended before the maximum length."""
-    metrics: Mapping[str, float | None]
-    errors: Mapping[str, str]
-    """Metric → why it could not be computed."""
-
-
-SKIPPED_ITEM = TypeAdapter(SkippedItem)
-ANSWER = TypeAdapter(ShownAnswer)
-
-
 def left_out(summary: Summary) -> list[LeftOut]:
-    """Return what was left out for all models, by benchmark or kind."""
+    """Return what was left out for all models, by benchmark."""
     counted = _left_out_counts(summary)
     reasons = _left_out_reasons(summary)
     rows = []
@@ -89,14 +51,12 @@ def _left_out_counts(summary: Summary) -> dict[str, int]:
 
 
 def _left_out_reasons(summary: Summary) -> dict[str, Reasons]:
-    """Return the reasons by benchmark or kind, from the records of all models."""
+    """Return the reasons by benchmark, from the records of all models."""
     reasons: dict[str, Reasons] = {}
     for path in summary.items.values():
-        for record in read_records(Path(path)):
-            if "left_out" in record:
-                item = SKIPPED_ITEM.validate_python(record)
-                by_item = reasons.setdefault(item.name, {})
-                by_item[item.kind, item.id] = item.left_out
+        for record in of_type(read_items(Path(path)), LeftOutRecord):
+            by_item = reasons.setdefault(record.benchmark, {})
+            by_item[record.kind, record.id] = record.left_out
     return reasons
 
 
@@ -108,9 +68,9 @@ def _join_reasons(reasons: list[str]) -> str:
     return "; ".join(parts)
 
 
-def samples(summary: Summary) -> list[dict[str, ShownAnswer]]:
+def samples(summary: Summary) -> list[dict[str, GenerationRecord]]:
     """Return the first prompts that every model answered: for each, label → answer."""
-    answers: dict[str, dict[int, ShownAnswer]] = {}
+    answers: dict[str, dict[int, GenerationRecord]] = {}
     for label in summary.models:
         if label != QUANTIZED_BASE and label in summary.items:
             answers[label] = _answers(Path(summary.items[label]))
@@ -123,10 +83,6 @@ def samples(summary: Summary) -> list[dict[str, ShownAnswer]]:
     return rows
 
 
-def _answers(path: Path) -> dict[int, ShownAnswer]:
+def _answers(path: Path) -> dict[int, GenerationRecord]:
     """Return the answers of one model by item id, without those that were left out."""
-    answers = {}
-    for record in scored(read_records(path), "generation"):
-        answer = ANSWER.validate_python(record)
-        answers[answer.id] = answer
-    return answers
+    return {answer.id: answer for answer in of_type(read_items(path), GenerationRecord)}

@@ -24,6 +24,7 @@ from pipelines.reporting import formats, item_records, page_sections, words
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
 from pipelines.reporting.model_parts import against_base, status_of
 from pipelines.reporting.plots.frontier_plot import plot_frontier
+from pipelines.reporting.plots.loss_curves import loss_curves, plot_losses
 from pipelines.reporting.plots.rank_plot import plot_ranks
 from pipelines.reporting.plots.strips import SHADES, Strip, strips
 from pipelines.reporting.plots.trajectories import trajectories
@@ -169,6 +170,7 @@ def write_html(summary: Summary, path: Path) -> None:
     """
     found = trajectories(summary)
     frontier = plot_frontier(summary) if found else ""
+    losses = loss_curves(summary)
     template = _environment().get_template("report.html.jinja")
     page = template.render(
         summary=summary,
@@ -186,6 +188,8 @@ def write_html(summary: Summary, path: Path) -> None:
         samples=item_records.samples(summary),
         plot_frontier=frontier,
         plot_ranks=plot_ranks(summary),
+        loss_curves=losses,
+        plot_losses=plot_losses(losses),
     )
     write_text(path, page)
 

@@ -139,7 +139,7 @@ def _run_tags(values: Tags) -> list[RunTag]:
 
 def _dataset(summary: Summary) -> Dataset:
     """Return the training data as an MLflow data set, identified by its digest."""
-    source = summary.recipe.data.source
+    source = summary.recipe.data.title
     data = summary.data
     profile = {
         "train_examples": data.train_examples,
@@ -147,7 +147,7 @@ def _dataset(summary: Summary) -> Dataset:
         "supervised_tokens": data.supervised_tokens,
     }
     return Dataset(
-        Path(source).name,
+        summary.recipe.data.label,
         data.digest[:MAX_DIGEST],
         "local",
         json.dumps({"source": source}),

@@ -79,9 +79,9 @@ def _hub_links(summary: Summary) -> Values:
     links: Values = {}
     if HUB_ID.fullmatch(summary.base.id):
         links |= {"base_model": summary.base.id, "base_model_relation": "adapter"}
-    source = summary.recipe.data.source
-    if HUB_ID.fullmatch(source):
-        links |= {"datasets": [source]}
+    hub_sources = [name for name in summary.recipe.data.names if HUB_ID.fullmatch(name)]
+    if hub_sources:
+        links |= {"datasets": hub_sources}
     return links
 
 
@@ -125,7 +125,7 @@ class _HubResult:
 def _results(summary: Summary, label: str) -> list[_HubResult]:
     """Return the results on the task and on each benchmark."""
     scores = summary.models[label].scores
-    source = summary.recipe.data.source
+    source = summary.recipe.data.title
     source_type = source if HUB_ID.fullmatch(source) else "held-out"
     task = {"perplexity": scores.perplexity, **scores.generation}
     results = [_HubResult.of(source_type, f"{source}, held-out examples", task)]
@@ -137,7 +137,7 @@ def _results(summary: Summary, label: str) -> list[_HubResult]:
 
 def _introduction(summary: Summary, label: str) -> str:
     base = summary.base
-    source = summary.recipe.data.source
+    source = summary.recipe.data.title
     revision = f" at revision `{base.revision}`" if base.revision else ""
     precision = "stored in 4 bits (NF4)" if _is_quantized(summary) else "in full precision"
     method = page_sections.training_method(summary, label).partition(" over ")[0]
@@ -270,7 +270,7 @@ def _training_facts(summary: Summary, label: str) -> dict[str, str]:
         "Time": f"{time} on {summary.machine}, {recipe.launch.processes} process(es)",
         "Optimizer": trained.facts.optimizer,
         "Data": (
-            f"{recipe.data.source}, {data.train_examples:,} training examples, "
+            f"{recipe.data.title}, {data.train_examples:,} training examples, "
             f"digest `{data.digest}`"
         ),
         "Weights' SHA-256": f"`{trained.saved.adapter_sha256}`",

@@ -20,6 +20,8 @@ class StepMetrics(BaseModel):
     """Duration since the previous row."""
     loss: float | None = None
     """Nats per supervised token."""
+    eval_loss: float | None = None
+    """The same on the held-out tuning examples, if they were evaluated after this step."""
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
@@ -31,6 +33,7 @@ class StepMetrics(BaseModel):
         """Yield a point for each metric that the row has."""
         values = {
             "loss": self.loss,
+            "eval_loss": self.eval_loss,
             "learning_rate": self.learning_rate,
             "grad_norm": self.grad_norm,
             "tokens_per_second": self.tokens_per_second,

@@ -172,7 +172,7 @@ def _provenance_row(summary: Summary, label: str, training: TrainedModel) -> Pro
         adapter_sha256=training.result.saved.adapter_sha256,
         base=summary.base.id,
         base_revision=summary.base.revision,
-        data=summary.recipe.data.source,
+        data=summary.recipe.data.title,
         data_digest=summary.data.digest,
         commit=summary.commit,
         machine=summary.machine,

@@ -6,6 +6,7 @@
         exp_avg_sq.safetensors
         random.safetensors        each rank's random state
         state.json                steps, mean loss of the last steps, ranks; digest of each file
+    <stage>/checkpoints/best/     the weights with the lowest held-out loss; see `best_weights`
 
 A checkpoint is written between two optimizer steps, so it never contains a part of a gradient
 accumulation window, and the order of the data follows from the number of steps. The frozen base is
@@ -30,7 +31,7 @@ from lora_core.files import atomic_folder, sha256_of_file, write_json
 from pipelines.runtime.heartbeats import note
 
 STATE, WEIGHTS, RANDOM = "state.json", "weights", "random"
-SUFFIX = ".safetensors"
+PREFIX, SUFFIX = "step-", ".safetensors"
 Tensors = dict[str, Tensor]
 
 
@@ -114,12 +115,17 @@ def remove_old(parent: Path, keep: int) -> None:
 
 def checkpoint_folders(parent: Path) -> list[Path]:
     """Return the folders of all checkpoints, the oldest first."""
-    return sorted(parent.glob("step-*"))
+    return sorted(parent.glob(f"{PREFIX}*"))
+
+
+def checkpoint_steps(parent: Path) -> list[int]:
+    """Return the steps of all checkpoints, the oldest first."""
+    return [int(folder.name.removeprefix(PREFIX)) for folder in checkpoint_folders(parent)]
 
 
 def folder_name(step: int) -> str:
     """Return the name of the folder of a checkpoint."""
-    return f"step-{step:05d}"
+    return f"{PREFIX}{step:05d}"
 
 
 def _save(tensors: Tensors, path: Path) -> None:

@@ -20,7 +20,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from pipelines.runtime.heartbeats import note
 from pipelines.runtime.interfaces.results import CheckpointMetrics
 from pipelines.runtime.memory import free_memory_bytes
-from pipelines.training.checkpoint import Tensors, folder_name, remove_old, write_checkpoint
+from pipelines.training.checkpoint import (
+    Tensors,
+    checkpoint_steps,
+    folder_name,
+    remove_old,
+    write_checkpoint,
+)
 from pipelines.training.checkpoint_state import full_state, random_state
 from pipelines.training.engine import Engine
 
@@ -51,6 +57,8 @@ class Checkpoints:
     _writer: ThreadPoolExecutor = field(default_factory=_single_thread, repr=False)
     _pending: "Future[None] | None" = field(default=None, repr=False)
     _started: float = field(default_factory=time.monotonic, repr=False)
+    _last_step: int | None = None
+    """Of the last checkpoint, which may still be pending."""
     _written: int = 0
     _waited: float = 0.0
     """Seconds that training waited."""
@@ -127,6 +135,7 @@ class Checkpoints:
             self._pending = self._writer.submit(self._write_in_background, step, copies, values)
         else:
             self._write(step, files, values)
+        self._last_step = step
         self._written += 1
         self._waited += time.monotonic() - started
 
@@ -136,6 +145,11 @@ class Checkpoints:
         self._pending = None
         if pending is not None:
             pending.result()
+
+    def steps(self) -> list[int]:
+        """Return the steps of the checkpoints that exist or are pending. On rank 0."""
+        steps = checkpoint_steps(self.folder)
+        return steps if self._last_step is None else [*steps, self._last_step]
 
     def discard(self) -> None:
         """Remove all checkpoints: the run has ended and its output is saved."""

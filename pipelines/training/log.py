@@ -4,6 +4,8 @@ Of the complete step, over all ranks and all micro-batches:
 
     step, steps          number of this step, from 1, and of all steps
     loss                 nats per supervised token
+    eval_loss            the same on the held-out tuning examples after this step; absent if they
+                         were not evaluated
     learning_rate        of the first group of weights
     grad_norm            gradient norm before clipping
     tokens               tokens read, and supervised_tokens
@@ -13,8 +15,8 @@ Of rank 0 alone:
 
     seconds              of the step
     seconds_of           of each phase since the previous row: data, forward, backward, optimizer,
-                         communication; and checkpoint or snapshot if one followed the previous
-                         step, in addition to this step's seconds
+                         communication; and checkpoint, snapshot or evaluation if one followed the
+                         previous step, in addition to this step's seconds
     peak_memory_bytes    so far; the largest of all ranks is in the run's result
     time                 of the step's end, seconds since 1970
 """

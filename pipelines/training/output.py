@@ -10,11 +10,13 @@ from pathlib import Path
 from accelerate.utils import gather_object
 
 from lora_core import Identity, LoraConfig, save_adapter
-from lora_core.adapter.adapter_files import CONFIG, read_json
+from lora_core.adapter.adapter_files import CONFIG, IDENTITY, read_json
 from lora_core.errors import AdapterError
+from lora_core.files import atomic_folder
 from lora_core.spectrum.spectrum import effective_rank, singular_values
 from lora_core.spectrum.updates import read_updates
 from pipelines.models.hardware import peak_memory_bytes
+from pipelines.models.tokenizer import CHANGED_TOKENIZER
 from pipelines.runtime.interfaces.inputs import TrainInputs
 from pipelines.runtime.interfaces.results import ModuleSpectrum, SavedWeights, TrainResult
 from pipelines.runtime.stage import RESULT, SNAPSHOTS, snapshot, write_result
@@ -25,6 +27,14 @@ def peak_memory_of_all_ranks() -> int:
     """Return the largest peak of memory of any rank, in bytes. A collective."""
     peaks: list[int] = gather_object([peak_memory_bytes()])
     return max(peaks)
+
+
+def copy_tokenizer(engine: Engine, config: LoraConfig | None, data: Path, folder: Path) -> None:
+    """Copy the tokenizer to the trained weights if the recipe changed it. Every rank calls it."""
+    changed = data / CHANGED_TOKENIZER
+    if engine.is_first and changed.is_dir():
+        shutil.copytree(changed, folder / output_folder(config), dirs_exist_ok=True)
+    engine.accelerator.wait_for_everyone()
 
 
 def declare_done(
@@ -47,25 +57,37 @@ def _has_snapshot(files: list[str], step: int) -> bool:
     return any(name.startswith(f"{snapshot(step)}/") for name in files)
 
 
-def save_trained(
+def write_trained(
     engine: Engine, config: LoraConfig | None, inputs: TrainInputs, parent: Path
-) -> SavedWeights:
-    """Write the adapter, or the control's weights, into `parent`; return its size and digest.
+) -> None:
+    """Write the adapter, or the control's weights, into `parent`: complete, or not at all.
 
     A collective: every rank calls it, and the weights are gathered from all. Only the first rank
-    writes, and returns what it wrote.
+    writes.
     """
     engine.accelerator.wait_for_everyone()
     folder = parent / output_folder(config)
-    saved = SavedWeights(file_bytes=0)
     with engine.gathered():
         if engine.is_first:
             if config is None:
-                saved = _save_model(engine, folder, inputs)
+                _save_model(engine, folder, inputs)
             else:
-                saved = _save_adapter(engine, folder, config, inputs)
+                _save_adapter(engine, folder, config, inputs)
     engine.accelerator.wait_for_everyone()
-    return saved
+
+
+def saved_weights(parent: Path, config: LoraConfig | None) -> SavedWeights:
+    """Return size, digest and spectrum of what was written into `parent`. On rank 0."""
+    folder = parent / output_folder(config)
+    file_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    if config is None:
+        return SavedWeights(file_bytes=file_bytes)
+    return SavedWeights(
+        file_bytes=file_bytes,
+        adapter_sha256=read_json(folder / IDENTITY)["adapter_sha256"],
+        file_rank=read_json(folder / CONFIG)["r"],
+        spectrum=spectrum(folder),
+    )
 
 
 def output_folder(config: LoraConfig | None) -> str:
@@ -73,9 +95,7 @@ def output_folder(config: LoraConfig | None) -> str:
     return "adapter" if config is not None else "model"
 
 
-def _save_adapter(
-    engine: Engine, folder: Path, config: LoraConfig, inputs: TrainInputs
-) -> SavedWeights:
+def _save_adapter(engine: Engine, folder: Path, config: LoraConfig, inputs: TrainInputs) -> None:
     adapter = inputs.adapter
     assert adapter is not None, "an adapter is saved for a training that has one"
     lineage = {
@@ -85,26 +105,17 @@ def _save_adapter(
         "quantization": inputs.quantization,
         "init": adapter.lora.init,
     }
+    if adapter.end_tokens:
+        lineage["end_tokens"] = " ".join(map(str, adapter.end_tokens))
     identity = Identity(adapter.base_id, adapter.base_revision, inputs.base_digests, lineage)
-    sha256 = save_adapter(engine.model, folder, config, identity)
-    return SavedWeights(
-        file_bytes=_size_of(folder),
-        adapter_sha256=sha256,
-        file_rank=read_json(folder / CONFIG)["r"],
-        spectrum=spectrum(folder),
-    )
+    save_adapter(engine.model, folder, config, identity)
 
 
-def _save_model(engine: Engine, folder: Path, inputs: TrainInputs) -> SavedWeights:
-    shutil.rmtree(folder, ignore_errors=True)
-    engine.model.save_pretrained(folder)
-    if inputs.trust_remote_code:
-        _copy_code(Path(engine.model.config._name_or_path), folder)
-    return SavedWeights(file_bytes=_size_of(folder))
-
-
-def _size_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+def _save_model(engine: Engine, folder: Path, inputs: TrainInputs) -> None:
+    with atomic_folder(folder) as temporary:
+        engine.model.save_pretrained(temporary)
+        if inputs.trust_remote_code:
+            _copy_code(Path(engine.model.config._name_or_path), temporary)
 
 
 def _copy_code(base: Path, folder: Path) -> None:

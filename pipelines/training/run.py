@@ -81,6 +81,10 @@ class Run:
         """Return the number of tokens of some examples."""
         return sum(self.lengths[index] for index in indices)
 
+    def largest_own_pack(self, step: int) -> int:
+        """Return the most tokens that this rank reads at once in a step."""
+        return max(map(self.tokens_of, self.shards(step)))
+
     def supervised_tokens(self, step: int) -> int:
         """Return the number of supervised tokens of a step over all ranks."""
         return sum(sum(self.example(index, step)["supervised"]) for index in self.steps[step])

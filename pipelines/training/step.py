@@ -6,7 +6,7 @@ supervised tokens over all ranks.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 
 from pipelines.errors import DivergenceError, MemoryExceededError
 from pipelines.models.hardware import peak_memory_bytes
-from pipelines.models.packs import Pack
 from pipelines.runtime.memory import is_out_of_memory
 from pipelines.training.engine import Engine
 from pipelines.training.run import Run
@@ -34,11 +33,19 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
         packs = run.packs(step)
     # Engines average over ranks and micro-batches, but the loss is a sum over them.
     weight = engine.ranks * len(packs) / supervised
-    total = torch.zeros((), device=run.device)
+    own_loss = torch.zeros((), device=run.device)
+    loss = 0.0
     grad_norm = None
-    for micro_batch in packs:
+    for number, micro_batch in enumerate(packs, start=1):
         with engine.accelerator.accumulate(engine.wrapped):
-            total += _forward_backward(run, engine, micro_batch, step=step, weight=weight)
+            with run.timer.phase("forward"):
+                micro_loss = engine.wrapped(micro_batch)
+                own_loss += micro_loss.detach()
+                if number == len(packs):
+                    # Before the last backward pass, because DeepSpeed takes its step inside it.
+                    loss = sum_over_ranks(run, own_loss, step)
+            with run.timer.phase("backward"):
+                engine.accelerator.backward(micro_loss * weight)
             with run.timer.phase("optimizer"):
                 engine.fill_gradients()
                 grad_norm = engine.clip_gradients(run.max_grad_norm)
@@ -49,7 +56,7 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     return {
         "step": step + 1,
         "steps": len(run.steps),
-        "loss": float(total) / supervised,
+        "loss": loss / supervised,
         "learning_rate": learning_rate,
         "grad_norm": grad_norm,
         "tokens": tokens,
@@ -62,18 +69,6 @@ def train_step(run: Run, engine: Engine, step: int) -> dict[str, Any]:
     }
 
 
-def _forward_backward(
-    run: Run, engine: Engine, micro_batch: Pack, *, step: int, weight: float
-) -> torch.Tensor:
-    """Add the gradients of a micro-batch; return its summed loss over all ranks."""
-    with run.timer.phase("forward"):
-        loss = engine.wrapped(micro_batch)
-        total = sum_over_ranks(run, loss, step)
-    with run.timer.phase("backward"):
-        engine.accelerator.backward(loss * weight)
-    return total
-
-
 def lr_multiplier(step: int, warmup_steps: int, steps: int) -> float:
     """Return the multiplier of the peak learning rate: a linear warm-up, then cosine to a tenth."""
     if step < warmup_steps:
@@ -83,18 +78,26 @@ def lr_multiplier(step: int, warmup_steps: int, steps: int) -> float:
     return FINAL_LR_MULTIPLIER + (1 - FINAL_LR_MULTIPLIER) * cosine
 
 
-def sum_over_ranks(run: Run, loss: torch.Tensor, step: int) -> torch.Tensor:
-    """Return the sum of a loss over all ranks. A collective, and it synchronizes the GPU.
+def sum_over_ranks(run: Run, own_loss: torch.Tensor, step: int) -> float:
+    """Return the sum of a step's loss over all ranks, the only reduction of a loss in the step.
+
+    A collective, once per step. Reading the sum waits for the GPU; apart from the timer's phases,
+    the step waits only once more, for the gradient norm.
+
+    Args:
+        run: the training.
+        own_loss: of this rank, over all its micro-batches.
+        step: number of the step, from 0.
 
     Raises:
         DivergenceError: the loss is not finite on some rank; raised on every rank, before the
             optimizer step.
     """
-    total: torch.Tensor = run.accelerator.reduce(loss.detach().clone(), reduction="sum")
-    if torch.isfinite(total):
+    total = float(run.accelerator.reduce(own_loss.clone(), reduction="sum"))
+    if math.isfinite(total):
         return total
     own_examples = sorted(index for shard in run.shards(step) for index in shard)
-    losses = gather_object([(float(loss), own_examples)])
+    losses = gather_object([(float(own_loss), own_examples)])
     rank = _first_not_finite([value for value, _ in losses])
     value, examples = losses[rank]
     raise DivergenceError(
@@ -113,18 +116,21 @@ def _first_not_finite(losses: list[float]) -> int:
 
 
 @contextmanager
-def name_memory_limit(run: Run, step: int) -> Iterator[None]:
-    """Turn an out-of-memory error inside the block into one that names the step and its tokens.
+def name_memory_limit(work: str, largest_pack_tokens: Callable[[], int]) -> Iterator[None]:
+    """Turn an out-of-memory error inside the block into one that names the work and its tokens.
+
+    Args:
+        work: what is computed, such as "step 3".
+        largest_pack_tokens: returns the most tokens that this rank reads at once.
 
     Raises:
-        MemoryExceededError: the step needs too much memory.
+        MemoryExceededError: the work needs too much memory.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        tokens = max(map(run.tokens_of, run.shards(step)))
         raise MemoryExceededError(
-            f"step {step + 1} needs more memory than there is, with {tokens:,} tokens at once"
+            f"{work} needs more memory than there is, with {largest_pack_tokens():,} tokens at once"
         ) from error

@@ -18,6 +18,8 @@ from pipelines.config.experiments import (
     rank_experiments,
 )
 from pipelines.config.recipe import find_recipe, load_recipe
+from pipelines.config.steps import resolve_steps
+from pipelines.data.data_warnings import data_warnings
 from pipelines.errors import StageError
 from pipelines.orchestration.cancellation import (
     end_with_worker,
@@ -60,6 +62,11 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     check_forward_path(settings, base)
     data_stage = run.stages.data(base)
     data = PreparedData(data_stage, run.run_stage(tasks.prepare_data, data_stage))
+    settings = resolve_steps(settings, data.result.train_examples)
+    run = replace(run, recipe=settings, stages=replace(run.stages, recipe=settings))
+    check = run.run_stage(tasks.check_data, run.stages.check(base, data))
+    warnings = data_warnings(data.result, check, settings.data)
+    tasks.show_data(data.result, warnings)
     run.plan = run.run_stage(tasks.plan, run.stages.plan(base, data))
 
     control = train_control(run, base, data)
@@ -77,7 +84,7 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
         champion, scored = evaluate_champion(run, base, data, champion)
         evaluated |= scored
 
-    results = RunResults(base, data.result, control, adapters, champion, evaluated)
+    results = RunResults(base, data.result, warnings, control, adapters, champion, evaluated)
     return str(publish(run, summarize(run, results)))
 
 

@@ -1,11 +1,17 @@
 """Answer a prompt with an adapter from a folder or the registry, on the base of its sidecar."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from lora_core import load_adapter
 from lora_core.adapter.adapter_files import read_identity
+from pipelines.data.conversation import Message
+from pipelines.data.rendering.templates import ChatTemplate
+from pipelines.data.rendering.token_positions import SpecialTokens, TextEncoder
 from pipelines.errors import PipelineError
 from pipelines.evaluation.generation import generate
 from pipelines.models.checked import CheckedReader
@@ -16,6 +22,8 @@ from pipelines.runtime import launcher
 from pipelines.workflow.stages import base_stage
 
 REGISTERED = "models:/"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+"""An adapter has one if the recipe changed the base's tokenizer."""
 
 
 def answer(
@@ -53,10 +61,23 @@ def answer(
         quantization = str(identity.get("lineage", {}).get("quantization", "none"))
         model = load_model(prepared, quantization, detect(), trust_remote_code=trust_remote_code)
         load_adapter(model, folder)
-    tokenizer = load_tokenizer(prepared, trust_remote_code=trust_remote_code)
+        with_tokenizer = folder if (folder / TOKENIZER_CONFIG).is_file() else prepared
+        tokenizer = load_tokenizer(with_tokenizer, trust_remote_code=trust_remote_code)
     tokens = _prompt_tokens(tokenizer, prompt)
-    [generated] = generate(CheckedReader(model), tokenizer, [tokens], max_new_tokens)
+    [generated] = generate(
+        CheckedReader(model),
+        tokenizer,
+        [tokens],
+        max_new_tokens,
+        end_tokens=_end_tokens(identity),
+    )
     return generated.text.strip()
+
+
+def _end_tokens(identity: Mapping[str, Any]) -> list[int]:
+    """Return the tokens that ended answers in the adapter's training data."""
+    stored = str(identity.get("lineage", {}).get("end_tokens", ""))
+    return [int(token) for token in stored.split()]
 
 
 def _fetch(adapter: str, runs: Path, scratch: Path) -> Path:
@@ -76,9 +97,10 @@ def _prepare_base(base: str, revision: str | None, runs: Path, *, trust_remote_c
     return Path(launcher.ensure_result(stage, threads=1).folder)
 
 
-def _prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the tokens of a prompt as in training."""
     if not tokenizer.chat_template:
-        return list(tokenizer(prompt).input_ids)
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        encoder = TextEncoder(tokenizer, SpecialTokens(tokenizer))
+        return [*encoder.prefix, *encoder.ids(prompt)]
+    text = ChatTemplate(tokenizer).render([Message("user", prompt)], opens_answer=True)
     return list(tokenizer(text, add_special_tokens=False).input_ids)

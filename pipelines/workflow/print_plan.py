@@ -1,12 +1,14 @@
 """`lora plan`: prepare what the plan needs, and print what would be trained and its cost."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
 
 from pipelines.config.experiments import CONTROL
 from pipelines.config.recipe import Recipe
+from pipelines.config.steps import resolve_steps
 from pipelines.planning.cluster import (
     GIB,
     LEVELS,
@@ -45,6 +47,8 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     check_forward_path(recipe, base)
     data_stage = stages.data(base)
     data = PreparedData(data_stage, ensure_result(data_stage, threads=1))
+    recipe = resolve_steps(recipe, data.result.train_examples)
+    stages = replace(stages, recipe=recipe)
     plan = ensure_result(stages.plan(base, data), threads=1)
     console.print(f"{base.id}: {base.forward}", highlight=False)
     console.print(_targets_table(plan.targets, recipe.lora.init))
@@ -128,7 +132,7 @@ def _runs_table(recipe: Recipe, plan: PlanResult, base_weights: int) -> Table:
     training = recipe.training
     runs = list(plan.runs.values())
     title = (
-        f"{recipe.name}: {training.steps} steps of {training.batch_size} examples on "
+        f"{recipe.name}: {training.total_steps} steps of {training.batch_size} examples on "
         f"{recipe.launch.processes} processes ({plan.setup.sharding}), "
         f"at most {plan.setup.tokens} tokens at once on each"
     )

@@ -46,6 +46,7 @@ class TrainedExperiment:
             folder=str(folder / self.output),
             experiment=self.experiment,
             step=step,
+            saved_step=step or self.result.saved_step,
             is_complete=step is None,
         )
 

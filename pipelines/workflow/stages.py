@@ -3,7 +3,6 @@
 Imports no torch.
 """
 
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.sections import LoraSettings, OptimizationSettings, SchedulingSettings
 from pipelines.errors import RecipeError
 from pipelines.models.base_model import files_digest, identify
-from pipelines.paths import evaluation_files, find, folders
+from pipelines.models.tokenizer_facts import TokenizerFacts
+from pipelines.paths import evaluation_files, folders
 from pipelines.runtime.interfaces.inputs import (
     AdapterInputs,
     BaseInputs,
+    CheckInputs,
     CutInputs,
     DataInputs,
     EvaluateInputs,
@@ -29,10 +30,11 @@ from pipelines.runtime.interfaces.inputs import (
     TrainOptions,
     TuneInputs,
 )
-from pipelines.runtime.interfaces.kinds import BASE, CUT, DATA, EVALUATE, PLAN, TRAIN, TUNE
+from pipelines.runtime.interfaces.kinds import BASE, CHECK, CUT, DATA, EVALUATE, PLAN, TRAIN, TUNE
 from pipelines.runtime.interfaces.plan_result import PlanResult
 from pipelines.runtime.interfaces.results import (
     BaseResult,
+    CheckResult,
     CutResult,
     DataResult,
     EvaluateResult,
@@ -42,9 +44,11 @@ from pipelines.runtime.interfaces.results import (
 from pipelines.runtime.interfaces.values import narrowed
 from pipelines.runtime.sharding import launch_facts
 from pipelines.runtime.stage import Stage, snapshot
+from pipelines.workflow.named_sources import NamedSources
 
 BaseStage = Stage[BaseInputs, BaseResult]
 DataStage = Stage[DataInputs, DataResult]
+CheckStage = Stage[CheckInputs, CheckResult]
 PlanStage = Stage[PlanInputs, PlanResult]
 TrainStage = Stage[TrainInputs, TrainResult]
 TuneStage = Stage[TuneInputs, TuneResult]
@@ -76,7 +80,7 @@ class Stages:
             section.id, section.revision, self.root, trust_remote_code=section.trust_remote_code
         )
 
-    def data(self, base: BaseResult) -> DataStage:
+    def data(self, base: TokenizerFacts) -> DataStage:
         """The splits, tokenized for this base.
 
         Raises:
@@ -89,23 +93,33 @@ class Stages:
                 f"data.max_tokens {section.max_tokens} is more than the {context} tokens of the "
                 "base's context; use at most that"
             )
-        paths = StagePaths(base=base.folder)
-        if section.source == "docstrings":
-            identity = sys.version
-        elif (source := find(section.source, self.search_folders)) is not None:
-            identity = _digest_of(source)
-            paths = StagePaths(base=base.folder, source=str(source.absolute()))
-        else:
-            identity = section.source
+        named = NamedSources.of(section, self.search_folders)
         inputs = DataInputs(
             data=section,
-            source=identity,
+            sources=named.identities,
             tokenizer=base.tokenizer_sha256,
             template=base.template_sha256,
             seed=self.recipe.seed,
             trust_remote_code=self._is_trusted,
         )
-        return Stage(DATA, Path(section.source).stem, inputs, self.root, paths)
+        paths = StagePaths(base=base.folder, sources=named.paths)
+        return Stage(DATA, section.label, inputs, self.root, paths)
+
+    def check(self, base: TokenizerFacts, data: PreparedData) -> CheckStage:
+        """What the training data share with the evaluation."""
+        settings = self.recipe.evaluation
+        files = evaluation_files(settings, self.search_folders)
+        inputs = CheckInputs(
+            data_digest=data.result.digest,
+            general=settings.general,
+            items_per_benchmark=settings.items_per_benchmark,
+            probes=settings.probes,
+            files={name: _digest_of(files[name]) for name in settings.probes if name in files},
+            seed=self.recipe.seed,
+        )
+        recipe_folder, here = self._search_paths()
+        paths = _base_and_data(base, data, recipe=recipe_folder, here=here)
+        return Stage(CHECK, self.recipe.name, inputs, self.root, paths)
 
     def plan(self, base: BaseResult, data: PreparedData) -> PlanStage:
         """Target modules and memory."""
@@ -161,6 +175,7 @@ class Stages:
                 base_revision=base.revision,
                 tokenizer_sha256=base.tokenizer_sha256,
                 template_sha256=base.template_sha256,
+                end_tokens=data.result.end_tokens,
             )
         return TrainInputs(
             base_digests=base.digests,
@@ -210,6 +225,7 @@ class Stages:
             data_digest=data.result.digest,
             evaluation=settings,
             generations=settings.generations if model.is_complete else 0,
+            end_tokens=data.result.end_tokens,
             files={name: _digest_of(path) for name, path in files.items()},
             seed=self.recipe.seed,
             lm_eval=None if settings.lm_eval is None else _version_of("lm_eval"),
@@ -264,8 +280,9 @@ def base_stage(
     return Stage(BASE, label, BaseInputs(base=identity), root)
 
 
-def _base_and_data(base: BaseResult, data: PreparedData, **others: str | None) -> StagePaths:
-    return StagePaths(base=base.folder, data=str(data.stage.folder), **others)
+def _base_and_data(base: TokenizerFacts, data: PreparedData, **others: str | None) -> StagePaths:
+    paths = {"base": base.folder, "data": str(data.stage.folder), **others}
+    return StagePaths.model_validate(paths)
 
 
 def _digest_of(path: Path) -> str:

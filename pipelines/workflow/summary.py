@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pipelines.config.experiments import EvaluatedModel, Experiment
 from pipelines.runtime.interfaces.results import BaseResult, DataResult
-from pipelines.runtime.stage import digest, library_versions, read_records
+from pipelines.runtime.stage import digest, library_versions
 from pipelines.workflow.champion import Champion
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
 from pipelines.workflow.stages import EvaluateStage
@@ -31,6 +31,8 @@ class RunResults:
     """What the base's stage reported."""
     data: DataResult
     """What the data's stage reported."""
+    data_warnings: tuple[str, ...]
+    """What may be unintended about the data."""
     control: TrainedControl
     adapters: Sequence[TrainedExperiment]
     champion: Champion | None
@@ -64,6 +66,7 @@ def summarize(run: PipelineRun, results: RunResults) -> "Summary":
         machine=_machine(results.trained),
         base=results.base,
         data=results.data,
+        data_warnings=results.data_warnings,
         items=item_files,
         forward=_forward_checks(results),
     )
@@ -72,6 +75,7 @@ def summarize(run: PipelineRun, results: RunResults) -> "Summary":
 def _compare(run: PipelineRun, results: RunResults, item_files: Mapping[str, str]) -> "Comparison":
     """Compare the trained models with the base, the control and the champion."""
     from pipelines.comparison import comparison
+    from pipelines.comparison.record_files import read_items
 
     distributions = {}
     variants = []
@@ -80,7 +84,7 @@ def _compare(run: PipelineRun, results: RunResults, item_files: Mapping[str, str
         if path.is_file():
             distributions[model.label] = path
         if model.experiment is not None and not model.is_complete:
-            variants.append(_frontier_variant(run, model, model.experiment))
+            variants.append(_frontier_variant(model, model.experiment))
     champion = None
     if results.champion is not None:
         champion = comparison.ComparedChampion(
@@ -89,7 +93,7 @@ def _compare(run: PipelineRun, results: RunResults, item_files: Mapping[str, str
     return comparison.compare(
         run.recipe,
         [_compared_model(trained) for trained in results.trained],
-        {label: read_records(Path(file)) for label, file in item_files.items()},
+        {label: read_items(Path(file)) for label, file in item_files.items()},
         comparison.ComparisonContext(
             distributions, results.control.tuning_losses, champion, variants
         ),
@@ -107,12 +111,11 @@ def _compared_model(trained: TrainedExperiment) -> "ComparedModel":
     )
 
 
-def _frontier_variant(
-    run: PipelineRun, model: EvaluatedModel, experiment: Experiment
-) -> "FrontierVariant":
+def _frontier_variant(model: EvaluatedModel, experiment: Experiment) -> "FrontierVariant":
     """Return a model that only the frontier shows as the comparison takes it."""
     from pipelines.comparison.comparison import FrontierVariant
 
+    assert model.saved_step is not None, "a model of the frontier was trained"
     rank, cut_from = experiment.rank, None
     if model.truncated_rank is not None:
         rank, cut_from = model.truncated_rank, experiment.rank
@@ -120,7 +123,7 @@ def _frontier_variant(
         label=model.label,
         method=experiment.method,
         rank=rank,
-        step=model.step or run.recipe.training.steps,
+        step=model.saved_step,
         learning_rate=experiment.learning_rate,
         cut_from=cut_from,
     )

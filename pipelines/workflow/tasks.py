@@ -1,5 +1,6 @@
 """The stages as Prefect tasks: cached by key, run as child processes."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,12 +10,14 @@ from prefect.context import TaskRunContext
 
 from pipelines.config.sections import LaunchSection
 from pipelines.console import fan_out, print_status, training_progress
+from pipelines.data.data_warnings import data_markdown
 from pipelines.orchestration import concurrency, flow_log
 from pipelines.orchestration.cancellation import started_by_worker
 from pipelines.runtime import hosts, launcher
 from pipelines.runtime.interfaces.plan_result import PlanResult
 from pipelines.runtime.interfaces.results import (
     BaseResult,
+    CheckResult,
     CutResult,
     DataResult,
     EvaluateResult,
@@ -24,6 +27,7 @@ from pipelines.runtime.interfaces.results import (
 from pipelines.tracking.live import live_run
 from pipelines.workflow.stages import (
     BaseStage,
+    CheckStage,
     CutStage,
     DataStage,
     EvaluateStage,
@@ -54,6 +58,12 @@ def prepare_base(stage: BaseStage) -> BaseResult:
 @task(name="prepare data", **CACHED)
 def prepare_data(stage: DataStage) -> DataResult:
     """Load, apply the chat template, tokenize, mask and split (pipelines.data.preparation)."""
+    return launcher.ensure_result(stage, threads=launcher.threads_each(1))
+
+
+@task(name="check data", **CACHED)
+def check_data(stage: CheckStage) -> CheckResult:
+    """Search the training data for the evaluation's items (pipelines.evaluation.data_check)."""
     return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 
@@ -129,6 +139,13 @@ def evaluation_slots(stages: list[EvaluateStage], at_once: int) -> AbstractConte
     needs_gpus = bool(concurrency.gpus()) and any(stage.result() is None for stage in stages)
     slots = concurrency.slot_names(at_once) if needs_gpus else []
     return concurrency.hold_slots(slots, print_status)
+
+
+def show_data(data: DataResult, warnings: Sequence[str]) -> None:
+    """Print the warnings about the data, and show them on the flow run's page."""
+    for warning in warnings:
+        flow_log.log_and_print(f"data: {warning}")
+    create_markdown_artifact(data_markdown(data, warnings), key="data", description="The data")
 
 
 def show_comparison(table: str, decision: str) -> None:

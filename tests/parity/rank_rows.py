@@ -54,4 +54,4 @@ def held_out_loss(summary: Row, adapter: Path) -> float:
     scored = list(
         score_examples(CheckedReader(model), list(load_from_disk(str(data / "validation"))))
     )
-    return sum(one["nll"] for one in scored) / sum(one["tokens"] for one in scored)
+    return sum(one.nll for one in scored) / sum(one.tokens for one in scored)

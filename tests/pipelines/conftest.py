@@ -1,8 +1,7 @@
 """Shared fixtures of the pipeline's tests: a tiny model, training rows, and an offline hub."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from math import log
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
-from pipelines.config.sections import DataSection
+from pipelines.config.data_section import DataSection
 
 Values = dict[str, Any]
 # The first call may load a library, so set no deadline.
@@ -97,51 +96,9 @@ def data_settings() -> Callable[..., DataSection]:
     """Return a function that makes a recipe's data section."""
 
     def make(source: Path | str, **changes: Any) -> DataSection:
-        defaults = {"validation_examples": 8, "max_tokens": 64, "max_source_characters": 500}
+        defaults: dict[str, Any] = {"validation_examples": 8, "max_tokens": 64}
+        if source == "docstrings":
+            defaults["max_source_characters"] = 500
         return DataSection.model_validate({"source": str(source), **defaults, **changes})
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def general_records() -> Callable[..., list[Values]]:
-    """Return a function that makes item records of questions with two answers of four bytes.
-
-    Its argument is the probability of each question's correct answer.
-    """
-
-    def make(benchmark: str, probabilities: Sequence[float]) -> list[Values]:
-        records = []
-        for number, probability in enumerate(probabilities):
-            gold = number % 2
-            answers = [log(probability), log(1 - probability)]
-            records.append(
-                {
-                    "kind": "general",
-                    "id": f"{benchmark}/{number}",
-                    "benchmark": benchmark,
-                    "prompt_sha256": f"digest of {benchmark}/{number}",
-                    "gold": gold,
-                    "log_likelihoods": answers[::-1] if gold else answers,
-                    "bytes": [4, 4],
-                    "greedy": [False, False],
-                }
-            )
-        return records
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def task_records() -> Callable[..., list[Values]]:
-    """Return a function that makes item records from loss per token and number of tokens."""
-
-    def make(losses: Sequence[float], tokens: Sequence[int] | None = None) -> list[Values]:
-        counts = tokens or [10 + number % 3 for number in range(len(losses))]
-        pairs = enumerate(zip(losses, counts, strict=True))
-        return [
-            {"kind": "task", "id": number, "nll": loss * count, "tokens": count}
-            for number, (loss, count) in pairs
-        ]
 
     return make

@@ -82,7 +82,7 @@ def test_rank_zero(tmp_path: Path, recipe: dict[str, Any]) -> None:
         ("lora", {"ranks": [2, 512]}, ("rank 512 exceeds", "at most")),
         ("lora", {"target_modules": ["q_prjo"]}, ("'q_prjo'", "matches no module", "q_proj")),
         ("data", {"source": "absent.jsonl"}, ("absent.jsonl", "does not exist")),
-        ("data", {"max_tokens": 8}, ("cut off by max_tokens=8",)),
+        ("data", {"max_tokens": 8}, ("no completion left within max_tokens=8",)),
         ("base_model", {"id": "nobody/no-such-model"}, ("nobody/no-such-model", "HF_HUB_OFFLINE")),
     ],
 )

@@ -79,6 +79,19 @@ def test_throttling_passes_the_first_and_the_last_row_and_few_between(
     assert [one["step"] for one in shown] == [1, 3, 4]
 
 
+def test_every_row_with_an_evaluation_is_passed_and_shows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[Row] = []
+    throttled = Throttled(shown.append)
+    monkeypatch.setattr(console.time, "monotonic", lambda: 1.0)
+    for one in (row(1), row(2), row(3) | {"eval_loss": 2.75}):
+        throttled(one)
+    assert [one["step"] for one in shown] == [1, 3]
+    line = console.progress_line("rank-2", shown[-1])
+    assert "step 3/4, loss 2.500, held-out loss 2.750, " in line
+
+
 def test_a_training_is_shown_on_its_page(
     log: pytest.LogCaptureFixture, bars: list[tuple[float, str]]
 ) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.comparison.differences import drop_beyond_control, task_gain
-from pipelines.runtime.stage import read_records
+from pipelines.comparison.record_files import read_items
 
 Row = dict[str, Any]
 Values = dict[str, Any]
@@ -39,7 +39,7 @@ def frontier_rows(summary: Values) -> Iterator[Row]:
 def finding_rows(summary: Values) -> Iterator[Row]:
     """Yield how much less than the control each rank learned and forgot, on the same items."""
     items = {
-        label: read_records(Path(summary["items"][label]))
+        label: read_items(Path(summary["items"][label]))
         for label in ("base", "base-nf4", "control", *ranks(summary))
     }
     for label in ranks(summary):

@@ -13,9 +13,9 @@ from typing import Any
 
 from pipelines.comparison.differences import Change, change
 from pipelines.comparison.divergence import KLDivergence, divergences
+from pipelines.comparison.record_files import read_items
 from pipelines.comparison.records import Records
 from pipelines.comparison.scores import scores
-from pipelines.runtime.stage import read_records
 
 Row = dict[str, Any]
 Values = dict[str, Any]
@@ -44,7 +44,7 @@ class ScoredModel:
 
     @property
     def records(self) -> Records:
-        return read_records(self.path)
+        return read_items(self.path)
 
     @property
     def task_loss(self) -> float:
@@ -52,7 +52,7 @@ class ScoredModel:
 
     def change(self) -> Change:
         """Return what training changed."""
-        return change(read_records(Path(self.summary["items"][self.base])), self.records)
+        return change(read_items(Path(self.summary["items"][self.base])), self.records)
 
     def kl(self) -> KLDivergence | None:
         """Return the KL divergence from the base over chat questions; None if there are none."""

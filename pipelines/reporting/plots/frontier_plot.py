@@ -148,8 +148,8 @@ def _draw(axes: Axes, trajectory: Trajectory) -> None:
     """Draw the path through the snapshots, other learning rates, truncations and the end."""
     end = trajectory.end.position
     style: Style = {"color": trajectory.color}
-    snapshots = [point.position for point in trajectory.snapshots]
-    path = [trajectory.start, *snapshots, end]
+    by_step = sorted([*trajectory.snapshots, trajectory.end], key=lambda point: point.step)
+    path = [trajectory.start, *(point.position for point in by_step)]
     dots: Style = {"linestyle": "none", "marker": "o", "markersize": 3.2, "zorder": 3}
     x, y = _columns(path)
     axes.plot(x, y, linewidth=1.3, alpha=0.85, zorder=2, **style)

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from lora_core.budget.wire import Sharding
+from pipelines.config.data_section import DataSection
 from pipelines.config.sections import (
-    DataSection,
     EvaluationSection,
     LoraSection,
     LoraSettings,
@@ -18,7 +20,7 @@ from pipelines.runtime.interfaces.values import Values
 
 Method = Literal["full", "lora"]
 Quantization = Literal["nf4", "none"]
-PathName = Literal["base", "data", "source", "model", "adapter"]
+PathName = Literal["base", "data", "model", "adapter"]
 
 
 class StagePaths(Values):
@@ -28,8 +30,8 @@ class StagePaths(Values):
     """Folder of the base in Hugging Face format."""
     data: str | None = None
     """Folder of the data's stage."""
-    source: str | None = None
-    """File with the rows, if the data is a file."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Name in the data section → the file, folder or pattern of files, if it is local."""
     model: str | None = None
     """Folder of a fully fine-tuned model, which replaces the base."""
     adapter: str | None = None
@@ -85,14 +87,27 @@ class DataInputs(Values):
     """Inputs of a data stage."""
 
     data: DataSection
-    source: str
-    """Digest of the file, or name of the source."""
+    sources: dict[str, str]
+    """Name in the data section → a digest of the files, or what else identifies the content."""
     tokenizer: str
     """SHA-256 of the vocabulary."""
     template: str
     """SHA-256 of the chat template."""
     seed: int
     trust_remote_code: bool = False
+
+
+class CheckInputs(Values):
+    """Inputs of a check of the data against the evaluation."""
+
+    data_digest: str
+    general: tuple[str, ...]
+    """Benchmarks."""
+    items_per_benchmark: int
+    probes: tuple[str, ...]
+    files: dict[str, str]
+    """File of questions → its digest."""
+    seed: int
 
 
 class LaunchFacts(Values):
@@ -133,6 +148,8 @@ class AdapterInputs(Values):
     base_revision: str
     tokenizer_sha256: str
     template_sha256: str
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end an answer in the training data."""
 
 
 class TrainInputs(Values):
@@ -199,6 +216,8 @@ class EvaluateInputs(Values):
     evaluation: EvaluationSection
     generations: int
     """Held-out prompts that this model answers."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end an answer in the training data."""
     files: dict[str, str]
     """File that the evaluation section names → its digest."""
     seed: int

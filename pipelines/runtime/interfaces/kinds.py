@@ -29,7 +29,10 @@ class StageKind(Generic[Inputs, Result]):
 
 
 BASE = StageKind("base", "pipelines.models.base_model", 4, inputs.BaseInputs, results.BaseResult)
-DATA = StageKind("data", "pipelines.data.preparation", 5, inputs.DataInputs, results.DataResult)
+DATA = StageKind("data", "pipelines.data.preparation", 6, inputs.DataInputs, results.DataResult)
+CHECK = StageKind(
+    "check", "pipelines.evaluation.data_check", 1, inputs.CheckInputs, results.CheckResult
+)
 PLAN = StageKind("plan", "pipelines.planning.plan", 7, inputs.PlanInputs, PlanResult)
 TRAIN = StageKind("train", "pipelines.training.train", 6, inputs.TrainInputs, results.TrainResult)
 TUNE = StageKind("tune", "pipelines.evaluation.tuning", 5, inputs.TuneInputs, results.TuneResult)
@@ -38,5 +41,5 @@ EVALUATE = StageKind(
     "evaluate", "pipelines.evaluation.evaluate", 6, inputs.EvaluateInputs, results.EvaluateResult
 )
 KINDS: dict[str, StageKind[Any, Any]] = {
-    kind.name: kind for kind in (BASE, DATA, PLAN, TRAIN, TUNE, CUT, EVALUATE)
+    kind.name: kind for kind in (BASE, DATA, CHECK, PLAN, TRAIN, TUNE, CUT, EVALUATE)
 }

@@ -1,5 +1,7 @@
 """What each kind of stage reports."""
 
+from pydantic import Field
+
 from pipelines.runtime.interfaces.values import Values
 
 PACKED_PATH = "packed"
@@ -79,26 +81,120 @@ class BaseResult(StageResult):
     """Longest context; None if it has no limit."""
 
 
+class SourceFacts(Values):
+    """How the rows of one source were read."""
+
+    source: str
+    format: str
+    """Such as json lines, csv, parquet, or hub."""
+    rows: int
+    files: int = 1
+    encoding: str | None = None
+    """Of a text file."""
+    delimiter: str | None = None
+    """Of a .csv file."""
+    schema_name: str = ""
+    """Such as prompt/completion or messages."""
+    used_columns: tuple[str, ...] = ()
+    unused_columns: tuple[str, ...] = ()
+
+    @property
+    def delimiter_name(self) -> str | None:
+        """Name of the delimiter."""
+        if self.delimiter is None:
+            return None
+        names = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+        return names.get(self.delimiter, self.delimiter)
+
+
+class SplitOverlap(Values):
+    """Held-out examples that resemble training examples."""
+
+    exact: int = 0
+    """Held-out examples whose tokens are those of a training example."""
+    near: int = 0
+    """Other held-out examples of which most of the text is in a training example."""
+    examples: tuple[str, ...] = ()
+    """The beginning of a few of them."""
+
+
+class LengthHistogram(Values):
+    """How many tokens the examples have before truncation."""
+
+    upper: tuple[int, ...] = ()
+    """Largest number of tokens of each bin."""
+    counts: tuple[int, ...] = ()
+    """Examples in each bin."""
+    median: int = 0
+    percentile_95: int = 0
+    percentile_99: int = 0
+    longest: int = 0
+
+
+class Preview(Values):
+    """The first tokens of an example."""
+
+    tokens: tuple[str, ...]
+    """Text of each token."""
+    supervised: tuple[bool, ...]
+    more_tokens: int = 0
+    """Tokens that are not listed."""
+
+
 class DataResult(StageResult):
     """The prepared data."""
 
     rows: int
+    sources: tuple[SourceFacts, ...] = ()
+    bad_rows: int = 0
+    """Rows that could not be learned as written and were removed."""
     left_out: int
-    """Examples without any supervised token left."""
+    """Examples without any supervised token left, or removed because of their length."""
     cut: int
     """Examples that were truncated."""
     cut_held_out: int
     """Of these, the held-out ones."""
     train_examples: int
+    """Examples of an epoch; an example with weight 2 counts twice."""
     validation_examples: int
     """Held-out examples, on which models are compared."""
     tuning_examples: int
     """Examples on which the control's learning rate is chosen."""
+    unused_examples: int = 0
+    """Held-out examples that are neither scored nor used for tuning, and training examples that a
+    weight below 1 leaves out."""
+    excluded_examples: int = 0
+    """Training examples that were removed because the user's validation rows start with the same
+    question."""
+    overlap: SplitOverlap = SplitOverlap()
+    """Between held-out and training examples."""
+    notes: dict[str, int] = Field(default_factory=dict)
+    """Observation → number of examples; see `pipelines.data.notes`."""
+    end_tokens: tuple[int, ...] = ()
+    """Tokens that end an answer; generation stops at each of them."""
+    has_tokenizer: bool = False
+    """The folder `tokenizer` has the base's tokenizer with the recipe's chat template or end
+    token."""
     train_tokens: int
     supervised_tokens: int
     """Of the training examples."""
+    lengths: LengthHistogram = LengthHistogram()
+    """Of all usable examples."""
+    ends_supervised: int = 0
+    """Training examples whose last token ends an answer and is supervised."""
+    previews: tuple[Preview, ...] = ()
+    """The first training examples."""
     digest: str
     """Of the tokens and supervision of all splits."""
+
+
+class CheckResult(StageResult):
+    """What the training data share with the evaluation."""
+
+    contaminated: dict[str, int]
+    """Benchmark or file of questions → its items whose text is in the training data."""
+    items: int
+    """That were searched for."""
 
 
 class CheckpointMetrics(Values):
@@ -135,6 +231,31 @@ class TrainingTotals(Values):
     training_seconds: float
 
 
+class HeldOutLoss(Values):
+    """One evaluation during a training."""
+
+    step: int
+    """Optimizer steps taken."""
+    eval_loss: float
+    """On the tuning examples, nats per supervised token."""
+    train_loss: float
+    """Mean loss of the steps since the previous evaluation."""
+
+
+class HeldOutLosses(Values):
+    """The evaluations of a training, and the weights that were chosen by them."""
+
+    losses: tuple[HeldOutLoss, ...]
+    """By step."""
+    best_step: int
+    """The step whose weights are saved: the first one with the lowest loss."""
+    best_eval_loss: float
+    stopped_early: bool
+    """The loss did not improve for `early_stopping_patience` evaluations."""
+    examples: int
+    """Tuning examples."""
+
+
 class TrainingFacts(Values):
     """How a training is computed; known before its first step."""
 
@@ -168,9 +289,16 @@ class TrainResult(StageResult):
     facts: TrainingFacts
     totals: TrainingTotals
     saved: SavedWeights
+    held_out: HeldOutLosses | None = None
+    """None without `evaluate_every`; else the saved weights are those of its best step."""
     checkpoints: CheckpointMetrics
     peak_memory_bytes: int
     """The largest of all ranks."""
+
+    @property
+    def saved_step(self) -> int:
+        """Optimizer steps that the saved weights have taken."""
+        return self.totals.steps if self.held_out is None else self.held_out.best_step
 
 
 class TuneResult(StageResult):

@@ -1,10 +1,8 @@
-"""Factories for the item records that only the comparison reads, and for its summary.
-
-Those of held-out examples and multiple-choice questions are in the parent folder's conftest.py.
-"""
+"""Factories for item records, and for the summary of a comparison."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from math import log
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,31 +10,87 @@ from synthetic_models import BASE, CONTROL, ITEMS, NF4, SyntheticModel, compared
 
 from pipelines.comparison.comparison import ComparisonContext, compare
 from pipelines.comparison.document import Comparison
+from pipelines.comparison.record_types import (
+    ChatRecord,
+    ChoiceRecord,
+    GenerationRecord,
+    ItemRecord,
+    LeftOutRecord,
+    PassageRecord,
+    ScoreRecord,
+    SingleAnswerRecord,
+    TaskRecord,
+)
 from pipelines.config.recipe import Recipe, parse_recipe
 
 Values = dict[str, Any]
-Maker = Callable[..., list[Values]]
-MakeModel = Callable[[SyntheticModel, int], list[Values]]
+Records = list[ItemRecord]
+Maker = Callable[..., Records]
+MakeModel = Callable[[SyntheticModel, int], Records]
 Summarize = Callable[..., Comparison]
+
+
+@pytest.fixture(scope="session")
+def task_records() -> Maker:
+    """Return a factory of held-out examples, from loss per token and number of tokens."""
+
+    def make(losses: Sequence[float], tokens: Sequence[int] | None = None) -> Records:
+        counts = tokens or [10 + number % 3 for number in range(len(losses))]
+        records: Records = []
+        for number, (loss, count) in enumerate(zip(losses, counts, strict=True)):
+            record = TaskRecord(
+                id=number, prompt_sha256=f"digest of {number}", nll=loss * count, tokens=count
+            )
+            records.append(record)
+        return records
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def general_records() -> Maker:
+    """Return a factory of questions with two choices of four bytes.
+
+    They are made from the probability of each right choice.
+    """
+
+    def make(benchmark: str, probabilities: Sequence[float]) -> Records:
+        records: Records = []
+        for number, probability in enumerate(probabilities):
+            gold = number % 2
+            choices = (log(probability), log(1 - probability))
+            record = ChoiceRecord(
+                id=f"{benchmark}/{number}",
+                benchmark=benchmark,
+                prompt_sha256=f"digest of {benchmark}/{number}",
+                gold=gold,
+                log_likelihoods=choices[::-1] if gold else choices,
+                bytes=(4, 4),
+                greedy=(False, False),
+            )
+            records.append(record)
+        return records
+
+    return make
 
 
 @pytest.fixture(scope="session")
 def generation_records() -> Maker:
     """Return a factory of generated answers, from the metrics of each."""
 
-    def make(metrics: Sequence[dict[str, float]], *, ended: bool = True) -> list[Values]:
+    def make(metrics: Sequence[dict[str, float]], *, ended: bool = True) -> Records:
         return [
-            {
-                "kind": "generation",
-                "id": number,
-                "prompt": f"question {number}",
-                "prompt_sha256": f"digest of {number}",
-                "answer": "the cat sat on the mat",
-                "reference": "the cat sat on the mat",
-                "ended": ended,
-                "metrics": dict(values),
-                "errors": {},
-            }
+            GenerationRecord(
+                id=number,
+                benchmark="answers",
+                prompt_sha256=f"digest of {number}",
+                prompt=f"question {number}",
+                reference="the cat sat on the mat",
+                answer="the cat sat on the mat",
+                metrics=dict(values),
+                errors={},
+                ended=ended,
+            )
             for number, values in enumerate(metrics)
         ]
 
@@ -47,18 +101,17 @@ def generation_records() -> Maker:
 def probe_records() -> Maker:
     """Return a factory of questions with one answer, from whether each answer was the likeliest."""
 
-    def make(benchmark: str, greedy: Sequence[bool]) -> list[Values]:
+    def make(benchmark: str, greedy: Sequence[bool]) -> Records:
         return [
-            {
-                "kind": "answer",
-                "benchmark": benchmark,
-                "nll": 3.0,
-                "tokens": 2,
-                "bytes": 7,
-                "id": f"{benchmark}/{number}",
-                "prompt_sha256": f"digest of {number}",
-                "greedy": right,
-            }
+            SingleAnswerRecord(
+                id=f"{benchmark}/{number}",
+                benchmark=benchmark,
+                prompt_sha256=f"digest of {number}",
+                nll=3.0,
+                tokens=2,
+                bytes=7,
+                greedy=right,
+            )
             for number, right in enumerate(greedy)
         ]
 
@@ -69,18 +122,16 @@ def probe_records() -> Maker:
 def score_records() -> Maker:
     """Return a factory of documents of a task with its own score, from the score of each."""
 
-    def make(
-        benchmark: str, values: Sequence[float], *, higher_is_better: bool = True
-    ) -> list[Values]:
+    def make(benchmark: str, values: Sequence[float], *, higher_is_better: bool = True) -> Records:
         return [
-            {
-                "kind": "score",
-                "benchmark": benchmark,
-                "metric": "f1",
-                "higher_is_better": higher_is_better,
-                "id": f"{benchmark}/{number}",
-                "value": float(value),
-            }
+            ScoreRecord(
+                id=f"{benchmark}/{number}",
+                benchmark=benchmark,
+                prompt_sha256=f"digest of {number}",
+                metric="f1",
+                value=float(value),
+                higher_is_better=higher_is_better,
+            )
             for number, value in enumerate(values)
         ]
 
@@ -91,37 +142,54 @@ def score_records() -> Maker:
 def loss_records() -> Maker:
     """Return a factory of passages or chats, from their summed losses; a chat has two positions."""
 
-    def make(kind: str, losses: Sequence[float]) -> list[Values]:
-        benchmark = {"text": "passages", "chat": "chat"}[kind]
-        return [
-            {
-                "kind": kind,
-                "benchmark": benchmark,
-                "tokens": 5,
-                "bytes": 20,
-                "id": f"{benchmark}/{number}",
-                "nll": float(loss),
-                "rows": [2 * number, 2 * number + 2],
-            }
-            for number, loss in enumerate(losses)
-        ]
+    def make(kind: Literal["text", "chat"], losses: Sequence[float]) -> Records:
+        one = {"text": passage, "chat": chat}[kind]
+        return [one(number, float(loss)) for number, loss in enumerate(losses)]
 
     return make
 
 
+def passage(number: int, loss: float) -> PassageRecord:
+    return PassageRecord(
+        id=f"passages/{number}",
+        benchmark="passages",
+        prompt_sha256=f"digest of {number}",
+        nll=loss,
+        tokens=5,
+        bytes=20,
+    )
+
+
+def chat(number: int, loss: float) -> ChatRecord:
+    return ChatRecord(
+        id=f"chat/{number}",
+        benchmark="chat",
+        prompt_sha256=f"digest of {number}",
+        nll=loss,
+        tokens=5,
+        rows=(2 * number, 2 * number + 2),
+    )
+
+
 @pytest.fixture(scope="session")
-def without() -> Callable[[list[Values], str], list[Values]]:
+def without() -> Callable[[Records, int | str], Records]:
     """Return a function that leaves one item out."""
 
-    def left_out(record: Values) -> Values:
-        kept = ("kind", "id", "benchmark", "prompt_sha256")
-        values = {key: record[key] for key in kept if key in record}
-        return values | {"left_out": "1,234 tokens exceed the context of 1,024"}
-
-    def leave(records: list[Values], name: str) -> list[Values]:
-        return [left_out(record) if record["id"] == name else record for record in records]
+    def leave(records: Records, name: int | str) -> Records:
+        return [left_out(record) if record.id == name else record for record in records]
 
     return leave
+
+
+def left_out(record: ItemRecord) -> LeftOutRecord:
+    assert not isinstance(record, TaskRecord)
+    return LeftOutRecord(
+        kind=record.kind,
+        id=record.id,
+        benchmark=record.benchmark,
+        prompt_sha256=record.prompt_sha256,
+        left_out="1,234 tokens exceed the context of 1,024",
+    )
 
 
 @pytest.fixture
@@ -133,7 +201,7 @@ def recipe(recipe_with: Callable[..., Values]) -> Recipe:
 def model(task_records: Maker, general_records: Maker, generation_records: Maker) -> MakeModel:
     """Return a factory of one model's records; the seed determines its own deviations."""
 
-    def make(synthetic: SyntheticModel, seed: int) -> list[Values]:
+    def make(synthetic: SyntheticModel, seed: int) -> Records:
         difficulty = np.random.default_rng(0)
         rng = np.random.default_rng(seed)
         shared = difficulty.uniform(-1, 1, ITEMS)

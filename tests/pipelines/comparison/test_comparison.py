@@ -1,7 +1,7 @@
 """The summary separates quantization, learning and forgetting, and promotes an adapter or none."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import pytest
 from synthetic_models import (
@@ -21,11 +21,12 @@ from synthetic_models import (
 
 from pipelines.comparison.comparison import compare
 from pipelines.comparison.document import Comparison
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.config.recipe import Recipe
 
-Values = dict[str, Any]
-Maker = Callable[..., list[Values]]
-MakeModel = Callable[[SyntheticModel, int], list[Values]]
+Records = list[ItemRecord]
+Maker = Callable[..., Records]
+MakeModel = Callable[[SyntheticModel, int], Records]
 Summarize = Callable[..., Comparison]
 
 
@@ -111,7 +112,8 @@ def test_a_failed_metric_leaves_the_adapter_undecided(recipe: Recipe, model: Mak
     items = {}
     for seed, (label, synthetic) in enumerate(WITH_ONE_ADAPTER.items()):
         items[label] = model(synthetic, seed)
-    items["rank-2"][-1]["errors"] = {"execution": "no such program"}
+    failed = replace(items["rank-2"][-1], errors={"execution": "no such program"})
+    items["rank-2"][-1] = failed
     summary = compare(recipe, control_and_adapter(), items)
     adapter = summary.models["rank-2"]
     assert adapter.judgment.verdict.status == "can't tell"
@@ -122,7 +124,7 @@ def test_a_failed_metric_leaves_the_adapter_undecided(recipe: Recipe, model: Mak
 
 
 def test_an_item_that_one_model_cannot_score_is_left_out_for_all(
-    recipe: Recipe, model: MakeModel, without: Callable[[list[Values], str], list[Values]]
+    recipe: Recipe, model: MakeModel, without: Callable[[Records, str], Records]
 ) -> None:
     items = {
         "base": model(BASE, 0),

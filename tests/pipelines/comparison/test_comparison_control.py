@@ -9,10 +9,11 @@ from synthetic_models import GOOD, IDLE, ITEMS, SyntheticModel, control_and_adap
 
 from pipelines.comparison.comparison import ComparisonContext, compare
 from pipelines.comparison.document import Comparison
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.config.recipe import Recipe, parse_recipe
 
 Values = dict[str, Any]
-Maker = Callable[..., list[Values]]
+Maker = Callable[..., list[ItemRecord]]
 RecipeWith = Callable[..., Values]
 Summarize = Callable[..., Comparison]
 

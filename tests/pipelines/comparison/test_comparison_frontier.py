@@ -11,9 +11,10 @@ from synthetic_models import BETTER, GOOD, IDLE, SyntheticModel, control_and_ada
 
 from pipelines.comparison.comparison import ComparisonContext, FrontierVariant, compare
 from pipelines.comparison.document import Comparison
+from pipelines.comparison.record_types import ChatRecord, ItemRecord
 from pipelines.config.recipe import Recipe
 
-Values = dict[str, Any]
+Maker = Callable[..., list[ItemRecord]]
 Summarize = Callable[..., Comparison]
 RIGHT = {"base": 0.5, "base-nf4": 0.6, "control": 0.7, "rank-2": 0.8}
 """Label → probability of the first of two tokens."""
@@ -47,7 +48,7 @@ def test_the_frontier_has_the_compared_models_first(summarize: Summarize, recipe
     assert [getattr(points["control"], name) for name in settings] == [
         "full",
         None,
-        recipe.training.steps,
+        summary.models["control"].training.result.saved_step,
         recipe.control.learning_rate[0],
         None,
     ]
@@ -89,22 +90,18 @@ def test_without_distributions_there_is_no_divergence(summarize: Summarize) -> N
     assert all(model.change.kl is None for model in models.values() if model.change is not None)
 
 
-def test_each_change_has_the_divergence_from_its_reference(recipe: Recipe, tmp_path: Path) -> None:
+def test_each_change_has_the_divergence_from_its_reference(
+    recipe: Recipe, task_records: Maker, tmp_path: Path
+) -> None:
     for label, right in RIGHT.items():
         rows = np.log([[right, 1 - right]] * 4).astype(np.float16)
         save_file({"log_probabilities": rows}, tmp_path / label)
-    chat = {
-        "kind": "chat",
-        "id": "chat/0",
-        "benchmark": "chat",
-        "prompt_sha256": "a",
-        "nll": 3.0,
-        "tokens": 4,
-        "rows": [0, 4],
-    }
-    task = [{"kind": "task", "id": number, "nll": 9.0, "tokens": 3} for number in range(2)]
+    chat = ChatRecord(
+        id="chat/0", benchmark="chat", prompt_sha256="a", nll=3.0, tokens=4, rows=(0, 4)
+    )
+    records = [*task_records([3.0, 3.0], [3, 3]), chat]
     context = ComparisonContext(distributions={label: tmp_path / label for label in RIGHT})
-    items = {label: [*task, chat] for label in RIGHT}
+    items = dict.fromkeys(RIGHT, records)
     models = compare(recipe, control_and_adapter(), items, context).models
 
     def expected(before: str, after: str) -> Any:

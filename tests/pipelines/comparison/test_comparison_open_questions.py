@@ -2,22 +2,23 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from synthetic_models import GOOD, ITEMS, WITH_ONE_ADAPTER, SyntheticModel, control_and_adapter
 
 from pipelines.comparison.comparison import compare
+from pipelines.comparison.document import ModelSummary
 from pipelines.comparison.power import power_of
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.config.recipe import Recipe
 
-Values = dict[str, Any]
-Maker = Callable[..., list[Values]]
-MakeModel = Callable[[SyntheticModel, int], list[Values]]
+Records = list[ItemRecord]
+Maker = Callable[..., Records]
+MakeModel = Callable[[SyntheticModel, int], Records]
 
 
-def statuses(model: Values) -> dict[str, str]:
+def statuses(model: ModelSummary) -> dict[str, str]:
     """Return rule → status."""
     return {rule.name: rule.status for rule in model.judgment.verdict.rules}
 
@@ -26,7 +27,7 @@ def statuses(model: Values) -> dict[str, str]:
 def open_records(probe_records: Maker, score_records: Maker) -> Maker:
     """Return a factory of open questions, from the fraction of right answers and the perplexity."""
 
-    def make(right: float, perplexity: float) -> list[Values]:
+    def make(right: float, perplexity: float) -> Records:
         probes = probe_records("capitals", [index < 20 * right for index in range(20)])
         perplexities = [perplexity, 1.1 * perplexity] * 10
         return probes + score_records("perplexity", perplexities, higher_is_better=False)
@@ -99,7 +100,7 @@ def test_a_single_benchmark_of_open_questions_is_judged_once(
 def test_tasks_with_their_own_score_are_judged_one_by_one(
     recipe: Recipe, task_records: Maker, score_records: Maker
 ) -> None:
-    def records(loss: float, f1: float) -> list[Values]:
+    def records(loss: float, f1: float) -> Records:
         return (
             task_records([loss] * ITEMS)
             + score_records("f1", [f1] * 8)

@@ -1,7 +1,7 @@
 """Differences are paired, positive if better, and zero if nothing changed."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,10 @@ from pipelines.comparison.differences import (
     general_change,
     task_gain,
 )
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.comparison.resampling import Interval
 
-Values = dict[str, Any]
-Records = list[Values]
+Records = list[ItemRecord]
 Maker = Callable[..., Records]
 STRETCH_OF_TWO = 12.70620 / 1.959964 * 2**0.5
 """How far the end of an interval of two items is stretched."""
@@ -174,8 +174,7 @@ def test_a_metric_needs_two_answers_that_both_models_have(
     task = task_records([1.0, 2.0])
     before = generation_records([{"chrf": 1.0, "bleu": 1.0}] * 3)
     after = generation_records([{"chrf": 3.0}] * 3)
-    after[0]["metrics"] = {"bleu": 9.0}
-    after[0]["errors"] = {"chrf": "no reference"}
+    after[0] = replace(after[0], metrics={"bleu": 9.0}, errors={"chrf": "no reference"})
     generation = change(task + before, task + after).generation
     assert list(generation) == ["chrf"]
     assert ends(generation["chrf"]) == (2.0, 2.0, 2.0)
@@ -185,7 +184,7 @@ def test_a_metric_needs_two_answers_that_both_models_have(
 def test_a_model_that_lacks_a_kind_has_no_change_of_it(random_records: Maker, kind: str) -> None:
     """A model that only the frontier shows has fewer kinds; those that both have are compared."""
     complete = random_records(1)
-    partial = [record for record in random_records(2) if record["kind"] != kind]
+    partial = [record for record in random_records(2) if record.kind != kind]
     for result in (change(complete, partial), change(partial, complete)):
         changes = {
             "generation": result.generation or None,

@@ -1,7 +1,6 @@
 """Benchmarks have equal weight, and open questions are compared benchmark by benchmark."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -14,10 +13,10 @@ from pipelines.comparison.differences import (
     open_samples,
     score_scales,
 )
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.comparison.resampling import Interval
 
-Values = dict[str, Any]
-Records = list[Values]
+Records = list[ItemRecord]
 Maker = Callable[..., Records]
 Leave = Callable[[Records, str], Records]
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,11 +9,12 @@ import torch
 from safetensors.numpy import save_file
 
 from pipelines.comparison.divergence import KLDivergence, divergences
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.comparison.resampling import Interval, mean_interval
 
-Values = dict[str, Any]
-Records = list[Values]
+Records = list[ItemRecord]
 Maker = Callable[..., Records]
+Leave = Callable[[Records, int | str], Records]
 Write = Callable[[str, torch.Tensor], Path]
 BASE_AND_ADAPTER = ("base", "rank-2")
 
@@ -77,12 +77,13 @@ def test_the_divergence_of_a_model_from_itself_is_zero(
     assert divergence(same, same) == KLDivergence(0.0, Interval(0.0, 0.0, 0.0))
 
 
-def test_a_chat_that_was_left_out_is_not_counted(loss_records: Maker, write: Write) -> None:
+def test_a_chat_that_was_left_out_is_not_counted(
+    loss_records: Maker, write: Write, without: Leave
+) -> None:
     before = distributions(1)
     after = distributions(2)
     files = {"base": write("base", before), "rank-2": write("rank-2", after)}
-    chats = loss_records("chat", [1.0] * 3)
-    chats[1] = {**chats[1], "left_out": "too long for another model"}
+    chats = without(loss_records("chat", [1.0] * 3), "chat/1")
     kept = [0, 1, 4, 5]
     result = divergences(chats, files, [BASE_AND_ADAPTER])[BASE_AND_ADAPTER]
     assert result.mean == pytest.approx(reference(before[kept], after[kept]), abs=2e-5)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from math import ceil
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +13,10 @@ from pipelines.comparison.frontier import (
     frontier_point,
     recommend,
 )
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.comparison.resampling import Array
 
-Values = dict[str, Any]
-Records = list[Values]
+Records = list[ItemRecord]
 Maker = Callable[..., Records]
 Recommend = Callable[..., Recommendation | None]
 ITEMS = 40

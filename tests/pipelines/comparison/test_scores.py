@@ -1,6 +1,7 @@
 """Each metric of a model equals a value computed by hand on a small case."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import exp, log
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sacrebleu import corpus_bleu, corpus_chrf
 
+from pipelines.comparison.record_types import ChoiceRecord, ItemRecord
 from pipelines.comparison.scores import (
     LENGTH_NORMALIZED,
     BenchmarkScores,
@@ -19,8 +21,7 @@ from pipelines.comparison.scores import (
     scores,
 )
 
-Values = dict[str, Any]
-Records = list[Values]
+Records = list[ItemRecord]
 Maker = Callable[..., Records]
 Leave = Callable[[Records, str], Records]
 log_likelihoods = st.lists(st.floats(-300, 0), min_size=2, max_size=5)
@@ -28,23 +29,24 @@ log_likelihoods = st.lists(st.floats(-300, 0), min_size=2, max_size=5)
 
 def question(
     values: list[float], *, gold: int = 0, benchmark: str = "piqa", **changes: Any
-) -> Values:
-    record = {
-        "kind": "general",
-        "benchmark": benchmark,
-        "gold": gold,
-        "bytes": [1] * len(values),
-        "greedy": [False] * len(values),
-        "log_likelihoods": values,
-    }
-    return record | changes
+) -> ChoiceRecord:
+    record = ChoiceRecord(
+        id=f"{benchmark}/0",
+        benchmark=benchmark,
+        prompt_sha256="digest",
+        gold=gold,
+        log_likelihoods=tuple(values),
+        bytes=(1,) * len(values),
+        greedy=(False,) * len(values),
+    )
+    return replace(record, **changes)
 
 
 @pytest.mark.parametrize("shift", [0.0, -1000.0, 700.0])
 def test_choice_probability_is_the_fraction_of_the_right_answer(shift: float) -> None:
     record = question([log(0.2) + shift, log(0.05) + shift, log(0.15) + shift])
     assert choice_probability(record) == pytest.approx(0.5)
-    assert choice_probability({**record, "gold": 2}) == pytest.approx(0.375)
+    assert choice_probability(replace(record, gold=2)) == pytest.approx(0.375)
 
 
 @given(log_likelihoods)
@@ -78,31 +80,31 @@ def test_an_answer_without_wrong_ones_has_probability_one_and_no_margin() -> Non
 
 @pytest.mark.parametrize("benchmark", LENGTH_NORMALIZED)
 def test_answers_of_different_length_are_compared_per_byte(benchmark: str) -> None:
-    record = question([-4.0, -6.0], bytes=[2, 6], benchmark=benchmark)
-    assert accuracy({**record, "gold": 1}) == 1
-    assert accuracy({**record, "gold": 0}) == 0
+    record = question([-4.0, -6.0], bytes=(2, 6), benchmark=benchmark)
+    assert accuracy(replace(record, gold=1)) == 1
+    assert accuracy(replace(record, gold=0)) == 0
 
 
 def test_winogrande_answers_are_compared_without_normalization() -> None:
-    record = question([-4.0, -6.0], bytes=[2, 6], benchmark="winogrande")
-    assert accuracy({**record, "gold": 0}) == 1
-    assert accuracy({**record, "gold": 1}) == 0
+    record = question([-4.0, -6.0], bytes=(2, 6), benchmark="winogrande")
+    assert accuracy(replace(record, gold=0)) == 1
+    assert accuracy(replace(record, gold=1)) == 0
 
 
 @pytest.mark.parametrize(
-    ("greedy", "right"), [([True, False], 1), ([False, True], 0), ([False, False], 0)]
+    ("greedy", "right"), [((True, False), 1), ((False, True), 0), ((False, False), 0)]
 )
 def test_a_lambada_answer_is_right_if_it_is_the_greedy_one(
-    greedy: list[bool], right: float
+    greedy: tuple[bool, ...], right: float
 ) -> None:
     assert accuracy(question([-1.0, -9.0], benchmark="lambada", greedy=greedy)) == right
 
 
 def test_the_margin_is_per_byte_and_relative_to_the_best_wrong_answer() -> None:
-    record = question([-4.0, -6.0, -3.0], bytes=[2, 4, 1])
+    record = question([-4.0, -6.0, -3.0], bytes=(2, 4, 1))
     assert margin(record) == pytest.approx(-2.0 - -1.5)
-    assert margin({**record, "gold": 1}) == pytest.approx(-1.5 - -2.0)
-    assert record["log_likelihoods"] == [-4.0, -6.0, -3.0]
+    assert margin(replace(record, gold=1)) == pytest.approx(-1.5 - -2.0)
+    assert record.log_likelihoods == (-4.0, -6.0, -3.0)
 
 
 def test_the_task_loss_is_per_token(task_records: Maker) -> None:
@@ -193,10 +195,11 @@ def test_failed_metrics_are_counted_and_not_part_of_a_mean(
     task_records: Maker, generation_records: Maker
 ) -> None:
     answers = generation_records([{"chrf": 20.0, "mine:rate": 1.0}, {"chrf": 40.0}])
-    answers[1]["errors"] = {
+    errors = {
         "mine:rate": "ZeroDivisionError: division by zero",
         "execution": "no such program",
     }
+    answers[1] = replace(answers[1], errors=errors)
     result = scores(task_records([1.0]) + answers, ("chrf",))
     assert result.generation == {"chrf": 30.0, "mine:rate": 1.0, "execution": None}
     assert result.errors == {"mine:rate": 1, "execution": 1}
@@ -215,11 +218,11 @@ def test_unfinished_answers_are_counted(task_records: Maker, generation_records:
 def test_bleu_and_chrf_of_all_answers_equal_sacrebleus(
     task_records: Maker, generation_records: Maker
 ) -> None:
-    answers = generation_records([{}] * 3)
     texts = ["the cat sat on a mat", "", "a dog, as ever, ran off"]
-    for answer, text in zip(answers, texts, strict=True):
-        answer["answer"] = text
-    references = [[answer["reference"] for answer in answers]]
+    answers = []
+    for answer, text in zip(generation_records([{}] * 3), texts, strict=True):
+        answers.append(replace(answer, answer=text))
+    references = [[answer.reference for answer in answers]]
     assert scores(task_records([1.0]) + answers).corpus == {
         "bleu": corpus_bleu(texts, references).score,
         "chrf": corpus_chrf(texts, references).score,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from summary_parts import verified
 
+from pipelines.config.data_section import DataSection
 from pipelines.config.experiments import (
     EvaluatedModel,
     Experiment,
@@ -16,7 +17,6 @@ from pipelines.config.experiments import (
     rank_experiments,
 )
 from pipelines.config.recipe import parse_recipe
-from pipelines.config.sections import DataSection
 from pipelines.errors import RecipeError
 from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
 from pipelines.runtime.interfaces.kinds import DATA
@@ -58,7 +58,7 @@ DATA_RESULT = DataResult(
     digest="rows",
 )
 DATA_INPUTS = DataInputs(
-    data=DataSection(source="rows.jsonl"), source="r", tokenizer="t", template="c", seed=7
+    data=DataSection(source="rows.jsonl"), sources={}, tokenizer="t", template="c", seed=7
 )
 RECIPE = {
     "name": "tiny",
@@ -159,7 +159,7 @@ def test_data_in_the_recipe_folder_is_found_from_any_working_folder(
     stages = Stages(recipe, tmp_path, tmp_path / "there")
     monkeypatch.chdir(tmp_path)
     stage = stages.data(BASE_RESULT)
-    assert stage.paths.source == str(tmp_path / "there" / "rows.jsonl")
+    assert stage.paths.sources == {"rows.jsonl": str(tmp_path / "there" / "rows.jsonl")}
     (tmp_path / "there" / "rows.jsonl").write_text("{} \n")
     assert stages.data(BASE_RESULT).key != stage.key
 

@@ -1,5 +1,6 @@
 """Preparation saves every usable row, reproducibly, and counts the others."""
 
+import json
 import re
 from collections.abc import Callable
 from itertools import compress
@@ -10,9 +11,10 @@ import pytest
 from datasets import load_from_disk
 from transformers import PreTrainedTokenizerBase
 
-from pipelines.config.sections import DataSection
+from pipelines.config.data_section import DataSection, WeightedSource
 from pipelines.data.preparation import prepare
 from pipelines.errors import DataError
+from pipelines.models.tokenizer import load_tokenizer
 from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
 from pipelines.runtime.interfaces.kinds import DATA
 from pipelines.runtime.interfaces.results import DataResult
@@ -31,7 +33,7 @@ def prepared(tmp_path: Path, tiny_folder: Path) -> Prepare:
     def run(
         settings: DataSection, *, seed: int = 7, runs: str = "runs", base: Path = tiny_folder
     ) -> tuple[DataResult, Path]:
-        inputs = DataInputs(data=settings, source="rows", tokenizer="t", template="c", seed=seed)
+        inputs = DataInputs(data=settings, sources={}, tokenizer="t", template="c", seed=seed)
         paths = StagePaths(base=str(base))
         folder = Stage(DATA, "rows", inputs, tmp_path / runs, paths).begin()
         metrics, files = prepare(folder, inputs, paths)
@@ -106,6 +108,124 @@ def test_data_without_any_complete_prompt_is_refused(
     data_settings: Maker,
 ) -> None:
     path = write_rows([{"prompt": "sheep " * 60, "completion": "red"} for _ in range(20)])
-    message = r"all 20 completions of .* are cut off by max_tokens=64; raise it or use shorter"
+    message = r"none of the 20 rows .* 20 have no completion left within max_tokens=64; raise it"
     with pytest.raises(DataError, match=message):
         prepared(data_settings(path))
+
+
+def test_rows_that_cannot_be_learned_are_reported_together(
+    prepared: Prepare, write_rows: Callable[..., Path], data_settings: Maker
+) -> None:
+    rows = [{"prompt": f"Write red {i}.", "completion": "red"} for i in range(40)]
+    rows[3]["completion"] = ""
+    rows[8]["completion"] = ""
+    rows[20]["prompt"] = 5
+    path = write_rows(rows)
+    message = r"3 rows cannot be .* line 4 .* \(and 1 more\) has '' .*; line 21 of .* has 5 as its"
+    with pytest.raises(DataError, match=message):
+        prepared(data_settings(path))
+    metrics, folder = prepared(data_settings(path, bad_rows="drop"), runs="dropped")
+    assert (metrics.rows, metrics.bad_rows) == (40, 3)
+    assert metrics.train_examples + metrics.validation_examples + metrics.tuning_examples == 37
+    assert not list(folder.glob("tmp*"))
+
+
+def test_too_long_examples_are_an_error_or_removed(
+    prepared: Prepare, write_rows: Callable[..., Path], data_settings: Maker
+) -> None:
+    rows = [{"prompt": f"Write red {i}.", "completion": "red"} for i in range(40)]
+    rows += [{"prompt": f"Write much {i}.", "completion": "red " * 60} for i in range(5)]
+    path = write_rows(rows)
+    with pytest.raises(DataError, match=r"5 examples have more than data.max_tokens 64 tokens"):
+        prepared(data_settings(path, long_examples="error"))
+    metrics, _ = prepared(data_settings(path, long_examples="drop"), runs="dropped")
+    assert (metrics.left_out, metrics.cut, metrics.lengths.longest <= 64) == (5, 0, True)
+
+
+def test_max_rows_draws_rows_by_the_seed(
+    prepared: Prepare, pairs_file: Path, data_settings: Maker
+) -> None:
+    metrics, _ = prepared(data_settings(pairs_file, max_rows=30))
+    again, _ = prepared(data_settings(pairs_file, max_rows=30), runs="again")
+    other, _ = prepared(data_settings(pairs_file, max_rows=30), runs="other", seed=8)
+    assert metrics.rows == 30
+    assert metrics.digest == again.digest != other.digest
+
+
+def test_sources_are_mixed_by_their_weights(
+    prepared: Prepare, write_rows: Callable[..., Path]
+) -> None:
+    first = write_rows([{"prompt": f"Write red {i}.", "completion": "red"} for i in range(40)])
+    other = first.parent / "other.jsonl"
+    other.write_text('{"question": "Write blue?", "answer": "blue"}\n')
+    settings = DataSection(
+        sources=(
+            WeightedSource(source=str(first)),
+            WeightedSource(source=str(other), weight=3),
+        ),
+        validation_examples=8,
+        max_tokens=64,
+    )
+    metrics, folder = prepared(settings)
+    train = load_from_disk(str(folder / "train"))
+    references = list(train["reference"])
+    held_out = metrics.validation_examples + metrics.tuning_examples + metrics.unused_examples
+    assert [source.schema_name for source in metrics.sources] == [
+        "prompt/completion",
+        "question/answer",
+    ]
+    assert references.count("blue") in (0, 3)
+    assert references.count("red") + references.count("blue") // 3 + held_out == 41
+
+
+def test_the_users_validation_rows_are_what_is_scored(
+    prepared: Prepare, write_rows: Callable[..., Path], data_settings: Maker
+) -> None:
+    train = [{"prompt": f"Write red {i}.", "completion": "red"} for i in range(40)]
+    own = [{"prompt": f"Write red {i}.", "completion": "red"} for i in range(36, 60)]
+    path = write_rows(train)
+    other = path.parent / "own.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in own))
+    metrics, _ = prepared(data_settings(path, validation_source=str(other)))
+    assert (metrics.train_examples, metrics.excluded_examples) == (36, 4)
+    assert (metrics.validation_examples, metrics.tuning_examples) == (8, 8)
+    assert metrics.overlap.exact == 0
+
+
+def test_a_group_column_is_used_only_if_it_is_named(
+    prepared: Prepare, write_rows: Callable[..., Path], data_settings: Maker
+) -> None:
+    rows = [
+        {"prompt": f"Write red {i}.", "completion": "red", "group": str(i % 10)} for i in range(60)
+    ]
+    path = write_rows(rows)
+    metrics, _ = prepared(data_settings(path))
+    assert metrics.sources[0].unused_columns == ("group",)
+    metrics, folder = prepared(data_settings(path, group_column="group"), runs="grouped")
+    assert metrics.sources[0].unused_columns == ()
+    train = set(load_from_disk(str(folder / "train"))["group"])
+    validation = set(load_from_disk(str(folder / "validation"))["group"])
+    assert train | validation <= {str(i) for i in range(10)}
+    assert train.isdisjoint(validation)
+    rows[7]["group"] = None
+    with pytest.raises(DataError, match=r"line 8 of .* has no value in the column 'group'"):
+        prepared(data_settings(write_rows(rows), group_column="group"), runs="missing")
+
+
+def test_a_chat_template_of_the_recipe_is_saved_with_the_data(
+    prepared: Prepare, pairs_file: Path, data_settings: Maker, tmp_path: Path, plain_folder: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    settings = data_settings(pairs_file, chat_template=str(template))
+    metrics, folder = prepared(settings, base=plain_folder)
+    assert metrics.has_tokenizer
+    saved = load_tokenizer(folder / "tokenizer")
+    assert saved.chat_template == template.read_text()
+    first = load_from_disk(str(folder / "train"))[0]
+    assert saved.decode(first["input_ids"]).startswith("user: Say")
+    assert not prepared(data_settings(pairs_file), runs="plain")[0].has_tokenizer
+    assert metrics.end_tokens == (saved.convert_tokens_to_ids("<|end|>"),)

@@ -1,107 +1,58 @@
-"""Rows are read from each kind of file, in each of the three shapes.
+"""A source is a file, a hub data set or the standard library; a setting without effect is refused.
 
-An unreadable file is refused with its name and line, and a file is read as it is now, not from a
-cache.
+A file is read as it is now, not from a cache.
 """
 
-import csv
 import json
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow
 import pytest
-from datasets import Dataset
+from loaded_rows import load, write
 
-from pipelines.config.sections import DataSection
-from pipelines.data.sources import load_rows, shape_of
+from pipelines.data.sources import row_store
 from pipelines.errors import DataError
 
 Values = dict[str, Any]
-Maker = Callable[..., DataSection]
-
 TEXTS = [{"text": "one"}, {"text": "two"}]
-PAIRS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
-CONVERSATIONS = [
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-    {
-        "messages": [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "b"},
-            {"role": "user", "content": "c"},
-            {"role": "assistant", "content": "d"},
-        ]
-    },
-]
-SHAPES = {"text": TEXTS, "pairs": PAIRS, "messages": CONVERSATIONS}
-FILES = [
-    (shape, suffix)
-    for shape in SHAPES
-    for suffix in (".jsonl", ".json", ".csv", ".parquet")
-    if (shape, suffix) != ("messages", ".csv")
-]
-UNUSABLE: dict[str, tuple[bytes, list[str]]] = {
-    "empty.jsonl": (b"", ["is empty"]),
-    "blank.jsonl": (b"\n\n", ["has no rows"]),
-    "header.csv": (b"prompt,completion\n", ["has no rows"]),
-    "none.json": (b"[]", ["has no rows"]),
-    "line.jsonl": (b'{"text": "x"}\n{"text": \n', ["line 2", "not valid JSON", "fix or remove"]),
-    "list.jsonl": (b'{"text": "x"}\n\n["text"]\n', ["line 3", "not a JSON object"]),
-    "latin.jsonl": (b'{"text": "x"}\n{"text": "\xe9"}\n', ["line 2", "UTF-8"]),
-    "half.json": (b'[{"text": ', ["as json"]),
-    "open.csv": (b'prompt,completion\n"a,b\n', ["as csv"]),
-    "latin.csv": (b"text\n\xe9t\xe9\n", ["as csv"]),
-    "columns.jsonl": (
-        b'{"question": "x", "answer": "y"}\n',
-        ["question, answer", "rename them to text, to prompt and completion, or to"],
-    ),
-    "prompts.jsonl": (b'{"prompt": "x"}\n', ["columns prompt", "rename"]),
+ROWS = '{"text": "one"}\n{"text": "two"}\n'
+CONTENTS = {
+    "rows.jsonl": ROWS,
+    "rows.json": json.dumps(TEXTS),
+    "rows.csv": "text\none\ntwo\n",
+    "rows.tsv": "text\none\ntwo\n",
+    "rows.txt": "one\n\ntwo\n",
 }
-"""File → its bytes, and fragments of the error message, which also names the file."""
 
 
-def save(rows: list[Values], path: Path) -> Path:
-    """Write rows in the format that the file's ending names."""
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    elif path.suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(str(path))
-    else:
-        with path.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
+@pytest.mark.parametrize("name", CONTENTS)
+def test_each_text_format_is_read(tmp_path: Path, name: str) -> None:
+    loaded = load(write(tmp_path / name, CONTENTS[name]))
+    assert loaded.rows == TEXTS
+    assert loaded.columns == ("text",)
+    assert (loaded.facts.rows, loaded.facts.files, loaded.facts.encoding) == (2, 1, "utf-8")
 
 
-def test_a_byte_order_mark_is_not_part_of_the_first_row(
-    tmp_path: Path, data_settings: Maker
-) -> None:
-    path = tmp_path / "marked.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
-    assert list(load_rows(data_settings(path))) == TEXTS
+def test_suffixes_are_recognized_in_any_case(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "ROWS.JSONL", ROWS)).rows == TEXTS
+    assert load(write(tmp_path / "rows.Csv", "text\none\ntwo\n")).rows == TEXTS
 
 
-@pytest.mark.parametrize(("shape", "suffix"), FILES)
-def test_rows_are_read_as_they_were_written(
-    tmp_path: Path, data_settings: Maker, shape: str, suffix: str
-) -> None:
-    loaded = load_rows(data_settings(save(SHAPES[shape], tmp_path / f"rows{suffix}")))
-    assert loaded.to_list() == SHAPES[shape]
+def test_text_lines_keep_everything_but_their_ends(tmp_path: Path) -> None:
+    lines = ["  indented ", "form\x0cfeed", "line\u2028separator", "last"]
+    path = write(tmp_path / "rows.txt", "\r\n".join(lines))
+    loaded = load(path)
+    assert [row["text"] for row in loaded.rows] == lines
+    assert loaded.places[2] == "line 3 of 'rows.txt'"
 
 
-def test_blank_lines_are_not_rows(tmp_path: Path, data_settings: Maker) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "one"}\n\n  \n{"text": "two"}\n')
-    assert load_rows(data_settings(path)).to_list() == TEXTS
-
-
-def test_the_standard_library_is_a_source(
-    monkeypatch: pytest.MonkeyPatch, data_settings: Maker
-) -> None:
+def test_the_standard_library_is_a_source(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": "def f(): ...", "completion": "Return nothing.", "group": "g"}]
     limits: list[int] = []
 
@@ -109,84 +60,137 @@ def test_the_standard_library_is_a_source(
         limits.append(max_characters)
         return iter(rows)
 
-    monkeypatch.setattr("pipelines.data.sources.stdlib_pairs", pairs)
-    assert load_rows(data_settings("docstrings", max_source_characters=321)).to_list() == rows
-    assert limits == [321]
+    monkeypatch.setattr("pipelines.data.sources.loading_rows.stdlib_pairs", pairs)
+    loaded = load("docstrings")
+    assert loaded.rows == rows
+    assert loaded.facts.format == "docstrings"
+    assert limits == [700]
 
 
-def test_a_file_is_read_as_it_is_now(write_rows: Callable[..., Path], data_settings: Maker) -> None:
+def test_a_file_is_read_as_it_is_now(tmp_path: Path) -> None:
     """A copy that keeps another file's modification time does not return that file's rows."""
-    path = write_rows([{"text": "old"}])
-    load_rows(data_settings(path))
+    path = write(tmp_path / "rows.jsonl", '{"text": "old"}\n')
+    load(path)
     times = path.stat()
-    write_rows([{"text": "new"}])
+    write(path, '{"text": "new"}\n')
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert load_rows(data_settings(path)).to_list() == [{"text": "new"}]
+    assert load(path).rows == [{"text": "new"}]
 
 
-@pytest.mark.parametrize("name", UNUSABLE)
-def test_an_unusable_file_is_refused(tmp_path: Path, data_settings: Maker, name: str) -> None:
-    content, fragments = UNUSABLE[name]
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(DataError) as refused:
-        load_rows(data_settings(path))
-    assert str(path) in str(refused.value)
-    for fragment in fragments:
-        assert fragment in str(refused.value)
-
-
-def test_a_broken_parquet_file_is_refused(tmp_path: Path, data_settings: Maker) -> None:
-    path = tmp_path / "rows.parquet"
-    path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=r"rows\.parquet' cannot be read as parquet"):
-        load_rows(data_settings(path))
-
-
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_the_error_for_a_missing_file_names_its_path(
-    tmp_path: Path, data_settings: Maker, suffix: str
-) -> None:
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet", "arrow", "txt"])
+def test_the_error_for_a_missing_file_names_its_path(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"absent.{suffix}"
     with pytest.raises(DataError, match="does not exist; give an absolute path") as refused:
-        load_rows(data_settings(path))
+        load(path)
     assert str(path) in str(refused.value)
 
 
-@pytest.mark.parametrize("source", ["someone/some-rows", "rows", "rows.txt"])
-def test_a_hub_name_is_refused_while_offline(data_settings: Maker, source: str) -> None:
-    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set") as refused:
-        load_rows(data_settings(source))
-    assert repr(source) in str(refused.value)
-    assert ".jsonl, .json, .csv, .parquet" in str(refused.value)
-
-
-def test_a_folder_of_files_with_different_columns_is_refused(
-    tmp_path: Path, data_settings: Maker
-) -> None:
-    save(PAIRS, tmp_path / "a.jsonl")
-    save([{"number": 1}], tmp_path / "b.jsonl")
-    with pytest.raises(DataError) as refused:
-        load_rows(data_settings(tmp_path))
-    assert str(tmp_path) in str(refused.value)
-
-
-def test_a_missing_home_folder_is_refused(data_settings: Maker) -> None:
-    with pytest.raises(DataError, match=r"~nobody_of_this_name/rows\.jsonl"):
-        load_rows(data_settings("~nobody_of_this_name/rows.jsonl"))
+@pytest.mark.parametrize("name", CONTENTS)
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="is empty") as refused:
+        load(write(tmp_path / name, ""))
+    assert str(tmp_path / name) in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    ("columns", "shape"),
+    ("name", "content"),
+    [("rows.jsonl", "\n\n"), ("rows.csv", "prompt,completion\n"), ("rows.json", "[]")],
+)
+def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
+    with pytest.raises(DataError, match="has no rows"):
+        load(write(tmp_path / name, content))
+
+
+def test_an_unknown_suffix_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"rows\.xlsx.*\.jsonl, \.json, \.csv.*\.gz, \.zst"):
+        load(write(tmp_path / "rows.xlsx", "x"))
+
+
+@pytest.mark.parametrize("source", ["someone/some-rows", "rows"])
+def test_a_hub_name_is_refused_while_offline(source: str) -> None:
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set") as refused:
+        load(source)
+    assert repr(source) in str(refused.value)
+    assert ".jsonl, .json, .csv, .tsv, .parquet" in str(refused.value)
+
+
+def test_hub_rows_are_those_of_the_configured_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[tuple[Any, ...]] = []
+
+    def load_dataset(source: str, *, name: str, revision: str, split: str) -> datasets.Dataset:
+        requests.append((source, name, revision, split))
+        return datasets.Dataset.from_list(TEXTS)
+
+    monkeypatch.setattr("pipelines.data.sources.hub.load_dataset", load_dataset)
+    loaded = load("someone/rows", config="main", revision="v1", split="test[:2]")
+    load("someone/rows")
+    assert requests == [
+        ("someone/rows", "main", "v1", "test[:2]"),
+        ("someone/rows", None, None, "train"),
+    ]
+    assert loaded.rows == TEXTS
+    assert loaded.places[1] == "row 2 of 'someone/rows'"
+
+
+@pytest.mark.parametrize(
+    ("source", "setting"),
     [
-        (["text"], ("text",)),
-        (["id", "completion", "prompt"], ("prompt", "completion")),
-        (["messages", "text"], ("messages",)),
-        (["prompt", "completion", "text"], ("prompt", "completion")),
-        (["prompt", "text"], ("text",)),
+        ("rows.jsonl", "delimiter"),
+        ("rows.jsonl", "config"),
+        ("rows.jsonl", "revision"),
+        ("rows.jsonl", "split"),
+        ("rows.json", "split"),
+        ("rows.txt", "delimiter"),
+        ("docstrings", "split"),
+        ("docstrings", "encoding"),
+        ("someone/rows", "encoding"),
+        ("someone/rows", "delimiter"),
     ],
 )
-def test_the_shape_with_most_structure_is_chosen(
-    columns: list[str], shape: tuple[str, ...]
+def test_a_setting_without_effect_is_refused(tmp_path: Path, source: str, setting: str) -> None:
+    if source in CONTENTS:
+        source = str(write(tmp_path / source, CONTENTS[source]))
+    with pytest.raises(DataError, match=rf"data\.{setting} 'x' has no effect on .*remove it"):
+        load(source, **{setting: "x"})
+
+
+def test_a_split_of_a_plain_file_points_to_the_number_of_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.split 'train\[:20\]' has no effect.*max_rows"):
+        load(write(tmp_path / "rows.jsonl", ROWS), split="train[:20]")
+
+
+def test_a_missing_home_folder_is_refused() -> None:
+    with pytest.raises(DataError, match=r"~nobody_of_this_name/rows\.jsonl"):
+        load("~nobody_of_this_name/rows.jsonl")
+
+
+def test_many_rows_are_stored_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_store, "BATCH_ROWS", 10)
+    rows = (row_store.make_row(f"row {n}", {"text": str(n)}) for n in range(35))
+    stored = row_store.store_rows(row_store.OpenedRows("test", rows), "test", tmp_path)
+    assert [row["text"] for _, row in stored] == [str(n) for n in range(35)]
+    [file] = stored.table.cache_files
+    with pyarrow.memory_map(file["filename"]) as source:
+        sizes = [batch.num_rows for batch in pyarrow.ipc.open_stream(source)]
+    assert sizes == [10, 10, 10, 5]
+
+
+def test_rows_with_much_text_are_stored_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shape_of(columns, "rows") == shape
+    monkeypatch.setattr(row_store, "BATCH_CHARACTERS", 100)
+    rows = (row_store.make_row(f"row {n}", {"text": "x" * 200}) for n in range(3))
+    stored = row_store.store_rows(row_store.OpenedRows("test", rows), "test", tmp_path)
+    [file] = stored.table.cache_files
+    with pyarrow.memory_map(file["filename"]) as source:
+        sizes = [batch.num_rows for batch in pyarrow.ipc.open_stream(source)]
+    assert sizes == [1, 1, 1]
+
+
+def test_finding_files_imports_neither_torch_nor_datasets() -> None:
+    code = (
+        "import sys, pipelines.data.sources.file_discovery; "
+        "print(*{'torch', 'datasets'} & {*sys.modules})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout.strip(), result.stderr) == ("", "")

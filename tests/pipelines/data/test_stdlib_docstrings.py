@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.stdlib_docstrings import INSTRUCTION, MAX_SUMMARY, MIN_SUMMARY, stdlib_pairs
+from pipelines.data.sources.stdlib_docstrings import (
+    INSTRUCTION,
+    MAX_SUMMARY,
+    MIN_SUMMARY,
+    stdlib_pairs,
+)
 
 Pair = dict[str, str]
 Library = Callable[..., list[Pair]]

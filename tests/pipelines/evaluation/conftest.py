@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lm_eval_tasks import TASKS, settings, write_docs, write_task
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipelines.comparison.record_types import ItemRecord
 from pipelines.evaluation.harness import load_tasks
 from pipelines.models.checked import CheckedReader
 from pipelines.models.hardware import Hardware
@@ -68,12 +68,12 @@ def tasks_folder(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def records_of(
     tasks_folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Callable[..., list[dict[str, Any]]]:
+) -> Callable[..., list[ItemRecord]]:
     """Return a function from names of lm-eval tasks to our records."""
 
     def records(
         *names: str, context: int | None = None, limit: int | None = None
-    ) -> list[dict[str, Any]]:
+    ) -> list[ItemRecord]:
         tasks = load_tasks(settings(*names, limit=limit), 7, [tasks_folder])
         return list(tasks.records(CheckedReader(model), tokenizer, context))
 

@@ -31,7 +31,7 @@ def prepared(
 
     def make(**settings: Any) -> EvalSet:
         recipe = parse_recipe(tiny_recipe(folder, pairs_file, evaluation=settings))
-        data = DataInputs(data=recipe.data, source="pairs", tokenizer="t", template="c", seed=7)
+        data = DataInputs(data=recipe.data, sources={}, tokenizer="t", template="c", seed=7)
         preparation.prepare(tmp_path / "data", data, StagePaths(base=str(folder)))
         inputs = EvaluateInputs(
             base_digests={},

@@ -17,6 +17,15 @@ from tiny import save_tiny_model, tiny_recipe
 
 from lora_core import Identity, LoraConfig, inject, load_adapter, save_adapter
 from lora_core.merging.dequantize import dequantize
+from pipelines.comparison.record_files import read_items
+from pipelines.comparison.record_types import (
+    ChatRecord,
+    ChoiceRecord,
+    GenerationRecord,
+    ItemRecord,
+    LeftOutRecord,
+)
+from pipelines.comparison.records import by_benchmark, of_type
 from pipelines.config.recipe import parse_recipe
 from pipelines.data.preparation import prepare
 from pipelines.errors import DataError, RecipeError, recorded_error
@@ -29,7 +38,7 @@ from pipelines.models.loading import load_model
 from pipelines.runtime.interfaces.inputs import DataInputs, EvaluateInputs, StagePaths
 from pipelines.runtime.interfaces.kinds import EVALUATE
 from pipelines.runtime.interfaces.results import EvaluateResult
-from pipelines.runtime.stage import Stage, read_inputs, read_records, read_result
+from pipelines.runtime.stage import Stage, read_inputs, read_result
 
 pytestmark = pytest.mark.skipif(
     find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed"
@@ -52,7 +61,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, folder: Path, pairs_file
     root = tmp_path_factory.mktemp("evaluation")
     recipe = parse_recipe(tiny_recipe(folder, pairs_file))
     (root / "data").mkdir()
-    inputs = DataInputs(data=recipe.data, source="pairs", tokenizer="t", template="c", seed=7)
+    inputs = DataInputs(data=recipe.data, sources={}, tokenizer="t", template="c", seed=7)
     prepare(root / "data", inputs, StagePaths(base=str(folder)))
     for rank in (2, 4):
         write_adapter(folder, root / f"rank-{rank}", rank)
@@ -145,31 +154,31 @@ def test_an_adapter_scores_the_same_when_loaded_by_hand(
         *score_examples(CheckedReader(model), eval_set.examples),
         *scored(CheckedReader(model), eval_set.questions),
     ]
-    assert read_records(stage.folder / ITEMS)[: len(expected)] == expected
+    assert read_items(stage.folder / ITEMS)[: len(expected)] == expected
 
 
 def test_models_differ_on_the_same_questions(stage_of: StageOf) -> None:
     evaluation, found = Evaluation(), {}
     for label in LABELS:
         write(evaluation, stage_of(label))
-        found[label] = read_records(stage_of(label).folder / ITEMS)
+        found[label] = read_items(stage_of(label).folder / ITEMS)
     questions = [identities(records) for records in found.values()]
     assert all(one == questions[0] for one in questions)
-    assert len({json.dumps(records) for records in found.values()}) == len(LABELS)
-    counts = Counter(record["kind"] for record in found["base"])
+    assert len({repr(records) for records in found.values()}) == len(LABELS)
+    counts = Counter(record.kind for record in found["base"])
     assert counts == {"task": 8, "general": 18, "text": 2, "chat": 3, "generation": 3}
 
 
-def identities(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    return [(record["kind"], record["id"], record.get("prompt_sha256")) for record in records]
+def identities(records: list[ItemRecord]) -> list[tuple[Any, ...]]:
+    return [(record.kind, record.id, record.prompt_sha256) for record in records]
 
 
 def test_the_table_has_a_row_for_each_token_of_a_chat(stage_of: StageOf) -> None:
     stage = stage_of("base")
     write(Evaluation(), stage)
     table = load_file(stage.folder / DISTRIBUTIONS)["log_probabilities"]
-    chats = [record for record in read_records(stage.folder / ITEMS) if record["kind"] == "chat"]
-    assert table.shape[0] == sum(record["tokens"] for record in chats)
+    chats = of_type(read_items(stage.folder / ITEMS), ChatRecord)
+    assert table.shape[0] == sum(record.tokens for record in chats)
 
 
 def test_without_chats_there_is_no_table(stage_of: StageOf) -> None:
@@ -186,12 +195,13 @@ def test_custom_questions_and_metrics_are_found_next_to_the_recipe(
     )
     stage = stage_of("base", probes=["mine.jsonl"], metrics=["lengths:longer"], execute=["true"])
     write(Evaluation(), stage)
-    records = read_records(stage.folder / ITEMS)
-    custom = [record["id"] for record in records if record.get("benchmark") == "mine"]
+    records = read_items(stage.folder / ITEMS)
+    custom = [record.id for record in by_benchmark(records, ChoiceRecord)["mine"]]
     assert custom == ["mine/1", "mine/2"]
-    for record in records:
-        if record["kind"] == "generation":
-            assert set(record["metrics"]) == {"lengths:longer", "execution"}
+    answers = of_type(records, GenerationRecord)
+    assert answers
+    for answer in answers:
+        assert set(answer.metrics) == {"lengths:longer", "execution"}
 
 
 @pytest.mark.parametrize("name", ["piqa", "answers"])
@@ -214,17 +224,16 @@ def test_a_missing_scoring_script_is_refused_before_any_model_is_loaded(stage_of
 
 
 @pytest.mark.parametrize(
-    ("tokens", "counted", "marked"), [(512, "left_out", "left_out"), (1, "unfinished", "metrics")]
+    ("tokens", "counted", "kind"),
+    [(512, "left_out", LeftOutRecord), (1, "unfinished", GenerationRecord)],
 )
 def test_left_out_and_unfinished_answers_are_counted(
-    stage_of: StageOf, tokens: int, counted: str, marked: str
+    stage_of: StageOf, tokens: int, counted: str, kind: type[ItemRecord]
 ) -> None:
     stage = stage_of("base", max_new_tokens=tokens)
     result, _ = Evaluation()(stage.folder, *read_inputs(stage.folder, EVALUATE))
-    answers = [
-        record for record in read_records(stage.folder / ITEMS) if record["kind"] == "generation"
-    ]
-    assert all(marked in record for record in answers)
+    answers = [record for record in read_items(stage.folder / ITEMS) if record.kind == "generation"]
+    assert {type(answer) for answer in answers} == {kind}
     counts = {
         "left_out": result.left_out.get("answers", 0),
         "unfinished": result.unfinished.get("answers", 0),

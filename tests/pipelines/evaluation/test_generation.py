@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipelines.config.sections import DataSection
+from pipelines.comparison.record_types import GenerationRecord, LeftOutRecord
+from pipelines.config.data_section import DataSection
 from pipelines.data.preparation import tokenize
 from pipelines.evaluation.generation import (
     ANSWERS,
@@ -27,8 +28,6 @@ PROMPTS = (
     "Question: What does this function do? Answer:",
 )
 LENGTH = 12
-HEAD = {"kind", "id", "benchmark", "prompt", "prompt_sha256", "reference"}
-"""Fields of a record that do not depend on the model."""
 
 
 def configured(**changes: Any) -> GenerationConfig:
@@ -122,14 +121,15 @@ def test_a_record_has_the_answer_and_its_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: dict[str, Any]
 ) -> None:
     [record] = answer_records(CheckedReader(model), tokenizer, [example], configured())
+    assert isinstance(record, GenerationRecord)
     [answer] = generate(CheckedReader(model), tokenizer, [example["input_ids"][:6]], LENGTH)
-    assert (record["kind"], record["id"]) == ("generation", 0)
-    assert (record["benchmark"], record["reference"]) == (ANSWERS, "red red.")
-    assert record["answer"] == answer.text.strip()
-    assert set(record["metrics"]) == {"chrf", "exact_match"}
-    assert (record["errors"], record["ended"]) == ({}, False)
-    assert len(record["prompt_sha256"]) == 64
-    assert set(record) == HEAD | {"answer", "ended", "metrics", "errors"}
+    assert (record.kind, record.id) == ("generation", 0)
+    assert (record.benchmark, record.reference) == (ANSWERS, "red red.")
+    assert record.answer == answer.text.strip()
+    assert set(record.metrics) == {"chrf", "exact_match"}
+    assert (record.errors, record.ended) == ({}, False)
+    assert len(record.prompt_sha256) == 64
+    assert record.prompt == tokenizer.decode(example["input_ids"][:6]).strip()
 
 
 def test_an_example_without_prompt_or_reference_is_not_answered(
@@ -137,7 +137,7 @@ def test_an_example_without_prompt_or_reference_is_not_answered(
 ) -> None:
     examples = [{**example, "prompt_tokens": 0}, {**example, "reference": ""}, example]
     records = answer_records(CheckedReader(model), tokenizer, examples, configured())
-    assert [record["id"] for record in records] == [2]
+    assert [record.id for record in records] == [2]
 
 
 def test_a_prompt_without_room_for_an_answer_is_left_out(
@@ -146,9 +146,10 @@ def test_a_prompt_without_room_for_an_answer_is_left_out(
     longer = {**example, "prompt_tokens": 7}
     config = configured(context=6 + LENGTH, argv=["true"])
     records = list(answer_records(CheckedReader(model), tokenizer, [longer, example], config))
-    assert records[0]["left_out"] == f"{7 + LENGTH} tokens exceed the context of {6 + LENGTH}"
-    assert set(records[0]) == HEAD | {"left_out"}
-    assert set(records[1]["metrics"]) == {"chrf", "exact_match", EXECUTION}
+    assert [type(record) for record in records] == [LeftOutRecord, GenerationRecord]
+    assert records[0].left_out == f"{7 + LENGTH} tokens exceed the context of {6 + LENGTH}"
+    assert (records[0].prompt, records[0].reference) == ("Say red 1", "red red.")
+    assert set(records[1].metrics) == {"chrf", "exact_match", EXECUTION}
 
 
 def test_a_truncated_prompt_is_left_out(
@@ -160,10 +161,11 @@ def test_a_truncated_prompt_is_left_out(
     reader = CheckedReader(model)
     kept, left = answer_records(reader, tokenizer, [complete, truncated], configured())
     [answer] = generate(reader, tokenizer, [ids], LENGTH)
-    assert "left_out" not in kept
-    assert kept["answer"] == answer.text.strip()
-    assert left["left_out"] == "its prompt of 7 tokens is truncated to data.max_tokens 6"
-    assert (left["id"], "answer" in left) == (1, False)
+    assert isinstance(kept, GenerationRecord)
+    assert isinstance(left, LeftOutRecord)
+    assert kept.answer == answer.text.strip()
+    assert left.left_out == "its prompt of 7 tokens is truncated to data.max_tokens 6"
+    assert left.id == 1
 
 
 def test_a_conversation_truncated_in_its_last_question_is_not_answered(
@@ -179,7 +181,7 @@ def test_a_conversation_truncated_in_its_last_question_is_not_answered(
     assert any(truncated.supervised)
     examples = [vars(truncated), vars(complete)]
     left, kept = answer_records(CheckedReader(model), tokenizer, examples, configured())
-    assert ("left_out" in left, "left_out" in kept) == (True, False)
+    assert (type(left), type(kept)) == (LeftOutRecord, GenerationRecord)
 
 
 def test_a_command_scores_in_addition_to_the_metrics(
@@ -187,7 +189,7 @@ def test_a_command_scores_in_addition_to_the_metrics(
 ) -> None:
     for argv, value in ((["true"], 100), (["false"], 0)):
         [record] = answer_records(CheckedReader(model), tokenizer, [example], configured(argv=argv))
-        assert record["metrics"][EXECUTION] == value
+        assert record.metrics[EXECUTION] == value
 
 
 def test_a_command_that_fails_adds_an_error_to_the_metrics(
@@ -195,5 +197,5 @@ def test_a_command_that_fails_adds_an_error_to_the_metrics(
 ) -> None:
     config = configured(argv=["sh", "-c", "echo broken >&2; exit 5"])
     [record] = answer_records(CheckedReader(model), tokenizer, [example], config)
-    assert record["errors"] == {EXECUTION: "ended with status 5: broken"}
-    assert set(record["metrics"]) == {"chrf", "exact_match"}
+    assert record.errors == {EXECUTION: "ended with status 5: broken"}
+    assert set(record.metrics) == {"chrf", "exact_match"}

@@ -14,6 +14,12 @@ import torch
 from lm_eval_tasks import DOCS, TASKS, Values, settings, write_task
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from pipelines.comparison.record_types import (
+    ChoiceRecord,
+    ItemRecord,
+    LeftOutRecord,
+    ScoreRecord,
+)
 from pipelines.errors import RecipeError
 from pipelines.evaluation import harness
 from pipelines.evaluation.generation import generate
@@ -24,7 +30,7 @@ NATS = 1e-4
 pytestmark = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm-eval is not installed; it is an extra"
 )
-RecordsOf = Callable[..., list[Values]]
+RecordsOf = Callable[..., list[ItemRecord]]
 SamplesOf = Callable[..., list[Values]]
 
 
@@ -54,9 +60,9 @@ def samples_of(tasks_folder: Path, folder: Path, tokenizer: PreTrainedTokenizerB
     return samples
 
 
-def likeliest(record: Values) -> int:
+def likeliest(record: ChoiceRecord) -> int:
     """Return the index of the likeliest answer."""
-    likelihoods = record["log_likelihoods"]
+    likelihoods = record.log_likelihoods
     return likelihoods.index(max(likelihoods))
 
 
@@ -67,12 +73,12 @@ def test_a_multiple_choice_task_scores_like_in_lm_eval(
     pairs = zip(records_of(name), samples_of(name), strict=True)
     for index, (record, sample) in enumerate(pairs):
         likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]
-        assert record["log_likelihoods"] == pytest.approx(likelihoods, abs=NATS)
-        assert record["greedy"] == [greedy for _, greedy in sample["filtered_resps"]]
-        assert (record["kind"], record["benchmark"]) == ("general", name)
-        assert (record["id"], record["gold"]) == (f"{name}/{index}", index % 3)
-        assert record["bytes"] == [len(arguments[1]) for arguments in sample["arguments"]]
-        assert (likeliest(record) == record["gold"]) == bool(sample["acc"])
+        assert record.log_likelihoods == pytest.approx(likelihoods, abs=NATS)
+        assert record.greedy == tuple(greedy for _, greedy in sample["filtered_resps"])
+        assert (record.kind, record.benchmark) == ("general", name)
+        assert (record.id, record.gold) == (f"{name}/{index}", index % 3)
+        assert record.bytes == tuple(len(arguments[1]) for arguments in sample["arguments"])
+        assert (likeliest(record) == record.gold) == bool(sample["acc"])
 
 
 @pytest.mark.parametrize(
@@ -87,10 +93,10 @@ def test_any_other_task_has_one_value_per_document_as_in_lm_eval(
     pairs = zip(records_of(name), samples_of(name), strict=True)
     for index, (record, sample) in enumerate(pairs):
         expected = aggregations[metric]([sample[metric]])
-        assert record["value"] == pytest.approx(expected, abs=1e-5)
-        assert (record["kind"], record["benchmark"]) == ("score", name)
-        assert (record["id"], record["metric"]) == (f"{name}/{index}", metric)
-        assert record["higher_is_better"] is (metric != "bits_per_byte")
+        assert record.value == pytest.approx(expected, abs=1e-5)
+        assert (record.kind, record.benchmark) == ("score", name)
+        assert (record.id, record.metric) == (f"{name}/{index}", metric)
+        assert record.higher_is_better is (metric != "bits_per_byte")
 
 
 def test_generated_answers_equal_those_of_lm_eval(
@@ -115,20 +121,19 @@ def test_a_long_text_is_read_in_the_windows_of_lm_eval(
     records = records_of("read", context=16)
     for record, sample in zip(records, samples, strict=True):
         likelihood, size = sample["bits_per_byte"]
-        assert record["value"] == pytest.approx(-likelihood / size / math.log(2), abs=1e-5)
+        assert record.value == pytest.approx(-likelihood / size / math.log(2), abs=1e-5)
 
 
 def test_a_document_that_is_too_long_is_left_out(records_of: RecordsOf) -> None:
     records = records_of("chosen", "written", context=25)
-    left_out = [record for record in records if "left_out" in record]
-    evaluated = [record for record in records if "left_out" not in record]
+    left_out = [record for record in records if isinstance(record, LeftOutRecord)]
+    evaluated = [record for record in records if isinstance(record, ChoiceRecord | ScoreRecord)]
     assert left_out and evaluated
+    assert len(left_out) + len(evaluated) == len(records)
     for record in left_out:
-        assert "exceed the context of 25" in record["left_out"]
-        assert not {"log_likelihoods", "value"} & record.keys()
-    for record in evaluated:
-        assert {"log_likelihoods", "value"} & record.keys()
-    assert all("left_out" not in record for record in records_of("chosen", "written"))
+        assert "exceed the context of 25" in record.left_out
+    for record in records_of("chosen", "written"):
+        assert isinstance(record, ChoiceRecord | ScoreRecord)
 
 
 def test_every_model_sees_the_same_few_shot_examples(
@@ -140,13 +145,13 @@ def test_every_model_sees_the_same_few_shot_examples(
     assert first == second
     other_seed = load_tasks(settings("shown"), 8, [tasks_folder])
     other = other_seed.records(reader, tokenizer, None)
-    digests = [record["prompt_sha256"] for record in first]
-    assert [record["prompt_sha256"] for record in other] != digests
+    digests = [record.prompt_sha256 for record in first]
+    assert [record.prompt_sha256 for record in other] != digests
 
 
 def test_a_limit_takes_the_first_documents(records_of: RecordsOf) -> None:
     records = records_of("chosen", limit=2)
-    assert [record["id"] for record in records] == ["chosen/0", "chosen/1"]
+    assert [record.id for record in records] == ["chosen/0", "chosen/1"]
     assert records_of("chosen")[:2] == records
 
 
@@ -155,10 +160,10 @@ def test_several_right_answers_give_a_value_instead_of_a_choice(
 ) -> None:
     write_task(tasks_folder, "several", {**TASKS["chosen"], "doc_to_target": "{{[right, 0]}}"})
     for record, one in zip(records_of("several"), records_of("chosen"), strict=True):
-        assert record["kind"] == "score"
-        assert record["log_likelihoods"] == one["log_likelihoods"]
-        assert record["greedy"] == one["greedy"]
-        assert record["value"] == (likeliest(one) in (one["gold"], 0))
+        assert record.kind == "score"
+        assert record.log_likelihoods == one.log_likelihoods
+        assert record.greedy == one.greedy
+        assert record.value == (likeliest(one) in (one.gold, 0))
 
 
 def test_a_task_that_computes_none_of_its_metrics_is_refused(
@@ -177,11 +182,11 @@ def test_a_value_keeps_the_likelihoods_behind_it(
 ) -> None:
     for record, sample in zip(records_of("continued"), samples_of("continued"), strict=True):
         [(likelihood, greedy)] = sample["filtered_resps"]
-        assert record["log_likelihoods"] == [pytest.approx(likelihood, abs=NATS)]
-        assert record["greedy"] == [greedy]
+        assert record.log_likelihoods == pytest.approx([likelihood], abs=NATS)
+        assert record.greedy == (greedy,)
     for record, sample in zip(records_of("read"), samples_of("read"), strict=True):
-        assert record["log_likelihoods"] == pytest.approx(sample["filtered_resps"], abs=10 * NATS)
-    assert not any("log_likelihoods" in record for record in records_of("written"))
+        assert record.log_likelihoods == pytest.approx(sample["filtered_resps"], abs=10 * NATS)
+    assert all(record.log_likelihoods is None for record in records_of("written"))
 
 
 def test_a_generated_answer_reports_whether_it_ended(
@@ -196,7 +201,8 @@ def test_a_generated_answer_reports_whether_it_ended(
     for name, until in (("endless", "no text has this"), ("ending", end)):
         kwargs = {"until": [until], "max_gen_toks": 8}
         write_task(tasks_folder, name, {**TASKS["written"], "generation_kwargs": kwargs})
-    assert not any(record["ended"] for record in records_of("endless"))
+    assert all(record.ended is False for record in records_of("endless"))
     ended = [end in answer.text for answer in answers]
-    assert [record["ended"] for record in records_of("ending")] == ended
-    assert not any("ended" in record for record in records_of("continued", "chosen"))
+    assert [record.ended for record in records_of("ending")] == ended
+    assert all(record.ended is None for record in records_of("continued"))
+    assert all(isinstance(record, ChoiceRecord) for record in records_of("chosen"))

@@ -111,13 +111,13 @@ def test_an_empty_field_that_is_not_shown_is_accepted(
     write_docs(tasks_folder / "docs.jsonl", docs)
     text = "{% if hint is not none %}{{ hint }} {% endif %}{{ question }}"
     write_task(tasks_folder, "hinted", {**TASKS["chosen"], "doc_to_text": text})
-    assert [record["kind"] for record in records_of("hinted")] == ["general"] * len(DOCS)
+    assert [record.kind for record in records_of("hinted")] == ["general"] * len(DOCS)
 
 
 def test_a_right_answer_may_be_named_by_its_text(tasks_folder: Path, records_of: RecordsOf) -> None:
     write_task(tasks_folder, "named", {**TASKS["chosen"], "doc_to_target": "{{answers[right]}}"})
-    gold = [record["gold"] for record in records_of("chosen")]
-    assert [record["gold"] for record in records_of("named")] == gold
+    gold = [record.gold for record in records_of("chosen")]
+    assert [record.gold for record in records_of("named")] == gold
 
 
 def test_invalid_few_shot_examples_are_refused(tasks_folder: Path) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipelines.comparison.record_types import ChatRecord, ChoiceRecord, ItemRecord, LeftOutRecord
+from pipelines.comparison.records import of_type
 from pipelines.evaluation.benchmarks import PACKAGE
 from pipelines.evaluation.chat import chat_items, chat_records
 from pipelines.evaluation.evaluate import scored
@@ -34,7 +36,7 @@ def records(
     tokenizer: PreTrainedTokenizerBase,
     *items: Item,
     context: int | None = None,
-) -> list[dict[str, Any]]:
+) -> list[ItemRecord]:
     return list(scored(CheckedReader(model), tokenize(items, tokenizer, context)))
 
 
@@ -55,9 +57,9 @@ def test_an_answer_without_choices(
 ) -> None:
     [record] = records(model, tokenizer, ANSWER)
     read, answer = (tokenizer(text).input_ids for text in ("2 + 2 =", " 4 or so"))
-    assert record["nll"] == pytest.approx(plain_loss(reference, read + answer, len(read)), abs=NATS)
-    assert (record["kind"], record["benchmark"], record["id"]) == ("answer", "mine", "mine/1")
-    assert (record["tokens"], record["bytes"], record["greedy"]) == (len(answer), 8, False)
+    assert record.nll == pytest.approx(plain_loss(reference, read + answer, len(read)), abs=NATS)
+    assert (record.kind, record.benchmark, record.id) == ("answer", "mine", "mine/1")
+    assert (record.tokens, record.bytes, record.greedy) == (len(answer), 8, False)
 
 
 def test_a_passage_is_scored_after_its_first_token(
@@ -65,10 +67,10 @@ def test_a_passage_is_scored_after_its_first_token(
 ) -> None:
     [record] = records(model, tokenizer, PASSAGE)
     ids = tokenizer(PASSAGE.choices[0].scored).input_ids
-    assert record["nll"] == pytest.approx(plain_loss(reference, ids, 1), abs=NATS)
-    assert (record["kind"], record["benchmark"]) == ("text", "passages")
-    assert record["tokens"] == len(ids) - 1
-    assert record["bytes"] == len(PASSAGE.choices[0].scored) - len(tokenizer.decode(ids[:1]))
+    assert record.nll == pytest.approx(plain_loss(reference, ids, 1), abs=NATS)
+    assert (record.kind, record.benchmark) == ("text", "passages")
+    assert record.tokens == len(ids) - 1
+    assert record.bytes == len(PASSAGE.choices[0].scored) - len(tokenizer.decode(ids[:1]))
 
 
 def test_a_question_longer_than_the_context_is_left_out_and_never_truncated(
@@ -79,12 +81,12 @@ def test_a_question_longer_than_the_context_is_left_out_and_never_truncated(
     text = "Say " * 8 + "Say b c d e f"
     longest = len(tokenizer(text).input_ids) - 1  # the last token is not read
     first, second = records(model, tokenizer, long, short, context=longest - 1)
-    assert first["left_out"] == f"{longest} tokens exceed the context of {longest - 1}"
-    assert set(first) == {"kind", "id", "benchmark", "prompt_sha256", "left_out"}
-    assert "log_likelihoods" in second
+    assert first.left_out == f"{longest} tokens exceed the context of {longest - 1}"
+    assert (first.kind, first.id, first.benchmark) == ("general", "mine/2", "mine")
+    assert isinstance(second, ChoiceRecord)
     assert list(records(model, tokenizer, short)) == [second]
     for record in records(model, tokenizer, long, short, context=longest):
-        assert "left_out" not in record
+        assert isinstance(record, ChoiceRecord)
 
 
 def test_different_questions_have_different_digests(
@@ -96,7 +98,7 @@ def test_different_questions_have_different_digests(
         choice_item("mine", "mine/1", "See", ["a", "b"], 0),
         ANSWER,
     ]
-    digests = {record["prompt_sha256"] for record in records(model, tokenizer, *items)}
+    digests = {record.prompt_sha256 for record in records(model, tokenizer, *items)}
     assert len(digests) == len(items)
     assert records(model, tokenizer, items[0]) == records(model, tokenizer, items[0])
 
@@ -124,15 +126,15 @@ def test_chats_are_scored_in_the_template(
         read = tokenizer(prompt, add_special_tokens=False).input_ids
         whole = tokenizer(text, add_special_tokens=False).input_ids
         expected = log_probabilities(reference, whole)[len(read) - 1 : -1]
-        assert record["nll"] == pytest.approx(plain_loss(reference, whole, len(read)), abs=NATS)
-        first, end = record["rows"]
-        assert (record["kind"], record["benchmark"]) == ("chat", "chat")
-        assert record["tokens"] == end - first
+        assert record.nll == pytest.approx(plain_loss(reference, whole, len(read)), abs=NATS)
+        first, end = record.rows
+        assert (record.kind, record.benchmark) == ("chat", "chat")
+        assert record.tokens == end - first
         # float16 of values down to -30
         torch.testing.assert_close(table[first:end].double(), expected, atol=0.02, rtol=0)
     for before, after in pairwise(found):
-        assert after["rows"][0] == before["rows"][1]
-    assert (found[-1]["rows"][1], table.dtype) == (len(table), torch.float16)
+        assert after.rows[0] == before.rows[1]
+    assert (found[-1].rows[1], table.dtype) == (len(table), torch.float16)
 
 
 def test_the_rows_of_a_table_are_distributions(
@@ -153,8 +155,8 @@ def test_a_chat_that_is_too_long_has_no_rows(
     longest = max(lengths)
     found, table = chat_records(CheckedReader(model), tokenize(chats, tokenizer, longest - 1))
     left_out = found[lengths.index(longest)]
-    assert "left_out" in left_out and "rows" not in left_out
-    assert sum(record["tokens"] for record in found if "tokens" in record) == len(table)
+    assert isinstance(left_out, LeftOutRecord)
+    assert sum(record.tokens for record in of_type(found, ChatRecord)) == len(table)
 
 
 def test_without_a_template_there_are_no_chats(plain_folder: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import pipelines.evaluation.scoring
+from pipelines.comparison.record_types import ChoiceRecord
 from pipelines.errors import DataError
 from pipelines.evaluation.evaluate import scored
 from pipelines.evaluation.items import Choice, Item
@@ -87,13 +88,15 @@ def plain_scores(
 
 def score_items(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
-) -> list[dict[str, Any]]:
-    return list(scored(CheckedReader(model), tokenize(items, tokenizer, None)))
+) -> list[ChoiceRecord]:
+    records = list(scored(CheckedReader(model), tokenize(items, tokenizer, None)))
+    assert all(isinstance(record, ChoiceRecord) for record in records)
+    return records
 
 
 def scored_alone(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, one: Item
-) -> dict[str, Any]:
+) -> ChoiceRecord:
     [record] = score_items(model, tokenizer, [one])
     return record
 
@@ -107,8 +110,8 @@ def test_each_choice_scores_as_if_read_alone(
 ) -> None:
     record = scored_alone(model, tokenizer, ITEMS[name])
     expected = list(plain_scores(reference, tokenizer, ITEMS[name]))
-    assert record["log_likelihoods"] == pytest.approx([score for score, _ in expected], abs=NATS)
-    assert record["greedy"] == [greedy for _, greedy in expected]
+    assert record.log_likelihoods == pytest.approx([score for score, _ in expected], abs=NATS)
+    assert record.greedy == tuple(greedy for _, greedy in expected)
 
 
 def test_the_model_of_these_tests_depends_on_its_context(
@@ -135,10 +138,10 @@ def test_packing_does_not_change_scores(
     alone = [scored_alone(model, tokenizer, one) for one in items]
     monkeypatch.setattr(pipelines.evaluation.scoring, "PACK_TOKENS", pack_tokens)
     together = score_items(model, tokenizer, items)
-    assert [record["id"] for record in together] == [one.id for one in items]
+    assert [record.id for record in together] == [one.id for one in items]
     for one, other in zip(together, alone, strict=True):
-        assert one["log_likelihoods"] == pytest.approx(other["log_likelihoods"], abs=NATS)
-        assert one["greedy"] == other["greedy"]
+        assert one.log_likelihoods == pytest.approx(other.log_likelihoods, abs=NATS)
+        assert one.greedy == other.greedy
 
 
 def test_the_order_of_the_choices_does_not_change_scores(
@@ -146,8 +149,8 @@ def test_the_order_of_the_choices_does_not_change_scores(
 ) -> None:
     one = ITEMS["four answers"]
     reversed_item = Item(one.benchmark, one.id, one.context, tuple(reversed(one.choices)), 3)
-    scores = scored_alone(model, tokenizer, one)["log_likelihoods"]
-    found = scored_alone(model, tokenizer, reversed_item)["log_likelihoods"]
+    scores = scored_alone(model, tokenizer, one).log_likelihoods
+    found = scored_alone(model, tokenizer, reversed_item).log_likelihoods
     assert found == pytest.approx(scores[::-1], abs=NATS)
 
 
@@ -159,7 +162,7 @@ def test_the_likeliest_answer_is_greedy(
     count: int,
 ) -> None:
     context, answer = greedy_answer(reference, tokenizer, count)
-    assert scored_alone(model, tokenizer, item(context, answer, answer + "#"))["greedy"][0] is True
+    assert scored_alone(model, tokenizer, item(context, answer, answer + "#")).greedy[0] is True
 
 
 def greedy_answer(
@@ -188,9 +191,9 @@ def test_a_record_identifies_its_question_and_has_the_length_of_the_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     record = scored_alone(model, tokenizer, item("Größe:", " 0 µm", " ∞", gold=1))
-    assert record["bytes"] == [6, 4]
-    assert (record["kind"], record["benchmark"]) == ("general", "piqa")
-    assert (record["id"], record["gold"]) == ("piqa/Größe:", 1)
+    assert record.bytes == (6, 4)
+    assert (record.kind, record.benchmark) == ("general", "piqa")
+    assert (record.id, record.gold) == ("piqa/Größe:", 1)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +235,7 @@ def test_the_digest_of_an_example_covers_its_tokens_and_its_supervision(
         {**first, "supervised": [not one for one in first["supervised"]]},
     ]
     records = score_examples(CheckedReader(model), [first, second, *others, first])
-    digests = [record["prompt_sha256"] for record in records]
+    digests = [record.prompt_sha256 for record in records]
     assert digests[0] == digests[4] == digest([first["input_ids"], first["supervised"]])
     assert len(set(digests)) == 4
 
@@ -241,7 +244,7 @@ def test_an_example_scores_the_plain_loss(
     model: PreTrainedModel, reference: PreTrainedModel, examples: Sequence[dict[str, Any]]
 ) -> None:
     records = list(score_examples(CheckedReader(model), examples))
-    assert [(record["kind"], record["id"]) for record in records] == [
+    assert [(record.kind, record.id) for record in records] == [
         ("task", number) for number in range(len(examples))
     ]
     for record, example in zip(records, examples, strict=True):
@@ -250,5 +253,5 @@ def test_an_example_scores_the_plain_loss(
             logits = reference(input_ids=ids[None], use_cache=False).logits[0]
         labels = ids.where(torch.tensor(example["supervised"]), -100)
         loss = torch.nn.functional.cross_entropy(logits[:-1].double(), labels[1:], reduction="sum")
-        assert record["nll"] == pytest.approx(float(loss), abs=NATS)
-        assert record["tokens"] == sum(example["supervised"])
+        assert record.nll == pytest.approx(float(loss), abs=NATS)
+        assert record.tokens == sum(example["supervised"])

@@ -20,7 +20,7 @@ from pipelines.errors import DataError
 from pipelines.runtime.child import execute_stages
 
 def work(folder, inputs, paths):
-    with paths.required("source").open("a") as log:
+    with paths.required("data").open("a") as log:
         log.write(inputs.does + " ")
     if inputs.does == "refuses":
         raise DataError("the data has no rows; give some")
@@ -42,7 +42,7 @@ SyntheticStage = Stage[SyntheticInputs, SyntheticResult]
 def stages(tmp_path: Path) -> dict[str, SyntheticStage]:
     """Return stages by what they do; `begin` was called on each."""
     stages = {}
-    paths = StagePaths(source=str(tmp_path / "log"))
+    paths = StagePaths(data=str(tmp_path / "log"))
     for does in ("works", "refuses", "fails", "stops", "works too"):
         label = does.replace(" ", "-")
         inputs = SyntheticInputs(does=does)
@@ -60,7 +60,7 @@ def run(stages: dict[str, SyntheticStage], *names: str) -> Any:
 
 
 def log(stages: dict[str, SyntheticStage]) -> list[str]:
-    return stages["works"].paths.required("source").read_text().split()
+    return stages["works"].paths.required("data").read_text().split()
 
 
 def test_every_stage_has_its_result(stages: dict[str, SyntheticStage]) -> None:

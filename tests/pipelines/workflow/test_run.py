@@ -57,7 +57,7 @@ class TestRun:
         assert sorted(values["registered"]["versions"].values()) == [1, 2]
         assert values["champion"] in ("rank-2", "rank-4")
         assert set(values["registered"]["aliases"]) == {"candidate", "champion"}
-        kinds = {"base", "data", "plan", "train", "cut", "evaluate", "register"}
+        kinds = {"base", "data", "check", "plan", "train", "cut", "evaluate", "register"}
         assert {entry["name"].split()[0] for entry in values["stages"]} == kinds
         points = ["control", "rank-2", "rank-4", "control@2", "rank-2@2", "rank-4@2", "rank-4→1"]
         assert [point["label"] for point in values["frontier"]] == points

@@ -1,0 +1,185 @@
+"""Rows to tokenized examples, in batches and on all cores; the result is in Arrow files.
+
+A row becomes one example or, if the chat template rewrites earlier turns, one for each answer. A
+row that cannot be learned as written becomes an entry with its error.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, List, Value
+from transformers import PreTrainedTokenizerBase
+
+from pipelines.config.data_section import DataSection
+from pipelines.data.rendering.example import Example
+from pipelines.data.rendering.renderer import Renderer
+from pipelines.data.rows import PLACE, ROW, SourceRows
+from pipelines.data.schemas.schema import Schema
+from pipelines.errors import DataError
+from pipelines.runtime.interfaces.results import SourceFacts
+from pipelines.runtime.stage import digest
+
+BATCH_ROWS = 1000
+ROWS_PER_PROCESS = 20_000
+"""Fewer are encoded by one process: starting another takes longer."""
+NO_TOKEN = -1
+STORED = {
+    "input_ids": List(Value("int32")),
+    "supervised": List(Value("bool")),
+    "prompt_tokens": Value("int32"),
+    "reference": Value("large_string"),
+    "group": Value("string"),
+    "was_cut": Value("bool"),
+    "length": Value("int32"),
+    "supervised_tokens": Value("int32"),
+}
+"""Columns of the prepared splits."""
+TEMPORARY = {
+    "key": Value("string"),
+    "end_token": Value("int32"),
+    "notes": List(Value("string")),
+    "error": Value("large_string"),
+    "place": Value("string"),
+}
+"""Columns that only preparation uses. `key` is a digest of tokens and supervision; `error` is empty
+for an example."""
+FEATURES = Features({**STORED, **TEMPORARY})
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Encodes batches of rows of one source."""
+
+    schema: Schema
+    tokenizer: PreTrainedTokenizerBase
+    settings: DataSection
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.tokenizer, self.settings)
+
+    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
+        """Return the columns of a batch's examples and errors."""
+        rows = [json.loads(text) for text in batch[ROW]]
+        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        for place, outcome in zip(batch[PLACE], self.encode(rows), strict=True):
+            if isinstance(outcome, DataError):
+                _append(columns, _failed(str(outcome), place))
+                continue
+            for example in outcome:
+                _append(columns, _stored(example, place))
+        return columns
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Example, ...] | DataError]:
+        """Return the examples of each row, or why it cannot be learned."""
+        outcomes: list[tuple[Example, ...] | DataError] = []
+        parsed = []
+        positions = []
+        for row in rows:
+            try:
+                parsed.append(self.schema.parse(row))
+            except DataError as error:
+                outcomes.append(error)
+                continue
+            positions.append(len(outcomes))
+            outcomes.append(())
+        for position, outcome in zip(positions, self._renderer.render(parsed), strict=True):
+            outcomes[position] = self._grouped(rows[position], outcome)
+        return outcomes
+
+    def _grouped(
+        self, row: Mapping[str, Any], outcome: tuple[Example, ...] | DataError
+    ) -> tuple[Example, ...] | DataError:
+        """Return the examples of a row, in the group that the recipe's column names."""
+        column = self.settings.group_column
+        if column is None or isinstance(outcome, DataError):
+            return outcome
+        group = row.get(column)
+        if group is None:
+            return DataError(
+                f"has no value in the column {column!r}, which data.group_column names; fill it, "
+                "or remove the row"
+            )
+        return tuple(replace(example, group=str(group)) for example in outcome)
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """The examples of one source."""
+
+    facts: SourceFacts
+    rows: int
+    """That were encoded."""
+    examples: Dataset
+    """See FEATURES."""
+    weight: float = 1.0
+    """How often each training example occurs in an epoch."""
+    held_out: bool = False
+    """These are the user's own validation rows."""
+
+
+def encode(rows: SourceRows, encoder: RowEncoder, file: Path) -> Dataset:
+    """Return the examples and errors of a source; `file` is where they are stored meanwhile."""
+    return rows.table.map(
+        encoder,
+        batched=True,
+        batch_size=BATCH_ROWS,
+        num_proc=_processes(len(rows)),
+        remove_columns=rows.table.column_names,
+        features=FEATURES,
+        cache_file_name=str(file),
+        new_fingerprint=digest(str(file))[:16],
+    )
+
+
+def _processes(rows: int) -> int | None:
+    """Return the number of processes; None for this one."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    count = min(available, rows // ROWS_PER_PROCESS)
+    return count if count > 1 else None
+
+
+def _append(columns: dict[str, list[Any]], values: Mapping[str, Any]) -> None:
+    for name, column in columns.items():
+        column.append(values[name])
+
+
+def _stored(example: Example, place: str) -> dict[str, Any]:
+    return {
+        "input_ids": example.input_ids,
+        "supervised": example.supervised,
+        "prompt_tokens": example.prompt_tokens,
+        "reference": example.reference,
+        "group": example.group,
+        "was_cut": example.was_cut,
+        "length": len(example.input_ids),
+        "supervised_tokens": sum(example.supervised),
+        "key": digest([example.input_ids, example.supervised]),
+        "end_token": NO_TOKEN if example.end_token is None else example.end_token,
+        "notes": list(example.notes),
+        "error": "",
+        "place": place,
+    }
+
+
+def _failed(error: str, place: str) -> dict[str, Any]:
+    return {
+        "input_ids": [],
+        "supervised": [],
+        "prompt_tokens": 0,
+        "reference": "",
+        "group": "",
+        "was_cut": False,
+        "length": 0,
+        "supervised_tokens": 0,
+        "key": "",
+        "end_token": NO_TOKEN,
+        "notes": [],
+        "error": error,
+        "place": place,
+    }

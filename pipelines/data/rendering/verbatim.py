@@ -1,0 +1,157 @@
+"""Texts without a chat template: plain texts, pairs, and rows that are already rendered.
+
+A text gets the tokens that the tokenizer puts before a text, such as BOS, and one token that ends
+it.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from pipelines.data.rendering.endings import QUESTION, Ending
+from pipelines.data.rendering.templates import ChatTemplate
+from pipelines.data.rendering.token_positions import SpecialTokens
+from pipelines.data.rendering.turns import Rendering
+from pipelines.errors import DataError
+
+_MARK = re.compile(r"<[^<>\s]+>|\[/?[A-Z_]+\]")
+"""A mark of a template that need not be a special token, such as `<|assistant|>` or `[/INST]`."""
+
+
+@dataclass(frozen=True)
+class QuestionMarks:
+    """What a chat template writes around a question."""
+
+    before: str
+    after: str
+    """Through the start of the answer."""
+    opening: str
+    """What it writes only to open the answer."""
+
+
+class VerbatimRenderer:
+    """Renders texts as they are."""
+
+    def __init__(
+        self, template: ChatTemplate | None, ending: Ending | None, special: SpecialTokens
+    ) -> None:
+        """Use the chat template, if there is one, only to recognize rows that it has rendered."""
+        self._template = template
+        self._ending = ending
+        self._special = special
+
+    def text(self, text: str) -> Rendering:
+        """Return a text, all of which is supervised.
+
+        Raises:
+            DataError: it needs an end token, and the tokenizer has none.
+        """
+        if self._is_rendered_text(text):
+            return self._rendered(text, 0, text)
+        return self._closed(text, 0, text, self._eos(text))
+
+    def pair(self, prompt: str, completion: str) -> Rendering:
+        """Return a prompt directly followed by its completion, which is supervised."""
+        end = self._eos(completion)
+        return self._closed(prompt + completion, len(prompt), completion, end)
+
+    def rendered_pair(self, prompt: str, completion: str) -> Rendering | None:
+        """Return a pair whose prompt the template has already rendered; None if it has not."""
+        if self._marks is None:
+            return None
+        endings = (self._marks.after, self._marks.opening)
+        if not any(_MARK.search(one) and prompt.endswith(one) for one in endings):
+            return None
+        return self._rendered(prompt + completion, len(prompt), completion)
+
+    def _is_rendered_text(self, text: str) -> bool:
+        """Return whether a text contains what the template writes to open a turn."""
+        if self._marks is None:
+            return False
+        ends = {self._special.bos, self._special.eos}
+        written = self._special.pattern.findall(self._marks.before + self._marks.opening)
+        marks = set(written) - ends
+        if _MARK.search(self._marks.opening):
+            marks.add(self._marks.opening.strip())
+        return any(mark in text for mark in marks)
+
+    def _rendered(self, text: str, prompt: int, answer: str) -> Rendering:
+        stripped = text.rstrip()
+        ends = self._ends_of_answer()
+        present = [end for end in ends if stripped.endswith(end)]
+        if not present:
+            end = next(iter(ends), "") or self._eos(answer)
+            rendering = self._closed(text, prompt, answer, end)
+        else:
+            rendering = self._already_closed(text, prompt, answer, present[0])
+        is_without_bos = self._marks is not None and not self._starts_with_bos(self._marks.before)
+        has_prefix = rendering.has_prefix and not is_without_bos
+        return replace(rendering, notes=("already rendered",), has_prefix=has_prefix)
+
+    def _closed(self, text: str, prompt: int, answer: str, end: str) -> Rendering:
+        """Return a text with one end token, which is appended unless the text ends with it."""
+        if text.endswith(end):
+            return self._already_closed(text, prompt, answer, end)
+        return Rendering(
+            text,
+            ((prompt, len(text)),),
+            prompt,
+            answer,
+            end=end,
+            is_end_appended=True,
+            has_prefix=not self._starts_with_bos(text),
+        )
+
+    def _already_closed(self, text: str, prompt: int, answer: str, end: str) -> Rendering:
+        """Return a text that ends with its end token, maybe followed by whitespace."""
+        span_end = len(text)
+        reference = answer
+        if prompt > 0:
+            span_end = len(text.rstrip())
+            reference = answer.rstrip().removesuffix(end)
+        return Rendering(
+            text,
+            ((prompt, span_end),),
+            prompt,
+            reference,
+            end=end,
+            has_prefix=not self._starts_with_bos(text),
+        )
+
+    def _starts_with_bos(self, text: str) -> bool:
+        return self._special.bos is not None and text.startswith(self._special.bos)
+
+    def _ends_of_answer(self) -> list[str]:
+        """Return the tokens that can end an answer, first the one that the template writes."""
+        ends = list[str]()
+        if self._ending and self._ending.closing:
+            ends.append(self._special.last_in(self._ending.closing))
+        if self._special.eos is not None:
+            ends.append(self._special.eos)
+        return ends
+
+    def _eos(self, text: str) -> str:
+        if self._special.eos is None:
+            raise DataError(
+                f"has the text {text[:40]!r}, after which the model must learn to end, but the "
+                "base's tokenizer has no eos_token; set data.eos_token"
+            )
+        return self._special.eos
+
+    @cached_property
+    def _marks(self) -> QuestionMarks | None:
+        """What the template writes around a question; None if it does not take one alone."""
+        if self._template is None:
+            return None
+        try:
+            prompt = self._template.render([QUESTION], opens_answer=True)
+            alone = self._template.render([QUESTION])
+        except DataError:
+            return None
+        before, found, after = prompt.partition(QUESTION.content)
+        if not found:
+            return None
+        opening = ""
+        if prompt.startswith(alone):
+            opening = prompt[len(alone) :]
+        return QuestionMarks(before, after, opening)

@@ -1,0 +1,1 @@
+"""From a row to a conversation or a text, for every common layout of columns."""

@@ -1,0 +1,1 @@
+"""From a file, folder, address or data set to its rows as written."""
