@@ -5,26 +5,32 @@ from typing import cast
 
 from torch import nn
 
-from lora_core.base.quant import disable_cpu_repacking
-from lora_core.base.sharing import memory_of
+from lora_core.base.quant import base_weight, check_computes_linear, disable_cpu_repacking
 from lora_core.calibration.data_driven import Original, check_init_inputs, initialize_from_inputs
 from lora_core.calibration.eva import Batches
 from lora_core.config import LoraConfig
+from lora_core.coverage import computing_embeddings, refuse_unused_copy
 from lora_core.errors import TargetError
 from lora_core.layers.conv import LoraConv2d
 from lora_core.layers.embedding import LoraEmbedding
 from lora_core.layers.experts import LoraExperts, expert_targets
 from lora_core.layers.linear import LoraLayer, LoraLinear
-from lora_core.layers.trained import TiedHead, TrainedBias, TrainedModule, TrainedRows
+from lora_core.layers.trained import (
+    TiedEmbedding,
+    TiedHead,
+    TrainedBias,
+    TrainedModule,
+    TrainedRows,
+)
 from lora_core.modules import (
     adapter_parts,
     module_at,
-    output_head,
     plain_modules,
     replace_module,
     unwrapped,
 )
-from lora_core.planning import named_modules
+from lora_core.planning import named_modules, users_of_weight
+from lora_core.saving import guard_saving
 from lora_core.targets import Target
 from lora_core.validation import plan_adapter
 
@@ -89,11 +95,15 @@ def _build_uninitialized_parts(
             module = module_at(model, target.name)
             layers[target.name] = _build_layer(module, target, config, seed)
     saved = named_modules(model, config.modules_to_save, "modules_to_save")
+    for name, module in saved.items():
+        if isinstance(module, nn.Embedding):
+            refuse_unused_copy(name, _computing_embeddings(model, name, module))
     full_modules: Parts = {name: TrainedModule(module, name) for name, module in saved.items()}
     rows = _build_rows(model, config.trainable_token_indices)
     experts = _build_experts(model, config, seed)
     _check_no_overlap(layers, full_modules, rows, experts)
-    parts = {**layers, **full_modules, **rows, **experts}
+    named = {**layers, **full_modules, **rows, **experts}
+    parts = {**_build_tied_embeddings(model, layers, named), **named}
     return {**parts, **_build_biases(model, config, parts)}
 
 
@@ -102,6 +112,7 @@ def place_parts(model: nn.Module, parts: Parts) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     disable_cpu_repacking(model)
+    guard_saving(model)
     for name, part in parts.items():
         replace_module(model, name, part)
 
@@ -126,8 +137,30 @@ def _build_layer(module: nn.Module, target: Target, config: LoraConfig, seed: in
         layer = LoraConv2d(module, target, config)
     else:
         layer = LoraLinear(module, target, config)
+        check_computes_linear(module, layer.frozen, target.name)
     layer.reset(target.name, config, seed)
     return layer
+
+
+def _build_tied_embeddings(model: nn.Module, layers: Parts, named: Parts) -> Parts:
+    """Build the parts of embeddings that compute with a weight which an adapted one only holds.
+
+    An embedding that the config names has its own part.
+    """
+    parts: Parts = {}
+    for name, layer in layers.items():
+        if isinstance(layer, LoraEmbedding):
+            computing = _computing_embeddings(model, name, layer.base)
+            for path, embedding in computing.items():
+                if path not in named:
+                    parts[path] = TiedEmbedding(embedding, path, layer)
+    return parts
+
+
+def _computing_embeddings(
+    model: nn.Module, name: str, module: nn.Module
+) -> dict[str, nn.Embedding]:
+    return computing_embeddings(model, name, users_of_weight(model, module))
 
 
 def _build_experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
@@ -147,22 +180,41 @@ def _build_experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
 
 
 def _build_rows(model: nn.Module, rows_by_name: Mapping[str, tuple[int, ...]]) -> Parts:
-    """Build the trained rows of embeddings, and the heads that share the storage of one."""
+    """Build the trained rows of embeddings, and the modules that share the weight of one."""
     parts: Parts = {}
-    path_of = {module: path for path, module in plain_modules(model).items()}
     for name, rows in rows_by_name.items():
-        head = output_head(unwrapped(model))
         for path, module in named_modules(model, [name], "trainable_token_indices").items():
             trained = TrainedRows(module, path, rows)
-            parts[path] = trained
-            if head is not None and _is_tied(head, module):
-                parts[path_of[head]] = TiedHead(head, trained)
+            tied = {
+                user_path: _tied_part(user, user_path, trained)
+                for user_path, user in users_of_weight(model, module).items()
+            }
+            _check_one_owner(path, [*parts], tied)
+            parts |= {path: trained, **tied}
     return parts
 
 
-def _is_tied(head: nn.Module, embedding: nn.Module) -> bool:
-    """Return whether `head` is another module that shares the storage of the embedding."""
-    return head is not embedding and memory_of(head.weight) == memory_of(embedding.weight)
+def _tied_part(module: nn.Module, path: str, rows: TrainedRows) -> nn.Module:
+    """Return the part for another module that has the weight of the embedding with trained rows."""
+    if isinstance(module, nn.Embedding):
+        return TiedEmbedding(module, path, rows)
+    if base_weight(module) is not None:
+        return TiedHead(module, rows)
+    raise TargetError(
+        f"trainable_token_indices trains rows of a weight that {path}, a {type(module).__name__}, "
+        "has too, and only embeddings and linear layers can use trained rows; "
+        "untie that weight first"
+    )
+
+
+def _check_one_owner(path: str, others: list[str], tied: Parts) -> None:
+    """Raise if two names select embeddings that share a weight: it has one set of trained rows."""
+    for other in others:
+        if other in tied:
+            raise TargetError(
+                f"trainable_token_indices names {other} and {path}, which share one weight; "
+                "name only one of them, such as the embedding that get_input_embeddings returns"
+            )
 
 
 def _build_biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:

@@ -1,12 +1,36 @@
 """Find and replace modules by path, ignoring wrappers of compilation and data parallelism."""
 
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 COMPILED = "_orig_mod"
+WRAPPED = (COMPILED, "module")
+"""Names under which wrappers of compilation and data parallelism hold the model."""
+WRAPPER_PACKAGES = (
+    "torch._dynamo",
+    "torch.nn.parallel",
+    "torch.distributed",
+    "torch.optim",
+    "accelerate",
+    "deepspeed",
+)
+"""Packages that define these wrappers; a child of that name in any other class is a module."""
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+"""Attributes of a module that hold what was registered to run around its forward and backward."""
+FULL_BACKWARD = "_is_full_backward_hook"
+"""Attribute of a module that records the kind of its backward hooks."""
 Named = TypeVar("Named")
 
 
@@ -19,10 +43,46 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at the plain path `name`, keeping its mode of training or evaluation."""
+    """Put `module` at the plain path `name`, with the mode and the hooks of the module there.
+
+    Hooks belong to the path: they see the inputs and outputs of whatever computes there, once per
+    call. Their handles stay valid.
+    """
     parent, _, child = name.rpartition(".")
-    module.train(module_at(model, name).training)
+    replaced = module_at(model, name)
+    module.train(replaced.training)
+    if module is not replaced:
+        _move_hooks(replaced, module)
     setattr(module_at(model, parent), child, module)
+
+
+def base_attribute(part: nn.Module, name: str) -> Any:
+    """Return a public attribute that the base of `part` has itself, such as `in_features`.
+
+    Models read such attributes of their layers. What a library adds to a module for its own use
+    starts with an underscore or `ds_`, and applies to that module alone.
+
+    Raises:
+        AttributeError: the base has no such attribute.
+    """
+    base = part._modules.get("base")
+    if base is not None and not name.startswith(("_", "ds_")):
+        for attributes in (vars(base), base._buffers):
+            if name in attributes:
+                return attributes[name]
+    raise AttributeError(f"{type(part).__name__} has no attribute {name!r}")
+
+
+def hook_containers(module: nn.Module) -> list[Any]:
+    """Return the containers of the hooks of `module` and of all modules in it."""
+    return [getattr(inner, name) for inner in module.modules() for name in HOOKS]
+
+
+def clear_hooks(module: nn.Module) -> None:
+    """Give `module` no hooks; containers that it had are unchanged, as another may use them."""
+    for name in HOOKS:
+        setattr(module, name, OrderedDict())
+    setattr(module, FULL_BACKWARD, None)
 
 
 def plain_name(name: str) -> str:
@@ -33,9 +93,9 @@ def plain_name(name: str) -> str:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model without the wrappers of compilation and data parallelism.
 
-    A wrapper is a module whose only child has the name that these wrappers use.
+    A wrapper is a module of one of their classes whose only child has the name that they use.
     """
-    while list(dict(model.named_children())) in ([COMPILED], ["module"]):
+    while _is_wrapper(model):
         model = next(model.children())
     return model
 
@@ -99,6 +159,20 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Tied parameters appear once.
     """
     return dict(_without_parts(model, unwrapped(model).named_parameters()))
+
+
+def _move_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Move the containers themselves: a handle removes its hook from the container it knows."""
+    for name in (*HOOKS, FULL_BACKWARD):
+        setattr(target, name, getattr(source, name))
+    clear_hooks(source)
+
+
+def _is_wrapper(model: nn.Module) -> bool:
+    names = [name for name, _ in model.named_children()]
+    if len(names) != 1 or names[0] not in WRAPPED:
+        return False
+    return any(cls.__module__.startswith(WRAPPER_PACKAGES) for cls in type(model).__mro__)
 
 
 def _ancestors(model: nn.Module, descendant: nn.Module) -> Iterator[nn.Module]:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lora_core.base.quant import base_weight
+from lora_core.base.sharing import memory_of
 from lora_core.config import ALL_LINEAR, LoraConfig, Names, matches_end
+from lora_core.coverage import has_own_weight, refuse_partial_match
 from lora_core.errors import TargetError
 from lora_core.layers.experts import expert_targets
 from lora_core.modules import (
@@ -63,19 +65,38 @@ def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
 
 
 def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the paths of the modules that `config` selects in a model, whether adapted or not."""
+    """Return the paths of the modules that `config` selects in a model, whether adapted or not.
+
+    Raises:
+        TargetError: a pattern matches nothing, or modules that cannot be adapted among others.
+    """
     candidates = _find_candidates(model)
-    is_all_linear = config.target_modules == ALL_LINEAR
-    if is_all_linear:
+    names = _selected_names(model, config, candidates)
+    if config.exclude_modules:
+        names = _without_excluded(names, config)
+    refuse_partial_match(
+        config.target_modules, names, adaptable=candidates, modules=plain_modules(model)
+    )
+    targets = [name for name in candidates if name in set(names)]
+    if config.target_modules == ALL_LINEAR:  # a gate of width 1 has no low-rank update
+        targets = [name for name in targets if candidates[name].smaller_side > 1]
+    return targets
+
+
+def names_before_exclusion(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return the paths that `config` selects without its `exclude_modules`, adaptable or not."""
+    return _selected_names(model, config, _find_candidates(model))
+
+
+def _selected_names(
+    model: nn.Module, config: LoraConfig, candidates: Mapping[str, Candidate]
+) -> list[str]:
+    if config.target_modules == ALL_LINEAR:
         names = _all_linear_names(model, candidates, config)
     else:
         names = _names_matching(config.target_modules, model, candidates)
     if config.layers_to_transform:
         names = _names_in_blocks(names, config.layers_to_transform)
-    if config.exclude_modules:
-        names = _without_excluded(names, config)
-    if is_all_linear:  # a gate of width 1 has no low-rank update
-        names = [name for name in names if candidates[name].smaller_side > 1]
     return names
 
 
@@ -108,6 +129,17 @@ def named_modules(model: nn.Module, names: Iterable[str], what: str) -> dict[str
     return found
 
 
+def users_of_weight(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
+    """Return the other modules of `model` that have the weight of `module`, by path."""
+    key = memory_of(module.weight)
+    users: dict[str, nn.Module] = {}
+    for path, other in plain_modules(model).items():
+        weight = other._parameters.get("weight")
+        if other is not module and weight is not None and memory_of(weight) == key:
+            users[path] = other
+    return users
+
+
 def block_number(name: str) -> int | None:
     """Return the first number in a module's path: the index of its block in any common model."""
     number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
@@ -124,6 +156,8 @@ def _find_candidates(model: nn.Module) -> dict[str, Candidate]:
 
 
 def _make_candidate(module: nn.Module) -> Candidate | None:
+    if not has_own_weight(module):
+        return None
     if type(module) is nn.Conv2d:
         kernel_positions = module.kernel_size[0] * module.kernel_size[1]
         in_features = module.in_channels // module.groups * kernel_positions
@@ -142,22 +176,27 @@ def _all_linear_names(
 ) -> list[str]:
     """Return all linear layers of the language model except its head and fully trained modules.
 
-    Other modules of a multimodal model are adapted only if they are named.
+    They include linear layers that compute their weight, which `matched_names` refuses. Other
+    modules of a multimodal model are adapted only if they are named.
     """
     head = output_head(unwrapped(model))
     plain = plain_modules(model)
     towers = tuple(f"{name}." for name in modules_outside_language_model(model))
-    in_language_model = {
-        name: candidate
-        for name, candidate in candidates.items()
-        if not f"{name}.".startswith(towers)
-    }
     names = []
-    for name, candidate in in_language_model.items():
-        is_trained_fully = _is_named(name, config.modules_to_save)
-        if candidate.layer == "linear" and plain[name] is not head and not is_trained_fully:
+    for name, module in plain.items():
+        candidate = candidates.get(name)
+        is_linear = candidate is not None and candidate.layer == "linear"
+        is_computed = isinstance(module, nn.Linear) and not has_own_weight(module)
+        is_left_out = module is head or _is_named(name, config.modules_to_save)
+        is_outside = f"{name}.".startswith(towers)
+        if (is_linear or is_computed) and not (is_left_out or is_outside):
             names.append(name)
     if not names:
+        in_language_model = {
+            name: candidate
+            for name, candidate in candidates.items()
+            if not f"{name}.".startswith(towers)
+        }
         raise TargetError(
             f"target_modules={ALL_LINEAR!r} matches no linear layer; "
             f"linear layers here end in {_linear_endings(in_language_model)}"
@@ -168,15 +207,13 @@ def _all_linear_names(
 def _names_matching(
     patterns: Names, model: nn.Module, candidates: Mapping[str, Candidate]
 ) -> list[str]:
-    """Return the adaptable layers that any of the patterns matches, in model order."""
+    """Return the modules that any of the patterns matches, in model order."""
     paths = list(plain_modules(model))
     chosen: set[str] = set()
-    if isinstance(patterns, str):
-        chosen.update(_adaptable_matches(patterns, paths, candidates))
-    else:
-        for pattern in patterns:
-            chosen.update(_adaptable_matches((pattern,), paths, candidates))
-    return [name for name in candidates if name in chosen]
+    rules: list[Names] = [patterns] if isinstance(patterns, str) else [(one,) for one in patterns]
+    for rule in rules:
+        chosen.update(_matches(rule, paths, candidates))
+    return [path for path in paths if path in chosen]
 
 
 def _is_named(name: str, names: Names) -> bool:
@@ -190,13 +227,10 @@ def is_path_or_suffix(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def _adaptable_matches(
-    rule: Names, paths: list[str], candidates: Mapping[str, Candidate]
-) -> list[str]:
-    """Return the matches of one pattern that LoRA can adapt; raise if there is none."""
+def _matches(rule: Names, paths: list[str], candidates: Mapping[str, Candidate]) -> list[str]:
+    """Return the matches of one pattern; raise if LoRA can adapt none of them."""
     matches = [path for path in paths if _is_named(path, rule)]
-    adaptable = [path for path in matches if path in candidates]
-    if not adaptable:
+    if not any(path in candidates for path in matches):
         pattern = rule if isinstance(rule, str) else rule[0]
         problem = "matches no module"
         if matches:
@@ -204,7 +238,7 @@ def _adaptable_matches(
         raise TargetError(
             f"target {pattern!r} {problem}; linear layers here end in {_linear_endings(candidates)}"
         )
-    return adaptable
+    return matches
 
 
 def _names_in_blocks(names: list[str], blocks: tuple[int, ...]) -> list[str]:

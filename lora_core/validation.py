@@ -5,14 +5,13 @@ that had no effect on their training does no harm.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import nn
 
 from lora_core.config import LoraConfig
 from lora_core.errors import TargetError
 from lora_core.init.spectral import is_spectral
-from lora_core.planning import is_path_or_suffix, matched_names, plan_targets
+from lora_core.planning import is_path_or_suffix, names_before_exclusion, plan_targets
 from lora_core.targets import Target
 
 
@@ -62,7 +61,7 @@ def _check_exclusions(model: nn.Module, config: LoraConfig) -> None:
     """Raise for a name that excludes nothing if other names do."""
     if isinstance(config.exclude_modules, str) or len(config.exclude_modules) < 2:
         return  # `plan_targets` raises for a single name without effect
-    names = matched_names(model, replace(config, exclude_modules=()))
+    names = names_before_exclusion(model, config)
     for excluded in config.exclude_modules:
         if not _matches_any(excluded, names):
             raise TargetError(

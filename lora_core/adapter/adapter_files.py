@@ -32,6 +32,8 @@ STRING_KEYS = ("base", "revision", "adapter_sha256", "config_sha256")
 """Optional sidecar keys whose value is a string or null."""
 OBJECT_KEYS = ("base_digests", "lineage", "tensor_sha256")
 """Optional sidecar keys whose value is an object."""
+TRANSPOSED = "transposed_modules"
+"""Optional sidecar key: the modules of the base that store their weight as (in, out)."""
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -72,6 +74,7 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
         _check_type(path, key, values.get(key), str)
     for key in OBJECT_KEYS:
         _check_type(path, key, values.get(key, {}), dict)
+    _check_names(path, values.get(TRANSPOSED, []))
     for kind_of_storage, digest in values.get("base_digests", {}).items():
         if not isinstance(digest, str):
             raise AdapterError(
@@ -79,6 +82,15 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
                 "fetch or train the adapter again"
             )
     return values
+
+
+def _check_names(path: Path, names: Any) -> None:
+    """Refuse a sidecar value that is not a list of module paths."""
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise AdapterError(
+            f"{path} has {TRANSPOSED}={names!r}, but it must be a list of strings; "
+            "fetch or train the adapter again"
+        )
 
 
 def _check_type(path: Path, key: str, value: Any, kind: type) -> None:

@@ -1,5 +1,6 @@
 """Checks between a config, a model and an adapter's tensors, before a save or a load."""
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -85,17 +86,34 @@ def check_keys(tensors: dict[str, Tensor], expected: dict[str, nn.Parameter], fo
         )
 
 
+def warn_of_untrained(tensors: dict[str, Tensor]) -> None:
+    """Warn about zero updates next to trained ones: the model did not use these layers."""
+    zero, trained = _zero_and_trained(tensors)
+    if zero and trained:
+        warnings.warn(
+            f"{len(zero)} updates are zero, such as {min(zero)}, and {len(trained)} are trained: "
+            "the model did not use those layers in training; leave them out of target_modules, "
+            "or load the adapter with check_trained=False",
+            stacklevel=3,
+        )
+
+
 def check_trained(tensors: dict[str, Tensor], folder: Path) -> None:
     """Refuse a partly trained adapter, which a save of sharded tensors leaves behind."""
-    b_keys = [key for key in tensors if key.endswith(".lora_B.weight")]
-    zero = [key for key in b_keys if not tensors[key].any()]
-    trained = len(b_keys) - len(zero)
+    zero, trained = _zero_and_trained(tensors)
     if zero and trained:
         raise AdapterError(
-            f"{folder} has {len(zero)} zero updates, such as {min(zero)}, and {trained} trained "
-            "ones; save it again from gathered tensors, or pass check_trained=False if those "
-            "layers were never used"
+            f"{folder} has {len(zero)} zero updates, such as {min(zero)}, and {len(trained)} "
+            "trained ones; save it again from gathered tensors, or pass check_trained=False if "
+            "those layers were never used"
         )
+
+
+def _zero_and_trained(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Return the keys of the factors B that are zero, and of those that are not."""
+    b_keys = [key for key in tensors if key.endswith(".lora_B.weight")]
+    zero = [key for key in b_keys if not tensors[key].any()]
+    return zero, [key for key in b_keys if key not in zero]
 
 
 def path_ends_with(path: str, names: Collection[str]) -> bool:

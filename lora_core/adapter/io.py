@@ -16,6 +16,7 @@ from lora_core.adapter.adapter_files import (
     CONFIG,
     IDENTITY,
     PREFIX,
+    TRANSPOSED,
     WEIGHTS,
     check_digests,
     check_fingerprint,
@@ -25,17 +26,21 @@ from lora_core.adapter.adapter_files import (
     read_identity,
     read_tensors,
 )
-from lora_core.adapter.checks import check_injected, check_keys
+from lora_core.adapter.checks import check_injected, check_keys, warn_of_untrained
 from lora_core.adapter.checks import check_trained as check_all_trained
 from lora_core.adapter.peft_compat import (
+    refuse_rows_of_one_user,
     refuse_single_experts,
     warn_of_misread_names,
+    warn_of_shared_embedding,
     without_base_copies,
     without_guessed_heads,
 )
 from lora_core.adapter.peft_config import peft_config, read_config
 from lora_core.base.identity import fingerprint
+from lora_core.base.quant import transposed_modules
 from lora_core.config import LoraConfig
+from lora_core.errors import AdapterError
 from lora_core.files import atomic_folder, write_json
 from lora_core.init.spectral import is_spectral
 from lora_core.injection import Parts, build_parts, lora_layers, place_parts
@@ -78,8 +83,10 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
     check_injected(model, config)
     names = list(dict(lora_layers(model)))
     warn_of_misread_names(model, names)
+    warn_of_shared_embedding(model)
     config = _independent_of_order(_as_written(config), [*names, *_stacks(model)])
     check_values(tensors, "the model")
+    warn_of_untrained(tensors)
     kind, digest = fingerprint(model)
     base = {"base_model_name_or_path": identity.base, "revision": identity.revision or None}
     with atomic_folder(folder) as aside:
@@ -91,6 +98,7 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
             "revision": identity.revision,
             "lineage": identity.lineage,
             "base_digests": {**identity.base_digests, kind: digest},
+            TRANSPOSED: transposed_modules(model),
             **digests,
         }
         write_json(aside / IDENTITY, sidecar)
@@ -140,7 +148,9 @@ def open_adapter(
     if check_trained:
         check_all_trained(tensors, folder)
     identity = read_identity(folder)
-    if identity is not None:
+    if identity is None:
+        refuse_rows_of_one_user(model, parts, folder)
+    else:
         check_digests(folder, identity)
         if check_base:
             check_fingerprint(*fingerprint(model), adapter=folder, identity=identity)
@@ -157,6 +167,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             a, b = layer.factors()
             found[f"{PREFIX}{name}.lora_A.weight"] = a
             found[f"{PREFIX}{name}.lora_B.weight"] = b
+    for key, tensor in found.items():
+        if tensor.is_meta:
+            raise AdapterError(
+                f"{key} is on the meta device, so its values cannot be saved: the adapter is "
+                "offloaded; offload the base before injection instead, or do not offload"
+            )
     return {
         key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in found.items()
     }

@@ -14,7 +14,8 @@ from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
 from lora_core.injection import Parts
 from lora_core.layers.expert_layout import supports
-from lora_core.modules import plain_modules, unwrapped
+from lora_core.layers.trained import TiedEmbedding, TrainedRows
+from lora_core.modules import adapter_parts, plain_modules, unwrapped
 
 CLASSIFIERS = ("classifier", "score")
 """Names under which PEFT looks for the head of any classifier."""
@@ -42,6 +43,49 @@ def warn_of_misread_names(model: nn.Module, names: list[str]) -> None:
         f"for other programs, or leave {', '.join(sorted(READ_AS_STACKS))} out of the targets",
         stacklevel=3,
     )
+
+
+def warn_of_shared_embedding(model: nn.Module) -> None:
+    """Warn if PEFT would apply what an embedding trains to fewer modules than this library."""
+    narrower = _narrower_in_peft(model, dict(adapter_parts(model)))
+    if narrower is not None:
+        warnings.warn(
+            f"PEFT applies what is trained of a shared embedding to one module and not to "
+            f"{narrower}, so its outputs differ; load the adapter with lora_core, merge it for "
+            "other programs, or name the embeddings of encoder and decoder as targets",
+            stacklevel=3,
+        )
+
+
+def refuse_rows_of_one_user(model: nn.Module, parts: Parts, folder: Path) -> None:
+    """Refuse PEFT's rows of an embedding that shares its weight, which PEFT trained for it alone.
+
+    Raises:
+        AdapterError: this library would use the rows in the other users of the weight too.
+    """
+    narrower = _narrower_in_peft(model, parts)
+    if narrower is not None:
+        raise AdapterError(
+            f"{folder} has an embedding that PEFT trained for one user of a shared weight, and "
+            f"here {narrower} would use it too; merge the adapter with PEFT, or train it on the "
+            "embedding that get_input_embeddings returns"
+        )
+
+
+def _narrower_in_peft(model: nn.Module, parts: Parts) -> str | None:
+    """Return a module that uses another embedding's training here and not in PEFT, if any.
+
+    PEFT shares only trained rows, and only those of the model's input embedding.
+    """
+    getter = getattr(unwrapped(model), "get_input_embeddings", None)
+    found = None if getter is None else getter()
+    source = getattr(found, "base", found)
+    for path, part in parts.items():
+        if isinstance(part, TiedEmbedding):
+            is_shared = isinstance(part.embedding, TrainedRows) and part.embedding.base is source
+            if not is_shared:
+                return path
+    return None
 
 
 def refuse_single_experts(tensors: dict[str, Tensor], model: nn.Module, folder: Path) -> None:

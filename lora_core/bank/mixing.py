@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_core.bank.routing import Routing, Rows
-from lora_core.base.quant import BaseWeight
+from lora_core.base.quant import BaseWeight, has_custom_forward
 from lora_core.layers.experts import LoraExperts, autocast_dtype
 from lora_core.layers.linear import LoraLinear
 
@@ -49,7 +49,7 @@ class Mixed(nn.Module):
             self.route.check(x)
         rows = [self.route.rows(name, x.device) for name in self.names]
         linear = [layer for layer in self.layers if isinstance(layer, LoraLinear)]
-        if len(linear) == len(self.layers):
+        if len(linear) == len(self.layers) and not has_custom_forward(self.base):
             return _mixed_linear(x, linear, rows)
         y: Tensor = self.base(x, *arguments)
         for layer, own in zip(self.layers, rows, strict=True):
@@ -125,7 +125,7 @@ def _with_extras(
     outputs: list[Tensor] = []
     indices: list[Tensor] = []
     for rows, layer in extended:
-        own_bias = None if layer.bias is None else layer.bias.to(y.dtype)
+        own_bias = None if layer.plain_bias is None else layer.plain_bias.to(y.dtype)
         outputs.append(layer.add_extras(rows.of(y), own_bias))
         indices.append(rows.indices)
     total = y if bias is None else y + bias

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_core.base.quant import Kind, kind_of
 from lora_core.base.weight_files import mapped_tensors, open_checkpoint
+from lora_core.errors import CheckpointError
 from lora_core.modules import plain_parameters
 
 SAMPLES_PER_TENSOR = 256
@@ -25,8 +26,18 @@ def fingerprint(model: nn.Module) -> tuple[Kind, str]:
     """Return how the model's linear layers are stored and the digest of its frozen weights.
 
     An injected adapter is ignored: the base model is identified.
+
+    Raises:
+        CheckpointError: a weight is on the meta device.
     """
     tensors = {name: parameter.detach() for name, parameter in plain_parameters(model).items()}
+    offloaded = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
+    if offloaded is not None:
+        raise CheckpointError(
+            f"{offloaded} is on the meta device, so the model has no fingerprint: it is offloaded "
+            "or was built without weights; load it without offloading, "
+            "or pass check_base=False where an adapter is loaded"
+        )
     return kind_of(model), digest_of(tensors)
 
 

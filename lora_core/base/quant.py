@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from lora_core.base.nf4 import dequantized_weight
 from lora_core.errors import TargetError
+from lora_core.modules import plain_modules
 
 Kind = Literal["dense", "nf4", "fp4", "int8"]
 
@@ -77,7 +78,7 @@ class DenseWeight:
         return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.module.weight.to(dtype)
+        return loaded(self.module.weight, self.module).to(dtype)
 
     def as_stored(self, weight: Tensor) -> Tensor:
         return weight
@@ -116,7 +117,7 @@ class TransposedWeight:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        weight = self.module.weight.to(x.dtype)
+        weight = loaded(self.module.weight, self.module).to(x.dtype)
         y = rows @ weight if bias is None else torch.addmm(bias, rows, weight)
         return y.view(*x.shape[:-1], weight.shape[1])
 
@@ -124,7 +125,7 @@ class TransposedWeight:
         return y.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        transposed: Tensor = self.module.weight.T
+        transposed: Tensor = loaded(self.module.weight, self.module).T
         return transposed.to(dtype)
 
     def as_stored(self, weight: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class FourBitWeight:
         return x.dtype
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return dequantized_weight(self.module.weight, dtype)
+        return dequantized_weight(loaded(self.module.weight, self.module), dtype)
 
     def as_stored(self, weight: Tensor) -> Tensor:
         raise TypeError("4-bit codes are not a dense tensor")
@@ -200,6 +201,7 @@ class Int8Weight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         from bitsandbytes.functional import int8_vectorwise_dequant
 
+        loaded(self.module.weight, self.module)
         self._load_codes()
         dense: Tensor = int8_vectorwise_dequant(self.module.state.CB, self.module.state.SCB)
         return dense.to(dtype)
@@ -212,6 +214,38 @@ class Int8Weight:
         self.module.state.is_training = self.module.training
         if self.module.weight.CB is not None:
             self.module.init_8bit_state()
+
+
+def has_custom_forward(module: nn.Module) -> bool:
+    """Return whether the instance has another forward than its class, as offloading installs.
+
+    Its output then is what that forward computes, so it must be called.
+    """
+    return "forward" in vars(module)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device on which `module` computes; an offloaded weight itself is on `meta`."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return weight.device if device is None or not weight.is_meta else torch.device(device)
+
+
+def loaded(weight: Tensor, module: nn.Module) -> Tensor:
+    """Return `weight` of `module` unless accelerate has offloaded it.
+
+    A weight of a model that was built on the meta device, for planning, is returned.
+
+    Raises:
+        TargetError: the weight is offloaded, so its values cannot be read.
+    """
+    if weight.is_meta and has_custom_forward(module):
+        raise TargetError(
+            f"the weight of a {type(module).__name__} of shape {tuple(weight.shape)} is offloaded, "
+            "and only the layer's own forward can read it; load the base without offloading"
+        )
+    return weight
 
 
 def base_weight(module: nn.Module) -> BaseWeight | None:
@@ -243,6 +277,46 @@ def base_weight(module: nn.Module) -> BaseWeight | None:
     return TransposedWeight(module) if _is_conv1d(module) else None
 
 
+def check_computes_linear(module: nn.Module, weight: BaseWeight, name: str) -> None:
+    """Refuse a dense layer whose output on a few random rows is not x W0ᵀ + bias.
+
+    An update would be added to something else, and a merge would change the output in another way.
+    A class can compute it for some instances only, such as those with a factor of 1.
+
+    Raises:
+        TargetError: the output differs.
+    """
+    is_plain = type(module) is nn.Linear and not has_custom_forward(module)
+    if is_plain or weight.kind != "dense" or weight.stored.is_meta:
+        return
+    try:
+        is_product = _matches_product(module, weight.stored, weight.dense(weight.stored.dtype))
+    except Exception:  # noqa: BLE001 - a forward with other arguments is not a linear layer's
+        is_product = False
+    if not is_product:
+        raise TargetError(
+            f"{name} is a {type(module).__name__} whose output is not the product with its weight "
+            "plus its bias, so an update of the weight has no defined meaning; name it in "
+            "exclude_modules, or train it in full with modules_to_save"
+        )
+
+
+@torch.no_grad()
+def _matches_product(module: nn.Module, stored: Tensor, weight: Tensor) -> bool:
+    """Return whether the forward of `module` on random rows is x Wᵀ + bias up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[1], generator=generator).to(stored)
+    with torch.random.fork_rng(devices=[]):
+        found = module.forward(x)
+    bias: Tensor | None = module.bias  # type: ignore[assignment]
+    expected = F.linear(x, weight, bias)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    tolerance = torch.finfo(stored.dtype).eps ** 0.5
+    error = (found.float() - expected.float()).abs().max()
+    return bool(error <= tolerance * expected.float().abs().max().clamp_min(1e-30))
+
+
 @cache
 def computes_linear(module_type: Any) -> bool:
     """Return whether a class computes what `nn.Linear` does.
@@ -259,14 +333,9 @@ def computes_linear(module_type: Any) -> bool:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             small = module_type(8, 6, device="cpu", dtype=torch.float32)
-            x = torch.randn(5, 8)
-            found = small(x)
-            expected = F.linear(x, small.weight, small.bias)
+            return _matches_product(small, small.weight, small.weight)
     except Exception:  # noqa: BLE001 - a constructor with other arguments is not nn.Linear's
         return False
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return bool((found - expected).abs().max() < 1e-5)
 
 
 def quantized_kind(module: nn.Module) -> Kind | None:
@@ -283,6 +352,11 @@ def kind_of(model: nn.Module) -> Kind:
     """Return how a model's linear layers are stored: the first quantized kind, or dense."""
     kinds = (quantized_kind(module) for module in model.modules())
     return next((kind for kind in kinds if kind is not None), "dense")
+
+
+def transposed_modules(model: nn.Module) -> list[str]:
+    """Return the paths of the modules of a model, adapted or not, that store (in, out)."""
+    return sorted(path for path, module in plain_modules(model).items() if _is_conv1d(module))
 
 
 def disable_cpu_repacking(model: nn.Module) -> None:

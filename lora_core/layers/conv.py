@@ -6,15 +6,19 @@ Shapes: W0 (O, I/groups, kh, kw), A (R, I/groups, kh, kw), B (O, R, 1, 1). As ma
 as for a linear layer. Grouped convolutions are refused: the update would need one A per group.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_core.base.quant import execution_device, has_custom_forward, loaded
 from lora_core.config import LoraConfig
 from lora_core.errors import MergeError, TargetError
 from lora_core.layers.dora import row_norms, squared_row_norms
 from lora_core.layers.functional import dense_update
 from lora_core.layers.linear import init_factors
+from lora_core.modules import base_attribute
 from lora_core.targets import Target
 
 
@@ -44,7 +48,7 @@ class LoraConv2d(nn.Module):
                 "so leave it out of target_modules"
             )
         out = base.out_channels
-        device = base.weight.device
+        device = execution_device(base)
         self.base = base
         self.scale = target.scale
         self.dropout = config.lora_dropout
@@ -53,7 +57,7 @@ class LoraConv2d(nn.Module):
         self.lora_bias = _zeros(out, device=device) if config.lora_bias else None
         self.trained_bias = None
         if base.bias is not None and config.bias != "none":
-            self.trained_bias = nn.Parameter(base.bias.detach().clone())
+            self.trained_bias = nn.Parameter(loaded(base.bias, base).detach().clone())
         self.magnitude = _zeros(1, out, 1, 1, device=device) if config.use_dora else None
         squares = torch.zeros(out, device=device) if config.use_dora else None
         self.register_buffer("row_squares", squares, persistent=False)
@@ -68,18 +72,18 @@ class LoraConv2d(nn.Module):
             self.row_squares.copy_(squared_row_norms(self._weight()))
             self.magnitude.copy_(self.row_squares.sqrt().view_as(self.magnitude))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (N, in, H, W) to (N, out, H', W')."""
-        bias = self.bias if self.magnitude is None else None
-        y = self._convolve(x, self._base().weight, bias)
-        dropped = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+        y = self._base_product(input)
+        dropped = F.dropout(input, self.dropout, self.training).to(y.device, self.lora_A.dtype)
         down = self._convolve(dropped, self.lora_A, None)
         update = F.conv2d(down, self.lora_B, self.lora_bias) * self.scale
         y = y + update.to(y.dtype)
         if self.magnitude is None:
             return y
         y = y * self._row_factors().view_as(self.magnitude).to(y.dtype)
-        return y if self.bias is None else y + self.bias[None, :, None, None].to(y.dtype)
+        bias = self.plain_bias
+        return y if bias is None else y + bias[None, :, None, None].to(y.dtype)
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """Return what is trained and saved, under PEFT's names relative to the module's path."""
@@ -110,13 +114,43 @@ class LoraConv2d(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's kernel."""
-        return self._base().weight
+        """The effective kernel, for models that read it; the stored one if it is offloaded."""
+        stored = self._base().weight
+        if stored.is_meta or not stored.numel():
+            return stored
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        effective = stored.flatten(1).to(dtype) + dense_update(*self._factors(), self.scale, dtype)
+        if self.magnitude is not None:
+            effective = self._row_factors()[:, None] * effective
+        return effective.view(stored.shape).to(stored.dtype)
+
+    @property
+    def plain_bias(self) -> Tensor | None:
+        """The base's bias, or the trained one that replaces it; without lora_bias."""
+        trained: Tensor | None = self.trained_bias  # a tensor in a replica of DataParallel
+        return self._base().bias if trained is None else trained
 
     @property
     def bias(self) -> Tensor | None:
-        trained: nn.Parameter | None = self._parameters.get("trained_bias")
-        return self._base().bias if trained is None else trained
+        """The effective bias, for models that read it instead of calling the layer."""
+        bias = self.plain_bias
+        if self.lora_bias is None:
+            return bias
+        update = self.scale * self.lora_bias
+        return update if bias is None else bias + update.to(bias.dtype)
+
+    def _base_product(self, x: Tensor) -> Tensor:
+        """Return what the base computes, without the bias under DoRA, which adds it last."""
+        base = self._base()
+        bias = self.plain_bias if self.magnitude is None else None
+        if not has_custom_forward(base):
+            return self._convolve(x, base.weight, bias)
+        y: Tensor = base(x)
+        if base.bias is not None and bias is not base.bias:
+            y = y - loaded(base.bias, base)[:, None, None].to(y.dtype)
+        if bias is not None and bias is not base.bias:
+            y = y + bias[:, None, None].to(y.dtype)
+        return y
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with the stride, padding and dilation of the base."""
@@ -126,12 +160,13 @@ class LoraConv2d(nn.Module):
     def _merged_bias(self) -> Tensor | None:
         if self.lora_bias is None:
             return self.trained_bias
-        if self.bias is None:
+        bias = self.plain_bias
+        if bias is None:
             raise MergeError(
                 "lora_bias=True gives a bias to a convolution that has none; "
                 "export the adapter unmerged"
             )
-        return self.bias.float() + self.scale * self.lora_bias
+        return bias.float() + self.scale * self.lora_bias
 
     def _row_factors(self) -> Tensor:
         assert self.magnitude is not None and self.row_squares is not None
@@ -143,7 +178,13 @@ class LoraConv2d(nn.Module):
         return self.lora_A.flatten(1), self.lora_B.flatten(1)
 
     def _weight(self) -> Tensor:
-        return self._base().weight.flatten(1).float()
+        return loaded(self._base().weight, self._base()).flatten(1).float()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return base_attribute(self, name)
 
     def _base(self) -> nn.Conv2d:
         assert isinstance(self.base, nn.Conv2d)

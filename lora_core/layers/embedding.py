@@ -4,15 +4,19 @@ The table is the transpose of a linear weight: it is stored as (V, D), so its up
 with A (R, V) and B (D, R). As in PEFT, A is initialized to zero and B is drawn.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_core.base.quant import execution_device, loaded
 from lora_core.config import LoraConfig
 from lora_core.errors import TargetError
 from lora_core.init.random import generator_for
 from lora_core.layers.dora import row_norms, squared_row_norms
 from lora_core.layers.functional import dense_update
+from lora_core.modules import base_attribute
 from lora_core.targets import Target
 
 
@@ -32,7 +36,7 @@ class LoraEmbedding(nn.Module):
         super().__init__()
         check_table(base, target.name)
         vocabulary, width = base.num_embeddings, base.embedding_dim
-        device = base.weight.device
+        device = execution_device(base)
         self.base = base
         self.scale = target.scale
         self.dropout = 0.0  # as in PEFT: row numbers have no entries to drop
@@ -53,11 +57,21 @@ class LoraEmbedding(nn.Module):
             self.row_squares.copy_(squared_row_norms(self._weight().T))
             self.magnitude.copy_(self.row_squares.sqrt())
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (…) of row numbers to (…, D)."""
-        y: Tensor = self.base(ids)
-        a = F.embedding(ids, self.lora_embedding_A.T, self._base().padding_idx)
-        factor = factor_of(self._base())
+        return self.updated(self.base(input), input, self._base())
+
+    def updated(self, y: Tensor, ids: Tensor, table: nn.Embedding) -> Tensor:
+        """Add the update to what `table` computed.
+
+        Args:
+            y: (…, D), the output of `table`, which has the base's weight.
+            ids: (…), the row numbers.
+            table: an embedding, whose factor also applies to the update.
+        """
+        rows = ids.to(y.device)  # an offloaded base computes on another device
+        a = F.embedding(rows, self.lora_embedding_A.T, table.padding_idx)
+        factor = factor_of(table)
         y = y + (a @ self.lora_embedding_B.T * self.scale * factor).to(y.dtype)
         return y if self.magnitude is None else y * self._row_factors().to(y.dtype)
 
@@ -86,20 +100,37 @@ class LoraEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's table."""
-        return self._base().weight
+        """The effective table (V, D), for models that read it; the stored one if it is offloaded.
+
+        Its gradient reaches A and B.
+        """
+        stored = self._base().weight
+        if stored.is_meta or not stored.numel():
+            return stored
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        factors = (self.lora_embedding_A, self.lora_embedding_B)
+        effective = stored.to(dtype) + dense_update(*factors, self.scale, dtype).T
+        if self.magnitude is not None:
+            effective = effective * self._row_factors()
+        return effective.to(stored.dtype)
 
     def _row_factors(self) -> Tensor:
         assert self.magnitude is not None and self.row_squares is not None
         factors = (self.lora_embedding_A, self.lora_embedding_B)
         return self.magnitude / row_norms(self._weight().T, self.row_squares, *factors, self.scale)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return base_attribute(self, name)
+
     def _base(self) -> nn.Embedding:
         assert isinstance(self.base, nn.Embedding)
         return self.base
 
     def _weight(self) -> Tensor:
-        return self._base().weight.float()
+        return loaded(self._base().weight, self._base()).float()
 
 
 def check_table(module: nn.Embedding, name: str) -> None:
@@ -107,6 +138,12 @@ def check_table(module: nn.Embedding, name: str) -> None:
 
     Its output is not a row of the table, so an update would be added to something else.
     """
+    if module.max_norm is not None:
+        raise TargetError(
+            f"{name} has max_norm={module.max_norm}: each lookup rescales the rows of the table, "
+            "which stays frozen under an adapter; set max_norm to None, "
+            "or train the table in full with modules_to_save"
+        )
     is_lookup = type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     if not (is_lookup and module.weight.is_floating_point()):
         raise TargetError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_core.base.quant import Kind
+from lora_core.base.quant import Kind, loaded
 from lora_core.config import InitMethod
 from lora_core.errors import TargetError
 from lora_core.init.random import generator_for, initial_a
@@ -145,7 +145,7 @@ class LoraExperts(nn.Module):
         return ", ".join(parts)
 
     def _stack(self, name: str) -> Tensor:
-        stack: Tensor = getattr(self.base, name)
+        stack: Tensor = loaded(getattr(self.base, name), self.base)
         return stack.detach()  # frozen, whether or not the base still requires its gradient
 
     def _by_expert(self, name: str) -> list[ScaledFactors]:

@@ -8,7 +8,8 @@ two linear layers saves x, x̃ and x̃Aᵀ per projection; here q, k and v share
 
 Under autocast the base multiplies in the dtype it would use alone, and the update uses the dtype of
 that result. x is saved in its original dtype, and A, B and x get gradients in their own dtypes.
-Nothing here depends on the device.
+Nothing here depends on the device. The product has first derivatives only: `gradcheck` in float64
+passes, and a second backward pass raises. (Under DoRA, `gradcheck` fails by design; see `dora.py`.)
 
 Source: LoRA (Hu et al. 2021, arXiv 2106.09685), equation 3.
 """
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from lora_core.base.quant import BaseWeight
 
@@ -85,10 +87,26 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def dense_update(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return s · B A, (O, I) in float32, for any dtype of A (R, I) and B (O, R)."""
+def dense_update(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return s · B A, (O, I) in `dtype`, for any dtype of A (R, I) and B (O, R)."""
     with without_autocast(a):
-        return scale * (b.float() @ a.float())
+        return scale * (b.to(dtype) @ a.to(dtype))
+
+
+def add_update(y: Tensor, x: Tensor, update: ScaledFactors, *, dropout: float = 0.0) -> Tensor:
+    """Return y + s · dropout(x) Aᵀ Bᵀ, for a y that the base's own forward has computed.
+
+    `lora_linear` needs less memory, but it computes the base's product itself.
+
+    Args:
+        y: (…, O); the update takes its dtype and device.
+        x: (…, I), in any dtype.
+        update: A, B and the scale s.
+        dropout: probability of dropping an input of A; 0 outside training.
+    """
+    with without_autocast(y):
+        down = F.dropout(x.to(y), dropout) @ update.a.to(y).T
+        return y + update.scale * (down @ update.b.to(y).T)
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -2,20 +2,31 @@
 
 It wraps the layer instead of inheriting from it, so the base keeps its type, its storage and its
 bits. Every layer of an adapter, in this package and elsewhere, implements `AdapterPart`.
+
+Some models read a layer's weight instead of calling the layer, such as fused kernels. They get the
+effective weight, W0 + ΔW, and its gradient reaches A and B.
 """
 
-from typing import Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.base.quant import base_weight
+from lora_core.base.quant import (
+    BaseWeight,
+    base_weight,
+    execution_device,
+    has_custom_forward,
+    loaded,
+)
 from lora_core.config import LoraConfig
 from lora_core.errors import MergeError
 from lora_core.init.random import generator_for, initial_a, orthogonal
 from lora_core.init.spectral import is_spectral, plain_pair, spectral_init
 from lora_core.layers.dora import row_norms, squared_row_norms
-from lora_core.layers.functional import ScaledFactors, dense_update, lora_linear
+from lora_core.layers.functional import ScaledFactors, add_update, dense_update, lora_linear
+from lora_core.modules import base_attribute
 from lora_core.targets import Target
 
 
@@ -70,9 +81,9 @@ class LoraLinear(nn.Module):
         weight = base_weight(base)
         assert weight is not None, target.name
         out_features, in_features = weight.shape
-        device = weight.stored.device
+        device = execution_device(base)
         self.base = base
-        self.frozen = weight
+        self._frozen = (base, weight)
         self.scale = target.scale
         self.dropout = config.lora_dropout
         self.lora_A = _zeros(target.rank, in_features, device=device)
@@ -81,8 +92,9 @@ class LoraLinear(nn.Module):
         self.register_buffer("init_B", None)
         self.lora_bias = _zeros(out_features, device=device) if config.lora_bias else None
         self.trained_bias = None
-        if self.bias is not None and config.bias != "none":
-            self.trained_bias = nn.Parameter(self.bias.detach().clone())
+        bias = self.plain_bias
+        if bias is not None and config.bias != "none":
+            self.trained_bias = nn.Parameter(loaded(bias, base).detach().clone())
         self.magnitude = _zeros(out_features, device=device) if config.use_dora else None
         squares = torch.zeros(out_features, device=device) if config.use_dora else None
         self.register_buffer("row_squares", squares, persistent=False)
@@ -100,20 +112,33 @@ class LoraLinear(nn.Module):
             self.row_squares.copy_(squared_row_norms(self.frozen.dense(torch.float32)))
             self.magnitude.copy_(self.row_squares.sqrt())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        dtype = self.frozen.compute_dtype(x)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        if has_custom_forward(self.base):
+            return self._forward_over_custom(input)
+        frozen = self.frozen
+        dtype = frozen.compute_dtype(input)
+        bias = self.plain_bias
+        bias = None if bias is None else bias.to(dtype)
         y = lora_linear(
-            x.to(dtype),
-            self.frozen,
+            input.to(dtype),
+            frozen,
             bias=None if self._has_extras else bias,
-            update=ScaledFactors(*self.factors(), self.scale),
-            dropout=self.dropout if self.training else 0.0,
+            update=self._update(),
+            dropout=self._dropout_now(),
         )
         if self._has_extras:
             y = self.add_extras(y, bias)
-        return y.to(self.frozen.output_dtype(x, y))
+        return y.to(frozen.output_dtype(input, y))
+
+    @property
+    def frozen(self) -> BaseWeight:
+        """The weight of `base`, also where the base was replaced, as in a replica."""
+        base, weight = self._frozen
+        if base is not self.base:
+            weight = _weight_of(self.base, type(base), weight)
+            self._frozen = (self.base, weight)
+        return weight
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A and B of the complete update.
@@ -146,15 +171,38 @@ class LoraLinear(nn.Module):
         return any(extra is not None for extra in extras)
 
     @property
-    def bias(self) -> Tensor | None:
+    def plain_bias(self) -> Tensor | None:
+        """The base's bias, or the trained one that replaces it; without lora_bias."""
         bias: Tensor | None = self.base.bias  # type: ignore[assignment]
-        trained: nn.Parameter | None = self._parameters.get("trained_bias")
+        trained: Tensor | None = self.trained_bias  # a tensor in a replica of DataParallel
         return bias if trained is None else trained
 
     @property
+    def bias(self) -> Tensor | None:
+        """The effective bias, for models that read it instead of calling the layer."""
+        bias = self.plain_bias
+        if self.lora_bias is None:
+            return bias
+        update = self.scale * self.lora_bias
+        return update if bias is None else bias + update.to(bias.dtype)
+
+    @property
     def weight(self) -> Tensor:
-        """The base's stored weight, for models that read its dtype or device."""
-        return self.frozen.stored
+        """The effective weight W0 + ΔW, laid out as the base stores it; without dropout.
+
+        A quantized or offloaded weight is returned as it is stored, because no dense sum replaces
+        it; so is one that ZeRO has divided among processes.
+        """
+        frozen = self.frozen
+        stored = frozen.stored
+        is_absent = stored.is_meta or not stored.numel()
+        if frozen.kind != "dense" or is_absent:
+            return stored
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        effective = frozen.dense(dtype) + dense_update(*self.factors(), self.scale, dtype)
+        if self.magnitude is not None:
+            effective = self._row_factors()[:, None] * effective
+        return frozen.as_stored(effective.to(stored.dtype))
 
     @torch.no_grad()
     def delta(self) -> Tensor:
@@ -178,7 +226,7 @@ class LoraLinear(nn.Module):
         """Return the bias that a plain layer needs; None if the base's bias does not change."""
         if self.lora_bias is None:
             return self.trained_bias
-        bias = self.bias
+        bias = self.plain_bias
         if bias is None:
             raise MergeError(
                 "lora_bias=True gives a bias to a layer that has none; export the adapter unmerged"
@@ -192,6 +240,25 @@ class LoraLinear(nn.Module):
         if self.lora_bias is not None:
             y = y + (self.scale * self.lora_bias).to(y.dtype)
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _forward_over_custom(self, x: Tensor) -> Tensor:
+        """Add the update to what a base with a custom forward computes, such as an offloaded one.
+
+        The base's bias is in its output, so what replaces or rescales it subtracts it first.
+        """
+        y: Tensor = self.base(x)
+        replaces_bias = self.magnitude is not None or self.trained_bias is not None
+        bias: Tensor | None = self.base.bias if replaces_bias else None  # type: ignore[assignment]
+        if bias is not None:
+            y = y - loaded(bias, self.base).to(y.dtype)
+        y = add_update(y, x, self._update(), dropout=self._dropout_now())
+        return self.add_extras(y, self.plain_bias if replaces_bias else None)
+
+    def _update(self) -> ScaledFactors:
+        return ScaledFactors(*self.factors(), self.scale)
+
+    def _dropout_now(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def _row_factors(self) -> Tensor:
         """Return m / ‖W0 + s·B A‖, (out,); only m gets a gradient."""
@@ -213,6 +280,12 @@ class LoraLinear(nn.Module):
         self.init_A = self.lora_A.detach().clone()
         self.init_B = self.lora_B.detach().clone()
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return base_attribute(self, name)
+
     def extra_repr(self) -> str:
         return f"rank={self.lora_A.shape[0]}, scale={self.scale:g}, base={self.frozen.kind}"
 
@@ -233,6 +306,19 @@ def init_factors(a: Tensor, b: Tensor, *, name: str, config: LoraConfig, seed: i
         return
     a.copy_(initial_a(rank, in_features, method, generator))
     b.zero_()
+
+
+def _weight_of(base: nn.Module, former_type: type[nn.Module], former: Any) -> BaseWeight:
+    """Return the weight of a base that takes the place of one of `former_type`.
+
+    A replica of DataParallel has tensors instead of parameters, so its type is not decided again.
+    """
+    if type(base) is former_type:
+        replaced: BaseWeight = replace(former, module=base)
+        return replaced
+    weight = base_weight(base)
+    assert weight is not None, type(base)
+    return weight
 
 
 def _zeros(*shape: int, device: torch.device) -> nn.Parameter:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
-from lora_core.base.quant import quantized_kind
+from lora_core.base.quant import execution_device, has_custom_forward, loaded, quantized_kind
 from lora_core.errors import TargetError
-from lora_core.layers.embedding import check_table, factor_of
+from lora_core.layers.embedding import LoraEmbedding, check_table, factor_of
+from lora_core.modules import base_attribute, clear_hooks, hook_containers
 
 
 class TrainedModule(nn.Module):
@@ -27,7 +28,11 @@ class TrainedModule(nn.Module):
         if objection is not None:
             raise TargetError(f"modules_to_save names {name}, {objection}")
         self.base = base
-        self.trained = deepcopy(base)
+        # Hooks of inner modules run for the copy too, so it shares their containers. Those of
+        # `base` itself move to this module when it takes the place of `base`.
+        shared = {id(container): container for container in hook_containers(base)}
+        self.trained = deepcopy(base, shared)
+        clear_hooks(self.trained)
         self.trained.requires_grad_(True)
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
@@ -76,20 +81,30 @@ class TrainedRows(nn.Module):
                 f"which has {base.num_embeddings}; resize it first"
             )
         self.base = base
-        indices = torch.tensor(rows, device=base.weight.device)
+        indices = torch.tensor(rows, device=execution_device(base))
         self.register_buffer("rows", indices, persistent=False)
         self.register_buffer("order", indices.argsort(), persistent=False)
         self.register_buffer("sorted_rows", indices.sort().values, persistent=False)
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
-        initial = base.weight.detach()[indices].to(dtype, copy=True)
+        initial = loaded(base.weight, base).detach()[indices].to(dtype, copy=True)
         self.trainable_tokens_delta = nn.Parameter(initial)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (…) of row numbers to (…, D)."""
-        y: Tensor = self.base(ids)
+        return self.updated(self.base(input), input, self._base())
+
+    def updated(self, y: Tensor, ids: Tensor, table: nn.Embedding) -> Tensor:
+        """Replace what `table` computed for trained rows.
+
+        Args:
+            y: (…, D), the output of `table`, which has the base's weight.
+            ids: (…), the row numbers.
+            table: an embedding, whose factor also applies to the trained rows.
+        """
+        ids = ids.to(y.device).contiguous()  # an offloaded base computes on another device
         index = torch.searchsorted(self.sorted_rows, ids).clamp(max=len(self.rows) - 1)
         trained = self.trainable_tokens_delta[self.order[index]].to(y.dtype)
-        trained = trained * factor_of(self._base())
+        trained = trained * factor_of(table)
         is_trained = self.sorted_rows[index] == ids
         return torch.where(is_trained[..., None], trained, y)
 
@@ -109,11 +124,62 @@ class TrainedRows(nn.Module):
 
     def change(self) -> Tensor:
         """Return the trained rows minus the base's, (n, D) in float32; zero before training."""
-        return self.trainable_tokens_delta - self._base().weight.detach()[self.rows]
+        weight = loaded(self._base().weight, self._base())
+        return self.trainable_tokens_delta - weight.detach()[self.rows]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return base_attribute(self, name)
 
     def _base(self) -> nn.Embedding:
         assert isinstance(self.base, nn.Embedding)
         return self.base
+
+
+class TiedEmbedding(nn.Module):
+    """Another embedding with the same weight, which uses what the first one trains.
+
+    Encoder-decoder models have one for the encoder, one for the decoder, and one that only holds
+    the weight.
+    """
+
+    def __init__(self, base: nn.Embedding, name: str, owner: TrainedRows | LoraEmbedding) -> None:
+        """Use `owner` in `base`; raise TargetError if `base` is not a plain table."""
+        super().__init__()
+        check_table(base, name)
+        self.base = base
+        self._owner = (owner,)  # a tuple hides the module: its weights belong to one path alone
+
+    @property
+    def embedding(self) -> TrainedRows | LoraEmbedding:
+        """The embedding that trains."""
+        return self._owner[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (…) of row numbers to (…, D)."""
+        assert isinstance(self.base, nn.Embedding)
+        return self.embedding.updated(self.base(input), input, self.base)
+
+    def adapter_tensors(self) -> dict[str, nn.Parameter]:
+        """Return nothing: the other embedding saves what it trains."""
+        return {}
+
+    def merged_tensors(self) -> dict[str, Tensor]:
+        """Return nothing: the weight is the other embedding's."""
+        return {}
+
+    @property
+    def weight(self) -> Tensor:
+        """The full table (V, D), shared with the other embedding."""
+        return self.embedding.weight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return base_attribute(self, name)
 
 
 class TiedHead(nn.Module):
@@ -129,10 +195,10 @@ class TiedHead(nn.Module):
         """The embedding whose rows the head uses."""
         return self._rows[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map (…, D) to (…, V) logits."""
-        y: Tensor = self.base(x)
-        change = x @ self.embedding.change().to(x.dtype).T
+        y: Tensor = self.base(input)
+        change = input @ self.embedding.change().to(input.dtype).T
         return y.index_add(-1, self.embedding.rows, change.to(y.dtype))
 
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
@@ -148,6 +214,12 @@ class TiedHead(nn.Module):
         """The full weight (V, D), shared with the embedding."""
         return self.embedding.weight
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return base_attribute(self, name)
+
 
 class TrainedBias(nn.Module):
     """A module that is not a target and whose bias is trained."""
@@ -156,7 +228,7 @@ class TrainedBias(nn.Module):
         super().__init__()
         bias: Tensor = base.bias  # type: ignore[assignment]
         self.base = base
-        self.bias = nn.Parameter(bias.detach().clone())
+        self.bias = nn.Parameter(loaded(bias, base).detach().clone())
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Compute what the base computes with the trained bias."""
@@ -175,12 +247,26 @@ class TrainedBias(nn.Module):
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return base_attribute(self, name)
+
 
 def _objection_to_training(module: nn.Module) -> str | None:
     """Return why `module` cannot be trained in full and what to do instead, or None if it can."""
     modules = list(module.modules())
     if any(quantized_kind(inner) for inner in modules):
         return "which is quantized and cannot be trained; leave it out or load it dense"
+    for inner in modules:
+        is_offloaded = any(value.is_meta for value in inner.parameters(recurse=False))
+        is_placed = hasattr(inner, "_hf_hook")  # accelerate's forward can be copied, others cannot
+        if has_custom_forward(inner) and (is_offloaded or not is_placed):
+            return (
+                "whose forward was replaced on the instance, as offloading does, so a copy would "
+                "compute with the original; leave it out or load it without offloading"
+            )
     if not list(module.parameters()):
         return "which has no weights to train; leave it out"
     if any(isinstance(inner, _NormBase) and inner.track_running_stats for inner in modules):

@@ -8,9 +8,7 @@ quantized model.
 import torch
 from torch import nn
 
-from lora_core.base.quant import BaseWeight, DenseWeight, base_weight, quantized_kind
-from lora_core.injection import lora_layers
-from lora_core.layers.linear import LoraLinear
+from lora_core.base.quant import BaseWeight, base_weight, quantized_kind
 from lora_core.modules import module_at, plain_name, replace_module, unwrapped
 
 
@@ -30,10 +28,6 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> int:
     for name, weight in weights.items():
         assert weight is not None, name
         replace_module(model, name, _dense_linear(module_at(model, name), weight, dtype))
-    for _, layer in lora_layers(model):
-        # An exact type: the layers of bitsandbytes are subclasses.
-        if isinstance(layer, LoraLinear) and type(layer.base) is nn.Linear:
-            layer.frozen = DenseWeight(layer.base)
     return len(weights)
 
 

@@ -32,7 +32,7 @@ from lora_core.base.sharing import (
 )
 from lora_core.errors import MergeError
 from lora_core.layers.linear import LoraLinear
-from lora_core.layers.trained import TiedHead
+from lora_core.layers.trained import TiedEmbedding, TiedHead
 from lora_core.merging.fidelity import Retention, measure_retention
 from lora_core.modules import adapter_parts, replace_module
 
@@ -212,7 +212,7 @@ def _base(part: nn.Module) -> nn.Module:
 def _holders(parts: Mapping[str, nn.Module], path: str) -> list[Holder]:
     """Return the slots of the parameter at `path` in the base under its part.
 
-    They include a tied head that follows trained rows.
+    They include the head and the embeddings that use what another embedding trains.
     """
     longest_first = sorted(parts, key=len, reverse=True)
     name = next(name for name in longest_first if path.startswith(f"{name}."))
@@ -220,7 +220,7 @@ def _holders(parts: Mapping[str, nn.Module], path: str) -> list[Holder]:
     parameter = base.get_parameter(path.removeprefix(f"{name}."))
     holders = [Holder(slot, parameter) for slot in slots(base) if slot.parameter is parameter]
     for part in parts.values():
-        if isinstance(part, TiedHead) and part.embedding is parts[name]:
+        if isinstance(part, TiedHead | TiedEmbedding) and part.embedding is parts[name]:
             slot = Slot(_base(part), "weight")
             holders.append(Holder(slot, slot.parameter))
     return holders

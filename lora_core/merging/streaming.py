@@ -4,8 +4,7 @@
                                        ─→  the same file of destination/
 
 Memory use is that of one tensor. The result equals, bit for bit, what `merge` and a save produce in
-memory, including the head of a tied base. GPT-2's Conv1D stores its weight as (in, out): the shapes
-of A and B show it, and for a square weight the adapter's `fan_in_fan_out` does.
+memory, including the head of a tied base. See `layout.py` for weights that are stored as (in, out).
 """
 
 import shutil
@@ -17,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import CONFIG as ADAPTER_CONFIG
 from lora_core.adapter.adapter_files import (
     PREFIX,
     check_fingerprint,
     read_identity,
-    read_json,
     read_tensors,
 )
 from lora_core.base.identity import fingerprint_of_folder
@@ -42,6 +39,7 @@ from lora_core.errors import CheckpointError, MergeError
 from lora_core.files import atomic_folder, overlap, write_json
 from lora_core.merging.fidelity import Retention, measure_retention
 from lora_core.merging.heads import Untying, plan_untying
+from lora_core.merging.layout import WeightLayout, read_layout
 from lora_core.spectrum.updates import BASE_COPY, Update, read_updates
 
 OTHER_WEIGHTS = frozenset(
@@ -104,9 +102,9 @@ def merge_checkpoint(
     _refuse_quantized(checkpoint)
     untying = plan_untying(checkpoint, updates)
     checkpoint = _with_copies(checkpoint, untying)
-    steps = _plan(checkpoint, updates, _stored_as_in_out(adapter))
-    entries = _entries(checkpoint, dtype)
     identity = read_identity(adapter)
+    steps = _plan(checkpoint, updates, read_layout(adapter, identity, checkpoint))
+    entries = _entries(checkpoint, dtype)
     if check_base and identity is not None:
         check_fingerprint(*fingerprint_of_folder(base), adapter=adapter, identity=identity)
     _check_base_copies(adapter, checkpoint, steps)
@@ -124,11 +122,6 @@ def merge_checkpoint(
             _write_metadata(checkpoint, entries, config, temporary)
     in_order = {step.module: retention[step.module] for step in steps.values()}
     return MergeReport(in_order, tuple(checkpoint.files), left_out)
-
-
-def _stored_as_in_out(adapter: Path) -> bool:
-    """Return whether the adapter's config declares that its targets are stored as (in, out)."""
-    return bool(read_json(adapter / ADAPTER_CONFIG).get("fan_in_fan_out"))
 
 
 def _refuse_overlap(destination: Path, sources: tuple[Path, ...]) -> None:
@@ -156,13 +149,17 @@ def _with_copies(checkpoint: Checkpoint, untying: Untying) -> Checkpoint:
 
 
 def _plan(
-    checkpoint: Checkpoint, updates: dict[str, Update], fan_in_fan_out: bool
+    checkpoint: Checkpoint, updates: dict[str, Update], layout: WeightLayout
 ) -> dict[str, _TensorUpdate]:
     """Return tensor name → the update to add to it."""
     steps = {}
     for module, update in updates.items():
         name = _tensor_name(module, checkpoint)
-        transposed = _is_transposed(module, update, checkpoint.entries[name], fan_in_fan_out)
+        entry = checkpoint.entries[name]
+        _check_mergeable(module, update, entry)
+        transposed = entry.shape != update.shape
+        if update.shape[0] == update.shape[1]:
+            transposed = update.embedding or layout.is_transposed(module, name)
         steps[name] = _TensorUpdate(module, update, transposed)
     return steps
 
@@ -185,7 +182,8 @@ def _tensor_name(module: str, checkpoint: Checkpoint) -> str:
     )
 
 
-def _is_transposed(module: str, update: Update, entry: Entry, fan_in_fan_out: bool) -> bool:
+def _check_mergeable(module: str, update: Update, entry: Entry) -> None:
+    """Refuse a weight of another dtype or shape than an update can be added to."""
     shape = update.shape
     if entry.dtype not in MERGEABLE:
         raise MergeError(
@@ -197,10 +195,6 @@ def _is_transposed(module: str, update: Update, entry: Entry, fan_in_fan_out: bo
             f"the update of {module} is {shape} and its weight {entry.shape}; "
             "give the base the adapter was trained on"
         )
-    if entry.shape != shape:
-        return True
-    is_square = shape[0] == shape[1]
-    return is_square and (fan_in_fan_out or update.embedding)
 
 
 def _check_base_copies(

@@ -46,16 +46,11 @@ def loraplus_groups(
         ConfigError: a value is out of range, no adapter is trained, or `embedding_lr` is set and no
             embedding is adapted.
     """
-    if embedding_lr is None:
-        _check_positive(learning_rate=learning_rate, ratio=ratio)
-    else:
-        _check_positive(learning_rate=learning_rate, ratio=ratio, embedding_lr=embedding_lr)
+    _check_positive(learning_rate=learning_rate, ratio=ratio, embedding_lr=embedding_lr)
     _check_weight_decay(weight_decay)
     members = _by_role(named_parameters)
-    if embedding_lr is not None and "embedding" not in members:
-        raise ConfigError(
-            f"embedding_lr={embedding_lr!r} has no effect: no embedding is adapted; leave it out"
-        )
+    if "embedding" not in members:
+        _check_unset(embedding_lr)
     settings = {
         "a": (learning_rate, weight_decay),
         "b": (learning_rate * ratio, weight_decay),
@@ -95,13 +90,21 @@ def _role(name: str, parameter: nn.Parameter) -> Role:
     return "b" if "lora_B" in parts else "a"
 
 
-def _check_positive(**values: float) -> None:
+def _check_positive(**values: float | None) -> None:
+    """Check the values that are set."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
+        if value is not None and not (math.isfinite(value) and value > 0):
             raise ConfigError(
                 f"{name}={value!r} must be finite and above 0; "
                 "a common learning rate is 2e-4, a common ratio 16"
             )
+
+
+def _check_unset(embedding_lr: float | None) -> None:
+    if embedding_lr is not None:
+        raise ConfigError(
+            f"embedding_lr={embedding_lr!r} has no effect: no embedding is adapted; leave it out"
+        )
 
 
 def _check_weight_decay(weight_decay: float) -> None:

@@ -4,6 +4,7 @@ A row becomes one example or, if the chat template rewrites earlier turns, one f
 row that cannot be learned as written becomes an entry with its error.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -25,7 +27,7 @@ from pipelines.runtime.interfaces.results import SourceFacts
 from pipelines.runtime.stage import digest
 
 BATCH_ROWS = 1000
-ROWS_PER_PROCESS = 20_000
+ROWS_PER_PROCESS = 4_000
 """Fewer are encoded by one process: starting another takes longer."""
 NO_TOKEN = -1
 STORED = {
@@ -159,12 +161,19 @@ def _stored(example: Example, place: str) -> dict[str, Any]:
         "was_cut": example.was_cut,
         "length": len(example.input_ids),
         "supervised_tokens": sum(example.supervised),
-        "key": digest([example.input_ids, example.supervised]),
+        "key": _key(example),
         "end_token": NO_TOKEN if example.end_token is None else example.end_token,
         "notes": list(example.notes),
         "error": "",
         "place": place,
     }
+
+
+def _key(example: Example) -> str:
+    """Return a digest of an example's tokens and supervision."""
+    tokens = np.asarray(example.input_ids, dtype="<i8")
+    mask = np.asarray(example.supervised, dtype=bool)
+    return hashlib.sha256(tokens.tobytes() + mask.tobytes()).hexdigest()
 
 
 def _failed(error: str, place: str) -> dict[str, Any]:

@@ -192,16 +192,15 @@ def _result(
     tokenizer: PreTrainedTokenizerBase,
 ) -> DataResult:
     train = parts["train"]
-    validation = parts["validation"]
     return DataResult(
         rows=sum(source.rows for source in sources),
         sources=tuple(source.facts for source in sources),
         bad_rows=examples.bad_rows,
         left_out=examples.left_out,
         cut=examples.cut,
-        cut_held_out=sum(validation["was_cut"]),
+        cut_held_out=examples.total("was_cut", splits.validation),
         train_examples=len(train),
-        validation_examples=len(validation),
+        validation_examples=len(splits.validation),
         tuning_examples=len(splits.tuning),
         unused_examples=splits.unused,
         excluded_examples=splits.excluded,
@@ -211,8 +210,8 @@ def _result(
         lengths=histogram(examples.numbers("length")),
         ends_supervised=examples.ends_supervised(splits.train),
         previews=previews(train, tokenizer),
-        train_tokens=sum(train["length"]),
-        supervised_tokens=sum(train["supervised_tokens"]),
+        train_tokens=examples.total("length", splits.train),
+        supervised_tokens=examples.total("supervised_tokens", splits.train),
         digest=_digest(parts),
     )
 
@@ -228,7 +227,7 @@ def _overlap(parts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -
 
 def _digest(parts: Mapping[str, Dataset]) -> str:
     """Return a digest of what models are trained and evaluated on."""
-    return digest({name: list(part["key"]) for name, part in parts.items()})
+    return digest({name: part["key"][:] for name, part in parts.items()})
 
 
 def _save(parts: Mapping[str, Dataset], folder: Path) -> list[str]:

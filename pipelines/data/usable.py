@@ -45,6 +45,10 @@ class UsableExamples:
         """Return a column of numbers of the usable examples."""
         return _column(self.table, name)[self.index]
 
+    def total(self, name: str, rows: Indices) -> int:
+        """Return the sum of a column of numbers over some of the usable examples."""
+        return int(self.numbers(name)[rows].sum())
+
     def select(self, rows: Indices, columns: Sequence[str]) -> Dataset:
         """Return some of the usable examples."""
         return self.table.select_columns(list(columns)).select(self.index[rows])

@@ -13,6 +13,7 @@ accumulation window, and the order of the data follows from the number of steps.
 loaded again from its own folder. Nothing in a checkpoint is a pickle.
 """
 
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from pipelines.runtime.heartbeats import note
 
 STATE, WEIGHTS, RANDOM = "state.json", "weights", "random"
 PREFIX, SUFFIX = "step-", ".safetensors"
+CHECKPOINT = re.compile(rf"{PREFIX}\d+\Z")
 Tensors = dict[str, Tensor]
 
 
@@ -114,13 +116,19 @@ def remove_old(parent: Path, keep: int) -> None:
 
 
 def checkpoint_folders(parent: Path) -> list[Path]:
-    """Return the folders of all checkpoints, the oldest first."""
-    return sorted(parent.glob(f"{PREFIX}*"))
+    """Return the folders of all checkpoints, the oldest first: by number, not as text."""
+    folders = [folder for folder in parent.glob(f"{PREFIX}*") if CHECKPOINT.match(folder.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step after which a checkpoint was written."""
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def checkpoint_steps(parent: Path) -> list[int]:
     """Return the steps of all checkpoints, the oldest first."""
-    return [int(folder.name.removeprefix(PREFIX)) for folder in checkpoint_folders(parent)]
+    return [step_of(folder) for folder in checkpoint_folders(parent)]
 
 
 def folder_name(step: int) -> str:

@@ -81,8 +81,8 @@ def _learned(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Learn
     for example in load_from_disk(str(folder)):
         ids = example["input_ids"]
         runs = supervised_runs(example["supervised"])
-        answer = "".join(tokenizer.decode(ids[start:end]) for start, end in runs)
-        yield tokenizer.decode(ids), answer
+        answer = "".join(str(tokenizer.decode(ids[start:end])) for start, end in runs)
+        yield str(tokenizer.decode(ids)), answer
 
 
 def _difference(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pipelines.data.conversation import Message
 from pipelines.data.notes import Note
 from pipelines.data.rendering.answers import AnswerLocator, LocatedAnswer, Render, Span
-from pipelines.data.rendering.containment import check_context
+from pipelines.data.rendering.containment import check_answer, check_context
 from pipelines.data.rendering.token_positions import common_length
 
 REPLACEMENTS = ("qzkvjx", "~10~")
@@ -111,6 +111,9 @@ def _find_everything(
     """Return a rendering in which messages of other roles than the assistant are supervised too."""
     source = render(messages, False)
     check_context(messages, source)
+    for message in messages:
+        if message.supervised and message.role == "assistant":
+            check_answer(message, source)
     indices = [index for index, one in enumerate(messages) if one.role == "assistant"]
     # No message precedes the first one, so the model cannot be prompted for it.
     answers = [locator.locate(messages, index, render) for index in indices if index > 0]

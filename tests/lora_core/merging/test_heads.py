@@ -289,6 +289,7 @@ def test_base_weight_that_peft_saves_with_an_embedding_is_compared(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:PEFT applies what is trained of a shared embedding:UserWarning")
 @pytest.mark.parametrize(
     ("build", "targets"),
     [(bert, ("word_embeddings",)), (t5, ("shared",)), (t5, ("lm_head",))],

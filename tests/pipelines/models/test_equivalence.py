@@ -110,18 +110,40 @@ def test_checkpointed_blocks_are_compared(family: Family, examples_pack: Pack) -
     assert found.gradient_difference is not None and found.gradient_difference < 1e-4
 
 
+def model_with_a_layer_for_scoring_only(family: Family) -> PreTrainedModel:
+    """Return a model that adds the output of a spare layer unless it is in training mode."""
+    model = family("llama")
+    block = model.model.layers[0].self_attn
+    size = model.config.hidden_size
+    block.spare_proj = nn.Linear(block.o_proj.in_features, size, bias=False)
+
+    def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return output if module.training else output + block.spare_proj(args[0])
+
+    block.o_proj.register_forward_hook(add)
+    return model
+
+
 def test_an_adapter_that_is_bypassed_in_training_is_refused(
     family: Family, examples_pack: Pack
 ) -> None:
     """It starts at zero, so that no loss shows it; a tensor without a gradient does."""
-    model = family("gemma3n_text")
-    with pytest.raises(BaseModelError, match=r"does not use 8 .*correction_coefs.*exclude_modules"):
+    model = model_with_a_layer_for_scoring_only(family)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.spare_proj.weight.zero_()
+    with pytest.raises(BaseModelError, match=r"does not use .*spare_proj.*exclude_modules"):
         verify(model, examples_pack)
+
+
+def test_a_weight_that_its_parent_reads_directly_is_adapted(
+    family: Family, examples_pack: Pack
+) -> None:
+    """Gemma 3n multiplies by the weight of its correction coefficients."""
     model = family("gemma3n_text")
-    inject(model, LoraConfig(r=2, lora_alpha=4, exclude_modules=("correction_coefs",)), seed=SEED)
+    inject(model, LoraConfig(r=2, lora_alpha=4, target_modules=("correction_coefs",)), seed=SEED)
     trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     _, found = verified_reader(model, [Probe(examples_pack, gradient=True)], trained=trained)
-    assert found.path == "packed"
+    assert not found.without_gradient
 
 
 def test_a_family_that_fails_in_training_mode_is_refused(

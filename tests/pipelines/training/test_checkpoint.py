@@ -12,7 +12,7 @@ import torch
 
 from pipelines.errors import PipelineError
 from pipelines.runtime.heartbeats import read_notes
-from pipelines.training.checkpoint import write_checkpoint
+from pipelines.training.checkpoint import checkpoint_steps, folder_name, write_checkpoint
 from pipelines.training.checkpoint_state import load_trained_weights
 from pipelines.training.checkpoint_writer import Checkpoints
 
@@ -63,3 +63,11 @@ def test_an_error_of_the_file_system_is_an_os_error(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_checkpoints_are_ordered_by_their_number(tmp_path: Path) -> None:
+    steps = [5, 99_995, 100_000, 1_000_000]
+    for step in reversed(steps):
+        (tmp_path / folder_name(step)).mkdir()
+    (tmp_path / "step-00007.partial").mkdir()
+    assert checkpoint_steps(tmp_path) == steps
