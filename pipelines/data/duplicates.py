@@ -57,11 +57,11 @@ def overlap(
         near.add(batch)
     near_only = near.found & ~exact.found
     shown = np.flatnonzero(exact.found | near_only)[:SHOWN_EXAMPLES]
-    beginnings = [_beginning(decode(list(held_out[index]))) for index in shown]
+    endings = [_ending(decode(list(held_out[index]))) for index in shown]
     return SplitOverlap(
         exact=int(exact.found.sum()),
         near=int(near_only.sum()),
-        examples=tuple(beginnings),
+        examples=tuple(endings),
     )
 
 
@@ -212,9 +212,9 @@ def _as_lists(examples: Sequence[list[int]]) -> pa.ListArray:
     return pa.array(examples, pa.list_(pa.int64()))
 
 
-def _beginning(text: str) -> str:
-    """Return the first characters of a text in one line."""
+def _ending(text: str) -> str:
+    """Return the last characters of a text in one line; many start with the same prompt."""
     line = " ".join(text.split())
     if len(line) <= SHOWN_CHARACTERS:
         return line
-    return line[: SHOWN_CHARACTERS - 1] + "…"
+    return "…" + line[1 - SHOWN_CHARACTERS :]

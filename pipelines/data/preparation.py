@@ -18,6 +18,7 @@ tokenizer, the folder `tokenizer` has the changed one.
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -222,7 +223,11 @@ def _overlap(parts: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -
     for name in HELD_OUT:
         if name in parts:
             held_out += list(parts[name]["input_ids"])
-    return overlap(parts["train"], held_out, decode=lambda ids: str(tokenizer.decode(ids)))
+    return overlap(parts["train"], held_out, decode=partial(_plain_text, tokenizer))
+
+
+def _plain_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _digest(parts: Mapping[str, Dataset]) -> str:

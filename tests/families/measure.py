@@ -60,10 +60,13 @@ class Tokens:
     eos_token_id = None
     pad_token_id = 0
 
+    def decode(self, row: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return " ".join(map(str, row))
+
     def batch_decode(
         self, rows: Sequence[list[int]], skip_special_tokens: bool = True
     ) -> list[str]:
-        return [" ".join(map(str, row)) for row in rows]
+        return [self.decode(row) for row in rows]
 
 
 EXCLUDED = {"gemma3n_text": ("correction_coefs",)}
@@ -228,14 +231,21 @@ def answers_that_differ(model: PreTrainedModel) -> int:
                 0, len(prompt) :
             ].tolist()
         )  # type: ignore[operator]
+    named = ends if isinstance(ends, list) else [ends]
     pairs = [
-        (without_padding(one.text.split()), without_padding(map(str, row)))
+        (without_padding(one.text.split()), without_padding(map(str, before_end(row, named))))
         for one, row in zip(found, wanted, strict=True)
     ]
     return sum(
         a != b and not is_tie(model, prompt, a, b)
         for prompt, (a, b) in zip(prompts, pairs, strict=True)
     )
+
+
+def before_end(tokens: list[int], ends: list[int | None]) -> list[int]:
+    """Return the tokens before the first one that ends an answer."""
+    positions = [index for index, token in enumerate(tokens) if token in ends]
+    return tokens[: min(positions, default=len(tokens))]
 
 
 def is_tie(model: PreTrainedModel, prompt: list[int], found: list[str], wanted: list[str]) -> bool:

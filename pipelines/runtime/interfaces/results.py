@@ -115,7 +115,7 @@ class SplitOverlap(Values):
     near: int = 0
     """Other held-out examples of which most of the text is in a training example."""
     examples: tuple[str, ...] = ()
-    """The beginning of a few of them."""
+    """The end of the text of a few of them."""
 
 
 class LengthHistogram(Values):
