@@ -172,7 +172,7 @@ def _smaller_micro_batches(
         largest = examples.largest_micro_batch(inputs, doubled)
         changed = _with_micro_batch(setup, largest)
         yield RecipeChange("training.gradient_accumulation_steps", doubled, changed)
-    halved = max(examples.lengths) // 2
+    halved = int(examples.lengths.max()) // 2
     if halved >= MIN_MAX_TOKENS:
         largest = examples.truncate(halved).largest_micro_batch(inputs)
         yield RecipeChange("data.max_tokens", halved, _with_micro_batch(setup, largest))

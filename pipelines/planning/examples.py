@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from datasets import load_from_disk
+from numpy.typing import NDArray
 
 from pipelines.data.batches import balance_by_tokens, order
 from pipelines.runtime.interfaces.inputs import PlanInputs
@@ -19,26 +21,35 @@ class LargestMicroBatch:
     """The most supervised tokens, possibly of another micro-batch."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Examples:
     """The training examples of a data stage, without their text."""
 
-    supervised_masks: list[list[bool]]
-    """For each token of each example, whether it is supervised."""
+    mask: NDArray[np.bool_]
+    """For each token of all examples, one after the other, whether it is supervised."""
+    lengths: NDArray[np.int64]
+    """Tokens of each example."""
 
     @classmethod
     def read(cls, data: Path) -> "Examples":
         """Read them from a data stage's folder."""
-        return cls(list(load_from_disk(str(data / "train"))["supervised"]))
+        table = load_from_disk(str(data / "train")).select_columns(["supervised"])
+        masks = table.with_format("arrow")[:]["supervised"].combine_chunks()
+        lengths = np.asarray(masks.value_lengths(), dtype=np.int64)
+        return cls(np.asarray(masks.flatten(), dtype=np.bool_), lengths)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [len(mask) for mask in self.supervised_masks]
+    def supervised(self) -> NDArray[np.int64]:
+        """Supervised tokens of each example."""
+        ends = np.cumsum(self.lengths)
+        sums = np.concatenate([[0], np.cumsum(self.mask)])
+        return np.asarray(sums[ends] - sums[ends - self.lengths], dtype=np.int64)
 
     def truncate(self, max_tokens: int) -> "Examples":
         """Return the examples truncated on the right."""
-        return Examples([mask[:max_tokens] for mask in self.supervised_masks])
+        starts = np.cumsum(self.lengths) - self.lengths
+        positions = np.arange(len(self.mask)) - np.repeat(starts, self.lengths)
+        return Examples(self.mask[positions < max_tokens], np.minimum(self.lengths, max_tokens))
 
     def largest_micro_batch(
         self, inputs: PlanInputs, accumulation_steps: int | None = None
@@ -51,8 +62,8 @@ class Examples:
         """
         if accumulation_steps is None:
             accumulation_steps = inputs.training.gradient_accumulation_steps
-        lengths = self.lengths
-        supervised = [sum(mask) for mask in self.supervised_masks]
+        lengths = self.lengths.tolist()
+        supervised = self.supervised.tolist()
         parts = inputs.processes * accumulation_steps
         most_tokens = 0
         most_supervised = 0
@@ -64,16 +75,14 @@ class Examples:
 
     def tokens_of_a_step(self, inputs: PlanInputs) -> float:
         """Return the mean tokens of a step over the training, on all processes together."""
-        lengths = self.lengths
+        lengths = self.lengths.tolist()
         steps = self._steps(inputs)
         tokens = sum(_sum_of(lengths, step) for step in steps)
         return tokens / len(steps)
 
     def _steps(self, inputs: PlanInputs) -> list[list[int]]:
         training = inputs.training
-        return order(
-            len(self.supervised_masks), training.total_steps, training.batch_size, inputs.seed
-        )
+        return order(len(self.lengths), training.total_steps, training.batch_size, inputs.seed)
 
 
 def _sum_of(numbers: list[int], indices: Iterable[int]) -> int:

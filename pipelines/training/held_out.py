@@ -64,7 +64,7 @@ def load_held_out(run: Run, inputs: TrainInputs, data: Path) -> HeldOutExamples 
             "evaluate_every"
         )
     dataset = load_from_disk(str(folder))
-    lengths = [len(ids) for ids in dataset["input_ids"]]
+    lengths = dataset["length"][:]
     ranks = run.accelerator.num_processes
     by_tokens = math.ceil(sum(lengths) / (ranks * run.largest_pack_tokens()))
     rounds = min(by_tokens, math.ceil(len(lengths) / ranks))

@@ -132,7 +132,7 @@ def prepare_run(
     run = Run(
         accelerator,
         dataset,
-        lengths=[len(ids) for ids in dataset["input_ids"]],
+        lengths=dataset["length"][:],
         steps=order(len(dataset), settings.steps, settings.batch_size, inputs.seed),
         warmup_steps=settings.warmup_steps,
         max_grad_norm=settings.max_grad_norm,
