@@ -56,8 +56,9 @@ class DataSection(SourceSettings):
 
     source: str | None = None
     """`docstrings` (the interpreter's standard library); a file, a folder or a pattern of files
-    (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt; compressed as .gz, .zst, .bz2 or .xz); a
-    folder that `save_to_disk` wrote; an s3:// or https:// address; or a hub data set id."""
+    (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt; compressed as .gz, .zst, .bz2 or
+    .xz); a folder that `save_to_disk` wrote; an s3:// or https:// address; or a hub data set
+    id."""
     sources: tuple[WeightedSource, ...] = ()
     """Several sources instead of one."""
     validation_source: str | None = None
@@ -158,6 +159,12 @@ class DataSection(SourceSettings):
                 f"has max_source_characters {self.max_source_characters}, which only the source "
                 "'docstrings' uses; remove it (max_tokens limits the length of an example)"
             )
+        for name, value in self.template_arguments.items():
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                raise ValueError(
+                    f"has the text {value!r} as template_arguments.{name}, which a template does "
+                    "not read as true or false; remove the quotes"
+                )
         if self.chat_template == "none" and self.template_arguments:
             raise ValueError(
                 "has template_arguments, which have no effect with chat_template 'none'; remove "

@@ -58,11 +58,23 @@ def _sentence(problem: Any, root: type[BaseModel]) -> str:
         return f"{key} is missing; add it"
     if problem["type"] == "value_error":
         return message if key == "recipe" else f"{key} {message}"
-    text = f"{key} = {problem['input']!r}: {lowered}"
-    is_text = problem["type"] == "model_type" and isinstance(problem["input"], str)
-    if is_text and key in MAIN_KEYS:
-        return f"{text}; use {MAIN_KEYS[key]}"
-    return text
+    return f"{key} = {problem['input']!r}: {_rule(key, problem, lowered)}"
+
+
+def _rule(key: str, problem: Any, message: str) -> str:
+    """Return what is wrong with a value; types have the names that YAML gives them."""
+    value = problem["input"]
+    if problem["type"] == "tuple_type":
+        return f"input should be a list, such as [{value}]"
+    if problem["type"] != "model_type":
+        return message
+    if isinstance(value, str) and key in MAIN_KEYS:
+        return f"input should be a valid dictionary; use {MAIN_KEYS[key]}"
+    if isinstance(value, str) and key.startswith("data.sources."):
+        return f"input should be a valid dictionary, such as {{source: {value}}}"
+    if isinstance(value, list) and key == "data":
+        return "input should be a valid dictionary; write the list under data.sources"
+    return "input should be a valid dictionary"
 
 
 def _hint(location: Location, root: type[BaseModel]) -> str:

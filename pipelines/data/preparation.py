@@ -127,7 +127,8 @@ def _encoded_sources(
     )
     if own is not None:
         file = cache / "examples-validation.arrow"
-        unweighted = first.model_copy(update={"weight": 1.0})
+        name = settings.validation_source or first.source
+        unweighted = first.model_copy(update={"weight": 1.0, "source": name})
         encoded = _encoded(own, unweighted, settings, tokenizer, file)
         found.append(replace(encoded, held_out=True))
     return found

@@ -108,8 +108,9 @@ def _too_few(groups: Hashes, wanted: int) -> str:
     if number == 1 and len(groups) > 1:
         return (
             f"all {len(groups)} usable rows are in one group, so that none can be held out: rows "
-            "whose conversations start with the same question are one group; set data.group_column "
-            "to a column that tells them apart, or provide rows with different questions"
+            "with the same value of data.group_column are one group, and without it rows whose "
+            "conversations start with the same question; name a column with several values, or "
+            "provide rows with different questions"
         )
     return (
         f"{len(groups)} usable rows in {number} groups are too few to hold out "

@@ -100,19 +100,16 @@ def usable_examples(sources: Sequence[EncodedSource], settings: DataSection) -> 
     is_left_out = (_column(table, "supervised_tokens") == 0) & ~is_bad
     if settings.long_examples == "drop":
         is_left_out |= is_long
-    index = np.flatnonzero(~is_bad & ~is_left_out)
-    if not len(index):
-        raise DataError(
-            f"none of the {len(table):,} rows of {settings.title!r} can be learned: "
-            f"{is_bad.sum():,} cannot be read as written and {is_left_out.sum():,} have no "
-            f"completion left within max_tokens={settings.max_tokens}; raise it or use shorter "
-            "prompts"
-        )
     sizes = [len(source.examples) for source in sources]
+    held_out = np.repeat([source.held_out for source in sources], sizes)
+    for rows, name in ((~held_out, repr(settings.title)), (held_out, "validation")):
+        if rows.any() and not (rows & ~is_bad & ~is_left_out).any():
+            raise _none_remains(table, rows & is_bad, rows & is_left_out, name, settings)
+    index = np.flatnonzero(~is_bad & ~is_left_out)
     return UsableExamples(
         table=table,
         index=index,
-        held_out=np.repeat([source.held_out for source in sources], sizes)[index],
+        held_out=held_out[index],
         weights=np.repeat([source.weight for source in sources], sizes)[index],
         bad_rows=int(is_bad.sum()),
         left_out=int(is_left_out.sum()),
@@ -121,6 +118,22 @@ def usable_examples(sources: Sequence[EncodedSource], settings: DataSection) -> 
 
 def _column(table: Dataset, name: str) -> Indices:
     return np.asarray(table.data.column(name))
+
+
+def _none_remains(
+    table: Dataset, is_bad: Mask, is_left_out: Mask, name: str, settings: DataSection
+) -> DataError:
+    bad = np.flatnonzero(is_bad)
+    first = ""
+    if len(bad):
+        entry = table[int(bad[0])]
+        first = f" ({entry['place']} {entry['error']})"
+    count = len(bad) + int(is_left_out.sum())
+    return DataError(
+        f"none of the {count:,} rows of {name} can be learned: {len(bad):,} cannot be read as "
+        f"written{first} and {is_left_out.sum():,} have no completion left within "
+        f"max_tokens={settings.max_tokens}; raise it or use shorter prompts, or fix the rows"
+    )
 
 
 def _check_rows(table: Dataset, is_bad: Mask) -> None:

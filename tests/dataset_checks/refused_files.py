@@ -73,7 +73,7 @@ CONTENT = (
     case("open quote", text("file.csv", delimited(ROWS) + '"a,b\n'), "line 16"),
     case("too many cells", text("file.csv", delimited(ROWS) + "a,b,c\r\n"), "line 16", "3 cells"),
     case("repeated column", text("file.csv", "prompt,prompt\r\na,b\r\n"), "prompt"),
-    case("index column", text("file.csv", ",prompt,completion\r\n0,a,b\r\n"), "no name"),
+    case("column without a name", text("file.csv", ",prompt,completion\r\nx,a,b\r\n"), "no name"),
     case("broken parquet", data("file.parquet", b"PAR1 and no more"), "parquet"),
     case("broken gzip", data("file.jsonl.gz", b"\x1f\x8b and no more"), "file.jsonl.gz"),
     case("parquet that is JSON", text("file.parquet", LINES), "parquet"),

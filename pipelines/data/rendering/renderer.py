@@ -80,9 +80,12 @@ class Renderer:
         """Return the renderings of each row; conversations are rendered together."""
         outcomes = [self._without_template(row) for row in rows]
         waiting = list[Conversation]()
-        for row, outcome in zip(rows, outcomes, strict=True):
-            if outcome is None and isinstance(row, Conversation):
-                waiting.append(row)
+        for index, row in enumerate(rows):
+            if outcomes[index] is None and isinstance(row, Conversation):
+                try:
+                    waiting.append(self._verbatim.unrendered(row))
+                except DataError as error:
+                    outcomes[index] = error
         rendered = iter(self._conversations.render(waiting) if self._conversations else [])
         return [next(rendered) if outcome is None else outcome for outcome in outcomes]
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from pipelines.data.conversation import Conversation, Message
 from pipelines.data.rendering.endings import QUESTION, Ending
 from pipelines.data.rendering.templates import ChatTemplate
 from pipelines.data.rendering.token_positions import SpecialTokens
@@ -63,6 +64,35 @@ class VerbatimRenderer:
         if not any(_MARK.search(one) and prompt.endswith(one) for one in endings):
             return None
         return self._rendered(prompt + completion, len(prompt), completion)
+
+    def unrendered(self, row: Conversation) -> Conversation:
+        """Return a conversation whose answers do not end with a token that ends an answer.
+
+        Raises:
+            DataError: a message is a conversation that the template has already rendered.
+        """
+        for message in row.messages:
+            self._check_is_not_rendered(message.content)
+        ends = tuple(self._ends_of_answer())
+        if not any(_ends_with(message, ends) for message in row.messages):
+            return row
+        messages = tuple(_without_end(message, ends) for message in row.messages)
+        return replace(row, messages=messages)
+
+    def _check_is_not_rendered(self, content: str) -> None:
+        if self._marks is None:
+            return
+        opening = self._marks.opening.strip()
+        first = self._special.pattern.search(self._marks.before)
+        if not (first and _MARK.search(opening) and opening in content):
+            return
+        if content.lstrip().startswith(first[0]):
+            raise DataError(
+                f"has a message that starts with {first[0]!r} and contains {opening!r}, as if the "
+                "chat template had already rendered it, so that it would be applied twice; end the "
+                f"prompt of a pair with {self._marks.opening!r}, write the messages without the "
+                "template, or set data.chat_template: none"
+            )
 
     def _is_rendered_text(self, text: str) -> bool:
         """Return whether a text contains what the template writes to open a turn."""
@@ -155,3 +185,15 @@ class VerbatimRenderer:
         if prompt.startswith(alone):
             opening = prompt[len(alone) :]
         return QuestionMarks(before, after, opening)
+
+
+def _ends_with(message: Message, ends: tuple[str, ...]) -> bool:
+    return message.role == "assistant" and message.content.rstrip().endswith(ends)
+
+
+def _without_end(message: Message, ends: tuple[str, ...]) -> Message:
+    if not _ends_with(message, ends):
+        return message
+    content = message.content.rstrip()
+    end = next(one for one in ends if content.endswith(one))
+    return replace(message, content=content.removesuffix(end))

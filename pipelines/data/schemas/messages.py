@@ -39,8 +39,18 @@ METADATA = (
     "created_at",
     "model",
     "language",
+    "turn_identifier",
+    "hashed_ip",
+    "country",
+    "state",
+    "header",
+    "redacted",
+    "toxic",
 )
-"""Keys that describe a message and are not part of the conversation."""
+"""Keys that describe a message and are not part of the conversation; the last ones are those of
+WildChat (Zhao et al. 2024)."""
+KNOWN_KEYS = (*FLAGS, *CALLS, *TEMPLATE_TEXTS, *METADATA)
+"""Keys of a message in addition to its role and content."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +175,8 @@ def _unknown_role(name: Any, items: list[Any]) -> DataError:
     found = ", ".join(dict.fromkeys(repr(role) for role in names if role is not None))
     usual = ", ".join(USUAL_ROLES)
     return DataError(
-        f"has the roles {found}, and {truncated(name)} is not a usual name of {usual}; map it in "
-        f"data.roles, such as {{{name!r}: assistant}}"
+        f"has the roles {found}, and {truncated(name)} is not a usual name of {usual}; map it to "
+        f"one of them in data.roles, such as {{{str(name)!r}: user}}"
     )
 
 
@@ -233,11 +243,13 @@ def _read_fields(others: Mapping[str, Any], role: RoleName, where: str) -> dict[
             _add_calls(fields, read_tool_calls(value, what), where)
         elif key in TEMPLATE_TEXTS:
             fields[key] = read_text(value, what)
-        elif key not in FLAGS and key not in METADATA:
-            raise DataError(
-                f"has {truncated(value)} as the {key} of {where}, which is not a usual key of a "
-                "message; remove it"
-            )
+    unknown = [key for key in others if key not in KNOWN_KEYS]
+    if unknown:
+        values = ", ".join(f"{truncated(others[key])} as the {key}" for key in unknown)
+        raise DataError(
+            f"has {values} of {where}, which is not a usual key of a message and would not be "
+            "learned; remove it"
+        )
     return fields
 
 

@@ -5,12 +5,22 @@ preference data would be learned, or a question about an image without the image
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from reprlib import repr as truncated
 from typing import Any
 
+from pipelines.config.data_section import ColumnName
 from pipelines.data.schemas.content import is_empty
-from pipelines.data.schemas.usual_columns import Kind, RowLayout, find_columns, quoted
+from pipelines.data.schemas.messages import ROLE_KEYS, is_message_list
+from pipelines.data.schemas.roles import find_role
+from pipelines.data.schemas.usual_columns import (
+    USUAL_COLUMNS,
+    Kind,
+    RowLayout,
+    as_yaml,
+    find_columns,
+    quoted,
+)
 from pipelines.errors import DataError
 
 Row = Mapping[str, Any]
@@ -51,6 +61,10 @@ def _are_lists(values: Sequence[Any]) -> bool:
     return all(isinstance(value, list) for value in values)
 
 
+def _are_roles(values: Sequence[Any]) -> bool:
+    return all(find_role(value, {}) is not None for value in values)
+
+
 def _are_anything(values: Sequence[Any]) -> bool:
     return True
 
@@ -86,6 +100,14 @@ TOKENS = Refusal(
     is_meant=_are_lists,
     can_be_mapped=True,
 )
+ONE_MESSAGE = Refusal(
+    ("role", "from"),
+    "each row is one message, and a conversation must be in one row",
+    "write its messages as a list in a column called messages, or name the columns to read in "
+    "data.columns",
+    is_meant=_are_roles,
+    can_be_mapped=True,
+)
 REFUSALS = (
     PREFERENCE,
     TOKENS,
@@ -113,6 +135,12 @@ REFUSALS = (
         "learned",
     ),
     Refusal(
+        ("mask", "weights"),
+        "a list of masks or weights is not read; data.supervise and the weight of a message select "
+        "what is learned",
+        is_meant=_are_lists,
+    ),
+    Refusal(
         ("reasoning_content", "reasoning", "thinking"),
         "reasoning is read from messages; a pair has it in its completion",
         "write it there",
@@ -120,9 +148,9 @@ REFUSALS = (
         can_be_mapped=True,
     ),
     Refusal(
-        ("input", "context"),
+        ("input", "context", "contexts", "passage", "document", "documents", "choices", "options"),
         "it can be a part of the prompt",
-        "map it as input in data.columns",
+        "map it as input in data.columns if it is a text, or write it into the prompt",
         kinds=("pair",),
         can_be_mapped=True,
     ),
@@ -135,6 +163,22 @@ REFUSALS = (
     Refusal(
         ("system", "system_prompt", "tools", "functions"),
         "only a conversation has it",
+        kinds=("text",),
+        can_be_mapped=True,
+    ),
+    Refusal(
+        USUAL_COLUMNS["prompt"],
+        "a text is learned without it",
+        "to learn the text as its answer, name both in data.columns, such as {prompt: question, "
+        "completion: text}",
+        kinds=("text",),
+        can_be_mapped=True,
+    ),
+    Refusal(
+        (*USUAL_COLUMNS["completion"], "label", "labels", "target", "targets", "summary"),
+        "a text is learned without it",
+        "to learn it as the answer to the text, name both in data.columns, such as {prompt: text, "
+        "completion: label}",
         kinds=("text",),
         can_be_mapped=True,
     ),
@@ -185,18 +229,41 @@ def column_checks(
 
 
 def refuse_unreadable(columns: Sequence[str], sample: Sequence[Row]) -> None:
-    """Refuse preference data and tokens, whatever else a source has.
+    """Refuse preference data, tokens and single messages, whatever else a source has.
 
     Args:
         columns: of the source that the recipe does not map.
         sample: the first rows.
     """
-    for refusal in (PREFERENCE, TOKENS):
+    for refusal in (_preference(columns, sample), TOKENS, ONE_MESSAGE):
         found = find_columns(refusal.names, columns)
         values = {column: _values(column, sample) for column in found}
         meant = [name for name in found if values[name] and refusal.is_meant(values[name])]
         if meant:
             raise DataError(f"has {quoted(meant)} among its columns; {refusal.rule}; {refusal.fix}")
+
+
+def _preference(columns: Sequence[str], sample: Sequence[Row]) -> Refusal:
+    """Return the refusal of preference data with the mapping that fits the columns."""
+    desired = find_columns(PREFERENCE.names[:1], columns)
+    if not desired:
+        return PREFERENCE
+    prompts = find_columns(USUAL_COLUMNS["prompt"], columns)
+    mapping: dict[ColumnName, str] = {"text": desired[0]}
+    if any(_starts_conversation(value) for value in _values(desired[0], sample)):
+        mapping = {"messages": desired[0]}
+    elif prompts:
+        mapping = {"prompt": prompts[0], "completion": desired[0]}
+    fix = f"to learn the desired answers, set data.columns: {as_yaml(mapping)}"
+    return replace(PREFERENCE, fix=fix)
+
+
+def _starts_conversation(value: Any) -> bool:
+    """Return whether a value is a list of messages that does not start with an answer."""
+    if not is_message_list(value) or not isinstance(value, list):
+        return False
+    names = [value[0].get(key) for key in ROLE_KEYS]
+    return find_role(next((name for name in names if name is not None), None), {}) != "assistant"
 
 
 def _fix(refusal: Refusal, layout: RowLayout) -> str:

@@ -105,6 +105,7 @@ def detect_schema(
     try:
         _check_group_column(group_column, columns)
         layout = _choose_layout(columns, sample, settings.columns, left_out)
+        _check_roles(settings, layout, sample)
         checks = _checks(columns, sample, layout, left_out)
     except DataError as error:
         raise DataError(f"data source {settings.source!r} {error}") from error
@@ -185,6 +186,22 @@ def _check_group_column(name: str | None, columns: Sequence[str]) -> None:
             f"has the columns {quoted(columns)}, and data.group_column names {name!r}; name one of "
             "them or remove data.group_column"
         )
+
+
+def _check_roles(settings: WeightedSource, layout: RowLayout, sample: Sequence[Row]) -> None:
+    """Refuse roles for rows without messages."""
+    if not settings.roles or layout.kind == "messages":
+        return
+    names = layout.columns.values()
+    if not any(_may_have_messages(row.get(name)) for row in sample for name in names):
+        raise DataError(
+            f"has data.roles {as_yaml(settings.roles)}, which have no effect: rows with "
+            f"{layout} have no messages; remove data.roles"
+        )
+
+
+def _may_have_messages(value: Any) -> bool:
+    return is_message_list(value) or is_written_list(value)
 
 
 def _name(layout: RowLayout, sample: Sequence[Row]) -> str:

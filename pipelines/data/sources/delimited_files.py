@@ -1,11 +1,15 @@
 """Rows from .csv and .tsv files: each cell is text, exactly as it is written.
 
-The delimiter is the one that divides the header and the first rows into the same number of cells.
+The delimiter is the one that divides the header and the first rows into the same number of cells,
+or that a first line such as `sep=;` names (Excel). A column without a name in the header is read
+only if it is harmless: the numbers of rows in the first column (pandas), or empty cells.
 """
 
 import csv
+import re
 from collections.abc import Iterator
 from itertools import islice
+from reprlib import repr as truncated
 from typing import IO
 
 from pipelines.data.sources.file_formats import DataFile
@@ -16,6 +20,7 @@ from pipelines.errors import DataError
 DELIMITERS = (",", ";", "\t", "|")
 SAMPLE_RECORDS = 500
 LONGEST_CELL = 1 << 27
+_NAMED_DELIMITER = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
 
 
 def open_delimited(file: DataFile, encoding: str | None, delimiter: str | None) -> OpenedRows:
@@ -36,21 +41,36 @@ def _rows(file: DataFile, codec: str, delimiter: str) -> ReadRows:
     with open_text(file, codec, "") as stream:
         records = _records(stream, delimiter, file)
         _, header = next(records, (1, []))
-        _check_header(header, file)
+        unnamed = [index for index, name in enumerate(header) if not name.strip()]
+        names = _column_names(header, file)
         for line, cells in records:
             place = f"line {line} of {file.name!r}"
-            if len(cells) == len(header):
-                yield make_row(place, dict(zip(header, cells, strict=True)))
+            problem = _problem(cells, names, unnamed, delimiter)
+            if problem:
+                yield RowProblem(place, problem)
             else:
-                yield RowProblem(
-                    place,
-                    f"has {len(cells)} cells, but the header has {len(header)} (quote cells that "
-                    f"contain the delimiter {delimiter!r}, or set data.delimiter)",
-                )
+                yield make_row(place, dict(zip(names, cells, strict=True)))
+
+
+def _problem(cells: list[str], names: list[str], unnamed: list[int], delimiter: str) -> str:
+    """Return why a record is not a row; empty if it is one."""
+    if len(cells) != len(names):
+        return (
+            f"has {len(cells)} cells, but the header has {len(names)} (quote cells that contain "
+            f"the delimiter {delimiter!r}, or set data.delimiter)"
+        )
+    for index in unnamed:
+        is_row_number = index == 0 and cells[index].isdecimal()
+        if cells[index].strip() and not is_row_number:
+            return (
+                f"has {truncated(cells[index])} in column {index + 1}, which has no name in the "
+                f"header (name it, or quote cells that contain the delimiter {delimiter!r})"
+            )
+    return ""
 
 
 def _records(stream: IO[str], delimiter: str, file: DataFile) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line and the cells of each record; skip empty lines."""
+    """Yield the first line and the cells of each record; skip empty lines and `sep=;`."""
     csv.field_size_limit(LONGEST_CELL)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     line = 1
@@ -64,24 +84,24 @@ def _records(stream: IO[str], delimiter: str, file: DataFile) -> Iterator[tuple[
             ) from error
         if cells is None:
             return
-        if cells:
+        is_data = line > 1 or not _NAMED_DELIMITER.fullmatch(delimiter.join(cells))
+        if cells and is_data:
             yield line, cells
         line = reader.line_num + 1
 
 
-def _check_header(header: list[str], file: DataFile) -> None:
+def _column_names(header: list[str], file: DataFile) -> list[str]:
+    """Return a name for each column; those without one get their number."""
+    names = []
     for number, name in enumerate(header, start=1):
-        if not name.strip():
-            raise DataError(
-                f"column {number} of {str(file.path)!r} has no name in the header; name it, or "
-                "write the file without an index column"
-            )
-    repeated = sorted({name for name in header if header.count(name) > 1})
+        names.append(name if name.strip() else f"column {number}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(
             f"the header of {str(file.path)!r} has {repeated[0]!r} more than once; rename one of "
             "the columns"
         )
+    return names
 
 
 def _checked_delimiter(delimiter: str) -> str:
@@ -95,6 +115,10 @@ def _checked_delimiter(delimiter: str) -> str:
 
 def _detect_delimiter(file: DataFile, codec: str) -> str:
     """Return the delimiter of a file; the usual one if there is only one column."""
+    with open_text(file, codec, "") as stream:
+        named = _NAMED_DELIMITER.fullmatch(stream.readline().rstrip("\r\n"))
+    if named:
+        return named[1]
     counts = {one: _cell_counts(file, codec, one) for one in DELIMITERS}
     candidates = [one for one in DELIMITERS if counts[one][:1] > [1]]
     consistent = [one for one in candidates if len(set(counts[one])) == 1]

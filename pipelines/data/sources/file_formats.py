@@ -15,6 +15,7 @@ FORMATS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
     ".txt": "text lines",
+    ".ndjson": "json lines",
 }
 """Suffix, in any case → format."""
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")

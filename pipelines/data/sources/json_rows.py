@@ -90,7 +90,7 @@ def open_json_lines(file: DataFile, encoding: str | None) -> OpenedRows:
     if first_character(file, codec) == "[":
         raise DataError(
             f"data file {str(file.path)!r} starts with a JSON list, where each line has to be an "
-            "object; let its name end in .json"
+            'object such as {"text": …}; if it is one list of objects, let its name end in .json'
         )
     return OpenedRows("json lines", _line_rows(file, codec), encoding=codec)
 

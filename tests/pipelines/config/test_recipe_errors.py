@@ -183,3 +183,11 @@ def test_a_name_of_another_tool_has_one_answer_and_is_not_a_key() -> None:
     assert len(listed) == len(set(listed)) == len(KEY_OF) + len(REASON_OF)
     top_level = {key for key in recipe_keys() if "." not in key}
     assert not set(listed) & top_level
+
+
+def test_a_template_argument_that_is_true_or_false_as_text_is_refused(
+    recipe_with: Callable[..., dict[str, Any]],
+) -> None:
+    values = recipe_with(data={"template_arguments": {"enable_thinking": "False"}})
+    with pytest.raises(RecipeError, match=r"has the text 'False' as template_arguments.enable"):
+        parse_recipe(values)

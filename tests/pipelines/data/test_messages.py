@@ -102,6 +102,16 @@ def test_unreadable_messages_are_refused(items: list[Any], part: str) -> None:
     assert part in refusal_of(*items)
 
 
+def test_all_unusual_keys_of_a_message_are_reported_at_once() -> None:
+    message = refusal_of(user(mood="odd", prefix=True), answer())
+    assert "'odd' as the mood, True as the prefix of message 1 (user)" in message
+
+
+def test_the_suggested_role_is_a_text_as_the_recipe_needs() -> None:
+    message = refusal_of({"role": 0, "content": "Which box?"}, answer())
+    assert "{'0': user}" in message
+
+
 def test_empty_values_and_metadata_have_no_effect() -> None:
     extras = {"refusal": None, "annotations": [], "function_call": None, "weight": None, "id": "7"}
     assert read(user(timestamp=3), answer(**extras)) == read(user(), answer())

@@ -229,3 +229,14 @@ def test_a_chat_template_of_the_recipe_is_saved_with_the_data(
     assert saved.decode(first["input_ids"]).startswith("user: Say")
     assert not prepared(data_settings(pairs_file), runs="plain")[0].has_tokenizer
     assert metrics.end_tokens == (saved.convert_tokens_to_ids("<|end|>"),)
+
+
+def test_validation_rows_that_cannot_be_scored_are_refused(
+    prepared: Prepare, write_rows: Callable[..., Path], data_settings: Maker
+) -> None:
+    """Otherwise other rows than the user's would be held out."""
+    train = write_rows([{"prompt": f"Write red {i}.", "completion": "red"} for i in range(40)])
+    own = write_rows([{"prompt": "sheep " * 90, "completion": "red"}] * 9, name="own.jsonl")
+    message = r"none of the 9 rows of validation can be learned: .* 9 have no completion left"
+    with pytest.raises(DataError, match=message):
+        prepared(data_settings(train, validation_source=str(own)))

@@ -90,7 +90,7 @@ def test_an_answer_does_not_depend_on_an_eos_token() -> None:
 
 
 def test_the_reference_is_the_answer_as_written(chatml: PreTrainedTokenizerBase) -> None:
-    for answer in (ANSWER, "  padded\n", "ends with <|im_end|>"):
+    for answer in (ANSWER, "  padded\n", "has <|im_end|> inside"):
         assert render_one(talk(QUESTION, answer), chatml).reference == answer
 
 

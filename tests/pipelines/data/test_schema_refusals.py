@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from pipelines.config.data_section import WeightedSource
 from pipelines.data.schemas.schema import detect_schema
@@ -43,6 +44,12 @@ UNREADABLE = {
     "reasoning": ({**PAIR, "reasoning": "Hm."}, "'reasoning'"),
     "context": ({"question": "a", "context": "b", "answer": "c"}, "'context'"),
     "system of a text": ({"text": "a", "system": "b"}, "'system'"),
+    "choices": ({"question": "a", "choices": ["b", "c"], "answer": "b"}, "'choices'"),
+    "class of a text": ({"text": "a", "label": 0}, "'label'.*{prompt: text, completion: label}"),
+    "summary of a text": ({"text": "a", "summary": "b"}, "'summary'"),
+    "question of a text": ({"question": "a", "text": "b"}, "'question'"),
+    "one message of a text": ({"text": "a", "role": "prompter"}, "each row is one message"),
+    "one message": ({"role": "user", "content": "a"}, "each row is one message"),
     "history of messages": ({**TALK, "history": [["a", "b"]]}, "'history'"),
     "messages as text": (
         {"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"},
@@ -55,6 +62,50 @@ UNREADABLE = {
 def test_columns_are_refused_by_name(row: Row, part: str) -> None:
     with pytest.raises(DataError, match=part):
         errors_of(row)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "others", "mapping"),
+    [
+        (TALK["messages"], {"prompt": "a"}, "{messages: chosen}"),
+        (TALK["messages"][1:], {"prompt": "a"}, "{prompt: prompt, completion: chosen}"),
+        ("b", {"question": "a"}, "{prompt: question, completion: chosen}"),
+        ("Human: a Assistant: b", {}, "{text: chosen}"),
+    ],
+    ids=["messages", "answer", "texts", "text"],
+)
+def test_the_suggested_mapping_reads_the_desired_answers(
+    chosen: Any, others: Row, mapping: str
+) -> None:
+    row = {**others, "chosen": chosen, "rejected": chosen}
+    with pytest.raises(DataError) as refused:
+        errors_of(row)
+    assert f"data.columns: {mapping}" in str(refused.value)
+    assert errors_of(row, columns=yaml.safe_load(mapping)) == [""]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"text": "a", "label": 0, "role": "user"}, {"text": "text"}),
+        ({"text": "a", "label": "b"}, {"prompt": "text", "completion": "label"}),
+        ({"text": "a", "label": None}, {}),
+    ],
+    ids=["left out", "answer", "empty"],
+)
+def test_a_text_with_a_class_is_read_as_the_recipe_names_it(row: Row, columns: Row) -> None:
+    assert errors_of(row, columns=columns) == [""]
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, PAIR], ids=["text", "pair"])
+def test_roles_without_effect_are_refused(row: Row) -> None:
+    with pytest.raises(DataError, match=r"data\.roles .* no effect.*remove"):
+        errors_of(row, roles={"bot": "assistant"})
+
+
+def test_roles_of_a_history_have_an_effect() -> None:
+    row = {**PAIR, "history": [{"role": "Customer", "content": "a"}]}
+    assert errors_of(row, roles={"Customer": "user"}) == [""]
 
 
 def test_a_complete_mapping_leaves_columns_out() -> None:
@@ -87,6 +138,7 @@ def test_other_labels_are_not_used(labels: tuple[Any, Any]) -> None:
         ("weight", "1.0", 0),
         ("train", True, False),
         ("loss_mask", None, [1, 0]),
+        ("mask", None, [1, 0]),
         ("rejected", None, "No."),
     ],
 )

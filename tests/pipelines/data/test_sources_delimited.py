@@ -108,8 +108,9 @@ def test_ragged_rows_are_listed_with_their_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "fragments"),
     [
-        ("a,,c\n1,2,3\n", ["column 2", "no name"]),
-        (",a,b\n0,1,2\n", ["column 1", "index column"]),
+        ("a,,c\n1,2,3\n", ["'2' in column 2", "no name", "name it"]),
+        (",a,b\nx,1,2\n", ["'x' in column 1", "no name"]),
+        ("a,b,\n1,2,\n1,2,3\n", ["line 3", "'3' in column 3", "quote cells"]),
         ("a,b,a\n1,2,3\n", ["'a' more than once"]),
         ('a,b\n1,2\n"open,3\n', ["line 3", "not valid csv", "quotes"]),
         ('a,b\n"x"y,2\n', ["line 2", "not valid csv"]),
@@ -123,6 +124,31 @@ def test_a_malformed_file_is_refused(tmp_path: Path, content: str, fragments: li
     assert str(path) in str(refused.value)
     for fragment in fragments:
         assert fragment in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        (",a,b\n0,1,2\n1,3,4\n", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
+        ("a,b,\n1,2,\n3,4, \n", [{"a": "1", "b": "2"}, {"a": "3", "b": "4"}]),
+    ],
+    ids=["row numbers", "empty cells"],
+)
+def test_harmless_columns_without_a_name_are_read(
+    tmp_path: Path, content: str, rows: list[dict[str, str]]
+) -> None:
+    loaded = load(write(tmp_path / "rows.csv", content))
+    named = [{name: row[name] for name in ("a", "b")} for row in loaded.rows]
+    assert named == rows
+    assert [name for name in loaded.columns if name.startswith("column ")]
+
+
+@pytest.mark.parametrize("first_line", ["sep=;", '"sep=;"', "SEP=;"])
+def test_a_first_line_can_name_the_delimiter(tmp_path: Path, first_line: str) -> None:
+    content = f"\ufeff{first_line}\r\na,b;c\r\n1,2;3\r\n"
+    loaded = load(write(tmp_path / "rows.csv", content))
+    assert loaded.rows == [{"a,b": "1,2", "c": "3"}]
+    assert loaded.places == ["line 3 of 'rows.csv'"]
 
 
 @pytest.mark.parametrize("delimiter", ["", "::", "\\t", '"', "\n"])
