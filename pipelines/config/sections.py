@@ -349,10 +349,19 @@ class GateSection(Section):
 
 
 def _registry_name(name: str) -> str:
-    if "/" in name or ":" in name or not name.strip():
+    forbidden = [repr(mark) for mark in ("/", ":", "@", "..") if mark in name]
+    if "'" in name and '"' in name:
+        forbidden.append("both kinds of quotes")
+    if not name.isprintable():
+        forbidden.append("a control character")
+    if name != name.strip() or not name:
+        forbidden.append("an empty name or spaces at its ends")
+    if len(name) > 256:
+        forbidden.append(f"{len(name)} characters")
+    if forbidden:
         raise ValueError(
-            f"is {name!r}: a registered name has no '/' and no ':'; use letters, digits, '-' "
-            "and '_'"
+            f"is {name[:60]!r}, which has {', '.join(forbidden)}: a registered name has at most "
+            "256 characters and no '/', ':', '@' or '..'; use letters, digits, '-' and '_'"
         )
     return name
 

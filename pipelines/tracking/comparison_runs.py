@@ -4,6 +4,7 @@ Everything here can be repeated: a run is looked up by its tags before it is cre
 """
 
 import json
+import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -98,8 +99,23 @@ def _log_files(client: MlflowClient, run_id: str, summary: Summary, label: str) 
     client.log_artifact(run_id, summary.items[label])
     if model.judgment is not None:
         adapter = Path(training_of(model).folder) / "adapter"
+        _make_readable(adapter)
         client.log_artifacts(run_id, str(adapter), "adapter")
-        log_card(client, run_id, summary, label)
+        log_card(client, run_id, summary=summary, label=label)
+
+
+def _make_readable(folder: Path) -> None:
+    """Give files the permissions of new files, since MLflow copies them with theirs.
+
+    safetensors creates its files for their owner only.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        mode = path.stat().st_mode
+        wanted = mode | (0o666 & ~mask)
+        if path.is_file() and wanted != mode:
+            path.chmod(wanted)
 
 
 def _link_training(
@@ -119,9 +135,11 @@ def _link_training(
     return {TRAINING_RUN_TAG: str(run.info.run_id)}
 
 
-def log_card(client: MlflowClient, run_id: str, summary: Summary, label: str) -> None:
+def log_card(
+    client: MlflowClient, run_id: str, *, summary: Summary, label: str, version: int | None = None
+) -> None:
     """Write the model card into the adapter's files of a run; replace an existing card."""
-    text = model_card.card(summary, label)
+    text = model_card.card(summary, label, version)
     client.log_text(run_id, text, f"adapter/{model_card.FILE}")
 
 

@@ -35,6 +35,7 @@ from pipelines.reporting.words import learning_rate
 from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.runtime.stage import read_records
 from pipelines.tracking.step_metrics import MetricPoint, StepMetrics
+from pipelines.tracking.task_identity import task_tags
 
 Numbers = dict[str, float | None]
 Tags = dict[str, str]
@@ -232,6 +233,7 @@ def run_tags(summary: Summary, label: str) -> Tags:
 def version_tags(summary: Summary, label: str) -> Tags:
     """Return what a user needs to know about an adapter before downloading it."""
     values = _adapter_facts(summary.models[label]) | _origin(summary)
+    values |= task_tags(summary.recipe)
     for kind, digest in summary.base.digests.items():
         values[f"base_fingerprint.{kind}"] = digest
     return {key: str(value)[:MAX_TAG_LENGTH] for key, value in values.items()}

@@ -7,6 +7,7 @@ source in the text only.
 
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -35,19 +36,20 @@ HUB_METRICS = {
 """The Hub's names of our metrics; a metric that is not listed keeps our name."""
 
 
-def card(summary: Summary, label: str) -> str:
+def card(summary: Summary, label: str, version: int | None = None) -> str:
     """Return the text of the card.
 
     Args:
         summary: the comparison.
         label: one of the adapters.
+        version: of the registered model; None for an adapter that is not registered.
     """
     front = yaml.safe_dump(_front_matter(summary, label), sort_keys=False, allow_unicode=True)
     sections = [
-        _introduction(summary, label),
+        _introduction(summary, label, version),
         _verdict(summary, label),
         _metrics(summary, label),
-        _usage(summary, label),
+        _usage(summary, version),
         _training(summary, label),
         _limits(summary, label),
     ]
@@ -135,15 +137,19 @@ def _results(summary: Summary, label: str) -> list[_HubResult]:
     return results
 
 
-def _introduction(summary: Summary, label: str) -> str:
+def _introduction(summary: Summary, label: str, version: int | None) -> str:
     base = summary.base
     source = summary.recipe.data.title
     revision = f" at revision `{base.revision}`" if base.revision else ""
     precision = "stored in 4 bits (NF4)" if _is_quantized(summary) else "in full precision"
     method = page_sections.training_method(summary, label).partition(" over ")[0]
     weights = short_count(_trained(summary, label).facts.trained_weights)
+    name = summary.recipe.registry.model
+    title = f"{name}, {label}"
+    if version is not None:
+        title = f"{name}, version {version} ({label})"
     return (
-        f"# {summary.recipe.registry.model}, {label}\n\n"
+        f"# {title}\n\n"
         f"An adapter ({method}) for `{base.id}`{revision}, trained over that base {precision} "
         f"on {source}. It has {weights} weights and needs the base."
     )
@@ -192,12 +198,17 @@ def _metric_row(metric: ReportMetric, models: Mapping[str, ModelSummary], label:
     return "| " + " | ".join(cells) + " |"
 
 
-def _usage(summary: Summary, label: str) -> str:
+def _usage(summary: Summary, version: int | None) -> str:
     code = "\n".join(_python_lines(summary))
+    source = "The adapter is not registered; `FOLDER` is the folder of this file:"
+    adapter = "FOLDER"
+    if version is not None:
+        adapter = f"models:/{summary.recipe.registry.model}/{version}"
+        source = "This command downloads exactly this version and verifies its files:"
     return (
         f"## How to use it\n\n```python\n{code}\n```\n\n"
-        "`lora generate` finds the base by itself and refuses a base with other weights:\n\n"
-        f'```sh\nlora generate --adapter {_adapter_uri(summary, label)} "…"\n```'
+        "`lora generate` finds the base by itself and refuses a base with other weights. "
+        f'{source}\n\n```sh\nlora generate --adapter {shlex.quote(adapter)} "…"\n```'
     )
 
 
@@ -231,16 +242,6 @@ def _is_loadable(base: str) -> bool:
     """Return whether transformers can load a base under this id."""
     is_folder = base.startswith("/") and not base.endswith(".gguf")
     return is_folder or HUB_ID.fullmatch(base) is not None
-
-
-def _adapter_uri(summary: Summary, label: str) -> str:
-    """Return what `lora generate` takes as the adapter."""
-    model = summary.recipe.registry.model
-    if label == summary.champion:
-        return f"models:/{model}@champion"
-    if label == summary.candidate:
-        return f"models:/{model}@candidate"
-    return "FOLDER"
 
 
 def _quoted(text: str) -> str:

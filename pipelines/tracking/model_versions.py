@@ -1,52 +1,135 @@
-"""Versions and aliases of the registered model.
+"""Versions of the registered model.
 
 A version has the files of the adapter and its card only. It is looked up by the adapter's digest
-before it is created. Aliases move last: `champion` only to an adapter that passed the gate, and
-only from the version that it was compared with.
+before it is created. All of it happens under a lease on the name, and the aliases move last.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
 from pipelines.comparison.document import Summary
+from pipelines.console import print_status
 from pipelines.errors import RegistryError
 from pipelines.reporting.model_parts import status_of, training_of
-from pipelines.tracking import logged
+from pipelines.tracking import history, logged
+from pipelines.tracking.aliases import how_to_request, move_aliases
 from pipelines.tracking.comparison_runs import log_card
+from pipelines.tracking.history import ADAPTER_TAG, History
+from pipelines.tracking.lease import hold_lease
+from pipelines.tracking.version_files import file_tags
 
 MAX_ADAPTER_FRACTION = 0.5
 """Files larger than this fraction of the base's weights in 2 bytes are not an adapter."""
-ADAPTER_TAG = "adapter_sha256"
-CANDIDATE = "candidate"
-CHAMPION = "champion"
+Versions = dict[str, int]
 
 
-def register_version(client: MlflowClient, summary: Summary, label: str, run_id: str) -> int | None:
+def register_adapters(
+    client: MlflowClient, summary: Summary, run_ids: Mapping[str, str]
+) -> tuple[Versions, Versions]:
+    """Register each adapter that is not rejected, then move the aliases.
+
+    Args:
+        client: of the registry.
+        summary: the comparison.
+        run_ids: label → run with the adapter's files.
+
+    Returns:
+        Label → version, and the aliases that are where the comparison puts them → version.
+
+    Raises:
+        RegistryError: a file is too large, another process has the name for too long, or the
+            champion is not the one that the adapters were compared with.
+    """
+    name = summary.recipe.registry.model
+    for model in summary.adapters.values():
+        _check_adapter_size(_adapter_folder(training_of(model).folder), summary.base.weights)
+    _ensure_registered_model(client, summary)
+    versions: Versions = {}
+    with hold_lease(client, name) as lease:
+        past = History.read(client, name)
+        for label in summary.adapters:
+            lease.renew()
+            version = _register_version(client, summary, label, run_id=run_ids[label], past=past)
+            if version is not None:
+                versions[label] = version
+        lease.renew()
+        aliases = move_aliases(client, summary, versions, past)
+        _clear_requests(client, summary, past)
+    return versions, aliases
+
+
+def _register_version(
+    client: MlflowClient, summary: Summary, label: str, *, run_id: str, past: History
+) -> int | None:
     """Register an adapter, or update the tags and the card of the version with the same bytes.
 
     Returns:
-        The version. None for a rejected adapter: it gets no version, and its run has its files.
+        The version. None for a rejected adapter, and for one whose version was deleted: it gets no
+        version, and its run has its files.
     """
     model = summary.models[label]
     name = summary.recipe.registry.model
     tags = logged.version_tags(summary, label)
-    adapter = Path(training_of(model).folder) / "adapter"
-    _check_adapter_size(adapter, summary.base.weights)
-    if not client.search_registered_models(_name_query(name)):
-        description = f"LoRA adapters of the recipe {summary.name}"
-        client.create_registered_model(name, description=description)
-    for known in client.search_model_versions(_name_query(name)):
-        if known.tags.get(ADAPTER_TAG) == tags[ADAPTER_TAG]:
-            # the version's files are in the run that registered it
-            log_card(client, known.run_id or run_id, summary, label)
-            _update_tags(client, name, known, tags)
-            return int(known.version)
-    if status_of(model) == "reject":
+    sha256 = tags[ADAPTER_TAG]
+    known = _versions_of(client, name, sha256)
+    if known:
+        version = known[0]
+        _update_tags(client, name, version, tags)
+    elif status_of(model) == "reject":
         return None
+    elif sha256 in past.versions and sha256 not in past.requested:
+        print_status(
+            f"{label} is not registered again: version {past.versions[sha256]} of {name} with the "
+            f"same bytes was deleted; {how_to_request(name, sha256)}"
+        )
+        return None
+    else:
+        # the files may differ between two trainings with equal weights, so only the first sets them
+        tags |= file_tags(_adapter_folder(training_of(model).folder))
+        version = _create_version(client, name, run_id, tags)
+    number = int(version.version)
+    # the version's files are in the run that registered it
+    with_files = version.run_id or run_id
+    log_card(client, with_files, summary=summary, label=label, version=number)
+    if past.versions.get(sha256) != str(number):
+        history.record_version(client, name, sha256, str(number))
+    return number
+
+
+def _create_version(
+    client: MlflowClient, name: str, run_id: str, tags: dict[str, str]
+) -> ModelVersion:
+    """Create a version, once: a request that was repeated on its way may have created several."""
     source = f"{client.get_run(run_id).info.artifact_uri}/adapter"
-    return int(client.create_model_version(name, source, run_id, tags=tags).version)
+    client.create_model_version(name, source, run_id, tags=tags)
+    first, *others = _versions_of(client, name, tags[ADAPTER_TAG])
+    for other in others:
+        client.delete_model_version(name, str(other.version))
+    return first
+
+
+def _versions_of(client: MlflowClient, name: str, sha256: str) -> list[ModelVersion]:
+    """Return the versions with an adapter's bytes, the lowest number first."""
+    found = []
+    for version in client.search_model_versions(_name_query(name)):
+        if version.tags.get(ADAPTER_TAG) == sha256:
+            found.append(version)
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def _ensure_registered_model(client: MlflowClient, summary: Summary) -> None:
+    """Create the registered model; another process may have been faster."""
+    description = f"LoRA adapters of the recipe {summary.name}"
+    try:
+        client.create_registered_model(summary.recipe.registry.model, description=description)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
+            raise
 
 
 def _update_tags(
@@ -57,31 +140,12 @@ def _update_tags(
             client.set_model_version_tag(name, version.version, key, tags[key])
 
 
-def move_aliases(
-    client: MlflowClient, summary: Summary, versions: dict[str, int]
-) -> dict[str, int]:
-    """Point the aliases at the adapters that are put forward; return alias → version.
-
-    MLflow moves one alias at a time. The champion's is the last.
-    """
-    name = summary.recipe.registry.model
-    aliases = {}
-    for alias, label in ((CANDIDATE, summary.candidate), (CHAMPION, summary.champion)):
-        if label is not None:
-            aliases[alias] = versions[label]
-    for alias, version in aliases.items():
-        if alias == CHAMPION:
-            registered = registered_version(client, name, CHAMPION)
-            _check_champion_was_compared(summary, registered)
-        client.set_registered_model_alias(name, alias, str(version))
-    return aliases
-
-
-def registered_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
-    """Return the version with an alias; None if the model or the alias does not exist."""
-    found = client.search_registered_models(_name_query(name))
-    version = found[0].aliases.get(alias) if found else None
-    return None if version is None else client.get_model_version(name, str(version))
+def _clear_requests(client: MlflowClient, summary: Summary, past: History) -> None:
+    """Remove the requests for the adapters of this comparison: each counts for one run."""
+    for model in summary.adapters.values():
+        sha256 = training_of(model).result.saved.adapter_sha256
+        if sha256 in past.requested:
+            history.clear_request(client, summary.recipe.registry.model, sha256)
 
 
 def _name_query(name: str) -> str:
@@ -89,40 +153,8 @@ def _name_query(name: str) -> str:
     return f'name = "{name}"' if "'" in name else f"name = '{name}'"
 
 
-def check_champion_passed(summary: Summary) -> None:
-    """Raise RegistryError if the champion of the summary did not pass the gate."""
-    label = summary.champion
-    if label is None:
-        return
-    status = status_of(summary.models[label])
-    if status != "pass":
-        raise RegistryError(
-            f"{label} is named champion, but its verdict is {status!r}; "
-            "only an adapter that passes can be champion: run the comparison again"
-        )
-
-
-def _check_champion_was_compared(summary: Summary, registered: ModelVersion | None) -> None:
-    """Raise RegistryError if the champion was replaced or removed after the comparison started."""
-    if summary.recipe.gate.min_gain_over_champion is None:
-        return
-    champion = summary.registered_champion
-    compared = {None if champion is None else champion.adapter_sha256}
-    for model in summary.adapters.values():
-        compared.add(training_of(model).result.saved.adapter_sha256)
-    sha256 = None if registered is None else registered.tags.get(ADAPTER_TAG)
-    if sha256 in compared:
-        return
-    name = summary.recipe.registry.model
-    now = "has no champion"
-    if registered is not None:
-        now = f"has version {registered.version} as its champion"
-    then = "none" if champion is None else f"version {champion.version}"
-    raise RegistryError(
-        f"{name} {now}, but {summary.champion} was compared with {then}; "
-        "run the recipe again to compare it with the champion that is registered now. "
-        f"Everything is registered, and the alias {CHAMPION} has not moved"
-    )
+def _adapter_folder(stage: str) -> Path:
+    return Path(stage) / "adapter"
 
 
 def _check_adapter_size(adapter: Path, base_weights: int) -> None:

@@ -5,38 +5,34 @@ the control and each rank. Each adapter is a version of one registered model; a 
 one. Every call can be repeated.
 
     comparison_runs.py   the runs
-    model_versions.py    the versions and aliases
+    model_versions.py    the versions
+    aliases.py           the aliases
+    history.py           what users decided by hand
+    lease.py             one process at a time
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from mlflow.entities.model_registry import ModelVersion
 
-from lora_core.files import sha256_of_file
+from lora_core.files import atomic_folder
 from pipelines.comparison.document import Registered, Summary
-from pipelines.errors import RegistryError, UnreachableError, one_line
+from pipelines.errors import RegistryError
 from pipelines.paths import tracking_uri
+from pipelines.tracking import version_files
+from pipelines.tracking.aliases import CHAMPION, check_champion_passed, registered_version
 from pipelines.tracking.comparison_runs import log_comparison, log_documents, log_model
-from pipelines.tracking.model_versions import (
-    ADAPTER_TAG,
-    CHAMPION,
-    check_champion_passed,
-    move_aliases,
-    register_version,
-    registered_version,
-)
-from pipelines.tracking.runs import configure_mlflow_client, ensure_store, experiment_id
+from pipelines.tracking.connection import Access, connect, without_credentials
+from pipelines.tracking.history import ADAPTER_TAG
+from pipelines.tracking.model_versions import register_adapters
+from pipelines.tracking.runs import experiment_id
 
-WEIGHTS = "adapter_model.safetensors"
-NO_ANSWER = "failed with exception"
-"""Part of the error of MLflow's client if it cannot reach a server."""
+REGISTERED = "models:/"
+RUN_AGAIN = "the adapters are saved, and the next run of the recipe registers them"
 
 
 @dataclass(frozen=True)
@@ -65,16 +61,18 @@ def register(summary: Summary, runs: Path, files: list[Path], note: str) -> Regi
             but that alias is done.
     """
     check_champion_passed(summary)
-    with _connect(runs) as client:
-        experiment = experiment_id(client, summary.recipe.registry.experiment or summary.name, runs)
+    name = summary.recipe.registry.experiment or summary.name
+    access = Access("EDIT", summary.recipe.registry.model, name, RUN_AGAIN)
+    with connect(runs, access) as client:
+        experiment = experiment_id(client, name, runs)
         parent = log_comparison(client, experiment, summary)
         log_documents(client, parent.info.run_id, files, note)
         children = _log_models(client, experiment, parent, summary)
-        versions = _register_adapters(client, summary, children)
         client.set_terminated(parent.info.run_id)
-        aliases = move_aliases(client, summary, versions)  # last: users read nothing but these
+        # last: users read nothing but the aliases
+        versions, aliases = register_adapters(client, summary, children)
     return Registered(
-        tracking_uri=tracking_uri(runs),
+        tracking_uri=without_credentials(tracking_uri(runs)),
         experiment_id=experiment,
         parent_run=parent.info.run_id,
         runs=children,
@@ -94,18 +92,6 @@ def _log_models(
     return children
 
 
-def _register_adapters(
-    client: MlflowClient, summary: Summary, children: Mapping[str, str]
-) -> dict[str, int]:
-    """Register each adapter that is not rejected, from its run; return label → version."""
-    versions = {}
-    for label in summary.adapters:
-        version = register_version(client, summary, label, children[label])
-        if version is not None:
-            versions[label] = version
-    return versions
-
-
 def describe(registered: Registered, runs: Path, files: list[Path], note: str) -> None:
     """Log report, summary and note of a comparison again, now that they include the registration.
 
@@ -118,7 +104,8 @@ def describe(registered: Registered, runs: Path, files: list[Path], note: str) -
     Raises:
         RegistryError: the server does not answer or refuses.
     """
-    with _connect(runs) as client:
+    access = Access("EDIT", registered.model, f"with the id {registered.experiment_id}", RUN_AGAIN)
+    with connect(runs, access) as client:
         log_documents(client, registered.parent_run, files, note)
 
 
@@ -134,51 +121,70 @@ def fetch_champion(name: str, runs: Path, destination: Path) -> FetchedChampion 
     Raises:
         RegistryError: the server does not answer, or its files are not those that were registered.
     """
-    with _connect(runs) as client:
+    with connect(runs, _reading(name)) as client:
         found = registered_version(client, name, CHAMPION)
         if found is None:
             return None
-        version = str(found.version)
         sha256 = found.tags.get(ADAPTER_TAG, "")
         folder = destination / sha256[:12]
-        if not _is_complete(folder, sha256):
-            folder.mkdir(parents=True, exist_ok=True)
-            mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(folder))
-        if not _is_complete(folder, sha256):
-            raise RegistryError(
-                f"version {version} of {name} does not contain the adapter of its tag "
-                f"{ADAPTER_TAG} ({sha256[:12] or 'not set'}); remove the alias {CHAMPION} from it, "
-                "or set gate.min_gain_over_champion to null, and run again"
-            )
-        return FetchedChampion(version, sha256, folder, dict(found.tags))
+        if version_files.objection(found, folder) is not None:
+            with atomic_folder(folder) as aside:
+                _download_version(found, aside)
+        return FetchedChampion(str(found.version), sha256, folder, dict(found.tags))
 
 
 def download(uri: str, runs: Path, destination: Path) -> Path:
-    """Download a registered adapter, `models:/NAME@ALIAS` or `models:/NAME/VERSION`."""
-    with _connect(runs):
-        return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(destination)))
+    """Download a registered adapter, and verify its files.
+
+    Args:
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        runs: folder of all runs.
+        destination: gets the files.
+
+    Raises:
+        RegistryError: there is no such version, the server does not answer or refuses, or the
+            files are not those that were registered.
+    """
+    name, version, alias = _parsed(uri)
+    with connect(runs, _reading(name)) as client:
+        found: ModelVersion | None
+        if alias:
+            found = registered_version(client, name, alias)
+        else:
+            found = client.get_model_version(name, version)
+        if found is None:
+            raise RegistryError(f"{uri}: the registered model {name} has no alias {alias}")
+        return _download_version(found, destination)
 
 
-@contextmanager
-def _connect(runs: Path) -> Iterator[MlflowClient]:
-    """Yield a client; raise MLflow's errors as RegistryError with a note that no result is lost."""
-    configure_mlflow_client()
-    uri = tracking_uri(runs)
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_registry_uri(uri)
-    try:
-        ensure_store(uri)
-        yield MlflowClient()
-    except (MlflowException, SQLAlchemyError, OSError) as error:
-        reason = one_line(error, with_type=False, limit=300)
-        is_unreachable = isinstance(error, ConnectionError) or NO_ANSWER in reason
-        kind = UnreachableError if is_unreachable else RegistryError
-        raise kind(
-            f"MLflow at {uri}: {reason}; the adapters are saved, and the next run of the recipe "
-            "registers them"
-        ) from error
+def _parsed(uri: str) -> tuple[str, str, str]:
+    """Return name, version and alias; one of the last two is empty."""
+    path = uri.removeprefix(REGISTERED)
+    name, _, alias = path.partition("@")
+    version = ""
+    if not alias:
+        name, _, version = path.partition("/")
+    if not name or not (alias or version.isdecimal()):
+        raise RegistryError(
+            f"{uri} does not name a registered adapter; use {REGISTERED}NAME@ALIAS or "
+            f"{REGISTERED}NAME/VERSION, where VERSION is a number"
+        )
+    return name, version, alias
 
 
-def _is_complete(folder: Path, sha256: str) -> bool:
-    weights = folder / WEIGHTS
-    return weights.is_file() and sha256_of_file(weights) == sha256
+def _download_version(version: ModelVersion, destination: Path) -> Path:
+    """Download a version's files; raise RegistryError if they are not those registered."""
+    uri = f"{REGISTERED}{version.name}/{version.version}"
+    folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(destination)))
+    objection = version_files.objection(version, folder)
+    if objection is not None:
+        raise RegistryError(
+            f"version {version.version} of {version.name} {objection}: its files were changed "
+            "after they were registered, or the download was; do not use them. Download it again, "
+            f"or remove the aliases from this version, such as {CHAMPION}"
+        )
+    return folder
+
+
+def _reading(name: str) -> Access:
+    return Access("READ", name, f"with the files of {name}")

@@ -14,7 +14,9 @@ from tempfile import TemporaryDirectory
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
+from mlflow.exceptions import MlflowException
 
+from pipelines.errors import RegistryError
 from pipelines.paths import tracking_uri
 from pipelines.tracking.step_metrics import MetricPoint
 
@@ -67,8 +69,26 @@ def experiment_id(client: MlflowClient, name: str, runs: Path) -> str:
     artifacts = None  # a server decides by itself where artifacts are stored
     if tracking_uri(runs).startswith("sqlite:"):
         # MLflow's own default for a file is relative to the working directory
-        artifacts = (runs / "mlartifacts" / name).resolve().as_uri()
-    return str(client.create_experiment(name, artifact_location=artifacts, tags=TRAINING_PAGES))
+        artifacts = _artifact_folder(runs, name).as_uri()
+    try:
+        return str(client.create_experiment(name, artifact_location=artifacts, tags=TRAINING_PAGES))
+    except MlflowException:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            raise
+        return str(experiment.experiment_id)  # another process was faster
+
+
+def _artifact_folder(runs: Path, experiment: str) -> Path:
+    """Return the folder of an experiment's artifacts; raise RegistryError if it is elsewhere."""
+    parent = (runs / "mlartifacts").resolve()
+    folder = (parent / experiment).resolve()
+    if parent not in folder.parents:
+        raise RegistryError(
+            f"the experiment {experiment!r} would have its artifacts in {folder}, outside "
+            f"{parent}; give registry.experiment a name without '..' and without a leading '/'"
+        )
+    return folder
 
 
 def find_run(client: MlflowClient, experiment: str, tags: dict[str, str]) -> Run | None:

@@ -7,6 +7,7 @@ from pipelines.config.experiments import EvaluatedModel
 from pipelines.errors import RegistryError
 from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.tracking.retry import retry_until_reachable
+from pipelines.tracking.task_identity import task_objection
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
 
 
@@ -71,6 +72,9 @@ def _objection(run: PipelineRun, base: BaseResult, tags: Mapping[str, str]) -> s
     for name, sha256 in parts.items():
         if tags.get(f"{name}_sha256") != sha256:
             return f"it was trained with another {name}, so that its prompts would be unfamiliar"
+    objection = task_objection(run.recipe, tags)
+    if objection is not None:
+        return objection
     seed = tags.get("seed", "which it does not name")
     if seed != str(run.recipe.seed):
         return (

@@ -1,11 +1,21 @@
-"""An MLflow store next to the runs, and a comparison with the folders that training leaves."""
+"""MLflow as a file or a server, and a comparison with the folders that training leaves."""
 
-from collections.abc import Iterator
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
+import psutil
 import pytest
 from registered import write_adapter, write_training
 from summaries import Summary, build
+
+START_SECONDS = 90
 
 
 @pytest.fixture
@@ -44,3 +54,64 @@ def comparison(tmp_path: Path, request: pytest.FixtureRequest) -> Summary:
             saved = model["training"]["result"]["saved"]
             saved["adapter_sha256"] = write_adapter(folder / "adapter", label)
     return summary
+
+
+@pytest.fixture(scope="module")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """A function that starts an MLflow server and returns its address.
+
+    Its arguments are options of the server, and `environment`.
+    """
+    with ExitStack() as servers:
+
+        def start(*options: str, environment: Mapping[str, str] | None = None) -> str:
+            folder = tmp_path_factory.mktemp("server")
+            server = _mlflow_server(folder, *options, environment=environment)
+            return servers.enter_context(server)
+
+        yield start
+
+
+@contextmanager
+def _mlflow_server(
+    folder: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Run a server inside a block; yield its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+    command += ["--artifacts-destination", str(folder / "artifacts"), *options]
+    with (folder / "server.txt").open("wb") as log:
+        server = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env={**os.environ, **(environment or {})},
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_healthy(server, address, folder)
+        yield address
+    finally:
+        everything = [*psutil.Process(server.pid).children(recursive=True), server]
+        for one in everything:
+            one.terminate()
+        server.wait(30)
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], address: str, folder: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urlopen(f"{address}/health", timeout=5):
+                return
+        except OSError:
+            is_dead = server.poll() is not None
+            if is_dead or time.monotonic() > deadline:
+                output = (folder / "server.txt").read_text()
+                raise AssertionError(f"the server did not start: {output}") from None
+            time.sleep(0.2)

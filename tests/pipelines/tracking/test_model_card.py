@@ -114,9 +114,18 @@ def test_verdict_has_its_rules(summary: Summary) -> None:
     assert "put forward as champion" in read(summary).text
 
 
-def test_usage_names_what_can_be_downloaded(summary: Summary) -> None:
-    assert "lora generate --adapter models:/tiny-model@champion" in read(summary).text
-    assert "lora generate --adapter FOLDER" in read(summary, "rank-4").text
+@pytest.mark.parametrize("label", ["rank-16", "rank-4"])
+def test_usage_names_the_version_of_the_card(summary: Summary, label: str) -> None:
+    text = card(parsed(summary), label, 3)
+    assert f"# tiny-model, version 3 ({label})" in text
+    assert re.findall(r"models:/\S+", text) == ["models:/tiny-model/3"]
+    assert "lora generate --adapter models:/tiny-model/3 " in text
+
+
+def test_card_without_a_version_names_its_folder(summary: Summary) -> None:
+    text = read(summary, "rank-4").text
+    assert "lora generate --adapter FOLDER" in text
+    assert "models:/" not in text
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

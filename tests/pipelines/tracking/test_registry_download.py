@@ -1,5 +1,6 @@
 """Adapters downloaded from a real SQLite store: complete, only once, loadable in PEFT."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,61 @@ def test_champion_with_other_files_is_refused(
     client.set_model_version_tag(name, str(version), "adapter_sha256", "0" * 64)
     with pytest.raises(RegistryError, match="does not contain the adapter of its tag"):
         fetch_champion(name, runs, tmp_path)
+
+
+def test_stored_weights_are_readable_by_others(comparison: Summary, runs: Path) -> None:
+    adapter = Path(comparison["models"]["rank-16"]["training"]["folder"]) / "adapter"
+    (adapter / WEIGHTS).chmod(0o600)  # as safetensors writes it
+    previous = os.umask(0o027)
+    try:
+        version = register(comparison, runs).aliases["champion"]
+    finally:
+        os.umask(previous)
+    client = mlflow.MlflowClient()
+    source = client.get_model_version_download_uri(comparison["name"], str(version))
+    stored = Path(source.removeprefix("file://")) / WEIGHTS
+    assert stored.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "adapter_config.json", "added.json"])
+def test_swapped_file_is_refused(
+    comparison: Summary, runs: Path, tmp_path: Path, file: str
+) -> None:
+    name = f"{comparison['name']}-{file}"
+    comparison["recipe"]["registry"]["model"] = name
+    comparison |= {"name": name, "key": name.ljust(64, "k")}
+    adapter = Path(comparison["models"]["rank-16"]["training"]["folder"]) / "adapter"
+    (adapter / "adapter_config.json").write_text("{}")
+    registered = register(comparison, runs)
+    version = registered.aliases["champion"]
+    for uri in (f"models:/{name}@champion", f"models:/{name}/{version}"):
+        assert (download(uri, runs, tmp_path / "before") / WEIGHTS).is_file()
+
+    source = mlflow.MlflowClient().get_model_version_download_uri(name, str(version))
+    stored = Path(source.removeprefix("file://"))
+    (stored / file).write_text("of someone else")
+    for uri in (f"models:/{name}@champion", f"models:/{name}/{version}"):
+        with pytest.raises(RegistryError, match="were changed after they were registered"):
+            download(uri, runs, tmp_path / "after")
+    with pytest.raises(RegistryError, match="were changed after they were registered"):
+        fetch_champion(name, runs, tmp_path / "champions")
+
+
+@pytest.mark.parametrize(
+    ("uri", "problem"),
+    [
+        ("models:/{name}@other", "has no alias other"),
+        ("models:/{name}/9", "not found"),
+        ("models:/{name}", "use models:/NAME@ALIAS"),
+        ("models:/{name}/latest", "use models:/NAME@ALIAS"),
+    ],
+)
+def test_address_without_a_version_is_refused(
+    comparison: Summary, runs: Path, tmp_path: Path, uri: str, problem: str
+) -> None:
+    register(comparison, runs)
+    with pytest.raises(RegistryError, match=problem):
+        download(uri.format(name=comparison["name"]), runs, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -60,9 +60,10 @@ def test_version_has_the_card_of_the_last_comparison(
     weights = (adapter / WEIGHTS).read_bytes()
     uri = f"models:/{comparison['name']}@champion"
     for index, one in enumerate((comparison, again)):
-        register(one, runs)
+        version = register(one, runs).versions["rank-16"]
         folder = download(uri, runs, tmp_path / str(index))
-        assert (folder / "README.md").read_text(encoding="utf-8") == card(parsed(one), "rank-16")
+        expected = card(parsed(one), "rank-16", version)
+        assert (folder / "README.md").read_text(encoding="utf-8") == expected
         assert (folder / WEIGHTS).read_bytes() == weights
     assert card(parsed(comparison), "rank-16") != card(parsed(again), "rank-16")
 
