@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_core.adapter.io import Identity, load_adapter, save_adapter
+    from lora_core.adapter.pickles import convert_pickled_adapter
     from lora_core.bank.bank import Bank
     from lora_core.base.identity import fingerprint, fingerprint_of_folder
     from lora_core.calibration.data_driven import set_initialization
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _NAMES_BY_MODULE = {
     "adapter.io": ("Identity", "load_adapter", "save_adapter"),
+    "adapter.pickles": ("convert_pickled_adapter",),
     "bank.bank": ("Bank",),
     "config": ("LoraConfig",),
     "errors": (
@@ -77,6 +79,7 @@ __all__ = [
     "RoutingError",
     "Target",
     "TargetError",
+    "convert_pickled_adapter",
     "eva_ranks",
     "export_gguf",
     "export_peft",

@@ -30,7 +30,7 @@ from lora_core.modules import (
     unwrapped,
 )
 from lora_core.planning import named_modules, users_of_weight
-from lora_core.saving import guard_saving
+from lora_core.saving import guard_methods
 from lora_core.targets import Target
 from lora_core.validation import plan_adapter
 
@@ -112,7 +112,7 @@ def place_parts(model: nn.Module, parts: Parts) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     disable_cpu_repacking(model)
-    guard_saving(model)
+    guard_methods(model)
     for name, part in parts.items():
         replace_module(model, name, part)
 

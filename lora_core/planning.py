@@ -47,7 +47,7 @@ def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
     """Return the modules of `model` that `config` adapts, in model order; the model is unchanged.
 
     Raises:
-        TargetError: a pattern matches nothing, a match cannot be adapted, or a rank is too large.
+        TargetError: a pattern matches nothing, or a match cannot be adapted.
     """
     _check_not_adapted(model)
     candidates = _find_candidates(model)
@@ -81,6 +81,11 @@ def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
     if config.target_modules == ALL_LINEAR:  # a gate of width 1 has no low-rank update
         targets = [name for name in targets if candidates[name].smaller_side > 1]
     return targets
+
+
+def adaptable_names(model: nn.Module) -> list[str]:
+    """Return the paths of all modules that LoRA can adapt, in model order."""
+    return list(_find_candidates(model))
 
 
 def names_before_exclusion(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -309,13 +314,6 @@ def _expert_stack_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
 
 
 def _check_target(target: Target, config: LoraConfig) -> None:
-    limit = min(target.in_features, target.out_features)
-    if target.rank > limit:
-        raise TargetError(
-            f"rank {target.rank} exceeds {target.name} of shape "
-            f"{target.out_features}×{target.in_features}; use a rank of at most "
-            f"{limit}, or name that module in exclude_modules"
-        )
     if target.layer == "embedding" and config.lora_bias:
         raise TargetError(
             f"lora_bias=True has no meaning for the embedding {target.name}; "

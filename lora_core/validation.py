@@ -27,6 +27,7 @@ def plan_adapter(model: nn.Module, config: LoraConfig) -> list[Target]:
     _check_exclusions(model, config)
     _check_only_embeddings(config, targets)
     for target in targets:
+        _check_rank(target)
         _check_init(config, target)
     return targets
 
@@ -83,6 +84,17 @@ def _check_only_embeddings(config: LoraConfig, targets: list[Target]) -> None:
         raise TargetError(
             "init_lora_weights='gaussian' has no effect: embeddings are always initialized "
             "from a normal distribution; use 'kaiming'"
+        )
+
+
+def _check_rank(target: Target) -> None:
+    """Raise for a rank that no update of the layer can have."""
+    limit = min(target.in_features, target.out_features)
+    if target.rank > limit:
+        raise TargetError(
+            f"rank {target.rank} exceeds {target.name} of shape "
+            f"{target.out_features}×{target.in_features}; use a rank of at most "
+            f"{limit}, or name that module in exclude_modules"
         )
 
 

@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_core.adapter.peft_keys import plain_keys
+from lora_core.base.identity import VALUES, WeightSource, is_recorded
 from lora_core.errors import AdapterError, BaseMismatchError
 from lora_core.files import sha256_of_file
 
@@ -46,17 +48,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise AdapterError(f"{path} is missing; {_missing_weights_hint(folder)}")
     try:
-        return load_file(str(path))
+        tensors = load_file(str(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(
             f"{path} is damaged ({error}); fetch or train the adapter again"
         ) from error
+    return plain_keys(tensors, str(path))
 
 
 def _missing_weights_hint(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.glob("*.bin")) if folder.is_dir() else []
     if pickles:
-        return f"{pickles[0]} is a pickle, which can run code: convert it to safetensors"
+        return (
+            f"{pickles[0]} is a pickle, which can run code: convert the folder with "
+            "lora_core.convert_pickled_adapter"
+        )
     return "give the folder of a saved adapter"
 
 
@@ -179,22 +185,24 @@ def check_digests(folder: Path, identity: Mapping[str, Any]) -> None:
             )
 
 
-def check_fingerprint(
-    kind: str, digest: str, *, adapter: Path, identity: Mapping[str, Any]
-) -> None:
-    """Refuse a base whose fingerprint is not in the sidecar of the adapter.
+def check_fingerprint(base: WeightSource, *, adapter: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a base whose digests are not in the sidecar of the adapter.
 
     Args:
-        kind: the base's kind of storage.
-        digest: the base's digest.
+        base: the model or the folder.
         adapter: the adapter's folder, for the message.
         identity: the adapter's sidecar.
     """
     recorded = identity.get("base_digests", {})
-    if recorded.get(kind) != digest:
-        known = ", ".join(f"{kind} {value[:12]}…" for kind, value in sorted(recorded.items()))
+    if not is_recorded(base, recorded):
+        known = ", ".join(f"{kind} {_brief(value)}" for kind, value in sorted(recorded.items()))
         raise BaseMismatchError(
             f"{adapter} was trained on {identity.get('base') or 'an unnamed base'} "
-            f"(fingerprints: {known or 'none'}), but this {kind} model has {digest[:12]}…; "
+            f"(fingerprints: {known or 'none'}), but this {base.kind} model has "
+            f"{_brief(base.fingerprint)}; "
             "load that base, or pass check_base=False if you accept wrong outputs"
         )
+
+
+def _brief(digest: str) -> str:
+    return f"{digest.removeprefix(VALUES)[:12]}…"

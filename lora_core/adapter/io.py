@@ -29,6 +29,7 @@ from lora_core.adapter.adapter_files import (
 from lora_core.adapter.checks import check_injected, check_keys, warn_of_untrained
 from lora_core.adapter.checks import check_trained as check_all_trained
 from lora_core.adapter.peft_compat import (
+    refuse_other_vocabulary,
     refuse_rows_of_one_user,
     refuse_single_experts,
     warn_of_misread_names,
@@ -37,7 +38,8 @@ from lora_core.adapter.peft_compat import (
     without_guessed_heads,
 )
 from lora_core.adapter.peft_config import peft_config, read_config
-from lora_core.base.identity import fingerprint
+from lora_core.adapter.peft_rules import by_peft_rules
+from lora_core.base.identity import ModelSource, recorded_digests
 from lora_core.base.quant import transposed_modules
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
@@ -46,6 +48,7 @@ from lora_core.init.spectral import is_spectral
 from lora_core.injection import Parts, build_parts, lora_layers, place_parts
 from lora_core.layers.experts import LoraExperts
 from lora_core.layers.linear import LoraLinear
+from lora_core.layers.trained import TrainedModule, TrainedRows
 from lora_core.modules import adapter_parts
 from lora_core.planning import plan_targets
 from lora_core.targets import Target
@@ -87,7 +90,8 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
     config = _independent_of_order(_as_written(config), [*names, *_stacks(model)])
     check_values(tensors, "the model")
     warn_of_untrained(tensors)
-    kind, digest = fingerprint(model)
+    source = ModelSource(model, _supplied(dict(adapter_parts(model))))
+    base_digests = {**identity.base_digests, **recorded_digests(source)}
     base = {"base_model_name_or_path": identity.base, "revision": identity.revision or None}
     with atomic_folder(folder) as aside:
         save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
@@ -97,7 +101,7 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
             "base": identity.base,
             "revision": identity.revision,
             "lineage": identity.lineage,
-            "base_digests": {**identity.base_digests, kind: digest},
+            "base_digests": base_digests,
             TRANSPOSED: transposed_modules(model),
             **digests,
         }
@@ -139,7 +143,11 @@ def open_adapter(
     """
     config = without_guessed_heads(read_config(folder), model)
     tensors = read_tensors(folder)
+    identity = read_identity(folder)
     refuse_single_experts(tensors, model, folder)
+    refuse_other_vocabulary(tensors, model, folder)
+    if identity is None:
+        config = by_peft_rules(config, tensors, model, folder)
     parts = build_parts(model, config, plan_targets(model, config), seed=0)
     expected = tensors_of(parts)
     tensors = without_base_copies(tensors, parts, folder)
@@ -147,13 +155,13 @@ def open_adapter(
     check_values(tensors, str(folder))
     if check_trained:
         check_all_trained(tensors, folder)
-    identity = read_identity(folder)
     if identity is None:
         refuse_rows_of_one_user(model, parts, folder)
     else:
         check_digests(folder, identity)
         if check_base:
-            check_fingerprint(*fingerprint(model), adapter=folder, identity=identity)
+            source = ModelSource(model, _supplied(parts))
+            check_fingerprint(source, adapter=folder, identity=identity)
     _fill(expected, tensors)
     return config, parts
 
@@ -186,6 +194,17 @@ def tensors_of(parts: Parts) -> dict[str, nn.Parameter]:
         for key, parameter in tensors.items():
             found[f"{PREFIX}{name}.{key}"] = parameter
     return found
+
+
+def _supplied(parts: Parts) -> dict[str, Tensor | None]:
+    """Return the modules whose weights the adapter supplies, or which rows of them."""
+    supplied: dict[str, Tensor | None] = {}
+    for path, part in parts.items():
+        if isinstance(part, TrainedModule):
+            supplied[path] = None
+        elif isinstance(part, TrainedRows):
+            supplied[path] = part.rows
+    return supplied
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from lora_core.errors import AdapterError
 from lora_core.injection import Parts
 from lora_core.layers.expert_layout import supports
 from lora_core.layers.trained import TiedEmbedding, TrainedRows
-from lora_core.modules import adapter_parts, plain_modules, unwrapped
+from lora_core.modules import adapter_parts, output_head, plain_modules, unwrapped
 
 CLASSIFIERS = ("classifier", "score")
 """Names under which PEFT looks for the head of any classifier."""
@@ -114,6 +114,36 @@ def without_guessed_heads(config: LoraConfig, model: nn.Module) -> LoraConfig:
         return config
     kept = tuple(name for name in config.modules_to_save if name not in absent)
     return replace(config, modules_to_save=kept)
+
+
+def refuse_other_vocabulary(tensors: dict[str, Tensor], model: nn.Module, folder: Path) -> None:
+    """Refuse complete embeddings or heads for another number of tokens than the model has.
+
+    Raises:
+        AdapterError: the numbers differ.
+    """
+    for path in vocabulary_modules(model):
+        own: Tensor = plain_modules(model)[path].weight  # type: ignore[assignment]
+        for suffix in (".weight", ".base_layer.weight"):
+            saved = tensors.get(f"{PREFIX}{path}{suffix}")
+            if saved is not None and saved.dim() == 2 and saved.shape[0] != own.shape[0]:
+                raise AdapterError(
+                    f"{folder} holds {path} with {saved.shape[0]} rows, but this model has "
+                    f"{own.shape[0]}: it was trained with another number of tokens; "
+                    f"call model.resize_token_embeddings({saved.shape[0]}) before loading"
+                )
+
+
+def vocabulary_modules(model: nn.Module) -> list[str]:
+    """Return the paths of the embeddings and of the output head that store a weight."""
+    head = output_head(unwrapped(model))
+    paths: list[str] = []
+    for path, module in plain_modules(model).items():
+        is_head = head is not None and module is head
+        is_stored = module._parameters.get("weight") is not None
+        if is_stored and (isinstance(module, nn.Embedding) or is_head):
+            paths.append(path)
+    return paths
 
 
 def without_base_copies(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_core.adapter.adapter_files import CONFIG, read_json
+from lora_core.adapter.adapter_files import CONFIG, IDENTITY, read_json
 from lora_core.adapter.checks import path_ends_with
 from lora_core.config import ALL_LINEAR, LoraConfig, Names
 from lora_core.errors import AdapterError, ConfigError
@@ -53,12 +53,21 @@ SUPPORTED = frozenset(
         "trainable_token_indices",
         "init_lora_weights",
         "fan_in_fan_out",
+        "layers_pattern",
+        "ensure_weight_tying",
     }
 )
 IGNORED = frozenset(
-    {"auto_mapping", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"}
+    {
+        "auto_mapping",
+        "eva_config",
+        "loftq_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+    }
 )
-"""How PEFT ran, or (eva_config) how it computed an initialization that the file contains."""
+"""How PEFT ran, or how it would compute an initialization: the file contains the result."""
 NO_EFFECT: tuple[Any, ...] = (None, False, "none", [], {}, "lora")
 """What PEFT writes for a feature that is off."""
 INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -76,6 +85,9 @@ def read_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG
     values = read_json(path)
     _check_supported(path, values)
+    is_of_peft = not (folder / IDENTITY).is_file()
+    if is_of_peft and values.get("target_modules") is None and not values.get("target_parameters"):
+        values["target_modules"] = ALL_LINEAR  # PEFT chose by architecture; the tensors decide
     try:
         return LoraConfig(**_fields(values))
     except (KeyError, ConfigError, TypeError, AttributeError) as error:

@@ -20,7 +20,7 @@ from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
 from lora_core.injection import Parts, build_parts
 from lora_core.modules import adapter_parts, module_at, replace_module
-from lora_core.saving import guard_saving
+from lora_core.saving import guard_methods
 from lora_core.validation import plan_adapter
 
 
@@ -186,7 +186,7 @@ class Bank:
         """Store an adapter's parts and the modules that they replace; freeze the base."""
         _refuse_nested(name, parts, self._bases)
         disable_cpu_repacking(self.model)
-        guard_saving(self.model)
+        guard_methods(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._bases |= {target: module_at(self.model, target) for target in parts}

@@ -22,7 +22,7 @@ from lora_core.adapter.adapter_files import (
     read_identity,
     read_tensors,
 )
-from lora_core.base.identity import fingerprint_of_folder
+from lora_core.base.identity import FolderSource
 from lora_core.base.weight_files import (
     CONFIG,
     HEADS,
@@ -106,8 +106,8 @@ def merge_checkpoint(
     steps = _plan(checkpoint, updates, read_layout(adapter, identity, checkpoint))
     entries = _entries(checkpoint, dtype)
     if check_base and identity is not None:
-        check_fingerprint(*fingerprint_of_folder(base), adapter=adapter, identity=identity)
-    _check_base_copies(adapter, checkpoint, steps)
+        check_fingerprint(FolderSource(base), adapter=adapter, identity=identity)
+    _check_base_copies(adapter, checkpoint, steps, untying)
     retention: dict[str, Retention] = {}
     with atomic_folder(destination) as temporary:
         left_out = _copy_rest(checkpoint, temporary)
@@ -198,16 +198,13 @@ def _check_mergeable(module: str, update: Update, entry: Entry) -> None:
 
 
 def _check_base_copies(
-    adapter: Path, checkpoint: Checkpoint, steps: dict[str, _TensorUpdate]
+    adapter: Path, checkpoint: Checkpoint, steps: dict[str, _TensorUpdate], untying: Untying
 ) -> None:
-    """Refuse an adapter whose copy of an adapted embedding's weight differs from the base."""
+    """Refuse an adapter whose copy of a weight that it adapts differs from the base."""
     names = {
-        f"{PREFIX}{step.module}{BASE_COPY}": name
+        f"{PREFIX}{step.module}{BASE_COPY}": untying.copies.get(name, name)
         for name, step in steps.items()
-        if step.update.embedding
     }
-    if not names:
-        return
     saved = read_tensors(adapter)
     copies = {name: saved[key] for key, name in names.items() if key in saved}
     entries = {name: checkpoint.entries[name] for name in copies}

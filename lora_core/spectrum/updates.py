@@ -33,6 +33,8 @@ from lora_core.adapter.adapter_files import (
     read_tensors,
 )
 from lora_core.adapter.peft_config import read_config
+from lora_core.base.identity import DENSE, ROUNDINGS, UNCHANGED, by_kind
+from lora_core.base.weight_files import HEADS
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError, BaseMismatchError
 from lora_core.files import atomic_folder, sha256_of_file, write_json
@@ -40,7 +42,7 @@ from lora_core.files import atomic_folder, sha256_of_file, write_json
 EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
 """Suffix of the factors of an embedding's update, A (r, V) and B (D, r)."""
 BASE_COPY = ".base_layer.weight"
-"""Suffix of the base's weight, which PEFT saves next to an embedding's factors."""
+"""Suffix of the base's weight, which PEFT saves next to the factors of an embedding or a head."""
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 """Settings that exclude some of the modules that target_modules names."""
 PAIR_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
@@ -100,8 +102,10 @@ def read_updates(folder: Path, *, embeddings: bool = False) -> dict[str, Update]
 
     Args:
         folder: in PEFT's format.
-        embeddings: also read the updates of embeddings, which are refused otherwise. The copies of
-            the base's weights that PEFT saves with them are skipped.
+        embeddings: also read the updates of embeddings, which are refused otherwise.
+
+    The copies of the base's weights that PEFT saves with an update of the embedding or the output
+    head are skipped.
 
     Raises:
         AdapterError: the folder is damaged, sets something that would be ignored here, or holds
@@ -116,10 +120,14 @@ def read_updates(folder: Path, *, embeddings: bool = False) -> dict[str, Update]
             "and only plain LoRA of linear layers is read; "
             "load it into a model to merge or serve it"
         )
-    embedded = set()
+    _refuse_tying(tensors, folder)
+    embedded: set[str] = set()
     if embeddings:
         embedded = {key.rpartition(".")[0] for key in tensors if EMBEDDING.search(key)}
-        tensors = _with_linear_keys(tensors, embedded)
+        tensors = {
+            EMBEDDING.sub(r".lora_\1.weight", key): tensor for key, tensor in tensors.items()
+        }
+    tensors = _without_base_copies(tensors)
     names = _module_paths(tensors, folder)
     check_values(tensors, str(folder))
     if identity is not None:
@@ -131,13 +139,26 @@ def read_updates(folder: Path, *, embeddings: bool = False) -> dict[str, Update]
     return updates
 
 
-def _with_linear_keys(tensors: Mapping[str, Tensor], embedded: set[str]) -> dict[str, Tensor]:
-    """Name the factors of embeddings like those of linear layers; skip copies of base weights."""
-    copies = {f"{module}{BASE_COPY}" for module in embedded}
+def _refuse_tying(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse an update of the embedding or the head that PEFT applies to both."""
+    if not read_json(folder / CONFIG).get("ensure_weight_tying"):
+        return
+    for key in tensors:
+        if EMBEDDING.search(key) or key.rpartition(".lora_")[0].rpartition(".")[2] in HEADS:
+            raise AdapterError(
+                f"{folder / CONFIG} sets ensure_weight_tying=True and trains {key}, so one update "
+                "may apply to the embedding and the head; merge the adapter with PEFT"
+            )
+
+
+def _without_base_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the base's weights that PEFT saves next to an update."""
     return {
-        EMBEDDING.sub(r".lora_\1.weight", key): tensor
+        key: tensor
         for key, tensor in tensors.items()
-        if key not in copies
+        if not (
+            key.endswith(BASE_COPY) and f"{key.removesuffix(BASE_COPY)}.lora_A.weight" in tensors
+        )
     }
 
 
@@ -246,13 +267,20 @@ def _scale(name: str, rank: int, config: LoraConfig) -> float:
 
 
 def _same_base(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Compare fingerprints of the same storage kind, or names and revisions if none is common."""
-    digests = first.get("base_digests", {})
-    other_digests = second.get("base_digests", {})
-    kinds = digests.keys() & other_digests.keys()
-    if kinds:
-        return all(digests[kind] == other_digests[kind] for kind in kinds)
-    return all(first.get(key) == second.get(key) for key in ("base", "revision"))
+    """Compare fingerprints of the same storage kind, or names and revisions if none is common.
+
+    Two dense bases are one if any of their digests agree: each is of another rounding or method.
+    """
+    digests = by_kind(first.get("base_digests", {}))
+    other_digests = by_kind(second.get("base_digests", {}))
+    kinds = digests.keys() & other_digests.keys() - {UNCHANGED}
+    if not kinds:
+        return all(first.get(key) == second.get(key) for key in ("base", "revision"))
+    differing = {kind for kind in kinds if digests[kind] != other_digests[kind]}
+    of_dense = {DENSE, *ROUNDINGS}
+    if kinds & of_dense and not kinds & of_dense - differing:
+        return False
+    return not differing - of_dense
 
 
 def _tensors(updates: Mapping[str, Update]) -> dict[str, Tensor]:
@@ -269,7 +297,7 @@ def _peft_config(updates: Mapping[str, Update], like: Path) -> dict[str, Any]:
     """Return the settings of `like` with the ranks, scales and modules of `updates`."""
     read_config(like)
     config = read_json(like / CONFIG)
-    if set(updates) != set(_module_paths(read_tensors(like), like)):
+    if set(updates) != set(_module_paths(_without_base_copies(read_tensors(like)), like)):
         config["target_modules"] = sorted(updates)
         config |= {key: None for key in NARROWING if key in config}
     widest = max(updates.values(), key=lambda update: update.rank)

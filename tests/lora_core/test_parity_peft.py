@@ -206,10 +206,7 @@ def test_gradients_match_peft(
 
 @pytest.mark.parametrize(
     "features",
-    [
-        {"use_qalora": True, "qalora_group_size": 16},
-        {"layers_pattern": "layers", "layers_to_transform": [0]},
-    ],
+    [{"use_qalora": True, "qalora_group_size": 16}],
     ids=str,
 )
 def test_unsupported_peft_feature_raises(

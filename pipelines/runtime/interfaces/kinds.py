@@ -28,7 +28,7 @@ class StageKind(Generic[Inputs, Result]):
         return self.name
 
 
-BASE = StageKind("base", "pipelines.models.base_model", 4, inputs.BaseInputs, results.BaseResult)
+BASE = StageKind("base", "pipelines.models.base_model", 5, inputs.BaseInputs, results.BaseResult)
 DATA = StageKind("data", "pipelines.data.preparation", 6, inputs.DataInputs, results.DataResult)
 CHECK = StageKind(
     "check", "pipelines.evaluation.data_check", 1, inputs.CheckInputs, results.CheckResult

@@ -47,8 +47,9 @@ def test_with_a_sidecar_no_damage_loads_silently(count: Count, kind: Kind) -> No
 def test_without_a_sidecar_a_misfit_is_refused(count: Count, kind: Kind) -> None:
     found = count(kind, sidecar=False)
     assert found.silent == 0
-    # A key that the header names twice for its own bytes is not damaged.
-    assert found.refused >= 0.8 * found.tried > 0
+    # A key that the header names twice for its own bytes, or with PEFT's adapter name, is not
+    # damaged.
+    assert found.refused >= 0.7 * found.tried > 0
 
 
 def test_a_silent_load_is_counted(count: Count) -> None:

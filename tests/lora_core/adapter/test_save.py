@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, Identity, LoraConfig, fingerprint, inject, save_adapter
 from lora_core.adapter.adapter_files import CONFIG, IDENTITY, PREFIX, WEIGHTS, read_identity
+from lora_core.base.identity import ModelSource
 
 Build = Callable[..., LlamaForCausalLM]
 
@@ -92,7 +93,10 @@ def test_the_sidecar_records_base_digests_and_lineage(
     found = read_identity(folder)
     assert found is not None
     assert sha256 == digests(folder)[WEIGHTS] == found["adapter_sha256"]
-    assert found["base_digests"] == {"nf4": "n", "dense": fingerprint(adapted)[1]}
+    source = ModelSource(adapted)
+    assert source.samples.keys() == {"dense-sampled", "dense-sampled-float16"}
+    dense = {"dense": fingerprint(adapted)[1], **source.samples}
+    assert found["base_digests"] == {"nf4": "n", **dense}
     assert found["base"] == "hub/name"
     assert found["revision"] == "abc"
     assert found["lineage"] == {"data": "d"}

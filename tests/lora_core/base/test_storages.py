@@ -216,7 +216,11 @@ def test_an_adapter_saved_and_loaded_on_the_same_base_is_the_same(
 def test_each_kind_has_a_separate_fingerprint(llama_folder: Path, tmp_path: Path) -> None:
     found = {fingerprint(loaded(llama_folder, storage)) for storage in STORAGES.values()}
     assert {kind for kind, _ in found} == {"dense", "nf4", "fp4", "int8"}
-    assert len(found) == 4  # double quantization quantizes the scales and changes no code
+    dense = {digest for kind, digest in found if kind == "dense"}
+    # A copy in float16 is rounded twice, to float16 and to bfloat16; loading compares both.
+    assert len(dense) == 2
+    # Double quantization quantizes the scales and changes no code.
+    assert len(found) - len(dense) == 3
     model = loaded(llama_folder, STORAGES["fp4"])
     inject(model, CONFIG, seed=0)
     save_adapter(model, tmp_path / "adapter", CONFIG, Identity(base="tiny"))
