@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lora_core.adapter.pickles import convert_pickled_adapter
     from lora_core.bank.bank import Bank
     from lora_core.base.identity import fingerprint, fingerprint_of_folder
+    from lora_core.base.pickled_base import convert_pickled_base
     from lora_core.calibration.data_driven import set_initialization
     from lora_core.calibration.ranks import eva_ranks
     from lora_core.config import LoraConfig
@@ -25,14 +26,21 @@ if TYPE_CHECKING:
         RoutingError,
         TargetError,
     )
+    from lora_core.export.conversion import convert_adapter
     from lora_core.export.export import export_gguf, export_peft, export_vllm
     from lora_core.injection import inject, lora_layers, trained_weights
+    from lora_core.inspection.adapter_report import inspect_adapter
+    from lora_core.inspection.adapter_verification import verify_adapter
+    from lora_core.inspection.difference import compare_adapters
+    from lora_core.inspection.intrusion import count_intruders
     from lora_core.layers.linear import LoraLinear
     from lora_core.merging.fidelity import logit_divergence, merge_fidelity
     from lora_core.merging.merge import merge, unmerge
     from lora_core.merging.streaming import merge_checkpoint
     from lora_core.planning import plan_targets
+    from lora_core.spectrum.intruders import intruder_dimensions
     from lora_core.targets import Target
+    from lora_core.usage import check_used, unused_tensors
 
 _NAMES_BY_MODULE = {
     "adapter.io": ("Identity", "load_adapter", "save_adapter"),
@@ -50,8 +58,14 @@ _NAMES_BY_MODULE = {
         "RoutingError",
         "TargetError",
     ),
+    "export.conversion": ("convert_adapter",),
     "export.export": ("export_gguf", "export_peft", "export_vllm"),
+    "inspection.difference": ("compare_adapters",),
+    "inspection.intrusion": ("count_intruders",),
+    "inspection.adapter_report": ("inspect_adapter",),
+    "inspection.adapter_verification": ("verify_adapter",),
     "merging.fidelity": ("logit_divergence", "merge_fidelity"),
+    "base.pickled_base": ("convert_pickled_base",),
     "base.identity": ("fingerprint", "fingerprint_of_folder"),
     "injection": ("inject", "lora_layers", "trained_weights"),
     "layers.linear": ("LoraLinear",),
@@ -60,7 +74,9 @@ _NAMES_BY_MODULE = {
     "calibration.data_driven": ("set_initialization",),
     "calibration.ranks": ("eva_ranks",),
     "planning": ("plan_targets",),
+    "spectrum.intruders": ("intruder_dimensions",),
     "targets": ("Target",),
+    "usage": ("check_used", "unused_tensors"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
@@ -79,7 +95,12 @@ __all__ = [
     "RoutingError",
     "Target",
     "TargetError",
+    "check_used",
+    "compare_adapters",
+    "convert_adapter",
     "convert_pickled_adapter",
+    "convert_pickled_base",
+    "count_intruders",
     "eva_ranks",
     "export_gguf",
     "export_peft",
@@ -87,6 +108,8 @@ __all__ = [
     "fingerprint",
     "fingerprint_of_folder",
     "inject",
+    "inspect_adapter",
+    "intruder_dimensions",
     "load_adapter",
     "logit_divergence",
     "lora_layers",
@@ -98,6 +121,8 @@ __all__ = [
     "set_initialization",
     "trained_weights",
     "unmerge",
+    "unused_tensors",
+    "verify_adapter",
 ]
 
 

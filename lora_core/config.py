@@ -42,7 +42,10 @@ class LoraConfig:
     target_modules: Names = ALL_LINEAR
     """`all-linear`, a regular expression, or names.
 
-    `all-linear` is every linear layer except the output head and gates of width 1.
+    `all-linear` is every linear layer except the output head and gates of width 1. Experts that are
+    stored as stacks, and routers that hold a bare weight, are parameters and not linear layers:
+    name them in `target_parameters`. A warning lists them. PEFT's `all-linear` includes them in
+    models such as Mixtral, and doubles r and alpha for `gate_up_proj`.
     """
     exclude_modules: Names = ()
     """Modules excluded from the targets: a regular expression, or names."""
@@ -53,11 +56,15 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     """Suffix of a module's path, as a regular expression → alpha; the first match wins."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules fully trained and saved with the adapter, such as a new head; paths or suffixes."""
+    """Modules fully trained and saved with the adapter, such as a new head.
+
+    As in PEFT, a name selects every module whose path ends with it: `norm` selects
+    `input_layernorm` too. Give a path to select one module.
+    """
     trainable_token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Path or suffix of an embedding → rows to train, such as those of new special tokens."""
+    """Path of an embedding, or the end of it → rows to train, such as those of new tokens."""
     target_parameters: tuple[str, ...] = ()
-    """Stacked weights of experts, such as `mlp.experts.gate_up_proj`; paths or suffixes."""
+    """Matrices, or stacks of them such as `mlp.experts.gate_up_proj`; paths or suffixes."""
     lora_dropout: float = 0.0
     """Probability of dropping an input of A in training; 0 ≤ p < 1."""
     bias: Bias = "none"
@@ -100,7 +107,8 @@ class LoraConfig:
 
     def rank_of(self, name: str) -> int:
         """Return the rank of the module at the path `name`."""
-        return int(_first_match(self.rank_pattern, name, self.r))
+        rank = _first_match(self.rank_pattern, name, self.r)
+        return int(rank)
 
     def alpha_of(self, name: str) -> float:
         """Return the alpha of the module at the path `name`."""
@@ -108,7 +116,9 @@ class LoraConfig:
 
     def scale_of(self, name: str) -> float:
         """Return the factor of B·A at the path `name`: alpha/r, or alpha/√r under rsLoRA."""
-        return self._scale(self.alpha_of(name), self.rank_of(name))
+        alpha = self.alpha_of(name)
+        rank = self.rank_of(name)
+        return self._scale(alpha, rank)
 
     @property
     def scale(self) -> float:
@@ -140,11 +150,17 @@ class LoraConfig:
 
 
 def matches_end(pattern: str, name: str) -> bool:
-    """Return whether a key of a pattern matches the end of a module's path, by PEFT's rule."""
+    """Return whether a pattern matches the end of a module's path, by PEFT's rule.
+
+    Args:
+        pattern: a key of rank_pattern or alpha_pattern, a regular expression.
+        name: the module's path.
+    """
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def _first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
+    """Return the value of the first pattern that matches the end of the path `name`."""
     for pattern, value in patterns.items():
         if matches_end(pattern, name):
             return value
@@ -152,7 +168,7 @@ def _first_match(patterns: Mapping[str, float], name: str, default: float) -> fl
 
 
 def _check_rank(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not _is_index(value) or value == 0:
         raise ConfigError(
             f"{name}={value!r} must be an integer of at least 1; common choices are 4 to 64"
         )
@@ -185,17 +201,19 @@ def _check_init(value: Any) -> None:
 
 
 def _check_names(field_name: str, names: Any) -> None:
-    is_list = isinstance(names, tuple) and all(isinstance(name, str) and name for name in names)
-    if not (is_list or isinstance(names, str)):
+    if isinstance(names, str):
+        _check_pattern(field_name, names)
+        return
+    are_names = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    if not are_names or "" in names:
         raise ConfigError(
             f"{field_name}={names!r} names nothing; "
             "use a regular expression or a tuple of module names"
         )
-    if isinstance(names, str):
-        _check_pattern(field_name, names)
 
 
 def _check_pattern(field_name: str, pattern: str) -> None:
+    """Check that a name or a key of a setting is a regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:
@@ -206,8 +224,11 @@ def _check_pattern(field_name: str, pattern: str) -> None:
 
 
 def _check_pattern_map(
-    field_name: str, patterns: Any, check_value: Callable[[str, Any], None]
+    field_name: str,
+    patterns: Any,
+    check_value: Callable[[str, Any], None],
 ) -> None:
+    """Check that a setting maps regular expressions to values that `check_value` accepts."""
     if not isinstance(patterns, Mapping):
         raise ConfigError(
             f"{field_name}={patterns!r} must map suffixes of module paths to values, "
@@ -232,7 +253,7 @@ def _check_token_rows(tokens: Any) -> None:
             "such as {'embed_tokens': (5, 6)}"
         )
     for name, rows in tokens.items():
-        if not rows or not _are_unique_indices(rows):
+        if not (rows and _are_unique_indices(rows)):
             raise ConfigError(
                 f"trainable_token_indices[{name!r}]={rows!r} must be row indices, from 0, "
                 "without duplicates and at least one"
@@ -240,11 +261,11 @@ def _check_token_rows(tokens: Any) -> None:
 
 
 def _are_unique_indices(values: Any) -> bool:
-    return (
-        isinstance(values, tuple)
-        and all(_is_index(value) for value in values)
-        and len(set(values)) == len(values)
-    )
+    if not isinstance(values, tuple):
+        return False
+    if not all(_is_index(value) for value in values):
+        return False
+    return len(set(values)) == len(values)
 
 
 def _is_index(value: Any) -> bool:
@@ -252,8 +273,6 @@ def _is_index(value: Any) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max
-    )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max

@@ -7,6 +7,7 @@ Sources: best approximation of a given rank (Eckart & Young 1936, Psychometrika 
 subspace iteration (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,9 @@ class Svd:
     def factors(self, rank: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return B (out, rank) and A (rank, in) of equal norms.
 
-        scale · B A is the best approximation of that rank.
+        Args:
+            rank: at most k.
+            scale: factor of B·A, above 0: scale · B A is the best approximation of that rank.
         """
         roots = (self.values[:rank] / scale).sqrt()
         b = self.left[:, :rank] * roots
@@ -41,13 +44,20 @@ class Svd:
 
 
 def decompose(matrix: Tensor) -> Svd:
-    """Return all min(out, in) directions of `matrix` (out, in)."""
+    """Return all min(out, in) directions of a matrix.
+
+    Args:
+        matrix: (out, in), finite.
+    """
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     return Svd(left, values, right)
 
 
 def decompose_leading(
-    matrix: Tensor, rank: int, iterations: int, generator: torch.Generator
+    matrix: Tensor,
+    rank: int,
+    iterations: int,
+    generator: torch.Generator,
 ) -> Svd:
     """Approximate the `rank` strongest directions of `matrix`, and a few weaker ones less well.
 
@@ -69,9 +79,11 @@ def decompose_leading(
             "4 to 16; leave it out for the exact decomposition"
         )
     matrix = matrix.double()
+    _, in_features = matrix.shape
     width = min(rank + OVERSAMPLING, *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, dtype=torch.float64, generator=generator)
-    basis = _orthonormal(matrix @ start.to(matrix.device))
+    start = torch.randn(in_features, width, dtype=torch.float64, generator=generator)
+    start = start.to(matrix.device)
+    basis = _orthonormal(matrix @ start)
     for _ in range(iterations):
         row_basis = _orthonormal(matrix.T @ basis)
         basis = _orthonormal(matrix @ row_basis)
@@ -80,7 +92,11 @@ def decompose_leading(
 
 
 def check_matrix(matrix: Tensor) -> None:
-    """Raise unless `matrix` is a finite, non-empty matrix."""
+    """Raise unless `matrix` is a finite, non-empty matrix.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if matrix.dim() != 2 or matrix.numel() == 0 or not torch.isfinite(matrix).all():
         raise ConfigError(
             f"a tensor of shape {tuple(matrix.shape)} must be a matrix of finite values "
@@ -89,7 +105,15 @@ def check_matrix(matrix: Tensor) -> None:
 
 
 def check_rank(matrix: Tensor, rank: int) -> None:
-    """Raise unless `rank` is possible for factors of the finite `matrix`."""
+    """Raise unless `rank` is possible for factors of `matrix`.
+
+    Args:
+        matrix: (out, in).
+        rank: of the factors.
+
+    Raises:
+        ConfigError: the matrix is not finite, or the rank is below 1 or above its smaller side.
+    """
     check_matrix(matrix)
     limit = min(matrix.shape)
     if not 1 <= rank <= limit:
@@ -97,6 +121,17 @@ def check_rank(matrix: Tensor, rank: int) -> None:
             f"rank {rank} of a {matrix.shape[0]}×{matrix.shape[1]} matrix must be "
             f"from 1 to {limit}; choose another"
         )
+
+
+def rounding_of(shape: Sequence[int], largest: float, dtype: torch.dtype = torch.float32) -> float:
+    """Return the singular value up to which one counts as zero: max(out, in) · ε · σ₁.
+
+    Args:
+        shape: (out, in) of the matrix.
+        largest: σ₁.
+        dtype: in whose precision ε the matrix is known.
+    """
+    return max(shape) * torch.finfo(dtype).eps * largest
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -12,7 +12,11 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old or the new file, never a partial one.
+    """Write a file so that a reader sees the old or the new one, never a partial one.
+
+    Args:
+        path: created or replaced, with its parent folders.
+        text: written in UTF-8.
 
     Raises:
         OSError: the write failed; a previous file at `path` is unchanged.
@@ -32,8 +36,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON with sorted keys, so that equal values give equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write JSON with sorted keys, so that equal values give equal bytes.
+
+    Args:
+        path: created or replaced, as by `write_text`.
+        value: what JSON can represent.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    write_text(path, f"{text}\n")
 
 
 @contextmanager
@@ -41,6 +51,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty temporary folder that replaces `folder` when the block succeeds.
 
     On an exception the temporary folder is removed and `folder` is unchanged.
+
+    Args:
+        folder: created or replaced, with its parent folders.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -61,6 +74,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path for the block to write; it replaces `path` when the block succeeds.
 
     On an exception the temporary file is removed and `path` is unchanged.
+
+    Args:
+        path: created or replaced, with its parent folders.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -77,10 +93,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def overlap(one: Path, other: Path) -> bool:
-    """Return whether the paths are the same, or one is inside the other."""
+    """Return whether two paths are the same, or one is inside the other."""
     one = one.resolve()
     other = other.resolve()
-    return one == other or one in other.parents or other in one.parents
+    return one.is_relative_to(other) or other.is_relative_to(one)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -90,6 +106,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

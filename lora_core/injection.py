@@ -9,12 +9,15 @@ from lora_core.base.quant import base_weight, check_computes_linear, disable_cpu
 from lora_core.calibration.data_driven import Original, check_init_inputs, initialize_from_inputs
 from lora_core.calibration.eva import Batches
 from lora_core.config import LoraConfig
-from lora_core.coverage import computing_embeddings, refuse_unused_copy
+from lora_core.coverage import computing_embeddings, refuse_computed, refuse_unused_copy
 from lora_core.errors import TargetError
-from lora_core.layers.conv import LoraConv2d
+from lora_core.layers.conv import KINDS, LoraConv
 from lora_core.layers.embedding import LoraEmbedding
-from lora_core.layers.experts import LoraExperts, expert_targets
+from lora_core.layers.expert_layout import supports
+from lora_core.layers.experts import LoraExperts
 from lora_core.layers.linear import LoraLayer, LoraLinear
+from lora_core.layers.multihead_attention import LoraAttention
+from lora_core.layers.parameters import LoraParameters, parameter_targets
 from lora_core.layers.trained import (
     TiedEmbedding,
     TiedHead,
@@ -22,19 +25,19 @@ from lora_core.layers.trained import (
     TrainedModule,
     TrainedRows,
 )
+from lora_core.left_out import warn_of_left_out
 from lora_core.modules import (
     adapter_parts,
     module_at,
     plain_modules,
     replace_module,
-    unwrapped,
 )
 from lora_core.planning import named_modules, users_of_weight
 from lora_core.saving import guard_methods
-from lora_core.targets import Target
+from lora_core.targets import OF_PARAMETERS, Target
 from lora_core.validation import plan_adapter
 
-LAYERS = (LoraLinear, LoraEmbedding, LoraConv2d)
+LAYERS = (LoraLinear, LoraEmbedding, LoraConv)
 Parts = dict[str, nn.Module]
 """Module path → the part that replaces the module."""
 
@@ -48,6 +51,8 @@ def inject(
     original: Original | None = None,
 ) -> list[Target]:
     """Inject the adapter that `config` describes, freeze the rest, and return the targets.
+
+    What `all-linear` leaves out, such as experts, is logged as a warning.
 
     Before training, the model computes the same as before: bit for bit, or up to rounding under
     DoRA and with initializations in which B is not zero. Only `loftq` changes the output, towards
@@ -71,6 +76,7 @@ def inject(
     linear_layers = {name: part for name, part in parts.items() if isinstance(part, LoraLinear)}
     initialize_from_inputs(model, linear_layers, data, original)
     place_parts(model, parts)
+    warn_of_left_out(model, config)
     return targets
 
 
@@ -91,7 +97,7 @@ def _build_uninitialized_parts(
     """Build the parts; a data-driven initialization is not applied yet."""
     layers: Parts = {}
     for target in targets:
-        if target.layer != "experts":
+        if target.layer not in OF_PARAMETERS:
             module = module_at(model, target.name)
             layers[target.name] = _build_layer(module, target, config, seed)
     saved = named_modules(model, config.modules_to_save, "modules_to_save")
@@ -100,9 +106,9 @@ def _build_uninitialized_parts(
             refuse_unused_copy(name, _computing_embeddings(model, name, module))
     full_modules: Parts = {name: TrainedModule(module, name) for name, module in saved.items()}
     rows = _build_rows(model, config.trainable_token_indices)
-    experts = _build_experts(model, config, seed)
-    _check_no_overlap(layers, full_modules, rows, experts)
-    named = {**layers, **full_modules, **rows, **experts}
+    parameters = _build_parameters(model, config, seed)
+    _check_no_overlap(layers, full_modules, rows, parameters)
+    named = {**layers, **full_modules, **rows, **parameters}
     parts = {**_build_tied_embeddings(model, layers, named), **named}
     return {**parts, **_build_biases(model, config, parts)}
 
@@ -124,17 +130,32 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, cast(LoraLayer, part)
 
 
+def updated_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts that update a module named by target_modules, by its path."""
+    kinds = (*LAYERS, LoraAttention)
+    return {name: part for name, part in adapter_parts(model) if isinstance(part, kinds)}
+
+
+def updated_parameters(model: nn.Module) -> dict[str, LoraExperts | LoraParameters]:
+    """Return the parts that update parameters named by target_parameters, by the module's path."""
+    kinds = (LoraExperts, LoraParameters)
+    return {name: part for name, part in adapter_parts(model) if isinstance(part, kinds)}
+
+
 def trained_weights(model: nn.Module) -> int:
     """Return the number of trainable weights."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _build_layer(module: nn.Module, target: Target, config: LoraConfig, seed: int) -> nn.Module:
-    layer: LoraLinear | LoraEmbedding | LoraConv2d
+    layer: LoraLinear | LoraEmbedding | LoraConv | LoraAttention
+    refuse_computed(module, target.name, tensor="bias", setting="target_modules")
     if isinstance(module, nn.Embedding):
         layer = LoraEmbedding(module, target, config)
-    elif isinstance(module, nn.Conv2d):
-        layer = LoraConv2d(module, target, config)
+    elif isinstance(module, nn.MultiheadAttention):
+        layer = LoraAttention(module, target, config)
+    elif isinstance(module, KINDS):
+        layer = LoraConv(module, target, config)
     else:
         layer = LoraLinear(module, target, config)
         check_computes_linear(module, layer.frozen, target.name)
@@ -163,17 +184,19 @@ def _computing_embeddings(
     return computing_embeddings(model, name, users_of_weight(model, module))
 
 
-def _build_experts(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
-    """Build the updates of stacked experts; as in PEFT, they support random initialization only."""
+def _build_parameters(model: nn.Module, config: LoraConfig, seed: int) -> Parts:
+    """Build the updates of named parameters; as in PEFT, A is initialized at random."""
     if config.target_parameters and (config.use_dora or config.lora_bias):
         raise TargetError("target_parameters take neither use_dora nor lora_bias; disable these")
     parts: Parts = {}
-    for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
+    modules = plain_modules(model)
+    for path, names in parameter_targets(modules, config.target_parameters).items():
         sizes = {}
-        for stack in stacks:
-            name = f"{path}.{stack}"
-            sizes[stack] = (config.rank_of(name), config.scale_of(name))
-        part = LoraExperts(module_at(model, path), sizes)
+        for name in names:
+            full_name = f"{path}.{name}"
+            sizes[name] = (config.rank_of(full_name), config.scale_of(full_name))
+        kind = LoraExperts if supports(modules[path]) else LoraParameters
+        part = kind(modules[path], sizes)
         part.reset(path, config.init_lora_weights, seed)
         parts[path] = part
     return parts
@@ -234,6 +257,7 @@ def _build_biases(model: nn.Module, config: LoraConfig, parts: Parts) -> Parts:
                 f"bias='all' would train the bias of {name} around {inner[0]}, "
                 "which is trained as well; use 'lora_only'"
             )
+        refuse_computed(modules[name], name, tensor="weight", setting="bias='all'")
     return {name: TrainedBias(module) for name, module in modules.items()}
 
 
@@ -267,5 +291,5 @@ def _check_no_overlap(*groups: Parts) -> None:
             container = outer[0] if outer else name
             raise TargetError(
                 f"{name} is named by two settings, or is inside {container}, "
-                "which is fully trained; name it once"
+                "which is trained or adapted as one module; name one of them"
             )

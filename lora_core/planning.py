@@ -2,60 +2,46 @@
 
 Planning reads the base and changes nothing. It also works on the meta device, where the model takes
 no memory. Every pattern of a config must match something: a misspelled pattern is an error instead
-of a smaller adapter.
+of a smaller adapter. `candidates.py` decides what can be adapted, `matching.py` what is named.
 """
 
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from lora_core.base.quant import base_weight
 from lora_core.base.sharing import memory_of
-from lora_core.config import ALL_LINEAR, LoraConfig, Names, matches_end
-from lora_core.coverage import has_own_weight, refuse_partial_match
+from lora_core.candidates import Candidate, find_candidates
+from lora_core.config import ALL_LINEAR, LoraConfig, matches_end
+from lora_core.coverage import refuse_partial_match
 from lora_core.errors import TargetError
-from lora_core.layers.experts import expert_targets
-from lora_core.modules import (
-    adapter_parts,
-    module_at,
-    modules_outside_language_model,
-    output_head,
-    plain_modules,
-    unwrapped,
-)
+from lora_core.layers.expert_layout import supports
+from lora_core.layers.parameters import matrices_in, parameter_targets
+from lora_core.matching import selected_names, without_excluded
+from lora_core.modules import adapter_parts, plain_modules, unwrapped
 from lora_core.targets import Layer, Target
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A module that LoRA can adapt."""
-
-    in_features: int
-    out_features: int
-    kind: str
-    layer: Layer
-
-    @property
-    def smaller_side(self) -> int:
-        """The largest possible rank of an update."""
-        return min(self.in_features, self.out_features)
-
-
 def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
-    """Return the modules of `model` that `config` adapts, in model order; the model is unchanged.
+    """Return the modules of `model` that `config` adapts, in model order.
+
+    Args:
+        model: without an adapter, on the meta device or any other; not changed.
+        config: selects the targets and sets their ranks and scales.
 
     Raises:
         TargetError: a pattern matches nothing, or a match cannot be adapted.
     """
     _check_not_adapted(model)
-    candidates = _find_candidates(model)
+    _check_not_divided(model)
+    candidates = find_candidates(model)
     targets: list[Target] = []
     if config.target_modules:
         for name in matched_names(model, config):
-            targets.append(_make_target(name, candidates[name], config))
-    targets += _expert_stack_targets(model, config)
+            target = _make_target(name, candidates[name], config)
+            targets.append(target)
+    targets += _parameter_targets(model, config)
     target_names = [target.name for target in targets]
     _check_pattern_keys("rank_pattern", config.rank_pattern, target_names)
     _check_pattern_keys("alpha_pattern", config.alpha_pattern, target_names)
@@ -65,19 +51,27 @@ def plan_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
 
 
 def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the paths of the modules that `config` selects in a model, whether adapted or not.
+    """Return the paths of the modules that a config selects, in model order.
+
+    Args:
+        model: adapted or not.
+        config: selects the modules by name.
 
     Raises:
         TargetError: a pattern matches nothing, or modules that cannot be adapted among others.
     """
-    candidates = _find_candidates(model)
-    names = _selected_names(model, config, candidates)
+    candidates = find_candidates(model)
+    names = selected_names(model, config, candidates)
     if config.exclude_modules:
-        names = _without_excluded(names, config)
+        names = without_excluded(names, config)
     refuse_partial_match(
-        config.target_modules, names, adaptable=candidates, modules=plain_modules(model)
+        config.target_modules,
+        names,
+        adaptable=candidates,
+        modules=plain_modules(model),
     )
-    targets = [name for name in candidates if name in set(names)]
+    selected = set(names)
+    targets = [name for name in candidates if name in selected]
     if config.target_modules == ALL_LINEAR:  # a gate of width 1 has no low-rank update
         targets = [name for name in targets if candidates[name].smaller_side > 1]
     return targets
@@ -85,189 +79,65 @@ def matched_names(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def adaptable_names(model: nn.Module) -> list[str]:
     """Return the paths of all modules that LoRA can adapt, in model order."""
-    return list(_find_candidates(model))
+    return list(find_candidates(model))
 
 
 def names_before_exclusion(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Return the paths that `config` selects without its `exclude_modules`, adaptable or not."""
-    return _selected_names(model, config, _find_candidates(model))
+    """Return the paths that a config selects without its `exclude_modules`, adaptable or not.
 
+    Args:
+        model: adapted or not.
+        config: selects the modules by name.
 
-def _selected_names(
-    model: nn.Module, config: LoraConfig, candidates: Mapping[str, Candidate]
-) -> list[str]:
-    if config.target_modules == ALL_LINEAR:
-        names = _all_linear_names(model, candidates, config)
-    else:
-        names = _names_matching(config.target_modules, model, candidates)
-    if config.layers_to_transform:
-        names = _names_in_blocks(names, config.layers_to_transform)
-    return names
-
-
-def _without_excluded(names: list[str], config: LoraConfig) -> list[str]:
-    left = [name for name in names if not _is_named(name, config.exclude_modules)]
-    if not left or len(left) == len(names):
-        raise TargetError(
-            f"exclude_modules={config.exclude_modules!r} leaves {len(left)} of {len(names)} "
-            "targets; it must exclude some but not all"
-        )
-    return left
+    Raises:
+        TargetError: see `selected_names`.
+    """
+    candidates = find_candidates(model)
+    return selected_names(model, config, candidates)
 
 
 def named_modules(model: nn.Module, names: Iterable[str], what: str) -> dict[str, nn.Module]:
-    """Return the modules that `names` select, by path; each name is a path or a path suffix.
+    """Return the modules that a setting names, by path.
+
+    As in PEFT, a name matches every path that ends with it: `norm` matches `input_layernorm` too.
+
+    Args:
+        model: adapted or not.
+        names: paths or endings of paths.
+        what: name of the setting, for the message.
 
     Raises:
-        TargetError: a name matches no module; `what` is the name of the setting.
+        TargetError: a name matches no module.
     """
     plain = plain_modules(model)
     found: dict[str, nn.Module] = {}
     for name in names:
-        matches = {path: module for path, module in plain.items() if _is_named(path, (name,))}
+        matches = {path: module for path, module in plain.items() if path.endswith(name)}
         if not matches:
             raise TargetError(
                 f"{what} names {name!r}, which matches no module; "
-                "use the path of a module or the last part of it"
+                "use the path of a module or the end of it"
             )
         found |= matches
     return found
 
 
 def users_of_weight(model: nn.Module, module: nn.Module) -> dict[str, nn.Module]:
-    """Return the other modules of `model` that have the weight of `module`, by path."""
-    key = memory_of(module.weight)
+    """Return the other modules that have the weight of a module, by path.
+
+    Args:
+        model: contains them.
+        module: one with a weight.
+    """
+    memory = memory_of(module.weight)
     users: dict[str, nn.Module] = {}
     for path, other in plain_modules(model).items():
         weight = other._parameters.get("weight")
-        if other is not module and weight is not None and memory_of(weight) == key:
+        if other is module or weight is None:
+            continue
+        if memory_of(weight) == memory:
             users[path] = other
     return users
-
-
-def block_number(name: str) -> int | None:
-    """Return the first number in a module's path: the index of its block in any common model."""
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(number[1]) if number else None
-
-
-def _find_candidates(model: nn.Module) -> dict[str, Candidate]:
-    found = {}
-    for name, module in plain_modules(model).items():
-        candidate = _make_candidate(module)
-        if candidate is not None and name:  # the root has no parent in which to replace it
-            found[name] = candidate
-    return found
-
-
-def _make_candidate(module: nn.Module) -> Candidate | None:
-    if not has_own_weight(module):
-        return None
-    if type(module) is nn.Conv2d:
-        kernel_positions = module.kernel_size[0] * module.kernel_size[1]
-        in_features = module.in_channels // module.groups * kernel_positions
-        return Candidate(in_features, module.out_channels, "dense", "conv2d")
-    if isinstance(module, nn.Embedding):
-        return Candidate(module.num_embeddings, module.embedding_dim, "dense", "embedding")
-    weight = base_weight(module)
-    if weight is None:
-        return None
-    out_features, in_features = weight.shape
-    return Candidate(in_features, out_features, weight.kind, "linear")
-
-
-def _all_linear_names(
-    model: nn.Module, candidates: Mapping[str, Candidate], config: LoraConfig
-) -> list[str]:
-    """Return all linear layers of the language model except its head and fully trained modules.
-
-    They include linear layers that compute their weight, which `matched_names` refuses. Other
-    modules of a multimodal model are adapted only if they are named.
-    """
-    head = output_head(unwrapped(model))
-    plain = plain_modules(model)
-    towers = tuple(f"{name}." for name in modules_outside_language_model(model))
-    names = []
-    for name, module in plain.items():
-        candidate = candidates.get(name)
-        is_linear = candidate is not None and candidate.layer == "linear"
-        is_computed = isinstance(module, nn.Linear) and not has_own_weight(module)
-        is_left_out = module is head or _is_named(name, config.modules_to_save)
-        is_outside = f"{name}.".startswith(towers)
-        if (is_linear or is_computed) and not (is_left_out or is_outside):
-            names.append(name)
-    if not names:
-        in_language_model = {
-            name: candidate
-            for name, candidate in candidates.items()
-            if not f"{name}.".startswith(towers)
-        }
-        raise TargetError(
-            f"target_modules={ALL_LINEAR!r} matches no linear layer; "
-            f"linear layers here end in {_linear_endings(in_language_model)}"
-        )
-    return names
-
-
-def _names_matching(
-    patterns: Names, model: nn.Module, candidates: Mapping[str, Candidate]
-) -> list[str]:
-    """Return the modules that any of the patterns matches, in model order."""
-    paths = list(plain_modules(model))
-    chosen: set[str] = set()
-    rules: list[Names] = [patterns] if isinstance(patterns, str) else [(one,) for one in patterns]
-    for rule in rules:
-        chosen.update(_matches(rule, paths, candidates))
-    return [path for path in paths if path in chosen]
-
-
-def _is_named(name: str, names: Names) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
-    return any(is_path_or_suffix(one, name) for one in names)
-
-
-def is_path_or_suffix(pattern: str, path: str) -> bool:
-    """Return whether `pattern` is a module's path or the last part of it."""
-    return path == pattern or path.endswith(f".{pattern}")
-
-
-def _matches(rule: Names, paths: list[str], candidates: Mapping[str, Candidate]) -> list[str]:
-    """Return the matches of one pattern; raise if LoRA can adapt none of them."""
-    matches = [path for path in paths if _is_named(path, rule)]
-    if not any(path in candidates for path in matches):
-        pattern = rule if isinstance(rule, str) else rule[0]
-        problem = "matches no module"
-        if matches:
-            problem = f"matches {matches[0]}, which cannot be adapted"
-        raise TargetError(
-            f"target {pattern!r} {problem}; linear layers here end in {_linear_endings(candidates)}"
-        )
-    return matches
-
-
-def _names_in_blocks(names: list[str], blocks: tuple[int, ...]) -> list[str]:
-    """Keep the targets of the given blocks; each of them must contain a target."""
-    present: set[int] = set()
-    for name in names:
-        number = block_number(name)
-        if number is not None:
-            present.add(number)
-    missing = sorted(set(blocks) - present)
-    if missing:
-        raise TargetError(
-            f"layers_to_transform names block {missing[0]}, but the targets are in blocks "
-            f"{sorted(present)}"
-        )
-    return [name for name in names if block_number(name) in blocks]
-
-
-def _linear_endings(candidates: Mapping[str, Candidate]) -> str:
-    endings = set()
-    for name, candidate in candidates.items():
-        if candidate.layer == "linear":
-            endings.add(name.rpartition(".")[2])
-    return ", ".join(sorted(endings)) or "nothing: the model has none"
 
 
 def _check_pattern_keys(field_name: str, patterns: Mapping[str, object], names: list[str]) -> None:
@@ -282,6 +152,7 @@ def _check_pattern_keys(field_name: str, patterns: Mapping[str, object], names: 
 
 
 def _first_matching_key(patterns: Mapping[str, object], name: str) -> str | None:
+    """Return the key that applies to the path `name`."""
     for key in patterns:
         if matches_end(key, name):
             return key
@@ -289,27 +160,46 @@ def _first_matching_key(patterns: Mapping[str, object], name: str) -> str | None
 
 
 def _make_target(name: str, candidate: Candidate, config: LoraConfig) -> Target:
+    """Return a candidate with the rank and the scale that the config sets for its path."""
+    rank = config.rank_of(name)
     return Target(
         name=name,
         in_features=candidate.in_features,
         out_features=candidate.out_features,
-        rank=config.rank_of(name),
+        rank=rank,
         scale=config.scale_of(name),
         kind=candidate.kind,
         layer=candidate.layer,
+        groups=candidate.groups,
+        extra_weights=_extra_weights(candidate, rank),
     )
 
 
-def _expert_stack_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
-    """Plan the stacked weights of experts, one target per stack."""
+def _extra_weights(candidate: Candidate, rank: int) -> int:
+    """Return the trained weights of attention's output projection, (in, in), else 0."""
+    if candidate.layer != "attention":
+        return 0
+    return 2 * rank * candidate.in_features
+
+
+def _parameter_targets(model: nn.Module, config: LoraConfig) -> list[Target]:
+    """Plan the updates of named parameters, such as stacks of experts; one target per parameter."""
     targets = []
-    for path, stacks in expert_targets(unwrapped(model), config.target_parameters).items():
-        module = module_at(model, path)
-        for stack in stacks:
-            experts, out_features, in_features = getattr(module, stack).shape
-            candidate = Candidate(in_features, out_features, "dense", "experts")
-            target = _make_target(f"{path}.{stack}", candidate, config)
-            targets.append(replace(target, experts=experts))
+    modules = plain_modules(model)
+    for path, names in parameter_targets(modules, config.target_parameters).items():
+        module = modules[path]
+        layer: Layer = "experts" if supports(module) else "parameter"
+        for name in names:
+            stack = matrices_in(module, name)
+            candidate = Candidate(
+                in_features=stack.in_features,
+                out_features=stack.out_features,
+                kind="dense",
+                layer=layer,
+            )
+            target = _make_target(f"{path}.{name}", candidate, config)
+            target = replace(target, experts=stack.experts)
+            targets.append(target)
     return targets
 
 
@@ -327,3 +217,14 @@ def _check_not_adapted(model: nn.Module) -> None:
             "the model already carries an adapter; load a fresh base, "
             "or merge the first adapter before adding another"
         )
+
+
+def _check_not_divided(model: nn.Module) -> None:
+    """Raise if each process holds only a part of a weight, of whose complete size A and B are."""
+    for name, parameter in unwrapped(model).named_parameters():
+        if isinstance(parameter, DTensor):
+            raise TargetError(
+                f"{name} is divided among processes ({parameter.placements}), as by a "
+                "tensor-parallel plan or fully_shard, and an adapter needs complete weights; load "
+                "the base without tp_plan, or adapt it before it is divided"
+            )

@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Layer = Literal["linear", "embedding", "conv2d", "experts"]
+Layer = Literal[
+    "linear", "embedding", "conv1d", "conv2d", "conv3d", "attention", "experts", "parameter"
+]
+"""Kind of the update; `experts` and `parameter` are updates of named parameters."""
+OF_PARAMETERS: tuple[Layer, ...] = ("experts", "parameter")
+CONVOLUTIONS: tuple[Layer, ...] = ("conv1d", "conv2d", "conv3d")
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,14 @@ class Target:
     layer: Layer = "linear"
     experts: int = 1
     """Number of matrices of this shape in a stack of experts."""
+    groups: int = 1
+    """Groups of a convolution: each output has a row of rank/groups in B."""
+    extra_weights: int = 0
+    """Number of trained weights of a second projection, as in attention."""
 
     @property
     def trained_weights(self) -> int:
         """Number of weights in A and B."""
-        return self.experts * self.rank * (self.in_features + self.out_features)
+        in_b = self.out_features // self.groups
+        weights = self.experts * self.rank * (self.in_features + in_b)
+        return weights + self.extra_weights

@@ -5,18 +5,24 @@ that had no effect on their training does no harm.
 """
 
 from collections.abc import Iterable
+from typing import get_args
 
 from torch import nn
 
 from lora_core.config import LoraConfig
 from lora_core.errors import TargetError
 from lora_core.init.spectral import is_spectral
-from lora_core.planning import is_path_or_suffix, names_before_exclusion, plan_targets
-from lora_core.targets import Target
+from lora_core.matching import is_path_or_suffix
+from lora_core.planning import names_before_exclusion, plan_targets
+from lora_core.targets import CONVOLUTIONS, Layer, Target
 
 
 def plan_adapter(model: nn.Module, config: LoraConfig) -> list[Target]:
     """Return the modules of `model` that `config` adapts: `plan_targets` with stricter checks.
+
+    Args:
+        model: without an adapter; not changed.
+        config: of the new adapter.
 
     Raises:
         TargetError: see `plan_targets`, or a setting has no effect on the targets.
@@ -73,6 +79,11 @@ def _check_exclusions(model: nn.Module, config: LoraConfig) -> None:
 
 def _check_only_embeddings(config: LoraConfig, targets: list[Target]) -> None:
     """Raise for settings without effect on embeddings if there are no other targets."""
+    if config.lora_dropout and all(target.layer == "attention" for target in targets):
+        raise TargetError(
+            f"lora_dropout={config.lora_dropout!r} has no effect on nn.MultiheadAttention, which "
+            "computes with the updated weights; use 0"
+        )
     if any(target.layer != "embedding" for target in targets):
         return
     if config.lora_dropout:
@@ -119,8 +130,8 @@ def _layers_supporting(method: str) -> tuple[str, ...]:
     if method == "eva" or is_spectral(method):
         return ("linear",)
     if method == "orthogonal":
-        return ("linear", "conv2d")
-    return ("linear", "conv2d", "embedding", "experts")
+        return ("linear", *CONVOLUTIONS)
+    return get_args(Layer)
 
 
 def _matches_any(suffix: str, names: Iterable[str]) -> bool:

@@ -1,5 +1,7 @@
 """Chat templates and tokenizers with the structure of usual ones."""
 
+from collections.abc import Sequence
+
 from tokenizers import (
     ByteLevelBPETokenizer,
     Tokenizer,
@@ -167,31 +169,29 @@ def trimmed_byte_level() -> Tokenizer:
     return core
 
 
-def metaspace() -> Tokenizer:
+def metaspace(texts: Sequence[str] = TEXT, special: Sequence[str] = SPECIAL) -> Tokenizer:
     """As Llama 2 and Mistral: a space is put before each text and after special tokens."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     core.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    _train_pieces(core)
+    _train_pieces(core, texts, special)
     return core
 
 
-def metaspace_first() -> Tokenizer:
+def metaspace_first(texts: Sequence[str] = TEXT, special: Sequence[str] = SPECIAL) -> Tokenizer:
     """A space is put before the text only."""
     core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    _train_pieces(core)
+    _train_pieces(core, texts, special)
     return core
 
 
-def _train_pieces(core: Tokenizer) -> None:
+def _train_pieces(core: Tokenizer, texts: Sequence[str], special: Sequence[str]) -> None:
     every_byte = [f"<0x{number:02X}>" for number in range(256)]
-    special = ["<unk>", *SPECIAL]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=[*special, *every_byte], show_progress=False
-    )
-    core.train_from_iterator(TEXT, trainer)
+    tokens = list(dict.fromkeys(["<unk>", *special, *every_byte]))
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=tokens, show_progress=False)
+    core.train_from_iterator(texts, trainer)
     core.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),

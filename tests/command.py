@@ -1,9 +1,16 @@
 """The command line, as a user runs it."""
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import httpx
+
+from pipelines.orchestration import local_server
 
 LORA = [str(Path(sys.executable).parent / "lora")]
 
@@ -29,3 +36,27 @@ def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.Compl
         timeout=400,
         check=False,
     )
+
+
+@contextmanager
+def shared_prefect_server(home: Path) -> Iterator[str]:
+    """Run one Prefect server for several runs, which would each start their own.
+
+    Yields:
+        The value of PREFECT_API_URL.
+    """
+    home.mkdir(parents=True)
+    with socket.create_server((local_server.HOST, 0)) as listener:
+        process = subprocess.Popen(
+            [sys.executable, "-m", local_server.__name__, str(listener.fileno())],
+            env={**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "0"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+        )
+        url = f"http://{local_server.HOST}:{listener.getsockname()[1]}/api"
+    with process:  # closes the pipe, which ends the server
+        answer = httpx.get(f"{url}/health", timeout=local_server.SECONDS_TO_START)
+        answer.raise_for_status()
+        yield url

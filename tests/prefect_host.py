@@ -14,9 +14,19 @@ from typing import Any
 import httpx
 import psutil
 
+from pipelines.orchestration.pages import LEASES
+from pipelines.runtime import fork_server
+
 LORA = str(Path(sys.executable).parent / "lora")
 RETRIES = 20
 CANCELLING = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+SUSPENDED = {
+    "state": {
+        "type": "PAUSED",
+        "name": "Suspended",
+        "state_details": {"pause_reschedule": True, "pause_timeout": None},
+    }
+}
 Answer = Any
 
 
@@ -27,6 +37,8 @@ class PrefectHost:
     folder: Path
     """Of logs, state and runs."""
     port: int
+    extra: dict[str, str] = field(default_factory=dict)
+    """Further variables of the environment."""
     processes: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     @property
@@ -37,8 +49,11 @@ class PrefectHost:
             "PREFECT_API_URL": f"http://127.0.0.1:{self.port}/api",
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            **LEASES,
+            "PREFECT_WORKER_QUERY_SECONDS": "2",  # instead of 10
             "LORA_RUNS": str(self.folder / "runs"),
             "HF_HUB_OFFLINE": "1",
+            **self.extra,
         }
 
     def get(self, path: str) -> Answer:
@@ -46,6 +61,10 @@ class PrefectHost:
 
     def post(self, path: str, **values: Any) -> Answer:
         return self._answer("POST", path, json=values)
+
+    def change(self, path: str, **values: Any) -> None:
+        """Change an object, as its page does."""
+        self._request("PATCH", path, json=values)
 
     def lora(self, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run the command line in the folder of the recipes."""
@@ -68,6 +87,14 @@ class PrefectHost:
             )
         )
 
+    def restart_server(self) -> None:
+        """Kill the server with SIGKILL and start it again."""
+        server = self.processes.pop(0)
+        for process in [*psutil.Process(server.pid).children(recursive=True), server]:
+            process.kill()
+        server.wait(10)
+        self._start_server_process()
+
     def kill_worker(self) -> None:
         """Kill the worker with SIGKILL."""
         worker = self.processes.pop()
@@ -78,13 +105,21 @@ class PrefectHost:
         found: dict[str, Any] = self.get(f"deployments/name/finetune/{name}")
         return found
 
-    def run(self, deployment: str) -> str:
+    def run(self, deployment: str, **parameters: Any) -> str:
         """Start a run of a deployment; return its id."""
-        return str(self.post(f"deployments/{deployment}/create_flow_run")["id"])
+        path = f"deployments/{deployment}/create_flow_run"
+        return str(self.post(path, parameters=parameters)["id"])
 
     def cancel(self, run: str) -> None:
         """Cancel a run, as its page does."""
         assert self.post(f"flow_runs/{run}/set_state", **CANCELLING)["status"] == "ACCEPT"
+
+    def suspend(self, run: str) -> None:
+        """Suspend a run, as its page does."""
+        assert self.post(f"flow_runs/{run}/set_state", **SUSPENDED)["status"] == "ACCEPT"
+
+    def resume(self, run: str) -> None:
+        assert self.post(f"flow_runs/{run}/resume")["status"] == "ACCEPT"
 
     def state(self, run: str) -> str:
         return str(self.get(f"flow_runs/{run}")["state"]["type"])
@@ -103,11 +138,15 @@ class PrefectHost:
 
     def start_server(self) -> None:
         (self.folder / "prefect").mkdir()
+        self._start_server_process()
+
+    def _start_server_process(self) -> None:
+        """Start the server; it is the first of the processes."""
         without_url = {
             name: value for name, value in self.environment.items() if name != "PREFECT_API_URL"
         }
         words = ["server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
-        self.processes.append(self._start(words, "server.txt", without_url))
+        self.processes.insert(0, self._start(words, "server.txt", without_url))
         until(lambda: self.get("health") is True, seconds=120)
 
     def end(self) -> None:
@@ -125,6 +164,9 @@ class PrefectHost:
             process.wait(10)
 
     def _answer(self, method: str, path: str, **options: Any) -> Answer:
+        return self._request(method, path, **options).json()
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Return the server's reply.
 
         While its database is locked the server replies 503; Prefect's own client retries too.
@@ -136,8 +178,7 @@ class PrefectHost:
             if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(1)
-        reply.raise_for_status()
-        return reply.json()
+        return reply.raise_for_status()
 
     def _start(
         self, arguments: list[str], log: str, environment: dict[str, str]
@@ -152,9 +193,9 @@ class PrefectHost:
 
 
 @contextmanager
-def prefect_host(folder: Path) -> Iterator[PrefectHost]:
-    """Run a server and a worker inside a block."""
-    host = PrefectHost(folder, free_port())
+def prefect_host(folder: Path, **extra: str) -> Iterator[PrefectHost]:
+    """Run a server and a worker inside a block, with further variables of the environment."""
+    host = PrefectHost(folder, free_port(), extra)
     try:
         host.start_server()
         host.start_worker()
@@ -176,6 +217,41 @@ def until(condition: Callable[[], bool], *, seconds: float) -> None:
                 return
         time.sleep(0.5)
     raise TimeoutError
+
+
+def command_lines() -> list[str]:
+    """Return the command lines of all processes, as `ps` shows them."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found
+
+
+def processes_of(host: PrefectHost) -> list[str]:
+    """Return the commands of all processes of a run: flows, fork servers and their children."""
+    found = _processes_with(host, "prefect.engine", fork_server.__name__)
+    return list(found.values())
+
+
+def suspend_training(host: PrefectHost) -> list[psutil.Process]:
+    """Stop the fork server of a run and its children; return them, to be resumed."""
+    stopped = list(_processes_with(host, fork_server.__name__))
+    for process in stopped:
+        process.suspend()
+    return stopped
+
+
+def _processes_with(host: PrefectHost, *modules: str) -> dict[psutil.Process, str]:
+    """Return the processes of a host's runs that run one of the modules, and their commands."""
+    found = {}
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = process.cmdline()
+            ours = process.environ().get("LORA_RUNS") == host.environment["LORA_RUNS"]
+            if ours and {*modules} & {*words}:
+                found[process] = " ".join(words)
+    return found
 
 
 def free_port() -> int:

@@ -62,6 +62,7 @@ def build(folder: Path) -> Summary:
         "train_examples": 2201,
         "validation_examples": 64,
         "train_tokens": 263276,
+        "template_sha256": "56" * 32,
         "supervised_tokens": 28168,
         "cut": 0,
         "cut_held_out": 0,

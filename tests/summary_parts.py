@@ -234,7 +234,7 @@ def row(label: str, settings: Summary, gain: float, general: float) -> Summary:
 
 
 def spectrum(rank: int) -> list[Summary]:
-    """Return spectra that fall more slowly in deeper layers."""
+    """Return spectra that fall more slowly in deeper layers, of which every second was counted."""
     modules = []
     for layer in range(LAYERS):
         for index, kind in enumerate(KINDS):
@@ -247,6 +247,7 @@ def spectrum(rank: int) -> list[Summary]:
                     "rank": rank,
                     "effective_rank": exp(entropy),
                     "values": values,
+                    "intruders": layer if layer % 2 == 0 else None,
                 }
             )
     return modules

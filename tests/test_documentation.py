@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -56,9 +57,11 @@ def test_make_targets_exist(path: Path) -> None:
 
 @each_document
 def test_lora_commands_and_their_options_exist(path: Path) -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for words in lora_commands(path):
-        known = {name for option in commands[words[1]].params for name in option.opts}
+        command: Any = typer.main.get_command(app)
+        for word in words[1:]:
+            command = getattr(command, "commands", {word: command})[word]
+        known = {name for option in command.params for name in option.opts}
         given = {word for word in words[2:] if word.startswith("--")}
         assert given <= known, words
 

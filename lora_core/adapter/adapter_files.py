@@ -37,6 +37,9 @@ OBJECT_KEYS = ("base_digests", "lineage", "tensor_sha256")
 TRANSPOSED = "transposed_modules"
 """Optional sidecar key: the modules of the base that store their weight as (in, out)."""
 
+ZERO_UPDATES = "zero_updates"
+"""Optional sidecar key: the factors that training left at zero next to trained ones."""
+
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Read adapter_model.safetensors.
@@ -80,7 +83,8 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
         _check_type(path, key, values.get(key), str)
     for key in OBJECT_KEYS:
         _check_type(path, key, values.get(key, {}), dict)
-    _check_names(path, values.get(TRANSPOSED, []))
+    for key in (TRANSPOSED, ZERO_UPDATES):
+        _check_names(path, key, values.get(key, []))
     for kind_of_storage, digest in values.get("base_digests", {}).items():
         if not isinstance(digest, str):
             raise AdapterError(
@@ -90,11 +94,11 @@ def read_identity(folder: Path) -> dict[str, Any] | None:
     return values
 
 
-def _check_names(path: Path, names: Any) -> None:
-    """Refuse a sidecar value that is not a list of module paths."""
+def _check_names(path: Path, key: str, names: Any) -> None:
+    """Refuse a sidecar value that is not a list of names."""
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise AdapterError(
-            f"{path} has {TRANSPOSED}={names!r}, but it must be a list of strings; "
+            f"{path} has {key}={names!r}, but it must be a list of strings; "
             "fetch or train the adapter again"
         )
 

@@ -7,13 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_core.adapter.adapter_files import PREFIX
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
-from lora_core.injection import lora_layers
-from lora_core.layers.experts import LoraExperts, expert_targets
-from lora_core.layers.linear import LoraLayer
-from lora_core.modules import adapter_parts, unwrapped
+from lora_core.injection import updated_modules, updated_parameters
+from lora_core.layers.parameters import parameter_targets
+from lora_core.modules import plain_modules
 from lora_core.planning import matched_names
+
+EXAMPLES = 3
+"""How many modules a warning names."""
+ZERO_AT_FIRST = (".lora_B.weight", ".lora_embedding_A")
+"""Endings of the keys of factors that are initialized to zero."""
 
 
 def check_injected(model: nn.Module, config: LoraConfig) -> None:
@@ -21,13 +26,14 @@ def check_injected(model: nn.Module, config: LoraConfig) -> None:
 
     Otherwise the config would be written next to weights that it does not describe.
     """
-    layers = dict(lora_layers(model))
-    experts = {name for name, part in adapter_parts(model) if isinstance(part, LoraExperts)}
-    if not (layers or experts):
+    layers = updated_modules(model)
+    parameters = updated_parameters(model)
+    if not (layers or parameters):
         raise AdapterError("the model carries no adapter; inject one before saving")
     matched = set(matched_names(model, config)) if config.target_modules else set()
-    matched_experts = set(expert_targets(unwrapped(model), config.target_parameters))
-    if matched != set(layers) or matched_experts != experts:
+    names = parameter_targets(plain_modules(model), config.target_parameters)
+    updated = {path: tuple(part.scales) for path, part in parameters.items()}
+    if matched != set(layers) or names != updated:
         raise AdapterError(
             f"the config's target_modules={config.target_modules!r} do not match the adapted "
             "modules; pass the config that was injected"
@@ -36,10 +42,10 @@ def check_injected(model: nn.Module, config: LoraConfig) -> None:
         _check_layer(name, layer, config)
 
 
-def _check_layer(name: str, layer: LoraLayer, config: LoraConfig) -> None:
+def _check_layer(name: str, layer: Any, config: LoraConfig) -> None:
     """Refuse a rank or a scale that differs from the config's."""
     rank = config.rank_of(name)
-    found = _rank(layer.adapter_tensors())
+    found = _rank(layer.adapter_tensors(), getattr(layer, "groups", 1))
     if found != rank:
         raise AdapterError(
             f"{name} has lora_A and lora_B of rank {found}, but the config gives {rank}; "
@@ -53,10 +59,13 @@ def _check_layer(name: str, layer: LoraLayer, config: LoraConfig) -> None:
         )
 
 
-def _rank(tensors: dict[str, nn.Parameter]) -> Any:
-    """Return the rank of both factors, or their shapes if they disagree or are not gathered."""
+def _rank(tensors: dict[str, nn.Parameter], groups: int) -> Any:
+    """Return the rank of both factors, or their shapes if they disagree or are not gathered.
+
+    In a convolution with groups, each output has a part of the rank.
+    """
     a, b = list(tensors.values())[:2]
-    if a.dim() >= 2 and b.dim() >= 2 and a.shape[0] == b.shape[1]:
+    if a.dim() >= 2 and b.dim() >= 2 and a.shape[0] == groups * b.shape[1]:
         return a.shape[0]
     return (tuple(a.shape), tuple(b.shape))
 
@@ -86,34 +95,54 @@ def check_keys(tensors: dict[str, Tensor], expected: dict[str, nn.Parameter], fo
         )
 
 
-def warn_of_untrained(tensors: dict[str, Tensor]) -> None:
-    """Warn about zero updates next to trained ones: the model did not use these layers."""
+def warn_of_untrained(tensors: dict[str, Tensor]) -> list[str]:
+    """Warn about zero updates next to trained ones: the model did not use these layers.
+
+    Returns:
+        The keys of their zero factors, which the sidecar records.
+    """
     zero, trained = _zero_and_trained(tensors)
-    if zero and trained:
-        warnings.warn(
-            f"{len(zero)} updates are zero, such as {min(zero)}, and {len(trained)} are trained: "
-            "the model did not use those layers in training; leave them out of target_modules, "
-            "or load the adapter with check_trained=False",
-            stacklevel=3,
-        )
+    if not (zero and trained):
+        return []
+    modules = sorted({key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in zero})
+    named = ", ".join(modules[:EXAMPLES])
+    if len(modules) > EXAMPLES:
+        named += f" and {len(modules) - EXAMPLES} more"
+    warnings.warn(
+        f"{len(zero)} updates are zero, of {named}, and {len(trained)} are trained: "
+        "the model did not use those layers in training, or their gradients were not gathered; "
+        "leave them out of target_modules",
+        stacklevel=3,
+    )
+    return sorted(zero)
 
 
-def check_trained(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Refuse a partly trained adapter, which a save of sharded tensors leaves behind."""
+def check_trained(tensors: dict[str, Tensor], folder: Path, reported: Collection[str]) -> None:
+    """Refuse a partly trained adapter, which a save of sharded tensors leaves behind.
+
+    Args:
+        tensors: the tensors of the file.
+        folder: for the message.
+        reported: keys of the factors that were zero when this library saved the adapter.
+    """
     zero, trained = _zero_and_trained(tensors)
-    if zero and trained:
+    unexpected = [key for key in zero if key not in reported]
+    if unexpected and trained:
         raise AdapterError(
-            f"{folder} has {len(zero)} zero updates, such as {min(zero)}, and {len(trained)} "
-            "trained ones; save it again from gathered tensors, or pass check_trained=False if "
-            "those layers were never used"
+            f"{folder} has {len(unexpected)} zero updates, such as {min(unexpected)}, and "
+            f"{len(trained)} trained ones; save it again from gathered tensors, or pass "
+            "check_trained=False if those layers were never used"
         )
 
 
 def _zero_and_trained(tensors: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Return the keys of the factors B that are zero, and of those that are not."""
-    b_keys = [key for key in tensors if key.endswith(".lora_B.weight")]
-    zero = [key for key in b_keys if not tensors[key].any()]
-    return zero, [key for key in b_keys if key not in zero]
+    """Return the keys of the factors that start at zero and still are, and of those that are not.
+
+    These are B of a layer and A of an embedding.
+    """
+    keys = [key for key in tensors if key.endswith(ZERO_AT_FIRST)]
+    zero = [key for key in keys if not tensors[key].any()]
+    return zero, [key for key in keys if key not in zero]
 
 
 def path_ends_with(path: str, names: Collection[str]) -> bool:

@@ -5,23 +5,21 @@ of everything.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_core.adapter.adapter_files import (
-    CONFIG,
-    IDENTITY,
     PREFIX,
     TRANSPOSED,
-    WEIGHTS,
+    ZERO_UPDATES,
     check_digests,
     check_fingerprint,
     check_values,
-    file_digests,
     pattern_for,
     read_identity,
     read_tensors,
@@ -32,21 +30,30 @@ from lora_core.adapter.peft_compat import (
     refuse_other_vocabulary,
     refuse_rows_of_one_user,
     refuse_single_experts,
+    tied_copies,
     warn_of_misread_names,
     warn_of_shared_embedding,
     without_base_copies,
     without_guessed_heads,
+    without_tied_copies,
 )
 from lora_core.adapter.peft_config import peft_config, read_config
 from lora_core.adapter.peft_rules import by_peft_rules
+from lora_core.adapter.renaming import Rename, rename_modules
+from lora_core.adapter.rewriting import write_files
 from lora_core.base.identity import ModelSource, recorded_digests
 from lora_core.base.quant import transposed_modules
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
-from lora_core.files import atomic_folder, write_json
 from lora_core.init.spectral import is_spectral
-from lora_core.injection import Parts, build_parts, lora_layers, place_parts
-from lora_core.layers.experts import LoraExperts
+from lora_core.injection import (
+    Parts,
+    build_parts,
+    lora_layers,
+    place_parts,
+    updated_modules,
+    updated_parameters,
+)
 from lora_core.layers.linear import LoraLinear
 from lora_core.layers.trained import TrainedModule, TrainedRows
 from lora_core.modules import adapter_parts
@@ -81,36 +88,33 @@ def save_adapter(model: nn.Module, folder: Path, config: LoraConfig, identity: I
     Raises:
         AdapterError: a tensor has a wrong shape or is not finite, or the config is not the one
             that was injected; nothing is written.
+
+    Warns:
+        UserWarning: some updates are zero and others are not: the model did not use these layers.
     """
     tensors = adapter_tensors(model)
     check_injected(model, config)
-    names = list(dict(lora_layers(model)))
+    names = list(updated_modules(model))
     warn_of_misread_names(model, names)
     warn_of_shared_embedding(model)
     config = _independent_of_order(_as_written(config), [*names, *_stacks(model)])
     check_values(tensors, "the model")
-    warn_of_untrained(tensors)
-    source = ModelSource(model, _supplied(dict(adapter_parts(model))))
-    base_digests = {**identity.base_digests, **recorded_digests(source)}
+    zero_updates = warn_of_untrained(tensors)
     base = {"base_model_name_or_path": identity.base, "revision": identity.revision or None}
-    with atomic_folder(folder) as aside:
-        save_file(tensors, str(aside / WEIGHTS), metadata={"format": "pt"})
-        write_json(aside / CONFIG, {**peft_config(model, config, names), **base})
-        digests = file_digests(aside, tensors)
-        sidecar = {
-            "base": identity.base,
-            "revision": identity.revision,
-            "lineage": identity.lineage,
-            "base_digests": base_digests,
-            TRANSPOSED: transposed_modules(model),
-            **digests,
-        }
-        write_json(aside / IDENTITY, sidecar)
-    return str(digests["adapter_sha256"])
+    values = {**peft_config(model, config, names), **base}
+    sidecar = _sidecar(model, identity)
+    if zero_updates:
+        sidecar[ZERO_UPDATES] = zero_updates
+    return write_files(folder, tensors, values=values, identity=sidecar)
 
 
 def load_adapter(
-    model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True
+    model: nn.Module,
+    folder: Path,
+    *,
+    check_base: bool = True,
+    check_trained: bool = True,
+    renames: Sequence[Rename] = (),
 ) -> list[Target]:
     """Put the adapter in `folder` into `model`; return the plan of its updates.
 
@@ -120,7 +124,10 @@ def load_adapter(
         model: the base the adapter was trained on; changed in place, completely or not at all.
         folder: PEFT format, with or without our sidecar (PEFT's own adapters have none).
         check_base: refuse a base whose fingerprint differs from the sidecar's.
-        check_trained: refuse an adapter in which some updates are zero and others are not.
+        check_trained: refuse an adapter in which some updates are zero and others are not, unless
+            they were when this library saved it.
+        renames: how names of weights changed between the version of the model's library that wrote
+            the adapter and this one, in both directions; see `lora_core.adapter.renaming`.
 
     Raises:
         AdapterError: files missing or malformed, tensors missing, extra, of a wrong shape or not
@@ -128,33 +135,47 @@ def load_adapter(
         BaseMismatchError: the adapter was trained on another base.
         TargetError: the model has no such modules, or already carries an adapter.
     """
-    config, parts = open_adapter(model, folder, check_base=check_base, check_trained=check_trained)
+    config, parts = open_adapter(
+        model,
+        folder,
+        check_base=check_base,
+        check_trained=check_trained,
+        renames=renames,
+    )
     targets = plan_targets(model, config)
     place_parts(model, parts)
     return targets
 
 
 def open_adapter(
-    model: nn.Module, folder: Path, *, check_base: bool = True, check_trained: bool = True
+    model: nn.Module,
+    folder: Path,
+    *,
+    check_base: bool = True,
+    check_trained: bool = True,
+    renames: Sequence[Rename] = (),
 ) -> tuple[LoraConfig, Parts]:
     """Read an adapter, check it against `model`, and return its config and filled parts.
 
     `model` is not changed; for arguments and exceptions, see `load_adapter`.
     """
     config = without_guessed_heads(read_config(folder), model)
-    tensors = read_tensors(folder)
+    file = rename_modules(read_tensors(folder), renames, model, folder)
+    tensors = file.tensors
     identity = read_identity(folder)
     refuse_single_experts(tensors, model, folder)
     refuse_other_vocabulary(tensors, model, folder)
-    if identity is None:
-        config = by_peft_rules(config, tensors, model, folder)
+    if identity is None or file.former:
+        config = by_peft_rules(config, file, model, folder)
     parts = build_parts(model, config, plan_targets(model, config), seed=0)
     expected = tensors_of(parts)
     tensors = without_base_copies(tensors, parts, folder)
+    tensors = without_tied_copies(tensors, parts, folder)
     check_keys(tensors, expected, folder)
     check_values(tensors, str(folder))
     if check_trained:
-        check_all_trained(tensors, folder)
+        reported = (identity or {}).get(ZERO_UPDATES, [])
+        check_all_trained(tensors, folder, [file.keys.get(key, key) for key in reported])
     if identity is None:
         refuse_rows_of_one_user(model, parts, folder)
     else:
@@ -168,7 +189,8 @@ def open_adapter(
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the adapter's tensors under PEFT's keys, on the CPU in float32."""
-    found: dict[str, Tensor] = dict(tensors_of(dict(adapter_parts(model))))
+    parts = dict(adapter_parts(model))
+    found: dict[str, Tensor] = dict(tensors_of(parts))
     for name, layer in lora_layers(model):
         if isinstance(layer, LoraLinear):
             # A spectral initialization is subtracted again in what is written.
@@ -181,9 +203,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
                 f"{key} is on the meta device, so its values cannot be saved: the adapter is "
                 "offloaded; offload the base before injection instead, or do not offload"
             )
-    return {
+    written = {
         key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in found.items()
     }
+    copies = {other: written[key].clone() for other, key in tied_copies(parts).items()}
+    return {**written, **copies}
 
 
 def tensors_of(parts: Parts) -> dict[str, nn.Parameter]:
@@ -205,6 +229,18 @@ def _supplied(parts: Parts) -> dict[str, Tensor | None]:
         elif isinstance(part, TrainedRows):
             supplied[path] = part.rows
     return supplied
+
+
+def _sidecar(model: nn.Module, identity: Identity) -> dict[str, Any]:
+    """Return what the sidecar records of the base and of the inputs."""
+    source = ModelSource(model, _supplied(dict(adapter_parts(model))))
+    return {
+        "base": identity.base,
+        "revision": identity.revision,
+        "lineage": identity.lineage,
+        "base_digests": {**identity.base_digests, **recorded_digests(source)},
+        TRANSPOSED: transposed_modules(model),
+    }
 
 
 @torch.no_grad()
@@ -267,9 +303,8 @@ def _decide_the_same(one: LoraConfig, other: LoraConfig, names: list[str]) -> bo
 
 
 def _stacks(model: nn.Module) -> list[str]:
-    """Return the paths of the adapted stacks of experts."""
+    """Return the paths of the adapted parameters, such as stacks of experts."""
     paths: list[str] = []
-    for name, part in adapter_parts(model):
-        if isinstance(part, LoraExperts):
-            paths += [f"{name}.{stack}" for stack in part.scales]
+    for name, part in updated_parameters(model).items():
+        paths += [f"{name}.{parameter}" for parameter in part.scales]
     return paths

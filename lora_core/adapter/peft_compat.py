@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,15 +11,14 @@ from torch import Tensor, nn
 
 from lora_core.adapter.adapter_files import PREFIX
 from lora_core.adapter.checks import path_ends_with
+from lora_core.adapter.peft_config import CLASSIFIERS
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
 from lora_core.injection import Parts
 from lora_core.layers.expert_layout import supports
-from lora_core.layers.trained import TiedEmbedding, TrainedRows
-from lora_core.modules import adapter_parts, output_head, plain_modules, unwrapped
+from lora_core.layers.trained import TiedEmbedding, TrainedModule, TrainedRows
+from lora_core.modules import adapter_parts, call_getter, output_head, plain_modules, unwrapped
 
-CLASSIFIERS = ("classifier", "score")
-"""Names under which PEFT looks for the head of any classifier."""
 ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 """Matches the key of an update of a single expert: transformers before 5 had no stacks."""
 READ_AS_STACKS = frozenset({"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"})
@@ -77,8 +77,7 @@ def _narrower_in_peft(model: nn.Module, parts: Parts) -> str | None:
 
     PEFT shares only trained rows, and only those of the model's input embedding.
     """
-    getter = getattr(unwrapped(model), "get_input_embeddings", None)
-    found = None if getter is None else getter()
+    found = call_getter(unwrapped(model), "get_input_embeddings")
     source = getattr(found, "base", found)
     for path, part in parts.items():
         if isinstance(part, TiedEmbedding):
@@ -149,20 +148,59 @@ def vocabulary_modules(model: nn.Module) -> list[str]:
 def without_base_copies(
     tensors: dict[str, Tensor], parts: Parts, folder: Path
 ) -> dict[str, Tensor]:
-    """Remove the base's weight, which PEFT saves with an adapted embedding.
+    """Remove the base's weight and bias, which PEFT saves with an adapted embedding or head.
 
     Raises:
-        AdapterError: the weight differs from the model's.
+        AdapterError: one of them differs from the model's.
     """
     kept = dict(tensors)
     for name, part in parts.items():
-        copy = kept.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        if copy is None:
-            continue
-        own = getattr(part.base, "weight", None)
-        if not (isinstance(own, Tensor) and torch.equal(copy.to(own.dtype), own.cpu())):
+        trained: Collection[str] = part.adapter_tensors()  # type: ignore[operator]
+        for own_name in ("weight", "bias"):
+            key = f"base_layer.{own_name}"
+            if key in trained:
+                continue
+            copy = kept.pop(f"{PREFIX}{name}.{key}", None)
+            own = getattr(part.base, own_name, None)
+            if copy is not None and not _is_copy(copy, own):
+                raise AdapterError(
+                    f"{folder} has a base {own_name} of {name} that differs from this model's; "
+                    "load it on the base it was trained on"
+                )
+    return kept
+
+
+def tied_copies(parts: Parts) -> dict[str, str]:
+    """Return the keys under which PEFT saves a tensor again, each with the key that it has here.
+
+    A module can have one parameter under several names, as BERT's head has its bias.
+    """
+    copies: dict[str, str] = {}
+    for path, part in parts.items():
+        if isinstance(part, TrainedModule):
+            for other, name in part.tied_names().items():
+                copies[f"{PREFIX}{path}.{other}"] = f"{PREFIX}{path}.{name}"
+    return copies
+
+
+def without_tied_copies(
+    tensors: dict[str, Tensor], parts: Parts, folder: Path
+) -> dict[str, Tensor]:
+    """Remove the copies of tensors that a module has under several names.
+
+    Raises:
+        AdapterError: a copy differs from its tensor.
+    """
+    kept = dict(tensors)
+    for other, key in tied_copies(parts).items():
+        copy = kept.pop(other, None)
+        if copy is not None and key in kept and not torch.equal(copy, kept[key]):
             raise AdapterError(
-                f"{folder} has a base weight of {name} that differs from this model's; load it on "
-                "the base it was trained on"
+                f"{folder} has different values for {other} and {key}, which are one tensor in "
+                "this model; load it on the base it was trained on"
             )
     return kept
+
+
+def _is_copy(copy: Tensor, own: object) -> bool:
+    return isinstance(own, Tensor) and torch.equal(copy.to(own.dtype), own.cpu())

@@ -5,6 +5,7 @@ written file names the adapted modules so that PEFT adapts the same ones.
 """
 
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ NO_EFFECT: tuple[Any, ...] = (None, False, "none", [], {}, "lora")
 """What PEFT writes for a feature that is off."""
 INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Initializations that leave the base weight unchanged."""
+CLASSIFIERS = ("classifier", "score")
+"""Names under which PEFT looks for the head of any classifier."""
 EMBEDDING = "embed_tokens"
 """The module that PEFT applies a bare list of token rows to."""
 
@@ -153,18 +156,28 @@ def _task_type(model: nn.Module, config: LoraConfig) -> str | None:
     """Return what PEFT wraps the model as; None is its plain wrapper, which fits every model.
 
     A classifier is named only if its head is saved, because PEFT then expects the head in the file.
+    The other wrappers pass `input_ids`, which a model of sounds or images does not take.
     """
     model = unwrapped(model)
+    if "input_ids" not in signature(type(model).forward).parameters:
+        return None
     if hasattr(model, "prepare_inputs_for_generation"):
         is_encoder_decoder = getattr(model.config, "is_encoder_decoder", False)
         return "SEQ_2_SEQ_LM" if is_encoder_decoder else "CAUSAL_LM"
-    if not config.modules_to_save:
+    if not _is_head_saved(model, config):
         return None
     if type(model).__name__.endswith("SequenceClassification"):
         return "SEQ_CLS"
     if type(model).__name__.endswith("TokenClassification"):
         return "TOKEN_CLS"
     return None
+
+
+def _is_head_saved(model: nn.Module, config: LoraConfig) -> bool:
+    """Return whether every module that PEFT takes for a classifier's head is trained in full."""
+    heads = [path for path in plain_modules(model) if path.endswith(CLASSIFIERS)]
+    saved = config.modules_to_save
+    return bool(heads) and all(path.endswith(saved) for path in heads)
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,14 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_core.adapter.adapter_files import CONFIG, PREFIX, read_json
 from lora_core.adapter.checks import path_ends_with
 from lora_core.adapter.peft_compat import vocabulary_modules
+from lora_core.adapter.renaming import RenamedTensors
 from lora_core.base.sharing import is_head_tied
 from lora_core.config import ALL_LINEAR, LoraConfig, matches_end
 from lora_core.errors import AdapterError
+from lora_core.layers.parameters import parameter_targets
 from lora_core.modules import plain_modules
 from lora_core.planning import adaptable_names
 
@@ -29,13 +31,13 @@ FIRST_BLOCK = r".*?\.[^.]*\.(\d+)\."
 
 
 def by_peft_rules(
-    config: LoraConfig, tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
+    config: LoraConfig, file: RenamedTensors, model: nn.Module, folder: Path
 ) -> LoraConfig:
     """Return the config of PEFT's file with every setting resolved to full module paths.
 
     Args:
         config: as the file states it.
-        tensors: the tensors of the file.
+        file: the tensors of the file, under the model's paths.
         model: the base, not changed.
         folder: the adapter's folder.
 
@@ -44,8 +46,9 @@ def by_peft_rules(
             the output head.
     """
     values = read_json(folder / CONFIG)
-    saved = _saved_modules(config, tensors, model, folder)
-    names = _target_names(config, values, tensors, model)
+    saved = _saved_modules(config, file, model, folder)
+    names = _target_names(config, values, file, model)
+    bias = config.bias if _is_any_biased(config, names, model) else "none"
     if values.get("ensure_weight_tying") and is_head_tied(model):
         _refuse_tied_updates([*names, *saved], model, folder)
     return replace(
@@ -54,54 +57,73 @@ def by_peft_rules(
         exclude_modules=(),
         layers_to_transform=(),
         modules_to_save=tuple(saved),
-        rank_pattern=_effective(config.rank_pattern, names, config),
-        alpha_pattern=_effective(config.alpha_pattern, names, config),
+        bias=bias,
+        rank_pattern=_effective(config.rank_pattern, names, config, file),
+        alpha_pattern=_effective(config.alpha_pattern, names, config, file),
     )
 
 
 def _saved_modules(
-    config: LoraConfig, tensors: Mapping[str, Tensor], model: nn.Module, folder: Path
+    config: LoraConfig, file: RenamedTensors, model: nn.Module, folder: Path
 ) -> list[str]:
     """Return the paths of fully saved modules: named ones, and embeddings that were resized."""
     plain = plain_modules(model)
     found: list[str] = []
     for name in config.modules_to_save:
-        matches = [path for path in plain if path.endswith(name) and path not in found]
-        if not matches and not any(path.endswith(name) for path in found):
+        matches = [path for path in plain if file.in_file(path).endswith(name)]
+        if not matches:
             raise AdapterError(
                 f"{folder / CONFIG} has modules_to_save={name!r}, which matches no module; "
                 "load it on the base it was trained on"
             )
-        found += matches
+        found += (path for path in matches if path not in found)
     for path in vocabulary_modules(model):
-        if f"{PREFIX}{path}.weight" in tensors and path not in found:
+        is_found = any(f"{path}.".startswith(f"{one}.") for one in found)
+        if f"{PREFIX}{path}.weight" in file.tensors and not is_found:
             found.append(path)
     return found
 
 
 def _target_names(
-    config: LoraConfig, values: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+    config: LoraConfig, values: Mapping[str, Any], file: RenamedTensors, model: nn.Module
 ) -> list[str]:
     """Return the adaptable modules that the file's settings select.
 
-    Without target_modules, PEFT uses defaults of its version, so the tensors decide.
+    Without target_modules, PEFT uses defaults of its version, so the tensors decide, or it adapts
+    target_parameters alone.
     """
     candidates = adaptable_names(model)
+    parameters = parameter_targets(plain_modules(model), config.target_parameters)
+    if parameters and not config.target_modules:
+        return []
     in_file: set[str] = set()
-    for key in tensors:
+    for key in file.tensors:
         match = FACTOR.fullmatch(key)
         if match is not None:
             in_file.add(match[1])
     if not config.target_modules or config.target_modules == ALL_LINEAR:
-        return [name for name in candidates if name in in_file]
-    names = [name for name in candidates if _is_target(name, config, values)]
-    left = [name for name in names if not _is_excluded(name, config)]
+        return [name for name in candidates if name in in_file and name not in parameters]
+    names = [name for name in candidates if _is_target(file.in_file(name), config, values)]
+    left = [name for name in names if not _is_excluded(file.in_file(name), config)]
     if config.exclude_modules and len(left) == len(names):
         raise AdapterError(
             f"exclude_modules={config.exclude_modules!r} excludes none of the targets, so the "
             "config is of another adapter; fetch or train the adapter again"
         )
     return left
+
+
+def _is_any_biased(config: LoraConfig, targets: list[str], model: nn.Module) -> bool:
+    """Return whether there is a bias to train; PEFT accepts the setting without one."""
+    modules = plain_modules(model)
+    names = targets if config.bias == "lora_only" else list(modules)
+    return any(_is_biased(modules[name]) for name in names)
+
+
+def _is_biased(module: nn.Module) -> bool:
+    """Return whether a module has a bias; nn.MultiheadAttention has several of other names."""
+    has_bias = module._parameters.get("bias") is not None
+    return has_bias or isinstance(module, nn.MultiheadAttention)
 
 
 def _is_target(name: str, config: LoraConfig, values: Mapping[str, Any]) -> bool:
@@ -150,14 +172,22 @@ def _refuse_tied_updates(names: Collection[str], model: nn.Module, folder: Path)
         )
 
 
-def _effective(patterns: Mapping[str, Any], names: list[str], config: LoraConfig) -> dict[str, Any]:
+def _effective(
+    patterns: Mapping[str, Any], names: list[str], config: LoraConfig, file: RenamedTensors
+) -> dict[str, Any]:
     """Return the entries that apply to a target; PEFT skips the others.
 
-    Stacks of experts have names that only planning knows, so all entries are kept with them.
+    If modules were renamed, each target gets its own entry. Parameters such as stacks of experts
+    have names that only planning knows, so all entries are kept with them.
     """
     if config.target_parameters:
         return dict(patterns)
-    used: set[str] = set()
+    used: dict[str, Any] = {}
     for name in names:
-        used.update([key for key in patterns if matches_end(key, name)][:1])
+        matching = [key for key in patterns if matches_end(key, file.in_file(name))]
+        if matching:
+            entry = f"^{re.escape(name)}" if file.former else matching[0]
+            used[entry] = patterns[matching[0]]
+    if file.former:
+        return used
     return {key: value for key, value in patterns.items() if key in used}

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from lora_core.adapter.io import Identity, open_adapter, save_adapter
+from lora_core.adapter.renaming import Rename
 from lora_core.bank.mixing import MixedExperts, mixed
 from lora_core.bank.routing import BATCH, Routing, routing
 from lora_core.base.quant import disable_cpu_repacking
@@ -49,10 +50,16 @@ class Bank:
 
     @property
     def names(self) -> list[str]:
+        """The adapters' names, in the order they were added."""
         return list(self._layers)
 
     def add(self, name: str, config: LoraConfig, *, seed: int) -> None:
         """Add a new adapter that initially leaves the base unchanged.
+
+        Args:
+            name: of the new adapter in this bank.
+            config: what it adapts.
+            seed: of the random initialization.
 
         Raises:
             AdapterError: the name is taken.
@@ -61,10 +68,24 @@ class Bank:
         self._refuse_taken(name)
         with self._bare():
             targets = plan_adapter(self.model, config)
-            self._register(name, config, build_parts(self.model, config, targets, seed))
+            parts = build_parts(self.model, config, targets, seed)
+            self._register(name, config, parts)
 
-    def load(self, name: str, folder: Path, *, check_base: bool = True) -> None:
+    def load(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        check_base: bool = True,
+        renames: Sequence[Rename] = (),
+    ) -> None:
         """Read an adapter's files with the checks of `load_adapter`.
+
+        Args:
+            name: of the adapter in this bank.
+            folder: the saved adapter.
+            check_base: refuse an adapter of another base.
+            renames: see `load_adapter`.
 
         Raises:
             AdapterError, BaseMismatchError: see `load_adapter`; the model and the bank are
@@ -72,16 +93,33 @@ class Bank:
         """
         self._refuse_taken(name)
         with self._bare():
-            config, parts = open_adapter(self.model, folder, check_base=check_base)
+            config, parts = open_adapter(self.model, folder, check_base=check_base, renames=renames)
             self._register(name, config, parts)
 
     def save(self, name: str, folder: Path, identity: Identity) -> str:
-        """Write one adapter as `save_adapter` does; return the SHA-256 of its weights file."""
+        """Write one adapter as `save_adapter` does.
+
+        Args:
+            name: an adapter of this bank.
+            folder: created or replaced.
+            identity: what the sidecar records.
+
+        Returns:
+            The SHA-256 of the weights file.
+
+        Raises:
+            AdapterError: the bank has no such adapter.
+        """
         with self.using(name):
-            return save_adapter(self.model, folder, self._config(name), identity)
+            config = self._config(name)
+            return save_adapter(self.model, folder, config, identity)
 
     def remove(self, name: str) -> None:
-        """Remove an adapter; if it was active, the base is used now."""
+        """Remove an adapter; if it was active, the base is used now.
+
+        Raises:
+            AdapterError: the bank has no such adapter.
+        """
         self._config(name)
         if self.active == name:
             self.use(None)
@@ -89,20 +127,36 @@ class Bank:
         del self._configs[name]
 
     def use(self, name: str | None) -> None:
-        """Switch the model to one adapter, or to the base for None."""
-        self._place({} if name is None else self._layers_of(name))
+        """Switch the model to one adapter, or to the base for None.
+
+        Raises:
+            AdapterError: the bank has no such adapter; the model is unchanged.
+        """
+        layers = {} if name is None else self._layers_of(name)
+        self._place(layers)
         self.active = name
 
     @contextmanager
     def using(self, name: str | None) -> Iterator[nn.Module]:
-        """Use one adapter, or None, inside a block; afterwards restore the previous state."""
+        """Use one adapter, or the base for None, inside a block; then restore the previous state.
+
+        Yields:
+            The model.
+
+        Raises:
+            AdapterError: the bank has no such adapter.
+        """
         with self._restored():
             self.use(name)
             yield self.model
 
     @contextmanager
     def rows(
-        self, names: Sequence[str | None], *, dim: int = BATCH, lengths: Sequence[int] | None = None
+        self,
+        names: Sequence[str | None],
+        *,
+        dim: int = BATCH,
+        lengths: Sequence[int] | None = None,
     ) -> Iterator[nn.Module]:
         """Route each row of the batches inside a block to its own adapter.
 
@@ -114,6 +168,9 @@ class Bank:
             dim: BATCH, or TOKENS if examples are concatenated in a pack (1, T, …).
             lengths: rows in each segment; 1 each if omitted.
 
+        Yields:
+            The model.
+
         Raises:
             AdapterError: no adapter has such a name.
             RoutingError: names and lengths do not fit each other or, inside the block, a batch has
@@ -122,30 +179,43 @@ class Bank:
         route = routing(names, dim=dim, lengths=lengths)
         chosen = {name: self._layers_of(name) for name in route.indices}
         with self._restored():
-            placed = {
-                target: _mixed_module(base, target, chosen, route)
-                for target, base in self._bases.items()
-            }
+            placed = {}
+            for target, base in self._bases.items():
+                placed[target] = _mixed_module(base, target, chosen, route)
             self._place(placed)
             self.active = None
             with self._expert_rows_checked(placed):
                 yield self.model
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """Return an adapter's trained weights."""
-        return [
-            parameter
-            for layer in self._layers_of(name).values()
-            for parameter in layer.parameters()
-            if parameter.requires_grad
-        ]
+        """Return an adapter's trained weights.
+
+        Raises:
+            AdapterError: the bank has no such adapter.
+        """
+        trained: list[nn.Parameter] = []
+        for layer in self._layers_of(name).values():
+            trained += (each for each in layer.parameters() if each.requires_grad)
+        return trained
 
     def parameter_groups(self, learning_rates: Mapping[str, float]) -> list[dict[str, object]]:
-        """Return an optimizer's parameter groups, one per adapter with its own learning rate."""
-        return [
-            {"params": self.parameters(name), "lr": learning_rate, "name": name}
-            for name, learning_rate in learning_rates.items()
-        ]
+        """Return an optimizer's parameter groups, one per adapter.
+
+        Args:
+            learning_rates: name of an adapter → its learning rate.
+
+        Raises:
+            AdapterError: the bank has no such adapter.
+        """
+        groups: list[dict[str, object]] = []
+        for name, learning_rate in learning_rates.items():
+            group = {
+                "params": self.parameters(name),
+                "lr": learning_rate,
+                "name": name,
+            }
+            groups.append(group)
+        return groups
 
     @contextmanager
     def _bare(self) -> Iterator[None]:
@@ -176,10 +246,12 @@ class Bank:
         """
         with ExitStack() as hooks:
             for target, module in placed.items():
-                if isinstance(module, MixedExperts):
-                    parent = module_at(self.model, target.rpartition(".")[0])
-                    hook = parent.register_forward_pre_hook(module.check_rows, with_kwargs=True)
-                    hooks.callback(hook.remove)
+                if not isinstance(module, MixedExperts):
+                    continue
+                parent_path = target.rpartition(".")[0]
+                parent = module_at(self.model, parent_path)
+                hook = parent.register_forward_pre_hook(module.check_rows, with_kwargs=True)
+                hooks.callback(hook.remove)
             yield
 
     def _register(self, name: str, config: LoraConfig, parts: Parts) -> None:
@@ -189,14 +261,16 @@ class Bank:
         guard_methods(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
-        self._bases |= {target: module_at(self.model, target) for target in parts}
+        for target in parts:
+            self._bases[target] = module_at(self.model, target)
         self._layers[name] = parts
         self._configs[name] = config
 
     def _place(self, modules: Mapping[str, nn.Module]) -> None:
         """Put `modules` at their targets and the base's modules everywhere else."""
         for target, base in self._bases.items():
-            replace_module(self.model, target, modules.get(target, base))
+            module = modules.get(target, base)
+            replace_module(self.model, target, module)
         self._placed = {**modules}
 
     def _config(self, name: str) -> LoraConfig:
@@ -217,7 +291,10 @@ class Bank:
 
 
 def _mixed_module(
-    base: nn.Module, target: str, chosen: Mapping[str, Parts], route: Routing
+    base: nn.Module,
+    target: str,
+    chosen: Mapping[str, Parts],
+    route: Routing,
 ) -> nn.Module:
     """Return the base's module, combined with the adapters that have an update there, if any."""
     layers = {name: parts[target] for name, parts in chosen.items() if target in parts}
@@ -232,7 +309,9 @@ def _refuse_nested(name: str, parts: Iterable[str], others: Iterable[str]) -> No
     replaced = list(others)
     for part in parts:
         for other in replaced:
-            if part.startswith(f"{other}.") or other.startswith(f"{part}."):
+            is_inside = part.startswith(f"{other}.")
+            is_around = other.startswith(f"{part}.")
+            if is_inside or is_around:
                 raise AdapterError(
                     f"adapter {name!r} changes {part}, and another adapter of the bank changes "
                     f"{other}; one contains the other, so use a separate bank for each"

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from lora_core.modules import call_getter
+
 FLAG = "tie_word_embeddings"
 
 
@@ -54,8 +56,8 @@ def is_head_tied(model: nn.Module) -> bool:
 
     The model can be adapted or not.
     """
-    head = _without_adapter(_call_getter(model, "get_output_embeddings"))
-    embedding = _without_adapter(_call_getter(model, "get_input_embeddings"))
+    head = _without_adapter(call_getter(model, "get_output_embeddings"))
+    embedding = _without_adapter(call_getter(model, "get_input_embeddings"))
     head_weight = getattr(head, "weight", None)
     embedding_weight = getattr(embedding, "weight", None)
     if head is embedding or not isinstance(head_weight, Tensor):
@@ -90,14 +92,6 @@ def configs_to_untie(models: list[nn.Module]) -> tuple[Any, ...]:
 def _shares_any(model: nn.Module) -> bool:
     users = Counter(memory_of(slot.parameter) for slot in slots(model))
     return any(count > 1 for count in users.values())
-
-
-def _call_getter(model: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        found: nn.Module | None = getattr(model, getter, lambda: None)()
-    except NotImplementedError:  # transformers raises it for a model without an embedding
-        return None
-    return found
 
 
 def _without_adapter(module: nn.Module | None) -> nn.Module | None:

@@ -134,7 +134,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _missing_weights_hint(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
-        return f"{pickles[0]} is a pickle, which can run code: convert it to safetensors"
+        return (
+            f"{pickles[0]} is a pickle, which can run code: convert the folder with "
+            "lora_core.convert_pickled_base"
+        )
     return "give the folder of a saved model"
 
 

@@ -2,7 +2,8 @@
 
 It is computed from the shapes of a model's layers:
 
-- A part of a block saves the numbers given by `lora_core.budget.parts`, in the computation's dtype.
+- A part of a block saves the numbers given by `lora_core.budget.block_parts`, in the computation's
+  dtype.
 - A norm saves its input, in float32 if it is computed step by step; such a norm also saves what it
   scales if it is trained.
 - An adapter adds the mask of its dropout and, under DoRA, each product before its rows are scaled.
@@ -18,7 +19,8 @@ is recomputed.
 from torch import nn
 
 from lora_core.base.quant import base_weight
-from lora_core.budget.parts import TrainedScope, blocks, norms, parts, routers
+from lora_core.budget.block_parts import TrainedScope
+from lora_core.budget.parts import blocks, norms, parts, routers
 from lora_core.modules import output_head
 
 FLOAT32 = 4
@@ -35,15 +37,21 @@ def saved_bytes_per_token(model: nn.Module, *, compute_bytes: int, trained: Trai
     total = 0
     for norm in norms(model):
         total += norm.width * _norm_bytes(norm.upcast, compute_bytes, trained)
-    for experts, stream in routers(model):
-        total += FLOAT32 * (experts + stream * trained.full)
+    for router in routers(model):
+        saved_input = router.stream if trained.full else 0
+        total += FLOAT32 * (router.experts + saved_input)
     for part in parts(model):
         total += compute_bytes * part.saved(trained)
     return total
 
 
 def activation_bytes(
-    model: nn.Module, *, tokens: int, compute_bytes: int, trained: TrainedScope, checkpointing: bool
+    model: nn.Module,
+    *,
+    tokens: int,
+    compute_bytes: int,
+    trained: TrainedScope,
+    checkpointing: bool,
 ) -> int:
     """Return the bytes saved for the backward pass of `tokens` tokens, plus gradients in flight.
 
@@ -58,12 +66,13 @@ def activation_bytes(
     """
     saved = saved_bytes_per_token(model, compute_bytes=compute_bytes, trained=trained)
     if checkpointing:
-        by_block = [
-            saved_bytes_per_token(block, compute_bytes=compute_bytes, trained=trained)
-            for block in blocks(model)
-        ]
+        by_block = []
+        for block in blocks(model):
+            of_block = saved_bytes_per_token(block, compute_bytes=compute_bytes, trained=trained)
+            by_block.append(of_block)
         block_inputs = compute_bytes * len(by_block) * _stream_width(model)
-        saved += max(by_block, default=0) - sum(by_block) + block_inputs
+        saved += block_inputs
+        saved += max(by_block, default=0) - sum(by_block)
     in_flight = max((part.in_flight for part in parts(model)), default=0)
     return tokens * (saved + compute_bytes * in_flight)
 
@@ -73,6 +82,11 @@ def loss_bytes(model: nn.Module, *, rows: int, compute_bytes: int) -> int:
 
     These are logits and their gradient in float32, and a copy of the gradient if the computation
     uses another dtype.
+
+    Args:
+        model: a decoder, on the meta device or any other.
+        rows: number of positions whose logits exist at once.
+        compute_bytes: see `saved_bytes_per_token`.
     """
     head = output_head(model)
     weight = None if head is None else base_weight(head)
@@ -82,12 +96,16 @@ def loss_bytes(model: nn.Module, *, rows: int, compute_bytes: int) -> int:
 
 
 def _norm_bytes(upcast: bool, compute_bytes: int, trained: TrainedScope) -> int:
-    return FLOAT32 + compute_bytes * trained.full if upcast else compute_bytes
+    """Return the bytes that a norm saves per number that it reads."""
+    if not upcast:
+        return compute_bytes
+    scaled = compute_bytes if trained.full else 0
+    return FLOAT32 + scaled
 
 
 def _stream_width(model: nn.Module) -> int:
     """Return the width of the residual stream: the output of a block's first part."""
     for block in blocks(model):
         for part in parts(block):
-            return part.writer[0]
+            return part.writer.out_features
     return 0

@@ -24,17 +24,31 @@ FAILURES_PER_GPU_YEAR = round(LLAMA3_FAILURES / LLAMA3_GPUS / (LLAMA3_SECONDS / 
 
 
 def checkpoint_bytes(trained_weights: int) -> int:
-    """Return the size of a checkpoint: trained weights and both Adam moments in float32."""
+    """Return the size of a checkpoint: trained weights and both Adam moments in float32.
+
+    Args:
+        trained_weights: number of trained weights.
+    """
     return STATE_TENSORS * FLOAT32 * trained_weights
 
 
 def seconds_between_failures(failures_per_gpu_year: float, gpus: int) -> float:
-    """Return the mean time between failures of a job that stops when any GPU fails."""
+    """Return the mean time between failures of a job that stops when any GPU fails.
+
+    Args:
+        failures_per_gpu_year: mean number of failures of one GPU in a year, above 0.
+        gpus: number of GPUs of the job.
+    """
     return YEAR_SECONDS / (failures_per_gpu_year * gpus)
 
 
 def best_interval_seconds(write_seconds: float, between_failures: float) -> float:
-    """Return the checkpoint interval that loses the least time; see the module docstring."""
+    """Return the checkpoint interval that loses the least time; see the module docstring.
+
+    Args:
+        write_seconds: time to write a checkpoint.
+        between_failures: mean seconds between failures.
+    """
     if write_seconds >= between_failures / 2:
         return between_failures
     return sqrt(2 * write_seconds * between_failures)
@@ -44,6 +58,11 @@ def lost_fraction(interval_seconds: float, write_seconds: float, between_failure
     """Return the fraction of time that is lost, to first order.
 
     The job loses the time to write, and half an interval of repeated work at each failure.
+
+    Args:
+        interval_seconds: time between checkpoints.
+        write_seconds: time to write a checkpoint.
+        between_failures: mean seconds between failures.
     """
     writing = write_seconds / interval_seconds
     repeated_work = interval_seconds / (2 * between_failures)

@@ -27,11 +27,14 @@ class _StoredParameter:
     numbers: int
     """Elements of the tensor: one byte of 4-bit codes is one element."""
     number_bytes: int
+    """Bytes per element."""
     in_block: bool
+    """It belongs to a block, which checkpointing recomputes."""
     trained: bool
 
     @property
     def size(self) -> int:
+        """Number of bytes."""
         return self.numbers * self.number_bytes
 
 
@@ -55,17 +58,19 @@ def communicated_weights(
     if not full:
         stored += _adapter_parameters(model, setup, targets)
     sharded = [parameter for parameter in stored if parameter.numbers > persistent_weights]
+    of_blocks = [parameter for parameter in sharded if parameter.in_block]
+    of_training = [parameter for parameter in stored if parameter.trained]
     sharded_bytes = _total_bytes(sharded)
-    trained = sum(parameter.numbers for parameter in stored if parameter.trained)
+    trained = _total_numbers(of_training)
     plain_bytes_per_weight = setup.compute_bytes if full and not setup.masters else FLOAT32
     return CommunicatedWeights(
         plain_bytes=trained * plain_bytes_per_weight,
         trained_bytes=trained * setup.compute_bytes,
         first_bytes=sharded_bytes,
         again_bytes=sharded_bytes + _extra_embedding_bytes(model, setup, persistent_weights),
-        block_bytes=_total_bytes(parameter for parameter in sharded if parameter.in_block),
+        block_bytes=_total_bytes(of_blocks),
         persistent_bytes=_total_bytes(stored) - sharded_bytes,
-        shared_numbers=sum(parameter.numbers for parameter in sharded),
+        shared_numbers=_total_numbers(sharded),
     )
 
 
@@ -73,20 +78,28 @@ def _total_bytes(parameters: Iterable[_StoredParameter]) -> int:
     return sum(parameter.size for parameter in parameters)
 
 
+def _total_numbers(parameters: Iterable[_StoredParameter]) -> int:
+    return sum(parameter.numbers for parameter in parameters)
+
+
 def _base_parameters(model: nn.Module, setup: Setup) -> Iterator[_StoredParameter]:
-    full = setup.method == "full"
+    """Yield the parameters of the base; with qlora, those of linear layers as 4-bit codes."""
     quantized = _ids_of_quantized(model) if setup.method == "qlora" else set()
     in_blocks: set[int] = set()
     for block in blocks(model):
         in_blocks.update(map(id, block.parameters()))
     for parameter in model.parameters():
         numbers = parameter.numel()
-        in_block = id(parameter) in in_blocks
+        number_bytes = setup.compute_bytes
         if id(parameter) in quantized:
-            code_bytes = -(-numbers // CODES_PER_BYTE)
-            yield _StoredParameter(code_bytes, 1, in_block, full)
-        else:
-            yield _StoredParameter(numbers, setup.compute_bytes, in_block, full)
+            numbers = -(-numbers // CODES_PER_BYTE)  # rounded up
+            number_bytes = 1
+        yield _StoredParameter(
+            numbers=numbers,
+            number_bytes=number_bytes,
+            in_block=id(parameter) in in_blocks,
+            trained=setup.method == "full",
+        )
 
 
 def _ids_of_quantized(model: nn.Module) -> set[int]:
@@ -101,17 +114,37 @@ def _ids_of_quantized(model: nn.Module) -> set[int]:
 
 
 def _adapter_parameters(
-    model: nn.Module, setup: Setup, targets: Sequence[Target]
+    model: nn.Module,
+    setup: Setup,
+    targets: Sequence[Target],
 ) -> Iterator[_StoredParameter]:
-    model_blocks = set(blocks(model))
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if module in model_blocks)
+    """Yield A and B of each target and, under DoRA, the norms of its rows."""
+    prefixes = _prefixes_of_blocks(model)
     for target in targets:
-        in_block = target.name.startswith(prefixes)
-        for width in (target.in_features, target.out_features):
-            numbers = target.experts * target.rank * width
-            yield _StoredParameter(numbers, setup.compute_bytes, in_block, True)
+        sizes = [
+            target.experts * target.rank * target.in_features,
+            target.experts * target.rank * target.out_features,
+        ]
         if setup.dora:
-            yield _StoredParameter(target.out_features, setup.compute_bytes, in_block, True)
+            sizes.append(target.out_features)
+        in_block = target.name.startswith(prefixes)
+        for numbers in sizes:
+            yield _StoredParameter(
+                numbers=numbers,
+                number_bytes=setup.compute_bytes,
+                in_block=in_block,
+                trained=True,
+            )
+
+
+def _prefixes_of_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Return the beginnings of the paths of all modules in blocks."""
+    model_blocks = set(blocks(model))
+    prefixes = []
+    for name, module in model.named_modules():
+        if module in model_blocks:
+            prefixes.append(f"{name}.")
+    return tuple(prefixes)
 
 
 def _extra_embedding_bytes(model: nn.Module, setup: Setup, persistent_weights: int) -> int:

@@ -1,204 +1,52 @@
 """The parts of a decoder's blocks, identified by the shapes and names of their modules.
 
-A part reads the residual stream and writes its output into the stream:
-
-    plain     readers that share one input (q, k, v; gate, up) and a final writer (o; down)
-    latent    attention with low-rank queries, keys and values: q_a, q_b, kv_a, kv_b, o
-              (DeepSeek-V2, arXiv 2405.04434)
-    experts   stacks of gated units; each token uses K of them (`lora_core.layers.expert_layout`)
-
-Each part reports how many numbers per token its forward pass saves for the backward pass. For any
+`block_parts.py` describes the kinds of parts and what each saves for the backward pass. For any
 other module except norms, embeddings and routers, the shapes do not determine the memory:
 `uncounted` names it.
-
-Shapes: D width of the residual stream, I inner width of an expert, K experts per token.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lora_core.base.quant import base_weight
+from lora_core.budget.block_parts import (
+    KERNELS,
+    SMOOTH,
+    Activation,
+    BlockPart,
+    ExpertsPart,
+    LatentAttentionPart,
+    LinearShape,
+    Norm,
+    PlainPart,
+    Router,
+)
 from lora_core.layers.expert_layout import STACKS, supports
 from lora_core.modules import output_head
 
-Shape = tuple[int, int]
-"""(out, in) of a linear layer."""
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation", "gelu_impl")
 """Attribute names of the activation function in Hugging Face models."""
 
 
-@dataclass(frozen=True)
-class TrainedScope:
-    """Which weights of a model are trained, as far as it affects the activations."""
+def linear_shapes(model: nn.Module) -> Iterator[LinearShape]:
+    """Yield the shape of every linear layer except the output head.
 
-    full: bool = False
-    """All weights are trained."""
-    stacks: frozenset[str] = frozenset()
-    """Stacks of experts that have an adapter."""
-
-
-@dataclass(frozen=True)
-class Activation:
-    """What an activation function saves per number, in addition to its result."""
-
-    input: bool
-    """It saves its input."""
-    others: int
-    """Number of intermediate results: some activations are computed in several steps."""
-
-
-KERNELS = {"eager": 2, "grouped_mm": 1}
-"""Implementation of experts in transformers → copies of an expert's output that are saved.
-
-One copy is for the router's weight, another is saved by the loop that sums the outputs.
-`batched_mm` is missing, because it saves a copy of the weights per token, too much for training.
-"""
-SMOOTH = Activation(input=True, others=0)
-"""For example SiLU, or GELU in one kernel."""
-
-
-class BlockPart(Protocol):
-    """A part of a block."""
-
-    @property
-    def writer(self) -> Shape: ...
-
-    def saved(self, trained: TrainedScope) -> int:
-        """Return how many numbers per token are saved."""
-
-    @property
-    def in_flight(self) -> int:
-        """Gradients per token of the writer's input and the readers' outputs, alive at once."""
-
-
-@dataclass(frozen=True)
-class PlainPart:
-    """Readers and a writer."""
-
-    readers: tuple[Shape, ...]
-    writer: Shape
-    activation: Activation = SMOOTH
-
-    def saved(self, trained: TrainedScope) -> int:
-        """Return the shared input, readers' outputs, intermediate results and the writer's input.
-
-        Attention saves its result and the copy that o reads. A gated unit saves its activated gate
-        and the product that down reads.
-        """
-        reader_outputs = self._reader_outputs
-        writer_input = self.writer[1]
-        if not self.readers:
-            return reader_outputs + writer_input
-        shared_input = self.readers[0][1]
-        intermediate = writer_input if reader_outputs != writer_input else 0
-        saved_by_activation = self.activation.others - (not self.activation.input)
-        return (
-            shared_input
-            + reader_outputs
-            + writer_input
-            + intermediate
-            + writer_input * saved_by_activation
-        )
-
-    @property
-    def in_flight(self) -> int:
-        return self.writer[1] + self._reader_outputs
-
-    @property
-    def _reader_outputs(self) -> int:
-        return sum(out for out, _ in self.readers)
-
-
-@dataclass(frozen=True)
-class LatentAttentionPart:
-    """Attention that computes keys and values, and often queries, from low-rank vectors."""
-
-    stream: int
-    """D."""
-    inner: tuple[Shape, ...]
-    """q_b, if there is one, and kv_b: they read the low-rank vectors."""
-    query: int
-    """Width of all queries; the concatenated keys have the same width."""
-    writer: Shape
-
-    def saved(self, trained: TrainedScope) -> int:
-        """Return the numbers saved per token.
-
-        These are the shared input, the low-rank vectors, queries, keys, the output of kv_b, the
-        result and the copy that o reads.
-        """
-        low_rank = sum(width for _, width in self.inner)
-        inputs = self.stream + low_rank
-        queries_and_keys = 2 * self.query
-        kv_b_output = self.inner[-1][0]
-        results = 2 * self.writer[1]
-        return inputs + queries_and_keys + kv_b_output + results
-
-    @property
-    def in_flight(self) -> int:
-        kv_b_output = self.inner[-1][0]
-        return 2 * self.query + kv_b_output + self.writer[1]
-
-
-@dataclass(frozen=True)
-class ExpertsPart:
-    """Stacks of gated units."""
-
-    chosen: int
-    """K."""
-    writer: Shape
-    """(D, I) of the stack down_proj."""
-    kernel: str
-    """The implementation in the base; adapted stacks are computed in a loop, as by `eager`."""
-    activation: Activation = SMOOTH
-
-    def saved(self, trained: TrainedScope) -> int:
-        """Return, for each expert of a token, gate and up, the activated gate and the output.
-
-        A trained stack also saves its inputs: the token, gathered for each of its experts, or the
-        input of down_proj.
-        """
-        stream, inner = self.writer
-        kernel = "eager" if trained.stacks else self.kernel
-        outputs = KERNELS[kernel] * stream
-        inputs = 0
-        for name, width in zip(STACKS, (stream, inner), strict=True):
-            if trained.full or name in trained.stacks:
-                inputs += width
-        intermediate = (3 + self.activation.others) * inner
-        return self.chosen * (intermediate + outputs + inputs)
-
-    @property
-    def in_flight(self) -> int:
-        return self.chosen * 3 * self.writer[1]
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A module whose weights are vectors."""
-
-    width: int
-    """Numbers that it reads per token."""
-    upcast: bool
-    """It computes in float32 step by step, as RMSNorm does.
-
-    Otherwise it computes in one kernel, in the dtype of its input.
+    Args:
+        model: a decoder or a block, on the meta device or any other.
     """
-
-
-def linear_shapes(model: nn.Module) -> Iterator[Shape]:
-    """Yield the shape of every linear layer except the output head."""
     head = output_head(model)
     for parent in model.modules():
         yield from _linears(parent, head).values()
 
 
 def parts(model: nn.Module) -> list[BlockPart]:
-    """Return the parts of a model or a block in order, without the output head."""
+    """Return the parts of a model in order, without the output head.
+
+    Args:
+        model: a decoder or a block, on the meta device or any other.
+    """
     head = output_head(model)
     found: list[BlockPart] = []
     for module in model.modules():
@@ -208,36 +56,48 @@ def parts(model: nn.Module) -> list[BlockPart]:
 
 
 def norms(model: nn.Module) -> Iterator[Norm]:
-    """Yield the norms of a model or a block.
+    """Yield the norms of a model.
 
     A norm inside attention that is narrower than the input of the reader before it is as wide as
     one head and reads all heads.
+
+    Args:
+        model: a decoder or a block, on the meta device or any other.
     """
     for parent in model.modules():
-        readers: list[Shape] = []
+        readers: list[LinearShape] = []
         if not hasattr(parent, "kv_b_proj"):
-            readers = list(_linears(parent, None).values())[:-1]
+            linears = list(_linears(parent, None).values())
+            readers = linears[:-1]
         norm_modules = filter(_is_norm, parent.children())
         for index, norm in enumerate(norm_modules):
             width = next(norm.parameters()).numel()
-            if index < len(readers) and width < readers[index][1]:
-                width = readers[index][0]
-            yield Norm(width, upcast=not isinstance(norm, nn.LayerNorm))
+            if index < len(readers) and width < readers[index].in_features:
+                width = readers[index].out_features
+            is_one_kernel = isinstance(norm, nn.LayerNorm)
+            yield Norm(width, upcast=not is_one_kernel)
 
 
-def routers(model: nn.Module) -> Iterator[Shape]:
-    """Yield the shapes (number of experts, D) of the routers that are not linear layers."""
+def routers(model: nn.Module) -> Iterator[Router]:
+    """Yield the routers that are not linear layers.
+
+    Args:
+        model: a decoder or a block, on the meta device or any other.
+    """
     for parent in model.modules():
         if not _has_experts(parent):
             continue
         for child in parent.children():
             if _is_router(child) and isinstance(child.weight, Tensor):
-                experts, stream = child.weight.shape
-                yield experts, stream
+                yield Router(*child.weight.shape)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the blocks: the longest list of modules."""
+    """Return the blocks: the longest list of modules, empty if there is none.
+
+    Args:
+        model: a decoder, on the meta device or any other.
+    """
     longest: list[nn.Module] = []
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) > len(longest):
@@ -249,6 +109,9 @@ def uncounted(model: nn.Module) -> tuple[str, ...]:
     """Return the names of module types whose activations shapes do not determine.
 
     No estimate includes what these modules save.
+
+    Args:
+        model: a decoder, on the meta device or any other.
     """
     routed: set[nn.Module] = set()
     for parent in model.modules():
@@ -262,25 +125,48 @@ def uncounted(model: nn.Module) -> tuple[str, ...]:
 
 
 def _projections(parent: nn.Module, head: nn.Module | None) -> Iterator[BlockPart]:
+    """Yield the part that consists of the linear layers directly under `parent`, if any."""
     shapes = _linears(parent, head)
     if not shapes:
         return
-    *readers, writer = shapes.values()
     if "kv_b_proj" in shapes:
-        query = shapes["q_b_proj"] if "q_b_proj" in shapes else shapes["q_proj"]
-        inner = tuple(shapes[name] for name in ("q_b_proj", "kv_b_proj") if name in shapes)
-        yield LatentAttentionPart(stream=readers[0][1], inner=inner, query=query[0], writer=writer)
+        yield _latent_attention(shapes)
+        return
+    *readers, writer = shapes.values()
+    yield PlainPart(tuple(readers), writer, _activation(parent))
+
+
+def _latent_attention(shapes: dict[str, LinearShape]) -> LatentAttentionPart:
+    """Return the attention with these linear layers; its first reads the residual stream."""
+    *readers, writer = shapes.values()
+    inner = [shapes["kv_b_proj"]]
+    query = shapes.get("q_b_proj")
+    if query is None:
+        query = shapes["q_proj"]
     else:
-        yield PlainPart(tuple(readers), writer, _activation(parent))
+        inner.insert(0, query)
+    return LatentAttentionPart(
+        stream=readers[0].in_features,
+        inner=tuple(inner),
+        query=query.out_features,
+        writer=writer,
+    )
 
 
 def _experts(parent: nn.Module) -> Iterator[ExpertsPart]:
+    """Yield the parts whose stacks a child of `parent` holds."""
     chosen = _chosen(parent)
+    if chosen is None:
+        return
     for child in parent.children():
-        kernel = getattr(getattr(child, "config", None), "_experts_implementation", "eager")
-        if chosen is not None and kernel in KERNELS and supports(child):
-            _, stream, inner = getattr(child, STACKS[1]).shape
-            yield ExpertsPart(chosen, (stream, inner), kernel, _activation(child))
+        config = getattr(child, "config", None)
+        kernel = getattr(config, "_experts_implementation", "eager")
+        if kernel not in KERNELS or not supports(child):
+            continue
+        down = getattr(child, STACKS[1])
+        _, stream, inner = down.shape
+        writer = LinearShape(stream, inner)
+        yield ExpertsPart(chosen, writer, kernel, _activation(child))
 
 
 def _has_experts(parent: nn.Module) -> bool:
@@ -296,25 +182,30 @@ def _chosen(parent: nn.Module) -> int | None:
     return None
 
 
-def _linears(parent: nn.Module, head: nn.Module | None) -> dict[str, Shape]:
+def _linears(parent: nn.Module, head: nn.Module | None) -> dict[str, LinearShape]:
+    """Return the linear layers directly under `parent`, by name, except the output head."""
     shapes = {}
     for name, child in parent.named_children():
         weight = None if child is head else base_weight(child)
         if weight is not None:
-            shapes[name] = weight.shape
+            shapes[name] = LinearShape(*weight.shape)
     return shapes
 
 
 def _is_known(module: nn.Module, *, routed: bool) -> bool:
+    """Return whether the shapes determine what a module saves, or it saves nothing itself."""
     if next(module.parameters(recurse=False), None) is None:
         # The width of a norm without a weight is unknown.
         return not type(module).__name__.endswith("Norm")
-    if base_weight(module) is not None or isinstance(module, nn.Embedding) or _is_norm(module):
+    if isinstance(module, nn.Embedding) or _is_norm(module):
+        return True
+    if base_weight(module) is not None:
         return True
     return routed and (supports(module) or _is_router(module))
 
 
 def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module has a weight, perhaps a bias, and both are vectors."""
     own = dict(module.named_parameters(recurse=False))
     return (
         "weight" in own
@@ -324,6 +215,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_router(module: nn.Module) -> bool:
+    """Return whether a module chooses experts with a matrix and is not a linear layer."""
     weight = module._parameters.get("weight")
     return (
         base_weight(module) is None
@@ -334,6 +226,7 @@ def _is_router(module: nn.Module) -> bool:
 
 
 def _activation(parent: nn.Module) -> Activation:
+    """Return what the activation function directly under `parent` saves."""
     for name in ACTIVATIONS:
         module = getattr(parent, name, None)
         if isinstance(module, nn.Module):
@@ -351,11 +244,16 @@ def _probe_activation(module: nn.Module) -> Activation:
         saved[_storage_id(tensor)] = tensor  # keeps the storage alive, so that its id stays unique
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+    def unpack(tensor: Tensor) -> Tensor:
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, unpack):
         result = module(x)
-    others = saved.keys() - {_storage_id(x), _storage_id(result)}
-    return Activation(input=_storage_id(x) in saved, others=len(others))
+    input_id = _storage_id(x)
+    others = saved.keys() - {input_id, _storage_id(result)}
+    return Activation(input=input_id in saved, others=len(others))
 
 
 def _storage_id(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    storage = tensor.untyped_storage()
+    return int(storage._cdata)

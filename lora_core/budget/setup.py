@@ -120,6 +120,10 @@ class Setup:
         return self.held_bytes
 
     def shard_count(self, first: Sharding) -> int:
-        """Return the number of shards of a tensor that `first` and all later shardings shard."""
+        """Return the number of shards of a tensor that `first` and all later shardings shard.
+
+        Args:
+            first: the first of `SHARDINGS` that shards the tensor.
+        """
         is_sharded = SHARDINGS.index(self.sharding) >= SHARDINGS.index(first)
         return self.processes if is_sharded else 1

@@ -97,24 +97,42 @@ class Traffic:
 
 
 def wire_bytes(weights: CommunicatedWeights, exchange: Exchange) -> Traffic:
-    """Return what each rank sends in a step; all zero for one rank."""
-    processes = exchange.processes
+    """Return what each rank sends in a step; all zero for one rank.
+
+    Args:
+        weights: what collectives transfer, from `communicated_weights`.
+        exchange: how often and between how many ranks.
+    """
     if exchange.sharding == "ddp":
-        reduced = ring_bytes({"all_reduce": weights.plain_bytes}, processes)
+        reduced = ring_bytes({"all_reduce": weights.plain_bytes}, exchange.processes)
         return Traffic(gradient_bytes=reduced, update_bytes=0, gather_bytes=0)
-    trained = ring_bytes({"all_gather": weights.trained_bytes}, processes)
+    trained = ring_bytes({"all_gather": weights.trained_bytes}, exchange.processes)
     reductions = 1 if exchange.sharding == "zero1" else exchange.gradient_accumulation_steps
     if exchange.sharding in ("zero1", "zero2"):
         passes = 1 if exchange.reduces_to_owner else 2
         return Traffic(
-            gradient_bytes=passes * reductions * trained, update_bytes=trained, gather_bytes=0
+            gradient_bytes=passes * reductions * trained,
+            update_bytes=trained,
+            gather_bytes=0,
         )
-    gathered = reductions * gathered_bytes(weights, exchange)
+    return _zero3_traffic(weights, exchange, gradient_bytes=reductions * trained)
+
+
+def _zero3_traffic(
+    weights: CommunicatedWeights,
+    exchange: Exchange,
+    *,
+    gradient_bytes: int,
+) -> Traffic:
+    """Return what each rank sends under ZeRO-3, which gathers the weights of each micro-batch."""
+    processes = exchange.processes
+    micro_batches = exchange.gradient_accumulation_steps
+    gathered = micro_batches * gathered_bytes(weights, exchange)
     host_bytes = 0
     if exchange.sharding == "zero3_offload":
-        host_bytes = (reductions + 1) * weights.trained_bytes // processes
+        host_bytes = (micro_batches + 1) * weights.trained_bytes // processes
     return Traffic(
-        gradient_bytes=reductions * trained,
+        gradient_bytes=gradient_bytes,
         update_bytes=ring_bytes({"all_gather": weights.persistent_bytes}, processes),
         gather_bytes=ring_bytes({"all_gather": gathered}, processes),
         host_bytes=host_bytes,
@@ -126,11 +144,16 @@ def gathered_bytes(weights: CommunicatedWeights, exchange: Exchange) -> int:
 
     Of the weights that are used again, those at the end of the forward pass are used soonest: if R
     numbers follow a weight, it is used again after 2 R, or after 3 R if blocks are recomputed.
+
+    Args:
+        weights: what collectives transfer.
+        exchange: whether blocks are recomputed, and how long weights stay gathered.
     """
     passes = 3 if exchange.checkpointing else 2
     kept_fraction = 1.0
     if weights.shared_numbers:
-        kept_fraction = min(1.0, exchange.reuse_weights / (passes * weights.shared_numbers))
+        furthest_reuse = passes * weights.shared_numbers
+        kept_fraction = min(1.0, exchange.reuse_weights / furthest_reuse)
     gathered_again = int((1 - kept_fraction) * weights.again_bytes)
     recomputed = weights.block_bytes if exchange.checkpointing else 0
     return weights.first_bytes + gathered_again + recomputed
@@ -143,9 +166,18 @@ def ring_bytes(sizes: Mapping[str, int], processes: int) -> int:
         sizes: name of a collective of torch.distributed → bytes of its complete tensors.
         processes: number of ranks.
     """
-    return sum(RING[name] * size * (processes - 1) // processes for name, size in sizes.items())
+    total = 0
+    for name, size in sizes.items():
+        total += RING[name] * size * (processes - 1) // processes
+    return total
 
 
 def seconds_on_wire(sent_bytes: int, gbit: float) -> float:
-    """Return the time to send at `gbit` (10⁹ bits per second), without overlap with other work."""
-    return 8 * sent_bytes / (gbit * 1e9)
+    """Return the time to send, without overlap with other work.
+
+    Args:
+        sent_bytes: that one rank sends.
+        gbit: bandwidth in 10⁹ bits per second.
+    """
+    bits_per_second = gbit * 1e9
+    return 8 * sent_bytes / bits_per_second

@@ -49,34 +49,50 @@ def set_initialization(model: nn.Module, factors: Mapping[str, Factors]) -> None
         ConfigError: a factor has another shape, or a value that is not finite; the model is
             unchanged.
     """
-    layers = {name: part for name, part in adapter_parts(model) if isinstance(part, LoraLinear)}
+    layers: dict[str, LoraLinear] = {}
+    for name, part in adapter_parts(model):
+        if isinstance(part, LoraLinear):
+            layers[name] = part
     _check_names(layers, factors)
-    pairs = {name: _checked_pair(name, layers[name], given) for name, given in factors.items()}
+    pairs = {}
+    for name, given in factors.items():
+        pairs[name] = _checked_pair(name, layers[name], given)
     for name, (a, b) in pairs.items():
         _write_factors(layers[name], a, b)
 
 
-def check_init_inputs(config: LoraConfig, data: Batches | None, original: Original | None) -> None:
-    """Raise if the initialization lacks its input, or an input has no effect."""
-    method = config.init_lora_weights
-    for argument, value in (("data", data), ("original", original)):
-        is_required = DATA_DRIVEN_INITS.get(method) == argument
-        if is_required and value is None:
-            raise ConfigError(
-                f"init_lora_weights={method!r} needs {argument!r}, and none is given; pass "
-                f"{argument}= to `inject`, or inject with 'kaiming' and use `set_initialization`"
-            )
-        if not is_required and value is not None:
-            raise ConfigError(
-                f"{argument!r} has no effect on init_lora_weights={method!r}; leave it out, "
-                f"or use {_method_that_needs(argument)!r}"
-            )
+def check_init_inputs(
+    config: LoraConfig,
+    data: Batches | None,
+    original: Original | None,
+) -> None:
+    """Raise if the initialization lacks its input, or an input has no effect.
+
+    Args:
+        config: names the initialization.
+        data: batches, which eva needs.
+        original: full-precision weights, which loftq needs.
+
+    Raises:
+        ConfigError: one of the two is missing, or has no effect.
+    """
+    _check_init_input(config, "data", is_given=data is not None)
+    _check_init_input(config, "original", is_given=original is not None)
 
 
 def initialize_from_inputs(
-    model: nn.Module, layers: Layers, data: Batches | None, original: Original | None
+    model: nn.Module,
+    layers: Layers,
+    data: Batches | None,
+    original: Original | None,
 ) -> None:
     """Initialize layers that are not in `model` yet from data or full-precision weights, if given.
+
+    Args:
+        model: the base, through which the batches run.
+        layers: module path → the layer to initialize.
+        data: batches for eva.
+        original: full-precision weights for loftq.
 
     Raises:
         TargetError, ConfigError: see `eva_initialization` and `loftq_initialization`; the model is
@@ -100,6 +116,9 @@ def loftq_initialization(layers: Layers, original: Original) -> Iterable[tuple[s
         layers: module path → layer.
         original: see `Original`.
 
+    Yields:
+        Module path, and its A (r, in) and B (out, r).
+
     Raises:
         TargetError: no layer is quantized, or one has no original.
         ConfigError: an original has another shape, is the quantized weight itself, or is not
@@ -114,27 +133,53 @@ def loftq_initialization(layers: Layers, original: Original) -> Iterable[tuple[s
     return ((name, _loftq_pair(name, layer, original)) for name, layer in quantized.items())
 
 
+def _check_init_input(config: LoraConfig, argument: str, *, is_given: bool) -> None:
+    """Raise if an argument of `inject` is needed and missing, or given and not needed."""
+    method = config.init_lora_weights
+    is_required = DATA_DRIVEN_INITS.get(method) == argument
+    if is_required and not is_given:
+        raise ConfigError(
+            f"init_lora_weights={method!r} needs {argument!r}, and none is given; pass "
+            f"{argument}= to `inject`, or inject with 'kaiming' and use `set_initialization`"
+        )
+    if is_given and not is_required:
+        raise ConfigError(
+            f"{argument!r} has no effect on init_lora_weights={method!r}; leave it out, "
+            f"or use {_method_that_needs(argument)!r}"
+        )
+
+
 def _method_that_needs(argument: str) -> str:
+    """Return the initialization that needs an argument of `inject`."""
     return next(method for method, needed in DATA_DRIVEN_INITS.items() if needed == argument)
 
 
 def _loftq_pair(name: str, layer: LoraLinear, original: Original) -> FactorPair:
     """Return A and B that bring one quantized layer closest to its original."""
-    if isinstance(original, Mapping) and name not in original:
-        raise TargetError(
-            f"no original weight is given for {name}; give one for every quantized target"
-        )
-    weight = original[name] if isinstance(original, Mapping) else original(name)
+    weight = _original_weight(name, original)
     if tuple(weight.shape) != layer.frozen.shape:
         raise ConfigError(
             f"the original of {name} is {tuple(weight.shape)} and its layer {layer.frozen.shape}; "
             "give the weight of this base"
         )
     stored = layer.frozen.dense(torch.float32)
-    return residual_init(weight.to(stored.device), stored, layer.lora_A.shape[0], layer.scale)
+    rank = layer.lora_A.shape[0]
+    return residual_init(weight.to(stored.device), stored, rank, layer.scale)
+
+
+def _original_weight(name: str, original: Original) -> Tensor:
+    """Return the weight of one layer before quantization, (out, in)."""
+    if not isinstance(original, Mapping):
+        return original(name)
+    if name not in original:
+        raise TargetError(
+            f"no original weight is given for {name}; give one for every quantized target"
+        )
+    return original[name]
 
 
 def _check_names(layers: Layers, factors: Mapping[str, Factors]) -> None:
+    """Check that every layer has factors and can take them, and that all factors have a layer."""
     if not layers:
         raise TargetError(
             "the model has no adapted linear layer; inject an adapter before you initialize it"
@@ -171,6 +216,7 @@ def _checked_pair(name: str, layer: LoraLinear, factors: Factors) -> tuple[Tenso
 
 
 def _check_factor(description: str, given: Tensor, current: Tensor) -> None:
+    """Check the shape and the values of a factor that replaces `current`."""
     if given.shape != current.shape:
         raise ConfigError(
             f"{description} is {tuple(given.shape)} and its layer has {tuple(current.shape)}; "
@@ -185,6 +231,7 @@ def _check_factor(description: str, given: Tensor, current: Tensor) -> None:
 
 @torch.no_grad()
 def _write_factors(layer: LoraLinear, a: Tensor, b: Tensor | None) -> None:
+    """Set A and B (zero if None), and under DoRA the norms of the rows."""
     layer.lora_A.copy_(a)
     if b is None:
         layer.lora_B.zero_()
@@ -192,4 +239,5 @@ def _write_factors(layer: LoraLinear, a: Tensor, b: Tensor | None) -> None:
         layer.lora_B.copy_(b)
     if layer.magnitude is not None and layer.row_squares is not None:
         weight = layer.frozen.dense(torch.float32)
-        layer.magnitude.copy_(row_norms(weight, layer.row_squares, *layer.factors(), layer.scale))
+        norms = row_norms(weight, layer.row_squares, *layer.factors(), layer.scale)
+        layer.magnitude.copy_(norms)

@@ -17,7 +17,11 @@ from lora_core.validation import plan_adapter
 
 
 def eva_ranks(
-    model: nn.Module, config: LoraConfig, data: Batches, *, rho: float = 2.0
+    model: nn.Module,
+    config: LoraConfig,
+    data: Batches,
+    *,
+    rho: float = 2.0,
 ) -> LoraConfig:
     """Return `config` with larger ranks for the layers whose inputs have more strong directions.
 
@@ -39,12 +43,16 @@ def eva_ranks(
     limits = {target.name: _limit(target, rho) for target in targets}
     spectra = input_spectra(model, limits, data, rank=max(limits.values()))
     explained = {name: spectra[name].explained[:limit] for name, limit in limits.items()}
-    ranks = redistribute_ranks(explained, sum(target.rank for target in targets))
-    return _with_ranks(config, {name: rank for name, rank in ranks.items() if rank})
+    total = sum(target.rank for target in targets)
+    ranks = redistribute_ranks(explained, total)
+    above_zero = {name: rank for name, rank in ranks.items() if rank}
+    return _with_ranks(config, above_zero)
 
 
 def _limit(target: Target, rho: float) -> int:
-    return min(round(rho * target.rank), target.in_features, target.out_features)
+    """Return the largest new rank of a target."""
+    largest = round(rho * target.rank)
+    return min(largest, target.in_features, target.out_features)
 
 
 def _with_ranks(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
@@ -54,10 +62,11 @@ def _with_ranks(config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
     for name, rank in ranks.items():
         divisor = math.sqrt(rank) if config.use_rslora else rank
         alpha = config.scale_of(name) * divisor
+        pattern = re.escape(name)
         if rank != config.r:
-            rank_pattern[re.escape(name)] = rank
+            rank_pattern[pattern] = rank
         if alpha != config.lora_alpha:
-            alpha_pattern[re.escape(name)] = alpha
+            alpha_pattern[pattern] = alpha
     return replace(
         config,
         target_modules=tuple(ranks),

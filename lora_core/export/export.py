@@ -13,6 +13,7 @@ Each result is read again and compared before it replaces the destination.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,8 +30,9 @@ from lora_core.adapter.adapter_files import (
     read_json,
     read_tensors,
 )
+from lora_core.adapter.peft_config import read_config
 from lora_core.errors import ExportError
-from lora_core.export.gguf import base_values, gguf_tensors, read_gguf, write_gguf
+from lora_core.export.gguf import gguf_tensors, read_base, read_gguf, write_gguf
 from lora_core.files import (
     atomic_file,
     atomic_folder,
@@ -53,10 +55,19 @@ VLLM_UNSUPPORTED = {
     "trainable_token_indices": "trained token rows",
 }
 """Fields of adapter_config.json that vLLM does not support → what they enable."""
+OFF: tuple[Any, ...] = (None, False, "none", [], {})
+"""Values of adapter_config.json that turn a feature off."""
 
 
 def export_peft(adapter: Path, destination: Path) -> str:
-    """Read an adapter completely and copy it unchanged; return the SHA-256 of its weights.
+    """Read an adapter completely and copy it unchanged.
+
+    Args:
+        adapter: in PEFT's format.
+        destination: created or replaced.
+
+    Returns:
+        The SHA-256 of its weights.
 
     Raises:
         AdapterError: the adapter is malformed.
@@ -67,8 +78,9 @@ def export_peft(adapter: Path, destination: Path) -> str:
     sha256 = sha256_of_file(adapter / WEIGHTS)
     with atomic_folder(destination) as aside:
         for name in (WEIGHTS, CONFIG, IDENTITY):
-            if (adapter / name).is_file():
-                (aside / name).write_bytes((adapter / name).read_bytes())
+            source = adapter / name
+            if source.is_file():
+                (aside / name).write_bytes(source.read_bytes())
         if sha256_of_file(aside / WEIGHTS) != sha256:
             raise ExportError(
                 f"the copy of {adapter / WEIGHTS} differs from the original; check the disk and "
@@ -118,7 +130,11 @@ def export_vllm(adapter: Path, destination: Path, *, max_rank: int) -> str:
 
 
 def export_gguf(
-    adapter: Path, destination: Path, *, base_config: Path, architecture: str = "llama"
+    adapter: Path,
+    destination: Path,
+    *,
+    base_config: Path,
+    architecture: str = "llama",
 ) -> str:
     """Write an adapter as a float32 GGUF file for a base converted by llama.cpp.
 
@@ -138,14 +154,23 @@ def export_gguf(
             other shapes.
     """
     _refuse_overlap(destination, adapter)
-    base = base_values(base_config, architecture)
+    base = read_base(base_config, architecture)
     updates = read_updates(adapter)
-    alpha = float(read_json(adapter / CONFIG)["lora_alpha"])
-    tensors = gguf_tensors(updates, base, architecture, alpha=alpha)
+    alpha = float(read_config(adapter).lora_alpha)
+    tensors = gguf_tensors(updates, base, alpha=alpha)
     with atomic_file(destination) as aside:
         write_gguf(aside, tensors, architecture, alpha)
         _compare(read_gguf(aside), tensors, destination)
         return sha256_of_file(aside)
+
+
+def unsupported_by_vllm(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that are on and that vLLM does not support, with what they enable.
+
+    Args:
+        values: the content of adapter_config.json.
+    """
+    return {key: feature for key, feature in VLLM_UNSUPPORTED.items() if values.get(key) not in OFF}
 
 
 def _refuse_overlap(destination: Path, adapter: Path) -> None:
@@ -156,13 +181,13 @@ def _refuse_overlap(destination: Path, adapter: Path) -> None:
 
 
 def _refuse_for_vllm(adapter: Path) -> None:
+    """Refuse an adapter with a feature that vLLM does not support."""
     values = read_json(adapter / CONFIG)
-    for key, feature in VLLM_UNSUPPORTED.items():
-        if values.get(key) not in (None, False, "none", [], {}):
-            raise ExportError(
-                f"{adapter / CONFIG} sets {key}={values[key]!r}, but vLLM does not support "
-                f"{feature}; train without it, or export a merged model"
-            )
+    for key, feature in unsupported_by_vllm(values).items():
+        raise ExportError(
+            f"{adapter / CONFIG} sets {key}={values[key]!r}, but vLLM does not support "
+            f"{feature}; train without it, or export a merged model"
+        )
     embeddings = sorted(key for key in read_tensors(adapter) if ".lora_embedding_" in key)
     if embeddings:
         raise ExportError(
@@ -191,11 +216,13 @@ def _common_rank(updates: Mapping[str, Update], max_rank: int) -> int:
 def _padded(name: str, update: Update, rank: int) -> dict[str, Tensor]:
     """Return A and s·B of one update with zero rows and columns up to `rank`."""
     missing = rank - update.rank
+    rows = (0, 0, 0, missing)
+    columns = (0, missing)
     a = update.a.float()
     b = update.scale * update.b.float()
     return {
-        f"{PREFIX}{name}.lora_A.weight": F.pad(a, (0, 0, 0, missing)),
-        f"{PREFIX}{name}.lora_B.weight": F.pad(b, (0, missing)),
+        f"{PREFIX}{name}.lora_A.weight": F.pad(a, rows),
+        f"{PREFIX}{name}.lora_B.weight": F.pad(b, columns),
     }
 
 
@@ -204,14 +231,16 @@ def _write_identity(adapter: Path, aside: Path, tensors: dict[str, Tensor]) -> N
     identity = read_identity(adapter)
     if identity is None:
         return
-    source = identity.get("adapter_sha256", "")
-    lineage = {**identity.get("lineage", {}), "exported_from": source}
+    lineage = dict(identity.get("lineage", {}))
+    lineage["exported_from"] = identity.get("adapter_sha256", "")
     digests = file_digests(aside, tensors)
     write_json(aside / IDENTITY, {**identity, "lineage": lineage, **digests})
 
 
 def _compare(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], destination: Path
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    destination: Path,
 ) -> None:
     """Refuse a result whose tensors, read again, differ from those that were written."""
     different = found.keys() ^ expected.keys()

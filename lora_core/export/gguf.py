@@ -10,6 +10,7 @@ Sources: llama.cpp's convert_lora_to_gguf.py, convert_hf_to_gguf.py and src/llam
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,88 @@ SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+"""Sizes that config.json must have."""
 GGUF_INTERLEAVES = frozenset({"llama"})
 """Architectures whose q and k llama.cpp stores with interleaved halves of each head."""
 
 
-def base_values(base_config: Path, architecture: str) -> dict[str, Any]:
-    """Return the values of the base's config.json after checking its architecture and sizes."""
+@dataclass(frozen=True)
+class GgufBase:
+    """What the export needs from the config.json of the base."""
+
+    architecture: str
+    """Name of the architecture in GGUF."""
+    vocabulary: int
+    hidden: int
+    """Width of the residual stream."""
+    inner: int
+    """Width of the MLP."""
+    layers: int
+    heads: int
+    """Number of query heads."""
+    key_heads: int
+    """Number of key and value heads."""
+    head_width: int
+    is_tied: bool
+    """The output head is tied to the embedding."""
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return GGUF's name of each linear layer → its shape (out, in)."""
+        queries = self.heads * self.head_width
+        keys = self.key_heads * self.head_width
+        return {
+            "attn_q": (queries, self.hidden),
+            "attn_k": (keys, self.hidden),
+            "attn_v": (keys, self.hidden),
+            "attn_output": (self.hidden, queries),
+            "ffn_gate": (self.inner, self.hidden),
+            "ffn_up": (self.inner, self.hidden),
+            "ffn_down": (self.hidden, self.inner),
+            "output": (self.vocabulary, self.hidden),
+        }
+
+    def interleaved_heads(self, module: str) -> int | None:
+        """Return the number of heads that llama.cpp interleaves in a module; None if it does not.
+
+        Args:
+            module: path of a linear layer in the model.
+        """
+        if self.architecture not in GGUF_INTERLEAVES:
+            return None
+        heads = {"q_proj": self.heads, "k_proj": self.key_heads}
+        name = module.rpartition(".")[2]
+        return heads.get(name)
+
+
+def gguf_architecture(base: Path) -> str:
+    """Return the architecture in GGUF of the base in a folder.
+
+    Raises:
+        CheckpointError: its config.json is missing or malformed.
+        ExportError: adapters are not written for llama.cpp of this type of model.
+    """
+    model_type = read_object(base / CONFIG).get("model_type")
+    for architecture, model_types in GGUF_MODELS.items():
+        if model_type in model_types:
+            return architecture
+    known = ", ".join(name for model_types in GGUF_MODELS.values() for name in model_types)
+    raise ExportError(
+        f"{base} is a {model_type!r} model, but adapters are written for llama.cpp of {known} "
+        "only; merge the adapter and convert the merged model"
+    )
+
+
+def read_base(base_config: Path, architecture: str) -> GgufBase:
+    """Read the base's config.json and check its architecture and sizes.
+
+    Args:
+        base_config: the file, or its folder.
+        architecture: the base's architecture in GGUF.
+
+    Raises:
+        CheckpointError: the file is missing or malformed, or lacks a size.
+        ExportError: the architecture is not supported, or is not that of the base.
+    """
     if architecture not in GGUF_MODELS:
         raise ExportError(
             f"architecture={architecture!r} is not supported; use {', '.join(GGUF_MODELS)}, or "
@@ -43,28 +120,51 @@ def base_values(base_config: Path, architecture: str) -> dict[str, Any]:
     path = base_config / CONFIG if base_config.is_dir() else base_config
     values = read_object(path)
     model_types = GGUF_MODELS[architecture]
-    if values.get("model_type") not in model_types:
+    model_type = values.get("model_type")
+    if model_type not in model_types:
         raise ExportError(
-            f"{path} has the model_type {values.get('model_type')!r}, which llama.cpp does not "
+            f"{path} has the model_type {model_type!r}, which llama.cpp does not "
             f"store as {architecture}; use a base of the type {' or '.join(model_types)}"
         )
-    missing = [key for key in SIZES if not isinstance(values.get(key), int)]
-    if missing:
-        raise CheckpointError(f"{path} has no {missing[0]}; give the config.json of the base")
-    return values
+    vocabulary, hidden, inner, layers, heads = _sizes(values, path)
+    return GgufBase(
+        architecture=architecture,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        inner=inner,
+        layers=layers,
+        heads=heads,
+        key_heads=values.get("num_key_value_heads") or heads,
+        head_width=values.get("head_dim") or hidden // heads,
+        is_tied=bool(values.get("tie_word_embeddings")),
+    )
 
 
 def gguf_tensors(
-    updates: Mapping[str, Update], base: dict[str, Any], architecture: str, *, alpha: float
+    updates: Mapping[str, Update],
+    base: GgufBase,
+    *,
+    alpha: float,
 ) -> dict[str, Tensor]:
     """Return the file's tensors.
 
     llama.cpp computes alpha / r · B A, so a scale that differs from alpha / r is folded into B.
+
+    Args:
+        updates: module path → update.
+        base: the model that they belong to.
+        alpha: the file's alpha.
+
+    Returns:
+        GGUF's name → tensor in float32: lora_a (r, in) and lora_b (out, r) of each module.
+
+    Raises:
+        ExportError: llama.cpp has no tensor for a module, or the base has another shape there.
     """
     tensors: dict[str, Tensor] = {}
-    shapes = _gguf_shapes(base)
+    shapes = base.shapes()
     for module, update in updates.items():
-        name = _gguf_name(module, base, architecture)
+        name = _gguf_name(module, base)
         kind = name.removesuffix(".weight").rpartition(".")[2]
         expected = shapes.get(kind)
         if update.shape != expected:
@@ -73,7 +173,7 @@ def gguf_tensors(
                 "give the base it was trained on"
             )
         b = update.b.float() * (update.scale * update.rank / alpha)
-        heads = _heads(module, base) if architecture in GGUF_INTERLEAVES else None
+        heads = base.interleaved_heads(module)
         if heads is not None:
             b = b[interleaved(b.shape[0], heads)]
         tensors[f"{name}.lora_a"] = update.a.float().contiguous()
@@ -81,18 +181,30 @@ def gguf_tensors(
     return tensors
 
 
-def _gguf_name(module: str, base: dict[str, Any], architecture: str) -> str:
+def _sizes(values: Mapping[str, Any], path: Path) -> list[int]:
+    """Return the values of `SIZES` in their order."""
+    sizes = []
+    for key in SIZES:
+        size = values.get(key)
+        if not isinstance(size, int):
+            raise CheckpointError(f"{path} has no {key}; give the config.json of the base")
+        sizes.append(size)
+    return sizes
+
+
+def _gguf_name(module: str, base: GgufBase) -> str:
+    """Return llama.cpp's name for the weight of a module."""
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture], int(base["num_hidden_layers"]))
+    names = gguf.get_tensor_name_map(kinds[base.architecture], base.layers)
     name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
     if name is None:
         raise ExportError(
-            f"llama.cpp's {architecture} has no tensor for {module}; leave it out of "
+            f"llama.cpp's {base.architecture} has no tensor for {module}; leave it out of "
             "target_modules, or export a merged model"
         )
-    if name == "output.weight" and base.get("tie_word_embeddings"):
+    if name == "output.weight" and base.is_tied:
         raise ExportError(
             f"{module} is tied to the embedding and has no tensor in GGUF; leave it out of "
             "target_modules"
@@ -100,46 +212,32 @@ def _gguf_name(module: str, base: dict[str, Any], architecture: str) -> str:
     return name
 
 
-def _gguf_shapes(base: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return GGUF's name of each linear layer and its shape (out, in)."""
-    hidden = base["hidden_size"]
-    inner = base["intermediate_size"]
-    heads = base["num_attention_heads"]
-    head_width = base.get("head_dim") or hidden // heads
-    queries = heads * head_width
-    keys = (base.get("num_key_value_heads") or heads) * head_width
-    return {
-        "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
-        "attn_output": (hidden, queries),
-        "ffn_gate": (inner, hidden),
-        "ffn_up": (inner, hidden),
-        "ffn_down": (hidden, inner),
-        "output": (base["vocab_size"], hidden),
-    }
-
-
-def _heads(module: str, base: dict[str, Any]) -> int | None:
-    """Return the number of heads that llama.cpp interleaves in this module; None if it does not."""
-    counts = {
-        "q_proj": base["num_attention_heads"],
-        "k_proj": base.get("num_key_value_heads") or base["num_attention_heads"],
-    }
-    return counts.get(module.rpartition(".")[2])
-
-
 def interleaved(rows: int, heads: int) -> Tensor:
     """Return llama.cpp's order of the rows of q and k.
 
     Within a head it is 0, h, 1, h+1, … with h half the rows of a head. Hugging Face rotates row i
     of a head with row i + h, llama.cpp row 2i with row 2i + 1.
+
+    Args:
+        rows: of all heads.
+        heads: a divisor of `rows`.
+
+    Returns:
+        (rows,) of int64.
     """
-    return torch.arange(rows).view(heads, 2, -1).mT.reshape(-1)
+    halves = torch.arange(rows).view(heads, 2, -1)
+    return halves.mT.reshape(-1)
 
 
 def write_gguf(path: Path, tensors: Mapping[str, Tensor], architecture: str, alpha: float) -> None:
-    """Write the tensors, in float32, and the metadata that llama.cpp requires of an adapter."""
+    """Write the tensors and the metadata that llama.cpp requires of an adapter.
+
+    Args:
+        path: created or replaced.
+        tensors: GGUF's name → tensor in float32.
+        architecture: the base's architecture in GGUF.
+        alpha: numerator of the scale alpha / r.
+    """
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -155,10 +253,11 @@ def write_gguf(path: Path, tensors: Mapping[str, Tensor], architecture: str, alp
 
 
 def read_gguf(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of an adapter's file."""
+    """Read the tensors of an adapter's file, by GGUF's name."""
     import gguf
 
-    return {
-        tensor.name: torch.from_numpy(tensor.data.copy())
-        for tensor in gguf.GGUFReader(path).tensors
-    }
+    tensors = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        copy = tensor.data.copy()  # the reader maps the file
+        tensors[tensor.name] = torch.from_numpy(copy)
+    return tensors

@@ -10,6 +10,7 @@ always gets the same initialization, whatever else is adapted and however many p
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,9 +20,19 @@ from lora_core.errors import ConfigError
 
 
 def initial_a(
-    rank: int, in_features: int, method: InitMethod, generator: torch.Generator
+    rank: int,
+    in_features: int,
+    method: InitMethod,
+    generator: torch.Generator,
 ) -> Tensor:
-    """Return A of shape (rank, in_features) in float32."""
+    """Return A of shape (rank, in_features) in float32.
+
+    Args:
+        rank: rows of A.
+        in_features: columns of A.
+        method: gaussian, or any other for the uniform distribution of kaiming.
+        generator: draws the entries on the CPU.
+    """
     a = torch.empty(rank, in_features)
     if method == "gaussian":
         return a.normal_(std=1 / rank, generator=generator)
@@ -30,7 +41,9 @@ def initial_a(
 
 
 def orthogonal(
-    rank: int, shape: tuple[int, int], generator: torch.Generator
+    rank: int,
+    shape: Sequence[int],
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Return A (rank, in) and B (out, rank), both nonzero and with B A = 0, in float32.
 
@@ -55,14 +68,23 @@ def orthogonal(
             f"for B; use {max(rank, 1) + 1}"
         )
     out_features, in_features = shape
-    basis = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
     half = rank // 2
-    a = basis[:, 0::2] @ torch.randn(half, in_features, generator=generator) / 10
-    b = torch.randn(out_features, half, generator=generator) @ basis[:, 1::2].T / 10
+    square = torch.randn(rank, rank, generator=generator)
+    basis = torch.linalg.qr(square).Q
+    weights_of_a = torch.randn(half, in_features, generator=generator)
+    weights_of_b = torch.randn(out_features, half, generator=generator)
+    a = basis[:, 0::2] @ weights_of_a / 10
+    b = weights_of_b @ basis[:, 1::2].T / 10
     return a, b
 
 
 def generator_for(name: str, seed: int) -> torch.Generator:
-    """Return a generator that depends only on the target's name and the seed."""
+    """Return a generator that depends only on its arguments.
+
+    Args:
+        name: of the target.
+        seed: of the run.
+    """
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    first_8_bytes = int.from_bytes(digest[:8], "little")
+    return torch.Generator().manual_seed(first_8_bytes >> 1)  # a seed is signed

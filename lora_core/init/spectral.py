@@ -30,12 +30,20 @@ FactorPair = tuple[Tensor, Tensor]
 
 
 def is_spectral(method: str) -> bool:
-    """Return whether a value of init_lora_weights initializes from the weight."""
+    """Return whether the factors are initialized from the weight.
+
+    Args:
+        method: a value of init_lora_weights.
+    """
     return method == "olora" or method.startswith("pissa")
 
 
 def spectral_init(
-    weight: Tensor, rank: int, scale: float, method: str, generator: torch.Generator
+    weight: Tensor,
+    rank: int,
+    scale: float,
+    method: str,
+    generator: torch.Generator,
 ) -> FactorPair:
     """Return A and B for a value of init_lora_weights.
 
@@ -45,6 +53,9 @@ def spectral_init(
         scale: the layer's factor of B·A.
         method: olora, pissa or pissa_niter_N.
         generator: random numbers for approximate methods.
+
+    Raises:
+        ConfigError: see `olora` and `pissa`.
     """
     if method == "olora":
         return olora(weight, rank)
@@ -88,8 +99,7 @@ def olora(weight: Tensor, rank: int) -> FactorPair:
     """Return the OLoRA pair: with W = QR, B is the first columns of Q and A the first rows of R.
 
     B A is the projection of W onto its first `rank` columns. As in PEFT, the factors are not
-    divided
-    by the scale: the trained part of the weight is scale · B A.
+    divided by the scale: the trained part of the weight is scale · B A.
 
     Args:
         weight: the frozen weight, (out, in); not changed.

@@ -13,8 +13,9 @@ Shapes: N tokens, K experts per token, E experts, H hidden, I inner, R rank.
 Source: LoRA (Hu et al. 2021, arXiv 2106.09685), equation 3.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +23,10 @@ from torch.nn import functional as F
 
 from lora_core.base.quant import Kind, loaded
 from lora_core.config import InitMethod
-from lora_core.errors import TargetError
 from lora_core.init.random import generator_for, initial_a
-from lora_core.layers.expert_layout import (
-    EXPECTED,
-    STACKS,
-    factor_shapes,
-    objection_to,
-    peft_keys,
-    supports,
-)
+from lora_core.layers.expert_layout import STACKS, factor_shapes, peft_keys
 from lora_core.layers.functional import ScaledFactors, lora_linear, without_autocast
+from lora_core.modules import base_attribute
 
 Factors = dict[str, list[ScaledFactors]]
 """Stack → A, B and scale of each expert."""
@@ -106,11 +100,6 @@ class LoraExperts(nn.Module):
             total.index_add_(0, rows, output.to(total.dtype))
         return total
 
-    @property
-    def trained_weights(self) -> int:
-        """Number of weights that an optimizer changes."""
-        return sum(parameter.numel() for parameter in self.adapter_tensors().values())
-
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """Return the trained tensors under PEFT's keys, without the module's path and its dot."""
         tensors = {}
@@ -119,22 +108,10 @@ class LoraExperts(nn.Module):
             tensors[key_b] = self.lora_B[name]
         return tensors
 
-    def merged_tensors(self) -> dict[str, Tensor]:
-        """Return the merged stacks by the parameter's name."""
-        return self.merged()
-
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
+    def merged_tensors(self) -> dict[str, Tensor]:
         """Return W + s · B A of each adapted stack, (E, out, in) in float32; the base is kept."""
-        sums = {}
-        for name, scale in self.scales.items():
-            a, b = self._unbound(name)
-            a_ERI = torch.stack(a).float()
-            b_EOR = torch.stack(b).float()
-            weight = self._stack(name).float()
-            with without_autocast(a_ERI):
-                sums[name] = torch.baddbmm(weight, b_EOR, a_ERI, alpha=scale)
-        return sums
+        return {name: self._sum(name, self._stack(name).float()) for name in self.scales}
 
     def extra_repr(self) -> str:
         experts = self._stack("down_proj").shape[0]
@@ -143,6 +120,30 @@ class LoraExperts(nn.Module):
             rank = a.shape[0] // experts
             parts.append(f"{name}: rank={rank}, scale={self.scales[name]:g}")
         return ", ".join(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return attributes of the base and, for models that read a stack, the effective one."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in STACKS:
+                return self._effective(name)
+            return base_attribute(self, name)
+
+    def _effective(self, name: str) -> Tensor:
+        """Return W + s · B A, (E, out, in) in the stack's dtype, with its gradient."""
+        stack = self._stack(name)
+        if name not in self.scales or stack.is_meta:
+            return stack
+        return self._sum(name, stack)
+
+    def _sum(self, name: str, stack: Tensor) -> Tensor:
+        """Return the sum in the dtype of `stack`, (E, out, in)."""
+        a, b = self._unbound(name)
+        a_ERI = torch.stack(a).to(stack)
+        b_EOR = torch.stack(b).to(stack)
+        with without_autocast(stack):
+            return torch.baddbmm(stack, b_EOR, a_ERI, alpha=self.scales[name])
 
     def _stack(self, name: str) -> Tensor:
         stack: Tensor = loaded(getattr(self.base, name), self.base)
@@ -205,43 +206,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def expert_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Find the stacks of experts that `patterns` name in a model, adapted or not.
-
-    As in PEFT, a pattern is a parameter's full path or its last parts. PEFT adapts everything that
-    matches, so a match that cannot be adapted raises an error instead of being skipped.
-
-    Args:
-        model: on any device; not changed.
-        patterns: such as `mlp.experts.gate_up_proj`.
-
-    Returns:
-        Module path → the names of its matched stacks, both in model order.
-
-    Raises:
-        TargetError: a pattern matches nothing, or a module without experts in a supported layout.
-    """
-    found: dict[str, tuple[str, ...]] = {}
-    unused = set(patterns)
-    for path, module in _plain_modules(model):
-        for name, _ in module.named_parameters(recurse=False):
-            matching = _matching(f"{path}.{name}", patterns)
-            if matching:
-                _check_target(path, name, module)
-                found[path] = (*found.get(path, ()), name)
-            unused -= matching
-    if unused:
-        raise TargetError(
-            f"target parameter {min(unused)!r} matches no parameter; "
-            f"stacks of experts here end in {_endings(model)}"
-        )
-    return found
-
-
-def _matching(parameter: str, patterns: tuple[str, ...]) -> set[str]:
-    return {pattern for pattern in patterns if f".{parameter}".endswith(f".{pattern}")}
-
-
 def _grouped(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, list[int]]:
     """Group the pairs of token and slot by expert.
 
@@ -253,34 +217,3 @@ def _grouped(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor, list[in
     counts = top_k_index.flatten().bincount(minlength=experts).tolist()[:experts]
     order = top_k_index.T.flatten().argsort(stable=True)[: sum(counts)]
     return order % tokens, order // tokens, counts
-
-
-def _check_target(path: str, name: str, module: nn.Module) -> None:
-    objection = objection_to(module)
-    if not path:
-        objection = "it is a weight of the model itself, which cannot be replaced in a parent"
-    if objection is not None:
-        where = f"{path}.{name} of {type(module).__name__}".lstrip(".")
-        raise TargetError(
-            f"target parameter {where} cannot be adapted: {objection}; {EXPECTED}; leave it out"
-        )
-
-
-def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules that the model has without its expert adapters, under their base paths."""
-    inside: set[int] = set()
-    for layer in model.modules():
-        if isinstance(layer, LoraExperts):
-            inside |= {id(part) for part in layer.modules() if part is not layer}
-    for path, module in model.named_modules():
-        if id(module) not in inside:
-            yield path, module.base if isinstance(module, LoraExperts) else module
-
-
-def _endings(model: nn.Module) -> str:
-    endings: set[str] = set()
-    for path, module in _plain_modules(model):
-        if path and supports(module):
-            last = path.rpartition(".")[2]
-            endings |= {f"{last}.{name}" for name in STACKS}
-    return ", ".join(sorted(endings)) or "nothing: the model has none"

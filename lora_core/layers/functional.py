@@ -8,8 +8,9 @@ two linear layers saves x, x̃ and x̃Aᵀ per projection; here q, k and v share
 
 Under autocast the base multiplies in the dtype it would use alone, and the update uses the dtype of
 that result. x is saved in its original dtype, and A, B and x get gradients in their own dtypes.
-Nothing here depends on the device. The product has first derivatives only: `gradcheck` in float64
-passes, and a second backward pass raises. (Under DoRA, `gradcheck` fails by design; see `dora.py`.)
+Nothing here depends on the device. `gradcheck` and `gradgradcheck` in float64 pass, so gradient
+penalties can be trained. (Under DoRA they fail by design; see `dora.py`.) Transforms of
+`torch.func`, such as per-sample gradients, compute the same by separate operations.
 
 Source: LoRA (Hu et al. 2021, arXiv 2106.09685), equation 3.
 """
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_core.base.quant import BaseWeight
@@ -66,6 +66,8 @@ def lora_linear(
         update: A, B and the scale s.
         dropout: probability of dropping an input of A; 0 outside training.
     """
+    if torch._C._are_functorch_transforms_active():
+        return add_update(base.linear(x, bias), x, update, dropout=dropout)
     keep = None
     if dropout > 0:
         # Drawn as booleans: x's dtype would round the probability.
@@ -126,7 +128,6 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grad_y):
             return _gradients(ctx, grad_y)

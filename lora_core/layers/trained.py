@@ -13,9 +13,13 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from lora_core.base.quant import execution_device, has_custom_forward, loaded, quantized_kind
+from lora_core.coverage import PERMANENT, computed_tensors, refuse_computed
 from lora_core.errors import TargetError
 from lora_core.layers.embedding import LoraEmbedding, check_table, factor_of
 from lora_core.modules import base_attribute, clear_hooks, hook_containers
+
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+"""Modules that a model indexes instead of calling them."""
 
 
 class TrainedModule(nn.Module):
@@ -42,6 +46,12 @@ class TrainedModule(nn.Module):
     def adapter_tensors(self) -> dict[str, nn.Parameter]:
         """Return what is trained and saved, under the names it has in the module."""
         return dict(self.trained.named_parameters())
+
+    def tied_names(self) -> dict[str, str]:
+        """Return the other names of parameters that have several, each with the first name."""
+        first = {id(parameter): name for name, parameter in self.trained.named_parameters()}
+        named = self.trained.named_parameters(remove_duplicate=False)
+        return {name: first[id(one)] for name, one in named if first[id(one)] != name}
 
     def merged_tensors(self) -> dict[str, Tensor]:
         """Return the trained copy's parameters."""
@@ -75,6 +85,8 @@ class TrainedRows(nn.Module):
                 f"trainable_token_indices names {name}, a {type(base).__name__}; name an embedding"
             )
         check_table(base, name)
+        setting = "trainable_token_indices"
+        refuse_computed(base, name, tensor="weight", setting=setting)
         if max(rows) >= base.num_embeddings:
             raise TargetError(
                 f"trainable_token_indices names row {max(rows)} of {name}, "
@@ -256,6 +268,11 @@ class TrainedBias(nn.Module):
 
 def _objection_to_training(module: nn.Module) -> str | None:
     """Return why `module` cannot be trained in full and what to do instead, or None if it can."""
+    if isinstance(module, CONTAINERS):
+        return (
+            f"a {type(module).__name__}, which the model indexes instead of calling it; name the "
+            "modules in it, or leave it out"
+        )
     modules = list(module.modules())
     if any(quantized_kind(inner) for inner in modules):
         return "which is quantized and cannot be trained; leave it out or load it dense"
@@ -267,6 +284,8 @@ def _objection_to_training(module: nn.Module) -> str | None:
                 "whose forward was replaced on the instance, as offloading does, so a copy would "
                 "compute with the original; leave it out or load it without offloading"
             )
+        if computed_tensors(inner):
+            return f"in which {computed_tensors(inner)[0]} is computed at every call; {PERMANENT}"
     if not list(module.parameters()):
         return "which has no weights to train; leave it out"
     if any(isinstance(inner, _NormBase) and inner.track_running_stats for inner in modules):

@@ -14,9 +14,16 @@ from lora_core.modules import module_at, plain_name, replace_module, unwrapped
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype) -> int:
-    """Make every 4-bit layer of `model` dense in place, also under adapters; return their number.
+    """Make every 4-bit layer of `model` dense in place, also under adapters.
 
     The model's outputs change only by the rounding of `dtype`.
+
+    Args:
+        model: changed in place.
+        dtype: of the dense weights.
+
+    Returns:
+        The number of layers that were replaced.
 
     Raises:
         TargetError: bitsandbytes has repacked a layer; the model is unchanged.
@@ -27,15 +34,25 @@ def dequantize(model: nn.Module, dtype: torch.dtype) -> int:
             weights[plain_name(name)] = base_weight(module)
     for name, weight in weights.items():
         assert weight is not None, name
-        replace_module(model, name, _dense_linear(module_at(model, name), weight, dtype))
+        quantized = module_at(model, name)
+        linear = _dense_linear(quantized, weight, dtype)
+        replace_module(model, name, linear)
     return len(weights)
 
 
 def _dense_linear(module: nn.Module, frozen: BaseWeight, dtype: torch.dtype) -> nn.Linear:
+    """Return a frozen layer with the values of `frozen` and the bias of `module`."""
     out_features, in_features = frozen.shape
     has_bias = module.bias is not None
-    linear = nn.Linear(in_features, out_features, bias=has_bias, device="meta", dtype=dtype)
-    linear.weight = nn.Parameter(frozen.dense(dtype), requires_grad=False)
+    linear = nn.Linear(
+        in_features,
+        out_features,
+        bias=has_bias,
+        device="meta",
+        dtype=dtype,
+    )
+    weight = frozen.dense(dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
     if has_bias:
         bias = module.bias.detach().to(dtype)  # type: ignore[operator]
         linear.bias = nn.Parameter(bias, requires_grad=False)

@@ -38,8 +38,11 @@ class Retention:
     """How much of one update a stored weight contains."""
 
     fraction: float
+    """⟨M − W, ΔW⟩ / ‖ΔW‖²: 1 for the complete update, 0 if it was rounded away."""
     relative_error: float
+    """‖M − W − ΔW‖ / ‖ΔW‖."""
     relative_size: float
+    """‖ΔW‖ / ‖W‖."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,15 @@ class Fidelity:
 
 @torch.no_grad()
 def measure_retention(delta: Tensor, *, base: Tensor, merged: Tensor) -> Retention:
-    """Compare the change from `base` to `merged` with `delta`; all (out, in) in float32.
+    """Compare the change from `base` to `merged` with `delta`.
 
     A zero update counts as fully retained if nothing changed. If the storage could not represent
     the sum, the fraction is NaN and the error is infinite.
+
+    Args:
+        delta: ΔW, (out, in) in float32.
+        base: W, the same shape and dtype.
+        merged: M as stored, dequantized; the same shape and dtype.
     """
     realized = merged - base
     size = _norm(delta)
@@ -69,8 +77,10 @@ def measure_retention(delta: Tensor, *, base: Tensor, merged: Tensor) -> Retenti
         return Retention(math.nan, math.inf, relative_size)
     fraction = 1.0
     if size:
-        fraction = float((realized * delta).sum(dtype=torch.float64)) / size**2
-    return Retention(fraction, _ratio(error, size), relative_size)
+        inner_product = (realized * delta).sum(dtype=torch.float64)
+        fraction = float(inner_product) / size**2
+    relative_error = _ratio(error, size)
+    return Retention(fraction, relative_error, relative_size)
 
 
 @torch.no_grad()
@@ -144,6 +154,7 @@ def _nf4_settings(weights: list[BaseWeight]) -> Nf4Settings:
 
 
 def _weight(name: str, delta: Tensor, model: nn.Module) -> BaseWeight:
+    """Return the weight of the module at `name`, which must have the shape of `delta`."""
     try:
         weight = base_weight(unwrapped(model).get_submodule(name))
     except AttributeError:
@@ -162,13 +173,18 @@ def _weight(name: str, delta: Tensor, model: nn.Module) -> BaseWeight:
 
 
 def _retentions(
-    weight: BaseWeight, delta: Tensor, storages: tuple[Storage, ...], settings: Nf4Settings
+    weight: BaseWeight,
+    delta: Tensor,
+    storages: tuple[Storage, ...],
+    settings: Nf4Settings,
 ) -> Iterator[tuple[Storage, Retention]]:
+    """Merge ΔW into `weight` and yield what each storage retains of it."""
     base = weight.dense(torch.float32)
     delta = delta.to(base.device)
     for storage in storages:
         merged = _stored(base + delta, storage, settings)
-        yield storage, measure_retention(delta, base=base, merged=merged)
+        retention = measure_retention(delta, base=base, merged=merged)
+        yield storage, retention
 
 
 def _stored(total: Tensor, storage: Storage, settings: Nf4Settings) -> Tensor:
@@ -184,15 +200,20 @@ def _divergences(logits: Tensor, other_logits: Tensor) -> float:
     log_p = torch.log_softmax(logits.float(), dim=-1)
     log_q = torch.log_softmax(other_logits.float(), dim=-1)
     p = log_p.exp()
-    terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
-    return float(terms.sum(dtype=torch.float64))
+    terms = p * (log_p - log_q)
+    terms = torch.where(p > 0, terms, 0.0)
+    total = terms.sum(dtype=torch.float64)
+    return float(total)
 
 
 def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    """Return the Frobenius norm, summed in float64."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return float(norm)
 
 
 def _ratio(numerator: float, denominator: float) -> float:
+    """Return the quotient; infinite for a nonzero numerator over zero, and 0 for 0/0."""
     if denominator:
         return numerator / denominator
     return math.inf if numerator else 0.0

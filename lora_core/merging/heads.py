@@ -39,7 +39,11 @@ class Untying:
     """Whether config.json must declare that no weights are tied."""
 
     def updated_config(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the config.json that the result needs."""
+        """Return the config.json that the result needs.
+
+        Args:
+            values: the base's config.json; not changed.
+        """
         updated = dict(values)
         if not self.is_declared:
             return updated
@@ -55,24 +59,36 @@ def plan_untying(checkpoint: Checkpoint, updates: Mapping[str, Update]) -> Untyi
 
     It changes nothing if it targets neither of the two, or if they are not tied.
 
+    Args:
+        checkpoint: the base.
+        updates: module path → update; those of embeddings are marked.
+
     Raises:
         MergeError: the checkpoint may tie weights in a way that is not recognized.
     """
-    head = next((module for module in updates if module_name(module) in HEADS), None)
+    heads = [module for module in updates if module_name(module) in HEADS]
     embeddings = [module for module, update in updates.items() if update.embedding]
-    if not _is_tied(checkpoint) or not (head or embeddings):
+    if not _is_tied(checkpoint) or not (heads or embeddings):
         return Untying({})
     embedding = _tied_embedding(checkpoint)
-    changed = [module for module in embeddings if _is_of(module, embedding)]
-    if not (head or (changed and _has_head(checkpoint, changed[0], embedding))):
+    if not (heads or _changes_a_tie(checkpoint, embeddings, embedding)):
         return Untying({})
     copies = {}
     if not checkpoint.stored_head:
-        copies[_head_tensor(checkpoint, head or "")] = embedding
+        head = heads[0] if heads else ""
+        head_tensor = _head_tensor(checkpoint, head)
+        copies[head_tensor] = embedding
     return Untying(copies, is_declared=True)
 
 
+def _changes_a_tie(checkpoint: Checkpoint, modules: list[str], embedding: str) -> bool:
+    """Return whether one of the adapted `modules` owns the tensor `embedding` next to a head."""
+    changed = [module for module in modules if _is_of(module, embedding)]
+    return bool(changed) and _has_head(checkpoint, changed[0], embedding)
+
+
 def _is_tied(checkpoint: Checkpoint) -> bool:
+    """Return whether the head is tied; without a flag, it is if the files have no head."""
     if checkpoint.head_is_tied is not None:
         return checkpoint.head_is_tied
     return checkpoint.stored_head is None
@@ -80,16 +96,14 @@ def _is_tied(checkpoint: Checkpoint) -> bool:
 
 def _tied_embedding(checkpoint: Checkpoint) -> str:
     """Return the tensor that the head is tied to."""
-    found = [
-        name
-        for name in checkpoint.entries
-        if name.endswith(".weight") and module_name(name) in EMBEDDINGS
-    ]
-    is_known = (
-        len(found) == 1
-        and not any(_is_unknown_head(name) for name in checkpoint.entries)
-        and not checkpoint.config.get("is_encoder_decoder")
-    )
+    found = []
+    has_unknown_head = False
+    for name in checkpoint.entries:
+        has_unknown_head |= _is_unknown_head(name)
+        if name.endswith(".weight") and module_name(name) in EMBEDDINGS:
+            found.append(name)
+    is_decoder = not checkpoint.config.get("is_encoder_decoder")
+    is_known = len(found) == 1 and is_decoder and not has_unknown_head
     if not is_known:
         raise MergeError(
             f"{checkpoint.folder} may tie its output head to an embedding, "
@@ -100,6 +114,7 @@ def _tied_embedding(checkpoint: Checkpoint) -> str:
 
 
 def _is_unknown_head(tensor: str) -> bool:
+    """Return whether a tensor belongs to a head other than a plain `lm_head`."""
     is_head = tensor.startswith(("cls.", "lm_head."))
     return is_head and tensor not in ("lm_head.weight", "lm_head.bias")
 
@@ -131,4 +146,9 @@ def _head_tensor(checkpoint: Checkpoint, module: str) -> str:
 
 
 def _is_of(module: str, tensor: str) -> bool:
-    return tensor in (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+    """Return whether `tensor` is the weight of `module`, by the names of the files.
+
+    In a checkpoint of the model without its head, names lack the first part of the path.
+    """
+    without_first_part = module.partition(".")[2]
+    return tensor in (f"{module}.weight", f"{without_first_part}.weight")

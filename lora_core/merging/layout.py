@@ -25,6 +25,7 @@ class WeightLayout:
     """What an adapter's files reveal about the layout of the base's square weights."""
 
     adapter: Path
+    """The adapter's folder, for messages."""
     fan_in_fan_out: bool
     """PEFT's flag, which is true for some adapters of modules that are stored as (in, out)."""
     recorded: frozenset[str] | None
@@ -60,15 +61,27 @@ class WeightLayout:
 
 
 def read_layout(
-    adapter: Path, identity: Mapping[str, Any] | None, checkpoint: Checkpoint
+    adapter: Path,
+    identity: Mapping[str, Any] | None,
+    checkpoint: Checkpoint,
 ) -> WeightLayout:
-    """Return what the files of `adapter` and the weights of `checkpoint` show."""
+    """Return what the files of an adapter and the shapes of its base show.
+
+    Args:
+        adapter: its folder, for the settings and for messages.
+        identity: its sidecar, if it has one.
+        checkpoint: the base.
+
+    Raises:
+        AdapterError: the settings are missing or malformed.
+    """
+    settings = read_json(adapter / CONFIG)
     recorded = None if identity is None else identity.get(TRANSPOSED)
     return WeightLayout(
-        adapter,
-        bool(read_json(adapter / CONFIG).get("fan_in_fan_out")),
-        None if recorded is None else frozenset(recorded),
-        _layout_by_parent(checkpoint),
+        adapter=adapter,
+        fan_in_fan_out=bool(settings.get("fan_in_fan_out")),
+        recorded=None if recorded is None else frozenset(recorded),
+        by_parent=_layout_by_parent(checkpoint),
     )
 
 
@@ -76,15 +89,18 @@ def _layout_by_parent(checkpoint: Checkpoint) -> dict[str, bool]:
     """Compare the biases of modules with a name of `Conv1D` with their weights."""
     found: dict[str, bool] = {}
     for name, entry in checkpoint.entries.items():
-        bias = checkpoint.entries.get(f"{name.removesuffix('.weight')}.bias")
-        is_weight = name.endswith(".weight") and len(entry.shape) == 2
-        if bias is None or not is_weight or module_name(name) not in CONV1D_NAMES:
+        path = name.removesuffix(".weight")
+        is_matrix = path != name and len(entry.shape) == 2
+        bias = checkpoint.entries.get(f"{path}.bias")
+        if bias is None or not is_matrix or module_name(name) not in CONV1D_NAMES:
             continue
-        if entry.shape[0] != entry.shape[1]:
-            found[_parent(name)] = bias.shape == (entry.shape[1],)
+        first, last = entry.shape
+        if first != last:
+            found[_parent(name)] = bias.shape == (last,)
     return found
 
 
 def _parent(tensor: str) -> str:
     """Return the path of the module that contains the owner of the weight `tensor`."""
-    return tensor.removesuffix(".weight").rpartition(".")[0]
+    owner = tensor.removesuffix(".weight")
+    return owner.rpartition(".")[0]

@@ -12,36 +12,31 @@ A 4-bit base is refused: its quantization levels are so far apart that a small u
 away. `force=True` merges anyway and reports how much of each update survives.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_core.base.nf4 import dequantized_weight, requantize
 from lora_core.base.sharing import (
     FLAG,
     Slot,
     configs_to_untie,
     memory_of,
     models_of_tied_heads,
-    slots,
 )
 from lora_core.errors import MergeError
-from lora_core.layers.linear import LoraLinear
-from lora_core.layers.trained import TiedEmbedding, TiedHead
-from lora_core.merging.fidelity import Retention, measure_retention
+from lora_core.merging.fidelity import Retention
+from lora_core.merging.merged_values import base_of, merged_values, retained_updates
+from lora_core.merging.weight_users import (
+    Holder,
+    WeightUsers,
+    find_users,
+    refuse_reused_modules,
+)
 from lora_core.modules import adapter_parts, replace_module
-
-
-class Holder(NamedTuple):
-    """A slot in the base and the parameter object that it holds before the merge."""
-
-    slot: Slot
-    parameter: nn.Parameter
 
 
 @dataclass(frozen=True)
@@ -86,37 +81,25 @@ def merge(model: nn.Module, *, force: bool = False) -> Merged:
     parts = dict(adapter_parts(model))
     if not parts:
         raise MergeError("the model carries no adapter; inject or load one before merging")
-    _refuse_reused_modules(model, parts)
-    sums: dict[str, Tensor] = {}
-    for name, part in parts.items():
-        sums.update(_sums(name, part, force))
-    retention = {}
-    for name, part in parts.items():
-        if _is_four_bit(part):
-            retention[name] = _retention(part, sums[f"{name}.weight"])
-    shared = {}
-    originals = {}
-    for path in sums:
-        shared[path] = _holders(parts, path)
-        originals[path] = _original(shared[path][0].parameter)
-    tied = models_of_tied_heads(model)
-    other_users = _other_users(model, shared)
-    untied = _to_untie(other_users, shared) if tied else []
-    merged = Merged(parts, originals, retention, shared, untied)
-    try:
-        _store_sums(model, merged, sums, separate=other_users.keys())
-        merged = replace(merged, configs=configs_to_untie(tied))
-        _set_flag(merged.configs, is_tied=False)
-    except BaseException:
-        _undo(model, merged)
-        raise
-    stored = {path: memory_of(holders[0].slot.parameter) for path, holders in shared.items()}
-    return replace(merged, stored=stored)
+    refuse_reused_modules(model, parts)
+    sums = merged_values(parts, force=force)
+    users = find_users(model, parts, sums.keys())
+    merged = Merged(
+        parts=parts,
+        originals=_originals(users),
+        retention=retained_updates(parts, sums),
+        shared=users.changed,
+    )
+    return _store(model, merged, sums, users)
 
 
 @torch.no_grad()
 def unmerge(model: nn.Module, merged: Merged) -> None:
     """Undo `merge`: restore the base's original bits, the adapter's parts and the ties.
+
+    Args:
+        model: merged; changed in place.
+        merged: what `merge` returned for this model.
 
     Raises:
         MergeError: a later change to the model would be lost or mixed in; the model is unchanged.
@@ -126,8 +109,8 @@ def unmerge(model: nn.Module, merged: Merged) -> None:
             "the model carries an adapter that came after the merge, or was never merged; "
             "take that out first"
         )
-    for path, memory in merged.stored.items():
-        if memory_of(merged.shared[path][0].slot.parameter) != memory:
+    for path, memory in _memory_of_weights(merged).items():
+        if memory != merged.stored[path]:
             raise MergeError(
                 f"{path} is no longer the merged weight: "
                 "the model was moved, cast or merged into again; undo that first, "
@@ -136,183 +119,88 @@ def unmerge(model: nn.Module, merged: Merged) -> None:
     _undo(model, merged)
 
 
+def _store(
+    model: nn.Module,
+    merged: Merged,
+    sums: Mapping[str, Tensor],
+    users: WeightUsers,
+) -> Merged:
+    """Store the sums and change the configs, or undo everything; return the complete record."""
+    tied = models_of_tied_heads(model)
+    if tied:
+        merged = replace(merged, untied=users.left_in_a_tie())
+    try:
+        _store_sums(merged, sums, separate=users.others.keys())
+        for name, part in merged.parts.items():
+            replace_module(model, name, base_of(part))
+        merged = replace(merged, configs=configs_to_untie(tied))
+        _set_flag(merged.configs, is_tied=False)
+    except BaseException:
+        _undo(model, merged)
+        raise
+    return replace(merged, stored=_memory_of_weights(merged))
+
+
 def _undo(model: nn.Module, merged: Merged) -> None:
     """Restore the state before the merge, also after a partial merge."""
     for path, original in merged.originals.items():
         for slot, parameter in merged.shared[path]:
-            _store(slot, parameter, original)
+            _set_value(slot, parameter, original)
     for slot, parameter in merged.untied:
-        _store(slot, parameter, parameter)
+        _set_value(slot, parameter, parameter)
     for name, part in merged.parts.items():
         replace_module(model, name, part)
     _set_flag(merged.configs, is_tied=True)
 
 
-def _sums(name: str, part: nn.Module, force: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield the path and the new value of each parameter of the base that changes."""
-    for key, value in _dense_tensors(name, part).items():
-        dtype = _base(part).get_parameter(key).dtype
-        total = value.detach().to(dtype, copy=isinstance(value, nn.Parameter))
-        yield f"{name}.{key}", _checked_finite(name, total)
-    if _is_four_bit(part):
-        yield f"{name}.weight", _requantized(name, cast(LoraLinear, part), force)
+def _originals(users: WeightUsers) -> dict[str, Tensor]:
+    """Return the stored bits by path; a 4-bit weight keeps its quantization state."""
+    originals: dict[str, Tensor] = {}
+    for path, holders in users.changed.items():
+        stored = holders[0].parameter
+        originals[path] = copy(stored) if hasattr(stored, "quant_state") else stored.data
+    return originals
 
 
-def _dense_tensors(name: str, part: nn.Module) -> dict[str, Tensor]:
-    """Return the new values of the base's parameters, except 4-bit codes."""
-    if isinstance(part, LoraLinear) and part.frozen.kind == "int8":
-        raise MergeError(
-            f"{name} is stored in int8, which has no merge without losses; "
-            "load the base in full precision and merge there"
-        )
-    if _is_four_bit(part):
-        bias = cast(LoraLinear, part).merged_bias()
-        return {} if bias is None else {"bias": bias}
-    merged: dict[str, Tensor] = part.merged_tensors()  # type: ignore[operator]
-    return merged
-
-
-def _requantized(name: str, layer: LoraLinear, force: bool) -> Tensor:
-    """Return the merged weight of a 4-bit layer, quantized again."""
-    if not force:
-        raise MergeError(
-            f"{name} is stored in {layer.frozen.kind}: "
-            "rounding to 4 bits would erase most of a small update; "
-            "load the base in full precision and merge there, "
-            "or pass force=True and look at what was kept"
-        )
-    total = layer.frozen.dense(torch.float32) + layer.delta()
-    codes: Tensor = requantize(layer.frozen.stored, _checked_finite(name, total))
-    return codes
-
-
-def _checked_finite(name: str, total: Tensor) -> Tensor:
-    if not torch.isfinite(total).all():
-        raise MergeError(
-            f"{name}: the merged weight is not finite in {total.dtype}; merge in float32"
-        )
-    return total
-
-
-def _retention(part: nn.Module, codes: Tensor) -> Retention:
-    layer = cast(LoraLinear, part)
-    base = layer.frozen.dense(torch.float32)
-    return measure_retention(layer.delta(), base=base, merged=dequantized_weight(codes))
-
-
-def _is_four_bit(part: nn.Module) -> bool:
-    return isinstance(part, LoraLinear) and part.frozen.kind in ("nf4", "fp4")
-
-
-def _base(part: nn.Module) -> nn.Module:
-    base: nn.Module = part.base  # type: ignore[assignment]
-    return base
-
-
-def _holders(parts: Mapping[str, nn.Module], path: str) -> list[Holder]:
-    """Return the slots of the parameter at `path` in the base under its part.
-
-    They include the head and the embeddings that use what another embedding trains.
-    """
-    longest_first = sorted(parts, key=len, reverse=True)
-    name = next(name for name in longest_first if path.startswith(f"{name}."))
-    base = _base(parts[name])
-    parameter = base.get_parameter(path.removeprefix(f"{name}."))
-    holders = [Holder(slot, parameter) for slot in slots(base) if slot.parameter is parameter]
-    for part in parts.values():
-        if isinstance(part, TiedHead | TiedEmbedding) and part.embedding is parts[name]:
-            slot = Slot(_base(part), "weight")
-            holders.append(Holder(slot, slot.parameter))
-    return holders
-
-
-def _original(stored: Any) -> Tensor:
-    """Return the stored weight's bits; a 4-bit weight keeps its quantization state."""
-    original: Tensor = copy(stored) if hasattr(stored, "quant_state") else stored.data
-    return original
-
-
-def _refuse_reused_modules(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """Refuse a model that uses a module of an adapted base outside the adapter as well.
-
-    It would get the merged weight there too.
-    """
-    everywhere = _count_uses(model)
-    for name, part in parts.items():
-        inside = _count_uses(_base(part)) + Counter([id(_base(part))])
-        if any(everywhere[module] > inside[module] for module in inside):
-            raise MergeError(
-                f"{name} is in the model at another path too, which the adapter leaves alone; "
-                "give that path its own copy"
-            )
-
-
-def _count_uses(module: nn.Module) -> Counter[int]:
-    """Count the places under `module` that refer to each module, by id."""
-    uses: Counter[int] = Counter()
-    for parent in module.modules():
-        for child in parent._modules.values():
-            if child is not None:
-                uses[id(child)] += 1
-    return uses
-
-
-def _other_users(model: nn.Module, shared: Mapping[str, list[Holder]]) -> dict[str, list[Slot]]:
-    """Return, by path, the other slots with a weight that changes; paths without any are absent."""
-    users: dict[Hashable, list[Slot]] = defaultdict(list)
-    for slot in slots(model):
-        users[memory_of(slot.parameter)].append(slot)
-    others = {}
-    for path, holders in shared.items():
-        own = [holder.slot for holder in holders]
-        found = [slot for slot in users[memory_of(own[0].parameter)] if slot not in own]
-        if found:
-            others[path] = found
-    return others
-
-
-def _to_untie(
-    other_users: Mapping[str, list[Slot]], shared: Mapping[str, list[Holder]]
-) -> list[Holder]:
-    """Return the users that must leave a tie of more than two when one has left.
-
-    Otherwise a saved file would use the tensor of the changed one for some of the rest.
-    """
-    changed = [holder.slot for holders in shared.values() for holder in holders]
-    left: dict[Slot, nn.Parameter] = {}
-    for found in other_users.values():
-        if len(found) > 1:
-            left |= {slot: slot.parameter for slot in found if slot not in changed}
-    return [Holder(slot, parameter) for slot, parameter in left.items()]
+def _memory_of_weights(merged: Merged) -> dict[str, Hashable]:
+    """Return the memory that each changed weight of the model has now, by path."""
+    memory: dict[str, Hashable] = {}
+    for path, holders in merged.shared.items():
+        slot = holders[0].slot
+        memory[path] = memory_of(slot.parameter)
+    return memory
 
 
 def _store_sums(
-    model: nn.Module, merged: Merged, sums: Mapping[str, Tensor], separate: Collection[str]
+    merged: Merged,
+    sums: Mapping[str, Tensor],
+    *,
+    separate: Collection[str],
 ) -> None:
-    """Store the sums and put the base's modules back.
+    """Store the sums, and give each user that leaves a tie its own memory.
 
     The paths in `separate` get a separate parameter: other users keep the shared one.
     """
     for path, holders in merged.shared.items():
         for slot, parameter in holders:
+            total = sums[path]
             if path not in separate:
-                _store(slot, parameter, sums[path])
-            elif len(holders) == 1:
-                _store(slot, copy(parameter), sums[path])
-            else:
-                _store(slot, copy(parameter), sums[path].clone())
+                _set_value(slot, parameter, total)
+                continue
+            if len(holders) > 1:
+                total = total.clone()
+            _set_value(slot, copy(parameter), total)
     for slot, parameter in merged.untied:
-        _store(slot, copy(parameter), parameter.clone())
-    for name, part in merged.parts.items():
-        replace_module(model, name, _base(part))
+        _set_value(slot, copy(parameter), parameter.clone())
 
 
-def _store(slot: Slot, parameter: Any, weight: Any) -> None:
+def _set_value(slot: Slot, parameter: Any, weight: Any) -> None:
     """Set the value of `parameter` to `weight` and put it in its slot."""
     parameter.data = weight.data
     setattr(slot.owner, slot.name, parameter)
     if hasattr(parameter, "quant_state"):
-        parameter.quant_state = slot.owner.quant_state = weight.quant_state
+        parameter.quant_state = weight.quant_state
+        slot.owner.quant_state = weight.quant_state
 
 
 def _set_flag(configs: tuple[Any, ...], *, is_tied: bool) -> None:

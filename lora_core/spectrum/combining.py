@@ -52,25 +52,40 @@ class _Contribution:
     adapter: int
     """Index of the adapter."""
     weight: float
+    """Factor of the update in the sum."""
     update: Update
 
     def dense(self) -> Tensor:
+        """Return w · ΔW, (out, in), in float32."""
         return self.weight * self.update.dense()
 
 
 @dataclass(frozen=True)
 class _CombineOptions:
+    """The options of all methods; 0 for one that the method does not use."""
+
     rank: int
     density: float
     seed: int
 
 
 class _Result(NamedTuple):
+    """The combined update of one layer."""
+
     update: Update
     relative_error: float
+    """Relative Frobenius error of the truncation."""
 
 
 _Combine = Callable[[str, list[_Contribution], _CombineOptions], _Result]
+
+
+class _Method(NamedTuple):
+    """How one method combines the contributions to a layer."""
+
+    combine_layer: _Combine
+    required: set[str]
+    """The options that it requires."""
 
 
 def combine(
@@ -98,7 +113,11 @@ def combine(
     """
     combine_layer = _select(method, rank=rank, density=density, seed=seed)
     _check_weights(adapters, weights)
-    options = _CombineOptions(rank or 0, density or 0.0, seed or 0)
+    options = _CombineOptions(
+        rank=rank or 0,
+        density=density or 0.0,
+        seed=seed or 0,
+    )
     updates = {}
     relative_errors = {}
     for name in sorted(set().union(*adapters)):
@@ -116,21 +135,27 @@ def _cat(name: str, contributions: list[_Contribution], options: _CombineOptions
         a.append(folded.a)
         b.append(contribution.weight * folded.b)
     total = Update(torch.cat(a), torch.cat(b, dim=1), 1.0)
-    return _Result(truncate(total, min(total.rank, *total.shape)), 0.0)
+    rank = min(total.rank, *total.shape)
+    return _Result(truncate(total, rank), relative_error=0.0)
 
 
 def _svd(name: str, contributions: list[_Contribution], options: _CombineOptions) -> _Result:
+    """Truncate the exact sum to its best approximation."""
     total = _cat(name, contributions, options).update
     rank = min(options.rank, total.rank)
-    return _Result(truncate(total, rank), truncation_error(singular_values(total), rank))
+    values = singular_values(total)
+    return _Result(truncate(total, rank), truncation_error(values, rank))
 
 
 def _ties(name: str, contributions: list[_Contribution], options: _CombineOptions) -> _Result:
     """Trim each update to its largest entries, elect signs, average the entries that agree."""
-    trimmed = torch.stack([_trimmed(each.dense(), options.density) for each in contributions])
-    agrees = trimmed.sign() == trimmed.sum(0).sign()  # if the votes cancel, only zeros agree
+    deltas = [_trimmed(each.dense(), options.density) for each in contributions]
+    trimmed = torch.stack(deltas)
+    elected = trimmed.sum(0).sign()
+    agrees = trimmed.sign() == elected  # if the votes cancel, only zeros agree
     total = (trimmed * agrees).sum(0)
-    return _truncated(total / agrees.sum(0).clamp(min=1), options.rank)
+    voters = agrees.sum(0).clamp(min=1)
+    return _truncated(total / voters, options.rank)
 
 
 def _dare(name: str, contributions: list[_Contribution], options: _CombineOptions) -> _Result:
@@ -138,29 +163,32 @@ def _dare(name: str, contributions: list[_Contribution], options: _CombineOption
 
     The expectation of each entry does not change.
     """
-    dropped = torch.stack([_dropped(name, each, options) for each in contributions])
-    return _truncated(dropped.sum(0), options.rank)
+    deltas = [_dropped(name, each, options) for each in contributions]
+    total = torch.stack(deltas).sum(0)
+    return _truncated(total, options.rank)
 
 
-_METHODS: dict[str, tuple[_Combine, set[str]]] = {
-    "cat": (_cat, set()),
-    "svd": (_svd, {"rank"}),
-    "ties": (_ties, {"rank", "density"}),
-    "dare": (_dare, {"rank", "density", "seed"}),
+_METHODS = {
+    "cat": _Method(_cat, set()),
+    "svd": _Method(_svd, {"rank"}),
+    "ties": _Method(_ties, {"rank", "density"}),
+    "dare": _Method(_dare, {"rank", "density", "seed"}),
 }
-"""Method → its function and the options that it requires."""
 
 
 def _trimmed(delta: Tensor, density: float) -> Tensor:
     """Return `delta` with only the fraction `density` of its entries, the largest in magnitude."""
-    count = max(1, round(density * delta.numel()))
-    largest = delta.abs().flatten().topk(count).indices
-    mask = torch.zeros(delta.numel(), dtype=torch.bool)
+    size = delta.numel()
+    count = max(1, round(density * size))
+    magnitudes = delta.abs().flatten()
+    largest = magnitudes.topk(count).indices
+    mask = torch.zeros(size, dtype=torch.bool)
     mask[largest] = True
     return delta * mask.view_as(delta)
 
 
 def _dropped(name: str, contribution: _Contribution, options: _CombineOptions) -> Tensor:
+    """Return w · ΔW with entries dropped at random and the others divided by `density`."""
     delta = contribution.dense()
     generator = generator_for(f"{contribution.adapter}:{name}", options.seed)
     mask = torch.empty_like(delta, dtype=torch.bool)
@@ -169,13 +197,18 @@ def _dropped(name: str, contribution: _Contribution, options: _CombineOptions) -
 
 
 def _truncated(delta: Tensor, rank: int) -> _Result:
+    """Return the best approximation of `delta` (out, in) by `rank`, or by less if that is exact."""
     factors = factorize(delta, min(rank, *delta.shape))
-    return _Result(Update(factors.a, factors.b, 1.0), factors.relative_error)
+    update = Update(factors.a, factors.b, 1.0)
+    return _Result(update, factors.relative_error)
 
 
 def _contributions(
-    name: str, adapters: Sequence[Mapping[str, Update]], weights: Sequence[float]
+    name: str,
+    adapters: Sequence[Mapping[str, Update]],
+    weights: Sequence[float],
 ) -> list[_Contribution]:
+    """Return the updates of one layer by the adapters that have it."""
     found = []
     for index, adapter in enumerate(adapters):
         if name in adapter:
@@ -188,7 +221,13 @@ def _contributions(
     return found
 
 
-def _select(method: str, **options: float | None) -> _Combine:
+def _select(
+    method: str,
+    *,
+    rank: int | None,
+    density: float | None,
+    seed: int | None,
+) -> _Combine:
     """Return the function of `method` if the options are exactly those that it requires."""
     if method == "linear":
         raise ConfigError(
@@ -199,17 +238,19 @@ def _select(method: str, **options: float | None) -> _Combine:
     if method not in _METHODS:
         raise ConfigError(f"method={method!r} is unknown; use one of {', '.join(_METHODS)}")
     combine_layer, required = _METHODS[method]
+    options = {"rank": rank, "density": density, "seed": seed}
     given = {name for name, value in options.items() if value is not None}
     if given != required:
         raise ConfigError(
             f"method {method!r} takes {_listed(required)} and was given {_listed(given)}; "
             "give exactly what it takes"
         )
-    _check_options(options["rank"], options["density"])
+    _check_options(rank, density)
     return combine_layer
 
 
-def _check_options(rank: float | None, density: float | None) -> None:
+def _check_options(rank: int | None, density: float | None) -> None:
+    """Check the values of the options that are given."""
     if rank is not None and rank < 1:
         raise ConfigError(
             f"rank {rank} must be at least 1; the largest rank of the adapters is a common choice"
@@ -222,9 +263,11 @@ def _check_options(rank: float | None, density: float | None) -> None:
 
 
 def _check_weights(adapters: Sequence[Mapping[str, Update]], weights: Sequence[float]) -> None:
-    if not adapters or len(adapters) != len(weights):
+    """Check that there is a finite weight for each of at least one adapter."""
+    adapter_count = len(adapters)
+    if adapter_count == 0 or adapter_count != len(weights):
         raise ConfigError(
-            f"{len(weights)} weights for {len(adapters)} adapters; "
+            f"{len(weights)} weights for {adapter_count} adapters; "
             "give one weight for each of at least one adapter"
         )
     if not all(math.isfinite(weight) for weight in weights):

@@ -9,13 +9,14 @@ Sources: best approximation of a given rank (Eckart & Young 1936, Psychometrika 
 section 7.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_core.decomposition import Svd, check_matrix, check_rank, decompose
+from lora_core.decomposition import Svd, check_matrix, check_rank, decompose, rounding_of
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.spectrum.updates import Update
 
@@ -23,7 +24,7 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
+class Factorization:
     """A matrix as a product B A of lower rank."""
 
     b: Tensor
@@ -41,6 +42,9 @@ def numerical_rank(matrix: Tensor, tolerance: float | None = None) -> int:
         matrix: (out, in).
         tolerance: an absolute bound. The default is max(out, in) · ε · σ₁, with ε of the matrix's
             dtype, or of float32 if the dtype is less precise.
+
+    Raises:
+        ConfigError: the matrix is not finite, or the tolerance is below 0.
     """
     check_matrix(matrix)
     if tolerance is not None and not tolerance >= 0:
@@ -49,15 +53,20 @@ def numerical_rank(matrix: Tensor, tolerance: float | None = None) -> int:
         )
     values = torch.linalg.svdvals(matrix.double())
     if tolerance is None:
-        precision = torch.finfo(torch.promote_types(matrix.dtype, torch.float32)).eps
-        tolerance = max(matrix.shape) * precision * values[0].item()
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        tolerance = rounding_of(matrix.shape, values[0].item(), dtype)
     return _count_above(values, tolerance)
 
 
-def factorize(matrix: Tensor, rank: int) -> Factors:
-    """Return the best approximation of `matrix` (out, in) as B (out, rank) times A (rank, in).
+def factorize(matrix: Tensor, rank: int) -> Factorization:
+    """Return the best approximation of a matrix as B (out, rank) times A (rank, in).
 
-    B and A have the dtype of the matrix.
+    Args:
+        matrix: (out, in).
+        rank: at most the smaller side.
+
+    Returns:
+        B and A in the dtype of the matrix, and the error.
 
     Raises:
         ConfigError: the rank is below 1 or above the smaller side, or the matrix is not finite.
@@ -65,21 +74,41 @@ def factorize(matrix: Tensor, rank: int) -> Factors:
     check_rank(matrix, rank)
     svd = decompose(matrix)
     b, a = svd.factors(rank)
-    return Factors(b.to(matrix.dtype), a.to(matrix.dtype), truncation_error(svd.values, rank))
+    return Factorization(
+        b=b.to(matrix.dtype),
+        a=a.to(matrix.dtype),
+        relative_error=truncation_error(svd.values, rank),
+    )
 
 
 def thin_svd(update: Update) -> Svd:
-    """Decompose ΔW without forming it; k = min(r, out, in)."""
+    """Decompose ΔW without forming it.
+
+    Args:
+        update: of rank r.
+
+    Returns:
+        The k = min(r, out, in) directions of ΔW that can have a nonzero singular value.
+    """
     q_b, r_b = torch.linalg.qr(update.b.double())
     q_a, r_a = torch.linalg.qr(update.a.double().T)
-    left, values, right = torch.linalg.svd(update.scale * (r_b @ r_a.T), full_matrices=False)
-    return Svd(q_b @ left, values, right @ q_a.T)
+    inner = update.scale * (r_b @ r_a.T)
+    left, values, right = torch.linalg.svd(inner, full_matrices=False)
+    return Svd(
+        left=q_b @ left,
+        values=values,
+        right=right @ q_a.T,
+    )
 
 
 def singular_values(update: Update) -> Tensor:
-    """Return the singular values of ΔW that can be nonzero: (min(r, out, in),), float64.
+    """Return the singular values of ΔW that can be nonzero.
 
-    They are in descending order.
+    Args:
+        update: of rank r.
+
+    Returns:
+        (min(r, out, in),) in float64, descending.
     """
     return thin_svd(update).values
 
@@ -88,22 +117,49 @@ def effective_rank(values: Tensor) -> float:
     """Return exp(H(p)) with p = σ / Σσ and H the entropy in nats.
 
     The result is k for k equal values, 1 for a single value and 0 for none.
+
+    Args:
+        values: (k,), singular values.
     """
     if not values.any():
         return 0.0
-    probabilities = values.double() / values.double().sum()
+    precise = values.double()
+    probabilities = precise / precise.sum()
     entropy = torch.special.entr(probabilities).sum()
     return float(entropy.exp())
 
 
+def rank_of_update(values: Tensor, shape: Sequence[int]) -> int:
+    """Count the singular values of an update above the rounding of its float32 factors.
+
+    Args:
+        values: (k,), singular values, descending.
+        shape: (out, in) of the update.
+    """
+    return _count_above(values, rounding_of(shape, values[0].item()))
+
+
 def energy(values: Tensor) -> Tensor:
-    """Return the fraction of Σσ² in the first 1, 2, … values, (k,); all ones if the sum is zero."""
+    """Return the fraction of Σσ² in the first 1, 2, … values; all ones if the sum is zero.
+
+    Args:
+        values: (k,), singular values, descending.
+
+    Returns:
+        (k,) in float64.
+    """
     sums = values.double().square().cumsum(0)
-    return sums / sums[-1] if values.any() else torch.ones_like(sums)
+    if not values.any():
+        return torch.ones_like(sums)
+    return sums / sums[-1]
 
 
 def rank_for_energy(values: Tensor, fraction: float) -> int:
-    """Return the smallest rank, at least 1, whose values hold `fraction` of the squared norm.
+    """Return the smallest rank, at least 1, whose values hold a fraction of the squared norm.
+
+    Args:
+        values: (k,), singular values, descending.
+        fraction: of Σσ², above 0 and at most 1.
 
     Raises:
         ConfigError: the fraction is not in (0, 1].
@@ -113,12 +169,21 @@ def rank_for_energy(values: Tensor, fraction: float) -> int:
             f"fraction={fraction!r} of the energy must be above 0 and at most 1; "
             "0.9 is a common choice"
         )
-    return int((energy(values) < fraction).sum()) + 1
+    is_too_small = energy(values) < fraction
+    return int(is_too_small.sum()) + 1
 
 
 def truncation_error(values: Tensor, rank: int) -> float:
-    """Return the relative Frobenius error of the best approximation: ‖σ after rank‖ / ‖σ‖."""
-    return float(values[rank:].norm() / values.norm()) if values.any() else 0.0
+    """Return the relative Frobenius error of the best approximation: ‖σ after rank‖ / ‖σ‖.
+
+    Args:
+        values: (k,), singular values, descending.
+        rank: of the approximation, at least 0.
+    """
+    if not values.any():
+        return 0.0
+    lost = values[rank:].norm()
+    return float(lost / values.norm())
 
 
 def subspace_similarity(first: Update, second: Update, *, side: Side = "right") -> Tensor:
@@ -137,6 +202,7 @@ def subspace_similarity(first: Update, second: Update, *, side: Side = "right") 
 
     Raises:
         AdapterError: the updates do not have the same size on that side.
+        ConfigError: `side` is unknown.
     """
     if side not in ("left", "right"):
         raise ConfigError(
@@ -163,9 +229,9 @@ def _directions(update: Update, side: Side) -> Tensor:
     Vectors of zero singular values are arbitrary and are not returned.
     """
     svd = thin_svd(update)
-    noise = max(update.shape) * torch.finfo(torch.float32).eps * svd.values[0].item()
+    rank = rank_of_update(svd.values, update.shape)
     vectors = svd.right if side == "right" else svd.left.T
-    return vectors[: _count_above(svd.values, noise)]
+    return vectors[:rank]
 
 
 def _count_above(values: Tensor, tolerance: float) -> int:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_core.adapter.adapter_files import pattern_for
 from lora_core.errors import AdapterError, ConfigError
+from lora_core.spectrum.derived_adapter import write_updates
 from lora_core.spectrum.spectrum import rank_for_energy, singular_values, thin_svd, truncation_error
-from lora_core.spectrum.updates import Update, read_updates, write_updates
+from lora_core.spectrum.updates import Update, read_updates
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,15 @@ def truncate(update: Update, rank: int) -> Update:
         )
     if rank == update.rank:
         return update
-    b, a = thin_svd(update).factors(rank, update.scale)
+    svd = thin_svd(update)
+    b, a = svd.factors(rank, update.scale)
     return Update(a.float(), b.float(), update.scale)
 
 
 def truncate_adapter(
-    folder: Path, destination: Path, rank: int | Mapping[str, int]
+    folder: Path,
+    destination: Path,
+    rank: int | Mapping[str, int],
 ) -> dict[str, float]:
     """Write the adapter of `folder`, truncated to `rank`, to `destination` in PEFT's format.
 
@@ -80,40 +84,74 @@ def truncate_adapter(
     truncated = {}
     errors = {}
     for name, update in updates.items():
-        truncated[name] = truncate(update, ranks[name])
-        errors[name] = truncation_error(singular_values(update), ranks[name])
+        new_rank = ranks[name]
+        values = singular_values(update)
+        truncated[name] = truncate(update, new_rank)
+        errors[name] = truncation_error(values, new_rank)
     derived_by = f"truncated to rank {_formatted(ranks)}"
     write_updates(destination, truncated, like=folder, derived_by=derived_by)
     return errors
 
 
 def recommended_ranks(folder: Path, fraction: float = 0.9) -> dict[str, int]:
-    """Return, per module path, the smallest rank that retains `fraction` of the squared norm.
+    """Return the smallest rank of each layer that retains a fraction of its squared norm.
 
     Pass the result to `truncate_adapter`, or through `rank_pattern` to the config of a new run.
+
+    Args:
+        folder: the adapter.
+        fraction: of Σσ² of each layer, above 0 and at most 1.
+
+    Returns:
+        Module path → rank.
+
+    Raises:
+        AdapterError: the adapter cannot be read.
+        ConfigError: the fraction is out of range.
     """
-    return {
-        name: rank_for_energy(singular_values(update), fraction)
-        for name, update in read_updates(folder).items()
-    }
+    ranks = {}
+    for name, update in read_updates(folder).items():
+        values = singular_values(update)
+        ranks[name] = rank_for_energy(values, fraction)
+    return ranks
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
-    """Return ranks by module path as a LoraConfig's rank_pattern: each key matches one module."""
+    """Return ranks as a LoraConfig's rank_pattern: each key matches one module.
+
+    Args:
+        ranks: module path → rank.
+    """
     return {pattern_for(name, ranks): rank for name, rank in ranks.items()}
 
 
 def truncation_table(folder: Path, ranks: Iterable[int]) -> list[TruncationRow]:
-    """Predict the cost of truncating the adapter of `folder` to each of `ranks`.
+    """Predict the cost of truncating an adapter to each of several ranks.
 
     Layers of a lower rank do not change.
+
+    Args:
+        folder: the adapter.
+        ranks: the ranks to compare, each at least 1.
+
+    Returns:
+        One row per rank, in the given order.
+
+    Raises:
+        AdapterError: the adapter cannot be read.
+        ConfigError: a rank is below 1.
     """
     updates = read_updates(folder)
     values = {name: singular_values(update) for name, update in updates.items()}
     return [_row(rank, updates, values) for rank in ranks]
 
 
-def _row(rank: int, updates: Mapping[str, Update], values: Mapping[str, Tensor]) -> TruncationRow:
+def _row(
+    rank: int,
+    updates: Mapping[str, Update],
+    values: Mapping[str, Tensor],
+) -> TruncationRow:
+    """Return the cost of one rank, given the singular values of each update."""
     if rank < 1:
         raise ConfigError(
             f"rank {rank} must be at least 1; give the ranks to compare, such as 1, 2, 4, 8"
@@ -121,24 +159,34 @@ def _row(rank: int, updates: Mapping[str, Update], values: Mapping[str, Tensor])
     errors = []
     weights = 0
     for name, update in updates.items():
-        errors.append(truncation_error(values[name], rank))
-        weights += min(rank, update.rank) * sum(update.shape)
+        error = truncation_error(values[name], rank)
+        errors.append(error)
+        new_rank = min(rank, update.rank)
+        weights += new_rank * sum(update.shape)
     total = _energy_after(0, values)
-    lost = _energy_after(rank, values)
+    energy = 1.0
+    if total:
+        energy = 1 - _energy_after(rank, values) / total
     return TruncationRow(
         rank=rank,
         mean_error=sum(errors) / len(errors),
         max_error=max(errors),
-        energy=1 - lost / total if total else 1.0,
+        energy=energy,
         weights=weights,
     )
 
 
 def _energy_after(rank: int, values: Mapping[str, Tensor]) -> float:
-    return sum(float(each[rank:].square().sum()) for each in values.values())
+    """Return Σσ² of the singular values of all layers after the first `rank` of each."""
+    total = 0.0
+    for of_layer in values.values():
+        lost = of_layer[rank:].square().sum()
+        total += float(lost)
+    return total
 
 
 def _ranks_for_all(updates: Mapping[str, Update], rank: int, folder: Path) -> dict[str, int]:
+    """Return the new rank of each layer for one limit, which must truncate a layer."""
     largest = max(update.rank for update in updates.values())
     if rank >= largest:
         raise ConfigError(
@@ -149,8 +197,11 @@ def _ranks_for_all(updates: Mapping[str, Update], rank: int, folder: Path) -> di
 
 
 def _ranks_by_name(
-    updates: Mapping[str, Update], ranks: Mapping[str, int], folder: Path
+    updates: Mapping[str, Update],
+    ranks: Mapping[str, int],
+    folder: Path,
 ) -> dict[str, int]:
+    """Return the new rank of each layer; one that `ranks` does not name keeps its rank."""
     unknown = sorted(ranks.keys() - updates.keys())
     if unknown:
         raise AdapterError(
@@ -163,4 +214,6 @@ def _ranks_by_name(
 def _formatted(ranks: Mapping[str, int]) -> str:
     lowest = min(ranks.values())
     highest = max(ranks.values())
-    return f"{lowest}" if lowest == highest else f"{lowest} to {highest} by layer"
+    if lowest == highest:
+        return str(lowest)
+    return f"{lowest} to {highest} by layer"

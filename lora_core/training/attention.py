@@ -12,32 +12,19 @@ The cost is the sum of the squared segment lengths, not the squared sum.
 
 Shapes: query (1, H, T, E), key (1, K, T, E), value (1, K, T, V) with H a multiple of K (grouped
 heads), result (1, T, H, V).
-
-Sources: attention sinks as in gpt-oss (a logit per head that takes probability and returns
-nothing); soft-capped scores, cap · tanh(score / cap), as in Gemma 2 (2024, arXiv 2408.00118).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lora_core.errors import LoraError
-
-WITHOUT_EFFECT = frozenset(
-    {"sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"}
-)
-"""Options without effect here: the mask has windows and causality, and there is no cache."""
-
-
-class AttentionError(LoraError, ValueError):
-    """A model sets an attention option that packed attention does not support."""
+from lora_core.training.attention_kernels import AttentionError, AttentionOptions, kernel_for
 
 
 @dataclass(frozen=True)
@@ -55,7 +42,10 @@ class Segment:
     @cached_property
     def depths(self) -> Tensor:
         """(length,) position of each token in its example."""
-        return torch.arange(self.length) if self.mask is None else self.mask.sum(dim=1) - 1
+        if self.mask is None:
+            return torch.arange(self.length)
+        seen = self.mask.sum(dim=1)
+        return seen - 1
 
 
 class PackMask:
@@ -77,7 +67,8 @@ class PackMask:
         self.masks = []
         for segment in segments:
             is_causal = segment.mask is None and segment.length <= causal
-            self.masks.append(None if is_causal else _within(segment, visible))
+            mask = None if is_causal else _within(segment, visible)
+            self.masks.append(mask)
 
 
 _segments: ContextVar[Sequence[Segment] | None] = ContextVar("segments", default=None)
@@ -85,7 +76,11 @@ _segments: ContextVar[Sequence[Segment] | None] = ContextVar("segments", default
 
 @contextmanager
 def use_segments(segments: Sequence[Segment]) -> Iterator[None]:
-    """Build the masks inside the block for a pack of `segments`."""
+    """Build the masks inside the block for a pack.
+
+    Args:
+        segments: of the pack, in order.
+    """
     token = _segments.set(segments)
     try:
         yield
@@ -105,38 +100,6 @@ def current_segments() -> Sequence[Segment]:
             "a model builds a mask without a pack; run the forward pass inside `use_segments`"
         )
     return segments
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """The attention options that a model can set in addition to the mask."""
-
-    scaling: float | None = None
-    """Factor of the scores; the default is 1/√E."""
-    dropout: float = 0.0
-    """Probability of dropping an attention weight."""
-    softcap: float | None = None
-    """Bound of the scores."""
-    s_aux: Tensor | None = None
-    """(H,) logits of the sinks."""
-
-    @classmethod
-    def of(cls, options: Mapping[str, Any], module: nn.Module) -> "AttentionOptions":
-        """Select from what a model passes; raise AttentionError for an unsupported option."""
-        known = {field.name for field in fields(cls)}
-        for name, value in options.items():
-            is_set = value is not None and value is not False
-            if name not in known | WITHOUT_EFFECT and is_set:
-                raise AttentionError(
-                    f"{type(module).__name__} passes its attention {name}, "
-                    "which packed attention does not compute"
-                )
-        if options.get("is_causal") is False:
-            raise AttentionError(
-                f"{type(module).__name__} attends in both directions, "
-                "which packed attention does not compute"
-            )
-        return cls(**{name: value for name, value in options.items() if name in known})
 
 
 def packed_attention(
@@ -160,7 +123,7 @@ def packed_attention(
     """
     selected = AttentionOptions.of(options, module)
     mask = _mask_of_pack(module, query, attention_mask)
-    attend = _kernel(selected)
+    attend = kernel_for(selected)
     queries = query.split(mask.lengths, dim=2)
     keys = key.split(mask.lengths, dim=2)
     values = value.split(mask.lengths, dim=2)
@@ -169,16 +132,6 @@ def packed_attention(
         output = attend(q, k, v, segment_mask, selected)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1), None
-
-
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, AttentionOptions], Tensor]
-
-
-def _kernel(options: AttentionOptions) -> Kernel:
-    """Select the function that computes the attention of a segment."""
-    if options.softcap is not None:
-        return _capped
-    return _plain if options.s_aux is None else _with_sinks
 
 
 def _mask_of_pack(module: nn.Module, query: Tensor, mask: object) -> PackMask:
@@ -203,84 +156,16 @@ def _causal_length(visible: Tensor) -> int:
     """
     causal = torch.ones_like(visible).tril()
     differs = (visible != causal).any(dim=1)
-    ended = torch.cat([differs, differs.new_ones(1)])
-    return int(ended.int().argmax())  # the first row that differs
+    end = differs.new_ones(1)
+    ended = torch.cat([differs, end])
+    first_that_differs = ended.int().argmax()
+    return int(first_that_differs)
 
 
 def _within(segment: Segment, visible: Tensor) -> Tensor:
     """Return the mask (length, length) of a segment."""
     if segment.mask is None:
         return visible[: segment.length, : segment.length]
-    depths = segment.depths
-    return segment.mask & visible[depths[:, None], depths[None, :]]
-
-
-def _plain(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
-) -> Tensor:
-    """Attend with the fastest kernel that PyTorch has for the mask."""
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        dropout_p=options.dropout,
-        is_causal=mask is None,
-        scale=options.scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-
-
-def _with_sinks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
-) -> Tensor:
-    """Attend with sinks: an additional key whose score is the sink's logit and whose value is 0.
-
-    The key itself is zero; its logit is added by the mask.
-    """
-    heads, length = q.shape[1], q.shape[2]
-    bias = torch.zeros(length, length, dtype=q.dtype, device=q.device)
-    bias = bias.masked_fill(~_allowed(q, mask), -torch.inf)
-    bias = torch.cat([bias.expand(heads, length, length), _sink_column(q, options)[0]], dim=2)
-    return F.scaled_dot_product_attention(
-        q,
-        F.pad(k, (0, 0, 0, 1)),
-        F.pad(v, (0, 0, 0, 1)),
-        attn_mask=bias[None],
-        dropout_p=options.dropout,
-        scale=options.scaling,
-        enable_gqa=heads != k.shape[1],
-    )
-
-
-def _capped(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: AttentionOptions
-) -> Tensor:
-    """Attend with bounded scores, step by step: PyTorch has no kernel for it."""
-    groups, length = q.shape[1] // k.shape[1], q.shape[2]
-    k = k.repeat_interleave(groups, dim=1)
-    v = v.repeat_interleave(groups, dim=1)
-    scaling = q.shape[3] ** -0.5 if options.scaling is None else options.scaling
-    scores = q @ k.transpose(2, 3) * scaling
-    assert options.softcap is not None, "this kernel is selected by the softcap"
-    scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~_allowed(q, mask), -torch.inf)
-    if options.s_aux is not None:
-        scores = torch.cat([scores, _sink_column(q, options)], dim=3)
-    weights = torch.softmax(scores, dim=3, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, p=options.dropout)[..., :length] @ v
-
-
-def _allowed(q: Tensor, mask: Tensor | None) -> Tensor:
-    """Return a mask as a tensor (L, L)."""
-    if mask is not None:
-        return mask
-    length = q.shape[2]
-    return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-
-
-def _sink_column(q: Tensor, options: AttentionOptions) -> Tensor:
-    """Return the sinks' logits as an additional column of scores, (1, H, L, 1)."""
-    assert options.s_aux is not None, "a model with sinks has a logit for each head"
-    logits = options.s_aux.to(q.dtype).view(1, -1, 1, 1)
-    return logits.expand(1, q.shape[1], q.shape[2], 1)
+    rows = segment.depths[:, None]
+    columns = segment.depths[None, :]
+    return segment.mask & visible[rows, columns]

@@ -12,6 +12,7 @@ Sources: a soft cap on the logits, Gemma 2 (2024, arXiv 2408.00118); a scale, Co
 models.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,11 @@ class LogitTransform:
     """Bound of the logits; None for none."""
 
     def apply_(self, product: Tensor) -> Tensor:
-        """Turn the head's output into logits, in place."""
+        """Turn the head's output into logits, in place.
+
+        Args:
+            product: (N, V); overwritten.
+        """
         if self.scale != 1.0:
             product.mul_(self.scale)
         if self.softcap is not None:
@@ -43,10 +48,14 @@ class LogitTransform:
     def chain_(self, gradient: Tensor, logits: Tensor) -> Tensor:
         """Turn the gradient of the logits into that of the head's output, in place.
 
-        This overwrites the logits.
+        Args:
+            gradient: of the logits, (N, V); overwritten.
+            logits: (N, V); overwritten.
         """
         if self.softcap is not None:
-            gradient.mul_(logits.div_(self.softcap).square_().neg_().add_(1))
+            tanh = logits.div_(self.softcap)
+            derivative = tanh.square_().neg_().add_(1)
+            gradient.mul_(derivative)
         if self.scale != 1.0:
             gradient.mul_(self.scale)
         return gradient
@@ -67,6 +76,17 @@ def linear_cross_entropy(
     """Return the summed negative log-likelihood of `targets` under the head's logits, in nats.
 
     `hidden` gets a gradient, and so do `weight` and `bias` if they are trained.
+
+    Args:
+        hidden: (N, D), hidden states of the supervised positions.
+        weight: (V, D), of the head.
+        targets: (N,) of int64, token ids.
+        bias: (V,), of the head.
+        transform: from the head's output to logits.
+        chunk_rows: positions whose logits exist at once.
+
+    Returns:
+        A scalar in float32.
     """
     chunks = _Chunks(transform, chunk_rows)
     result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, bias, chunks)  # type: ignore[no-untyped-call]
@@ -85,13 +105,22 @@ def token_log_likelihoods(
 ) -> tuple[Tensor, Tensor]:
     """Return per position the log-likelihood of its target, and whether it is the likeliest.
 
-    Log-likelihoods are in nats, in float32.
+    Args:
+        hidden: (N, D), hidden states of the positions.
+        weight: (V, D), of the head.
+        targets: (N,) of int64, token ids.
+        bias: (V,), of the head.
+        transform: from the head's output to logits.
+        chunk_rows: positions whose logits exist at once.
+
+    Returns:
+        Log-likelihoods in nats, (N,) in float32, and (N,) of bool.
     """
     likelihoods = [hidden.new_zeros(0, dtype=torch.float32)]
     greedy = [hidden.new_zeros(0, dtype=torch.bool)]
-    for start in range(0, hidden.shape[0], chunk_rows):
-        rows = slice(start, start + chunk_rows)
-        logits = transform.apply_(F.linear(hidden[rows], weight, bias).float())
+    for rows in _chunks_of(hidden, chunk_rows):
+        logits = F.linear(hidden[rows], weight, bias).float()
+        logits = transform.apply_(logits)
         chunk_likelihoods, chunk_greedy = target_log_likelihoods(logits, targets[rows])
         likelihoods.append(chunk_likelihoods)
         greedy.append(chunk_greedy)
@@ -102,19 +131,34 @@ def token_log_likelihoods(
 def target_log_likelihoods(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return per row the log-likelihood of its target, and whether it is the likeliest.
 
-    This overwrites the logits, (N, V) in float32.
+    Args:
+        logits: (N, V) in float32; overwritten.
+        targets: (N,) of int64, token ids.
+
+    Returns:
+        Log-likelihoods in nats, (N,) in float32, and (N,) of bool.
     """
     chosen = logits.gather(1, targets[:, None])[:, 0]
     largest = logits.amax(dim=1)
     # In place: N × V values are large.
-    normalizer = logits.sub_(largest[:, None]).exp_().sum(dim=1).log()
-    return chosen - largest - normalizer, chosen >= largest
+    shifted = logits.sub_(largest[:, None])
+    normalizer = shifted.exp_().sum(dim=1).log()
+    likelihoods = chosen - largest - normalizer
+    return likelihoods, chosen >= largest
+
+
+def _chunks_of(hidden: Tensor, chunk_rows: int) -> Iterator[slice]:
+    """Yield consecutive ranges of at most `chunk_rows` of the positions of `hidden` (N, D)."""
+    for start in range(0, hidden.shape[0], chunk_rows):
+        yield slice(start, start + chunk_rows)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype in which autocast computes products with `x`; None if it is off."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 @dataclass(frozen=True)
@@ -130,12 +174,17 @@ class _HeadGradients:
     """Gradients that the forward pass accumulates chunk by chunk; None for frozen tensors."""
 
     hidden: Tensor | None
+    """(N, D)"""
     weight: Tensor | None
+    """(V, D)"""
     bias: Tensor | None
+    """(V,)"""
 
     @property
     def needed(self) -> bool:
-        return any(each is not None for each in (self.hidden, self.weight, self.bias))
+        """Whether any tensor is trained."""
+        each = (self.hidden, self.weight, self.bias)
+        return any(gradient is not None for gradient in each)
 
     def add_(self, gradient: Tensor, *, rows: slice, inputs: Tensor, head: Tensor) -> None:
         """Add what one chunk contributes.
@@ -161,6 +210,8 @@ class _HeadGradients:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """The summed loss, whose gradients are computed in the forward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -171,25 +222,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunks: _Chunks,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
-        gradients = _HeadGradients(
-            hidden=torch.empty_like(hidden) if ctx.needs_input_grad[0] else None,
-            weight=torch.zeros_like(weight) if ctx.needs_input_grad[1] else None,
-            bias=torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[3] else None,
-        )
+        gradients = _empty_gradients(ctx, hidden, weight, bias)
         dtype = _autocast_dtype(hidden) or hidden.dtype
         head = weight.to(dtype)  # copies float32 master weights, as autocast would
-        for start in range(0, hidden.shape[0], chunks.rows):
-            rows = slice(start, start + chunks.rows)
+        for rows in _chunks_of(hidden, chunks.rows):
             inputs = hidden[rows].to(dtype)
-            logits = chunks.transform.apply_(F.linear(inputs, head, bias).float())
+            logits = F.linear(inputs, head, bias).float()
+            logits = chunks.transform.apply_(logits)
             labels = targets[rows, None]
-            total += (logits.logsumexp(dim=1) - logits.gather(1, labels)[:, 0]).sum()
+            total += _negative_log_likelihood(logits, labels)
             if gradients.needed:
-                minus_one = labels.new_full(labels.shape, -1, dtype=logits.dtype)
-                gradient = torch.softmax(logits, dim=1).scatter_add_(1, labels, minus_one)
+                gradient = _gradient_of_logits(logits, labels)
                 gradient = chunks.transform.chain_(gradient, logits).to(dtype)
                 gradients.add_(gradient, rows=rows, inputs=inputs, head=head)
-        ctx.save_for_backward(gradients.hidden, gradients.weight, gradients.bias)
+        ctx.save_for_backward(
+            gradients.hidden,
+            gradients.weight,
+            gradients.bias,
+        )
         return total
 
     @staticmethod
@@ -202,5 +252,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None, grad_bias, None
 
 
+def _empty_gradients(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> _HeadGradients:
+    """Return the gradients to fill, for those inputs of the function that need one."""
+    needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
+    return _HeadGradients(
+        hidden=torch.empty_like(hidden) if needs_hidden else None,
+        weight=torch.zeros_like(weight) if needs_weight else None,
+        bias=torch.zeros_like(bias) if bias is not None and needs_bias else None,
+    )
+
+
+def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum over the rows of `logits` (n, V), with `labels` (n, 1), in nats."""
+    normalizer = logits.logsumexp(dim=1)
+    chosen = logits.gather(1, labels)[:, 0]
+    return (normalizer - chosen).sum()
+
+
+def _gradient_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return softmax(logits) − one-hot(labels), (n, V)."""
+    minus_one = labels.new_full(labels.shape, -1, dtype=logits.dtype)
+    probabilities = torch.softmax(logits, dim=1)
+    return probabilities.scatter_add_(1, labels, minus_one)
+
+
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:
-    return None if gradient is None else gradient.mul(factor.to(gradient.dtype))
+    """Return a gradient times the incoming one, a scalar."""
+    if gradient is None:
+        return None
+    return gradient.mul(factor.to(gradient.dtype))

@@ -49,31 +49,39 @@ def loraplus_groups(
     _check_positive(learning_rate=learning_rate, ratio=ratio, embedding_lr=embedding_lr)
     _check_weight_decay(weight_decay)
     members = _by_role(named_parameters)
-    if "embedding" not in members:
-        _check_unset(embedding_lr)
-    settings = {
-        "a": (learning_rate, weight_decay),
-        "b": (learning_rate * ratio, weight_decay),
-        "vector": (learning_rate * ratio, 0.0),
-        "embedding": (learning_rate if embedding_lr is None else embedding_lr, weight_decay),
+    _check_embedding_lr(embedding_lr, has_embedding="embedding" in members)
+    learning_rates = {
+        "a": learning_rate,
+        "b": learning_rate * ratio,
+        "vector": learning_rate * ratio,
+        "embedding": learning_rate if embedding_lr is None else embedding_lr,
     }
-    return [
-        {"params": members[role], "lr": lr, "weight_decay": decay}
-        for role, (lr, decay) in settings.items()
-        if role in members
-    ]
+    groups: list[dict[str, Any]] = []
+    for role, lr in learning_rates.items():
+        if role in members:
+            decay = 0.0 if role == "vector" else weight_decay
+            groups.append({"params": members[role], "lr": lr, "weight_decay": decay})
+    return groups
 
 
 def _by_role(named_parameters: Named) -> dict[str, list[nn.Parameter]]:
-    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
-    if not any((_PAIR | _EMBEDDING) & set(name.split(".")) for name, _ in trained):
+    """Return the trained parameters by role; some of them must belong to an adapter."""
+    members: dict[str, list[nn.Parameter]] = {}
+    trained = 0
+    has_adapter = False
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        trained += 1
+        parts = set(name.split("."))
+        has_adapter |= not parts.isdisjoint(_PAIR | _EMBEDDING)
+        role = _role(name, parameter)
+        members.setdefault(role, []).append(parameter)
+    if not has_adapter:
         raise ConfigError(
-            f"none of {len(trained)} trained parameters is a lora_A or lora_B; "
+            f"none of {trained} trained parameters is a lora_A or lora_B; "
             "inject an adapter before building the optimizer"
         )
-    members: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in trained:
-        members.setdefault(_role(name, parameter), []).append(parameter)
     return members
 
 
@@ -100,8 +108,9 @@ def _check_positive(**values: float | None) -> None:
             )
 
 
-def _check_unset(embedding_lr: float | None) -> None:
-    if embedding_lr is not None:
+def _check_embedding_lr(embedding_lr: float | None, *, has_embedding: bool) -> None:
+    """Refuse a learning rate of embeddings if none is adapted."""
+    if embedding_lr is not None and not has_embedding:
         raise ConfigError(
             f"embedding_lr={embedding_lr!r} has no effect: no embedding is adapted; leave it out"
         )

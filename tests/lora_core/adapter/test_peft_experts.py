@@ -24,7 +24,6 @@ from lora_core import (
     AdapterError,
     Identity,
     LoraConfig,
-    TargetError,
     inject,
     load_adapter,
     lora_layers,
@@ -130,12 +129,13 @@ def test_converted_names_load_as_in_peft(
 
 
 @pytest.mark.parametrize("build", [mixtral, deepseek_v3])
-def test_a_router_among_all_linear_layers_is_refused(tmp_path: Path, build: Build) -> None:
-    theirs(build, "all-linear", tmp_path)
-    router = r"mlp.gate.weight of \w+Top[kK]Router"
-    reason = "cannot be adapted: it holds weight .*; leave it out"
-    with pytest.raises(TargetError, match=f"{router} {reason}"):
-        load_adapter(seeded(build), tmp_path)
+def test_a_router_among_all_linear_layers_loads_as_in_peft(
+    logits: Logits, tmp_path: Path, build: Build
+) -> None:
+    model = theirs(build, "all-linear", tmp_path)
+    ours = seeded(build)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def save_single_experts(model: MixtralForCausalLM, folder: Path) -> dict[str, Tensor]:

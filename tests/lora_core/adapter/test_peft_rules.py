@@ -60,6 +60,8 @@ def edit_config(folder: Path, **change: Any) -> None:
         {"target_modules": ["q_proj"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj"], "rank_pattern": {"other": 2, "layers.1.*q_proj": 2}},
         {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "bias": "lora_only"},
+        {"target_modules": ["q_proj"], "bias": "all"},
     ],
     ids=str,
 )

@@ -197,7 +197,6 @@ ANOTHER_ADAPTER: list[dict[str, Any]] = [
     {"use_dora": True},
     {"rank_pattern": {"q_proj": 8}},
     {"alpha_pattern": {"q_proj": 8}},
-    {"bias": "all"},
     {"lora_bias": True},
     {"modules_to_save": ["lm_head"]},
     {"layers_to_transform": [0]},

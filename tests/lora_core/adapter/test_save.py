@@ -199,7 +199,7 @@ def test_a_failing_write_keeps_the_previous_folder(
     siblings = sorted(adapter_folder.parent.iterdir())
     lineage: dict[str, Any] = {}
     if stage == "weights":
-        monkeypatch.setattr("lora_core.adapter.io.save_file", refuse_weights)
+        monkeypatch.setattr("lora_core.adapter.rewriting.save_file", refuse_weights)
     else:
         # Not valid JSON: detected after the other two files are written.
         lineage["data"] = object()

@@ -6,68 +6,34 @@ The references are bitsandbytes' own layers and decoders, dense products in floa
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from storages import CONFIG, IN, OUT, SCALE, STORAGES, Storage, decoded, linear, loaded
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_core import (
     BaseMismatchError,
     Identity,
     LoraConfig,
-    MergeError,
     TargetError,
     fingerprint,
     inject,
     load_adapter,
-    lora_layers,
-    merge,
     save_adapter,
-    unmerge,
 )
-from lora_core.base.quant import base_weight, disable_cpu_repacking
-from lora_core.merging.dequantize import dequantize
+from lora_core.base.quant import base_weight
 
+Logits = Callable[[nn.Module], Tensor]
+Noise = Callable[[nn.Module], None]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )
-CONFIG = LoraConfig(r=4, lora_alpha=8)
-IN, OUT, SCALE = 64, 96, 2.0
-Logits = Callable[[nn.Module], Tensor]
-Noise = Callable[[nn.Module], None]
-
-
-@dataclass(frozen=True)
-class Storage:
-    kind: str
-    dtype: torch.dtype = torch.float32
-    """The dtype of the computation."""
-    double: bool = False
-    threshold: float = 0.0
-    """Magnitude from which int8 keeps an input in 16 bits; 0: never."""
-
-
-STORAGES = {
-    "bfloat16": Storage("dense", torch.bfloat16),
-    "float16": Storage("dense", torch.float16),
-    "nf4": Storage("nf4"),
-    "nf4 double": Storage("nf4", double=True),
-    "fp4": Storage("fp4"),
-    "fp4 double": Storage("fp4", double=True),
-    "fp4 in bfloat16": Storage("fp4", torch.bfloat16),
-    "int8": Storage("int8"),
-    "int8 outliers": Storage("int8", threshold=3.0),
-    "int8 in bfloat16": Storage("int8", torch.bfloat16),
-}
 each_storage = pytest.mark.parametrize("storage", STORAGES.values(), ids=STORAGES.keys())
 each_quantized = pytest.mark.parametrize(
     "storage", [s for s in STORAGES.values() if s.kind != "dense"], ids=list(STORAGES)[2:]
@@ -75,55 +41,11 @@ each_quantized = pytest.mark.parametrize(
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 
 
-def loaded(folder: Path, storage: Storage) -> PreTrainedModel:
-    """Load the tiny Llama in this storage; its codes are never repacked, on any processor."""
-    settings: dict[str, Any] = {"load_in_8bit": True, "llm_int8_threshold": storage.threshold}
-    if storage.kind in ("nf4", "fp4"):
-        settings = {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": storage.kind,
-            "bnb_4bit_use_double_quant": storage.double,
-            "bnb_4bit_compute_dtype": storage.dtype,
-        }
-    quantization: dict[str, Any] = {}
-    if storage.kind != "dense":
-        quantization["quantization_config"] = BitsAndBytesConfig(**settings)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=storage.dtype, **quantization)
-    disable_cpu_repacking(model)
-    return model
-
-
-def linear(storage: Storage, *, bias: bool = True) -> nn.Module:
-    """Return one layer; moving it to a device quantizes it."""
-    torch.manual_seed(3)
-    if storage.kind == "dense":
-        return nn.Linear(IN, OUT, bias=bias, dtype=storage.dtype)
-    if storage.kind == "int8":
-        return bnb.nn.Linear8bitLt(
-            IN, OUT, bias=bias, has_fp16_weights=False, threshold=storage.threshold
-        ).to("cpu")
-    layer = bnb.nn.Linear4bit(
-        IN, OUT, bias=bias, quant_type=storage.kind, compress_statistics=storage.double
-    ).to("cpu")
-    disable_cpu_repacking(layer)
-    return layer
-
-
 def adapted(layer: nn.Module, randomize: Noise) -> nn.Module:
     model = nn.ModuleDict({"fc": copy.deepcopy(layer)})
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("fc",)), seed=0)
     randomize(model)
     return model["fc"]
-
-
-def decoded(layer: nn.Module) -> Tensor:
-    """Return the weight that a layer represents, in float64, from its codes and scales."""
-    if isinstance(layer, bnb.nn.Linear8bitLt):
-        scales = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
-        return layer.weight.data.double() * scales.double()[:, None] / 127
-    if isinstance(layer, bnb.nn.Linear4bit):
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
-    return layer.weight.detach().double()
 
 
 @each_storage
@@ -251,92 +173,6 @@ def test_peft_loads_ours_and_we_load_peft(
     again = loaded(llama_folder, storage).eval()
     load_adapter(again, tmp_path / "theirs")
     torch.testing.assert_close(logits(again), logits(peft_model.eval()), **tolerance)
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_merge_into_int8_is_refused(
-    llama_folder: Path, refuses: Callable[..., None], force: bool
-) -> None:
-    model = loaded(llama_folder, STORAGES["int8"])
-    inject(model, CONFIG, seed=0)
-    refuses(model, lambda: merge(model, force=force), MergeError, "q_proj is stored in int8")
-
-
-@pytest.mark.parametrize("name", ["fp4", "fp4 double", "nf4"])
-def test_a_forced_merge_quantizes_the_sum_as_bitsandbytes_does(randomize: Noise, name: str) -> None:
-    """The retained fraction is computed with bitsandbytes' decoder."""
-    storage = STORAGES[name]
-    base = linear(storage)
-    model = nn.ModuleDict({"fc": base})
-    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("fc",)), seed=0)
-    randomize(model)
-    x = torch.randn(5, IN)
-    before = model["fc"](x)
-    delta = model["fc"].delta()
-    dense = decoded(base).float()
-    with pytest.raises(MergeError, match=f"fc is stored in {storage.kind}"):
-        merge(model)
-    merged = merge(model, force=True)
-    codes, state = quantize_4bit(
-        dense + delta, blocksize=64, compress_statistics=storage.double, quant_type=storage.kind
-    )
-    weight = model["fc"].weight
-    assert torch.equal(weight.data, codes)
-    assert weight.quant_state.quant_type == weight.quant_type == storage.kind
-    assert weight.quant_state.nested is storage.double
-    realized = (dequantize_4bit(codes, state) - dense).double()
-    expected = (realized * delta).sum() / (delta.double() ** 2).sum()
-    assert merged.retention["fc"].fraction == pytest.approx(
-        expected.item(), rel=1e-6
-    )  # summed in float64 both times
-    unmerge(model, merged)
-    assert torch.equal(model["fc"](x), before)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"bias": "lora_only"}, {"lora_bias": True}, {"bias": "lora_only", "use_dora": True}],
-    ids=str,
-)
-def test_a_forced_merge_includes_the_trained_bias(settings: dict[str, Any]) -> None:
-    base = linear(STORAGES["nf4"])
-    model = nn.ModuleDict({"fc": base})
-    own = base.bias.detach().clone()
-    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("fc",), **settings), seed=0)
-    trained = model["fc"].trained_bias if "bias" in settings else model["fc"].lora_bias
-    with torch.no_grad():
-        trained.add_(0.5)
-    merged = merge(model, force=True)
-    assert torch.equal(model["fc"].bias, own + 0.5 * (1 if "bias" in settings else SCALE))
-    unmerge(model, merged)
-    assert torch.equal(base.bias, own)
-
-
-def test_a_forced_merge_with_spectral_initialization_adds_the_update(
-    llama_folder: Path, randomize: Noise
-) -> None:
-    model = nn.ModuleDict({"fc": linear(STORAGES["nf4"])})
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=("fc",), init_lora_weights="pissa")
-    inject(model, config, seed=0)
-    randomize(model)
-    total = decoded(model["fc"].base).float() + model["fc"].delta()
-    merge(model, force=True)
-    codes, _ = quantize_4bit(total, blocksize=64, compress_statistics=False, quant_type="nf4")
-    assert torch.equal(model["fc"].weight.data, codes)
-
-
-def test_dequantizing_does_not_change_adapters_over_int8(randomize: Noise) -> None:
-    model = nn.ModuleDict(
-        {"eight": linear(STORAGES["int8"]), "four": linear(STORAGES["fp4"])}
-    ).eval()
-    inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=("eight", "four")), seed=0)
-    randomize(model)
-    x = torch.randn(5, IN)
-    before = {name: layer(x) for name, layer in model.items()}
-    assert dequantize(model, torch.float32) == 1
-    assert [layer.frozen.kind for _, layer in lora_layers(model)] == ["int8", "dense"]
-    for name, layer in model.items():
-        assert torch.equal(layer(x), before[name])
 
 
 def test_an_8_bit_layer_that_stores_its_full_weight_is_refused() -> None:

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, inject, plan_targets
 from lora_core.budget.activations import activation_bytes, loss_bytes, saved_bytes_per_token
+from lora_core.budget.block_parts import TrainedScope
 from lora_core.budget.budget import budget
-from lora_core.budget.parts import TrainedScope
 from lora_core.budget.setup import Setup
 from pipelines.models.forward import PACKED
 

@@ -16,14 +16,16 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from lora_core import ConfigError, LoraConfig, plan_targets
-from lora_core.budget.budget import budget, fits
-from lora_core.budget.parts import (
+from lora_core.budget.block_parts import (
     SMOOTH,
     Activation,
     ExpertsPart,
     LatentAttentionPart,
     Norm,
     PlainPart,
+)
+from lora_core.budget.budget import budget, fits
+from lora_core.budget.parts import (
     blocks,
     linear_shapes,
     norms,

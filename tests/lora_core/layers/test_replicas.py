@@ -1,11 +1,11 @@
-"""Replicas, as DataParallel makes them, use their own tensors; first derivatives are exact."""
+"""Replicas, as DataParallel makes them, use their own tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from lora_core import LoraConfig, inject
@@ -39,19 +39,55 @@ def test_replica_computes_with_its_own_tensors(make: Any, settings: dict[str, An
     assert layer.frozen.module is layer.base
 
 
-@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}], ids=["plain", "bias in B"])
-def test_gradcheck_passes_in_float64(settings: dict[str, Any]) -> None:
-    model = nn.Sequential(nn.Linear(4, 5))
-    inject(model, LoraConfig(r=2, lora_alpha=3, target_modules=("0",), **settings), seed=0)
-    model.double()
-    layer: Any = model[0]
-    layer.lora_B.data.normal_()
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+class Table(nn.Module):
+    """Embeds row numbers, so that every kind of module gets the same input."""
 
-    def product(x: Tensor, a: Tensor, b: Tensor) -> Any:
-        return functional_call(model, {"0.lora_A": a, "0.lora_B": b}, (x,))
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 4)
 
-    assert torch.autograd.gradcheck(product, (x, layer.lora_A, layer.lora_B))
-    [gradient] = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.table(x[:, 0].abs().long())
+        return rows
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        attended: Tensor = self.attention(x, x, x)[0]
+        return attended
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "embedding": (Table, {"target_modules": ("table",)}),
+    "rows": (Table, {"target_modules": ("0",), "trainable_token_indices": {"table": (1, 2)}}),
+    "attention": (Attending, {"target_modules": ("attention",)}),
+    "parameter": (Attending, {"target_modules": (), "target_parameters": ("in_proj_weight",)}),
+    "convolution": (lambda: nn.Conv1d(3, 4, 3), {"target_modules": ("1",)}),
+    "dora": (lambda: nn.Linear(4, 4), {"target_modules": ("1",), "use_dora": True}),
+    "saved": (lambda: nn.Linear(4, 4), {"target_modules": ("0",), "modules_to_save": ("1",)}),
+    "biases": (lambda: nn.Linear(4, 4), {"target_modules": ("0",), "bias": "all"}),
+}
+
+
+@pytest.mark.parametrize(("make", "settings"), KINDS.values(), ids=KINDS.keys())
+def test_replica_of_every_kind_computes_with_its_own_tensors(
+    make: Callable[[], nn.Module], settings: dict[str, Any]
+) -> None:
+    """A model whose parameters are doubled in place is the reference."""
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    inject(model, LoraConfig(**{"r": 2, "lora_alpha": 2, **settings}), seed=0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    x = torch.randn(3, 4)
+    found = replica_of(model)(x)
+    for parameter in model.parameters():
+        parameter.data *= 2
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert any(parameter.grad is not None for parameter in trained)

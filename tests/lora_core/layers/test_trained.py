@@ -123,6 +123,25 @@ def test_module_with_running_statistics_is_refused(
     )
 
 
+@pytest.mark.parametrize(
+    "container",
+    [
+        nn.ModuleList([nn.Linear(4, 4)]),
+        nn.ModuleDict({"a": nn.Linear(4, 4)}),
+        nn.ParameterList([torch.ones(4)]),
+        nn.ParameterDict({"a": torch.ones(4)}),
+    ],
+    ids=lambda container: type(container).__name__,
+)
+def test_container_that_is_not_called_is_refused(
+    container: nn.Module, refuses: Callable[..., None]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), container)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=("0",), modules_to_save=("1",))
+    message = f"names 1, a {type(container).__name__}, which the model indexes"
+    refuses(model, lambda: inject(model, config, seed=0), TargetError, message)
+
+
 def test_nested_biases_are_refused(refuses: Callable[..., None]) -> None:
     """BERT's head has a bias and contains layers with biases."""
     sizes = {

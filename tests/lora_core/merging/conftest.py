@@ -1,4 +1,4 @@
-"""A saved base and a saved adapter for merges on disk."""
+"""Adapted models for merges in memory; a saved base and adapter for merges on disk."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -57,3 +57,18 @@ def files_in() -> Callable[[Path], dict[str, bytes]]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
     return read
+
+
+@pytest.fixture
+def adapt(
+    build_llama: Callable[..., LlamaForCausalLM], randomize: Callable[[nn.Module], None]
+) -> Callable[..., LlamaForCausalLM]:
+    """Build Llamas with an adapter that contains noise."""
+
+    def make(config: LoraConfig = CONFIG, **options: object) -> LlamaForCausalLM:
+        model = build_llama(**options)
+        inject(model, config, seed=0)
+        randomize(model)
+        return model
+
+    return make

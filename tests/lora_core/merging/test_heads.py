@@ -10,22 +10,9 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    BertConfig,
-    BertForMaskedLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tied_checkpoints import CASES, bert, classifier, t5, tensors, untied_neox, values
+from trained_noise import add_noise
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
 
 from lora_core import (
     Identity,
@@ -37,80 +24,14 @@ from lora_core import (
     save_adapter,
 )
 
+FLAG = "tie_word_embeddings"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+Prepare = Callable[..., PreTrainedModel]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
-V, FLAG = 64, "tie_word_embeddings"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-
-
-def llama_config() -> LlamaConfig:
-    """Return a config whose embedding is square, so its shape does not reveal its layout."""
-    return LlamaConfig(
-        **SIZES, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2
-    )
-
-
-def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(llama_config())
-
-
-def gpt2() -> PreTrainedModel:
-    config = GPT2Config(
-        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
-    )
-    return GPT2LMHeadModel(config)
-
-
-def neox() -> PreTrainedModel:
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(**SIZES, tie_word_embeddings=True, initializer_range=0.2)
-    )
-
-
-def untied_neox() -> PreTrainedModel:
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(**SIZES, tie_word_embeddings=False, initializer_range=0.2)
-    )
-
-
-def classifier() -> PreTrainedModel:
-    """Return a model that is configured as tied but has no head."""
-    return LlamaForSequenceClassification(llama_config())
-
-
-def bert() -> PreTrainedModel:
-    return BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=32))
-
-
-def t5() -> PreTrainedModel:
-    return T5ForConditionalGeneration(
-        T5Config(vocab_size=V, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-    )
-
-
-CASES = {
-    "head": (llama, ("lm_head", "q_proj")),
-    "embedding": (llama, ("embed_tokens", "q_proj")),
-    "both": (llama, ("embed_tokens", "lm_head")),
-    "gpt2 head": (gpt2, ("lm_head",)),
-    "gpt2 embedding": (gpt2, ("wte",)),
-    "gpt2 positions": (gpt2, ("wpe",)),
-    "neox embedding": (neox, ("embed_in",)),
-    "neox head": (neox, ("lm_head",)),
-    "untied neox head": (untied_neox, ("lm_head",)),
-    "classifier": (classifier, ("embed_tokens",)),
-}
-Prepare = Callable[..., PreTrainedModel]
 
 
 @pytest.fixture
@@ -134,25 +55,6 @@ def prepare(tmp_path: Path) -> Prepare:
         return model
 
     return make
-
-
-@torch.no_grad()
-def add_noise(model: PreTrainedModel) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def values(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def edit(path: Path, *, without: str | None = None, **changes: Any) -> None:

@@ -9,9 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, ViTConfig, ViTModel
 
-from lora_core import AdapterError, BaseMismatchError, MergeError
+from lora_core import (
+    AdapterError,
+    BaseMismatchError,
+    Identity,
+    LoraConfig,
+    MergeError,
+    inject,
+    save_adapter,
+)
 from lora_core.errors import CheckpointError, LoraError
 from lora_core.merging.streaming import merge_checkpoint
 
@@ -61,6 +69,19 @@ def test_target_without_a_tensor_is_refused(prepare: Prepare, base: Path, refuse
     prepare()
     replace_tensor(base, UP_PROJ, None)
     refused(MergeError, f"no tensor {UP_PROJ}", check_base=False)
+
+
+def test_names_that_differ_in_the_files_of_the_right_base_are_a_stated_cause(
+    base: Path, adapter: Path, refused: Refused
+) -> None:
+    """transformers saves the blocks of a ViT under other paths than it loads them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 8, "patch_size": 4}
+    model = ViTModel(ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=2))
+    model.save_pretrained(base)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=("q_proj",))
+    inject(model, config, seed=0)
+    save_adapter(model, adapter, config, Identity())
+    refused(MergeError, "have former names of the modules and no renames are given")
 
 
 def test_weight_of_another_shape_is_refused(prepare: Prepare, base: Path, refused: Refused) -> None:

@@ -9,21 +9,21 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    CLIPVisionConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    UMT5Config,
-    UMT5ForConditionalGeneration,
+from tied_decoders import gpt2
+from tied_models import (
+    CASES,
+    TieCase,
+    adapted,
+    base,
+    each_case,
+    llama,
+    logits,
+    objects,
+    tied_flags,
 )
+from torch import nn
+from trained_noise import add_noise
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from lora_core import LoraConfig, MergeError, inject, load_adapter, merge, unmerge
 from lora_core.base.sharing import FLAG, is_head_tied, memory_of
@@ -34,180 +34,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
 ]
-V = 101
-SIZES = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+
 # The sum W0 + s·B·A is rounded to float32 once, and so are 32 products.
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
-
-
-def llama_config() -> LlamaConfig:
-    return LlamaConfig(
-        **SIZES, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2
-    )
-
-
-def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(llama_config())
-
-
-def gpt2() -> PreTrainedModel:
-    config = GPT2Config(
-        vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.2
-    )
-    return GPT2LMHeadModel(config)
-
-
-def llava() -> PreTrainedModel:
-    """Return a model with a nested text config; both configs declare the head as tied."""
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        image_size=8,
-        patch_size=4,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=llama_config(),
-        image_token_index=V - 1,
-        tie_word_embeddings=True,
-    )
-    return LlavaForConditionalGeneration(config)
-
-
-def bert() -> PreTrainedModel:
-    """Return a model that also ties a bias, so one tie is left."""
-    return BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=32, initializer_range=0.2))
-
-
-def umt5() -> PreTrainedModel:
-    """Return a model with four users of one weight; it scales its logits by the config's flag."""
-    sizes = {
-        "vocab_size": V,
-        "d_model": 32,
-        "d_kv": 8,
-        "d_ff": 64,
-        "num_layers": 2,
-        "num_heads": 4,
-        "dropout_rate": 0.0,
-    }
-    return UMT5ForConditionalGeneration(UMT5Config(**sizes, decoder_start_token_id=0))
-
-
-@dataclass(frozen=True)
-class TieCase:
-    build: Callable[[], PreTrainedModel]
-    settings: dict[str, Any]
-    stays_tied: bool = False
-    """The config's flag after the merge."""
-    only_rows: bool = False
-    """Only rows of the shared weight are trained, so it stays shared."""
-
-    @property
-    def lora(self) -> LoraConfig:
-        return LoraConfig(**self.settings)
-
-
-def case(
-    build: Callable[[], PreTrainedModel],
-    *targets: str,
-    stays_tied: bool = False,
-    only_rows: bool = False,
-    **settings: Any,
-) -> TieCase:
-    common = {"r": 4, "lora_alpha": 8, "target_modules": targets}
-    return TieCase(build, {**common, **settings}, stays_tied, only_rows)
-
-
-CASES = {
-    "head": case(llama, "lm_head", "q_proj"),
-    "embedding": case(llama, "embed_tokens"),
-    "both": case(llama, "embed_tokens", "lm_head"),
-    "dora": case(llama, "lm_head", use_dora=True),
-    "dora embedding": case(llama, "embed_tokens", use_dora=True),
-    "full head": case(llama, "q_proj", modules_to_save=("lm_head",)),
-    "full embedding": case(llama, "q_proj", modules_to_save=("embed_tokens",)),
-    "both full": case(llama, "q_proj", modules_to_save=("embed_tokens", "lm_head")),
-    "head and full embedding": case(llama, "lm_head", modules_to_save=("embed_tokens",)),
-    "rows": case(
-        llama,
-        "q_proj",
-        trainable_token_indices={"embed_tokens": (3, 7)},
-        stays_tied=True,
-        only_rows=True,
-    ),
-    "gpt2 head": case(gpt2, "lm_head"),
-    "gpt2 embedding": case(gpt2, "wte", "c_attn"),
-    "llava head": case(llava, "lm_head"),
-    "llava embedding": case(llava, "embed_tokens"),
-    "bert head": case(bert, "cls.predictions.decoder", stays_tied=True),
-    "bert embedding": case(bert, "word_embeddings", stays_tied=True),
-    "umt5 head": case(umt5, "lm_head", stays_tied=True),
-    "umt5 encoder": case(umt5, "encoder.embed_tokens", stays_tied=True),
-    "umt5 shared": case(umt5, "shared", stays_tied=True),
-    "umt5 all": case(
-        umt5, "shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head", stays_tied=True
-    ),
-    "umt5 rows": case(
-        umt5,
-        "q",
-        trainable_token_indices={"encoder.embed_tokens": (3, 7)},
-        stays_tied=True,
-        only_rows=True,
-    ),
-}
-each_case = pytest.mark.parametrize("one", CASES.values(), ids=CASES.keys())
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    # Few different rows, so that the trained ones occur.
-    ids = torch.randint(2, 12, (2, 9), generator=torch.Generator().manual_seed(5))
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids[:, ::2]
-    return model(**inputs).logits
-
-
-@torch.no_grad()
-def add_noise(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def base(one: TieCase) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return one.build().eval()
-
-
-def adapted(one: TieCase) -> PreTrainedModel:
-    model = base(one)
-    inject(model, one.lora, seed=0)
-    add_noise(model)
-    return model
-
-
-def objects(model: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(model.named_parameters(remove_duplicate=False))
 
 
 def peft_config(one: TieCase) -> PeftLoraConfig:
     settings = {**one.settings, "target_modules": list(one.settings["target_modules"])}
     return PeftLoraConfig(**settings, init_lora_weights=False, fan_in_fan_out=one.build is gpt2)
-
-
-def tied_flags(model: PreTrainedModel) -> list[bool]:
-    configs = (model.config, model.config.get_text_config())
-    return [config.tie_word_embeddings for config in configs]
 
 
 def shares_weight(model: PreTrainedModel) -> bool:

@@ -20,7 +20,8 @@ from lora_core import (
     save_adapter,
 )
 from lora_core.spectrum.combining import combine
-from lora_core.spectrum.updates import read_over_one_base, write_updates
+from lora_core.spectrum.derived_adapter import write_updates
+from lora_core.spectrum.updates import read_over_one_base
 
 Build = Callable[..., LlamaForCausalLM]
 Save = Callable[..., Path]

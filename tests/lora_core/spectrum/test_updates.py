@@ -21,7 +21,8 @@ from lora_core import (
     lora_layers,
     save_adapter,
 )
-from lora_core.spectrum.updates import Update, read_over_one_base, read_updates, write_updates
+from lora_core.spectrum.derived_adapter import write_updates
+from lora_core.spectrum.updates import Update, read_over_one_base, read_updates
 
 Build = Callable[..., LlamaForCausalLM]
 Make = Callable[..., Update]

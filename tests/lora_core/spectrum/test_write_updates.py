@@ -23,7 +23,8 @@ from lora_core import (
 )
 from lora_core.adapter.adapter_files import read_identity
 from lora_core.files import sha256_of_file
-from lora_core.spectrum.updates import Update, read_updates, write_updates
+from lora_core.spectrum.derived_adapter import write_updates
+from lora_core.spectrum.updates import Update, read_updates
 
 Build = Callable[..., LlamaForCausalLM]
 Make = Callable[..., Update]

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.training.attention import (
-    AttentionError,
     PackMask,
     Segment,
     current_segments,
     packed_attention,
     use_segments,
 )
+from lora_core.training.attention_kernels import AttentionError
 
 HEADS, WIDTH = 4, 8
 PATTERNS: dict[str, Callable[[int, int], bool]] = {

@@ -1,0 +1,1 @@
+"""Adapters as files: what one holds, how two differ, and whether one is intact."""
