@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from pipelines.config.recipe import find_recipe, load_recipe
+from pipelines.config.registry_names import REGISTERED
 from pipelines.errors import (
     EndedError,
     PeerError,
@@ -22,9 +23,14 @@ from pipelines.errors import (
     StageError,
     UnreachableError,
     no_space,
+    without_credentials,
 )
-from pipelines.paths import runs_root
+from pipelines.orchestration.deploy_options import DeployOptions
+from pipelines.paths import runs_root, tracking_account
 from pipelines.planning.cluster import Cluster
+from pipelines.workflow.adapter_commands import adapter
+from pipelines.workflow.registry_commands import registry
+from pipelines.workflow.serving.options import ServeOptions
 
 EXIT_USER_ERROR = 2
 EXIT_RETRY = 75
@@ -40,6 +46,8 @@ app = typer.Typer(
     add_completion=False,
     help="Fine-tune with LoRA, and know what was forgotten.",
 )
+app.add_typer(adapter, name="adapter")
+app.add_typer(registry, name="registry")
 RecipeArgument = Annotated[
     str,
     typer.Argument(help="A YAML file, or the name of an included recipe.", show_default=False),
@@ -204,7 +212,7 @@ def generate(
     ] = False,
 ) -> None:
     """Answer a prompt with an adapter, on the base that it was trained on."""
-    if not adapter.startswith("models:/") and not Path(adapter).is_dir():
+    if not adapter.startswith(REGISTERED) and not Path(adapter).is_dir():
         raise PipelineError(
             f"adapter {adapter!r} is not a folder; give one, or models:/NAME@champion"
         )
@@ -222,27 +230,40 @@ def generate(
 
 
 @app.command()
-def deploy(
-    recipe: RecipeArgument,
-    cron: Annotated[str, typer.Option(help='When to run, such as "0 2 * * *".')] = "",
-    interval: Annotated[int, typer.Option(help="Seconds between runs.", min=0)] = 0,
-    on_event: Annotated[str, typer.Option(help="Name of a Prefect event that starts a run.")] = "",
-    pool: Annotated[
-        str, typer.Option(help="Work pool that a worker on the GPU host serves.")
-    ] = "lora",
+@with_options("options", ServeOptions)
+def serve(
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="REF...", help="NAME@ALIAS or NAME/VERSION; several.", show_default=False
+        ),
+    ],
+    options: ServeOptions,
 ) -> None:
-    """Make a recipe a Prefect deployment on the server of PREFECT_API_URL."""
-    load_recipe(recipe)
+    """Serve registered adapters with OpenAI's interface until Ctrl-C; follow their aliases."""
+    from pipelines.workflow.serving.server import serve as serve_adapters
+
+    serve_adapters(adapters, options, runs_root())
+
+
+@app.command()
+@with_options("options", DeployOptions)
+def deploy(recipe: RecipeArgument, options: DeployOptions) -> None:
+    """Make a recipe a Prefect deployment on the server of PREFECT_API_URL.
+
+    Deploying again keeps what it does not name: other schedules and events, and what is paused.
+    """
+    load_recipe(recipe, ranks=options.rank)
+    requested = options.requested()
     if not os.environ.get("PREFECT_API_URL"):
         raise PipelineError(
             "PREFECT_API_URL is not set, so no worker could find the deployment; start `make ui` "
             "or name your server"
         )
     prepare_prefect()
-    from pipelines.orchestration.deploy import Triggers, deploy_recipe
+    from pipelines.orchestration.deploy import deploy_recipe
 
-    triggers = Triggers(cron or None, interval or None, on_event or None)
-    typer.echo(deploy_recipe(recipe, triggers, pool))
+    typer.echo(deploy_recipe(recipe, requested))
 
 
 @app.command()
@@ -260,6 +281,7 @@ def main() -> None:
     from lora_core.errors import LoraError
 
     os.environ.setdefault("LORA_RUNS", str(runs_root()))
+    os.environ.update(tracking_account())
     # Turn SIGTERM into SystemExit, so that `finally` blocks end the child processes.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_SIGTERM))
     try:
@@ -281,7 +303,7 @@ def main() -> None:
 
 
 def _print_error(error: object) -> None:
-    typer.secho(f"error: {error}", fg="red", err=True)
+    typer.secho(f"error: {without_credentials(str(error))}", fg="red", err=True)
 
 
 def prepare_prefect() -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -31,11 +32,62 @@ Watch = Callable[[Row], None]
 """Called with each new row of metrics."""
 
 
+@dataclass(frozen=True)
+class StepProgress:
+    """What is shown of a row of metrics."""
+
+    step: int
+    """Steps taken."""
+    steps: int
+    """Of the training."""
+    loss: float
+    """Nats per supervised token of this step."""
+    tokens: int
+    """Read in this step."""
+    seconds: float
+    """Of this step."""
+    eval_loss: float | None
+    """Held-out loss in nats per supervised token; None if it was not evaluated after this step."""
+
+    @classmethod
+    def of(cls, row: Row) -> "StepProgress":
+        """Return what a row has of it."""
+        return cls(
+            step=row["step"],
+            steps=row["steps"],
+            loss=row["loss"],
+            tokens=row["tokens"],
+            seconds=row["seconds"],
+            eval_loss=row.get("eval_loss"),
+        )
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the training has ended."""
+        return self.step >= self.steps
+
+    @property
+    def percent(self) -> float:
+        """The fraction of the steps that were taken."""
+        return 100 * self.step / self.steps
+
+    @property
+    def metrics(self) -> str:
+        """Losses and speed."""
+        held_out = ""
+        if self.eval_loss is not None:
+            held_out = f"held-out loss {self.eval_loss:.3f}, "
+        tokens_per_second = self.tokens / self.seconds
+        return f"loss {self.loss:.3f}, {held_out}{tokens_per_second:.0f} tokens/s"
+
+
 @contextmanager
 def training_progress(label: str, *, lines: bool = True) -> Iterator[Watch]:
     """Yield a callback for new rows of metrics; it shows step, loss, tokens/s and time left.
 
-    Without a terminal it prints a line from time to time, if `lines` is True.
+    Args:
+        label: of the training.
+        lines: print a line from time to time if stderr is not a terminal.
     """
     if console.is_terminal:
         with _progress() as progress:
@@ -98,14 +150,16 @@ class _TerminalBar:
     def __init__(self, progress: Progress, label: str) -> None:
         self.progress = progress
         self.task = progress.add_task(label, total=None, metrics="starting")
-        self.evaluated: Row = {}
+        self.eval_loss: float | None = None
+        """Of the last evaluation."""
 
     def __call__(self, row: Row) -> None:
-        if "eval_loss" in row:
-            self.evaluated = {"eval_loss": row["eval_loss"]}
-        row = self.evaluated | row
+        shown = StepProgress.of(row)
+        if shown.eval_loss is None:
+            shown = replace(shown, eval_loss=self.eval_loss)
+        self.eval_loss = shown.eval_loss
         self.progress.update(
-            self.task, total=row["steps"], completed=row["step"], metrics=_format_metrics(row)
+            self.task, total=shown.steps, completed=shown.step, metrics=shown.metrics
         )
 
 
@@ -117,7 +171,8 @@ class Throttled:
         self.last_time = -inf
 
     def __call__(self, row: Row) -> None:
-        always = row["step"] >= row["steps"] or "eval_loss" in row
+        progress = StepProgress.of(row)
+        always = progress.is_last or progress.eval_loss is not None
         if not always and time.monotonic() - self.last_time < SECONDS_BETWEEN_LINES:
             return
         self.last_time = time.monotonic()
@@ -125,13 +180,14 @@ class Throttled:
 
 
 def progress_line(label: str, row: Row) -> str:
-    """Return the progress of a training as a line of a log."""
-    left = (row["steps"] - row["step"]) * row["seconds"]
-    return f"{label}: step {row['step']}/{row['steps']}, {_format_metrics(row)}, {left:.0f} s left"
+    """Return the progress of a training as a line of a log.
 
-
-def _format_metrics(row: Row) -> str:
-    text = f"loss {row['loss']:.3f}, "
-    if "eval_loss" in row:
-        text += f"held-out loss {row['eval_loss']:.3f}, "
-    return f"{text}{row['tokens'] / row['seconds']:.0f} tokens/s"
+    Args:
+        label: of the training.
+        row: of its metrics.
+    """
+    progress = StepProgress.of(row)
+    steps_left = progress.steps - progress.step
+    seconds_left = steps_left * progress.seconds
+    step = f"step {progress.step}/{progress.steps}"
+    return f"{label}: {step}, {progress.metrics}, {seconds_left:.0f} s left"

@@ -1,15 +1,30 @@
 """Errors that a user can fix; each message contains the value, the rule and the fix."""
 
 import json
+import re
 from pathlib import Path
 
 from lora_core.files import write_json
 
 ERROR_FILE = "error.json"
+USER = re.compile(r"(?<=://)(?:[^/\s]*@|[^/:@\s]*:(?!\d+/)[^@\s]*@)")
+"""The user name and password of an address."""
+SECRET_ARGUMENT = re.compile(
+    r"(?i)(?<=[?&;])((?:ssl)?password|passwd|pwd|token|access_token|secret|sig|signature"
+    r"|x-amz-signature|x-amz-security-token)=[^&;\s'\"]+"
+)
+"""A secret in the query of an address."""
 
 
 class PipelineError(Exception):
-    """Base of all errors that the user can fix; the command line prints only its text."""
+    """Base of all errors that the user can fix; the command line prints only its text.
+
+    Addresses in it have no credentials: Prefect stores the text of an error that ends a run.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        """Store the message."""
+        super().__init__(without_credentials(str(message)))
 
 
 class RecipeError(PipelineError, ValueError):
@@ -60,6 +75,8 @@ class UnreachableError(RegistryError):
 def one_line(error: BaseException, *, with_type: bool = True, limit: int | None = None) -> str:
     """Return the type of an error and the first line of its text, such as `ValueError: bad header`.
 
+    Addresses in it have no credentials.
+
     Args:
         error: any exception.
         with_type: if False, return the text alone, or the type if the text is empty.
@@ -69,8 +86,13 @@ def one_line(error: BaseException, *, with_type: bool = True, limit: int | None 
     lines = str(error).strip().splitlines()
     if not lines:
         return name
-    text = lines[0][:limit]
+    text = without_credentials(lines[0])[:limit]
     return f"{name}: {text}" if with_type else text
+
+
+def without_credentials(text: str) -> str:
+    """Return a text with addresses, without the user names, passwords and tokens in them."""
+    return SECRET_ARGUMENT.sub(r"\1=***", USER.sub("", text))
 
 
 def no_space(where: object) -> str:
@@ -87,7 +109,8 @@ def record_error(folder: Path, error: Exception) -> None:
     """
     if isinstance(error, PeerError) and (folder / ERROR_FILE).is_file():
         return
-    write_json(folder / ERROR_FILE, {"type": type(error).__name__, "message": str(error)})
+    message = without_credentials(str(error))
+    write_json(folder / ERROR_FILE, {"type": type(error).__name__, "message": message})
 
 
 def recorded_error(folder: Path) -> StageError | None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from pipelines.config.recipe import local_path
 from pipelines.config.sections import EvaluationSection
@@ -16,6 +17,25 @@ def runs_root() -> Path:
 def tracking_uri(runs: Path) -> str:
     """Return MLFLOW_TRACKING_URI, or a SQLite file in the folder of runs."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{runs / 'mlflow.db'}"
+
+
+def tracking_account() -> dict[str, str]:
+    """Return MLflow's variables with the account of MLFLOW_TRACKING_URI apart from the address.
+
+    Errors and processes then have the address without the password. A database keeps it, because
+    its clients have no such variables. Empty if the address has no account.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    parts = urlsplit(uri)
+    account, at, host = parts.netloc.rpartition("@")
+    if not at or parts.scheme not in ("http", "https"):
+        return {}
+    user, _, password = account.partition(":")
+    return {
+        "MLFLOW_TRACKING_URI": parts._replace(netloc=host).geturl(),
+        "MLFLOW_TRACKING_USERNAME": unquote(user),
+        "MLFLOW_TRACKING_PASSWORD": unquote(password),
+    }
 
 
 def folders(*named: str | None) -> list[Path]:

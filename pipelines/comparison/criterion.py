@@ -41,6 +41,10 @@ class Criterion:
         """Compare an interval with the bound.
 
         Pass if all of it reaches the bound, reject if all of it is below, else "can't tell".
+
+        Args:
+            interval: of the metric, in its own unit.
+            bound: in the same unit; the smallest value that passes.
         """
         required = self.required.format(bound=bound)
         mean = self.measured.format(value=interval.mean)
@@ -71,7 +75,16 @@ class Criterion:
 
 
 def check_limit(name: str, value: float, limit: float, *, measured: str, unit: str) -> RuleResult:
-    """Check a value without uncertainty against an upper limit."""
+    """Check a value without uncertainty against an upper limit.
+
+    Args:
+        name: of the rule.
+        value: in `unit`.
+        limit: the largest value that passes.
+        measured: describes the value in the reason.
+        unit: follows the limit in the reason; starts with a blank unless it is a percent sign or
+            empty.
+    """
     if value <= limit:
         return RuleResult(name, "pass", f"{measured} (at most {limit:g}{unit})")
     return RuleResult(name, "reject", f"{measured}, but it must be at most {limit:g}{unit}")

@@ -94,6 +94,10 @@ class Change:
 def change(before: Records, after: Records) -> Change:
     """Compare two models item by item.
 
+    Args:
+        before: records of the model that the other is compared with.
+        after: records of the model in question.
+
     Raises:
         ValueError: the two were not scored on the same items in the same order.
     """
@@ -122,13 +126,26 @@ def change(before: Records, after: Records) -> Change:
 
 
 def task_gain(before: Records, after: Records) -> Interval:
-    """Return the decrease of the task loss, in nats per supervised token."""
+    """Return the decrease of the task loss, in nats per supervised token.
+
+    Args:
+        before: has the loss of each held-out example.
+        after: has the loss of the same examples.
+    """
     tokens = _units(of_type(before, TaskRecord))
     return ratio_interval(task_differences(before, after), tokens)
 
 
 def task_differences(before: Records, after: Records) -> Array:
-    """Return the decrease of each held-out example's summed negative log-likelihood."""
+    """Return the decrease of each held-out example's summed negative log-likelihood.
+
+    Args:
+        before: records of n held-out examples, and any others.
+        after: records of the same examples.
+
+    Returns:
+        (n,) in nats.
+    """
     return _losses(of_type(before, TaskRecord)) - _losses(of_type(after, TaskRecord))
 
 
@@ -137,6 +154,11 @@ def gain_share(base: Records, control: Records, adapter: Records) -> Interval | 
 
     None if the control's own gain is not significantly positive: a fraction of nothing, or of a
     loss, is meaningless.
+
+    Args:
+        base: records of the base in full precision.
+        control: records of full fine-tuning, or of what replaces it.
+        adapter: records of an adapter.
     """
     if task_gain(base, control).low <= 0:
         return None
@@ -154,14 +176,24 @@ def general_metric(records: Records) -> str:
 
 
 def general_samples(before: Records, after: Records) -> Samples:
-    """Return the paired differences of the metric of general abilities; no task's own score."""
+    """Return the paired differences of the metric of general abilities; no task's own score.
+
+    Args:
+        before: decides which metric is compared.
+        after: records of the same items.
+    """
     if general_metric(before) == "accuracy":
         return _samples(before, after, (ChoiceRecord, SingleAnswerRecord), accuracy)
     return _samples(before, after, (ChoiceRecord,), choice_probability)
 
 
 def open_samples(before: Records, after: Records) -> Samples:
-    """Return the paired differences of accuracy or own score, on benchmarks without choices."""
+    """Return the paired differences of accuracy or own score, on benchmarks without choices.
+
+    Args:
+        before: records of one model.
+        after: records of the same items.
+    """
     return _samples(before, after, (SingleAnswerRecord, ScoreRecord), accuracy)
 
 
@@ -175,7 +207,12 @@ def score_scales(records: Records) -> dict[str, float]:
 
 
 def general_change(before: Records, after: Records) -> Interval | None:
-    """Return the change of general abilities; None if no benchmark has two items left."""
+    """Return the change of general abilities; None if no benchmark has two items left.
+
+    Args:
+        before: records of one model.
+        after: records of the same items.
+    """
     samples = general_samples(before, after)
     return mean_interval(*samples.values()) if samples else None
 
@@ -184,6 +221,10 @@ def displayed_change(before: Records, after: Records) -> Interval | None:
     """Return the change that plots show: of general abilities or, without these, of own scores.
 
     A mean of scores may mix different scales: it is shown and never judged.
+
+    Args:
+        before: records of one model.
+        after: records of the same items.
     """
     samples = general_samples(before, after) or open_samples(before, after)
     return mean_interval(*samples.values()) if samples else None

@@ -20,6 +20,7 @@ from pipelines.errors import PipelineError, one_line
 from pipelines.runtime.interfaces.results import (
     BaseResult,
     DataResult,
+    ServedCheck,
     StageTime,
     TrainResult,
     Verified,
@@ -141,6 +142,8 @@ class ForwardChecks(Values):
 
     training: Verified | None
     scoring: Verified | None
+    served: ServedCheck | None = None
+    """How another library scores the exports of an adapter."""
 
 
 class Registered(Values):
@@ -156,7 +159,9 @@ class Registered(Values):
     versions: dict[str, int]
     """Label → version."""
     aliases: dict[str, int]
-    """Alias that was moved → version."""
+    """Alias that is where the comparison puts it, moved now or before → version."""
+    page: str = ""
+    """Address of MLflow's table of the ranks; empty if no server has it."""
 
 
 class Summary(Comparison):

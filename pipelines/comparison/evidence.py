@@ -25,7 +25,12 @@ from pipelines.comparison.scores import metric_errors
 
 
 def measure(inputs: ComparisonInputs, model: ComparedModel) -> Evidence:
-    """Return the measurements of one adapter by which the gate judges it."""
+    """Return the measurements of one adapter by which the gate judges it.
+
+    Args:
+        inputs: of the comparison, with the records of every model.
+        model: an adapter among them.
+    """
     assert model.rank is not None, "an adapter has a rank"
     own = inputs.items[model.label]
     base = inputs.items[BASE]

@@ -23,8 +23,11 @@ from pipelines.comparison.record_types import (
     SingleAnswerRecord,
     TaskRecord,
 )
+from pipelines.config.error_messages import problems_of
 from pipelines.errors import PipelineError
 
+VALUE_CHARACTERS = 200
+"""Characters of a wrong value in a message."""
 KINDS = ("task", "generation", "general", "answer", "score", "text", "chat")
 
 
@@ -67,7 +70,12 @@ def read_items(path: Path) -> list[ItemRecord]:
 
 
 def write_items(path: Path, records: Iterable[ItemRecord]) -> None:
-    """Write the item records of one model."""
+    """Write the item records of one model.
+
+    Args:
+        path: of the file; replaced once it is complete.
+        records: in the order of evaluation, which is the same for every model.
+    """
     write_text(path, "".join(json_line(record) for record in records))
 
 
@@ -98,7 +106,6 @@ def json_line(record: ItemRecord) -> str:
 
 def _first_problem(error: ValidationError) -> str:
     """Return the field, the rule and the value of the first problem of a record."""
-    problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in problem["loc"])
-    value = repr(problem["input"])[:200]
-    return f"{field or 'record'}: {problem['msg']}, not {value}"
+    problem = problems_of(error)[0]
+    value = repr(problem.value)[:VALUE_CHARACTERS]
+    return f"{problem.key or 'record'}: {problem.message}, not {value}"

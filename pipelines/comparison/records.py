@@ -88,6 +88,13 @@ def check_paired(before: Records, after: Records) -> None:
 
     A model that only the frontier shows may lack answers, texts and chats; what both have must be
     the same.
+
+    Args:
+        before: records of one model.
+        after: records of another.
+
+    Raises:
+        ValueError: an item, its prompt or the order differs.
     """
     unshared = _kinds(before) ^ _kinds(after)
     first = _identities(before, except_kinds=unshared)

@@ -54,7 +54,12 @@ class Interval:
 
 
 def ratio_interval(numerator: Array, denominator: Array) -> Interval:
-    """Return the interval of Σ numerator / Σ denominator over the same items."""
+    """Return the interval of Σ numerator / Σ denominator over the same items.
+
+    Args:
+        numerator: (n,) one value for each item.
+        denominator: (n,) of the same items, all positive.
+    """
     ratio = numerator.sum() / denominator.sum()
     values = np.stack([numerator, denominator])
     numerators, denominators = _resampled_sums(values, 0)
@@ -154,6 +159,10 @@ def resample_counts(items: int, stream: int) -> Counts:
     """Return how often each item is drawn in each resample, (R, items).
 
     Different streams are drawn independently.
+
+    Args:
+        items: number of items, at least 1.
+        stream: index of the benchmark; benchmarks are resampled independently.
     """
     rng = np.random.default_rng((items, stream))
     blocks = []

@@ -168,7 +168,12 @@ def metric_names(answers: Sequence[GenerationRecord]) -> list[str]:
 
 
 def metric_values(answers: Sequence[GenerationRecord], name: str) -> list[float]:
-    """Return a metric of each answer that has it."""
+    """Return a metric of each answer that has it.
+
+    Args:
+        answers: of one model.
+        name: of a metric; an answer for which it failed lacks it.
+    """
     values = []
     for answer in answers:
         if name in answer.metrics:

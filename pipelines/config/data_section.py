@@ -16,6 +16,14 @@ ColumnName = Literal[
 ]
 """What a column can be."""
 RoleName = Literal["system", "user", "assistant", "tool"]
+DOCSTRINGS = "docstrings"
+"""The source that the interpreter's standard library provides."""
+DOCSTRINGS_GROUP = "group"
+"""Its column with the module; examples of one module resemble each other."""
+MAX_SOURCE_CHARACTERS = 700
+CHATML = "chatml"
+NO_TEMPLATE = "none"
+"""Values of `chat_template` that are not files."""
 
 
 class SourceSettings(Section):
@@ -46,7 +54,7 @@ class WeightedSource(SourceSettings):
 
     source: str
     """As `data.source`."""
-    weight: Annotated[float, Field(gt=0)] = 1
+    weight: Annotated[float, Field(gt=0, le=100)] = 1
     """How often each training example of this source occurs in an epoch: 2 for twice, 0.5 for half
     of them, drawn by the seed."""
 
@@ -91,7 +99,7 @@ class DataSection(SourceSettings):
     bad_rows: Literal["error", "drop"] = "error"
     """What happens to rows that cannot be learned as written: an error that lists them, or removal
     with a count."""
-    max_source_characters: Count = 700
+    max_source_characters: Count = MAX_SOURCE_CHARACTERS
     """Longest function that `docstrings` includes; no other source uses it."""
 
     @property
@@ -106,6 +114,12 @@ class DataSection(SourceSettings):
     def names(self) -> tuple[str, ...]:
         """Return the names of the sources."""
         return tuple(source.source for source in self.all_sources)
+
+    def group_column_of(self, source: WeightedSource) -> str | None:
+        """Return the column that groups the rows of a source; None to group by the question."""
+        if self.group_column is None and source.source == DOCSTRINGS:
+            return DOCSTRINGS_GROUP
+        return self.group_column
 
     @property
     def title(self) -> str:
@@ -153,7 +167,7 @@ class DataSection(SourceSettings):
                 f"names validation_source {self.validation_source!r} and validation_split "
                 f"{self.validation_split!r}; name one of them"
             )
-        is_docstrings = any(one.source == "docstrings" for one in self.all_sources)
+        is_docstrings = DOCSTRINGS in self.names
         if "max_source_characters" in self._changed and not is_docstrings:
             raise ValueError(
                 f"has max_source_characters {self.max_source_characters}, which only the source "
@@ -165,7 +179,7 @@ class DataSection(SourceSettings):
                     f"has the text {value!r} as template_arguments.{name}, which a template does "
                     "not read as true or false; remove the quotes"
                 )
-        if self.chat_template == "none" and self.template_arguments:
+        if self.chat_template == NO_TEMPLATE and self.template_arguments:
             raise ValueError(
                 "has template_arguments, which have no effect with chat_template 'none'; remove "
                 "one of them"

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,8 @@ from pipelines.config.other_names import KEY_OF, NOTES, REASON_OF
 Location = tuple[str | int, ...]
 KEY_MARK = "[key]"
 """Last part of the location of a problem with the key of a mapping."""
+MAX_SHOWN = 120
+"""Characters of a value that a message shows."""
 MAIN_KEYS = {
     "base_model": "base_model.id",
     "data": "data.source",
@@ -25,48 +28,86 @@ RENAMED = {
 """Former keys → their new names."""
 
 
+@dataclass(frozen=True)
+class ValidationProblem:
+    """One problem that pydantic has found."""
+
+    kind: str
+    """Pydantic's name of it, such as extra_forbidden."""
+    location: Location
+    message: str
+    value: Any
+    """What was to be validated."""
+
+    @property
+    def key(self) -> str:
+        """The key as a recipe names it, with a dot between sections; empty at the top level."""
+        return ".".join(str(part) for part in self.location if part != KEY_MARK)
+
+
+def problems_of(error: ValidationError) -> list[ValidationProblem]:
+    """Return the problems of a validation, in the order of the fields."""
+    problems = []
+    for details in error.errors(include_url=False):
+        problem = ValidationProblem(
+            kind=details["type"],
+            location=details["loc"],
+            message=details["msg"],
+            value=details["input"],
+        )
+        problems.append(problem)
+    return problems
+
+
 def sentences(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Return a sentence for each problem of a recipe, whose sections are the fields of `root`."""
-    return [_sentence(problem, root) for problem in _causes(error.errors())]
+    """Return a sentence for each problem of a recipe.
+
+    Args:
+        error: of the validation of a recipe.
+        root: the model of a recipe, whose fields are its sections.
+    """
+    return [_sentence(problem, root) for problem in _causes(problems_of(error))]
 
 
-def _causes(problems: Sequence[Any]) -> list[Any]:
+def _causes(problems: Sequence[ValidationProblem]) -> list[ValidationProblem]:
     """Drop "list too short" problems that are only a consequence of a rejected item in the list."""
-    parents = set()
+    parents = set[Location]()
     for problem in problems:
-        location = problem["loc"]
+        location = problem.location
         parents |= {location[:end] for end in range(len(location))}
     causes = []
     for problem in problems:
-        if problem["type"] != "too_short" or problem["loc"] not in parents:
+        if problem.kind != "too_short" or problem.location not in parents:
             causes.append(problem)
     return causes
 
 
-def _sentence(problem: Any, root: type[BaseModel]) -> str:
-    location = problem["loc"]
-    key = ".".join(str(part) for part in location if part != KEY_MARK) or "recipe"
-    message: str = problem["msg"].removeprefix("Value error, ")
+def _sentence(problem: ValidationProblem, root: type[BaseModel]) -> str:
+    key = problem.key or "recipe"
+    message = problem.message.removeprefix("Value error, ")
     lowered = message[:1].lower() + message[1:]
     if key in RENAMED:
         return f"unknown key {key!r}; it is now called {RENAMED[key]!r}"
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {_hint(location, root)}"
-    if location[-1:] == (KEY_MARK,):
+    if problem.kind == "extra_forbidden":
+        return f"unknown key {key!r}; {_hint(problem.location, root)}"
+    if problem.location[-1:] == (KEY_MARK,):
         return f"unknown key {key!r}; {lowered}"
-    if problem["type"] == "missing":
+    if problem.kind == "missing":
         return f"{key} is missing; add it"
-    if problem["type"] == "value_error":
+    if problem.kind == "value_error":
         return message if key == "recipe" else f"{key} {message}"
-    return f"{key} = {problem['input']!r}: {_rule(key, problem, lowered)}"
+    shown = repr(problem.value)
+    if len(shown) > MAX_SHOWN:
+        shown = f"{shown[:MAX_SHOWN]}…"
+    return f"{key} = {shown}: {_rule(key, problem, lowered)}"
 
 
-def _rule(key: str, problem: Any, message: str) -> str:
+def _rule(key: str, problem: ValidationProblem, message: str) -> str:
     """Return what is wrong with a value; types have the names that YAML gives them."""
-    value = problem["input"]
-    if problem["type"] == "tuple_type":
+    value = problem.value
+    if problem.kind == "tuple_type":
         return f"input should be a list, such as [{value}]"
-    if problem["type"] != "model_type":
+    if problem.kind != "model_type":
         return message
     if isinstance(value, str) and key in MAIN_KEYS:
         return f"input should be a valid dictionary; use {MAIN_KEYS[key]}"
@@ -97,17 +138,24 @@ def _hint(location: Location, root: type[BaseModel]) -> str:
 
 def _use(key: str, location: Location, root: type[BaseModel]) -> str:
     """Return the advice to use a key; that of the same section if it has a key of that name."""
-    parents = location[:-1]
-    here = _section_at(parents, root).model_fields
-    local = [name for name in _last_parts(key) if name in here and parents]
     note = f" ({NOTES[key]})" if key in NOTES else ""
-    if local:
-        key = " or ".join(".".join(map(str, [*parents, name])) for name in local)
-    return f"use {key}{note}"
+    local = _keys_in_same_section(key, location[:-1], root)
+    advised = " or ".join(local) or key
+    return f"use {advised}{note}"
 
 
-def _last_parts(keys: str) -> list[str]:
-    return [key.rpartition(".")[2] for key in keys.split(" or ")]
+def _keys_in_same_section(keys: str, parents: Location, root: type[BaseModel]) -> list[str]:
+    """Return those of several keys that the section at `parents` has under the same last name."""
+    if not parents:
+        return []
+    here = _section_at(parents, root).model_fields
+    prefix = ".".join(map(str, parents))
+    local = []
+    for key in keys.split(" or "):
+        name = key.rpartition(".")[2]
+        if name in here:
+            local.append(f"{prefix}.{name}")
+    return local
 
 
 def _keys_called(name: str, section: type[BaseModel], prefix: str = "") -> list[str]:

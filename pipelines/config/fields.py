@@ -12,7 +12,14 @@ LearningRate = Annotated[float, Field(gt=0, lt=1)]
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Refuse duplicates in a list."""
+    """Refuse duplicates in a list.
+
+    Args:
+        values: of a setting.
+
+    Raises:
+        ValueError: a value occurs twice.
+    """
     if len(set(values)) != len(values):
         raise ValueError(f"has duplicates in {list(values)}; name each once")
     return values

@@ -5,6 +5,7 @@ derived is not a setting.
 """
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from pipelines.config.sections import (
 )
 from pipelines.config.step_rules import check_early_stopping, check_steps
 from pipelines.config.yaml_loading import read_yaml
-from pipelines.errors import RecipeError
+from pipelines.errors import RecipeError, without_credentials
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -34,7 +35,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 class Recipe(Section):
     """All settings of a run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
     """Name of the run's folder; task_model_hardware is a good pattern."""
     seed: int = 7
     """Seeds the split, the order of examples, the initialization of A, dropout and the samples."""
@@ -116,12 +117,22 @@ def local_path(name: str) -> Path:
         return Path(name)
 
 
-def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path,
+    *,
+    ranks: list[int] | None = None,
+    steps: int | None = None,
+    data: str | None = None,
+    promote: str | None = None,
+) -> Recipe:
     """Read a recipe, from a file or by the name of one in pipelines/recipes.
 
     Args:
         path: a YAML file, or a bare recipe name.
         ranks: replaces the recipe's ranks when given and not empty.
+        steps: replaces training.steps or training.epochs when given and not 0.
+        promote: replaces registry.promote when given and not empty.
+        data: replaces the recipe's data.source when given and not empty.
 
     Raises:
         RecipeError: the file is missing or malformed, or a setting breaks its rule; the
@@ -137,19 +148,84 @@ def load_recipe(path: str | Path, *, ranks: list[int] | None = None) -> Recipe:
     lora = values.get("lora", {})
     if ranks and isinstance(lora, dict):  # validation rejects any other section
         values = {**values, "lora": {**lora, "ranks": ranks}}
+    if steps:
+        values = _with_setting(values, "training", "steps", steps, instead_of="epochs")
+    if promote:
+        values = _with_setting(values, "registry", "promote", promote)
+    if data:
+        values = _with_source(values, data)
     return parse_recipe(values, source=str(file))
 
 
+def _with_setting(
+    values: dict[str, Any], section: str, key: str, value: Any, instead_of: str = ""
+) -> dict[str, Any]:
+    """Return a recipe's values with another setting, which may replace an alternative."""
+    settings = values.get(section, {})
+    if not isinstance(settings, dict):  # validation rejects it
+        return values
+    others = {name: one for name, one in settings.items() if name != instead_of}
+    return {**values, section: {**others, key: value}}
+
+
+def _with_source(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return a recipe's values with another data source."""
+    section = values.get("data", {})
+    if not isinstance(section, dict):  # validation rejects it
+        return values
+    if section.get("sources"):
+        raise RecipeError(
+            f"data {source!r} would replace the several sources of data.sources; give the recipe "
+            "one data.source"
+        )
+    return {**values, "data": {**section, "source": source}}
+
+
 def parse_recipe(values: dict[str, Any], *, source: str = "the recipe") -> Recipe:
-    """Validate plain values; raise RecipeError with a sentence for each problem."""
+    """Validate plain values; raise RecipeError with a sentence for each problem.
+
+    Args:
+        values: sections and settings, as YAML has them.
+        source: of the values, in the message.
+
+    Raises:
+        RecipeError: a setting is unknown or breaks its rule; the message has every problem. Or it
+            contains a password, which every output of a run would show.
+    """
+    for key, text in _texts(values):
+        if without_credentials(text) != text:
+            raise RecipeError(
+                f"{source}: {key} contains a password or a token, which summary, report and "
+                "registry would show; remove it, and set the variables of the client, such as "
+                "AWS_SECRET_ACCESS_KEY or HF_TOKEN, or download the file"
+            )
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{source}: {'; '.join(sentences(error, Recipe))}") from error
 
 
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the setting and the text of every text in plain values."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _texts(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _texts(value, key)
+
+
 def find_recipe(name: str | Path) -> Path:
-    """Return the file of a recipe, given by path or by the name of one in pipelines/recipes."""
+    """Return the file of a recipe, given by path or by the name of one in pipelines/recipes.
+
+    Args:
+        name: of a file, or of a recipe without its ending.
+
+    Raises:
+        RecipeError: there is none; the message suggests one.
+    """
     path = Path(name)
     if path.is_file():
         return path

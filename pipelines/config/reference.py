@@ -21,40 +21,58 @@ BOUNDS = {
     "minItems": "at least {} items",
 }
 """JSON schema keyword → how the reference shows it."""
+Schema = dict[str, Any]
 TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "null": "null"}
 
 
 def reference() -> str:
     """Return the tables of all sections, between the two markers."""
     schema = Recipe.model_json_schema()
-    definitions: dict[str, Any] = schema["$defs"]
-    parts = [BEGIN, _table("Top level", Recipe, schema["properties"], definitions)]
+    definitions: Schema = schema["$defs"]
+    parts = [BEGIN, _table("Top level", Recipe, schema, definitions)]
     for name, field in Recipe.model_fields.items():
         section = field.annotation
         if isinstance(section, type) and issubclass(section, BaseModel):
-            properties = definitions[section.__name__]["properties"]
-            parts.append(_table(f"`{name}`", section, properties, definitions))
+            table = _table(f"`{name}`", section, definitions[section.__name__], definitions)
+            parts.append(table)
     return "\n\n".join([*parts, END])
 
 
-def _table(
-    title: str, section: type[BaseModel], properties: dict[str, Any], definitions: dict[str, Any]
-) -> str:
-    """Return a heading, the docstring of a section, and a row for each of its keys."""
-    lines = [f"### {title}", "", " ".join((section.__doc__ or "").split()), ""]
+def _table(title: str, section: type[BaseModel], schema: Schema, definitions: Schema) -> str:
+    """Return a heading, the docstring of a section, and a row for each of its keys.
+
+    Args:
+        title: of the section.
+        section: its model.
+        schema: the model's JSON schema.
+        definitions: the schemas of all sections, by the names of their classes.
+    """
+    introduction = _in_one_line(section.__doc__ or "")
+    lines = [f"### {title}", "", introduction, ""]
     lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for key, schema in properties.items():
-        if _is_section(schema, definitions):
+    for key, key_schema in _properties(schema).items():
+        if _is_section(key_schema, definitions):
             continue
-        meaning = " ".join(schema.get("description", "").split())
+        value = _value(key_schema, definitions)
         default = _default(section, key)
-        lines.append(f"| `{key}` | {_value(schema, definitions)} | {default} | {meaning} |")
+        meaning = _in_one_line(key_schema.get("description", ""))
+        lines.append(f"| `{key}` | {value} | {default} | {meaning} |")
     return "\n".join(lines)
 
 
-def _is_section(schema: dict[str, Any], definitions: dict[str, Any]) -> bool:
+def _properties(schema: Schema) -> dict[str, Schema]:
+    """Return the schema of each key of a section."""
+    properties: dict[str, Schema] = schema["properties"]
+    return properties
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _is_section(schema: Schema, definitions: Schema) -> bool:
     """Return whether a key of the top level holds a section, which has its own table."""
-    name = schema.get("$ref", "").rpartition("/")[2]
+    name = _definition_name(schema.get("$ref", ""))
     return name.endswith("Section") and name in definitions
 
 
@@ -79,28 +97,31 @@ def _yaml(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _value(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+def _value(schema: Schema, definitions: Schema) -> str:
     """Return the type of a key and its bounds."""
-    if "anyOf" in schema:
-        return " or ".join(_value(choice, definitions) for choice in schema["anyOf"])
-    if "$ref" in schema:
-        return _nested(schema["$ref"].rpartition("/")[2], definitions)
-    if "enum" in schema:
-        return ", ".join(f"`{choice}`" for choice in schema["enum"])
-    if "const" in schema:
-        return f"`{schema['const']}`"
-    if schema.get("type") == "array":
-        name = f"list of {_value(schema.get('items', {}), definitions)}"
-    else:
-        name = TYPES.get(schema.get("type", ""), "any")
+    match schema:
+        case {"anyOf": choices}:
+            return " or ".join(_value(choice, definitions) for choice in choices)
+        case {"$ref": reference_path}:
+            section = definitions[_definition_name(reference_path)]
+            keys = ", ".join(f"`{key}`" for key in _properties(section))
+            return f"mapping with {keys}"
+        case {"enum": choices}:
+            return ", ".join(f"`{choice}`" for choice in choices)
+        case {"const": constant}:
+            return f"`{constant}`"
+        case {"type": "array"}:
+            items = schema.get("items", {})
+            name = f"list of {_value(items, definitions)}"
+        case _:
+            name = TYPES.get(schema.get("type", ""), "any")
     bounds = [text.format(schema[word]) for word, text in BOUNDS.items() if word in schema]
     return ", ".join([name, *bounds])
 
 
-def _nested(name: str, definitions: dict[str, Any]) -> str:
-    """Return the keys of a section inside a section."""
-    keys = ", ".join(f"`{key}`" for key in definitions[name]["properties"])
-    return f"mapping with {keys}"
+def _definition_name(reference_path: str) -> str:
+    """Return the name of the class in a reference such as `#/$defs/LoraSection`."""
+    return reference_path.rpartition("/")[2]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pipelines.config.fields import (
     Section,
     distinct,
 )
+from pipelines.config.registry_names import with_promote
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -159,6 +160,9 @@ class LengthSettings(Section):
         return self
 
 
+TrainingDtype = Literal["auto", "float32", "bfloat16"]
+
+
 class UpdateSettings(Section):
     """What determines the result of a training of a given length."""
 
@@ -171,6 +175,10 @@ class UpdateSettings(Section):
     """Weight decay of AdamW."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients with a larger norm are clipped to it."""
+    dtype: TrainingDtype = "auto"
+    """In which products are computed; the optimizer updates float32 weights in every case.
+    `auto` is bfloat16 on a GPU with units for it, and float32 on a CPU, which also scores models in
+    float32 in every case."""
     evaluate_every: Count | None = None
     """Steps between two evaluations of the loss on the tuning examples, which is also evaluated
     after the last step. The weights with the lowest loss are saved instead of the last ones; by
@@ -370,6 +378,17 @@ class RegistrySection(Section):
     """Where MLflow stores the adapters."""
 
     model: Annotated[str, AfterValidator(_registry_name)]
-    """Registered model whose versions are this recipe's adapters."""
+    """Registered model whose versions are this recipe's adapters. `NAME-candidates` separates the
+    roles: its adapters are proposed, and a person copies one into `NAME` with `lora registry
+    promote`."""
     experiment: str | None = None
     """MLflow experiment of the runs; the recipe's name if left out."""
+    promote: Literal["auto", "propose"] = "auto"
+    """`auto` moves the alias `champion` to the adapter that passes and gains most; `propose` gives
+    it the alias `proposed`, and a person decides with `lora registry promote` or `reject`.
+    `NAME-candidates` implies `propose`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _propose_candidates(cls, section: Any) -> Any:
+        return with_promote(section)

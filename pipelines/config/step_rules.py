@@ -6,6 +6,10 @@ from pipelines.config.sections import FrontierSection, TrainingSection
 def check_steps(training: TrainingSection, frontier: FrontierSection) -> None:
     """Check the settings that depend on the number of steps, which is known.
 
+    Args:
+        training: with its number of steps.
+        frontier: with the snapshots.
+
     Raises:
         ValueError: a setting breaks its rule.
     """
@@ -46,6 +50,10 @@ def _check_evaluations(steps: int, every: int | None, patience: int | None) -> N
 
 def check_early_stopping(training: TrainingSection, frontier: FrontierSection) -> None:
     """Check that every snapshot will exist: a training that may stop early promises none.
+
+    Args:
+        training: may stop early.
+        frontier: with the snapshots.
 
     Raises:
         ValueError: the recipe sets both.

@@ -42,5 +42,10 @@ def steps_of_epochs(epochs: float, train_examples: int, batch_size: int) -> int:
     """Return the steps that read the examples `epochs` times, rounded up.
 
     The decimal digits of `epochs` count, so that 1.1 epochs of 10 examples are exactly 11 examples.
+
+    Args:
+        epochs: how often the examples are read; may have a fraction.
+        train_examples: examples of an epoch.
+        batch_size: examples per step, over all processes.
     """
     return ceil(Fraction(str(epochs)) * train_examples / batch_size)

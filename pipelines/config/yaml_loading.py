@@ -27,7 +27,8 @@ def read_yaml(file: Path) -> Any:
             raise RecipeError(f"{file}: {'; '.join(repeated)}")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{file} is not valid YAML: {reason}") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
 

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 
 
 def order(examples: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:
-    """Return the indices of each step: epochs of the data, each in its own order."""
+    """Return the indices of each step: epochs of the data, each in its own order.
+
+    Args:
+        examples: number of training examples of an epoch.
+        steps: number of optimizer steps.
+        batch_size: examples per step, over all processes.
+        seed: of the shuffles; each epoch has its own.
+
+    Returns:
+        `steps` lists of `batch_size` indices; a step can contain the end of one epoch and the start
+        of the next.
+    """
     wanted = steps * batch_size
     drawn: list[int] = []
     epoch = 0

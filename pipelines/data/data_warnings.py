@@ -14,7 +14,13 @@ CUT_FRACTION = 0.05
 
 
 def data_warnings(result: DataResult, check: CheckResult, settings: DataSection) -> tuple[str, ...]:
-    """Return what may be unintended, each with a suggested fix."""
+    """Return what may be unintended, each with a suggested fix.
+
+    Args:
+        result: what preparation counted.
+        check: which evaluation items the training data contain.
+        settings: the recipe's, with the limits that the fixes name.
+    """
     found = [*_length_warnings(result, settings), *_split_warnings(result)]
     for source in result.sources:
         if source.unused_columns:
@@ -39,18 +45,26 @@ def data_warnings(result: DataResult, check: CheckResult, settings: DataSection)
 
 
 def data_markdown(result: DataResult, warnings: Sequence[str]) -> str:
-    """Return the sources, counts and warnings as Markdown."""
+    """Return the sources, counts and warnings as Markdown.
+
+    Args:
+        result: what preparation counted.
+        warnings: as `data_warnings` returns them; each becomes an item of a list.
+    """
     lines = [
         "| source | format | rows | schema | used | not used |",
         "|---|---|---|---|---|---|",
     ]
     for source in result.sources:
-        used = ", ".join(source.used_columns)
-        unused = ", ".join(source.unused_columns)
-        lines.append(
-            f"| {source.source} | {source.format} | {source.rows:,} | {source.schema_name} | "
-            f"{used} | {unused} |"
-        )
+        cells = [
+            source.source,
+            source.format,
+            f"{source.rows:,}",
+            source.schema_name,
+            ", ".join(source.used_columns),
+            ", ".join(source.unused_columns),
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     lines += [
         "",
         f"{result.train_examples:,} training examples with {result.train_tokens:,} tokens, of "
@@ -91,9 +105,13 @@ def _split_warnings(result: DataResult) -> list[str]:
     overlap = result.overlap
     if overlap.exact or overlap.near:
         examples = "; ".join(overlap.examples)
+        counts = []
+        if overlap.exact:
+            counts.append(f"{overlap.exact} held-out examples are also in the training examples")
+        if overlap.near:
+            counts.append(f"{overlap.near} held-out examples nearly equal a training example")
         found.append(
-            f"{overlap.exact} held-out examples are also in the training examples, and "
-            f"{overlap.near} nearly are ({examples}), so that scores are too good; remove "
+            f"{' and '.join(counts)} ({examples}), so that scores are too good; remove "
             "duplicates, or name a data.group_column"
         )
     if result.excluded_examples:

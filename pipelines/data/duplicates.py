@@ -8,6 +8,7 @@ system prompt, do not count.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -27,14 +28,18 @@ BANDS = 32
 """A pair is proposed with probability 1 - (1 - s⁴)³²: 0.99999 at a similarity s of 0.75, and
 0.0002 at 0.05."""
 HASH_SEED = 1
+INPUT_IDS = "input_ids"
 BATCH_EXAMPLES = 1000
 SHOWN_EXAMPLES = 3
 SHOWN_CHARACTERS = 80
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 """2⁶⁴ divided by the golden ratio, whose multiples are spread evenly (Knuth)."""
+SHIFT = np.uint64(29)
+"""Bits by which a hash is shifted to mix its upper half into its lower half."""
 
 Numbers = NDArray[np.int64]
-Shingles = NDArray[np.uint64]
+Hashes = NDArray[np.uint64]
+Flags = NDArray[np.bool_]
 
 
 def overlap(
@@ -65,12 +70,43 @@ def overlap(
     )
 
 
+@dataclass(frozen=True)
+class _Shingles:
+    """The shingles of some examples, S in all."""
+
+    hashes: Hashes
+    """(S,)"""
+    example_of: Numbers
+    """(S,) index of the example of each, in ascending order."""
+
+    def where(self, is_selected: Flags) -> "_Shingles":
+        """Return those that an array of flags, (S,), selects."""
+        return _Shingles(self.hashes[is_selected], self.example_of[is_selected])
+
+    def distinct(self) -> "_Shingles":
+        """Return each shingle of an example once, in the order of the examples."""
+        order = np.lexsort((self.hashes, self.example_of))
+        hashes = self.hashes[order]
+        example_of = self.example_of[order]
+        is_first = np.ones(len(hashes), dtype=bool)
+        is_other_hash = hashes[1:] != hashes[:-1]
+        is_other_example = example_of[1:] != example_of[:-1]
+        is_first[1:] = is_other_hash | is_other_example
+        return _Shingles(hashes[is_first], example_of[is_first])
+
+    def count_by_example(self, examples: int) -> Numbers:
+        """Return the number of shingles of each of `examples` examples."""
+        return np.bincount(self.example_of, minlength=examples)
+
+
 class _TokenBatch:
     """Examples as one array of tokens."""
 
     def __init__(self, examples: pa.ListArray) -> None:
-        self.tokens: Numbers = examples.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-        self.lengths = examples.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+        tokens = examples.flatten().to_numpy(zero_copy_only=False)
+        lengths = examples.value_lengths().to_numpy(zero_copy_only=False)
+        self.tokens: Numbers = tokens.astype(np.int64)
+        self.lengths: Numbers = lengths.astype(np.int64)
         self.ends = np.cumsum(self.lengths)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -78,18 +114,21 @@ class _TokenBatch:
         for end, length in zip(self.ends, self.lengths, strict=True):
             yield self.tokens[end - length : end].tobytes()
 
-    def shingles(self) -> tuple[Shingles, Numbers]:
-        """Return the hashes of all shingles, and the index of the example of each."""
-        example_of = np.repeat(np.arange(len(self.lengths)), self.lengths)
+    def shingles(self) -> _Shingles:
+        """Return all shingles, also those that an example has more than once."""
         positions = max(len(self.tokens) - SHINGLE_TOKENS + 1, 0)
         hashes = np.zeros(positions, dtype=np.uint64)
         for offset in range(SHINGLE_TOKENS):
+            tokens = self.tokens[offset : offset + positions]
             hashes *= MULTIPLIER
-            hashes += self.tokens[offset : offset + positions].astype(np.uint64)
-            hashes ^= hashes >> np.uint64(29)
-        last = example_of[SHINGLE_TOKENS - 1 :]
-        is_inside = example_of[:positions] == last
-        return hashes[is_inside], last[is_inside]
+            hashes += tokens.astype(np.uint64)
+            hashes ^= hashes >> SHIFT
+        examples = np.arange(len(self.lengths))
+        example_of_token = np.repeat(examples, self.lengths)
+        first = example_of_token[:positions]
+        last = example_of_token[SHINGLE_TOKENS - 1 :]
+        # A run of tokens that begins in one example and ends in the next is not a shingle.
+        return _Shingles(hashes, last).where(first == last)
 
 
 class _ExactIndex:
@@ -104,104 +143,106 @@ class _ExactIndex:
         self._seen |= set(train).intersection(self._keys)
 
     @property
-    def found(self) -> NDArray[np.bool_]:
+    def found(self) -> Flags:
         """Return which held-out examples have the tokens of a training example."""
-        return np.array([key in self._seen for key in self._keys], dtype=bool)
+        is_seen = [key in self._seen for key in self._keys]
+        return np.array(is_seen, dtype=bool)
 
 
 class _NearIndex:
     """Held-out examples by their shingles."""
 
     def __init__(self, held_out: Sequence[list[int]]) -> None:
-        shingles, example_of = _distinct(*_TokenBatch(_as_lists(held_out)).shingles())
-        known, number_of, examples = np.unique(shingles, return_inverse=True, return_counts=True)
+        shingles = _TokenBatch(_as_lists(held_out)).shingles().distinct()
+        known, number_of, examples = np.unique(
+            shingles.hashes, return_inverse=True, return_counts=True
+        )
         is_common = examples > max(len(held_out) / 2, 1)
-        self._known: Shingles = known
-        self._common: Shingles = known[is_common]
         counts = ~is_common[number_of]
-        shingles, example_of = shingles[counts], example_of[counts]
-        shape = (len(held_out), len(known))
-        self._members = _incidence(example_of, number_of[counts], shape)
-        self._sizes = np.bincount(example_of, minlength=len(held_out))
-        self._lsh = _index(shingles, example_of)
+        counted = shingles.where(counts)
+        self._known: Hashes = known
+        """In ascending order; a shingle's number is its index here."""
+        self._common: Hashes = known[is_common]
+        """Those that do not count."""
+        self._members = _incidence(
+            counted.example_of, number_of[counts], rows=len(held_out), columns=len(known)
+        )
+        self._sizes = counted.count_by_example(len(held_out))
+        self._lsh = _index(counted)
         self.found = np.zeros(len(held_out), dtype=bool)
+        """Which held-out examples have a near duplicate."""
 
     def add(self, train: _TokenBatch) -> None:
         """Compare training examples."""
-        shingles, example_of = train.shingles()
-        counts = ~_is_in(shingles, self._common)
-        shingles, example_of = shingles[counts], example_of[counts]
-        signatures, row_of = _signatures(shingles, example_of)
-        proposed = np.array(self._lsh.query_duplicate_flags_matrix(signatures), dtype=bool)
-        if proposed.any():
-            is_proposed = proposed[row_of]
-            self._compare(shingles[is_proposed], row_of[is_proposed], len(proposed))
+        shingles = train.shingles()
+        counted = shingles.where(~_is_in(shingles.hashes, self._common))
+        signatures, row_of = _signatures(counted)
+        flags = self._lsh.query_duplicate_flags_matrix(signatures)
+        is_proposed = np.array(flags, dtype=bool)
+        if is_proposed.any():
+            rows = _Shingles(counted.hashes, row_of)
+            self._compare(rows.where(is_proposed[row_of]), len(is_proposed))
 
-    def _compare(self, shingles: Shingles, row_of: Numbers, rows: int) -> None:
-        """Compute the similarity of training examples to the held-out examples."""
-        shingles, row_of = _distinct(shingles, row_of)
-        sizes = np.bincount(row_of, minlength=rows)
-        is_known = _is_in(shingles, self._known)
-        number_of = np.searchsorted(self._known, shingles[is_known])
-        members = _incidence(row_of[is_known], number_of, (rows, len(self._known)))
+    def _compare(self, train: _Shingles, rows: int) -> None:
+        """Compute the similarity of training examples to the held-out examples.
+
+        Args:
+            train: the shingles of proposed training examples.
+            rows: number of training examples.
+        """
+        shingles = train.distinct()
+        sizes = shingles.count_by_example(rows)
+        in_both = shingles.where(_is_in(shingles.hashes, self._known))
+        numbers = np.searchsorted(self._known, in_both.hashes)
+        members = _incidence(in_both.example_of, numbers, rows=rows, columns=len(self._known))
         shared = (members @ self._members.T).tocoo()
         union = sizes[shared.row] + self._sizes[shared.col] - shared.data
-        self.found[shared.col[shared.data >= SIMILARITY * union]] = True
+        is_similar = shared.data >= SIMILARITY * union
+        self.found[shared.col[is_similar]] = True
 
 
-def _index(shingles: Shingles, example_of: Numbers) -> RMinHashLSH:
+def _index(shingles: _Shingles) -> RMinHashLSH:
     """Return an index that reports rows with a candidate."""
     lsh = RMinHashLSH(SIMILARITY, PERMUTATIONS, BANDS)
-    signatures, _ = _signatures(shingles, example_of)
+    signatures, _ = _signatures(shingles)
     # The library reports a row with more than one candidate, so every row is indexed twice.
     lsh.insert_matrix(signatures, 0)
     lsh.insert_matrix(signatures, signatures.len())
     return lsh
 
 
-def _signatures(shingles: Shingles, example_of: Numbers) -> tuple[RMinHashDigestMatrix, Numbers]:
-    """Return the MinHash of each example that has shingles, and the row of each shingle in it.
-
-    Args:
-        shingles: those of one example after those of the other.
-        example_of: the example of each, in ascending order.
-    """
-    _, row_of, sizes = np.unique(example_of, return_inverse=True, return_counts=True)
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint64)
+def _signatures(shingles: _Shingles) -> tuple[RMinHashDigestMatrix, Numbers]:
+    """Return the MinHash of each example that has shingles, and the row of each shingle in it."""
+    _, row_of, sizes = np.unique(shingles.example_of, return_inverse=True, return_counts=True)
+    ends = np.cumsum(sizes)
+    offsets = np.concatenate([[0], ends]).astype(np.uint64)
     matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-        shingles, offsets, PERMUTATIONS, HASH_SEED
+        shingles.hashes, offsets, PERMUTATIONS, HASH_SEED
     )
     return matrix, row_of
 
 
-def _distinct(shingles: Shingles, example_of: Numbers) -> tuple[Shingles, Numbers]:
-    """Return each shingle of an example once, in the order of the examples."""
-    order = np.lexsort((shingles, example_of))
-    shingles, example_of = shingles[order], example_of[order]
-    is_first = np.ones(len(shingles), dtype=bool)
-    is_first[1:] = (shingles[1:] != shingles[:-1]) | (example_of[1:] != example_of[:-1])
-    return shingles[is_first], example_of[is_first]
-
-
-def _is_in(shingles: Shingles, ascending: Shingles) -> NDArray[np.bool_]:
-    """Return which shingles are in the other array; faster than `np.isin`, which sorts both."""
+def _is_in(hashes: Hashes, ascending: Hashes) -> Flags:
+    """Return which hashes are in the other array; faster than `np.isin`, which sorts both."""
     if len(ascending) == 0:
-        return np.zeros(len(shingles), dtype=bool)
-    places = np.minimum(np.searchsorted(ascending, shingles), len(ascending) - 1)
-    return np.equal(ascending[places], shingles)
+        return np.zeros(len(hashes), dtype=bool)
+    places = np.searchsorted(ascending, hashes)
+    places = np.minimum(places, len(ascending) - 1)
+    return np.equal(ascending[places], hashes)
 
 
-def _incidence(rows: Numbers, columns: Numbers, shape: tuple[int, int]) -> csr_array:
-    """Return a sparse matrix with a one for each pair of a row and a column."""
-    return csr_array((np.ones(len(rows), dtype=np.int64), (rows, columns)), shape=shape)
+def _incidence(row_of: Numbers, column_of: Numbers, *, rows: int, columns: int) -> csr_array:
+    """Return a sparse matrix, (rows, columns), with a one for each pair of a row and a column."""
+    ones = np.ones(len(row_of), dtype=np.int64)
+    return csr_array((ones, (row_of, column_of)), shape=(rows, columns))
 
 
 def _batches(train: Dataset | Iterable[list[int]]) -> Iterator[_TokenBatch]:
     """Yield the training examples in batches."""
     if isinstance(train, Dataset):
-        columns = train.select_columns(["input_ids"]).with_format("arrow")
-        for table in columns.iter(BATCH_EXAMPLES):
-            yield _TokenBatch(table["input_ids"].combine_chunks())
+        only_ids = train.select_columns([INPUT_IDS]).with_format("arrow")
+        for table in only_ids.iter(BATCH_EXAMPLES):
+            yield _TokenBatch(table[INPUT_IDS].combine_chunks())
         return
     remaining = iter(train)
     while batch := list(islice(remaining, BATCH_EXAMPLES)):

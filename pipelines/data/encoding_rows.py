@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from pipelines.config.data_section import DataSection
 from pipelines.data.rendering.example import Example
-from pipelines.data.rendering.renderer import Renderer
-from pipelines.data.rows import PLACE, ROW, SourceRows
+from pipelines.data.rendering.renderer import ExamplesOrError, Renderer
+from pipelines.data.rows import PLACE, PROBLEM, ROW, SourceRows
 from pipelines.data.schemas.schema import Schema
 from pipelines.errors import DataError
 from pipelines.runtime.interfaces.results import SourceFacts
@@ -60,6 +60,8 @@ class RowEncoder:
     schema: Schema
     tokenizer: PreTrainedTokenizerBase
     settings: DataSection
+    group_column: str | None = None
+    """Groups the rows; None to group them by the start of the conversation."""
 
     @cached_property
     def _renderer(self) -> Renderer:
@@ -67,9 +69,17 @@ class RowEncoder:
 
     def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
         """Return the columns of a batch's examples and errors."""
-        rows = [json.loads(text) for text in batch[ROW]]
+        readable = []
+        for text, problem in zip(batch[ROW], batch[PROBLEM], strict=True):
+            if not problem:
+                readable.append(json.loads(text))
+        outcomes = iter(self.encode(readable))
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for place, outcome in zip(batch[PLACE], self.encode(rows), strict=True):
+        for place, problem in zip(batch[PLACE], batch[PROBLEM], strict=True):
+            if problem:
+                _append(columns, _failed(problem, place))
+                continue
+            outcome = next(outcomes)
             if isinstance(outcome, DataError):
                 _append(columns, _failed(str(outcome), place))
                 continue
@@ -77,9 +87,16 @@ class RowEncoder:
                 _append(columns, _stored(example, place))
         return columns
 
-    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Example, ...] | DataError]:
-        """Return the examples of each row, or why it cannot be learned."""
-        outcomes: list[tuple[Example, ...] | DataError] = []
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[ExamplesOrError]:
+        """Return the examples of each row, or why it cannot be learned.
+
+        Args:
+            rows: with the columns of the schema.
+
+        Returns:
+            one outcome for each row, in order; an error does not name the place of its row.
+        """
+        outcomes = list[ExamplesOrError]()
         parsed = []
         positions = []
         for row in rows:
@@ -90,15 +107,14 @@ class RowEncoder:
                 continue
             positions.append(len(outcomes))
             outcomes.append(())
-        for position, outcome in zip(positions, self._renderer.render(parsed), strict=True):
+        rendered = self._renderer.render(parsed)
+        for position, outcome in zip(positions, rendered, strict=True):
             outcomes[position] = self._grouped(rows[position], outcome)
         return outcomes
 
-    def _grouped(
-        self, row: Mapping[str, Any], outcome: tuple[Example, ...] | DataError
-    ) -> tuple[Example, ...] | DataError:
+    def _grouped(self, row: Mapping[str, Any], outcome: ExamplesOrError) -> ExamplesOrError:
         """Return the examples of a row, in the group that the recipe's column names."""
-        column = self.settings.group_column
+        column = self.group_column
         if column is None or isinstance(outcome, DataError):
             return outcome
         group = row.get(column)
@@ -126,7 +142,16 @@ class EncodedSource:
 
 
 def encode(rows: SourceRows, encoder: RowEncoder, file: Path) -> Dataset:
-    """Return the examples and errors of a source; `file` is where they are stored meanwhile."""
+    """Return the examples and errors of a source; `file` is where they are stored meanwhile.
+
+    Args:
+        rows: the source's, as written.
+        encoder: is pickled into each process that encodes.
+        file: Arrow file in which the examples are stored until the splits are saved.
+
+    Returns:
+        the columns of FEATURES, in the order of the rows.
+    """
     return rows.table.map(
         encoder,
         batched=True,

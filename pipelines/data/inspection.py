@@ -13,7 +13,14 @@ PREVIEW_TOKENS = 300
 
 
 def histogram(lengths: Indices) -> LengthHistogram:
-    """Return the distribution of lengths, in tokens."""
+    """Return the distribution of lengths, in tokens.
+
+    Args:
+        lengths: (N,) tokens of each example, N ≥ 1.
+
+    Returns:
+        at most BINS bins of about equal width; an integer is in exactly one.
+    """
     longest = int(lengths.max())
     edges = np.unique(np.ceil(np.linspace(int(lengths.min()) - 1, longest, BINS + 1)).astype(int))
     counts, _ = np.histogram(lengths, bins=edges + 0.5)
@@ -29,7 +36,15 @@ def histogram(lengths: Indices) -> LengthHistogram:
 
 
 def previews(train: Dataset, tokenizer: PreTrainedTokenizerBase) -> tuple[Preview, ...]:
-    """Return the first training examples, token by token."""
+    """Return the first training examples, token by token.
+
+    Args:
+        train: the training split.
+        tokenizer: decodes each token alone.
+
+    Returns:
+        at most PREVIEWS examples, each with its first PREVIEW_TOKENS tokens.
+    """
     found = []
     for example in train.select(range(min(PREVIEWS, len(train)))):
         ids = example["input_ids"]

@@ -4,7 +4,9 @@ from typing import Literal
 
 Note = Literal[
     "special tokens in text",
+    "marks of another template",
     "already rendered",
+    "date in template",
     "empty thinking",
     "other generation prompt",
     "one example per answer",
@@ -12,6 +14,14 @@ Note = Literal[
 MEANING: dict[str, str] = {
     "special tokens in text": (
         "the row's text contains special tokens of the base, which the model reads as marks"
+    ),
+    "marks of another template": (
+        "the row's text contains marks of another model's chat template, which this base reads as "
+        "plain text; write the rows as messages, without a template"
+    ),
+    "date in template": (
+        "the chat template writes the date of the preparation into the prompt, and another date "
+        "at inference; name a template without it in data.chat_template"
     ),
     "already rendered": (
         "the row already contains the rendered chat template, so it is not applied again"

@@ -2,9 +2,9 @@
 
     python -m pipelines.data.preparation STAGE_FOLDER
 
-    sources.py          files, folders, addresses and data sets → rows as written
-    schema.py           a row → a conversation or a text
-    rendering.py        conversation → tokens, supervised or not
+    sources/            files, folders, addresses and data sets → rows as written
+    schemas/            a row → a conversation or a text
+    rendering/          conversation → tokens, supervised or not
     encoding_rows.py    all rows, in batches and processes
     usable.py           which examples are used; errors of rows
     splitting.py        examples → splits
@@ -16,12 +16,13 @@ tokenizer, the folder `tokenizer` has the changed one.
 """
 
 import random
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset, disable_progress_bars
@@ -39,7 +40,7 @@ from pipelines.data.sources.loading_rows import load_source, load_validation
 from pipelines.data.splitting import Splits, split_examples
 from pipelines.data.usable import UsableExamples, usable_examples
 from pipelines.errors import DataError
-from pipelines.models.tokenizer import CHANGED_TOKENIZER, load_tokenizer
+from pipelines.models.tokenizer import CHANGED_TOKENIZER, load_tokenizer, template_digest
 from pipelines.runtime.child import execute_stage
 from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
 from pipelines.runtime.interfaces.kinds import DATA
@@ -49,17 +50,31 @@ from pipelines.runtime.stage import digest
 SCHEMA_ROWS = 100
 """Rows from which the schema is detected."""
 HELD_OUT = ("validation", "tuning")
+SCRATCH = "scratch"
+"""Folder of the Arrow files that only preparation uses."""
 COLUMNS = (*STORED, "key")
 
 
 def prepare(folder: Path, inputs: DataInputs, paths: StagePaths) -> tuple[DataResult, list[str]]:
-    """Write the splits; return their metrics and files."""
+    """Write the splits; return their metrics and files.
+
+    Args:
+        folder: of the stage; gets one folder for each split.
+        inputs: the data section, the base's identity and the seed.
+        paths: where the base and the sources are on this host.
+
+    Returns:
+        the result, and the written files relative to `folder`.
+
+    Raises:
+        DataError: the rows cannot be read, learned or split as the recipe requires.
+    """
     disable_progress_bars()
     settings = inputs.data
     base = load_tokenizer(paths.required("base"), trust_remote_code=inputs.trust_remote_code)
-    tokenizer = prepared_tokenizer(base, settings)
-    with TemporaryDirectory(dir=folder) as cache:
-        sources = _encoded_sources(inputs, paths, tokenizer, Path(cache))
+    tokenizer = prepared_tokenizer(base, _with_template_path(settings, paths))
+    with _scratch(folder) as cache:
+        sources = _encoded_sources(inputs, paths, tokenizer, cache)
         examples = usable_examples(sources, settings)
         splits = split_examples(
             examples.texts("group"),
@@ -75,14 +90,38 @@ def prepare(folder: Path, inputs: DataInputs, paths: StagePaths) -> tuple[DataRe
     if tokenizer is not base:
         tokenizer.save_pretrained(str(folder / CHANGED_TOKENIZER))
         files += _files_of(folder, CHANGED_TOKENIZER)
-        result = result.model_copy(update={"has_tokenizer": True})
     return result, files
+
+
+def _with_template_path(settings: DataSection, paths: StagePaths) -> DataSection:
+    """Return the settings with the path of the chat template, if that is a file."""
+    name = settings.chat_template
+    if name is None or name not in paths.sources:
+        return settings
+    return settings.model_copy(update={"chat_template": paths.sources[name]})
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder in the stage's, also if an earlier process was killed in this block."""
+    scratch = folder / SCRATCH
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch)
 
 
 def tokenize(
     rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, settings: DataSection
 ) -> Iterator[Example]:
     """Yield the examples of rows that are in memory.
+
+    Args:
+        rows: as a file would have them.
+        tokenizer: of the base, without the recipe's changes.
+        settings: with one source, whose settings are used.
 
     Raises:
         DataError: a row cannot be learned as written; the message starts with its number.
@@ -91,14 +130,11 @@ def tokenize(
     columns = list(dict.fromkeys(name for row in all_rows for name in row))
     [source] = settings.all_sources
     first_rows = all_rows[:SCHEMA_ROWS]
+    group_column = settings.group_column_of(source)
     schema = detect_schema(
-        columns,
-        first_rows,
-        source,
-        supervise=settings.supervise,
-        group_column=settings.group_column,
+        columns, first_rows, source, supervise=settings.supervise, group_column=group_column
     )
-    encoder = RowEncoder(schema, prepared_tokenizer(tokenizer, settings), settings)
+    encoder = RowEncoder(schema, prepared_tokenizer(tokenizer, settings), settings, group_column)
     for number, outcome in enumerate(encoder.encode(all_rows), start=1):
         if isinstance(outcome, DataError):
             raise DataError(f"row {number} {outcome}")
@@ -113,8 +149,7 @@ def _encoded_sources(
     found = []
     for number, source in enumerate(settings.all_sources):
         path = paths.sources.get(source.source)
-        characters = settings.max_source_characters
-        rows = load_source(source, path=path, cache=cache, max_source_characters=characters)
+        rows = load_source(source, path=path, cache=cache, settings=settings)
         rows = _drawn(rows, source.max_rows, inputs.seed)
         file = cache / f"examples-{number}.arrow"
         found.append(_encoded(rows, source, settings, tokenizer, file))
@@ -128,7 +163,8 @@ def _encoded_sources(
     if own is not None:
         file = cache / "examples-validation.arrow"
         name = settings.validation_source or first.source
-        unweighted = first.model_copy(update={"weight": 1.0, "source": name})
+        roles = {role: usual for role, usual in first.roles.items() if own.contains(role)}
+        unweighted = first.model_copy(update={"weight": 1.0, "source": name, "roles": roles})
         encoded = _encoded(own, unweighted, settings, tokenizer, file)
         found.append(replace(encoded, held_out=True))
     return found
@@ -149,7 +185,9 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     file: Path,
 ) -> EncodedSource:
+    group_column = settings.group_column_of(source)
     schema = _schema_of(rows, source, settings)
+    _check_roles_occur(rows, source)
     facts = rows.facts.model_copy(
         update={
             "schema_name": schema.name,
@@ -157,8 +195,18 @@ def _encoded(
             "unused_columns": schema.unused,
         }
     )
-    examples = encode(rows, RowEncoder(schema, tokenizer, settings), file)
+    examples = encode(rows, RowEncoder(schema, tokenizer, settings, group_column), file)
     return EncodedSource(facts, len(rows), examples, source.weight)
+
+
+def _check_roles_occur(rows: SourceRows, source: WeightedSource) -> None:
+    """Refuse a role of `data.roles` that no row has."""
+    for name in source.roles:
+        if not rows.contains(name):
+            raise DataError(
+                f"data.roles has {name!r}, which occurs in no row of {source.source!r}, so it has "
+                "no effect; correct its spelling or remove it"
+            )
 
 
 def _schema_of(rows: SourceRows, source: WeightedSource, settings: DataSection) -> Schema:
@@ -168,7 +216,7 @@ def _schema_of(rows: SourceRows, source: WeightedSource, settings: DataSection) 
         first_rows,
         source,
         supervise=settings.supervise,
-        group_column=settings.group_column,
+        group_column=settings.group_column_of(source),
     )
 
 
@@ -214,6 +262,7 @@ def _result(
         previews=previews(train, tokenizer),
         train_tokens=examples.total("length", splits.train),
         supervised_tokens=examples.total("supervised_tokens", splits.train),
+        template_sha256=template_digest(tokenizer),
         digest=_digest(parts),
     )
 

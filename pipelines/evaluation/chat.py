@@ -34,6 +34,12 @@ def chat_items(
 
     No other item repeats one of them.
 
+    Args:
+        tokenizer: of the base, whose chat template is used.
+        count: number of questions.
+        seed: of the recipe.
+        sampled: number of items that `sample` draws of ARC-Easy.
+
     Raises:
         DataError: the template does not take a single question of a user.
     """
@@ -43,7 +49,8 @@ def chat_items(
     template = ChatTemplate(tokenizer)
     for name, question, answer in chats(count, seed, sampled):
         prompt = _rendered(template, question)
-        items.append(Item("chat", name, prompt, (Choice("", answer),), 0, "chat"))
+        choice = Choice(lead="", scored=answer)
+        items.append(Item("chat", name, prompt, choices=(choice,), gold=0, kind="chat"))
     return items
 
 
@@ -51,34 +58,39 @@ def chat_items(
 def chat_records(
     reader: CheckedReader, questions: Sequence[Question]
 ) -> tuple[list[ChatRecord | LeftOutRecord], Tensor]:
-    """Return the records of chats, and the log-probabilities (N, V) in float16 of their `rows`."""
+    """Return the records of chats, and the log-probabilities (N, V) in float16 of their `rows`.
+
+    Args:
+        reader: of the model.
+        questions: one tree with one answer each; those that are left out get a record with the
+            reason.
+    """
     evaluated = [question for question in questions if question.left_out is None]
-    tables, losses = _log_probabilities(reader, [question.tree for question in evaluated])
+    trees = [question.tree for question in evaluated]
+    tables, losses = _log_probabilities(reader, trees)
     found: list[ChatRecord | LeftOutRecord] = []
     scored = iter(zip(tables, losses, strict=True))
-    start = 0
+    row = 0
     for question in questions:
         if question.left_out is not None:
             found.append(left_out_record(question.item, question.left_out))
             continue
         table, loss = next(scored)
-        end = start + len(table)
-        found.append(_record(question.item, loss, (start, end)))
-        start = end
+        found.append(_record(question.item, loss, first_row=row, tokens=len(table)))
+        row += len(table)
     if not tables:
         return found, torch.empty(0, 0, dtype=torch.float16)
     return found, torch.cat(tables)
 
 
-def _record(item: Item, loss: float, rows: tuple[int, int]) -> ChatRecord:
-    first, end = rows
+def _record(item: Item, loss: float, *, first_row: int, tokens: int) -> ChatRecord:
     return ChatRecord(
         id=item.id,
         benchmark=item.benchmark,
         prompt_sha256=item.prompt_sha256,
         nll=loss,
-        tokens=end - first,
-        rows=rows,
+        tokens=tokens,
+        rows=(first_row, first_row + tokens),
     )
 
 
@@ -91,13 +103,16 @@ def _log_probabilities(
     losses = [0.0] * len(trees)
     for indices in bin_pack(trees, PACK_TOKENS):
         pack = tree_pack([trees[index] for index in indices], device)
-        table = reader.logits(pack).log_softmax(dim=1)
+        logits = reader.logits(pack)
+        table = logits.log_softmax(dim=1)
         chosen = table.gather(1, pack.targets[:, None])[:, 0]
         start = 0
         for index in indices:
-            end = start + len(trees[index].answers[0].targets)
+            [answer] = trees[index].answers
+            end = start + len(answer.targets)
+            log_likelihood = chosen[start:end].sum()
             tables[index] = table[start:end].half().cpu()
-            losses[index] = -float(chosen[start:end].sum())
+            losses[index] = -float(log_likelihood)
             start = end
     return tables, losses
 

@@ -6,7 +6,7 @@ that Brown et al. (2020, arXiv 2005.14165, appendix C) use, or all of its words 
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,53 +20,80 @@ Run = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ContaminationIndex:
-    """Runs of words → the items that have them."""
+    """The runs of words of all items, by their first words."""
 
-    items: Mapping[Run, tuple[int, ...]]
-    lengths: tuple[int, ...]
-    """Numbers of words of the runs."""
+    runs: Mapping[Run, Mapping[Run, tuple[int, ...]]]
+    """First MIN_WORDS words → run → the items that have it."""
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> "ContaminationIndex":
-        """Index the texts of items."""
-        found: dict[Run, list[int]] = defaultdict(list)
+        """Index the texts of items.
+
+        Args:
+            texts: question and right answer of each item; one with fewer than MIN_WORDS words is
+                never found.
+        """
+        items_with: dict[Run, list[int]] = defaultdict(list)
         for index, text in enumerate(texts):
             words = _words(text)
             length = min(RUN_WORDS, len(words))
             if length < MIN_WORDS:
                 continue
             for run in _runs(words, length):
-                found[run].append(index)
-        items = {run: tuple(indices) for run, indices in found.items()}
-        lengths = tuple(sorted({len(run) for run in items}))
-        return cls(items, lengths)
+                items_with[run].append(index)
+        by_start: dict[Run, dict[Run, tuple[int, ...]]] = defaultdict(dict)
+        for run, indices in items_with.items():
+            start = run[:MIN_WORDS]
+            by_start[start][run] = tuple(indices)
+        return cls(dict(by_start))
 
     def matches(self, text: str) -> set[int]:
-        """Return the items of which a run is in a text."""
+        """Return the items of which a run is in a text.
+
+        Args:
+            text: of a training example.
+
+        Returns:
+            indices into the texts that were indexed.
+        """
         words = _words(text)
         found: set[int] = set()
-        for length in self.lengths:
-            for run in _runs(words, length):
-                found.update(self.items.get(run, ()))
+        for start, first_words in enumerate(_runs(words, MIN_WORDS)):
+            candidates = self.runs.get(first_words, {})
+            for run, items in candidates.items():
+                words_here = words[start : start + len(run)]
+                if tuple(words_here) == run:
+                    found.update(items)
         return found
 
 
-def contaminated(items: Sequence[Item], training_texts: Iterable[str]) -> dict[str, int]:
-    """Return benchmark → number of its items whose text is in the training data."""
-    index = ContaminationIndex.of([_text_of(item) for item in items])
+@dataclass(frozen=True)
+class ItemText:
+    """Question and right answer of an evaluation item."""
+
+    benchmark: str
+    text: str
+
+    @classmethod
+    def of(cls, item: Item) -> "ItemText":
+        """Return the text of an item with choices."""
+        choice = item.choices[item.gold]
+        return cls(item.benchmark, f"{item.context}{choice.lead}{choice.scored}")
+
+
+def contaminated(items: Sequence[ItemText], training_texts: Iterable[str]) -> dict[str, int]:
+    """Return benchmark → number of its items whose text is in the training data.
+
+    Args:
+        items: of all benchmarks.
+        training_texts: of each training example; read once.
+    """
+    index = ContaminationIndex.of([item.text for item in items])
     found: set[int] = set()
     for text in training_texts:
         found |= index.matches(text)
-    counts: dict[str, int] = defaultdict(int)
-    for position in found:
-        counts[items[position].benchmark] += 1
+    counts = Counter(items[position].benchmark for position in found)
     return dict(sorted(counts.items()))
-
-
-def _text_of(item: Item) -> str:
-    """Return an item's question and its right answer."""
-    choice = item.choices[item.gold]
-    return f"{item.context}{choice.lead}{choice.scored}"
 
 
 def _words(text: str) -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from pipelines.errors import DataError, RecipeError, one_line
 
+CHOICES = "doc_to_choice"
+"""The field of a task with the choices of a question."""
 EMPTY = "None"
 """What a template makes of an empty field."""
 
@@ -30,7 +32,7 @@ def check_documents(name: str, task: Any, limit: int | None) -> None:
         where = f"document {number} of the lm-eval task {name!r}"
         rendered = {field: _rendered(task, field, doc, where) for field in _fields(task)}
         if scored_by_choice(task):
-            choices = rendered["doc_to_choice"]
+            choices = rendered[CHOICES]
             _check_choices(choices, where)
             field = _gold_field(task)
             _check_gold(field, rendered[field], choices, where)
@@ -45,12 +47,38 @@ def scored_by_choice(task: Any) -> bool:
 
 
 def gold_index(task: Any, doc: Any) -> int | None:
-    """Return the index of the right answer; None if several are right."""
-    gold = getattr(task, _gold_field(task))(doc)
+    """Return the index of the right answer; None if several are right.
+
+    Args:
+        task: with several choices.
+        doc: one of its documents.
+    """
+    read_gold = getattr(task, _gold_field(task))
+    gold = read_gold(doc)
     choices = task.doc_to_choice(doc)
     if isinstance(gold, str):
         return choices.index(gold) if gold in choices else None
-    return int(gold) if isinstance(gold, int) and 0 <= gold < len(choices) else None
+    if isinstance(gold, int) and 0 <= gold < len(choices):
+        return int(gold)
+    return None
+
+
+def document_text(task: Any, doc: Any) -> str:
+    """Return the question and the right answer of a document, as the task writes them.
+
+    Args:
+        task: of any kind; one that computes its own score may have no answer.
+        doc: one of its documents.
+    """
+    if scored_by_choice(task):
+        gold = gold_index(task, doc)
+        answer = "" if gold is None else task.doc_to_choice(doc)[gold]
+        return f"{task.doc_to_text(doc)} {answer}"
+    parts = []
+    for field in ("doc_to_text", "doc_to_target"):
+        if task.get_config(field) is not None:
+            parts.append(str(getattr(task, field)(doc)))
+    return " ".join(parts)
 
 
 def _gold_field(task: Any) -> str:
@@ -67,8 +95,9 @@ def _fields(task: Any) -> list[str]:
     A task that computes its own score may have any target.
     """
     fields = ["doc_to_text"]
-    if task.OUTPUT_TYPE == "multiple_choice" or task.get_config("doc_to_choice") is not None:
-        fields.append("doc_to_choice")
+    has_choices = task.get_config(CHOICES) is not None
+    if has_choices or task.OUTPUT_TYPE == "multiple_choice":
+        fields.append(CHOICES)
     if not callable(task.get_config("process_results")):
         fields.append("doc_to_target")
     return fields
@@ -111,7 +140,10 @@ def _empty_field(render: Callable[[Any], Any], doc: Any, shown: str) -> str | No
         return None
     for field, value in doc.items():
         filled = _filled(value)
-        if filled != value and _count(render, {**doc, field: filled}) < shown.count(EMPTY):
+        if filled == value:
+            continue
+        without_it = _count(render, {**doc, field: filled})
+        if without_it < shown.count(EMPTY):
             return str(field)
     return None
 
@@ -144,7 +176,8 @@ def _check_choices(choices: Any, where: str) -> None:
 def _check_gold(field: str, gold: Any, choices: list[str], where: str) -> None:
     """Refuse a right answer that is not one of the choices; a list names several right ones."""
     is_list = isinstance(gold, list | tuple)
-    for one in gold if is_list else [gold]:
+    answers = gold if is_list else [gold]
+    for one in answers:
         is_index = isinstance(one, int) and 0 <= one < len(choices)
         is_choice = not is_list and isinstance(one, str) and one in choices
         if not is_index and not is_choice:

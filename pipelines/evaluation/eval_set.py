@@ -50,6 +50,10 @@ class EvalSet:
 def prepare(inputs: EvaluateInputs, paths: StagePaths) -> EvalSet:
     """Read what a stage's evaluation section names.
 
+    Args:
+        inputs: the evaluation section, the seed and the number of answers.
+        paths: of the base, the prepared data, the recipe and the working directory.
+
     Raises:
         DataError: a question, a file or a setting is not valid.
         RecipeError: a metric, a command or a task does not exist.

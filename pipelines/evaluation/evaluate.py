@@ -19,14 +19,15 @@ from torch import Tensor
 
 from lora_core.files import atomic_file
 from pipelines.comparison.record_files import write_items
-from pipelines.comparison.record_types import ItemRecord
-from pipelines.comparison.records import left_out, unfinished
+from pipelines.comparison.record_types import ItemRecord, TaskRecord
+from pipelines.comparison.records import left_out, of_type, unfinished
 from pipelines.evaluation.chat import TENSOR, chat_records
 from pipelines.evaluation.eval_set import EvalSet, prepare
 from pipelines.evaluation.generation import answer_records
 from pipelines.evaluation.models import Models
 from pipelines.evaluation.questions import Question, records
 from pipelines.evaluation.scoring import score, score_examples
+from pipelines.evaluation.served import check_served, own_losses
 from pipelines.models.checked import Architecture, CheckedReader
 from pipelines.models.hardware import detect, peak_memory_bytes
 from pipelines.models.verification_cache import VerificationCache, architecture_key
@@ -59,7 +60,8 @@ class Evaluation:
 
     def __init__(self) -> None:
         self.models = Models(detect())
-        self._eval_set: tuple[str, EvalSet] | None = None
+        self._eval_sets: dict[str, EvalSet] = {}
+        """The last one, by the digest of what it depends on."""
 
     def __call__(
         self, folder: Path, inputs: EvaluateInputs, paths: StagePaths
@@ -74,37 +76,59 @@ class Evaluation:
                     paths, inputs.quantization, trust_remote_code=inputs.trust_remote_code
                 )
                 model = stack.enter_context(use)
-            cache, key = VerificationCache(folder), architecture_key(model)
+            cache = VerificationCache(folder)
+            key = architecture_key(model)
             architecture = cache.load(key, Architecture) or Architecture()
             reader = CheckedReader(model, architecture)
             found, files = evaluate(reader, eval_set, folder, timings)
             cache.save(key, architecture)
+            examples = eval_set.examples[: inputs.rescored]
+            own = own_losses(model, examples)
+        served = None
+        if examples:
+            with timings.of("served"):
+                records = of_type(found, TaskRecord)[: len(examples)]
+                served = check_served(model, paths.required("adapter"), examples, records, own)
         write_items(folder / ITEMS, found)
         result = EvaluateResult(
             items=len(found),
             left_out=left_out(found),
             unfinished=unfinished(found),
             forward=reader.verified,
+            served=served,
             peak_memory_bytes=peak_memory_bytes(),
             seconds_of=timings.seconds,
         )
         return result, [ITEMS, *files]
 
     def eval_set(self, inputs: EvaluateInputs, paths: StagePaths) -> EvalSet:
-        """Return the evaluation set of a stage; that of the stage before if it is the same."""
+        """Return the evaluation set of a stage; that of the stage before if it is the same.
+
+        Args:
+            inputs: the settings and the seed.
+            paths: of the base, the data and the recipe; where the model is makes no difference.
+        """
         shared = paths.model_copy(update={"model": None, "adapter": None})
         settings = inputs.evaluation.model_dump(mode="json")
         key = digest([settings, inputs.generations, inputs.seed, shared.plain()])
-        if self._eval_set is None or self._eval_set[0] != key:
-            self._eval_set = key, prepare(inputs, paths)
-        return self._eval_set[1]
+        if key not in self._eval_sets:
+            self._eval_sets = {key: prepare(inputs, paths)}
+        return self._eval_sets[key]
 
 
 def evaluate(
     reader: CheckedReader, eval_set: EvalSet, folder: Path, timings: Timings
 ) -> tuple[list[ItemRecord], list[str]]:
-    """Return the records of a model, and the names of the files that are written with them."""
-    found, files = list[ItemRecord](), list[str]()
+    """Return the records of a model, and the names of the files that are written with them.
+
+    Args:
+        reader: of the model.
+        eval_set: what every model of the comparison is evaluated on.
+        folder: of the stage; gets the distributions at the scored tokens of chats.
+        timings: gets the seconds of each part.
+    """
+    found = list[ItemRecord]()
+    files = list[str]()
     with timings.of("task"):
         found += score_examples(reader, eval_set.examples)
     with timings.of("general"):
@@ -133,7 +157,12 @@ def _write_table(file: Path, table: Tensor) -> None:
 
 
 def scored(reader: CheckedReader, questions: Sequence[Question]) -> Iterator[ItemRecord]:
-    """Yield the record of each question."""
+    """Yield the record of each question.
+
+    Args:
+        reader: of the model.
+        questions: those that are left out get a record with the reason.
+    """
     trees = [question.tree for question in questions if question.left_out is None]
     return records(questions, iter(score(reader, trees)))
 

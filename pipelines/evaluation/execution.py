@@ -49,6 +49,10 @@ Verdict = float | str
 def command(words: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """Return the command with absolute paths of its files, as it runs in another folder.
 
+    Args:
+        words: evaluation.execute of the recipe.
+        folders: searched for the program and for files among the words.
+
     Raises:
         RecipeError: there is no such program, or a word that looks like a path is not a file.
     """

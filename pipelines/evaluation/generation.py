@@ -28,6 +28,25 @@ ANSWERS = "answers"
 
 
 @dataclass(frozen=True)
+class _HeldOutExample:
+    """What a prepared example has of a prompt and its answer."""
+
+    ids: list[int]
+    """Of prompt and answer; truncated if the row is too long."""
+    prompt_tokens: int
+    """Of the complete prompt; 0 without one."""
+    reference: str
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "_HeldOutExample":
+        return cls(row["input_ids"], row["prompt_tokens"], row["reference"])
+
+    @property
+    def has_prompt(self) -> bool:
+        return self.prompt_tokens > 0 and bool(self.reference)
+
+
+@dataclass(frozen=True)
 class HeldOutPrompt:
     """The prompt of a held-out example, and what its answer is compared with."""
 
@@ -77,10 +96,17 @@ def answer_records(
     """Yield, for each example with a prompt, the greedy answer and its scores.
 
     If the prompt is not answered, the record has the reason.
+
+    Args:
+        reader: of the model.
+        tokenizer: the base's.
+        examples: rows of the prepared data, with their columns.
+        config: how answers are generated and scored.
     """
     prompts = []
-    for index, example in enumerate(examples):
-        if example["prompt_tokens"] > 0 and example["reference"]:
+    for index, row in enumerate(examples):
+        example = _HeldOutExample.of(row)
+        if example.has_prompt:
             prompts.append(_prompt(index, example, tokenizer, config))
     answered = [prompt for prompt in prompts if prompt.left_out is None]
     tokens = [prompt.tokens for prompt in answered]
@@ -123,7 +149,8 @@ def generate(
     answers: dict[int, Answer] = {}
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     method = reader.generation(prompts)
-    ending = _Ending(_all_end_tokens(reader.model, tokenizer, end_tokens), tuple(until))
+    ends = all_end_tokens(reader.model, tokenizer, end_tokens)
+    ending = _Ending(ends, tuple(until))
     size = BATCH if method.batched else 1
     with attending_by(reader.model, method.attention):
         for start in range(0, len(order), size):
@@ -196,40 +223,42 @@ class _Until(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
         texts = self.tokenizer.batch_decode(input_ids[:, self.width :], skip_special_tokens=True)
-        ended = [_stop_position(text, self.until) is not None for text in texts]
+        ended = [stop_position(text, self.until) is not None for text in texts]
         return torch.tensor(ended, device=input_ids.device)  # type: ignore[return-value]
 
 
 def _answer(text: str, ended: bool, until: Sequence[str]) -> Answer:
-    position = _stop_position(text, until)
+    position = stop_position(text, until)
     if position is None:
         return Answer(text, ended)
     return Answer(text[:position], ended=True)
 
 
-def _stop_position(text: str, until: Sequence[str]) -> int | None:
+def stop_position(text: str, until: Sequence[str]) -> int | None:
     """Return where the first of several texts begins; None if there is none."""
     positions = [text.index(end) for end in until if end in text]
     return min(positions, default=None)
 
 
-def _all_end_tokens(
+def all_end_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, further: Sequence[int]
 ) -> tuple[int, ...]:
     """Return the tokens that end an answer: those of training, the tokenizer's and the model's."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    settings = model.generation_config
+    own = settings.eos_token_id if settings is not None else None
     of_model = own if isinstance(own, list) else [own]
     named = [*further, tokenizer.eos_token_id, *of_model]
-    return tuple(dict.fromkeys(int(token) for token in named if token is not None))
+    present = [int(token) for token in named if token is not None]
+    return tuple(dict.fromkeys(present))
 
 
-def _reason_to_leave_out(example: Mapping[str, Any], config: GenerationConfig) -> str | None:
+def _reason_to_leave_out(example: _HeldOutExample, config: GenerationConfig) -> str | None:
     """Return why a prompt is not answered; None if it is.
 
     A truncated question has another answer than the complete one.
     """
-    prompt_tokens = example["prompt_tokens"]
-    kept = len(example["input_ids"])
+    prompt_tokens = example.prompt_tokens
+    kept = len(example.ids)
     if prompt_tokens > kept:
         return f"its prompt of {prompt_tokens:,} tokens is truncated to data.max_tokens {kept:,}"
     return too_long(prompt_tokens + config.max_new_tokens, config.context)
@@ -237,19 +266,20 @@ def _reason_to_leave_out(example: Mapping[str, Any], config: GenerationConfig) -
 
 def _prompt(
     index: int,
-    example: Mapping[str, Any],
+    example: _HeldOutExample,
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
 ) -> HeldOutPrompt:
     """Return the prompt of a held-out example that has one."""
-    tokens = example["input_ids"][: example["prompt_tokens"]]
-    reference = example["reference"]
+    tokens = example.ids[: example.prompt_tokens]
+    exact_text = str(tokenizer.decode(tokens))
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     return HeldOutPrompt(
         index=index,
         tokens=tokens,
-        text=str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
-        prompt_sha256=digest([str(tokenizer.decode(tokens)), reference]),
-        reference=reference,
+        text=text.strip(),
+        prompt_sha256=digest([exact_text, example.reference]),
+        reference=example.reference,
         left_out=_reason_to_leave_out(example, config),
     )
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from pipelines.comparison.record_types import ItemRecord, ScoreRecord
 from pipelines.config.sections import LmEvalSection
 from pipelines.errors import DataError, RecipeError, one_line
-from pipelines.evaluation.documents import check_documents
+from pipelines.evaluation.documents import check_documents, document_text
 from pipelines.evaluation.harness_records import document_record
 from pipelines.models.checked import CheckedReader
 from pipelines.paths import find, listed
@@ -45,10 +45,22 @@ class Tasks:
     def names(self) -> list[str]:
         return list(self._tasks)
 
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Yield the task and the text of each document: its question and its right answer."""
+        for name, task in self._tasks.items():
+            for _, document in task.doc_iterator(limit=self._limit):
+                yield name, document_text(task, document)
+
     def records(
         self, reader: CheckedReader, tokenizer: PreTrainedTokenizerBase, context: int | None
     ) -> Iterator[ItemRecord]:
-        """Yield the record of each document of each task; see `load_tasks` for its kind."""
+        """Yield the record of each document of each task; see `load_tasks` for its kind.
+
+        Args:
+            reader: of the model.
+            tokenizer: the base's.
+            context: the model's context length in tokens; None if unknown.
+        """
         from lm_eval.evaluator import evaluate
 
         from pipelines.evaluation.harness_model import PackedModel
@@ -67,13 +79,14 @@ class Tasks:
         for name, task in self._tasks.items():
             samples = found["samples"][name]
             for sample in samples:
-                if sample["filter"] == samples[0]["filter"]:
-                    document = name, sample["doc_id"]
-                    reason = model.left_out.get(document)
-                    record = document_record(name, task, sample, reason)
-                    if isinstance(record, ScoreRecord) and document in model.ended:
-                        record = replace(record, ended=model.ended[document])
-                    yield record
+                if sample["filter"] != samples[0]["filter"]:
+                    continue
+                document = (name, sample["doc_id"])
+                reason = model.left_out.get(document)
+                record = document_record(name, task, sample, reason)
+                if isinstance(record, ScoreRecord) and document in model.ended:
+                    record = replace(record, ended=model.ended[document])
+                yield record
 
 
 def load_tasks(settings: LmEvalSection, seed: int, search_folders: Sequence[Path]) -> Tasks:
@@ -208,7 +221,8 @@ def _check_metrics(name: str, task: Any) -> None:
     metrics: Mapping[str, Any] = {}
     if not callable(task.get_config("process_results")):
         metrics = getattr(task, "_metric_fn_list", {})
-    for kind, functions in (("metric", metrics), ("aggregation of the metric", task.aggregation())):
+    required = {"metric": metrics, "aggregation of the metric": task.aggregation()}
+    for kind, functions in required.items():
         for metric, function in functions.items():
             if function is None:
                 raise RecipeError(

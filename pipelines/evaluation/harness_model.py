@@ -35,6 +35,28 @@ Tokens = dict[tuple[str, bool], list[int]]
 
 
 @dataclass(frozen=True)
+class _LikelihoodRequest:
+    """What a request of a likelihood gives."""
+
+    context: str
+    answer: str
+
+    @classmethod
+    def of(cls, request: Any) -> "_LikelihoodRequest":
+        context, answer = request.args[:2]
+        return cls(context, answer)
+
+    @property
+    def stripped_context(self) -> str:
+        """The context without the blanks at its end, which belong to the answer."""
+        return self.context.rstrip()
+
+    @property
+    def text(self) -> str:
+        return self.context + self.answer
+
+
+@dataclass(frozen=True)
 class _Sequence:
     """A token sequence to score."""
 
@@ -79,16 +101,18 @@ class PackedModel(LM):  # type: ignore[misc]
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return each answer's log-likelihood after its context, and whether it is greedy."""
-        self._encode_pairs(requests)
+        pairs = [_LikelihoodRequest.of(request) for request in requests]
+        self._encode_pairs(pairs)
         evaluated: dict[int, _Sequence] = {}
-        for index, request in enumerate(requests):
-            sequence = self._sequence(*request.args[:2])
-            if not self._is_too_long(request, len(sequence.ids) - 1):
+        for index, pair in enumerate(pairs):
+            sequence = self._sequence(pair)
+            tokens_read = len(sequence.ids) - 1
+            if not self._is_too_long(requests[index], tokens_read):
                 evaluated[index] = sequence
         scores = self._scores(list(evaluated.values()))
         found = [LEFT_OUT] * len(requests)
         for index, one in zip(evaluated, scores, strict=True):
-            found[index] = one.log_likelihood, one.greedy
+            found[index] = (one.log_likelihood, one.greedy)
         return found
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -96,23 +120,26 @@ class PackedModel(LM):  # type: ignore[misc]
         texts = [request.args[0] for request in requests]
         self._encode(texts)
         sequences: list[_Sequence] = []
-        owners = []
+        text_of = list[int]()
         for index, text in enumerate(texts):
-            for before, ids in self._windows(self._tokens_of(text)):
-                unique = str(len(sequences))
-                sequences.append(_Sequence(before + ids, len(before), unique))
-                owners.append(index)
-        likelihoods: list[list[float]] = [[] for _ in texts]
-        for index, one in zip(owners, self._scores(sequences), strict=True):
-            likelihoods[index].append(one.log_likelihood)
-        return [sum(values) for values in likelihoods]
+            windows = self._windows(self._tokens_of(text))
+            for before, ids in windows:
+                unique_context = str(len(sequences))
+                sequences.append(_Sequence(before + ids, len(before), unique_context))
+                text_of.append(index)
+        scores = self._scores(sequences)
+        log_likelihoods = [0.0] * len(texts)
+        for index, one in zip(text_of, scores, strict=True):
+            log_likelihoods[index] += one.log_likelihood
+        return log_likelihoods
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return the greedy answer to each prompt, cut off at the task's stop sequences."""
-        self._encode([request.args[0] for request in requests])
+        contexts = [request.args[0] for request in requests]
+        self._encode(contexts)
         texts = [""] * len(requests)
         for limits, indices in self._group_by_limits(requests).items():
-            prompts = [self._tokens_of(requests[index].args[0]) for index in indices]
+            prompts = [self._tokens_of(contexts[index]) for index in indices]
             answers = generate(
                 self.reader,
                 self.tokenizer,
@@ -123,7 +150,8 @@ class PackedModel(LM):  # type: ignore[misc]
             for index, answer in zip(indices, answers, strict=True):
                 texts[index] = answer.text
                 document = _document(requests[index])
-                self.ended[document] = answer.ended and self.ended.get(document, True)
+                others_ended = self.ended.get(document, True)
+                self.ended[document] = answer.ended and others_ended
         return texts
 
     def _group_by_limits(self, requests: Sequence[Any]) -> "dict[_Limits, list[int]]":
@@ -140,8 +168,10 @@ class PackedModel(LM):  # type: ignore[misc]
     @property
     def _start_token(self) -> int:
         """The token before a text without a context."""
-        own = self.tokenizer.bos_token_id
-        return int(own if own is not None else self.tokenizer.eos_token_id)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None:
+            return int(bos)
+        return int(self.tokenizer.eos_token_id)
 
     def _scores(self, sequences: Sequence[_Sequence]) -> list[Score]:
         """Score token sequences; those with similar contexts are read as one tree."""
@@ -150,8 +180,8 @@ class PackedModel(LM):  # type: ignore[misc]
         groups = list(group_by_prefix(wholes, contexts, TREE_TOKENS))
         trees = []
         for group in groups:
-            starts = [sequences[index].start for index in group]
-            tree = build_prefix_tree([wholes[index] for index in group], starts)
+            members = [sequences[index] for index in group]
+            tree = build_prefix_tree([one.ids for one in members], [one.start for one in members])
             if tree is None:
                 raise DataError(
                     "a document of an lm-eval task has an empty context or answer; "
@@ -159,31 +189,33 @@ class PackedModel(LM):  # type: ignore[misc]
                 )
             trees.append(tree)
         found: dict[int, Score] = {}
-        for group, scores in zip(groups, score(self.reader, trees), strict=True):
+        scores_of_groups = score(self.reader, trees)
+        for group, scores in zip(groups, scores_of_groups, strict=True):
             found |= zip(group, scores, strict=True)
         return [found[index] for index in range(len(sequences))]
 
-    def _encode_pairs(self, requests: Sequence[Any]) -> None:
+    def _encode_pairs(self, pairs: Sequence[_LikelihoodRequest]) -> None:
         """Tokenize the contexts and answers of all requests."""
-        texts, answers = list[str](), list[str]()
-        for request in requests:
-            context, answer = request.args[:2]
-            if context:
-                texts += [context.rstrip(), context + answer]
+        texts = list[str]()
+        answers_alone = list[str]()
+        for pair in pairs:
+            if pair.context:
+                texts += [pair.stripped_context, pair.text]
             else:
-                answers.append(answer)
+                answers_alone.append(pair.answer)
         self._encode(texts)
-        self._encode(answers, special=False)
+        self._encode(answers_alone, special=False)
 
-    def _sequence(self, context: str, answer: str) -> _Sequence:
+    def _sequence(self, pair: _LikelihoodRequest) -> _Sequence:
         """Return the tokens of a context with its answer, and where the answer begins."""
-        if context:
-            start = len(self._tokens_of(context.rstrip()))
-            return _Sequence(self._tokens_of(context + answer), start, context)
-        ids = self._tokens[(answer, False)]
+        if pair.context:
+            context_tokens = self._tokens_of(pair.stripped_context)
+            ids = self._tokens_of(pair.text)
+            return _Sequence(ids, start=len(context_tokens), context=pair.context)
+        ids = self._tokens[(pair.answer, False)]
         if ids[:1] != [self._start_token]:
             ids = [self._start_token, *ids]
-        return _Sequence(ids, 1, context)
+        return _Sequence(ids, start=1, context="")
 
     def _encode(self, texts: Sequence[str], *, special: bool = True) -> None:
         """Cache the tokens of texts; one that has a start token already gets no other."""
@@ -193,14 +225,16 @@ class PackedModel(LM):  # type: ignore[misc]
                 adds_special = special and not self._has_start_token(text)
                 new[adds_special].append(text)
         for adds_special, some in new.items():
-            for text, ids in encode(some, self.tokenizer, special=adds_special).items():
+            encoded = encode(some, self.tokenizer, special=adds_special)
+            for text, ids in encoded.items():
                 self._tokens[(text, special)] = ids
 
     def _tokens_of(self, text: str) -> list[int]:
         return self._tokens[(text, True)]
 
     def _has_start_token(self, text: str) -> bool:
-        return text.startswith(str(self.tokenizer.decode([self._start_token])))
+        start_text = str(self.tokenizer.decode([self._start_token]))
+        return text.startswith(start_text)
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
         windows = get_rolling_token_windows(
@@ -226,4 +260,5 @@ def _document(request: Any) -> tuple[str, int]:
 def _limits(settings: dict[str, Any]) -> _Limits:
     kwargs = normalize_gen_kwargs(settings, LONGEST_ANSWER)
     until = handle_stop_sequences(kwargs["until"], eos=None)
-    return _Limits(int(kwargs["max_gen_toks"]), tuple(text for text in until if text))
+    texts = tuple(text for text in until if text)
+    return _Limits(int(kwargs["max_gen_toks"]), texts)

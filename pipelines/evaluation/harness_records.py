@@ -28,13 +28,16 @@ def document_record(
     Raises:
         RecipeError: the task computes none of its metrics for the document.
     """
-    gold = gold_index(task, sample["doc"]) if scored_by_choice(task) else None
+    gold = None
+    if scored_by_choice(task):
+        gold = gold_index(task, sample["doc"])
     item = _item(name, sample, gold)
     if reason is not None:
         return left_out_record(item, reason)
     if gold is None:
         return _score_record(item, task, sample)
-    likelihoods, greedy = [], []
+    likelihoods = []
+    greedy = []
     for likelihood, is_greedy in _responses(item, sample):
         likelihoods.append(likelihood)
         greedy.append(is_greedy)
@@ -46,26 +49,25 @@ def _item(name: str, sample: Mapping[str, Any], gold: int | None) -> Item:
 
     A mutual-information metric scores each answer without its context as well; those are left out.
     """
-    choices, with_context = list[Choice](), list[Choice]()
+    choices = list[Choice]()
     for arguments in sample["arguments"]:
         context, *answer = map(str, arguments[:2])
-        choice = Choice(context, "".join(answer))
-        choices.append(choice)
-        if context:
-            with_context.append(choice)
+        choices.append(Choice(lead=context, scored="".join(answer)))
+    with_context = [choice for choice in choices if choice.lead]
     return Item(
-        name,
-        f"{name}/{sample['doc_id']}",
-        "",
-        tuple(with_context or choices),
-        gold or 0,
-        "score" if gold is None else "general",
+        benchmark=name,
+        id=f"{name}/{sample['doc_id']}",
+        context="",
+        choices=tuple(with_context or choices),
+        gold=gold or 0,
+        kind="score" if gold is None else "general",
     )
 
 
 def _responses(item: Item, sample: Mapping[str, Any]) -> list[Any]:
     """Return the model's response to each answer of an item."""
-    return [responses[0] for responses in sample["resps"]][: len(item.choices)]
+    answered = sample["resps"][: len(item.choices)]
+    return [responses[0] for responses in answered]
 
 
 def _score_record(item: Item, task: Any, sample: Mapping[str, Any]) -> ScoreRecord | LeftOutRecord:
@@ -103,7 +105,8 @@ def _likelihoods(
         return tuple(round(response, 6) for response in responses), None
     if all(isinstance(response, tuple) for response in responses):
         log_likelihoods = tuple(round(value, 6) for value, _ in responses)
-        return log_likelihoods, tuple(greedy for _, greedy in responses)
+        greedy = tuple(is_greedy for _, is_greedy in responses)
+        return log_likelihoods, greedy
     return None, None
 
 

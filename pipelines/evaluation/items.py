@@ -41,6 +41,14 @@ class Item:
 
 
 def choice_item(benchmark: str, name: str, context: str, answers: Sequence[str], gold: int) -> Item:
-    """Return a question whose answers follow its context after one blank."""
+    """Return a question whose answers follow its context after one blank.
+
+    Args:
+        benchmark: name under which the item is reported.
+        name: of the item; unique within a comparison.
+        context: the text before each answer.
+        answers: of which one is right.
+        gold: index of the right one.
+    """
     choices = tuple(Choice("", f" {answer.strip()}") for answer in answers)
     return Item(benchmark, name, context, choices, gold)

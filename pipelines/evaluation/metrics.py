@@ -52,7 +52,17 @@ def load_metrics(names: Sequence[str], folders: Sequence[Path]) -> dict[str, Met
 def measure(
     metrics: Mapping[str, Metric], answer: str, reference: str, prompt: str
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Return each metric's value, and the error of each metric that failed."""
+    """Return each metric's value, and the error of each metric that failed.
+
+    Args:
+        metrics: by name, see `metrics_of`.
+        answer: of the model, without outer white space.
+        reference: the answer in the data.
+        prompt: that was answered.
+
+    Returns:
+        name → value, and name → error; each metric is in one of them.
+    """
     values: dict[str, float] = {}
     errors: dict[str, str] = {}
     for name, metric in metrics.items():

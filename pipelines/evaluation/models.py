@@ -19,6 +19,7 @@ from lora_core.merging.dequantize import dequantize
 from lora_core.modules import adapter_parts, module_at, replace_module
 from pipelines.models.hardware import Hardware
 from pipelines.models.loading import load_model
+from pipelines.models.renames import weight_renames
 from pipelines.runtime.interfaces.inputs import StagePaths
 
 Layers = dict[str, nn.Module]
@@ -80,7 +81,7 @@ class Models:
     def _adapt(self, model: PreTrainedModel, folder: Path) -> None:
         """Load an adapter over the stored layers, then replace these with the dense ones."""
         _replace(model, self._stored)
-        load_adapter(model, folder)
+        load_adapter(model, folder, renames=weight_renames(model))
         adapted = dict(adapter_parts(model))
         dense = {}
         for name, module in self._dense.items():

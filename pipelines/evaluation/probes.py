@@ -56,9 +56,11 @@ def _existing(name: str, folders: Sequence[Path]) -> Path:
 def _items(path: Path) -> list[Item]:
     items = []
     for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"line {number} of {path}"
-            items.append(_item(_row(line, where), where, benchmark=path.stem, number=number))
+        if not line.strip():
+            continue
+        where = f"line {number} of {path}"
+        row = _row(line, where)
+        items.append(_item(row, where, benchmark=path.stem, number=number))
     if len(items) < MIN_QUESTIONS:
         raise DataError(
             f"probe file {path} has {len(items)} questions; "
@@ -103,16 +105,19 @@ def _item(row: Mapping[str, Any], where: str, *, benchmark: str, number: int) ->
         number: of its line.
     """
     prompt = _filled(row, "prompt", where)
-    if ("choices" in row) == ("answer" in row):
-        found = "both choices and an answer" if "answer" in row else "neither choices nor an answer"
+    has_answer = "answer" in row
+    has_choices = "choices" in row
+    if has_choices == has_answer:
+        found = "both choices and an answer" if has_answer else "neither choices nor an answer"
         raise DataError(f"{where} has {found}; give choices and gold, or an answer")
     name = f"{benchmark}/{number}"
     context = prompt.rstrip()
-    if "answer" in row:
-        choices = _joined(prompt, [_filled(row, "answer", where)])
-        return Item(benchmark, name, context, choices, 0, "answer")
+    if has_answer:
+        answer = _filled(row, "answer", where)
+        return Item(benchmark, name, context, _joined(prompt, [answer]), gold=0, kind="answer")
     choices = _joined(prompt, _choices(row["choices"], where))
-    return Item(benchmark, name, context, choices, _gold(row, len(choices), where))
+    gold = _gold(row, len(choices), where)
+    return Item(benchmark, name, context, choices, gold)
 
 
 def _filled(row: Mapping[str, Any], field: str, where: str) -> str:
@@ -169,6 +174,8 @@ def _joined(prompt: str, answers: Sequence[str]) -> tuple[Choice, ...]:
     between = prompt[len(prompt.rstrip()) :]
     choices = []
     for answer in answers:
-        has_blank = not between and answer[0].isspace()
-        choices.append(Choice("", answer if has_blank else (between or " ") + answer))
+        scored = (between or " ") + answer
+        if not between and answer[0].isspace():
+            scored = answer
+        choices.append(Choice(lead="", scored=scored))
     return tuple(choices)

@@ -46,7 +46,8 @@ def tokenize(
     Raises:
         DataError: an item has nothing to read or nothing to score.
     """
-    plain, chats = list[str](), list[str]()
+    plain = list[str]()
+    chats = list[str]()
     for item in items:
         texts = chats if item.kind == "chat" else plain
         for before, whole in _texts(item):
@@ -96,7 +97,12 @@ def choice_record(
 
 
 def left_out_record(item: Item, reason: str) -> LeftOutRecord:
-    """Return the record of an item that is not evaluated."""
+    """Return the record of an item that is not evaluated.
+
+    Args:
+        item: of any kind.
+        reason: for the report, such as "1,200 tokens exceed the context of 1,024".
+    """
     return LeftOutRecord(
         kind=item.kind,
         id=item.id,
@@ -107,7 +113,13 @@ def left_out_record(item: Item, reason: str) -> LeftOutRecord:
 
 
 def too_long(tokens: int, context: int | None) -> str | None:
-    """Return why so many tokens are left out, or None if they fit into the context."""
+    """Return why so many tokens are left out, or None if they fit into the context.
+
+    Args:
+        tokens: that the model would have to read.
+        context: the model's context length in tokens; None if unknown, and then nothing is too
+            long.
+    """
     if context is None or tokens <= context:
         return None
     return f"{tokens:,} tokens exceed the context of {context:,}"
@@ -129,18 +141,24 @@ def _question(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Question:
     is_text = item.kind == "text"
-    wholes, starts = [], []
+    wholes = []
+    starts = []
     for before, whole in _texts(item):
+        start = len(tokens[before])
+        if is_text:
+            start = 1  # text is scored after its first token
         wholes.append(tokens[whole])
-        starts.append(1 if is_text else len(tokens[before]))  # text is scored after its first token
+        starts.append(start)
     tree = build_prefix_tree(wholes, starts)
     if tree is None:
         raise DataError(f"{item.id} has an empty context or answer; leave it out")
     scored_bytes = len(item.choices[item.gold].scored.encode())
     if is_text:
-        unscored = str(tokenizer.decode(wholes[0][:1], skip_special_tokens=True))
+        first_token = wholes[0][:1]
+        unscored = str(tokenizer.decode(first_token, skip_special_tokens=True))
         scored_bytes -= len(unscored.encode())
-    return Question(item, tree, too_long(tree.context, context), scored_bytes)
+    left_out = too_long(tree.context, context)
+    return Question(item, tree, left_out, scored_bytes)
 
 
 def _record(question: Question, scores: list[Score]) -> ItemRecord:
@@ -148,7 +166,8 @@ def _record(question: Question, scores: list[Score]) -> ItemRecord:
     item = question.item
     if item.kind == "general":
         likelihoods = [score.log_likelihood for score in scores]
-        return choice_record(item, likelihoods, [score.greedy for score in scores])
+        greedy = [score.greedy for score in scores]
+        return choice_record(item, likelihoods, greedy)
     [score] = scores
     if item.kind == "text":
         return PassageRecord(

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from pipelines.data.rendering.token_positions import tokens_before_a_text
+
 
 @dataclass(frozen=True)
 class ScoredAnswer:
@@ -57,33 +59,59 @@ def build_prefix_tree(wholes: Sequence[list[int]], starts: Sequence[int]) -> Tre
     for start, ids in zip(starts, wholes, strict=True):
         if not 0 < start < len(ids):
             return None
-    tokens, depths, ends = list[int](), list[int](), list[int]()
+    growing = _GrowingTree()
     path_of = dict[tuple[int, ...], list[int]]()
-    path, previous = list[int](), tuple[int, ...]()
     for read in sorted({tuple(ids[:-1]) for ids in wholes}):
-        shared = _shared_prefix(previous, read)
-        added = len(read) - shared
-        path = path[:shared] + list(range(len(tokens), len(tokens) + added))
-        tokens += read[shared:]
-        depths += range(shared, len(read))
-        ends += [0] * added
-        for index in path:
-            ends[index] = len(tokens)
-        path_of[read] = path
-        previous = read
+        path_of[read] = growing.add(read)
     answers = []
     for start, ids in zip(starts, wholes, strict=True):
         path = path_of[tuple(ids[:-1])]
-        answers.append(ScoredAnswer(path[start - 1 :], ids[start:]))
-    return Tree(tokens, depths, ends, answers)
+        answers.append(ScoredAnswer(predicts=path[start - 1 :], targets=ids[start:]))
+    return Tree(growing.tokens, growing.depths, growing.ends, answers)
+
+
+class _GrowingTree:
+    """A tree to which token sequences are added in ascending order, so that it is in preorder."""
+
+    def __init__(self) -> None:
+        self.tokens = list[int]()
+        self.depths = list[int]()
+        self.ends = list[int]()
+        self._last = tuple[int, ...]()
+        """The sequence that was added last."""
+        self._path = list[int]()
+        """Indices of its tokens in the tree."""
+
+    def add(self, read: tuple[int, ...]) -> list[int]:
+        """Add the tokens that the last sequence does not share; return the index of each token."""
+        shared = _shared_prefix(self._last, read)
+        first = len(self.tokens)
+        end = first + len(read) - shared
+        self.tokens += read[shared:]
+        self.depths += range(shared, len(read))
+        self.ends += [end] * (end - first)
+        path = self._path[:shared]
+        for index in path:
+            self.ends[index] = end
+        path += range(first, end)
+        self._last = read
+        self._path = path
+        return path
 
 
 def mask(tree: Tree) -> Tensor:
-    """Return who attends to whom, (T, T) of bool: each token to itself and to its ancestors."""
+    """Return who attends to whom, (T, T) of bool: each token to itself and to its ancestors.
+
+    Args:
+        tree: of T tokens in preorder.
+    """
     indices = torch.arange(len(tree.tokens))
-    rows, columns = indices[:, None], indices[None, :]
+    rows = indices[:, None]
+    columns = indices[None, :]
     ends = torch.tensor(tree.ends)[None, :]
-    return (rows >= columns) & (rows < ends)
+    is_at_or_after = rows >= columns
+    is_descendant = rows < ends
+    return is_at_or_after & is_descendant
 
 
 def bin_pack(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
@@ -93,12 +121,16 @@ def bin_pack(trees: Sequence[Tree], tokens: int) -> Iterator[list[int]]:
         trees: to pack.
         tokens: maximum number of tokens in a pack of several trees.
     """
-    group, filled = list[int](), 0
-    for index in sorted(range(len(trees)), key=lambda i: (-len(trees[i].tokens), i)):
-        size = len(trees[index].tokens)
+    group = list[int]()
+    filled = 0
+    sizes = [len(tree.tokens) for tree in trees]
+    longest_first = sorted(range(len(trees)), key=lambda index: (-sizes[index], index))
+    for index in longest_first:
+        size = sizes[index]
         if group and filled + size > tokens:
             yield group
-            group, filled = [], 0
+            group = []
+            filled = 0
         group.append(index)
         filled += size
     if group:
@@ -121,15 +153,20 @@ def group_by_prefix(
     units: dict[str, list[int]] = {}
     for index, context in enumerate(contexts):
         units.setdefault(context, []).append(index)
-    group, filled = list[int](), 0
-    for unit in sorted(units.values(), key=lambda indices: list(wholes[indices[0]])):
+    by_tokens = sorted(units.values(), key=lambda indices: list(wholes[indices[0]]))
+    group = list[int]()
+    filled = 0
+    for unit in by_tokens:
         first = wholes[unit[0]]
         shared = _shared_prefix(wholes[group[0]], first) if group else 0
         added = sum(len(wholes[index]) - shared for index in unit)
-        if group and (2 * shared < len(first) or filled + added > tokens):
+        is_different = 2 * shared < len(first)
+        is_full = filled + added > tokens
+        if group and (is_different or is_full):
             yield group
             added += shared * len(unit)
-            group, filled = [], 0
+            group = []
+            filled = 0
         group = group + unit
         filled += added
     if group:
@@ -144,14 +181,15 @@ def encode(
     Args:
         texts: any number of them.
         tokenizer: the base's.
-        special: let it add special tokens, such as one for the beginning; a chat template has
+        special: add the tokens that it puts before a text, such as BOS; a chat template has
             already added them.
     """
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return {}
-    ids = tokenizer(distinct, add_special_tokens=special).input_ids
-    return dict(zip(distinct, ids, strict=True))
+    prefix = tokens_before_a_text(tokenizer) if special else []
+    all_ids = tokenizer(distinct, add_special_tokens=False).input_ids
+    return {text: prefix + ids for text, ids in zip(distinct, all_ids, strict=True)}
 
 
 def _shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ from pipelines.evaluation.scoring import score_examples
 from pipelines.models.checked import CheckedReader
 from pipelines.models.hardware import detect
 from pipelines.models.loading import load_model
+from pipelines.models.renames import weight_renames
 from pipelines.runtime.child import execute_stage
 from pipelines.runtime.interfaces.inputs import StagePaths, TuneInputs
 from pipelines.runtime.interfaces.kinds import TUNE
@@ -22,7 +23,19 @@ from pipelines.runtime.interfaces.results import TuneResult
 def tuning_loss(
     folder: Path, inputs: TuneInputs, paths: StagePaths
 ) -> tuple[TuneResult, list[str]]:
-    """Return the loss in nats per supervised token."""
+    """Return the loss in nats per supervised token.
+
+    Args:
+        folder: of the stage; nothing is written into it.
+        inputs: how the model is stored.
+        paths: of the trained weights, and of the prepared data with the tuning split.
+
+    Returns:
+        the result, and no files.
+
+    Raises:
+        DataError: there are no tuning examples.
+    """
     split = paths.required("data") / "tuning"
     if not split.is_dir():
         raise DataError(
@@ -32,8 +45,9 @@ def tuning_loss(
     is_trusted = inputs.trust_remote_code
     model = load_model(paths.weights, inputs.quantization, detect(), trust_remote_code=is_trusted)
     if paths.adapter is not None:
-        load_adapter(model, Path(paths.adapter))
-    scored = list(score_examples(CheckedReader(model), list(load_from_disk(str(split)))))
+        load_adapter(model, Path(paths.adapter), renames=weight_renames(model))
+    examples = list(load_from_disk(str(split)))
+    scored = list(score_examples(CheckedReader(model), examples))
     nll = sum(record.nll for record in scored)
     tokens = sum(record.tokens for record in scored)
     return TuneResult(tuning_loss=nll / tokens, examples=len(scored)), []

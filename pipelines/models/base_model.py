@@ -32,6 +32,11 @@ def identify(
 ) -> BaseIdentity:
     """Return a cheap identity of the base before it is loaded, for the key of its stage.
 
+    Args:
+        model_id: `embedded:NAME`, a folder, a GGUF file, or a hub id.
+        revision: of a hub model: a branch, a tag or a commit; None for main.
+        trust_remote_code: the base's own Python code may run.
+
     Raises:
         BaseModelError: nothing exists under that name.
     """
@@ -111,7 +116,14 @@ def _download(model_id: str, revision: str) -> Path:
 
 
 def embedded_file(name: str) -> Path:
-    """Return the GGUF file of an embedded model."""
+    """Return the GGUF file of an embedded model.
+
+    Args:
+        name: a key of EMBEDDED.
+
+    Raises:
+        BaseModelError: there is no such model, or its wheel is not installed.
+    """
     if name not in EMBEDDED:
         raise BaseModelError(
             f"{name!r} is not an embedded model; choose one of {', '.join(EMBEDDED)}"
@@ -127,30 +139,31 @@ def embedded_file(name: str) -> Path:
 
 
 def prepare(folder: Path, inputs: BaseInputs, paths: StagePaths) -> tuple[BaseResult, list[str]]:
-    """Convert the base to Hugging Face format and fingerprint it in full precision."""
+    """Convert the base to Hugging Face format; return its facts, and the files written for it.
+
+    Args:
+        folder: of the stage; gets the dequantized model of a GGUF file.
+        inputs: the base's identity.
+        paths: not used: the identity has the base's name.
+
+    Raises:
+        BaseModelError: the base cannot be found, loaded or read correctly.
+    """
     from lora_core import fingerprint
     from pipelines.models.equivalence import first_look
     from pipelines.models.support import context_tokens
-    from pipelines.models.tokenizer import (
-        load_tokenizer,
-        quiet,
-        template_digest,
-        vocabulary_digest,
-    )
+    from pipelines.models.tokenizer import quiet, template_digest, vocabulary_digest
 
     quiet()
     base = inputs.base
     source = locate(base)
-    files: list[str] = []
+    converted = folder / "model"
     if base.kind == "gguf":
-        model = _dequantize(source, folder / "model")
-        source = folder / "model"
-        tokenizer = load_tokenizer(source)
-        files = [f"model/{path.name}" for path in sorted(source.iterdir())]
+        model, tokenizer = _dequantize(source, converted)
+        source = converted
     else:
         model, tokenizer = _load(source, trust_remote_code=base.trust_remote_code)
     kind, base_digest = fingerprint(model)
-    verified = first_look(model)
     result = BaseResult(
         folder=str(source.resolve()),
         id=base.id,
@@ -158,12 +171,12 @@ def prepare(folder: Path, inputs: BaseInputs, paths: StagePaths) -> tuple[BaseRe
         digests={kind: base_digest},
         tokenizer_sha256=vocabulary_digest(tokenizer),
         template_sha256=template_digest(tokenizer),
-        forward=verified,
+        forward=first_look(model),
         trust_remote_code=base.trust_remote_code,
         weights=sum(parameter.numel() for parameter in model.parameters()),
         context_tokens=context_tokens(model.config),
     )
-    return result, files
+    return result, [f"model/{path.name}" for path in sorted(converted.glob("*"))]
 
 
 def _load(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
@@ -196,6 +209,10 @@ def _load(folder: Path, *, trust_remote_code: bool) -> tuple[Any, Any]:
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Read a base's config.
+
+    Args:
+        folder: of the base.
+        trust_remote_code: the base's own Python code may run.
 
     Raises:
         BaseModelError: it is not readable, its family is unknown to transformers, or its code is
@@ -247,10 +264,16 @@ def _custom_classes(config: dict[str, Any]) -> list[str]:
     return found
 
 
-def _dequantize(file: Path, folder: Path) -> Any:
-    """Read a GGUF file as float32, drop the mark that it was quantized, and save it."""
+def _dequantize(file: Path, folder: Path) -> tuple[Any, Any]:
+    """Read a GGUF file as float32, drop the mark that it was quantized, and save it.
+
+    Returns:
+        the model, and the tokenizer as it is loaded from the folder.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pipelines.models.tokenizer import load_tokenizer
 
     parent = str(file.parent)
     tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file.name)
@@ -263,7 +286,7 @@ def _dequantize(file: Path, folder: Path) -> Any:
     with atomic_folder(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-    return model
+    return model, load_tokenizer(folder)
 
 
 def _revision(source: Path, identity: BaseIdentity) -> str:

@@ -52,7 +52,12 @@ class Architecture(BaseModel, extra="forbid"):
     """Whether no verification rejected the head in closed form."""
 
     def record(self, reader: PackReader, pack: Pack) -> None:
-        """Record that a reader was verified on examples as long as those of a pack."""
+        """Record that a reader was verified on examples as long as those of a pack.
+
+        Args:
+            reader: the one that agreed with the model's own forward.
+            pack: on which it was verified.
+        """
         self.is_packed = self.is_packed and reader.packed
         self.has_linear_head = self.has_linear_head and reader.head is not None
         self.longest[pack.has_trees] = max(self.longest[pack.has_trees], pack.longest)
@@ -74,15 +79,35 @@ class CheckedReader:
         self._reader = PackReader.default(model)
         self._longest = {False: 0, True: 0}
         """Whether a pack has trees → tokens of the longest example that was verified."""
-        self._generation: tuple[int, Generation] | None = None
+        self._generation: Generation | None = None
+        self._generation_tokens = 0
+        """Tokens of the longest prompt for which `_generation` was verified."""
 
     def log_likelihoods(self, pack: Pack, chunk_rows: int) -> tuple[Tensor, Tensor]:
-        """Return the log-likelihood of each target in nats, and whether it is the likeliest."""
+        """Return the log-likelihood of each target in nats, and whether it is the likeliest.
+
+        Args:
+            pack: with N targets; see `check`.
+            chunk_rows: number of positions whose logits exist at the same time.
+
+        Returns:
+            (N,) float32 and (N,) bool.
+
+        Raises:
+            BaseModelError: see `verified_reader`.
+        """
         self.check(pack)
         return self._reader.log_likelihoods(pack, chunk_rows)
 
     def logits(self, pack: Pack) -> Tensor:
-        """Return the logits (N, V) in float32 of the positions that predict."""
+        """Return the logits (N, V) in float32 of the positions that predict.
+
+        Args:
+            pack: with N targets; see `check`.
+
+        Raises:
+            BaseModelError: see `verified_reader`.
+        """
         self.check(pack)
         return self._reader.logits(pack)
 
@@ -93,7 +118,8 @@ class CheckedReader:
             BaseModelError: see `verified_reader`.
         """
         trees = pack.has_trees
-        if pack.longest <= self._longest[trees] or not len(pack.predicts):
+        has_targets = len(pack.predicts) > 0
+        if pack.longest <= self._longest[trees] or not has_targets:
             return
         known = self._architecture.longest[trees]
         is_known = pack.longest <= known
@@ -123,9 +149,10 @@ class CheckedReader:
         """
         longest = max(prompts, key=len)
         shortest = min(prompts, key=len)
-        if self._generation is None or len(longest) > self._generation[0]:
-            self._generation = len(longest), self._verified_generation([shortest, longest])
-        return self._generation[1]
+        if self._generation is None or len(longest) > self._generation_tokens:
+            self._generation = self._verified_generation([shortest, longest])
+            self._generation_tokens = len(longest)
+        return self._generation
 
     @torch.inference_mode()
     def _verified_generation(self, prompts: Sequence[list[int]]) -> Generation:
@@ -156,8 +183,11 @@ class CheckedReader:
         with attending_by(self.model, EAGER):
             for prompt, tokens, log_probabilities in zip(prompts, generated, found, strict=True):
                 own = self._own_log_probabilities(prompt, tokens)
-                difference = float((own - log_probabilities).abs().max())
-                differences.append(math.inf if math.isnan(difference) else difference)
+                distances = (own - log_probabilities).abs()
+                difference = float(distances.max())
+                if math.isnan(difference):
+                    return math.inf
+                differences.append(difference)
         return max(differences)
 
     def _generate_batch(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
@@ -187,8 +217,9 @@ class CheckedReader:
         """Return log-probabilities (generated + 1, V) after a prompt, by the own forward."""
         start = torch.tensor(prompt, device=generated.device)
         ids = torch.cat([start, generated])
-        logits = self.model(input_ids=ids[None]).logits[0]
-        return logits[len(prompt) - 1 :].float().log_softmax(dim=1)  # type: ignore[no-any-return]
+        logits: Tensor = self.model(input_ids=ids[None]).logits[0]
+        after_prompt = logits[len(prompt) - 1 :]
+        return after_prompt.float().log_softmax(dim=1)
 
 
 def excerpt(pack: Pack) -> Pack:
@@ -207,22 +238,32 @@ def excerpt(pack: Pack) -> Pack:
 def shortest(pack: Pack) -> Pack:
     """Return the shortest example of a pack, or two answers of its shortest tree."""
     pieces = [piece for piece in pack.pieces() if len(piece.predicts)]
-    return _some_answers(min(pieces, key=lambda piece: len(piece.input_ids)), 2)
+    smallest = min(pieces, key=lambda piece: len(piece.input_ids))
+    return _some_answers(smallest, 2)
 
 
 def padded(prompts: Sequence[list[int]], *, filler: int, device: str) -> tuple[Tensor, Tensor]:
-    """Return prompts as one batch, padded on the left, and its mask, both (prompts, longest)."""
-    width = len(max(prompts, key=len))
-    ids, mask = [], []
-    for prompt in prompts:
-        missing = width - len(prompt)
-        ids.append([filler] * missing + list(prompt))
-        mask.append([0] * missing + [1] * len(prompt))
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    """Return prompts as one batch, padded on the left, and its mask, both (prompts, longest).
+
+    Args:
+        prompts: tokens of each, at least one prompt.
+        filler: token id of the padding, which the mask hides.
+        device: of both tensors.
+    """
+    width = max(map(len, prompts))
+    shape = (len(prompts), width)
+    ids = torch.full(shape, filler)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt)
+        ids[row, start:] = torch.tensor(prompt)
+        mask[row, start:] = 1
+    return ids.to(device), mask.to(device)
 
 
 def _some_answers(piece: Pack, number: int) -> Pack:
     """Keep the predictions on the longest paths of a segment."""
-    chosen = sorted(piece.paths(), key=lambda path: -len(path.places))[:number]
+    longest_first = sorted(piece.paths(), key=lambda path: -len(path.places))
+    chosen = longest_first[:number]
     rows = torch.cat([path.rows for path in chosen])
     return piece.only(rows.sort().values)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ from pipelines.runtime.memory import is_out_of_memory
 
 MAX_TENSORS = 6
 """Trained tensors whose gradients are compared."""
+NO_PARAMETERS: Mapping[str, nn.Parameter] = MappingProxyType({})
 FIRST_LENGTHS = (6, 16, 4)
 """Tokens of the random examples on which a base is verified before there is any data."""
 
@@ -52,7 +54,7 @@ def verified_reader(
     model: PreTrainedModel,
     probes: Sequence[Probe],
     *,
-    trained: Mapping[str, nn.Parameter] | None = None,
+    trained: Mapping[str, nn.Parameter] = NO_PARAMETERS,
     dtype: torch.dtype | None = None,
 ) -> tuple[PackReader, Verified]:
     """Return the fastest reader that agrees with the model's own forward, and how well it agrees.
@@ -67,7 +69,6 @@ def verified_reader(
         BaseModelError: the model's own forward fails, or reads a token's future.
     """
     started = time.perf_counter()
-    trained = trained or {}
     tolerance = tolerance_of(dtype or model.dtype)
     in_training_mode = bool(trained) and not is_random_in_training(model)
     with _evaluation_mode(model), _autocast(model, dtype):
@@ -128,7 +129,8 @@ class _Reference:
         parameters = list(self.trained.values())
         found = [measure(reader, probe, parameters) for probe in self.probes]
         expected = [one.select(self.compared) for one in self.measurements]
-        return _Attempt(found, compare(expected, [one.select(self.compared) for one in found]))
+        compared = [one.select(self.compared) for one in found]
+        return _Attempt(found, compare(expected, compared))
 
     def bypassed(self, attempt: _Attempt) -> list[str]:
         """Return the trained tensors that affect the loss here and not in an attempt.
@@ -178,13 +180,8 @@ def _first_that_agrees(
             continue
         difference = attempt.difference
         agrees = difference.is_within(tolerance)
-        bypassed = reference.bypassed(attempt)
-        if bypassed and (agrees or not reader.packed):
-            raise BaseModelError(
-                f"base model family {family!r} does not use {len(bypassed)} trained tensors in "
-                f"training mode, among them {bypassed[0]}, and uses them when it is scored; add "
-                "the module's name to lora.exclude_modules"
-            )
+        if agrees or not reader.packed:
+            _refuse_bypassed(reference.bypassed(attempt), family)
         if agrees:
             return _Agreement(reader, attempt, tuple(rejected))
         rejected.append(
@@ -198,11 +195,24 @@ def _first_that_agrees(
     )
 
 
+def _refuse_bypassed(tensors: Sequence[str], family: str) -> None:
+    """Refuse trained tensors that the model uses when it is scored, but not in training mode."""
+    if tensors:
+        raise BaseModelError(
+            f"base model family {family!r} does not use {len(tensors)} trained tensors in "
+            f"training mode, among them {tensors[0]}, and uses them when it is scored; add "
+            "the module's name to lora.exclude_modules"
+        )
+
+
 def combined(found: Sequence[Verified]) -> Verified:
     """Return the result of verifications of one reader on different examples."""
     gradients = [one.gradient_difference for one in found if one.gradient_difference is not None]
-    rejected = [reason for one in found for reason in one.rejected]
-    without_gradient = [name for one in found for name in one.without_gradient]
+    rejected = list[str]()
+    without_gradient = list[str]()
+    for one in found:
+        rejected += one.rejected
+        without_gradient += one.without_gradient
     changes = {
         "examples": sum(one.examples for one in found),
         "longest": max(one.longest for one in found),

@@ -89,7 +89,12 @@ class PackReader:
 
     @classmethod
     def of(cls, model: PreTrainedModel, verified: Verified) -> "PackReader":
-        """Return the reader that a verification of such a model found."""
+        """Return the reader that a verification of such a model found.
+
+        Args:
+            model: of the architecture that was verified.
+            verified: the result of the verification.
+        """
         head = None if verified.own_head else linear_head(model)
         return cls(model, verified.path == PACKED_PATH, head)
 
@@ -115,16 +120,24 @@ class PackReader:
         return F.cross_entropy(rows.float(), pack.targets, reduction="sum")
 
     def log_likelihoods(self, pack: Pack, chunk_rows: int) -> tuple[Tensor, Tensor]:
-        """Return the log-likelihood of each target in nats, and whether it is the likeliest."""
+        """Return the log-likelihood of each target in nats, and whether it is the likeliest.
+
+        Args:
+            pack: with N targets.
+            chunk_rows: number of positions whose logits exist at the same time.
+
+        Returns:
+            (N,) float32 and (N,) bool.
+        """
         rows = self.rows(pack)
         if self.head is not None:
             return self.head.log_likelihoods(rows, pack.targets, chunk_rows)
         chunks = zip(rows.split(chunk_rows), pack.targets.split(chunk_rows), strict=True)
-        likelihoods, greedy = [], []
+        likelihoods = []
+        greedy = []
         for logits, targets in chunks:
-            chunk_likelihoods, chunk_greedy = target_log_likelihoods(
-                logits.float().clone(), targets
-            )
+            overwritten = logits.float().clone()
+            chunk_likelihoods, chunk_greedy = target_log_likelihoods(overwritten, targets)
             likelihoods.append(chunk_likelihoods)
             greedy.append(chunk_greedy)
         return torch.cat(likelihoods), torch.cat(greedy)
@@ -151,7 +164,8 @@ class PackReader:
     def _one_by_one(self, pack: Pack) -> Tensor:
         # one function for all examples: a block that is recomputed must use the same one
         set_attention(self.model, own_attention(self.model, pack.longest))
-        found, order = list[Tensor](), list[Tensor]()
+        found = list[Tensor]()
+        order = list[Tensor]()
         for path in pack.paths():
             ids = pack.input_ids[path.places][None]
             if self.head is None:
@@ -161,7 +175,8 @@ class PackReader:
                 rows = _hidden_states(self.model, input_ids=ids)
             found.append(rows[path.at])
             order.append(path.rows)
-        return torch.cat(found)[torch.cat(order).argsort()]
+        in_pack_order = torch.cat(order).argsort()
+        return torch.cat(found)[in_pack_order]
 
 
 def own_attention(model: PreTrainedModel, tokens: int) -> str:
@@ -170,6 +185,10 @@ def own_attention(model: PreTrainedModel, tokens: int) -> str:
     Eager attention is what transformers defines a family by, but its memory grows with the square
     of the tokens. Long examples are therefore read by PyTorch's kernels if the family offers them.
     These kernels refuse capped scores, and families with sinks do not offer them.
+
+    Args:
+        model: of any family.
+        tokens: of the longest example that is read.
     """
     if tokens <= EAGER_TOKENS:
         return EAGER
@@ -180,7 +199,12 @@ def own_attention(model: PreTrainedModel, tokens: int) -> str:
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
-    """Set the attention function of a language model, if the model lets it be chosen."""
+    """Set the attention function of a language model, if the model lets it be chosen.
+
+    Args:
+        model: changed in place; its multimodal towers keep theirs.
+        name: packed, or one of transformers' names.
+    """
     body = text_body(model)
     if not isinstance(body, PreTrainedModel):
         body = model
@@ -190,7 +214,12 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
 
 @contextmanager
 def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Use another attention function inside a block."""
+    """Use another attention function inside a block.
+
+    Args:
+        model: gets its former attention function back, also after an error.
+        name: packed, or one of transformers' names.
+    """
     before = model.config.get_text_config()._attn_implementation
     try:
         set_attention(model, name)
@@ -200,10 +229,17 @@ def attending_by(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def read_through(model: PreTrainedModel, pack: Pack) -> None:
-    """Push each example of a pack through the model's body, for observers of its layers' inputs."""
+    """Push each example of a pack through the model's body, for observers of its layers' inputs.
+
+    Args:
+        model: without gradients.
+        pack: its examples are read one after the other.
+    """
     for path in pack.paths():
-        set_attention(model, own_attention(model, len(path.places)))
-        _hidden_states(model, input_ids=pack.input_ids[path.places][None])
+        attention = own_attention(model, len(path.places))
+        set_attention(model, attention)
+        ids = pack.input_ids[path.places]
+        _hidden_states(model, input_ids=ids[None])
 
 
 def _hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:

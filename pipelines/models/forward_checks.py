@@ -28,6 +28,12 @@ def measure_reference(
 ) -> list[Measurement]:
     """Measure the probes with the model's own forward, and check that forward.
 
+    Args:
+        own: reads one example at a time, by eager attention, with the model's own logits.
+        probes: packs of examples of the run.
+        tensors: the trained parameters, whose gradients are measured.
+        tolerance: what rounding explains.
+
     Raises:
         BaseModelError: the forward fails, gives a loss that is not finite, or reads the future.
     """

@@ -5,12 +5,15 @@ No other module makes these choices.
 
 import os
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend
 
+from pipelines.config.sections import TrainingDtype
+from pipelines.errors import PipelineError
 from pipelines.runtime.child import WORKER_INDEX
 
 AdamState = Literal["whole", "shared", "replaced"]
@@ -45,11 +48,21 @@ class Hardware:
         """The name of the device in reports."""
         return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "CPU"
 
+    @property
+    def dtype_name(self) -> str:
+        """The name of the dtype in reports."""
+        return str(self.dtype).removeprefix("torch.")
+
     def describe(self, attention: str, optimizer: "Optimizer") -> str:
-        """Return one line for the start of a log."""
+        """Return one line for the start of a log.
+
+        Args:
+            attention: name of the kernel that reads packs.
+            optimizer: which one was chosen, and why.
+        """
         parts = [
             f"device {self.device}",
-            str(self.dtype).removeprefix("torch."),
+            self.dtype_name,
             self.backend,
             f"{attention} attention",
             f"{optimizer.name} ({optimizer.reason})",
@@ -80,8 +93,8 @@ class Optimizer:
 def detect() -> Hardware:
     """Choose for this process from the available hardware.
 
-    bfloat16 is chosen if the hardware multiplies it; a CPU without such units is 30 to 60 times
-    slower in it.
+    bfloat16 is chosen if a GPU multiplies it. A CPU without such units is 30 to 60 times slower in
+    it.
     """
     if not torch.cuda.is_available():
         return Hardware("cpu", torch.float32, "gloo")
@@ -91,6 +104,29 @@ def detect() -> Hardware:
     device = int(index) % torch.cuda.device_count()
     memory = torch.cuda.get_device_properties(device).total_memory
     return Hardware(f"cuda:{device}", dtype, "nccl", memory)
+
+
+def detect_for_training(dtype: TrainingDtype) -> Hardware:
+    """Choose for a process that trains.
+
+    A CPU scores in float32, so that scores are comparable across machines, but it trains in
+    bfloat16 if the recipe says so.
+
+    Args:
+        dtype: the recipe's choice; `auto` is that of `detect`.
+
+    Raises:
+        PipelineError: the GPU has no units for the recipe's dtype.
+    """
+    hardware = detect()
+    if dtype == "auto":
+        return hardware
+    if dtype == "bfloat16" and hardware.dtype is torch.float16:
+        raise PipelineError(
+            f"training.dtype is bfloat16, but {hardware.name} has no units for it; remove the key, "
+            "and it is trained in float16"
+        )
+    return replace(hardware, dtype=getattr(torch, dtype))
 
 
 def choose_optimizer(hardware: Hardware, state: AdamState, full_bytes: int | None) -> Optimizer:
@@ -130,10 +166,9 @@ def attention_kernel(hardware: Hardware, shape: AttentionShape | None) -> str:
     """
     if shape is None:
         return "no"
-    query, key = (
-        torch.empty(1, count, 2, shape.size, dtype=hardware.dtype, device=hardware.device)
-        for count in (shape.heads, shape.key_heads)
-    )
+    empty = partial(torch.empty, dtype=hardware.dtype, device=hardware.device)
+    query = empty(1, shape.heads, 2, shape.size)
+    key = empty(1, shape.key_heads, 2, shape.size)
     is_shared = shape.heads != shape.key_heads
     choice = torch._fused_sdp_choice(
         query.requires_grad_(), key, key, is_causal=True, enable_gqa=is_shared

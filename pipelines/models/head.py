@@ -34,7 +34,12 @@ class Head:
     transform: LogitTransform = PLAIN
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the summed NLL of targets (N,) after hidden states (N, D), in nats."""
+        """Return the summed NLL of targets (N,) after hidden states (N, D), in nats.
+
+        Args:
+            hidden: (N, D) states of the positions that predict.
+            targets: (N,) ids of the next tokens.
+        """
         return linear_cross_entropy(
             hidden, self.weight, targets, bias=self.bias, transform=self.transform
         )
@@ -42,7 +47,16 @@ class Head:
     def log_likelihoods(
         self, hidden: Tensor, targets: Tensor, chunk_rows: int
     ) -> tuple[Tensor, Tensor]:
-        """Return the log-likelihood of each target and whether it is the likeliest."""
+        """Return the log-likelihood of each target and whether it is the likeliest.
+
+        Args:
+            hidden: (N, D) states of the positions that predict.
+            targets: (N,) ids of the next tokens.
+            chunk_rows: number of positions whose logits exist at the same time.
+
+        Returns:
+            (N,) float32 in nats, and (N,) bool.
+        """
         return token_log_likelihoods(
             hidden,
             self.weight,
@@ -74,9 +88,12 @@ def logit_transform(config: PreTrainedConfig) -> LogitTransform:
     for name in DIVISORS:
         scale /= _number(config, name) or 1.0
     caps = [_number(config, name) for name in CAPS]
-    return LogitTransform(scale, min((cap for cap in caps if cap), default=None))
+    present = [cap for cap in caps if cap]
+    return LogitTransform(scale, min(present, default=None))
 
 
 def _number(config: PreTrainedConfig, name: str) -> float | None:
     value = getattr(config, name, None)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)

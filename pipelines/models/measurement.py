@@ -62,13 +62,22 @@ class Difference:
 
 
 def measure(reader: PackReader, probe: Probe, tensors: Sequence[nn.Parameter]) -> Measurement:
-    """Read a probe with one reader, in one pass."""
+    """Read a probe with one reader, in one pass.
+
+    Args:
+        reader: how the pack is read.
+        probe: a pack, and whether its gradients are measured, too.
+        tensors: the trained parameters; their gradients are removed afterwards.
+    """
     if probe.gradient and tensors:
         loss, gradients = _loss_and_gradients(reader, probe.pack, tensors)
         return Measurement([loss], gradients, has_gradients=True)
     with torch.no_grad():
         likelihoods, _ = reader.log_likelihoods(probe.pack, HEAD_ROWS)
-    losses = [float(-likelihoods[path.rows].mean()) for path in probe.pack.paths()]
+    losses = []
+    for path in probe.pack.paths():
+        log_likelihood = likelihoods[path.rows].mean()
+        losses.append(-float(log_likelihood))
     return Measurement(losses, [None] * len(tensors))
 
 
@@ -98,10 +107,10 @@ def _loss_and_gradients(
     A gradient is None if the tensor does not affect the loss, and empty if it is too large to keep.
     """
     collector = _GradientCollector(tensors)
-    hooks = [
-        tensor.register_post_accumulate_grad_hook(partial(collector.take, index))
-        for index, tensor in enumerate(tensors)
-    ]
+    hooks = []
+    for index, tensor in enumerate(tensors):
+        take = partial(collector.take, index)
+        hooks.append(tensor.register_post_accumulate_grad_hook(take))
     try:
         with torch.enable_grad():
             loss = reader.loss(pack)
@@ -115,14 +124,18 @@ def _loss_and_gradients(
 
 
 def compare(expected: Sequence[Measurement], found: Sequence[Measurement]) -> Difference:
-    """Return the largest differences; a value that is not finite differs by infinity."""
+    """Return the largest differences; a value that is not finite differs by infinity.
+
+    Args:
+        expected: by the reference, one measurement for each probe.
+        found: by another reader, of the same probes and tensors.
+    """
     losses: list[float] = []
     gradients: list[float] = []
     for reference, other in zip(expected, found, strict=True):
-        for loss, other_loss in zip(reference.losses, other.losses, strict=True):
-            losses.append(abs(loss - other_loss))
-        for gradient, other_gradient in zip(reference.gradients, other.gradients, strict=True):
-            gradients.append(_relative_distance(gradient, other_gradient))
+        pairs_of_losses = zip(reference.losses, other.losses, strict=True)
+        losses += [abs(loss - other_loss) for loss, other_loss in pairs_of_losses]
+        gradients += map(_relative_distance, reference.gradients, other.gradients)
     return Difference(_largest(losses), _largest(gradients))
 
 
@@ -136,4 +149,6 @@ def _relative_distance(expected: Tensor | None, found: Tensor | None) -> float:
 
 
 def _largest(values: Sequence[float]) -> float:
-    return max((math.inf if math.isnan(value) else value for value in values), default=0.0)
+    if any(map(math.isnan, values)):
+        return math.inf
+    return max(values, default=0.0)

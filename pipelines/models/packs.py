@@ -9,6 +9,10 @@ from torch import Tensor
 
 from lora_core.training.attention import Segment
 
+INPUT_IDS = "input_ids"
+SUPERVISED = "supervised"
+"""Columns of the prepared data that are packed."""
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -126,20 +130,29 @@ def _parent(mask: Tensor, position: int) -> int | None:
 
 
 def pack(examples: Sequence[dict[str, Any]], device: str) -> Pack:
-    """Put examples one after the other into one row."""
-    ids, supervised, positions = list[Tensor](), list[Tensor](), list[Tensor]()
-    segments = []
+    """Put examples one after the other into one row.
+
+    Args:
+        examples: rows with token ids and, for each of them, whether it is supervised. The first
+            token of an example is not supervised, because nothing predicts it.
+        device: of the tensors.
+    """
+    ids = list[Tensor]()
+    supervised = list[Tensor]()
+    positions = list[Tensor]()
+    segments = list[Segment]()
     for example in examples:
-        length = len(example["input_ids"])
-        ids.append(torch.tensor(example["input_ids"]))
-        supervised.append(torch.tensor(example["supervised"]))
-        positions.append(torch.arange(length))
-        segments.append(Segment(length))
+        tokens = example[INPUT_IDS]
+        ids.append(torch.tensor(tokens))
+        supervised.append(torch.tensor(example[SUPERVISED]))
+        positions.append(torch.arange(len(tokens)))
+        segments.append(Segment(len(tokens)))
     input_ids = torch.cat(ids)
+    position_ids = torch.cat(positions)
     targets_at = torch.cat(supervised).nonzero()[:, 0]
     return Pack(
         input_ids=input_ids.to(device),
-        position_ids=torch.cat(positions).to(device),
+        position_ids=position_ids.to(device),
         segments=segments,
         predicts=(targets_at - 1).to(device),
         targets=input_ids[targets_at].to(device),

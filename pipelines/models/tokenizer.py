@@ -13,7 +13,12 @@ CHANGED_TOKENIZER = "tokenizer"
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer in `folder`."""
+    """Load the tokenizer in `folder`.
+
+    Args:
+        folder: of a base, or of a changed tokenizer.
+        trust_remote_code: the base's own Python code may run.
+    """
     quiet()
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code
@@ -22,7 +27,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def tokenizer_folder(base: Path, data: Path) -> Path:
-    """Return the folder of the tokenizer: the prepared data's, if the recipe changed it."""
+    """Return the folder of the tokenizer: the prepared data's, if the recipe changed it.
+
+    Args:
+        base: folder of the base.
+        data: folder of the prepared data.
+    """
     changed = data / CHANGED_TOKENIZER
     return changed if changed.is_dir() else base
 

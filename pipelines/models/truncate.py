@@ -13,7 +13,16 @@ from pipelines.runtime.interfaces.results import CutResult
 
 
 def truncate(folder: Path, inputs: CutInputs, paths: StagePaths) -> tuple[CutResult, list[str]]:
-    """Write adapter/ and return the fraction of the update that is lost, by module."""
+    """Write adapter/ and return the fraction of the update that is lost, by module.
+
+    Args:
+        folder: of the stage; gets the truncated adapter.
+        inputs: the lower rank.
+        paths: of the trained adapter.
+
+    Returns:
+        the result, and the written files relative to `folder`.
+    """
     truncated = folder / "adapter"
     lost = truncate_adapter(paths.required("adapter"), truncated, inputs.rank)
     files = [f"adapter/{path.name}" for path in sorted(truncated.iterdir())]

@@ -48,13 +48,23 @@ class VerificationCache:
         self.folder = stage.absolute().parents[1] / FOLDER
 
     def load(self, key: str, kind: type[Stored]) -> Stored | None:
-        """Return what is stored under a key; None if there is nothing or it is not valid."""
+        """Return what is stored under a key; None if there is nothing or it is not valid.
+
+        Args:
+            key: see `architecture_key` and `training_key`.
+            kind: type of what was stored.
+        """
         with suppress(OSError, ValidationError, UnicodeDecodeError):
             return kind.model_validate_json(self._file(key).read_text())
         return None
 
     def save(self, key: str, value: BaseModel) -> None:
-        """Store a verification under a key."""
+        """Store a verification under a key.
+
+        Args:
+            key: see `architecture_key` and `training_key`.
+            value: replaces what is stored under the key.
+        """
         write_text(self._file(key), value.model_dump_json(indent=2) + "\n")
 
     def _file(self, key: str) -> Path:

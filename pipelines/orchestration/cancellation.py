@@ -2,24 +2,25 @@
 
     cancelled in Prefect        the worker sends SIGTERM, and SIGKILL after 30 s; Cancelled
     flow killed (e.g. memory)   the worker detects it; Crashed
-    worker killed               the kernel sends the flow SIGTERM; Crashed
+    worker killed               the run continues, and follows its state itself; see own_state.py
     Ctrl-C, SIGTERM, scancel    the flow ends in order; Cancelled
     `lora run` killed           the next run, or `lora ui`, reports it to Prefect; Crashed
 
 A run that is started again, also by Retry on its page, resumes from the last checkpoint.
 """
 
-import fcntl
 import os
 import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 from socket import gethostname
-from typing import IO, Any
+from types import FrameType
+from typing import Any
 from uuid import UUID
 
 import psutil
+from filelock import BaseFileLock, FileLock, Timeout
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import ObjectNotFound, TerminationSignal
@@ -27,6 +28,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelled, Crashed
 
 from pipelines.console import print_status
+from pipelines.orchestration.own_state import CancelledByServerError
 from pipelines.runtime import processes
 from pipelines.runtime.child import die_with_parent
 
@@ -37,8 +39,10 @@ CRASHED_MESSAGE = (
     "its process ended without reporting how; run again, it resumes from the last checkpoint"
 )
 CANCELLED_MESSAGE = "ended by a signal; run again, it resumes from the last checkpoint"
-_locks: dict[UUID, IO[bytes]] = {}
-"""Locked files by run, open for the lifetime of this process."""
+WORKER_ENDED = signal.SIGUSR2
+"""What the kernel sends to a run whose worker ends."""
+_locks: dict[UUID, BaseFileLock] = {}
+"""Locks by run, held for the lifetime of this process."""
 USER_INTERRUPTS = (KeyboardInterrupt, TerminationSignal, SystemExit)
 
 
@@ -47,10 +51,19 @@ def started_by_worker() -> bool:
     return FLOW_RUN in os.environ
 
 
-def end_with_worker(flow: Any, flow_run: FlowRun, state: State) -> None:
-    """Have the flow end in order when its worker ends: after that nobody could cancel it."""
+def outlive_worker(flow: Any, flow_run: FlowRun, state: State) -> None:
+    """Let the run continue when its worker ends, which reads its output until then."""
     if started_by_worker():
-        die_with_parent(signal.SIGTERM)
+        signal.signal(WORKER_ENDED, _drop_output)
+        die_with_parent(WORKER_ENDED)
+
+
+def _drop_output(number: int, frame: FrameType | None) -> None:
+    """Write the output nowhere: nobody reads the pipe any longer, so that writing would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def kill_leftover_processes(flow: Any, flow_run: FlowRun, state: State) -> None:
@@ -66,10 +79,20 @@ def kill_leftover_processes(flow: Any, flow_run: FlowRun, state: State) -> None:
     processes.kill(leftovers)
 
 
-def mark_interrupted_run_cancelled(flow: Any, flow_run: FlowRun, state: State) -> None:
-    """Mark a run that its user ended by Ctrl-C or SIGTERM as Cancelled instead of Crashed."""
+def interrupted_by_user() -> bool:
+    """Return, in a hook of a flow, whether a user ended it.
+
+    With Ctrl-C or a signal to `lora run`, or with Cancel when its worker was gone.
+    """
     error = sys.exc_info()[1]  # the engine calls hooks while it handles what ended the flow
-    if started_by_worker() or not isinstance(error, USER_INTERRUPTS):
+    if isinstance(error, CancelledByServerError):
+        return True
+    return isinstance(error, USER_INTERRUPTS) and not started_by_worker()
+
+
+def mark_interrupted_run_cancelled(flow: Any, flow_run: FlowRun, state: State) -> None:
+    """Mark a run that its user ended as Cancelled instead of Crashed."""
+    if not interrupted_by_user():
         return
     print_status(CANCELLED_MESSAGE)
     with get_client(sync_client=True) as client:
@@ -88,8 +111,8 @@ def hold_lock(flow: Any, flow_run: FlowRun, state: State) -> None:
     path = _lock_folder() / str(flow_run.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     hidden = path.with_name(f".{path.name}")  # others must not find it before it is locked
-    lock = hidden.open("wb")
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(hidden)
+    lock.acquire()
     hidden.rename(path)
     _locks[flow_run.id] = lock
 
@@ -102,17 +125,16 @@ def mark_orphaned_runs_crashed(url: str) -> None:
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         for path in files:
             # The run is in progress, belongs to another server, or was handled by another process.
-            with suppress(BlockingIOError, ObjectNotFound, FileNotFoundError):
+            with suppress(Timeout, ObjectNotFound):
                 _mark_crashed_if_orphaned(client, path)
 
 
 def _mark_crashed_if_orphaned(client: SyncPrefectClient, path: Path) -> None:
-    with path.open("r+b") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with FileLock(path, blocking=False):
         run = client.read_flow_run(UUID(path.name))
         if run.state is None or not run.state.is_final():
             client.set_flow_run_state(run.id, Crashed(message=CRASHED_MESSAGE), force=True)
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _lock_folder() -> Path:

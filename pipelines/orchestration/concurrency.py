@@ -2,6 +2,7 @@
 
     gpu:node-a:0    the first GPU of node-a, gpu:node-a:1 the second: rank i computes on the i-th
     cpu:node-a      all cores of a host together, if it has no GPU
+    recipe:NAME     one run of a recipe: another waits, then reuses the results of the first
 
 Each name is a global concurrency limit of 1. The host itself creates a limit when it first trains,
 since only there the GPUs can be counted. An administrator may change it: 0 rejects trainings,
@@ -30,7 +31,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL
 
-from pipelines.errors import PipelineError, StageError, UnreachableError
+from pipelines.errors import PipelineError, StageError, UnreachableError, one_line
 from pipelines.orchestration.local_server import is_server_local
 
 REJECTED = 422
@@ -44,6 +45,15 @@ def slot_names(count: int) -> list[str]:
     """Return the slots of this host's first `count` GPUs, or of its cores if it has no GPU."""
     host = gethostname()
     return [f"gpu:{host}:{gpu}" for gpu in gpus()[:count]] or [f"cpu:{host}"]
+
+
+def recipe_slot(name: str) -> str:
+    """Return the slot of a recipe.
+
+    It takes the place of a limit of the deployment: if the server is away when Prefect renews the
+    lease of such a limit, Prefect ends the run.
+    """
+    return f"recipe:{name}"
 
 
 def gpus() -> list[str]:
@@ -60,6 +70,10 @@ def hold_slots(names: list[str], print_status: Callable[[str], None]) -> Iterato
     """Hold slots for the duration of a block; print a line if another run uses them.
 
     If the server does not answer at the end, the lease expires on its own.
+
+    Args:
+        names: see `slot_names`; nothing is held without any.
+        print_status: prints one line.
 
     Raises:
         PipelineError: the server does not answer or refuses.
@@ -81,7 +95,7 @@ def hold_slots(names: list[str], print_status: Callable[[str], None]) -> Iterato
         except httpx.HTTPError as error:
             print_status(
                 f"the slots of {', '.join(names)} are free in {LEASE_SECONDS} s: the Prefect "
-                f"server does not answer ({error})"
+                f"server does not answer ({one_line(error, with_type=False)})"
             )
 
 
@@ -104,8 +118,9 @@ def _acquire(names: list[str], print_status: Callable[[str], None]) -> ExitStack
 
 
 def _unanswered(error: Exception) -> StageError:
+    reason = one_line(error, with_type=False)
     return StageError(
-        f"the Prefect server gives no slot on this host ({error}); check the server and run again",
+        f"the Prefect server gives no slot on this host ({reason}); check the server and run again",
         kind=UnreachableError.__name__,
     )
 

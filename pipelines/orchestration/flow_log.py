@@ -15,7 +15,8 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from pipelines.console import Row, Throttled, Watch, print_status, progress_line
+from pipelines.console import Row, StepProgress, Throttled, Watch, print_status, progress_line
+from pipelines.errors import one_line
 from pipelines.orchestration.cancellation import started_by_worker
 
 SECONDS_BETWEEN_BARS = 10
@@ -91,12 +92,12 @@ class _ProgressBar:
         if row is None or row is self._drawn:
             return
         try:
-            self._write(100 * row["step"] / row["steps"], progress_line(self.label, row))
+            percent = StepProgress.of(row).percent
+            self._write(percent, progress_line(self.label, row))
         except Exception as error:  # noqa: BLE001 - the training continues, whatever is wrong with a page
             if not self._failed:
-                reason = f"{type(error).__name__}: {error}"
-                text = f"{self.label}: Prefect's page does not show the progress ({reason})"
-                print_status(text, mark="…")
+                text = f"{self.label}: Prefect's page does not show the progress"
+                print_status(f"{text} ({one_line(error)})", mark="…")
             self._failed = True
             return
         self._drawn = row

@@ -11,7 +11,6 @@ closes, which the kernel does however the run ends.
 """
 
 import atexit
-import fcntl
 import os
 import signal
 import socket
@@ -25,11 +24,12 @@ from typing import IO, Any
 
 import httpx
 import uvicorn
+from filelock import FileLock
 from prefect.client.orchestration import get_client
 from prefect.context import refresh_global_settings_context
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, get_current_settings
 
-from pipelines.errors import PipelineError, StageError, UnreachableError
+from pipelines.errors import PipelineError, StageError, UnreachableError, one_line
 
 HOST = "127.0.0.1"
 SECONDS_TO_START = 90
@@ -61,9 +61,10 @@ def prefect_server() -> Iterator[str]:
             raise error
         yield url
     except httpx.HTTPError as error:
+        reason = one_line(error, with_type=False)
         raise StageError(
             f"the Prefect server at {httpx.URL(url).netloc.decode()} does not answer this run "
-            f"({error}); check the server, or unset PREFECT_API_URL to use a local one",
+            f"({reason}); check the server, or unset PREFECT_API_URL to use a local one",
             kind=UnreachableError.__name__,
         ) from error
 
@@ -81,11 +82,10 @@ def _start() -> str:
     home: Path = PREFECT_HOME.value()
     log = home / "server.log"
     with (
-        (home / "starting").open("wb") as lock,
+        FileLock(home / "starting"),
         socket.create_server((HOST, 0)) as listener,
         log.open("ab") as stream,
     ):
-        fcntl.flock(lock, fcntl.LOCK_EX)
         url = f"http://{HOST}:{listener.getsockname()[1]}/api"
         server = _launch(listener, stream)
         _servers.append(server)

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from pipelines.console import print_status
+from pipelines.errors import without_credentials
 from pipelines.orchestration.local_server import HOST, bypass_proxy
 from pipelines.paths import tracking_uri
 
@@ -19,6 +20,8 @@ POLL_SECONDS = 0.5
 LEASE_STORAGE = "prefect.server.concurrency.lease_storage.filesystem"
 LEASES = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASE_STORAGE}
 """By default, Prefect's server loses the leases of slots when it ends; this setting stores them."""
+MODEL_TRAINING = "#/experiments?workflowType=machine_learning"
+"""MLflow's page with the experiments; without this, its home page shows chats."""
 WITHOUT_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 """MLflow's server starts no workers for background jobs, which its pages do not need."""
 
@@ -43,12 +46,12 @@ def serve(
     print_status(f"Prefect  {address}   (export PREFECT_API_URL={url} to deploy to it)")
     commands = [_command("prefect", "server", "start", "--host", HOST, "--port", str(prefect))]
     if store.startswith("http"):
-        print_status(f"MLflow   {store}")
+        print_status(f"MLflow   {without_credentials(store).rstrip('/')}/{MODEL_TRAINING}")
     else:
-        options = ["--backend-store-uri", store, "--host", HOST, "--port", str(mlflow)]
+        options = ["--host", HOST, "--port", str(mlflow)]
         commands.append(_command("mlflow", "server", *options))
-        print_status(f"MLflow   http://{HOST}:{mlflow}")
-    servers = [_start(command) for command in commands]
+        print_status(f"MLflow   http://{HOST}:{mlflow}/{MODEL_TRAINING}")
+    servers = [_start(command, store) for command in commands]
     try:
         if _wait_until_up(url, servers[0]):
             once_up(url)
@@ -67,8 +70,9 @@ def _command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-def _start(command: list[str]) -> "subprocess.Popen[bytes]":
-    environment = {**LEASES, **WITHOUT_JOBS, **os.environ}
+def _start(command: list[str], store: str) -> "subprocess.Popen[bytes]":
+    # An argument with the password of a database would be in the list of processes.
+    environment = {**LEASES, **WITHOUT_JOBS, **os.environ, "MLFLOW_BACKEND_STORE_URI": store}
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
 

@@ -38,7 +38,14 @@ class RecipeChange:
 def traffic(
     model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
 ) -> Traffic:
-    """Return what each rank sends in a step."""
+    """Return what each rank sends in a step.
+
+    Args:
+        model: without weights.
+        setup: method, sharding and number of processes.
+        targets: the adapters'; none for full fine-tuning.
+        inputs: the plan's.
+    """
     return wire_bytes(_weights(model, setup, targets, inputs), _exchange(setup, inputs))
 
 
@@ -73,7 +80,14 @@ def scaling(
 def communication(
     model: nn.Module, setup: Setup, targets: Sequence[Target], inputs: PlanInputs
 ) -> Communication:
-    """Return each method's communicated weights, and how they are communicated."""
+    """Return each method's communicated weights, and how they are communicated.
+
+    Args:
+        model: without weights.
+        setup: for the hardware in question.
+        targets: the adapters'.
+        inputs: the plan's.
+    """
     weights = _weights_by_method(model, setup, targets, inputs)
     return Communication(weights=weights, exchange=_exchange(setup, inputs))
 

@@ -1,5 +1,6 @@
 """Advice for a training that ran out of memory, from the plan's estimates. Imports no torch."""
 
+from pipelines.reporting.formats import short_size
 from pipelines.runtime.interfaces.plan_result import PlanResult, RunCost
 
 NAMED_TERMS = 2
@@ -28,12 +29,12 @@ def what_would_fit(plan: PlanResult, label: str) -> str:
             "control"; for a label that is not in the plan, its adapter of the highest rank is used.
     """
     name, run = _run_of(plan, label)
-    memory = _format_bytes(run.memory_bytes)
+    memory = short_size(run.memory_bytes)
     needs = f"{name} was expected to need {memory} in each process ({_largest_terms(run)})"
     changes = []
     for change in run.less:
         value = _format_value(change.value)
-        less = _format_bytes(change.memory_bytes)
+        less = short_size(change.memory_bytes)
         changes.append(f"{change.setting}: {value} ({less})")
     if not changes:
         return (
@@ -59,7 +60,7 @@ def _largest_terms(run: RunCost) -> str:
     by_size = sorted(memory_terms(run).items(), key=lambda term: -term[1])
     largest = []
     for name, size in by_size[:NAMED_TERMS]:
-        largest.append(f"{name} {_format_bytes(size)}")
+        largest.append(f"{name} {short_size(size)}")
     return ", ".join(largest)
 
 
@@ -73,9 +74,3 @@ def _join_with_or(texts: list[str]) -> str:
     if len(texts) == 1:
         return texts[0]
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
-
-
-def _format_bytes(size: int) -> str:
-    if size >= 1e9:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.0f} MB"

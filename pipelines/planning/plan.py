@@ -52,7 +52,19 @@ GPU_PROCESS_BYTES = 1 << 30
 
 
 def plan(folder: Path, inputs: PlanInputs, paths: StagePaths) -> tuple[PlanResult, list[str]]:
-    """Return targets by kind and rank, each run's memory by term, and the alternatives on GPUs."""
+    """Return targets by kind and rank, each run's memory by term, and the alternatives on GPUs.
+
+    Args:
+        folder: of the stage; nothing is written into it.
+        inputs: the recipe's settings, and what the launch config implies.
+        paths: of the base and of the prepared data.
+
+    Returns:
+        the result, and no files.
+
+    Raises:
+        RecipeError: a target matches nothing, or a rank or a learning-rate ratio has no effect.
+    """
     base = str(paths.required("base"))
     model = meta_model(base, trust_remote_code=inputs.trust_remote_code)
     examples = Examples.read(paths.required("data"))
@@ -89,7 +101,12 @@ def _targets(targets: dict[int, list[Target]], *, use_dora: bool) -> tuple[Targe
 
 
 def meta_model(base: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the model that a folder's config describes, without weights."""
+    """Return the model that a folder's config describes, without weights.
+
+    Args:
+        base: folder of the base.
+        trust_remote_code: run the base's own Python code.
+    """
     config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -117,14 +134,23 @@ def run_setup(inputs: PlanInputs, largest: LargestMicroBatch) -> Setup:
         logit_rows=min(CHUNK_ROWS, max(1, largest.supervised)),
         bucket_weights=launch.bucket_weights,
     )
-    return cpu_setup(setup) if launch.device == "cpu" else gpu_setup(setup)
+    dtype = inputs.training.dtype
+    if launch.device == "cpu":
+        return cpu_setup(setup, compute_bytes=2 if dtype == "bfloat16" else 4)
+    return gpu_setup(setup, compute_bytes=4 if dtype == "float32" else 2)
 
 
-def cpu_setup(setup: Setup) -> Setup:
-    """Return the same training in float32 on a CPU, whose memory is the resident memory."""
+def cpu_setup(setup: Setup, *, compute_bytes: int = 4) -> Setup:
+    """Return the same training on a CPU, whose memory is the resident memory.
+
+    Args:
+        setup: of the training.
+        compute_bytes: 4 in float32, 2 in bfloat16.
+    """
     return replace(
         setup,
-        compute_bytes=4,
+        compute_bytes=compute_bytes,
+        masters=True,
         fused_optimizer=False,
         heap_slack=CPU_HEAP_SLACK,
         mapped_checkpoint=True,
@@ -132,11 +158,16 @@ def cpu_setup(setup: Setup) -> Setup:
     )
 
 
-def gpu_setup(setup: Setup) -> Setup:
-    """Return the same training in bfloat16 on a GPU; fully trained weights have float32 masters."""
+def gpu_setup(setup: Setup, *, compute_bytes: int = 2) -> Setup:
+    """Return the same training on a GPU; fully trained weights have float32 masters.
+
+    Args:
+        setup: of the training.
+        compute_bytes: 4 in float32, 2 in 16 bits.
+    """
     return replace(
         setup,
-        compute_bytes=2,
+        compute_bytes=compute_bytes,
         masters=True,
         fused_optimizer=True,
         heap_slack=1.0,
@@ -146,7 +177,12 @@ def gpu_setup(setup: Setup) -> Setup:
 
 
 def lora_config(settings: LoraSettings, rank: int) -> LoraConfig:
-    """Return the library's config of one rank, from a recipe's lora section."""
+    """Return the library's config of one rank, from a recipe's lora section.
+
+    Args:
+        settings: of all ranks.
+        rank: of this adapter.
+    """
     return LoraConfig(
         r=rank,
         lora_alpha=settings.alpha,
@@ -162,7 +198,15 @@ def lora_config(settings: LoraSettings, rank: int) -> LoraConfig:
 
 
 def check_loraplus_ratio(lora: LoraSettings, targets: list[Target]) -> None:
-    """Reject LoRA+ if it changes no learning rate."""
+    """Reject LoRA+ if it changes no learning rate.
+
+    Args:
+        lora: the recipe's section.
+        targets: of an adapter of any rank.
+
+    Raises:
+        RecipeError: both factors of every target have the same learning rate.
+    """
     only_embeddings = all(target.layer == "embedding" for target in targets)
     if lora.loraplus_ratio != 1 and not lora.use_dora and only_embeddings:
         raise RecipeError(
@@ -186,7 +230,12 @@ class CostEstimator:
         return self._estimate(replace(setup, method="full"), [])
 
     def adapter(self, setup: Setup, targets: list[Target]) -> RunCost:
-        """Return the cost of an adapter."""
+        """Return the cost of an adapter.
+
+        Args:
+            setup: how it is trained.
+            targets: its own, at least one; they have its rank.
+        """
         rank = targets[0].rank
         file_rank = rank
         init_weights = 0

@@ -52,6 +52,10 @@ def targets_by_kind(targets: list[Target], *, use_dora: bool) -> list[TargetKind
     """Group targets by the last part of their name and their shape.
 
     The weights are those of the group, with DoRA's magnitudes.
+
+    Args:
+        targets: of one adapter.
+        use_dora: each target also trains a magnitude for each output.
     """
     groups: dict[tuple[str, int, int], list[Target]] = {}
     for target in targets:

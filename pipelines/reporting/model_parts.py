@@ -42,7 +42,12 @@ def rank_of(point: FrontierPoint) -> int:
 
 
 def effect_of(model: ModelSummary, name: EffectName) -> Effect | None:
-    """Return an effect on a model; None if the model does not have it."""
+    """Return an effect on a model; None if the model does not have it.
+
+    Args:
+        model: the model's entry in the summary.
+        name: which of the two effects.
+    """
     return model.change if name == "change" else model.total
 
 

@@ -19,7 +19,7 @@ from pipelines.reporting.model_parts import (
     training_of,
     verified_readers,
 )
-from pipelines.reporting.report_metrics import ReportMetric, general_change_by
+from pipelines.reporting.report_metrics import MIN_ANSWERS, ReportMetric, general_change_by
 
 RECIPE = "recipe.yaml"
 """Name of the recipe among the artifacts of the MLflow run."""
@@ -48,7 +48,12 @@ class TriedRate:
 
 
 def verified(summary: Summary, label: str | None = None) -> list[tuple[str, str]]:
-    """Return how training and scoring were verified: name and result, of all models or of one."""
+    """Return how training and scoring were verified: name and result, of all models or of one.
+
+    Args:
+        summary: of the comparison.
+        label: of one model; None for all.
+    """
     rows = []
     for name, checks in summary.forward.items():
         if label in (None, name):
@@ -88,7 +93,12 @@ def _effect_cells(separated: Mapping[str, Effect | None]) -> list[EffectCell]:
 
 
 def models_with(effect: EffectName, models: Models) -> dict[str, ModelSummary]:
-    """Return the base, with which models are compared, and every model with an effect."""
+    """Return the base, with which models are compared, and every model with an effect.
+
+    Args:
+        effect: by training, or in total.
+        models: the entries of the summary, by label.
+    """
     found = {}
     for label, model in models.items():
         if label == BASE or effect_of(model, effect) is not None:
@@ -99,20 +109,59 @@ def models_with(effect: EffectName, models: Models) -> dict[str, ModelSummary]:
 def benchmark_change(
     model: ModelSummary, effect: EffectName, benchmark: str
 ) -> BenchmarkChange | None:
-    """Return the change on a benchmark; None without the effect, or if it was not compared."""
+    """Return the change on a benchmark; None without the effect, or if it was not compared.
+
+    Args:
+        model: the model's entry in the summary.
+        effect: by training, or in total.
+        benchmark: name of a benchmark or of a task.
+    """
     found = effect_of(model, effect)
     return None if found is None else found.benchmarks.get(benchmark)
 
 
-def count_clear_changes(metric: ReportMetric, models: Models) -> tuple[int, int]:
-    """Return how many intervals of the trained models exclude zero, and how many there are."""
-    intervals = []
-    for model in models.values():
+def is_clear_change(summary: Summary, metric: ReportMetric, change: Interval) -> bool:
+    """Return whether a change excludes zero, and was measured on enough items to say so.
+
+    Args:
+        summary: of the comparison.
+        metric: that changed.
+        change: of one model.
+    """
+    answers = summary.recipe.evaluation.generations
+    return is_clear(change) and not (metric.is_of_answers and answers < MIN_ANSWERS)
+
+
+def count_clear_changes(summary: Summary, metric: ReportMetric) -> tuple[int, int]:
+    """Return how many changes of the trained models are clear, and how many there are."""
+    clear = 0
+    changes = 0
+    for model in summary.models.values():
         change = metric.change(model)
         if model.training is not None and change is not None:
-            intervals.append(change)
-    clear = sum(map(is_clear, intervals))
-    return clear, len(intervals)
+            changes += 1
+            clear += is_clear_change(summary, metric, change)
+    return clear, changes
+
+
+def champion_first(summary: Summary, models: Models) -> dict[str, ModelSummary]:
+    """Return models with the champion first, then the recommended adapter and the candidate."""
+    recommended = summary.recommended.label if summary.recommended else None
+    first = [summary.champion, recommended, summary.candidate]
+    order = [label for label in first if label is not None and label in models]
+    return {label: models[label] for label in dict.fromkeys([*order, *models])}
+
+
+def common_rules(summary: Summary) -> list[str]:
+    """Return the names of the gate's rules that every adapter passes; none for one adapter."""
+    adapters = list(summary.adapters.values())
+    passed = [
+        {rule.name for rule in judgment_of(model).verdict.rules if rule.status == "pass"}
+        for model in adapters
+    ]
+    if len(adapters) < 2:
+        return []
+    return sorted(set.intersection(*passed))
 
 
 def accuracy_text(accuracy: float | None) -> str:
@@ -169,7 +218,12 @@ def power_table(summary: Summary) -> dict[str, dict[str, Power | None]]:
 
 
 def training_method(summary: Summary, label: str) -> str:
-    """Return how a model was trained, and over which base."""
+    """Return how a model was trained, and over which base.
+
+    Args:
+        summary: of the comparison.
+        label: of a trained model in it.
+    """
     recipe = summary.recipe
     rank = training_of(summary.models[label]).rank
     if label == CONTROL:

@@ -20,15 +20,18 @@ from lora_core.files import write_text
 from pipelines.comparison.comparison import BASE, QUANTIZED_BASE
 from pipelines.comparison.document import ModelSummary, Summary
 from pipelines.comparison.resampling import Interval
+from pipelines.config.alias_names import CHAMPION, PROPOSED
 from pipelines.reporting import formats, item_records, page_sections, words
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
 from pipelines.reporting.model_parts import against_base, status_of
-from pipelines.reporting.plots.frontier_plot import plot_frontier
+from pipelines.reporting.origin import RunOrigin
+from pipelines.reporting.plots.frontier_plot import outside, plot_frontier
 from pipelines.reporting.plots.loss_curves import loss_curves, plot_losses
 from pipelines.reporting.plots.rank_plot import plot_ranks
 from pipelines.reporting.plots.strips import SHADES, Strip, strips
 from pipelines.reporting.plots.trajectories import trajectories
 from pipelines.reporting.report_metrics import (
+    MIN_ANSWERS,
     benchmark_score,
     general_change,
     report_metrics,
@@ -39,7 +42,7 @@ from pipelines.runtime.interfaces.results import TrainResult
 NOTHING = "–"
 COLORS = {"pass": "green", "reject": "red", "can't tell": "yellow"}
 PAGE = Path(__file__).parent / "page"
-FILTERS = ("signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
+FILTERS = ("minus_signs", "signed", "number", "ends", "duration", "p_value", "is_clear", "rate")
 """Functions of `formats` that the templates use."""
 Value = TypeVar("Value")
 
@@ -161,12 +164,13 @@ def _markdown_row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def write_html(summary: Summary, path: Path) -> None:
+def write_html(summary: Summary, path: Path, origin: RunOrigin | None = None) -> None:
     """Write the complete comparison as one page that needs no other file.
 
     Args:
         summary: sample answers are read from the item files that it names.
         path: the .html file; replaced once the new page is complete.
+        origin: who ran it, when and where; None leaves that out.
     """
     found = trajectories(summary)
     frontier = plot_frontier(summary) if found else ""
@@ -174,6 +178,8 @@ def write_html(summary: Summary, path: Path) -> None:
     template = _environment().get_template("report.html.jinja")
     page = template.render(
         summary=summary,
+        origin=origin,
+        min_answers=MIN_ANSWERS,
         columns=COLUMNS,
         words=words,
         sections=page_sections,
@@ -187,6 +193,7 @@ def write_html(summary: Summary, path: Path) -> None:
         shades=SHADES,
         samples=item_records.samples(summary),
         plot_frontier=frontier,
+        outside=outside(summary) if found else [],
         plot_ranks=plot_ranks(summary),
         loss_curves=losses,
         plot_losses=plot_losses(losses),
@@ -236,11 +243,12 @@ def _remarks(summary: Summary) -> list[str]:
 
 def _rows(summary: Summary) -> list[tuple[str, list[str]]]:
     """Return label and cells of each model."""
+    role = PROPOSED if summary.recipe.registry.promote == "propose" else CHAMPION
     rows = []
     for label, model in summary.models.items():
         cells = []
         for column in COLUMNS:
-            mark = ", champion" if column.is_text and label == summary.champion else ""
+            mark = f", {role}" if column.is_text and label == summary.champion else ""
             cells.append(column.text(model) + mark)
         rows.append((label, cells))
     return rows

@@ -17,6 +17,10 @@ from pipelines.reporting.model_parts import EffectName, effect_of
 Models = Mapping[str, ModelSummary]
 
 
+MIN_ANSWERS = 20
+"""Intervals of fewer answers are not called clear: resamples of a few items barely differ."""
+
+
 def _not_measured(measured: object) -> None:
     """Stand in for what a metric does not have."""
 
@@ -52,6 +56,11 @@ class ReportMetric:
         found = effect_of(model, effect)
         return None if found is None else self.compare(found)
 
+    @property
+    def is_of_answers(self) -> bool:
+        """Return whether it is computed from generated answers."""
+        return self.name.startswith("generation.")
+
     def format(self, value: float) -> str:
         """Return a value as text."""
         digits = {"count": 0, "of 100": 1}.get(self.unit, 3)
@@ -71,6 +80,10 @@ def general_change(model: ModelSummary, effect: EffectName = "change") -> Interv
     """Return the change of general abilities.
 
     It is the change of choice probability, or of accuracy if no question has choices.
+
+    Args:
+        model: the model's entry in the summary.
+        effect: by training, or in total.
     """
     found = effect_of(model, effect)
     return None if found is None else general_change_by(found)

@@ -139,7 +139,12 @@ def control_name(summary: Summary) -> str:
 
 
 def learning_rate(summary: Summary, label: str) -> float | None:
-    """Return the peak learning rate of a model's training; None if the model was not trained."""
+    """Return the peak learning rate of a model's training; None if the model was not trained.
+
+    Args:
+        summary: of the comparison.
+        label: of any model in it.
+    """
     if label == CONTROL:
         return summary.control.chosen
     if summary.models[label].training is None:

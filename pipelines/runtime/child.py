@@ -14,7 +14,14 @@ from errno import ENOSPC
 from pathlib import Path
 
 from lora_core.errors import LoraError
-from pipelines.errors import PipelineError, StageError, no_space, one_line, record_error
+from pipelines.errors import (
+    PipelineError,
+    StageError,
+    no_space,
+    one_line,
+    record_error,
+    without_credentials,
+)
 from pipelines.runtime.interfaces.inputs import StagePaths
 from pipelines.runtime.interfaces.kinds import Inputs, Result, StageKind
 from pipelines.runtime.stage import read_inputs, read_result, write_result
@@ -36,6 +43,10 @@ def execute_stage(kind: StageKind[Inputs, Result], work: Work[Inputs, Result]) -
     """Run `work` on the stage folder named on the command line, and write its result.
 
     If the inputs are invalid, print one sentence and exit with status 2.
+
+    Args:
+        kind: of the stage, with the types of its inputs and result.
+        work: does the work of one stage.
     """
     die_with_parent()
     _execute(kind, work, Path(sys.argv[1]))
@@ -47,6 +58,10 @@ def execute_stages(kind: StageKind[Inputs, Result], work: Work[Inputs, Result]) 
     A finished stage is skipped, so an interrupted batch loses only the running stage. After an
     error that the user can fix, the batch continues, and the exit status is 2. Any other error is
     recorded in its stage's folder as well, and ends the batch with a traceback.
+
+    Args:
+        kind: of the stages, with the types of their inputs and results.
+        work: does the work of one stage; may keep what the next one shares.
     """
     die_with_parent()
     failed = False
@@ -91,7 +106,7 @@ class errors_recorded:
             error = PipelineError(no_space(self.folder))
         if isinstance(error, (PipelineError, LoraError)):
             self._record(error)
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {without_credentials(str(error))}", file=sys.stderr)
             sys.exit(USER_ERROR)
         if isinstance(error, Exception):
             failure = f"{self.folder} failed{_on_rank()} with {one_line(error)}"
@@ -109,15 +124,20 @@ def _on_rank() -> str:
     return f" on rank {os.environ['RANK']}"
 
 
-def die_with_parent(by: signal.Signals = signal.SIGKILL) -> None:
+def die_with_parent(by: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
     """Have the Linux kernel send this process a signal when its parent ends for any reason.
 
-    Also check that the run which started the stage still exists: it may have ended before this
-    call.
+    The parent, and the run which started the stage, may have ended before this call; then this
+    process ends at once.
+
+    Args:
+        by: the signal.
+        parent: process id of the parent, as far as it is known.
     """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
     run = os.environ.get(PARENT)
-    if run is not None and not Path(f"/proc/{run}").exists():
+    is_orphan = parent is not None and os.getppid() != parent
+    if is_orphan or (run is not None and not Path(f"/proc/{run}").exists()):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,11 +1,13 @@
 """Heartbeats: each rank writes its progress to a small file, to show which rank blocks.
 
     <stage>/ranks/rank-1.json
-    {"rank": 1, "host": "node-b", "step": 7, "phase": "backward", "beats": 412}
+    {"rank": 1, "host": "node-b", "process": 4711, "step": 7, "phase": "backward", "beats": 412}
 
 A rank that waits for others is in the phase `communication`; the rank that they wait for is in
-another phase or in an earlier step. A stall is detected from the number of heartbeats alone, so
-neither a clock that jumps nor two hosts with different clocks look like a stall. Imports no torch.
+another phase or in an earlier step. A rank that waits inside DeepSpeed is in the phase that called
+it, and is listed together with the rank that it waits for. A stall is detected from the number of
+heartbeats alone, so neither a clock that jumps nor two hosts with different clocks look like a
+stall. Imports no torch.
 """
 
 import os
@@ -27,6 +29,8 @@ class Heartbeat(Values):
 
     rank: int
     host: str
+    process: int
+    """Its id on the host."""
     step: int
     phase: str
     beats: int
@@ -45,10 +49,20 @@ class HeartbeatWriter:
         self._beats = 0
 
     def beat(self, step: int, phase: str) -> None:
-        """Record the step and the phase that the rank starts."""
+        """Record the step and the phase that the rank starts.
+
+        Args:
+            step: number of the current optimizer step, from 1; 0 before the first.
+            phase: of the step, such as backward.
+        """
         self._beats += 1
         heartbeat = Heartbeat(
-            rank=self._rank, host=self._host, step=step, phase=phase, beats=self._beats
+            rank=self._rank,
+            host=self._host,
+            process=os.getpid(),
+            step=step,
+            phase=phase,
+            beats=self._beats,
         )
         os.pwrite(self._file, heartbeat.model_dump_json().encode().ljust(WIDTH), 0)
 
@@ -60,12 +74,17 @@ class StallDetector:
     folder: Path
     """Folder of the stage."""
     _last_beats: dict[int, int] = field(default_factory=dict)
-    _since: float = field(default_factory=time.monotonic)
+    _since: float = field(default_factory=lambda: time.monotonic())
+
+    @property
+    def has_started(self) -> bool:
+        """Return whether a rank has made progress since this object was created."""
+        return bool(self._last_beats)
 
     def stalled_seconds(self) -> float:
-        """Return for how many seconds no rank has made progress."""
+        """Return for how many seconds no rank has made progress, or the run has been starting."""
         beats = {beat.rank: beat.beats for beat in read_heartbeats(self.folder)}
-        if beats != self._last_beats or not beats:
+        if beats != self._last_beats:
             self._last_beats = beats
             self._since = time.monotonic()
         return time.monotonic() - self._since
@@ -99,6 +118,10 @@ def note(folder: Path, text: str) -> None:
     """Write a line for the parent to print.
 
     The log gets it too, and is the only place if the disk is full.
+
+    Args:
+        folder: of the stage.
+        text: one line.
     """
     print(text, flush=True)
     with suppress(OSError), (folder / NOTES).open("a", encoding="utf-8") as stream:
@@ -106,7 +129,12 @@ def note(folder: Path, text: str) -> None:
 
 
 def read_notes(folder: Path, after: int) -> list[str]:
-    """Return the notes after the first `after`."""
+    """Return the notes after the first `after`.
+
+    Args:
+        folder: of the stage.
+        after: number of notes that are known already.
+    """
     path = folder / NOTES
     if not path.is_file():
         return []

@@ -31,6 +31,7 @@ from pipelines.runtime.interfaces.values import Values
 from pipelines.runtime.monitor import StallMonitor
 from pipelines.runtime.sharding import LaunchConfig
 from pipelines.runtime.stage import Stage
+from pipelines.runtime.warm_up import ensure_compiled
 
 CALL = "call.json"
 MAIN_ADDRESS = "LORA_MAIN_ADDRESS"
@@ -81,6 +82,7 @@ def train(
     abort_after = settings.timeout_seconds + BACKEND_SECONDS
     stall_monitor = StallMonitor(settings.stall_seconds, abort_after, report)
     threads = launcher.threads_each(settings.processes // settings.machines)
+    _prepare_engine(settings.config)
     with calling_hosts(settings, stage.begin()) as arguments:
         argv = launcher.accelerate_argv(
             settings.config, settings.processes, stage.folder, arguments
@@ -90,9 +92,20 @@ def train(
         )[0]
 
 
+def _prepare_engine(config: str) -> None:
+    """Compile what the engine of a launch config needs on this host."""
+    launch = LaunchConfig.read(config)
+    if launch.on_cpu and launch.deepspeed:
+        ensure_compiled()
+
+
 @contextmanager
 def calling_hosts(settings: LaunchSection, folder: Path) -> Iterator[Sequence[str]]:
     """Call other hosts to a training during a block; yield this host's launcher arguments.
+
+    Args:
+        settings: launch config, and numbers of processes and hosts.
+        folder: of the stage, which all hosts can read.
 
     Raises:
         PipelineError: there are other hosts, but LORA_MAIN_ADDRESS does not name this one.
@@ -127,7 +140,15 @@ def _count(path: Path, call: Call, is_over: threading.Event) -> None:
 
 
 def host_arguments(call: Call, machine: int) -> list[str]:
-    """Return a host's rank among the hosts, as arguments of accelerate's launcher."""
+    """Return a host's rank among the hosts, as arguments of accelerate's launcher.
+
+    Args:
+        call: of the first host.
+        machine: index of this host, 0 for the first.
+
+    Raises:
+        PipelineError: LORA_MAIN_ADDRESS is not a host and a port.
+    """
     address = os.environ.get(MAIN_ADDRESS)
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit():
@@ -172,7 +193,12 @@ class JoiningHost:
         return call.count != first_count
 
     def is_over(self, folder: Path, attempt: str) -> bool:
-        """Return whether a call was deleted or replaced, or stopped counting GONE_SECONDS ago."""
+        """Return whether a call was deleted or replaced, or stopped counting GONE_SECONDS ago.
+
+        Args:
+            folder: of the stage.
+            attempt: identifies the call.
+        """
         count = self._current_count(folder, attempt)
         if count is None:
             return True
@@ -189,11 +215,17 @@ class JoiningHost:
         return None
 
     def join(self, folder: Path, call: Call) -> int:
-        """Run this host's ranks until the training ends; return their exit status."""
+        """Run this host's ranks until the training ends; return their exit status.
+
+        Args:
+            folder: of the stage; gets this host's log.
+            call: of the first host.
+        """
         argv = launcher.accelerate_argv(
             call.config, call.processes, folder, host_arguments(call, self.machine)
         )
         self.report(f"joining {folder.name}")
+        _prepare_engine(call.config)
         with (folder / f"log-{self.machine}.txt").open("ab") as log:
             status = launcher.run_joined_ranks(
                 argv,

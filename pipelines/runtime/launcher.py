@@ -5,7 +5,6 @@ folder is locked while the child runs, so a second run of the same recipe fails 
 instead of interfering.
 """
 
-import fcntl
 import os
 import shutil
 import signal
@@ -18,13 +17,15 @@ from pathlib import Path
 from typing import IO
 
 import yaml
+from filelock import FileLock, Timeout
 
 from pipelines.console import Watch
 from pipelines.errors import EndedError, RecipeError, StageError, no_space, recorded_error
 from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
-from pipelines.runtime.interfaces.kinds import TRAIN, Inputs, Result
+from pipelines.runtime.forked_child import Child, ForkServer, ForkServerError, sees_gpu
+from pipelines.runtime.interfaces.kinds import KINDS, TRAIN, Inputs, Result
 from pipelines.runtime.monitor import POLL_SECONDS, StallMonitor, follow
-from pipelines.runtime.processes import GRACE_SECONDS, end, kill_leftovers
+from pipelines.runtime.processes import GRACE_SECONDS, SESSION, end, kill_leftovers
 from pipelines.runtime.stage import LOG, Stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -39,8 +40,18 @@ too."""
 SINGLE_HOST = ("--main_process_port", "0")
 """Arguments of accelerate's launcher if one host trains: any free port."""
 
-_running: "set[subprocess.Popen[bytes]]" = set()
+ACCELERATE = "accelerate.commands.launch"
+LOCAL_RANKS = "pipelines.runtime.local_ranks"
+"""Takes the arguments of accelerate's launcher, and forks the ranks. Imports torch."""
+
+QUANTIZATION = ("bitsandbytes", "transformers.integrations.bitsandbytes")
+"""What a stage with a base in 4 bits imports."""
+
+_running: set[Child] = set()
 """Running children of all threads: an interrupted run ends those that other threads wait for."""
+
+_server = ForkServer([LOCAL_RANKS, *(kind.module for kind in KINDS.values() if kind is not TRAIN)])
+"""Forks stages where no GPU is visible."""
 
 
 def stage_argv(stages: Sequence[Stage[Inputs, Result]]) -> list[str]:
@@ -59,7 +70,8 @@ def accelerate_argv(
         folder: folder of the stage.
         host_arguments: this host's rank among the hosts, as arguments of accelerate's launcher.
     """
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    can_fork = host_arguments == SINGLE_HOST and not sees_gpu(os.environ)
+    launch = [sys.executable, "-m", LOCAL_RANKS if can_fork else ACCELERATE]
     file = str(config_file(config))
     launch += ["--config_file", file, *_deepspeed_arguments(config)]
     launch += ["--num_processes", str(processes), *host_arguments]
@@ -91,7 +103,15 @@ def config_file(name: str) -> Path:
 
 
 def ensure_result(stage: Stage[Inputs, Result], *, threads: int) -> Result:
-    """Return the result of a single-process stage; run the stage first if it is not done."""
+    """Return the result of a single-process stage; run the stage first if it is not done.
+
+    Args:
+        stage: runs in one child process.
+        threads: of that process.
+
+    Raises:
+        StageError: the stage failed; see `run_child`.
+    """
     result = stage.result()
     if result is not None:
         return result
@@ -128,9 +148,13 @@ def run_child(
             locks.enter_context(_locked(stage.folder))
             kill_leftovers(stage.folder)
         log = locks.enter_context((stages[0].folder / LOG).open("ab"))
-        with _started(argv, log, _environment(threads, worker_index)) as child:
+        environment = _environment(threads, worker_index)
+        with _started(argv, log, environment, _libraries(stages)) as child:
+            for stage in stages:
+                (stage.folder / SESSION).write_text(str(child.pid))
             follow(child, stages[0].folder, watch=watch, stall_monitor=stall_monitor)
-    return [_outcome(stage, stages[0].folder / LOG, child.returncode) for stage in stages]
+        status = child.wait()
+    return [_outcome(stage, stages[0].folder / LOG, status) for stage in stages]
 
 
 def run_joined_ranks(
@@ -139,6 +163,13 @@ def run_joined_ranks(
     """Run this host's ranks of another host's training; return their exit status.
 
     Once `until` returns True, the ranks have GRACE_SECONDS to end.
+
+    Args:
+        argv: the launcher's command.
+        log: gets its output.
+        threads: for each rank.
+        on_cpu: hide GPUs from the ranks.
+        until: returns whether the training is over on the first host.
     """
     environment = _environment(threads)
     if on_cpu:
@@ -148,12 +179,20 @@ def run_joined_ranks(
             time.sleep(POLL_SECONDS)
         with suppress(subprocess.TimeoutExpired):
             child.wait(GRACE_SECONDS)
-    return int(child.returncode)
+    return child.wait()
 
 
 def threads_each(processes: int) -> int:
-    """Divide this machine's cores among processes that run at the same time."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+    """Divide the cores among processes that run at the same time.
+
+    These are the cores that this process may use, at most as many as OMP_NUM_THREADS says; of a
+    list, which is for nested regions, its first number counts.
+    """
+    cores = len(os.sched_getaffinity(0))
+    limit, _, _ = os.environ.get("OMP_NUM_THREADS", "").partition(",")
+    if limit.isdigit():
+        cores = min(cores, int(limit))
+    return max(1, cores // processes)
 
 
 def end_all() -> None:
@@ -164,10 +203,29 @@ def end_all() -> None:
 
 @contextmanager
 def _started(
-    argv: list[str], log: IO[bytes], environment: dict[str, str]
-) -> "Iterator[subprocess.Popen[bytes]]":
+    argv: list[str], log: IO[bytes], environment: dict[str, str], libraries: Sequence[str] = ()
+) -> Iterator[Child]:
     """Start a child; at the end of the block, end it and everything that it started."""
-    child = subprocess.Popen(
+    child = _start(argv, log, environment, libraries)
+    _running.add(child)
+    try:
+        yield child
+    finally:
+        end(child)
+        _running.discard(child)
+
+
+def _start(
+    argv: list[str], log: IO[bytes], environment: dict[str, str], libraries: Sequence[str]
+) -> Child:
+    """Fork the child from a process that has imported its libraries, or start it."""
+    if _server.can_start(argv, environment):
+        threads = int(environment["OMP_NUM_THREADS"])
+        with suppress(ForkServerError):
+            return _server.start(
+                argv, environment=environment, threads=threads, log=log, imports=libraries
+            )
+    return subprocess.Popen(
         argv,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -176,12 +234,13 @@ def _started(
         start_new_session=True,  # Ctrl-C reaches only the parent, which ends the child in order
         preexec_fn=die_with_parent,  # one system call, takes no lock
     )
-    _running.add(child)
-    try:
-        yield child
-    finally:
-        end(child)
-        _running.discard(child)
+
+
+def _libraries(stages: Sequence[Stage[Inputs, Result]]) -> list[str]:
+    """Return what the stages import: their module, which ranks import too, and libraries."""
+    kind = stages[0].kind
+    quantizations = {getattr(stage.inputs, "quantization", "none") for stage in stages}
+    return [kind.module, *kind.libraries, *(QUANTIZATION if "nf4" in quantizations else ())]
 
 
 def _outcome(stage: Stage[Inputs, Result], log: Path, status: int) -> Result:
@@ -228,12 +287,12 @@ def _environment(threads: int, worker_index: int = 0) -> dict[str, str]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the stage's lock; the kernel releases it when this process ends."""
-    with (folder / "lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise StageError(
-                f"another run is working in {folder}; wait for it, then run again: what it "
-                "finishes is reused"
-            ) from error
+    try:
+        held = FileLock(folder / "lock").acquire(blocking=False)
+    except Timeout as error:
+        raise StageError(
+            f"another run is working in {folder}; wait for it, then run again: what it "
+            "finishes is reused"
+        ) from error
+    with held:
         yield

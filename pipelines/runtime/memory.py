@@ -20,7 +20,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory_bytes(groups: Path = GROUPS, own: Path = OWN) -> int:
-    """Return the machine's free memory, or that of the process's control group if it is smaller."""
+    """Return the machine's free memory, or that of the process's control group if it is smaller.
+
+    Args:
+        groups: where control groups are mounted.
+        own: file with the group of this process.
+    """
     available = int(psutil.virtual_memory().available)
     return min([available, *_free_in_groups(groups, own)])
 

@@ -1,7 +1,6 @@
 """Follow a running child: pass on its metrics and notes, and detect a stall. Imports no torch."""
 
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,10 +9,15 @@ from typing import Any
 
 from pipelines.console import Watch
 from pipelines.errors import PeerError, StageError
+from pipelines.runtime.forked_child import Child
 from pipelines.runtime.heartbeats import StallDetector, clear_heartbeats, read_notes
 
 POLL_SECONDS = 0.5
 METRICS = "metrics.jsonl"
+START_WARNING_SECONDS = 120.0
+START_SECONDS = 900.0
+"""Least time for the ranks to import, load the base and connect; a larger timeout takes its place.
+"""
 
 
 @dataclass
@@ -32,27 +36,34 @@ class StallMonitor:
         """Report new notes of the run, and once per stall the rank that blocks the others.
 
         Raises:
-            StageError: the stall lasts longer than `abort_after`.
+            StageError: the stall lasts longer than `abort_after`, or the start than START_SECONDS.
         """
         for text in read_notes(detector.folder, self._notes_reported):
             self._notes_reported += 1
             self.report(text)
         seconds = detector.stalled_seconds()
-        if seconds < self.warn_after:
+        warn_after = self.warn_after
+        abort_after = self.abort_after
+        limit = f"launch.timeout_seconds {abort_after:g}"
+        if not detector.has_started:
+            warn_after = max(warn_after, START_WARNING_SECONDS)
+            abort_after = max(abort_after, START_SECONDS)
+            limit = f"the {abort_after:g} s in which ranks must start"
+        if seconds < warn_after:
             self._warned = False
         elif not self._warned:
             self._warned = True
             self.report(detector.describe())
-        if seconds > self.abort_after:
+        if seconds > abort_after:
             raise StageError(
-                f"{detector.describe()}, longer than launch.timeout_seconds {self.abort_after:g}; "
+                f"{detector.describe()}, longer than {limit}; "
                 "check its host and run again: training resumes from the last checkpoint",
                 kind=PeerError.__name__,
             )
 
 
 def follow(
-    child: "subprocess.Popen[bytes]",
+    child: Child,
     folder: Path,
     *,
     watch: Watch | None = None,

@@ -148,6 +148,10 @@ def find_problems(launch: LaunchConfig, recipe: Recipe) -> list[str]:
     """Return why a launch config cannot train a recipe, one clause per reason; empty if it can.
 
     Pure.
+
+    Args:
+        launch: as accelerate reads it.
+        recipe: what would be trained.
     """
     problems = [rule(launch, recipe) for rule in RULES]
     return [problem for problem in problems if problem is not None]

@@ -98,12 +98,17 @@ class Stage(Generic[Inputs, Result]):
 def read_inputs(folder: Path, kind: StageKind[Inputs, Result]) -> tuple[Inputs, StagePaths]:
     """Return a stage's inputs and paths.
 
+    Args:
+        folder: of the stage.
+        kind: with the type of its inputs.
+
     Raises:
         StageError: they are not those of this kind of stage.
     """
     try:
         values = json.loads((folder / INPUTS).read_text())
-        return kind.inputs.model_validate(values["inputs"]), StagePaths(**values["paths"])
+        inputs = kind.inputs.model_validate(values["inputs"])
+        return inputs, StagePaths(**values["paths"])
     except (ValidationError, KeyError, TypeError) as error:
         raise StageError(
             f"{folder / INPUTS} does not contain the inputs of a stage {kind} "
@@ -113,13 +118,20 @@ def read_inputs(folder: Path, kind: StageKind[Inputs, Result]) -> tuple[Inputs, 
 
 def read_options(folder: Path) -> TrainOptions:
     """Return the options of a training."""
-    return TrainOptions.model_validate(json.loads((folder / INPUTS).read_text())["options"])
+    values = json.loads((folder / INPUTS).read_text())
+    return TrainOptions.model_validate(values["options"])
 
 
 def read_result(
     folder: Path, kind: StageKind[Inputs, Result], expects: Iterable[str] = ()
 ) -> Result | None:
-    """Return what a stage reported; None if it is unfinished or a file is not intact."""
+    """Return what a stage reported; None if it is unfinished or a file is not intact.
+
+    Args:
+        folder: of the stage.
+        kind: with the type of its result.
+        expects: files without which the result is incomplete.
+    """
     path = folder / RESULT
     if not path.is_file():
         return None

@@ -1,7 +1,8 @@
 """Aliases of the registered model.
 
 `champion` moves only to an adapter that passed the gate, and only from the version that it was
-compared with. An alias never returns to an adapter from which a user took it; see history.py.
+compared with. With `registry.promote: propose`, such an adapter gets the alias `proposed`, and a
+person decides. An alias never returns to an adapter from which a user took it; see history.py.
 """
 
 from collections.abc import Mapping
@@ -12,18 +13,19 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from pipelines.comparison.document import Summary
+from pipelines.config.alias_names import CANDIDATE, CHAMPION, PROPOSED
+from pipelines.config.registry_names import champion_model
 from pipelines.console import print_status
 from pipelines.errors import RegistryError
 from pipelines.reporting.model_parts import status_of, training_of
-from pipelines.tracking import history
-from pipelines.tracking.history import ADAPTER_TAG, AliasPosition, History
+from pipelines.tracking.history import PROPOSE_TAG, History, is_rejected, is_retired
+from pipelines.tracking.move_log import ADAPTER_TAG, AliasPosition, MoveLog, MoveScores
 
-CANDIDATE = "candidate"
-CHAMPION = "champion"
+CANDIDATE_REASON = "the highest rank that passes or that the data cannot decide"
 
 
 def move_aliases(
-    client: MlflowClient, summary: Summary, versions: Mapping[str, int], past: History
+    log: MoveLog, summary: Summary, versions: Mapping[str, int], past: History
 ) -> dict[str, int]:
     """Point the aliases at the adapters that are put forward; return alias → version.
 
@@ -31,7 +33,7 @@ def move_aliases(
     name.
 
     Args:
-        client: of the registry.
+        log: of the registered model.
         summary: the comparison.
         versions: label → version.
         past: the history of the registered model.
@@ -39,15 +41,16 @@ def move_aliases(
     Raises:
         RegistryError: the champion is not the one that the adapters were compared with.
     """
-    name = summary.recipe.registry.model
-    count = len(past.moves)
+    client = log.client
     aliases = {}
-    for alias, label in ((CANDIDATE, summary.candidate), (CHAMPION, summary.champion)):
+    for alias, label in _wanted_aliases(summary).items():
         if label is None or label not in versions:
             continue
-        version = client.get_model_version(name, str(versions[label]))
-        registered = registered_version(client, name, alias)
+        version = client.get_model_version(log.name, str(versions[label]))
+        registered = registered_version(client, log.name, alias)
         objection = _objection(past, alias, version, registered)
+        if alias == PROPOSED and objection is None:
+            objection = _objection_to_proposal(client, past, version)
         if objection is not None:
             print_status(f"{label} does not become {alias}: {objection}")
             continue
@@ -55,14 +58,18 @@ def move_aliases(
             _check_champion_was_compared(summary, registered)
         before = None if registered is None else AliasPosition.of(registered)
         after = AliasPosition.of(version)
-        _set_alias(client, name, alias, before=before, after=after)
-        last = past.last_move(alias)
-        if before != after or last is None or last.after != after:
-            move = history.new_move(alias, before, after, summary.decision)
-            history.record_move(client, name, move, count)
-            count += 1
+        set_alias(client, log.name, alias, before=before, after=after)
+        if before != after or past.left_at(alias) != after:
+            reason = CANDIDATE_REASON if alias == CANDIDATE else summary.decision
+            log.record(alias, before, after, reason=reason, scores=MoveScores.of(version))
         aliases[alias] = versions[label]
     return aliases
+
+
+def _wanted_aliases(summary: Summary) -> dict[str, str | None]:
+    """Return alias → label of the adapter that should get it; the last one matters most."""
+    best = PROPOSED if summary.recipe.registry.promote == "propose" else CHAMPION
+    return {CANDIDATE: summary.candidate, best: summary.champion}
 
 
 def registered_version(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
@@ -99,8 +106,13 @@ def _objection(
     sha256 = version.tags[ADAPTER_TAG]
     if registered is not None and registered.version == version.version:
         return None
-    if history.is_retired(version):
+    if is_retired(version):
         return f"version {version.version} of {version.name} is retired"
+    if is_rejected(version) and sha256 not in past.requested:
+        return (
+            f"a user rejected version {version.version} of {version.name}; "
+            f"{how_to_request(version.name, sha256)}"
+        )
     current = None if registered is None else AliasPosition.of(registered)
     if sha256 in past.demoted(alias, current) and sha256 not in past.requested:
         now = "nowhere" if registered is None else f"at version {registered.version}"
@@ -111,23 +123,63 @@ def _objection(
     return None
 
 
-def _set_alias(
+def copied_version(client: MlflowClient, name: str, sha256: str) -> str | None:
+    """Return the version of a name that an adapter has or had; None if it never had one."""
+    try:
+        return History.read(client, name).versions.get(sha256)
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            return None
+        raise
+
+
+def _objection_to_proposal(
+    client: MlflowClient, past: History, version: ModelVersion
+) -> str | None:
+    """Return why a version need not or must not be proposed as champion."""
+    name = champion_model(version.name)
+    champion = registered_version(client, name, CHAMPION)
+    sha256 = version.tags[ADAPTER_TAG]
+    if champion is not None and champion.tags.get(ADAPTER_TAG) == sha256:
+        return f"version {champion.version} of {name} is the champion"
+    if name == version.name:
+        return _objection(past, CHAMPION, version, champion)
+    copied = copied_version(client, name, sha256)
+    if copied is None or sha256 in past.requested:
+        return None
+    return (
+        f"it was version {copied} of {name}, and a user decided against it: `lora registry history "
+        f"{name}` prints why; {how_to_request(version.name, sha256)}"
+    )
+
+
+def set_alias(
     client: MlflowClient,
     name: str,
     alias: str,
     *,
     before: AliasPosition | None,
-    after: AliasPosition,
+    after: AliasPosition | None,
 ) -> None:
-    """Move an alias, and read where it is."""
-    if before != after:
+    """Move or remove an alias, and read where it is; the caller has the lease on the name.
+
+    Raises:
+        RegistryError: someone without the lease moved it at the same time.
+    """
+    if before == after:
+        return
+    if after is None:
+        client.delete_registered_model_alias(name, alias)
+    else:
         client.set_registered_model_alias(name, alias, after.version)
-        found = registered_version(client, name, alias)
-        if found is None or AliasPosition.of(found) != after:
-            raise RegistryError(
-                f"the alias {alias} of {name} was moved to version {after.version}, and someone "
-                "moved it elsewhere at the same time; run the recipe again"
-            )
+    version = registered_version(client, name, alias)
+    found = None if version is None else AliasPosition.of(version)
+    if found != after:
+        wanted = "removed" if after is None else f"moved to version {after.version}"
+        raise RegistryError(
+            f"the alias {alias} of {name} was {wanted}, and someone "
+            "moved it elsewhere at the same time; run the command again"
+        )
 
 
 def _check_champion_was_compared(summary: Summary, registered: ModelVersion | None) -> None:
@@ -156,6 +208,6 @@ def _check_champion_was_compared(summary: Summary, registered: ModelVersion | No
 def how_to_request(name: str, sha256: str) -> str:
     """Return how a user has an adapter proposed once more."""
     return (
-        f"to propose it once more, set the tag {history.PROPOSE_TAG}{sha256} of the registered "
+        f"to propose it once more, set the tag {PROPOSE_TAG}{sha256} of the registered "
         f"model {name} to true, and run the recipe again"
     )

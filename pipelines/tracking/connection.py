@@ -13,14 +13,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import read_mlflow_creds
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipelines.errors import RegistryError, UnreachableError, one_line
+from pipelines.errors import RegistryError, UnreachableError, one_line, without_credentials
 from pipelines.paths import tracking_uri
+from pipelines.tracking.proxies import foreign_answer, proxy_hint
 from pipelines.tracking.runs import configure_mlflow_client, ensure_store
 
 NO_ANSWER = "failed with exception"
 """Part of the error of MLflow's client if it cannot reach a server."""
 DENIAL = re.compile(r"error code (401|403)\b|\b(401|403) Client Error")
-CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 MODEL_ENDPOINTS = ("registered-models", "model-versions")
 MAX_REASON = 300
 
@@ -29,7 +29,7 @@ MAX_REASON = 300
 class Access:
     """What a request needs at MLflow."""
 
-    permission: Literal["READ", "EDIT"]
+    permission: Literal["READ", "EDIT", "MANAGE"]
     """MLflow's name of the permission."""
     model: str
     """The registered model."""
@@ -37,6 +37,20 @@ class Access:
     """The experiment with the runs and files, in words."""
     consequence: str = ""
     """What an error means for the run; empty for nothing."""
+
+
+READING_ALL = Access("READ", "of any name", "of any name")
+"""What reading every registered model needs."""
+
+
+def reading(name: str) -> Access:
+    """Return what reading a registered model needs."""
+    return Access("READ", name, f"with the files of {name}")
+
+
+def editing(name: str) -> Access:
+    """Return what a decision about a registered model needs."""
+    return Access("EDIT", name, f"with the files of {name}")
 
 
 @contextmanager
@@ -63,18 +77,21 @@ def connect(runs: Path, access: Access) -> Iterator[MlflowClient]:
         raise _translated(error, uri, access) from error
 
 
-def without_credentials(text: str) -> str:
-    """Return a text with addresses, without the user names and passwords in them."""
-    return CREDENTIALS.sub("", text)
-
-
 def _translated(error: Exception, uri: str, access: Access) -> RegistryError:
     text = one_line(error, with_type=False, limit=MAX_REASON)
+    foreign = foreign_answer(str(error), uri)
     is_unreachable = isinstance(error, ConnectionError) or NO_ANSWER in text
-    kind = UnreachableError if is_unreachable else RegistryError
-    reason = _denial(text, access) or without_credentials(text)
+    kind = UnreachableError if is_unreachable and foreign is None else RegistryError
+    reason = foreign or _denial(text, access) or without_credentials(text)
+    if kind is UnreachableError:
+        reason += proxy_hint(uri)
     consequence = f"; {access.consequence}" if access.consequence else ""
     return kind(f"MLflow at {without_credentials(uri)}: {reason}{consequence}")
+
+
+def is_denied(error: Exception) -> bool:
+    """Return whether MLflow refused a request because the user lacks a permission."""
+    return DENIAL.search(str(error)) is not None
 
 
 def _denial(text: str, access: Access) -> str | None:

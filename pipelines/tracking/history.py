@@ -2,72 +2,43 @@
 
 Tags on the registered model:
 
-    lora.move.NUMBER      a move of an alias by a run: who, when, from, to, why; append-only
+    lora.move.NUMBER      a move of an alias: who, when, from, to, why; see move_log.py
     lora.version.SHA256   the version of the adapter with this digest; remains if it is deleted
     lora.propose.SHA256   a user's request to propose that adapter once more; set it to `true`
 
-A tag on a version, `retired`, excludes it from the aliases; so does MLflow's stage Archived.
+A tag on a version, `retired`, excludes it from the aliases; so does MLflow's stage Archived. The
+tag `rejected` does, too, until the adapter is requested.
 
-Nobody but a run records moves. If an alias is at another version than the last run left it, a user
-moved it: the adapter that lost it is demoted, and no run moves the alias back to it.
+If an alias is at another version than the log's last move left it, a user moved it by hand. As if
+a command had moved it, the adapter that lost it is demoted, and no run moves the alias back to it.
 """
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
-from pydantic import ValidationError
 
-from pipelines.errors import RegistryError
-from pipelines.runtime.interfaces.values import Values
-from pipelines.tracking.lease import acting_user
+from pipelines.tracking.move_log import (
+    AliasMove,
+    AliasPosition,
+    LogEntry,
+    MoveLog,
+    read_entries,
+)
 
-ADAPTER_TAG = "adapter_sha256"
-MOVE_TAG = "lora.move."
 VERSION_TAG = "lora.version."
 PROPOSE_TAG = "lora.propose."
 RETIRED_TAG = "retired"
-FLOW_RUN_VARIABLE = "PREFECT__FLOW_RUN_ID"
-"""Set by Prefect's workers."""
-MAX_REASON = 500
-
-
-class AliasPosition(Values):
-    """A version with an alias."""
-
-    version: str
-    adapter_sha256: str
-
-    @classmethod
-    def of(cls, version: ModelVersion) -> "AliasPosition":
-        """Return the position of an alias at a version."""
-        return cls(version=str(version.version), adapter_sha256=version.tags.get(ADAPTER_TAG, ""))
-
-
-class AliasMove(Values):
-    """A move of an alias by a run."""
-
-    alias: str
-    before: AliasPosition | None
-    """None if no version had the alias."""
-    after: AliasPosition
-    time: str
-    """In UTC, ISO 8601."""
-    user: str
-    flow_run: str
-    """Id of the Prefect flow run; empty outside a worker."""
-    reason: str
+REJECTED_TAG = "rejected"
 
 
 @dataclass(frozen=True)
 class History:
     """What the tags of a registered model record."""
 
-    moves: tuple[AliasMove, ...]
-    """The first one first."""
+    entries: tuple[LogEntry, ...]
+    """The log, the first entry first."""
     versions: Mapping[str, str]
     """Digest of an adapter → its version, which may have been deleted."""
     requested: frozenset[str]
@@ -76,23 +47,39 @@ class History:
     @classmethod
     def read(cls, client: MlflowClient, name: str) -> "History":
         """Read the history of a registered model, which exists."""
-        tags = dict(client.get_registered_model(name).tags)
-        moves = []
+        return cls.of_tags(name, client.get_registered_model(name).tags)
+
+    @classmethod
+    def of_tags(cls, name: str, tags: Mapping[str, str]) -> "History":
+        """Return the history in the tags of a registered model."""
         versions = {}
         requested = set()
         for tag, value in sorted(tags.items()):
-            if tag.startswith(MOVE_TAG):
-                moves.append(_parsed_move(name, tag, value))
-            elif tag.startswith(VERSION_TAG):
+            if tag.startswith(VERSION_TAG):
                 versions[tag.removeprefix(VERSION_TAG)] = value
             elif tag.startswith(PROPOSE_TAG) and value.lower() == "true":
                 requested.add(tag.removeprefix(PROPOSE_TAG))
-        return cls(tuple(moves), versions, frozenset(requested))
+        return cls(tuple(read_entries(name, tags)), versions, frozenset(requested))
 
-    def last_move(self, alias: str) -> AliasMove | None:
-        """Return the last move of an alias; None if no run has moved it."""
-        moves = [move for move in self.moves if move.alias == alias]
-        return moves[-1] if moves else None
+    @property
+    def moves(self) -> tuple[AliasMove, ...]:
+        """The moves, the first one first."""
+        return tuple(entry.move for entry in self.entries)
+
+    def log(self, client: MlflowClient, name: str, flow_run: str = "") -> MoveLog:
+        """Return the log, to append to it.
+
+        Args:
+            client: of the registry.
+            name: of the registered model.
+            flow_run: id of the Prefect flow run that appends; empty if a person does.
+        """
+        return MoveLog(client, name, list(self.entries), flow_run)
+
+    def left_at(self, alias: str) -> AliasPosition | None:
+        """Return where the last move left an alias; None if it removed it or there is none."""
+        moves = self._moves_of(alias)
+        return moves[-1].after if moves else None
 
     def demoted(self, alias: str, current: AliasPosition | None) -> set[str]:
         """Return the digests of the adapters from which users took an alias.
@@ -103,28 +90,66 @@ class History:
         """
         found: set[str] = set()
         left: AliasPosition | None = None
-        for move in self.moves:
-            if move.alias != alias:
-                continue
+        for move in self._moves_of(alias):
             if left is not None and move.before != left:
                 found.add(left.adapter_sha256)
+            if move.is_by_a_person and move.before is not None:
+                found.add(move.before.adapter_sha256)
             left = move.after
-            found.discard(left.adapter_sha256)
+            if left is not None:
+                found.discard(left.adapter_sha256)
         if left is not None and current != left:
             found.add(left.adapter_sha256)
         if current is not None:
             found.discard(current.adapter_sha256)
         return found
 
+    def holders(self, alias: str, current: AliasPosition | None) -> list[AliasPosition]:
+        """Return the versions that hold an alias and held it before, without those rolled back.
 
-def _parsed_move(name: str, tag: str, value: str) -> AliasMove:
-    try:
-        return AliasMove.model_validate_json(value)
-    except ValidationError as error:
-        raise RegistryError(
-            f"the tag {tag} of the registered model {name} is {value[:60]!r}, which is not a move "
-            "of an alias as a run records it; delete the tag, or use the release that wrote it"
-        ) from error
+        Args:
+            alias: its name.
+            current: where it is now; the last one, unless it is None.
+        """
+        stack: list[AliasPosition] = []
+        for move in self._moves_of(alias):
+            if move.before is not None and (not stack or stack[-1] != move.before):
+                stack.append(move.before)  # moved there by hand
+            if move.action == "rollback":
+                while stack and stack[-1] != move.after:
+                    stack.pop()
+            if move.after is not None and (not stack or stack[-1] != move.after):
+                stack.append(move.after)
+        if current is not None and (not stack or stack[-1] != current):
+            stack.append(current)
+        return stack
+
+    def _moves_of(self, alias: str) -> list[AliasMove]:
+        return [move for move in self.moves if move.alias == alias]
+
+
+def earlier_holders(
+    past: History,
+    alias: str,
+    current: AliasPosition | None,
+    versions: Iterable[ModelVersion],
+) -> list[ModelVersion]:
+    """Return the versions to which an alias can return, the latest holder first.
+
+    They held it before, and were not rolled back, deleted, rejected or retired since.
+
+    Args:
+        past: the history of the registered model.
+        alias: its name.
+        current: where it is now; None if it is nowhere.
+        versions: of the registered model, those that exist.
+    """
+    usable = {}
+    for version in versions:
+        if not is_retired(version) and not is_rejected(version):
+            usable[AliasPosition.of(version)] = version
+    held = dict.fromkeys(reversed(past.holders(alias, current)))
+    return [usable[position] for position in held if position != current and position in usable]
 
 
 def record_version(client: MlflowClient, name: str, sha256: str, version: str) -> None:
@@ -132,32 +157,20 @@ def record_version(client: MlflowClient, name: str, sha256: str, version: str) -
     client.set_registered_model_tag(name, VERSION_TAG + sha256, version)
 
 
-def record_move(client: MlflowClient, name: str, move: AliasMove, number: int) -> None:
-    """Append a move; the caller has the lease on the name, and there are `number` moves so far."""
-    client.set_registered_model_tag(name, f"{MOVE_TAG}{number:08d}", move.model_dump_json())
-
-
 def clear_request(client: MlflowClient, name: str, sha256: str) -> None:
     """Remove a request, which counts for one run."""
     client.delete_registered_model_tag(name, PROPOSE_TAG + sha256)
 
 
-def new_move(
-    alias: str, before: AliasPosition | None, after: AliasPosition, reason: str
-) -> AliasMove:
-    """Return a move that this process makes now."""
-    return AliasMove(
-        alias=alias,
-        before=before,
-        after=after,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-        user=acting_user(),
-        flow_run=os.environ.get(FLOW_RUN_VARIABLE, ""),
-        reason=reason[:MAX_REASON],
-    )
-
-
 def is_retired(version: ModelVersion) -> bool:
     """Return whether a user has retired a version."""
-    tag = version.tags.get(RETIRED_TAG, "false").strip().lower()
-    return tag not in ("", "false") or version.current_stage == "Archived"
+    return _is_set(version, RETIRED_TAG) or version.current_stage == "Archived"
+
+
+def is_rejected(version: ModelVersion) -> bool:
+    """Return whether a user has rejected a version."""
+    return _is_set(version, REJECTED_TAG)
+
+
+def _is_set(version: ModelVersion, tag: str) -> bool:
+    return version.tags.get(tag, "false").strip().lower() not in ("", "false")

@@ -115,14 +115,19 @@ def _parsed_lease(name: str, tag: str, text: str) -> LeaseTag:
 
 
 def acting_user() -> str:
-    """Return who acts: the user's name, at MLflow or on this host, and the host."""
+    """Return who acts: the user's name and the host."""
+    return f"{user_name()} on {socket.gethostname()}"
+
+
+def user_name() -> str:
+    """Return the user's name, at MLflow or on this host."""
     name = os.environ.get("MLFLOW_TRACKING_USERNAME")
-    if not name:
-        try:
-            name = getuser()
-        except (OSError, KeyError):  # a container whose user has no name
-            name = f"user {os.getuid()}"
-    return f"{name} on {socket.gethostname()}"
+    if name:
+        return name
+    try:
+        return getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        return f"user {os.getuid()}"
 
 
 def _acquire(lease: Lease) -> None:

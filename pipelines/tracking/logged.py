@@ -1,31 +1,32 @@
 """What the MLflow pages show of each model, as names and values: parameters, metrics, curve, tags.
 
-Metrics are grouped by prefix:
+Metrics are few, because every one has its own plot; the tables and the report have all of them.
+They are grouped by prefix:
 
     benchmark/…    choice probability on each benchmark, or accuracy if it has no choices
-    cost/…         trained weights, bytes, speed, memory
-    general/…      general abilities, and their change
-    interval/…     the ends of 95 % intervals
-    kl/…           how far the distributions moved, nats per token
-    power/…        statistical power of the items
-    task/…         the task, and the gain on it
+    cost/…         file size, speed, memory
+    general/…      general abilities, and their change by training
+    task/…         the task, and the gain on it since the base in full precision
     train/…        curves over the steps
+    reference/…    all but the curves, of the base and the control
+
+The base and the control have a group of their own, so that they do not stretch the axes on which
+the ranks are compared. For the same reason, they have no numeric parameters. A metric that is the
+same for every model is left out, and so is a curve that does not change.
 """
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.comparison.comparison import BASE, CONTROL
 from pipelines.comparison.document import ModelSummary, Summary
-from pipelines.comparison.power import Power
-from pipelines.comparison.resampling import Interval
 from pipelines.comparison.scores import Scores
 from pipelines.reporting.model_parts import (
     EffectName,
-    effect_of,
     judgment_of,
     total_of,
     training_of,
@@ -44,54 +45,53 @@ EFFECTS: Mapping[str, EffectName] = {"by_training": "change", "in_all": "total"}
 
 A total is relative to the base in full precision, a change to the base the model was trained on.
 """
+CURVES = ("loss", "eval_loss", "learning_rate", "grad_norm", "tokens_per_second")
+"""Curves of a model's run; that of its training has all."""
+BYTES_PER_GIB = 2**30
 MAX_NAME_LENGTH = 250
 INVALID_IN_NAMES = r"[^\w./ -]|(?<![^/])[./]+|[./]+$"
 """Not allowed in a metric name: other characters, and parts that are empty or start with a dot."""
 MAX_TAG_LENGTH = 5000
+COMPARED_TAG = "compared_champion"
+ANY_CHAMPION = "any"
+NO_CHAMPION = "none"
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """The few parameters that differ between the models of a comparison.
-
-    Ranks are numbers, so that a plot can order them. The base has rank 0. A control that trains all
-    weights has no rank, and MLflow's pages draw it above all others.
-    """
+    """The few parameters that differ between the models of a comparison."""
 
     method: str
     """none, full or lora."""
-    learning_rate: float
-    """At its peak; 0 for a base."""
     quantization: str
+    learning_rate: float | None = None
+    """At its peak; None if it is not shown."""
     rank: int | None = None
-    """None for full fine-tuning."""
+    """None if it is not shown."""
     alpha: float = 0.0
 
     def by_name(self) -> dict[str, str]:
         """Return the parameters under the names that the MLflow pages show."""
-        shown = {
-            "method": self.method,
-            "learning_rate": f"{self.learning_rate:g}",
-            "quantization": self.quantization,
-        }
+        shown = {"method": self.method, "quantization": self.quantization}
+        if self.learning_rate is not None:
+            shown["learning_rate"] = f"{self.learning_rate:g}"
         if self.rank is not None:
             shown |= {"lora.r": str(self.rank), "lora.alpha": f"{self.alpha:g}"}
         return shown
 
 
 def parameters(summary: Summary, label: str) -> Parameters:
-    """Return the parameters of a model."""
+    """Return the parameters of a model: those of a base or a control have no numbers."""
     recipe = summary.recipe
     quantization = recipe.base_model.quantization
     if label.startswith(BASE):
-        return Parameters("none", 0.0, "none" if label == BASE else quantization, rank=0)
-    rate = peak_rate(summary, label)
-    rank = training_of(summary.models[label]).rank
+        return Parameters("none", "none" if label == BASE else quantization)
     if label == CONTROL:
-        rank = recipe.control.rank
-    if rank is None:
-        return Parameters("full", rate, "none")
-    return Parameters("lora", rate, quantization, rank, recipe.lora.alpha)
+        is_full = recipe.control.rank is None
+        return Parameters("full", "none") if is_full else Parameters("lora", quantization)
+    rank = training_of(summary.models[label]).rank
+    rate = peak_rate(summary, label)
+    return Parameters("lora", quantization, rate, rank, recipe.lora.alpha)
 
 
 def peak_rate(summary: Summary, label: str) -> float:
@@ -101,13 +101,34 @@ def peak_rate(summary: Summary, label: str) -> float:
     return rate
 
 
-def metrics(model: ModelSummary) -> dict[str, float]:
-    """Return a model's metrics by name; a metric that the model does not have is omitted."""
-    found = _scores(model.scores)
-    found |= _changes(model)
-    found |= _divergences(model)
-    if model.power is not None:
-        found |= _power(model.power)
+def metrics(summary: Summary, label: str) -> dict[str, float]:
+    """Return a model's metrics by name; one that it does not have is omitted."""
+    measured = {one: _measured(model) for one, model in summary.models.items()}
+    is_adapter = summary.models[label].judgment is not None
+    constant = _constant(measured)
+    shown = {}
+    for name, value in measured[label].items():
+        if name not in constant:
+            shown[name if is_adapter else _reference_name(name)] = value
+    return shown
+
+
+def _constant(measured: Mapping[str, Mapping[str, float]]) -> set[str]:
+    """Return the metrics that have the same value for all of several models."""
+    values = defaultdict(list)
+    for model in measured.values():
+        for name, value in model.items():
+            values[name].append(value)
+    return {name for name, found in values.items() if len(found) > 1 and len(set(found)) == 1}
+
+
+def _reference_name(name: str) -> str:
+    group, _, rest = name.partition("/")
+    return f"reference/{group}_{rest}"[:MAX_NAME_LENGTH]
+
+
+def _measured(model: ModelSummary) -> dict[str, float]:
+    found = _scores(model.scores) | _changes(model)
     if model.training is not None:
         found |= _costs(model.training.result)
     measured = {}
@@ -118,84 +139,47 @@ def metrics(model: ModelSummary) -> dict[str, float]:
 
 
 def _scores(scores: Scores) -> Numbers:
-    values: Numbers = {
-        "task/loss": scores.task_loss,
-        "task/perplexity": scores.perplexity,
-        "task/unfinished_answers": scores.unfinished_answers,
-        "general/choice_probability": scores.choice_probability,
-        "general/accuracy": scores.accuracy,
-        "general/margin": scores.margin,
-        "general/text_loss": scores.text_loss,
-        "general/chat_loss": scores.chat_loss,
-    }
+    values: Numbers = {"task/loss": scores.task_loss}
+    if scores.choice_probability is None:
+        values["general/accuracy"] = scores.accuracy
+    else:
+        values["general/choice_probability"] = scores.choice_probability
     for name, value in scores.generation.items():
         values[f"task/{name}"] = value
-    for name, value in scores.corpus.items():
-        values[f"task/corpus_{name}"] = value
     for name, benchmark in scores.benchmarks.items():
         values[f"benchmark/{name}"] = benchmark_score(benchmark)
     return values
 
 
 def _changes(model: ModelSummary) -> Numbers:
-    """Return the mean and the ends of every change."""
-    changes = {
-        "general/change": general_change(model),
-        "general/change_in_all": general_change(model, "total"),
-    }
+    """Return the gain and the general change; their intervals are in the tables."""
+    values: Numbers = {}
+    general = general_change(model)
+    if general is not None:
+        values["general/change"] = general.mean
     if model.total is not None:
-        changes |= {"task/gain": model.total.task_gain}
-    if model.change is not None:
-        changes |= {
-            "task/gain_by_training": model.change.task_gain,
-            "general/change_of_text_loss": model.change.text_loss,
-            "general/change_of_chat_loss": model.change.chat_loss,
-        }
-    values: Numbers = {}
-    for name, interval in changes.items():
-        if interval is not None:
-            values[name] = interval.mean
-            values |= _interval_ends(name.replace("/", "_"), interval)
+        values["task/gain"] = model.total.task_gain.mean
     return values
-
-
-def _divergences(model: ModelSummary) -> Numbers:
-    values: Numbers = {}
-    for name, effect in EFFECTS.items():
-        change = effect_of(model, effect)
-        if change is None:
-            continue
-        values[f"kl/{name}"] = change.kl
-        if change.kl_interval is not None:
-            values |= _interval_ends(f"kl_{name}", change.kl_interval)
-    return values
-
-
-def _interval_ends(name: str, interval: Interval) -> Numbers:
-    return {f"interval/{name}_low": interval.low, f"interval/{name}_high": interval.high}
-
-
-def _power(power: Power) -> Numbers:
-    return {
-        "power/items": power.items,
-        "power/needed": power.needed,
-        "power/smallest_drop": power.smallest_drop,
-    }
 
 
 def _costs(trained: TrainResult) -> Numbers:
     return {
-        "cost/trained_weights": trained.facts.trained_weights,
-        "cost/file_bytes": trained.saved.file_bytes,
+        "cost/file_megabytes": trained.saved.file_bytes / 1e6,
         "cost/tokens_per_second": trained.totals.tokens_per_second,
-        "cost/peak_memory_bytes": trained.peak_memory_bytes,
+        "cost/peak_memory_gib": trained.peak_memory_bytes / BYTES_PER_GIB,
     }
 
 
 def curve(model: ModelSummary) -> Iterator[MetricPoint]:
-    """Yield every point of the curves of a model's training."""
+    """Yield the points of the few curves of a model's training that change."""
+    points = defaultdict(list)
     for row in training_rows(model):
-        yield from row.points()
+        for point in row.points(CURVES):
+            points[point[0]].append(point)
+    for curve_points in points.values():
+        values = {value for _, value, _, _ in curve_points}
+        if len(values) > 1 or len(curve_points) == 1:
+            yield from curve_points
 
 
 def training_time(model: ModelSummary) -> tuple[int, int] | None:
@@ -264,10 +248,19 @@ def _origin(summary: Summary) -> dict[str, object]:
         "data_digest": summary.data.digest,
         "seed": summary.seed,  # determines the held-out examples, together with the group
         "tokenizer_sha256": summary.base.tokenizer_sha256,
-        "template_sha256": summary.base.template_sha256,
+        "template_sha256": summary.data.template_sha256,
         "comparison": summary.key,
         "commit": summary.commit,
+        COMPARED_TAG: _compared_champion(summary),
     }
+
+
+def _compared_champion(summary: Summary) -> str:
+    """Return the digest of the champion that the adapters were compared with."""
+    if summary.recipe.gate.min_gain_over_champion is None:
+        return ANY_CHAMPION
+    champion = summary.registered_champion
+    return NO_CHAMPION if champion is None else champion.adapter_sha256
 
 
 def _valid_name(name: str) -> str:

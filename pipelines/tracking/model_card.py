@@ -9,9 +9,8 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from pipelines.comparison.comparison import BASE, CONTROL
 from pipelines.comparison.document import ModelSummary, Summary
@@ -22,7 +21,6 @@ from pipelines.reporting.report_metrics import ReportMetric, report_metrics
 from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.tracking.logged import peak_rate
 
-Values = dict[str, object]
 FILE = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_METRICS = {
@@ -44,7 +42,6 @@ def card(summary: Summary, label: str, version: int | None = None) -> str:
         label: one of the adapters.
         version: of the registered model; None for an adapter that is not registered.
     """
-    front = yaml.safe_dump(_front_matter(summary, label), sort_keys=False, allow_unicode=True)
     sections = [
         _introduction(summary, label, version),
         _verdict(summary, label),
@@ -53,7 +50,7 @@ def card(summary: Summary, label: str, version: int | None = None) -> str:
         _training(summary, label),
         _limits(summary, label),
     ]
-    return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
+    return f"---\n{_front_matter(summary, label)}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
 def _trained(summary: Summary, label: str) -> TrainResult:
@@ -64,27 +61,22 @@ def _is_quantized(summary: Summary) -> bool:
     return summary.recipe.base_model.quantization == "nf4"
 
 
-def _front_matter(summary: Summary, label: str) -> Values:
-    name = f"{summary.recipe.registry.model}-{label}"
-    results = [result.front_matter() for result in _results(summary, label) if result.metrics]
-    return {
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        **_hub_links(summary),
-        "tags": _tags(summary),
-        "model-index": [{"name": name, "results": results}],
-    }
-
-
-def _hub_links(summary: Summary) -> Values:
-    """Return the base and the data, if they are on the Hub."""
-    links: Values = {}
+def _front_matter(summary: Summary, label: str) -> str:
+    """Return the front matter as YAML."""
+    data = ModelCardData(
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=_tags(summary),
+        model_name=f"{summary.recipe.registry.model}-{label}",
+        eval_results=_results(summary, label),
+    )
     if HUB_ID.fullmatch(summary.base.id):
-        links |= {"base_model": summary.base.id, "base_model_relation": "adapter"}
+        data["base_model"] = summary.base.id
+        data["base_model_relation"] = "adapter"
     hub_sources = [name for name in summary.recipe.data.names if HUB_ID.fullmatch(name)]
     if hub_sources:
-        links |= {"datasets": hub_sources}
-    return links
+        data["datasets"] = hub_sources
+    return str(data.to_yaml())
 
 
 def _tags(summary: Summary) -> list[str]:
@@ -96,44 +88,42 @@ def _tags(summary: Summary) -> list[str]:
     return [*tags, "peft"]
 
 
-@dataclass(frozen=True)
-class _HubResult:
-    """What was measured on one data set."""
-
-    kind: str
-    """Id of a data set on the Hub, or a name."""
-    name: str
-    metrics: dict[str, float]
-    """Our name of a metric → its value; empty if nothing was measured."""
-
-    @classmethod
-    def of(cls, kind: str, name: str, values: Mapping[str, float | None]) -> "_HubResult":
-        """Return the result with the metrics that were measured."""
-        return cls(kind, name, {key: value for key, value in values.items() if value is not None})
-
-    def front_matter(self) -> Values:
-        """Return the result in the Hub's format."""
-        metrics = []
-        for key, value in self.metrics.items():
-            metric = HUB_METRICS.get(key, key)
-            metrics.append({"type": metric, "name": key, "value": round(float(value), 4)})
-        return {
-            "task": {"type": "text-generation"},
-            "dataset": {"type": self.kind, "name": self.name},
-            "metrics": metrics,
-        }
-
-
-def _results(summary: Summary, label: str) -> list[_HubResult]:
+def _results(summary: Summary, label: str) -> list[EvalResult]:
     """Return the results on the task and on each benchmark."""
     scores = summary.models[label].scores
     source = summary.recipe.data.title
     source_type = source if HUB_ID.fullmatch(source) else "held-out"
     task = {"perplexity": scores.perplexity, **scores.generation}
-    results = [_HubResult.of(source_type, f"{source}, held-out examples", task)]
+    results = _results_on(f"{source}, held-out examples", source_type, task)
     for name, one in scores.benchmarks.items():
         values = {"accuracy": one.accuracy, "choice_probability": one.choice_probability}
-        results.append(_HubResult.of(name, name, values))
+        results += _results_on(name, name, values)
+    return results
+
+
+def _results_on(
+    name: str, dataset_type: str, values: Mapping[str, float | None]
+) -> list[EvalResult]:
+    """Return the metrics on one data set that were measured.
+
+    Args:
+        name: of the data set, for people.
+        dataset_type: its id on the Hub, or a word.
+        values: our name of a metric → its value; None if it was not measured.
+    """
+    results = []
+    for metric, value in values.items():
+        if value is None:
+            continue
+        result = EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset_type,
+            dataset_name=name,
+            metric_type=HUB_METRICS.get(metric, metric),
+            metric_name=metric,
+            metric_value=round(float(value), 4),
+        )
+        results.append(result)
     return results
 
 
@@ -163,6 +153,9 @@ def _verdict(summary: Summary, label: str) -> str:
         lines.append(f"- {rule.name}: **{rule.status}** – {rule.reason}")
     if not verdict.rules:
         lines.append(verdict.reason)
+    checks = summary.forward.get(label)
+    if checks is not None and checks.served is not None:
+        lines.append(f"\nExports: {checks.served}.")
     return "\n".join(lines)
 
 

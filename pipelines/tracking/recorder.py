@@ -22,6 +22,7 @@ from pipelines.runtime.interfaces.results import TrainResult
 from pipelines.runtime.stage import Stage
 from pipelines.tracking.logged import Parameters
 from pipelines.tracking.runs import (
+    KIND_TAG,
     TRAINING_TAG,
     configure_mlflow_client,
     ensure_store,
@@ -32,7 +33,6 @@ from pipelines.tracking.runs import (
 from pipelines.tracking.step_metrics import MetricPoint, StepMetrics
 from pipelines.tracking.system_metrics import SystemMetrics
 
-KIND_TAG = "lora.kind"
 STEP_TAG = "lora.training_step"
 MAX_WAITING = 10_000
 """Rows, and samples, that wait for a server. The oldest are dropped beyond that.
@@ -168,11 +168,11 @@ def parameters(inputs: TrainInputs) -> Parameters:
     """Return the parameters of a training, which are those of its run in a comparison."""
     adapter = inputs.adapter
     if adapter is None:
-        return Parameters(inputs.method, inputs.learning_rate, inputs.quantization)
+        return Parameters(inputs.method, inputs.quantization)
     return Parameters(
         inputs.method,
-        inputs.learning_rate,
         inputs.quantization,
+        inputs.learning_rate,
         rank=adapter.rank,
         alpha=adapter.lora.alpha,
     )

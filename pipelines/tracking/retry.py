@@ -1,12 +1,19 @@
 """Retries requests to a tracking server that is away for a moment; every request is idempotent."""
 
 import os
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_exponential,
+)
+
 from pipelines.console import print_status
-from pipelines.errors import UnreachableError
+from pipelines.errors import UnreachableError, without_credentials
 
 RETRY_VARIABLE = "LORA_REGISTRY_SECONDS"
 """Environment variable for how long requests are retried."""
@@ -23,16 +30,26 @@ def retry_until_reachable(request: Callable[[], Result]) -> Result:
     Raises:
         UnreachableError: the server was away for the entire retry time.
     """
-    started = time.monotonic()
-    pause = FIRST_PAUSE_SECONDS
-    retry_seconds = float(os.environ.get(RETRY_VARIABLE) or RETRY_SECONDS)
-    while True:
-        try:
-            return request()
-        except UnreachableError as error:
-            left = retry_seconds - (time.monotonic() - started)
-            if left <= 0:
-                raise
-            print_status(str(error), mark="…", aside=f"(retrying for {left:.0f} s)")
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, MAX_PAUSE_SECONDS)
+    seconds = float(os.environ.get(RETRY_VARIABLE) or RETRY_SECONDS)
+
+    growing = wait_exponential(min=FIRST_PAUSE_SECONDS, max=MAX_PAUSE_SECONDS)
+
+    def left(state: RetryCallState) -> float:
+        return seconds - (state.seconds_since_start or 0.0)
+
+    def pause(state: RetryCallState) -> float:
+        return min(growing(state), left(state))
+
+    def print_retry(state: RetryCallState) -> None:
+        error = state.outcome and state.outcome.exception()
+        text = without_credentials(str(error))
+        print_status(text, mark="…", aside=f"(retrying for {left(state):.0f} s)")
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(UnreachableError),
+        stop=stop_after_delay(seconds),
+        wait=pause,
+        before_sleep=print_retry,
+        reraise=True,
+    )
+    return retrying(request)

@@ -28,13 +28,18 @@ TRAINING_PAGES = {"mlflow.experimentKind": "custom_model_development"}
 PARENT_TAG = "lora.comparison"
 STAGE_TAG = "lora.stage"
 TRAINING_TAG = "lora.training"
+KIND_TAG = "lora.kind"
+ADAPTER = "adapter"
+"""The kind of an adapter's run; the others are comparison, base, control and training."""
 CLIENT_DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""How long MLflow waits for a server, and no second progress bar within ours."""
+"""How long MLflow waits for a server, no second progress bar within ours, and no address of a page
+for chats."""
 
 
 def configure_mlflow_client() -> None:
@@ -69,7 +74,7 @@ def experiment_id(client: MlflowClient, name: str, runs: Path) -> str:
     artifacts = None  # a server decides by itself where artifacts are stored
     if tracking_uri(runs).startswith("sqlite:"):
         # MLflow's own default for a file is relative to the working directory
-        artifacts = _artifact_folder(runs, name).as_uri()
+        artifacts = artifact_folder(runs, name).as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=artifacts, tags=TRAINING_PAGES))
     except MlflowException:
@@ -79,7 +84,7 @@ def experiment_id(client: MlflowClient, name: str, runs: Path) -> str:
         return str(experiment.experiment_id)  # another process was faster
 
 
-def _artifact_folder(runs: Path, experiment: str) -> Path:
+def artifact_folder(runs: Path, experiment: str) -> Path:
     """Return the folder of an experiment's artifacts; raise RegistryError if it is elsewhere."""
     parent = (runs / "mlartifacts").resolve()
     folder = (parent / experiment).resolve()

@@ -1,6 +1,6 @@
 """The metrics of one step of a training, as MLflow shows them."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,8 +29,12 @@ class StepMetrics(BaseModel):
     seconds_of: dict[str, float | None] = Field(default_factory=dict)
     """Phase of the step → its duration."""
 
-    def points(self) -> Iterator[MetricPoint]:
-        """Yield a point for each metric that the row has."""
+    def points(self, names: Collection[str] = ()) -> Iterator[MetricPoint]:
+        """Yield a point for each metric that the row has.
+
+        Args:
+            names: of some metrics; empty for all.
+        """
         values = {
             "loss": self.loss,
             "eval_loss": self.eval_loss,
@@ -43,5 +47,5 @@ class StepMetrics(BaseModel):
             values[f"seconds_{phase}"] = seconds
         milliseconds = int(1000 * self.time)
         for name, value in values.items():
-            if value is not None:
+            if value is not None and (not names or name in names):
                 yield f"train/{name}", value, milliseconds, self.step

@@ -161,6 +161,8 @@ class SpectrumRow(TableRow):
     module: str
     rank: int
     effective_rank: float
+    intruders: int | None
+    """Intruder dimensions; None in layers in which they were not counted."""
     singular_value: tuple[float, ...]
     """The largest ones; each has its own column."""
 

@@ -1,13 +1,14 @@
 """The report's tables on the MLflow pages, by file name: columns, and rows of data.
 
-comparison      each metric of each model, and how training and quantization changed it
+comparison      one row for each model, with few digits
+metrics         each metric of each model, and how training and quantization changed it
 benchmarks      each benchmark of each model
 rules           each adapter's result on each rule of the gate
 power           the statistical power of the items, of all benchmarks and of each
 frontier        every scored model; snapshots and the like are not runs, to keep the run list short
 provenance      what was trained on which data, and for how long
 control_rates   the learning rates that were tried for the control
-spectra         rank, effective rank and largest singular values of each update
+spectra         rank, effective rank, intruder dimensions and largest singular values of each update
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from pipelines.tracking.table_rows import (
     TableRow,
     table_of,
 )
+from pipelines.tracking.wide_table import wide_rows
 
 Models = Mapping[str, ModelSummary]
 MAX_SINGULAR_VALUES = 4
@@ -42,7 +44,8 @@ MAX_SINGULAR_VALUES = 4
 def tables(summary: Summary) -> dict[str, Table]:
     """Return the tables by file name; one without rows is left out."""
     rows_by_name: dict[str, Sequence[TableRow]] = {
-        "comparison": list(_comparison(summary.models)),
+        "comparison": list(wide_rows(summary)),
+        "metrics": list(_metrics(summary.models)),
         "benchmarks": list(_benchmarks(summary.models)),
         "rules": list(_rules(summary.adapters)),
         "power": list(_power(summary.adapters)),
@@ -54,7 +57,7 @@ def tables(summary: Summary) -> dict[str, Table]:
     return {f"{name}.json": table_of(rows) for name, rows in rows_by_name.items() if rows}
 
 
-def _comparison(models: Models) -> Iterator[MetricRow]:
+def _metrics(models: Models) -> Iterator[MetricRow]:
     """Yield a row for each model and metric."""
     metrics = report_metrics(models)
     for label, model in models.items():
@@ -196,5 +199,6 @@ def _spectra(models: Models) -> Iterator[SpectrumRow]:
                 module=module.module,
                 rank=module.rank,
                 effective_rank=module.effective_rank,
+                intruders=module.intruders,
                 singular_value=module.values[:MAX_SINGULAR_VALUES],
             )

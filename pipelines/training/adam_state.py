@@ -45,7 +45,12 @@ def full_weights(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def full_moments(engine: Engine, key: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield one of Adam's means by parameter name, after a first step; see `full_weights`."""
+    """Yield one of Adam's means by parameter name, after a first step; see `full_weights`.
+
+    Args:
+        engine: what is trained.
+        key: exp_avg or exp_avg_sq.
+    """
     from deepspeed.utils import safe_get_full_optimizer_state
 
     if 0 < engine.zero_stage < 3:
@@ -88,16 +93,19 @@ def _gather_flat(
 def _gather(engine: Engine, shard: Tensor) -> Tensor | None:
     """Return all ranks' shards, one after the other, on the first rank's CPU; None elsewhere."""
     size = shard.numel()
-    full = torch.empty(size * engine.ranks, dtype=shard.dtype) if engine.is_first else None
+    full = None
+    if engine.is_first:
+        full = torch.empty(size * engine.ranks, dtype=shard.dtype)
     for start in range(0, size, PIECE):
-        piece = shard.narrow(0, start, min(PIECE, size - start)).to(engine.accelerator.device)
+        length = min(PIECE, size - start)
+        piece = shard.narrow(0, start, length).to(engine.accelerator.device)
         if full is None:
             torch.distributed.gather(piece, None, dst=0)
             continue
         received = [torch.empty_like(piece) for _ in range(engine.ranks)]
         torch.distributed.gather(piece, received, dst=0)
         for rank, part in enumerate(received):
-            full.narrow(0, rank * size + start, piece.numel()).copy_(part)
+            full.narrow(0, rank * size + start, length).copy_(part)
     return full
 
 

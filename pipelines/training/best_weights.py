@@ -51,6 +51,11 @@ class BestWeights:
 
         They are copied, not moved: a run that is killed before its result is written resumes from
         a checkpoint, which needs them.
+
+        Args:
+            step: number of steps after which the weights were saved.
+            parent: folder of the stage.
+            config: the adapter's; None for full fine-tuning.
         """
         name = output_folder(config)
         with atomic_folder(parent / name) as temporary:

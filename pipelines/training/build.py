@@ -12,7 +12,7 @@ from lora_core.config import DATA_DRIVEN_INITS
 from lora_core.modules import modules_outside_language_model
 from lora_core.training.optim import loraplus_groups
 from pipelines.models.forward import PackReader
-from pipelines.models.hardware import Hardware, attention_kernel
+from pipelines.models.hardware import Hardware, Optimizer, attention_kernel
 from pipelines.models.loading import attention_heads, load_model
 from pipelines.models.support import enable_checkpointing
 from pipelines.models.verification_cache import VerificationCache
@@ -32,6 +32,11 @@ def load_base(base: Path, inputs: TrainInputs, hardware: Hardware) -> PreTrained
     """Load the complete base on every rank.
 
     For full fine-tuning it is float32, unless DeepSpeed keeps float32 master weights.
+
+    Args:
+        base: folder of the base.
+        inputs: how it is stored, and what is trained.
+        hardware: device and dtype of this process.
     """
     masters = inputs.method == "full" and not is_deepspeed()
     with disable_zero_init():
@@ -56,6 +61,13 @@ def adapt(
 
     A run that resumes takes its weights from the checkpoint, so it skips a data-driven
     initialization that they would overwrite.
+
+    Args:
+        model: as it was loaded; changed in place.
+        inputs: the adapter, or full fine-tuning.
+        examples: of all steps, for a data-driven initialization.
+        base: folder of the base, for an initialization from the weight.
+        checkpoint: from which the run resumes, if it does.
     """
     config = None
     if inputs.adapter is not None:
@@ -89,12 +101,47 @@ def build_engine(
     """Choose reader and optimizer; return the engine, and these choices for the result.
 
     A collective: every rank calls it.
+
+    Args:
+        run: the data of this rank, and the settings of a step.
+        model: with what is trained; see `adapt`.
+        inputs: method, learning rate and weight decay.
+        options: how the training uses this host.
+        hardware: of this process.
+        cache: of earlier verifications.
+
+    Raises:
+        BaseModelError: no way of reading the base agrees with its own forward.
+        PipelineError: the engine cannot train this model.
     """
     weights = trained_weights(model)
     if options.gradient_checkpointing:
         enable_checkpointing(model)
     reader, verified = verify_reader(run, model, inputs, hardware.dtype, cache)
-    optimizer = select_optimizer(
+    optimizer = _choose_optimizer(run, model, inputs, options, hardware)
+    engine = _engine(run, reader, inputs, optimizer)
+    engine.limit_waiting(options.timeout_seconds)
+    attention = _attention(reader, model, hardware)
+    return engine, TrainingFacts(
+        trained_weights=weights,
+        processor=hardware.name,
+        optimizer=optimizer.name,
+        dtype=hardware.dtype_name,
+        attention=attention,
+        choices=hardware.describe(attention, optimizer),
+        forward=verified,
+    )
+
+
+def _choose_optimizer(
+    run: Run,
+    model: PreTrainedModel,
+    inputs: TrainInputs,
+    options: TrainOptions,
+    hardware: Hardware,
+) -> Optimizer:
+    """Choose one optimizer for all ranks. A collective."""
+    return select_optimizer(
         run.accelerator,
         hardware,
         model,
@@ -102,21 +149,16 @@ def build_engine(
         full=inputs.method == "full",
         tokens=run.largest_pack_tokens,
     )
-    engine = prepare(
+
+
+def _engine(run: Run, reader: PackReader, inputs: TrainInputs, optimizer: Optimizer) -> Engine:
+    return prepare(
         run.accelerator,
         reader,
-        parameter_groups(model, inputs),
+        parameter_groups(reader.model, inputs),
         optimizer=optimizer,
         max_grad_norm=run.max_grad_norm,
-    )
-    attention = _attention(reader, model, hardware)
-    return engine, TrainingFacts(
-        trained_weights=weights,
-        processor=hardware.name,
-        optimizer=optimizer.name,
-        attention=attention,
-        choices=hardware.describe(attention, optimizer),
-        forward=verified,
+        timer=run.timer,
     )
 
 
@@ -128,7 +170,12 @@ def _attention(reader: PackReader, model: PreTrainedModel, hardware: Hardware) -
 
 
 def parameter_groups(model: PreTrainedModel, inputs: TrainInputs) -> list[dict[str, Any]]:
-    """Return what the optimizer trains, with learning rates: one for all, or LoRA+'s for B."""
+    """Return what the optimizer trains, with learning rates: one for all, or LoRA+'s for B.
+
+    Args:
+        model: its parameters that require a gradient are trained.
+        inputs: learning rate, weight decay and LoRA+ ratio.
+    """
     learning_rate = inputs.learning_rate
     weight_decay = inputs.training.weight_decay
     ratio = 1.0 if inputs.adapter is None else inputs.adapter.lora.loraplus_ratio

@@ -52,6 +52,10 @@ def select_checkpoint(is_first: bool, parent: Path) -> LoadedCheckpoint | None:
     """Return the checkpoint from which all ranks resume; None if there is none.
 
     A collective: rank 0 selects it, and every rank reads it.
+
+    Args:
+        is_first: this rank selects.
+        parent: folder of the checkpoints, which all ranks can read.
     """
     checkpoint = latest_valid(parent) if is_first else None
     choice = [0 if checkpoint is None else checkpoint.step]
@@ -96,6 +100,12 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint under a temporary name, then rename it.
 
+    Args:
+        folder: of the checkpoint; complete or absent, whatever happens.
+        files: name and tensors of each file; written one after the other, so that they need not all
+            be in memory.
+        values: steps, loss and number of ranks.
+
     Raises:
         OSError: the file system refuses to write.
     """
@@ -107,7 +117,12 @@ def write_checkpoint(
 
 
 def remove_old(parent: Path, keep: int) -> None:
-    """Remove all checkpoints except the newest `keep` and the one with the lowest loss."""
+    """Remove all checkpoints except the newest `keep` and the one with the lowest loss.
+
+    Args:
+        parent: folder of the checkpoints, of which there is at least one.
+        keep: number of the newest to keep, at least 1.
+    """
     folders = checkpoint_folders(parent)
     best = min(folders, key=_loss_of)
     for folder in folders[:-keep]:

@@ -22,6 +22,11 @@ def resume(engine: Engine, checkpoint: LoadedCheckpoint | None, seed: int) -> in
     """Restore optimizer and random state; the model already has the weights.
 
     Every rank calls it. Returns the number of steps in the checkpoint, 0 without one.
+
+    Args:
+        engine: over a model that has the weights of the checkpoint.
+        checkpoint: None to start a training.
+        seed: of the recipe; a rank that did not exist before starts its random sequence from it.
     """
     if checkpoint is None:
         return 0
@@ -38,6 +43,10 @@ def resume(engine: Engine, checkpoint: LoadedCheckpoint | None, seed: int) -> in
 @torch.no_grad()
 def load_trained_weights(model: nn.Module, weights: Tensors) -> None:
     """Copy trained weights and initial factors into a model that is not yet under an engine.
+
+    Args:
+        model: changed in place.
+        weights: trained weights and buffers of an initialization, by name.
 
     Raises:
         PipelineError: the model lacks one of them, as with a checkpoint of another version.

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from pipelines.runtime.heartbeats import note
 from pipelines.runtime.interfaces.results import CheckpointMetrics
@@ -120,7 +120,7 @@ class Checkpoints:
         Raises:
             OSError: this checkpoint, or the previous one, could not be written.
         """
-        random_states = gather_object([random_state()])
+        random_states = engine.gather(random_state())
         started = time.monotonic()
         files = full_state(engine, random_states)
         if not engine.is_first:

@@ -30,7 +30,12 @@ def is_eight_bit(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def mean_parts(state: Mapping[str, Any], key: str) -> Parts:
-    """Return a mean's parts from an optimizer's state of a parameter; a plain optimizer has one."""
+    """Return a mean's parts from an optimizer's state of a parameter; a plain optimizer has one.
+
+    Args:
+        state: of one parameter.
+        key: exp_avg or exp_avg_sq.
+    """
     if key in state:
         return {CODES: state[key]}
     number = NUMBERS[key]
@@ -41,13 +46,23 @@ def mean_parts(state: Mapping[str, Any], key: str) -> Parts:
 
 
 def parts_of(tensors: Mapping[str, Tensor], name: str) -> Parts:
-    """Return the parts of one parameter's mean from those of all parameters, by name."""
+    """Return the parts of one parameter's mean from those of all parameters, by name.
+
+    Args:
+        tensors: parts of one mean of all parameters; an ending after the name tells them apart.
+        name: of the parameter.
+    """
     endings = [ending for ending in (CODES, SCALES) if name + ending in tensors]
     return {ending: tensors[name + ending] for ending in endings}
 
 
 def dequantize(mean: Parts, key: str) -> Tensor:
-    """Return a mean in float32."""
+    """Return a mean in float32.
+
+    Args:
+        mean: its codes and scales, or the float32 mean itself.
+        key: exp_avg or exp_avg_sq.
+    """
     codes = mean[CODES]
     if SCALES not in mean:
         return codes
@@ -62,6 +77,12 @@ def restore(optimizer: Any, parameter: nn.Parameter, means: Mapping[str, Parts],
 
     Stored codes are restored bit by bit; a stored float32 mean is quantized if the optimizer keeps
     codes.
+
+    Args:
+        optimizer: of bitsandbytes, with 8-bit state.
+        parameter: that it trains.
+        means: exp_avg and exp_avg_sq, each as codes and scales or in float32.
+        step: steps that Adam has taken.
     """
     group, index = _position(optimizer, parameter)
     optimizer.init_state(optimizer.param_groups[group], parameter, group, index)

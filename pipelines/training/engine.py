@@ -3,6 +3,8 @@
 The launch config decides which. The same calls serve all of them. Under ZeRO-3 no rank keeps a
 complete weight between the passes that need it: DeepSpeed gathers what a module reads while the
 objective is called, and weights are gathered before they are saved.
+
+The engine's collectives are timed as communication, so that a heartbeat shows which ranks wait.
 """
 
 import os
@@ -11,20 +13,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from socket import gethostname
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, gather_object
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import PipelineError
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import Hardware, Optimizer
+from pipelines.runtime.heartbeats import COMMUNICATION
 from pipelines.runtime.interfaces.inputs import TrainOptions
+from pipelines.training.gradient_averaging import time_gradient_averaging
 from pipelines.training.objective import Objective, trained_parameters
 from pipelines.training.optimizers import PEAK_LR, build
+from pipelines.training.phase_timer import PhaseTimer
 
+T = TypeVar("T")
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """Dtype of the computation → accelerate's name for it; with fp16 it scales the loss."""
 
@@ -39,6 +46,7 @@ class Engine:
     wrapped: Any
     """The objective as the engine needs it called."""
     optimizer: Any
+    timer: PhaseTimer
 
     @property
     def zero_stage(self) -> int:
@@ -64,27 +72,96 @@ class Engine:
             group["lr"] = multiplier * group[PEAK_LR]
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def fill_gradients(self) -> None:
-        """Set missing gradients to zero, as ZeRO does: an expert may have received no token."""
-        if self.accelerator.sync_gradients and not self.zero_stage:
-            for parameter in trained_parameters(self.objective).values():
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch; after a step's last one, reduce them over all ranks.
 
-    def clip_gradients(self, max_norm: float) -> float | None:
-        """Clip the gradient norm to `max_norm` after a step's last micro-batch; None before it.
+        A collective: every rank calls it, inside `accelerator.accumulate`. For DeepSpeed this is
+        what accelerate's own call does, except that it does not take the step.
 
-        DeepSpeed has already clipped it. Returns the norm before clipping, over all micro-batches
-        and ranks of the step. Synchronizes the GPU.
+        Args:
+            loss: (), of this rank's micro-batch.
         """
-        if not self.accelerator.sync_gradients:
-            return None
+        if not self.zero_stage:
+            self.accelerator.backward(loss)
+            return
+        is_last = self.accelerator.sync_gradients
+        self.wrapped.set_gradient_accumulation_boundary(is_boundary=is_last)
+        self.wrapped.backward(loss)
+
+    def clip_gradients(self, max_norm: float) -> Tensor | None:
+        """Clip the norm of the step's gradients; return it before clipping, without reading it.
+
+        A gradient that is missing is set to zero, as ZeRO does: an expert may have received no
+        token.
+
+        Args:
+            max_norm: over all trained weights.
+
+        Returns:
+            (), over all micro-batches and ranks; None under DeepSpeed, whose step clips.
+        """
         if self.zero_stage:
-            norm = self.wrapped.get_global_grad_norm()
-        else:
-            parameters = trained_parameters(self.objective).values()
-            norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
+            return None
+        parameters = trained_parameters(self.objective).values()
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        return norm
+
+    def update(self) -> None:
+        """Take the optimizer step, after the step's last micro-batch; remove the gradients."""
+        if self.zero_stage:
+            self.wrapped.step()
+            return
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def deepspeed_grad_norm(self) -> float | None:
+        """Return the gradient norm before clipping that DeepSpeed's last step has computed."""
+        norm = self.wrapped.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+    def sum_and_read(self, own: Tensor, norm: Tensor | None) -> tuple[float, float | None]:
+        """Sum a value over all ranks; return it, and a norm that is read in the same transfer.
+
+        A collective: every rank calls it. It waits for the GPU and for the other ranks.
+
+        Args:
+            own: (), of this rank.
+            norm: (), the same on every rank; None to read only the sum.
+        """
+        with self.timer.phase(COMMUNICATION):
+            total = self.accelerator.reduce(own, reduction="sum")
+            if norm is None:
+                return float(total), None
+            sum_value, norm_value = torch.stack([total, norm]).tolist()
+        return sum_value, norm_value
+
+    def limit_waiting(self, seconds: int) -> None:
+        """Limit how long a rank waits for another one in DeepSpeed's collectives.
+
+        DeepSpeed creates its process groups without the timeout of the launch, and PyTorch's
+        default is half an hour.
+
+        Args:
+            seconds: launch.timeout_seconds.
+        """
+        if not self.zero_stage:
+            return
+        for group in (self.wrapped.data_parallel_group, self.wrapped.seq_data_parallel_group):
+            group.set_timeout(timedelta(seconds=seconds))
+
+    def gather(self, own: T) -> list[T]:
+        """Return every rank's value, by rank. A collective: every rank calls it."""
+        with self.timer.phase(COMMUNICATION):
+            values: list[T] = gather_object([own])
+        return values
+
+    def wait_for_everyone(self) -> None:
+        """Wait until every rank calls it. A collective."""
+        with self.timer.phase(COMMUNICATION):
+            self.accelerator.wait_for_everyone()
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -104,14 +181,18 @@ def start(seed: int, options: TrainOptions, hardware: Hardware, *, full: bool) -
     Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of
     the data. Float32 master weights are computed under autocast. Adapters choose their dtypes
     themselves, over a base that computes as it does in scoring.
+
+    Args:
+        seed: of the recipe; each rank adds its own number.
+        options: device, number of processes, and gradient accumulation of the launch.
+        hardware: of this process.
+        full: every weight is trained.
+
+    Raises:
+        PipelineError: the launch needs a GPU that is missing, or has started another number of
+            ranks.
     """
-    if options.device == "gpu" and hardware.device == "cpu":
-        raise PipelineError(
-            f"launch.config is for GPUs, but PyTorch {torch.__version__} finds no GPU on "
-            f"{gethostname()}; check that driver and build are for the same CUDA and that "
-            "CUDA_VISIBLE_DEVICES names existing GPUs, or use the launch config of the same name "
-            "that begins with cpu_"
-        )
+    _check_gpu(options, hardware)
     torch.manual_seed(seed + int(os.environ.get("RANK", "0")))
     handlers: list[Any] = []
     if not full and not is_deepspeed():
@@ -132,6 +213,16 @@ def start(seed: int, options: TrainOptions, hardware: Hardware, *, full: bool) -
     return accelerator
 
 
+def _check_gpu(options: TrainOptions, hardware: Hardware) -> None:
+    if options.device == "gpu" and hardware.device == "cpu":
+        raise PipelineError(
+            f"launch.config is for GPUs, but PyTorch {torch.__version__} finds no GPU on "
+            f"{gethostname()}; check that driver and build are for the same CUDA and that "
+            "CUDA_VISIBLE_DEVICES names existing GPUs, or use the launch config of the same name "
+            "that begins with cpu_"
+        )
+
+
 def prepare(
     accelerator: Accelerator,
     reader: PackReader,
@@ -139,6 +230,7 @@ def prepare(
     *,
     optimizer: Optimizer,
     max_grad_norm: float,
+    timer: PhaseTimer,
 ) -> Engine:
     """Hand a model and its optimizer to accelerate, which shards them as the launch config defines.
 
@@ -148,6 +240,11 @@ def prepare(
         groups: what AdamW trains, each with its peak learning rate.
         optimizer: see `pipelines.models.hardware.choose_optimizer`.
         max_grad_norm: gradients are clipped to this norm.
+        timer: gets the time in collectives.
+
+    Raises:
+        PipelineError: under ZeRO-3, ranks that read one example at a time would gather weights a
+            different number of times.
     """
     stage = zero_stage(accelerator)
     if stage == 3 and not reader.packed and accelerator.num_processes > 1:
@@ -161,7 +258,8 @@ def prepare(
     objective = Objective(reader.model, reader)
     adamw = build(optimizer, groups, has_masters=bool(stage))
     wrapped, prepared = accelerator.prepare(objective, adamw)
-    return Engine(accelerator, objective, wrapped, prepared)
+    time_gradient_averaging(wrapped, timer)
+    return Engine(accelerator, objective, wrapped, prepared, timer)
 
 
 def zero_stage(accelerator: Accelerator) -> int:

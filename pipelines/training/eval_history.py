@@ -25,7 +25,12 @@ class EvalHistory:
         return cls([(row["step"], row[EVAL_LOSS]) for row in rows if EVAL_LOSS in row])
 
     def extended(self, step: int, loss: float) -> "EvalHistory":
-        """Return the history with one more evaluation."""
+        """Return the history with one more evaluation.
+
+        Args:
+            step: number of steps taken, more than at the evaluations before.
+            loss: nats per supervised token of the tuning examples.
+        """
         return EvalHistory([*self.losses, (step, loss)])
 
     def until(self, step: int) -> "EvalHistory":

@@ -57,6 +57,16 @@ class Evaluations:
         """Return the held-out loss after `step` steps; save the weights if it is the lowest.
 
         A collective: every rank calls it.
+
+        Args:
+            run: the data of this rank.
+            engine: what is evaluated.
+            config: the adapter's; None for full fine-tuning.
+            inputs: for the identity that is saved with an adapter.
+            step: number of steps taken.
+
+        Raises:
+            DivergenceError: the loss is not finite; raised on every rank.
         """
         loss = held_out_loss(run, engine, self.examples, step)
         self.history = self.history.extended(step, loss)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, load_from_disk
 
 from pipelines.data.batches import balance_by_tokens
@@ -83,7 +82,13 @@ def held_out_loss(run: Run, engine: Engine, examples: HeldOutExamples, step: int
 
     A collective: every rank calls it and reads equally many packs, because ZeRO-3 gathers the
     weights from all ranks in each pass. It neither changes the weights nor draws random numbers.
-    The GPU is synchronized once per pack, by the timer, and once to read the sum.
+    It waits for the GPU once, to read the sum.
+
+    Args:
+        run: the training, for its device and timer.
+        engine: what is evaluated.
+        examples: the packs that this rank reads.
+        step: number of steps taken, for the message.
 
     Raises:
         DivergenceError: the loss is not finite; raised on every rank.
@@ -97,7 +102,7 @@ def held_out_loss(run: Run, engine: Engine, examples: HeldOutExamples, step: int
                 if shard:  # a rank without examples only takes part in the pass
                     total += loss
     # Every rank adds the same numbers, exactly, so the result does not depend on their order.
-    loss_sum = math.fsum(gather_object([float(total)]))
+    loss_sum = math.fsum(engine.gather(float(total)))
     loss_of_all = loss_sum / examples.supervised_tokens
     if not math.isfinite(loss_of_all):
         raise DivergenceError(

@@ -59,7 +59,12 @@ def inject_initialized(
 def calibration_batches(
     model: PreTrainedModel, examples: Iterable[dict[str, Any]]
 ) -> Iterator[Callable[[], object]]:
-    """Yield a call that runs the model on each example, until `EVA_TOKENS` were read."""
+    """Yield a call that runs the model on each example, until `EVA_TOKENS` were read.
+
+    Args:
+        model: with the adapter, on its device.
+        examples: rows of the prepared data; only the first are read.
+    """
     read = 0
     for example in examples:
         if read >= EVA_TOKENS:

@@ -15,8 +15,8 @@ Of rank 0 alone:
 
     seconds              of the step
     seconds_of           of each phase since the previous row: data, forward, backward, optimizer,
-                         communication; and checkpoint, snapshot or evaluation if one followed the
-                         previous step, in addition to this step's seconds
+                         communication (see `phase_timer`); and checkpoint, snapshot or evaluation
+                         if one followed the previous step, in addition to this step's seconds
     peak_memory_bytes    so far; the largest of all ranks is in the run's result
     time                 of the step's end, seconds since 1970
 """

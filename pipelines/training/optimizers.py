@@ -41,19 +41,30 @@ def select_optimizer(
     """
     gpu_bytes = min(gather_object([hardware.gpu_bytes]))
     smallest = replace(hardware, gpu_bytes=gpu_bytes)
-    needed = full_bytes(model, options, tokens()) if full and gpu_bytes else None
+    needed = None
+    if full and gpu_bytes:
+        needed = full_bytes(model, options, tokens(), hardware.dtype)
     return choose_optimizer(smallest, adam_state_under(accelerator), needed)
 
 
-def full_bytes(model: PreTrainedModel, options: TrainOptions, tokens: int) -> int:
-    """Return the estimated GPU memory of full fine-tuning without an engine."""
+def full_bytes(
+    model: PreTrainedModel, options: TrainOptions, tokens: int, dtype: torch.dtype
+) -> int:
+    """Return the estimated GPU memory of full fine-tuning without an engine.
+
+    Args:
+        model: what is trained.
+        options: number of processes, and gradient checkpointing.
+        tokens: that a rank reads at once.
+        dtype: of the computation.
+    """
     setup = Setup(
         "full",
         tokens,
         processes=options.processes,
         checkpointing=options.gradient_checkpointing,
     )
-    return budget(model, gpu_setup(setup)).memory_bytes
+    return budget(model, gpu_setup(setup, compute_bytes=dtype.itemsize)).memory_bytes
 
 
 def adam_state_under(accelerator: Accelerator) -> AdamState:

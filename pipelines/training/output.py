@@ -7,48 +7,63 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from accelerate.utils import gather_object
-
 from lora_core import Identity, LoraConfig, save_adapter
 from lora_core.adapter.adapter_files import CONFIG, IDENTITY, read_json
-from lora_core.errors import AdapterError
 from lora_core.files import atomic_folder
-from lora_core.spectrum.spectrum import effective_rank, singular_values
-from lora_core.spectrum.updates import read_updates
 from pipelines.models.hardware import peak_memory_bytes
 from pipelines.models.tokenizer import CHANGED_TOKENIZER
 from pipelines.runtime.interfaces.inputs import TrainInputs
-from pipelines.runtime.interfaces.results import ModuleSpectrum, SavedWeights, TrainResult
-from pipelines.runtime.stage import RESULT, SNAPSHOTS, snapshot, write_result
+from pipelines.runtime.interfaces.kinds import TRAIN
+from pipelines.runtime.interfaces.results import SavedWeights, TrainResult
+from pipelines.runtime.stage import RESULT, SNAPSHOTS, read_inputs, snapshot, write_result
 from pipelines.training.engine import Engine
+from pipelines.training.spectra import spectrum
 
 
-def peak_memory_of_all_ranks() -> int:
+def peak_memory_of_all_ranks(engine: Engine) -> int:
     """Return the largest peak of memory of any rank, in bytes. A collective."""
-    peaks: list[int] = gather_object([peak_memory_bytes()])
-    return max(peaks)
+    return max(engine.gather(peak_memory_bytes()))
 
 
 def copy_tokenizer(engine: Engine, config: LoraConfig | None, data: Path, folder: Path) -> None:
-    """Copy the tokenizer to the trained weights if the recipe changed it. Every rank calls it."""
+    """Copy the tokenizer to the trained weights if the recipe changed it. Every rank calls it.
+
+    Args:
+        engine: for its rank.
+        config: the adapter's; None for full fine-tuning.
+        data: folder of the prepared data.
+        folder: of the stage.
+    """
     changed = data / CHANGED_TOKENIZER
     if engine.is_first and changed.is_dir():
         shutil.copytree(changed, folder / output_folder(config), dirs_exist_ok=True)
-    engine.accelerator.wait_for_everyone()
+    engine.wait_for_everyone()
 
 
 def declare_done(
     folder: Path, engine: Engine, config: LoraConfig | None, result: TrainResult
 ) -> None:
-    """Write the stage's result, with every snapshot that was ever kept. Every rank calls it."""
+    """Write the stage's result, with every snapshot that was ever kept. Every rank calls it.
+
+    Args:
+        folder: of the stage.
+        engine: for its rank.
+        config: the adapter's; None for full fine-tuning.
+        result: complete on rank 0.
+    """
     if engine.is_first:
         files = [*(folder / output_folder(config)).iterdir(), *(folder / SNAPSHOTS).glob("*/*/*")]
         write_result(folder, result, [str(path.relative_to(folder)) for path in sorted(files)])
-    engine.accelerator.wait_for_everyone()
+    engine.wait_for_everyone()
 
 
 def missing_snapshots(folder: Path, steps: Sequence[int]) -> list[int]:
-    """Return the steps for which a finished run has no snapshot."""
+    """Return the steps for which a finished run has no snapshot.
+
+    Args:
+        folder: of a stage with a result.
+        steps: numbers of steps after which the options name a snapshot.
+    """
     files = read_json(folder / RESULT)["files"]
     return [step for step in steps if not _has_snapshot(files, step)]
 
@@ -64,8 +79,14 @@ def write_trained(
 
     A collective: every rank calls it, and the weights are gathered from all. Only the first rank
     writes.
+
+    Args:
+        engine: whose weights are gathered.
+        config: the adapter's; None for full fine-tuning.
+        inputs: for the identity that is saved with an adapter.
+        parent: folder that gets adapter/ or model/.
     """
-    engine.accelerator.wait_for_everyone()
+    engine.wait_for_everyone()
     folder = parent / output_folder(config)
     with engine.gathered():
         if engine.is_first:
@@ -73,20 +94,26 @@ def write_trained(
                 _save_model(engine, folder, inputs)
             else:
                 _save_adapter(engine, folder, config, inputs)
-    engine.accelerator.wait_for_everyone()
+    engine.wait_for_everyone()
 
 
 def saved_weights(parent: Path, config: LoraConfig | None) -> SavedWeights:
-    """Return size, digest and spectrum of what was written into `parent`. On rank 0."""
+    """Return size, digest and spectrum of what was written into `parent`. On rank 0.
+
+    Args:
+        parent: folder of the stage, with adapter/ or model/.
+        config: the adapter's; None for full fine-tuning.
+    """
     folder = parent / output_folder(config)
     file_bytes = sum(path.stat().st_size for path in folder.iterdir())
     if config is None:
         return SavedWeights(file_bytes=file_bytes)
+    _, paths = read_inputs(parent, TRAIN)
     return SavedWeights(
         file_bytes=file_bytes,
         adapter_sha256=read_json(folder / IDENTITY)["adapter_sha256"],
         file_rank=read_json(folder / CONFIG)["r"],
-        spectrum=spectrum(folder),
+        spectrum=spectrum(folder, paths.required("base")),
     )
 
 
@@ -124,25 +151,3 @@ def _copy_code(base: Path, folder: Path) -> None:
         target = folder / source.relative_to(base)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, target)
-
-
-def spectrum(adapter: Path) -> tuple[ModuleSpectrum, ...]:
-    """Return the singular values and the effective rank of each module's ΔW.
-
-    It is empty if more than ΔW was trained: with DoRA, biases or fully trained modules, no
-    product of two factors is the complete update.
-    """
-    try:
-        values = {name: singular_values(update) for name, update in read_updates(adapter).items()}
-    except AdapterError:
-        return ()
-    modules = []
-    for name, module in values.items():
-        found = ModuleSpectrum(
-            module=name,
-            rank=len(module),
-            effective_rank=round(effective_rank(module), 3),
-            values=tuple(float(f"{value:.4g}") for value in module.tolist()),
-        )
-        modules.append(found)
-    return tuple(modules)

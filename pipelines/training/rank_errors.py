@@ -48,6 +48,10 @@ def gather_hostnames() -> RankHosts:
 def name_lost_rank(ranks: RankHosts, timer: PhaseTimer) -> Iterator[None]:
     """Turn a backend's error inside a block into one that names the lost rank and the step.
 
+    Args:
+        ranks: hosts of all ranks.
+        timer: has the number of the step.
+
     Raises:
         PeerError: another rank ended or did not respond in time.
     """

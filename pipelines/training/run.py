@@ -40,6 +40,10 @@ class Run:
     def example(self, index: int, step: int) -> Example:
         """Return one example.
 
+        Args:
+            index: of a training example.
+            step: number of the step that reads it, from 0, for the message.
+
         Raises:
             DataError: the example cannot be read; names it.
         """
@@ -123,6 +127,12 @@ def prepare_run(
     accelerator: Accelerator, inputs: TrainInputs, data: Path, timer: PhaseTimer
 ) -> Run:
     """Load the examples, fix their order and check the shards. Every rank calls it.
+
+    Args:
+        accelerator: see `pipelines.training.engine.start`.
+        inputs: with the settings of the training.
+        data: folder of the prepared data.
+        timer: of the phases of this rank.
 
     Raises:
         PipelineError: the ranks' shards of the first step are not disjoint and complete.

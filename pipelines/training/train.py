@@ -29,9 +29,10 @@ from pathlib import Path
 from socket import gethostname
 
 import torch
+from accelerate import Accelerator
 
 from lora_core import LoraConfig
-from pipelines.models.hardware import detect
+from pipelines.models.hardware import detect_for_training
 from pipelines.models.verification_cache import VerificationCache
 from pipelines.runtime.child import die_with_parent, errors_recorded
 from pipelines.runtime.heartbeats import HeartbeatWriter, note
@@ -43,7 +44,6 @@ from pipelines.training.build import adapt, build_engine, load_base
 from pipelines.training.checkpoint import select_checkpoint
 from pipelines.training.checkpoint_state import resume
 from pipelines.training.checkpoint_writer import Checkpoints
-from pipelines.training.collective_timing import time_collectives
 from pipelines.training.engine import Engine, start
 from pipelines.training.eval_history import EVAL_LOSS
 from pipelines.training.evaluations import Evaluations, resume_evaluations
@@ -58,7 +58,7 @@ from pipelines.training.output import (
     saved_weights,
     write_trained,
 )
-from pipelines.training.phase_timer import PhaseTimer
+from pipelines.training.phase_timer import PhaseTimer, clock_of
 from pipelines.training.rank_errors import gather_hostnames, name_lost_rank
 from pipelines.training.run import Run, prepare_run
 from pipelines.training.step import name_memory_limit, train_step
@@ -74,11 +74,17 @@ class Training:
     folder: Path
     """The stage's."""
     inputs: TrainInputs
+    data: Path
+    """Folder of the prepared data."""
     options: TrainOptions
     run: Run
     engine: Engine
+    facts: TrainingFacts
+    """How it is computed, for its result."""
     config: LoraConfig | None
     """The adapter's; None for full fine-tuning."""
+    first_step: int
+    """Steps taken before this process, 0 without a checkpoint."""
     log: Log
     checkpoints: Checkpoints
     evaluations: Evaluations | None
@@ -90,57 +96,85 @@ def train(folder: Path) -> None:
 
     If the run is already finished but lacks snapshots, it trains again up to the last missing one,
     and its result stays as it is.
+
+    Args:
+        folder: of the stage.
+    """
+    result = read_result(folder, TRAIN)
+    training = _prepare_training(folder, is_finished=result is not None)
+    engine = training.engine
+    snapshots = training.options.snapshots
+    if engine.is_first:
+        announce(folder, training.facts, ranks=engine.ranks, first=training.first_step)
+
+    hosts = gather_hostnames()
+    with training.checkpoints, name_lost_rank(hosts, engine.timer):
+        if result is None:
+            _train_steps(training, len(training.run.steps), snapshots)
+        else:
+            missing = missing_snapshots(folder, snapshots)
+            _train_steps(training, max(missing, default=0), missing)
+    if result is None:
+        result = _finish(training)
+        copy_tokenizer(engine, training.config, training.data, folder)
+    declare_done(folder, engine, training.config, result)
+    if engine.is_first:
+        training.checkpoints.discard()
+
+
+def _prepare_training(folder: Path, *, is_finished: bool) -> Training:
+    """Load base and data, build the engine, and resume. A collective: every rank calls it.
+
+    Args:
+        folder: of the stage.
+        is_finished: the stage has its result, so nothing is logged or evaluated.
     """
     inputs, paths = read_inputs(folder, TRAIN)
     options = read_options(folder)
     base = paths.required("base")
     data = paths.required("data")
-    hardware = detect()
+    hardware = detect_for_training(inputs.training.dtype)
     accelerator = start(inputs.seed, options, hardware, full=inputs.method == "full")
     model = load_base(base, inputs, hardware)
-    timer = PhaseTimer(HeartbeatWriter(folder, accelerator.process_index, gethostname()))
-    run = prepare_run(accelerator, inputs, data, timer)
-    held_out = load_held_out(run, inputs, data)
+    run = prepare_run(accelerator, inputs, data, _start_timer(folder, accelerator))
+    held_out = None if is_finished else load_held_out(run, inputs, data)
 
-    result = read_result(folder, TRAIN)
     checkpoint = select_checkpoint(accelerator.is_main_process, folder / CHECKPOINTS)
     config = adapt(model, inputs, examples=run.examples(), base=base, checkpoint=checkpoint)
-    cache = VerificationCache(folder)
-    engine, facts = build_engine(run, model, inputs, options, hardware, cache)
+    engine, facts = build_engine(run, model, inputs, options, hardware, VerificationCache(folder))
     checkpoints = _checkpoints(folder, options, facts.trained_weights)
     first = resume(engine, checkpoint, inputs.seed)
-    time_collectives(engine, timer)
-    log = Log(folder / METRICS if engine.is_first and result is None else None, first)
-    evaluations = None
-    if result is None:
-        evaluations = resume_evaluations(
-            inputs, held_out, checkpoints=checkpoints.folder, log=log, first=first
-        )
-    if engine.is_first:
-        announce(folder, facts, ranks=engine.ranks, first=first)
-
-    training = Training(folder, inputs, options, run, engine, config, log, checkpoints, evaluations)
-    hosts = gather_hostnames()
-    with checkpoints, name_lost_rank(hosts, timer):
-        if result is None:
-            _train_steps(training, first, len(run.steps), options.snapshots)
-        else:
-            missing = missing_snapshots(folder, options.snapshots)
-            _train_steps(training, first, max(missing, default=0), missing)
-    if result is None:
-        result = _finish(training, facts)
-        copy_tokenizer(engine, config, data, folder)
-    declare_done(folder, engine, config, result)
-    if engine.is_first:
-        checkpoints.discard()
+    log = Log(folder / METRICS if engine.is_first and not is_finished else None, first)
+    evaluations = resume_evaluations(
+        inputs, held_out, checkpoints=checkpoints.folder, log=log, first=first
+    )
+    return Training(
+        folder=folder,
+        inputs=inputs,
+        data=data,
+        options=options,
+        run=run,
+        engine=engine,
+        facts=facts,
+        config=config,
+        first_step=first,
+        log=log,
+        checkpoints=checkpoints,
+        evaluations=evaluations,
+    )
 
 
-def _finish(training: Training, facts: TrainingFacts) -> TrainResult:
+def _start_timer(folder: Path, accelerator: Accelerator) -> PhaseTimer:
+    heartbeat = HeartbeatWriter(folder, accelerator.process_index, gethostname())
+    return PhaseTimer(heartbeat, clock_of(accelerator.device))
+
+
+def _finish(training: Training) -> TrainResult:
     """Save the trained weights; return the result, of which rank 0 has all.
 
     A collective: every rank calls it.
     """
-    peak = peak_memory_of_all_ranks()
+    peak = peak_memory_of_all_ranks(training.engine)
     _save_output(training)
     saved = SavedWeights(file_bytes=0)
     held_out = None
@@ -150,7 +184,7 @@ def _finish(training: Training, facts: TrainingFacts) -> TrainResult:
             examples = len(training.evaluations.examples.dataset)
             held_out = held_out_losses(training.log.rows, len(training.run.steps), examples)
     return TrainResult(
-        facts=facts,
+        facts=training.facts,
         totals=training.log.totals(),
         saved=saved,
         held_out=held_out,
@@ -169,7 +203,7 @@ def _save_output(training: Training) -> None:
         evaluations.weights.publish(evaluations.best_step, training.folder, training.config)
         taken = len(training.log.rows)
         note(training.folder, evaluations.describe(taken, len(training.run.steps)))
-    training.engine.accelerator.wait_for_everyone()
+    training.engine.wait_for_everyone()
 
 
 def _checkpoints(folder: Path, options: TrainOptions, trained_weights: int) -> Checkpoints:
@@ -181,15 +215,20 @@ def _checkpoints(folder: Path, options: TrainOptions, trained_weights: int) -> C
     )
 
 
-def _train_steps(training: Training, first: int, last: int, snapshots: Sequence[int]) -> None:
-    """Take the steps from `first` up to `last`; evaluate, and save snapshots and checkpoints.
+def _train_steps(training: Training, last: int, snapshots: Sequence[int]) -> None:
+    """Take the steps up to `last`; evaluate, and save snapshots and checkpoints.
 
     Every rank calls it: steps, evaluations, snapshots and checkpoints are collectives, and every
     rank stops early after the same step. A row is written after its evaluation, and a checkpoint
     after its row, so a run that resumes has every evaluation before its checkpoint.
+
+    Args:
+        training: takes the steps.
+        last: number of steps after which it ends.
+        snapshots: numbers of steps after which the weights are saved.
     """
     run, engine = training.run, training.engine
-    for step in range(first, last):
+    for step in range(training.first_step, last):
         done = step + 1
         with name_memory_limit(f"step {done}", partial(run.largest_own_pack, step)):
             row = train_step(run, engine, step)

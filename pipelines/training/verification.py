@@ -13,6 +13,7 @@ from accelerate.utils import (
 from torch import nn
 from transformers import PreTrainedModel
 
+from lora_core.usage import refuse_unused_layers
 from pipelines.errors import BaseModelError, PipelineError
 from pipelines.models.equivalence import combined, verified_reader
 from pipelines.models.forward import PackReader
@@ -40,29 +41,42 @@ def verify_reader(
     A collective: the ranks share the probes, unless an earlier training of the same base, data and
     method verified this. If they find different readers, every rank verifies on all probes.
 
+    Args:
+        run: has the examples, and the ranks that share them.
+        model: as it will be trained.
+        inputs: base, quantization and adapter, which the key of the cache has.
+        dtype: of the computation.
+        cache: of earlier verifications of the same kind.
+
     Raises:
         PipelineError: the ranks would still read the base in different ways.
+        TargetError: the model does not use an adapted layer.
     """
-    trained = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    trained = _trained_by_name(model)
     with run.timer.phase("check"):
         probes = run.probes()
         key = training_key(model, probes, trained, dtype=dtype, settings=_identity(inputs))
         # the first rank decides for all, so that no rank verifies alone
         (known,) = broadcast_object_list([cache.load(key, Verified)])
-        if known is not None:
-            verified = known
-        else:
-            verified = _verify_together(run, model, probes, trained, dtype)
-    run.timer.collect()  # the check belongs to no step
+        verified = known or _verify_together(run, model, probes, trained, dtype)
+    run.timer.discard()  # the check belongs to no step
     reset_peak_memory()
-    if verified.without_gradient:
-        # DDP waits for the gradients of all tensors, unless it is told that some may be missing.
-        run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    _prepare_ddp(run, verified)
     if known is None and run.accelerator.is_main_process:
         cache.save(key, verified.model_copy(update={"verified_by": cache.stage, "seconds": 0.0}))
+    if inputs.adapter is not None:
+        refuse_unused_layers(model, verified.without_gradient)
     return PackReader.of(model, verified), verified
+
+
+def _prepare_ddp(run: Run, verified: Verified) -> None:
+    """Tell DDP if some gradients may be missing; it waits for those of all tensors otherwise."""
+    if verified.without_gradient:
+        run.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+
+
+def _trained_by_name(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
 def _verify_together(
@@ -127,7 +141,14 @@ def _identity(inputs: TrainInputs) -> dict[str, Any]:
 
 
 def announce(folder: Path, facts: TrainingFacts, *, ranks: int, first: int) -> None:
-    """Note how the training is computed, the verification, and the tensors it does not reach."""
+    """Note how the training is computed, the verification, and the tensors it does not reach.
+
+    Args:
+        folder: of the stage; gets the notes.
+        facts: how the training is computed.
+        ranks: number of processes.
+        first: steps taken before this process.
+    """
     where = f"{ranks} ranks; from step {first}"
     note(folder, f"{facts.trained_weights} trained weights; {facts.choices}; {where}")
     note(folder, str(facts.forward))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from pipelines.config.experiments import EvaluatedModel
 from pipelines.errors import RegistryError
-from pipelines.runtime.interfaces.results import BaseResult
+from pipelines.runtime.interfaces.results import BaseResult, DataResult
 from pipelines.tracking.retry import retry_until_reachable
 from pipelines.tracking.task_identity import task_objection
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
@@ -25,7 +25,10 @@ class Champion:
 
 
 def find_champion(
-    run: PipelineRun, base: BaseResult, adapters: Sequence[TrainedExperiment]
+    run: PipelineRun,
+    base: BaseResult,
+    data: DataResult,
+    adapters: Sequence[TrainedExperiment],
 ) -> Champion | None:
     """Fetch the champion of the registered model; None if there is none to compare with.
 
@@ -49,7 +52,7 @@ def find_champion(
     champion = Champion(found.version, found.adapter_sha256)
     if any(trained.result.saved.adapter_sha256 == found.adapter_sha256 for trained in adapters):
         return champion
-    objection = _objection(run, base, found.tags)
+    objection = _objection(run, base, data, found.tags)
     if objection is not None:
         return replace(champion, objection=objection)
     model = EvaluatedModel(
@@ -63,12 +66,14 @@ def find_champion(
     return replace(champion, model=model)
 
 
-def _objection(run: PipelineRun, base: BaseResult, tags: Mapping[str, str]) -> str | None:
+def _objection(
+    run: PipelineRun, base: BaseResult, data: DataResult, tags: Mapping[str, str]
+) -> str | None:
     """Return why the champion's scores on these items would mislead; None if they would not."""
     for kind, digest in base.digests.items():
         if tags.get(f"base_fingerprint.{kind}") != digest:
             return f"it was trained on another base, {tags.get('base', 'which it does not name')}"
-    parts = {"tokenizer": base.tokenizer_sha256, "template": base.template_sha256}
+    parts = {"tokenizer": base.tokenizer_sha256, "template": data.template_sha256}
     for name, sha256 in parts.items():
         if tags.get(f"{name}_sha256") != sha256:
             return f"it was trained with another {name}, so that its prompts would be unfamiliar"

@@ -3,12 +3,19 @@
 data ─► base ─► train the control and each rank ─► evaluate all ─► compare ─► report ─► register
 """
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+from uuid import UUID
 
 from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
 
 from pipelines.config.experiments import (
     CONTROL,
@@ -19,45 +26,122 @@ from pipelines.config.experiments import (
 )
 from pipelines.config.recipe import find_recipe, load_recipe
 from pipelines.config.steps import resolve_steps
+from pipelines.console import print_status
 from pipelines.data.data_warnings import data_warnings
-from pipelines.errors import StageError
+from pipelines.errors import RecipeError, StageError
 from pipelines.orchestration.cancellation import (
-    end_with_worker,
     hold_lock,
     kill_leftover_processes,
     mark_interrupted_run_cancelled,
+    outlive_worker,
 )
-from pipelines.paths import runs_root
+from pipelines.orchestration.concurrency import hold_slots, recipe_slot
+from pipelines.orchestration.events import announce_failure
+from pipelines.orchestration.own_state import follow_state
+from pipelines.orchestration.redaction import (
+    errors_without_credentials,
+    remove_credentials_from_log,
+)
+from pipelines.paths import runs_root, tracking_account
 from pipelines.runtime import launcher
 from pipelines.runtime.interfaces.results import BaseResult
 from pipelines.runtime.sharding import check_forward_path, check_launch, hide_gpus_if_on_cpu
 from pipelines.workflow import tasks
 from pipelines.workflow.champion import Champion, find_champion
-from pipelines.workflow.publishing import publish
+from pipelines.workflow.completed import (
+    completed_run,
+    current_inputs_digest,
+    inputs_digest,
+    record_completed,
+)
+from pipelines.workflow.publishing import check_access, check_adapter_sizes, publish
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
 from pipelines.workflow.stages import EvaluateStage, PreparedData, Stages, group_by_base
 from pipelines.workflow.summary import RunResults, summarize
 from pipelines.workflow.training import train_control, train_one
 
+Promote = Literal["as in the recipe", "auto", "propose"]
+AS_IN_RECIPE = "as in the recipe"
+DESCRIPTION = (
+    "Trains the adapters of a recipe and a control on the same data, measures what each of them "
+    "learned and what it forgot, and registers the adapters that pass the recipe's gate."
+)
+"""On Prefect's pages."""
+
+
+def run_name() -> str:
+    """Return the name of the current flow run: recipe, ranks, and the data if they are given."""
+    parameters = flow_run.parameters
+    data = parameters["data"]
+    try:
+        settings = load_recipe(parameters["recipe"], ranks=parameters["ranks"], data=data)
+    except RecipeError:  # the run reports it
+        return Path(parameters["recipe"]).stem
+    ranks = ", ".join(map(str, settings.lora.ranks))
+    name = f"{settings.name} rank {ranks}"
+    return f"{name} on {data}" if data else name
+
 
 @flow(
     name="finetune",
-    description=__doc__,
-    on_running=[end_with_worker, hold_lock],
+    flow_run_name=run_name,
+    description=DESCRIPTION,
+    on_running=[outlive_worker, hold_lock],
+    on_failure=[announce_failure],
     on_cancellation=[kill_leftover_processes],
-    on_crashed=[kill_leftover_processes, mark_interrupted_run_cancelled],
+    on_crashed=[kill_leftover_processes, mark_interrupted_run_cancelled, announce_failure],
 )
-def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect's form needs a plain list
+def finetune(
+    recipe: str,
+    ranks: list[int] = [],  # noqa: B006 - Prefect's form needs a plain list
+    steps: int = 0,
+    data: str = "",
+    promote: Promote = "as in the recipe",
+    only_if_changed: bool = False,
+) -> str | State[str]:
     """Run a recipe from data to registered adapter; return the path of its summary.json.
 
     Args:
         recipe: a YAML file, or the name of one in pipelines/recipes.
         ranks: replaces the recipe's ranks if not empty.
+        steps: replaces the length of a training if not 0, in optimizer steps.
+        promote: whether a passing adapter becomes champion at once, or waits for a person.
+        data: replaces the recipe's data.source if not empty.
+        only_if_changed: do nothing if the last completed run had the same recipe and data.
     """
-    settings = load_recipe(recipe, ranks=ranks)
-    check_launch(settings)
-    hide_gpus_if_on_cpu(settings.launch.config)
-    run = PipelineRun(settings, Stages(settings, runs_root(), find_recipe(recipe).parent))
+    remove_credentials_from_log()
+    os.environ.update(tracking_account())
+    chosen = "" if promote == AS_IN_RECIPE else promote
+    settings = load_recipe(recipe, ranks=ranks, steps=steps, data=data, promote=chosen)
+    stages = Stages(settings, runs_root(), find_recipe(recipe).parent)
+    run = PipelineRun(settings, stages, flow_run=str(flow_run.id or ""))
+    with (
+        errors_without_credentials(),
+        follow_state(flow_run_id()),
+        hold_slots([recipe_slot(settings.name)], print_status),
+    ):
+        if only_if_changed:
+            last = completed_run(run)
+            if last is not None and last.inputs == current_inputs_digest(run):
+                since = f"the run {last.flow_run!r} of {last.finished}"
+                return Completed(message=f"recipe and data are unchanged since {since}")
+        return str(compare_ranks(run))
+
+
+def flow_run_id() -> UUID | None:
+    """Return the id of the current flow run; None outside one."""
+    return UUID(str(flow_run.id)) if flow_run.id else None
+
+
+def compare_ranks(run: PipelineRun) -> Path:
+    """Train the control and the adapters of a recipe, compare and register them.
+
+    Returns:
+        The path of summary.json.
+    """
+    loaded = run
+    settings = run.recipe
+    prepare_launch(run)
     base = run.run_stage(tasks.prepare_base, run.stages.base())
     check_forward_path(settings, base)
     data_stage = run.stages.data(base)
@@ -66,8 +150,9 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     run = replace(run, recipe=settings, stages=replace(run.stages, recipe=settings))
     check = run.run_stage(tasks.check_data, run.stages.check(base, data))
     warnings = data_warnings(data.result, check, settings.data)
-    tasks.show_data(data.result, warnings)
+    tasks.show_data(data.result, warnings, recipe=settings.name)
     run.plan = run.run_stage(tasks.plan, run.stages.plan(base, data))
+    check_adapter_sizes(run, base, run.plan)
 
     control = train_control(run, base, data)
     adapters = train_all(run, base, data, rank_experiments(settings))
@@ -75,17 +160,26 @@ def finetune(recipe: str, ranks: list[int] = []) -> str:  # noqa: B006 - Prefect
     others = [*control.others]
     others += train_all(run, base, data, learning_rate_experiments(settings))
 
-    models = bases(run)
-    models += [trained.evaluated_model() for trained in compared]
-    models += frontier_models(run, compared, others)
+    models = models_to_score(run, compared, others)
     evaluated = evaluate_all(run, base, data, models)
-    champion = find_champion(run, base, adapters)
+    champion = find_champion(run, base, data.result, adapters)
     if champion is not None and champion.model is not None:
         champion, scored = evaluate_champion(run, base, data, champion)
         evaluated |= scored
 
     results = RunResults(base, data.result, warnings, control, adapters, champion, evaluated)
-    return str(publish(run, summarize(run, results)))
+    path = publish(run, summarize(run, results))
+    files = evaluated[models[0]].inputs.files
+    inputs = inputs_digest(loaded.recipe, sources=data_stage.inputs.sources, files=files)
+    record_completed(loaded, inputs, str(flow_run.name))
+    return path
+
+
+def prepare_launch(run: PipelineRun) -> None:
+    """Check the launch and the access to the registry; hide the GPUs from a launch on the CPU."""
+    check_launch(run.recipe)
+    hide_gpus_if_on_cpu(run.recipe.launch.config)
+    check_access(run)
 
 
 def train_all(
@@ -93,6 +187,16 @@ def train_all(
 ) -> list[TrainedExperiment]:
     """Train experiments one after the other; each uses all processes."""
     return [train_one(run, base, data, experiment) for experiment in experiments]
+
+
+def models_to_score(
+    run: PipelineRun, compared: Sequence[TrainedExperiment], others: Sequence[TrainedExperiment]
+) -> list[EvaluatedModel]:
+    """Return the bases, the compared experiments, and the models that only the frontier shows."""
+    models = bases(run)
+    models += [trained.evaluated_model() for trained in compared]
+    models += frontier_models(run, compared, others)
+    return models
 
 
 def bases(run: PipelineRun) -> list[EvaluatedModel]:

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core.files import sha256_of_file
-from pipelines.config.data_section import DataSection, WeightedSource
+from pipelines.config.data_section import (
+    CHATML,
+    DOCSTRINGS,
+    NO_TEMPLATE,
+    DataSection,
+    WeightedSource,
+)
 from pipelines.config.recipe import local_path
 from pipelines.data.sources.file_discovery import is_pattern, is_remote, local_files
 from pipelines.data.sources.remote_files import remote_identity
 from pipelines.paths import find
 from pipelines.runtime.stage import digest
 
-DOCSTRINGS = "docstrings"
-BUILT_IN_TEMPLATES = ("chatml", "none")
+BUILT_IN_TEMPLATES = (CHATML, NO_TEMPLATE)
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ PROMPT_STYLE = "dim"
 console = Console()
 
 
-def print_check(recipe: Recipe, stages: Stages) -> bool:
-    """Prepare the data, which a run reuses, and print it; return whether there are no warnings."""
+def print_check(recipe: Recipe, stages: Stages) -> None:
+    """Prepare the data, which a run reuses, and print them with warnings."""
     from pipelines.models.base_tokenizer import base_tokenizer
 
     check_launch(recipe)
@@ -43,19 +43,21 @@ def print_check(recipe: Recipe, stages: Stages) -> bool:
     _print_previews(data.result.previews)
     warnings = data_warnings(data.result, check, recipe.data)
     for warning in warnings:
-        console.print(f"! {warning}", style="yellow", highlight=False)
+        console.print(Text(f"! {warning}", style="yellow"))
     if not warnings:
         console.print("no warnings", style="green")
-    return not warnings
 
 
 def _print_source(source: SourceFacts) -> None:
     file = [source.format, source.encoding, source.delimiter_name]
     format_text = ", ".join(text for text in file if text)
-    console.print(f"[bold]{source.source}[/bold]: {source.rows:,} rows ({format_text})")
+    line = Text(source.source, style="bold")
+    line.append(f": {source.rows:,} rows ({format_text})", style="default")
+    console.print(line)
     used = ", ".join(source.used_columns)
     unused = ", ".join(source.unused_columns) or "none"
-    console.print(f"  read as {source.schema_name}; columns used: {used}; not used: {unused}")
+    columns = f"  read as {source.schema_name}; columns used: {used}; not used: {unused}"
+    console.print(Text(columns))
 
 
 def _counts_table(result: DataResult) -> Table:

@@ -9,10 +9,10 @@ from rich.table import Table
 from pipelines.config.experiments import CONTROL
 from pipelines.config.recipe import Recipe
 from pipelines.config.steps import resolve_steps
-from pipelines.planning.cluster import (
+from pipelines.planning.cluster import Cluster
+from pipelines.planning.cluster_tables import (
     GIB,
     LEVELS,
-    Cluster,
     checkpoints_table,
     memory_of,
     scaling_table,

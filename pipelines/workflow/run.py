@@ -61,6 +61,8 @@ class PipelineRun:
     timings: list[StageTime] = field(default_factory=list)
     plan: PlanResult | None = None
     """What the plan reported; None before that."""
+    flow_run: str = ""
+    """Id of the Prefect flow run; empty outside one."""
 
     @property
     def folder(self) -> Path:

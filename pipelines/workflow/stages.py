@@ -46,6 +46,8 @@ from pipelines.runtime.sharding import launch_facts
 from pipelines.runtime.stage import Stage, snapshot
 from pipelines.workflow.named_sources import NamedSources
 
+RESCORED = 8
+"""Held-out examples on which the exports of an adapter are scored again."""
 BaseStage = Stage[BaseInputs, BaseResult]
 DataStage = Stage[DataInputs, DataResult]
 CheckStage = Stage[CheckInputs, CheckResult]
@@ -109,13 +111,20 @@ class Stages:
         """What the training data share with the evaluation."""
         settings = self.recipe.evaluation
         files = evaluation_files(settings, self.search_folders)
+        lm_eval = settings.lm_eval
+        names = [*settings.probes]
+        if lm_eval is not None and lm_eval.include_path is not None:
+            names.append(lm_eval.include_path)
         inputs = CheckInputs(
             data_digest=data.result.digest,
             general=settings.general,
             items_per_benchmark=settings.items_per_benchmark,
             probes=settings.probes,
-            files={name: _digest_of(files[name]) for name in settings.probes if name in files},
+            files={name: content_digest(files[name]) for name in names if name in files},
             seed=self.recipe.seed,
+            lm_eval=lm_eval,
+            lm_eval_version=None if lm_eval is None else _version_of("lm_eval"),
+            trust_remote_code=self._is_trusted,
         )
         recipe_folder, here = self._search_paths()
         paths = _base_and_data(base, data, recipe=recipe_folder, here=here)
@@ -174,7 +183,7 @@ class Stages:
                 base_id=base.id,
                 base_revision=base.revision,
                 tokenizer_sha256=base.tokenizer_sha256,
-                template_sha256=base.template_sha256,
+                template_sha256=data.result.template_sha256,
                 end_tokens=data.result.end_tokens,
             )
         return TrainInputs(
@@ -219,14 +228,15 @@ class Stages:
         inputs = EvaluateInputs(
             base_digests=base.digests,
             tokenizer=base.tokenizer_sha256,
-            template=base.template_sha256,
+            template=data.result.template_sha256,
             trained=model.weights,
             quantization="nf4" if model.quantized else "none",
             data_digest=data.result.digest,
             evaluation=settings,
             generations=settings.generations if model.is_complete else 0,
+            rescored=RESCORED if model.is_complete and model.output == "adapter" else 0,
             end_tokens=data.result.end_tokens,
-            files={name: _digest_of(path) for name, path in files.items()},
+            files={name: content_digest(path) for name, path in files.items()},
             seed=self.recipe.seed,
             lm_eval=None if settings.lm_eval is None else _version_of("lm_eval"),
             trust_remote_code=self._is_trusted,
@@ -285,7 +295,7 @@ def _base_and_data(base: TokenizerFacts, data: PreparedData, **others: str | Non
     return StagePaths.model_validate(paths)
 
 
-def _digest_of(path: Path) -> str:
+def content_digest(path: Path) -> str:
     """Return a digest of a file's content, or of all files in a folder."""
     return sha256_of_file(path) if path.is_file() else files_digest(path)
 

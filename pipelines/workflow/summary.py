@@ -142,15 +142,18 @@ def _forward_checks(results: RunResults) -> "dict[str, ForwardChecks]":
         checks[model.label] = ForwardChecks(
             training=training.get(model.label),
             scoring=None if evaluated is None else evaluated.forward,
+            served=None if evaluated is None else evaluated.served,
         )
     return checks
 
 
 def _machine(trained: Sequence[TrainedExperiment]) -> str:
-    """Return the hardware of the run: its GPUs, if it used any, and the host."""
+    """Return the hardware of the run, its GPUs if it used any, and the dtype of the trainings."""
     processors = dict.fromkeys(one.result.facts.processor for one in trained)
     gpus = [name for name in processors if name != "CPU"]
-    return ", ".join([*gpus, f"{os.cpu_count()} cores", platform.machine(), platform.system()])
+    dtypes = dict.fromkeys(one.result.facts.dtype for one in trained)
+    host = [f"{os.cpu_count()} cores", platform.machine(), platform.system()]
+    return ", ".join([*gpus, *host, f"trained in {' and '.join(dtypes)}"])
 
 
 def _commit() -> str:

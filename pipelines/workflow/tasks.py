@@ -1,5 +1,6 @@
 """The stages as Prefect tasks: cached by key, run as child processes."""
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,7 +12,7 @@ from prefect.context import TaskRunContext
 from pipelines.config.sections import LaunchSection
 from pipelines.console import fan_out, print_status, training_progress
 from pipelines.data.data_warnings import data_markdown
-from pipelines.orchestration import concurrency, flow_log
+from pipelines.orchestration import concurrency, flow_log, own_state
 from pipelines.orchestration.cancellation import started_by_worker
 from pipelines.runtime import hosts, launcher
 from pipelines.runtime.interfaces.plan_result import PlanResult
@@ -91,6 +92,7 @@ def train(stage: TrainStage, settings: LaunchSection, mlflow_experiment: str) ->
             training_progress(stage.label, lines=not started_by_worker()) as on_terminal,
             flow_log.report_training(stage.label) as on_prefect,
             live_run(stage, mlflow_experiment, print_status) as on_mlflow,
+            own_state.training_in(stage.folder),
         ):
             return hosts.train(
                 stage,
@@ -141,13 +143,22 @@ def evaluation_slots(stages: list[EvaluateStage], at_once: int) -> AbstractConte
     return concurrency.hold_slots(slots, print_status)
 
 
-def show_data(data: DataResult, warnings: Sequence[str]) -> None:
+def show_data(data: DataResult, warnings: Sequence[str], *, recipe: str) -> None:
     """Print the warnings about the data, and show them on the flow run's page."""
     for warning in warnings:
         flow_log.log_and_print(f"data: {warning}")
-    create_markdown_artifact(data_markdown(data, warnings), key="data", description="The data")
+    text = f"# {recipe}: in progress\n\n{data_markdown(data, warnings)}"
+    create_markdown_artifact(
+        text, key=artifact_key(recipe), description=f"{recipe}: the data of a run in progress"
+    )
 
 
-def show_comparison(table: str, decision: str) -> None:
-    """Show the comparison's table on the flow run's page."""
-    create_markdown_artifact(table, key="comparison", description=decision)
+def show_comparison(text: str, decision: str, *, recipe: str) -> None:
+    """Show the comparison on the flow run's page; it replaces the recipe's artifact."""
+    title = f"{recipe}: {decision}"
+    create_markdown_artifact(text, key=artifact_key(recipe), description=title)
+
+
+def artifact_key(recipe: str) -> str:
+    """Return the key of a recipe's artifact: lowercase letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")

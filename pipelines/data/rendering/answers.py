@@ -78,21 +78,36 @@ class AnswerLocator:
     def locate(self, messages: Sequence[Message], index: int, render: Render) -> LocatedAnswer:
         """Return where the answer at `index` is.
 
+        Args:
+            messages: of a conversation.
+            index: of the assistant's message.
+            render: renders some of the messages.
+
         Raises:
             DataError: it cannot be located, or the template does not render all of it.
         """
         message = messages[index]
-        source = render(messages[: index + 1], False)
-        start, start_notes = self._start(messages[:index], source, render)
+        before = messages[:index]
+        through = messages[: index + 1]
+        source = render(through, False)
+        start, start_notes = self._start(before, source, render)
         body, closing = self._body_and_closing(message, source, start)
-        check_answer(message, source[opening_tag_start(source, start) : body])
+        first_tag = opening_tag_start(source, start)
+        check_answer(message, source[first_tag:body])
         start, thinking_notes = self._skip_empty_thinking(message, source, start, body)
         is_closed = bool(closing)
         if not is_closed:
-            body, closing = self._missing_closing(messages[: index + 1], source, body, render)
-        end = self._special.last_in(closing)
-        notes = (*start_notes, *thinking_notes)
-        return LocatedAnswer(index, source, start, body, closing, end, is_closed, notes)
+            body, closing = self._missing_closing(through, source, body, render)
+        return LocatedAnswer(
+            index=index,
+            source=source,
+            start=start,
+            body=body,
+            closing=closing,
+            end=self._special.last_in(closing),
+            is_closed=is_closed,
+            notes=(*start_notes, *thinking_notes),
+        )
 
     def last_span(self, answer: LocatedAnswer) -> Span:
         """Return where the answer is in its own text."""
@@ -105,6 +120,10 @@ class AnswerLocator:
 
         None if it, or what precedes it, differs there from what it is at inference, or if nothing
         ends it there.
+
+        Args:
+            answer: located in the rendering that ends with it.
+            text: the rendering of the same and more messages.
         """
         body = answer.body
         if not text.startswith(answer.source[:body]):
@@ -118,11 +137,19 @@ class AnswerLocator:
         return answer.start, end
 
     def closing_length(self, text: str, position: int, closing: str = "") -> int:
-        """Return the length of what ends an earlier turn at a position; 0 if nothing does."""
-        closings = [closing]
-        if self.ending:
-            closings.append(self.ending.inner_closing)
-        return next((len(one) for one in closings if one and text.startswith(one, position)), 0)
+        """Return the length of what ends an earlier turn at a position; 0 if nothing does.
+
+        Args:
+            text: a rendering.
+            position: a character of it, where a message's content ends.
+            closing: what ends this turn in its own rendering, if that is known.
+        """
+        if closing and text.startswith(closing, position):
+            return len(closing)
+        inner = self.ending.inner_closing if self.ending else ""
+        if inner and text.startswith(inner, position):
+            return len(inner)
+        return 0
 
     def _start(
         self, before: Sequence[Message], source: str, render: Render
@@ -158,24 +185,31 @@ class AnswerLocator:
         ending = self.ending
         if ending and source.endswith(ending.tail):
             body = len(source) - len(ending.tail)
-            if body >= start and (ending.closing or not message.fields.get("tool_calls")):
+            # A call of a tool may end in another way than an answer of which nothing is the end.
+            is_known = bool(ending.closing) or not message.fields.get("tool_calls")
+            if body >= start and is_known:
                 return body, ending.closing
-        run = self._special.final_run(source[start:])
+        answer = source[start:]
+        run = self._special.final_run(answer)
         if run is None:
             return len(source), ""
-        return start + run[0], source[start + run[0] : start + run[1]]
+        first, end = run
+        return start + first, answer[first:end]
 
     def _skip_empty_thinking(
         self, message: Message, source: str, start: int, body: int
     ) -> tuple[int, tuple[Note, ...]]:
         """Return where an answer starts after an empty thinking block that the template wrote."""
-        found = find_empty_block(source, start)
+        block = find_empty_block(source, start)
         content_start = _content_start(message, source, body)
-        if found is None or content_start is None or found[0] > content_start:
+        if block is None or content_start is None:
+            return start, ()
+        tag_end, block_end = block
+        if tag_end > content_start:
             return start, ()
         if self._supervise_empty_thinking:
             return start, ("empty thinking",)
-        return min(found[1], content_start), ("empty thinking",)
+        return min(block_end, content_start), ("empty thinking",)
 
     def _missing_closing(
         self, messages: Sequence[Message], source: str, body: int, render: Render
@@ -199,14 +233,18 @@ class AnswerLocator:
         is_call = bool(messages[-1].fields.get("tool_calls"))
         if self.ending and not is_call:
             return self.ending.following
+        continued = [*messages, *_next_messages(messages[-1])]
         try:
-            longer = render([*messages, *_next_messages(messages[-1])], False)
+            longer = render(continued, False)
         except DataError:
             return ""
         if not longer.startswith(text):
             return ""
-        found = self._special.next_token(longer, len(text))
-        return longer[len(text) : found[1]] if found else ""
+        token = self._special.next_token(longer, len(text))
+        if token is None:
+            return ""
+        _, end = token
+        return longer[len(text) : end]
 
 
 def _content_start(message: Message, source: str, body: int) -> int | None:
@@ -228,4 +266,5 @@ def _next_messages(message: Message) -> list[Message]:
 
 
 def _result_fields(call: Mapping[str, Any]) -> dict[str, str]:
-    return {"tool_call_id": call.get("id", ""), "name": call.get("function", {}).get("name", "")}
+    function = call.get("function", {})
+    return {"tool_call_id": call.get("id", ""), "name": function.get("name", "")}

@@ -16,16 +16,21 @@ from pipelines.errors import DataError
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Fields of an answer that have its reasoning."""
 LONGEST_TAG = 100
-_TAG = r"(?:<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷)"
-_EMPTY_BLOCK = re.compile(rf"\s*({_TAG})\s*({_TAG})\s*")
-_BLOCK = re.compile(rf"\s*({_TAG})(.*?)({_TAG})(.*)", re.DOTALL)
-_OPEN_TAG = re.compile(rf"({_TAG})\s*\Z")
+TAG = r"(?:<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷)"
+"""Regular expression of a tag, such as `<think>` or `[/THINK]`."""
+_EMPTY_BLOCK = re.compile(rf"\s*({TAG})\s*({TAG})\s*")
+_BLOCK = re.compile(rf"\s*({TAG})(.*?)({TAG})(.*)", re.DOTALL)
+_OPEN_TAG = re.compile(rf"({TAG})\s*\Z")
 
 
 def find_empty_block(text: str, position: int) -> tuple[int, int] | None:
     """Return where an empty block, such as `<think></think>`, around or after `position` ends.
 
     The opening tag can be before the position: some templates write it in the generation prompt.
+
+    Args:
+        text: a rendering.
+        position: a character of it, where an answer starts.
 
     Returns:
         The end of the closing tag, and the end of the whitespace after it; None if there is no
@@ -39,7 +44,12 @@ def find_empty_block(text: str, position: int) -> tuple[int, int] | None:
 
 
 def opening_tag_start(text: str, position: int) -> int:
-    """Return where the tag starts that a prompt ends with, such as `<think>`; else `position`."""
+    """Return where the tag starts that a prompt ends with, such as `<think>`; else `position`.
+
+    Args:
+        text: a rendering.
+        position: the end of a prompt in it.
+    """
     opening = _OPEN_TAG.search(text, max(position - LONGEST_TAG, 0), position)
     return opening.start() if opening else position
 
@@ -50,7 +60,15 @@ def starts_with_tag(content: str) -> bool:
 
 
 def check_context(messages: Sequence[Message], text: str) -> None:
-    """Raise DataError unless the system's and the user's messages are in the rendering."""
+    """Raise DataError unless the system's and the user's messages are in the rendering.
+
+    Args:
+        messages: of the conversation.
+        text: its rendering.
+
+    Raises:
+        DataError: the template drops or changes one of them, or prints it as a Python object.
+    """
     for message in messages:
         if message.role not in ("system", "user"):
             continue
@@ -69,6 +87,9 @@ def check_answer(message: Message, answer: str) -> None:
     Args:
         message: of the assistant.
         answer: its rendering, with the tag of its block that the generation prompt may write.
+
+    Raises:
+        DataError: a part of the message is not in the rendering.
     """
     position = 0
     for piece in _content_pieces(message.content):

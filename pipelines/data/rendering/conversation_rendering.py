@@ -26,6 +26,27 @@ LayoutKey = tuple[tuple[str, bool], ...]
 """Role of each message, and whether it is supervised."""
 
 
+class _RenderedMessages:
+    """The renderings of one conversation, each made once."""
+
+    def __init__(self, template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None) -> None:
+        self._template = template
+        self._tools = tools
+        self._texts: dict[tuple[tuple[int, ...], bool], str] = {}
+        self._rendered = list[Sequence[Message]]()
+        """Keeps the messages alive, so that no other message can get the id of one."""
+
+    def __call__(self, messages: Sequence[Message], opens_answer: bool) -> str:
+        """Return the text of messages."""
+        ids = tuple(id(message) for message in messages)
+        key = (ids, opens_answer)
+        if key not in self._texts:
+            text = self._template.render(messages, self._tools, opens_answer=opens_answer)
+            self._texts[key] = text
+            self._rendered.append(messages)
+        return self._texts[key]
+
+
 class ConversationRenderer:
     """Renders conversations with one chat template."""
 
@@ -38,7 +59,14 @@ class ConversationRenderer:
         self._rendered_tools = set[str]()
 
     def render(self, conversations: Sequence[Conversation]) -> list[list[Rendering] | DataError]:
-        """Return the renderings of each conversation, or why it cannot be learned."""
+        """Return the renderings of each conversation, or why it cannot be learned.
+
+        Args:
+            conversations: of any roles; those of the same roles share a layout.
+
+        Returns:
+            one outcome for each conversation, in order.
+        """
         layouts = [self._layouts_of(one) for one in conversations]
         wanted = list[Sequence[Message]]()
         for conversation, known in zip(conversations, layouts, strict=True):
@@ -61,16 +89,7 @@ class ConversationRenderer:
             DataError: it cannot be learned as written.
         """
         tools = conversation.tools
-        # Keeps the messages too, so that no other message can get the id of one.
-        texts: dict[tuple[tuple[int, ...], bool], tuple[Sequence[Message], str]] = {}
-
-        def render(messages: Sequence[Message], opens_answer: bool) -> str:
-            key = (tuple(id(message) for message in messages), opens_answer)
-            if key not in texts:
-                text = self._template.render(messages, tools, opens_answer=opens_answer)
-                texts[key] = (messages, text)
-            return texts[key][1]
-
+        render = _RenderedMessages(self._template, tools)
         messages = with_readable_arguments(conversation.messages, render)
         if tools is not None:
             self._check_tools(messages, tools)

@@ -31,7 +31,12 @@ class Ending:
 
 
 def find_ending(template: ChatTemplate, special: SpecialTokens) -> Ending | None:
-    """Return how the template ends an answer; None if it does not take a question and an answer."""
+    """Return how the template ends an answer; None if it does not take a question and an answer.
+
+    Args:
+        template: rendered with a question, an answer and a second question.
+        special: the tokenizer's tokens, by which the end of a turn is recognized.
+    """
     try:
         question = template.render([QUESTION])
         prompt = template.render([QUESTION], opens_answer=True)
@@ -48,28 +53,35 @@ def find_ending(template: ChatTemplate, special: SpecialTokens) -> Ending | None
     common = tail[: common_length(tail, inner_tail)]
     run = special.first_run(common)
     if run:
-        return Ending(tail, common[: run[1]], common[: run[1]], "", opening)
+        _, run_end = run
+        closing = common[:run_end]
+        return Ending(tail, closing, inner_closing=closing, following="", opening=opening)
     closing = _through_first_token(tail, special)
     inner_closing = _through_first_token(inner_tail, special)
     following = ""
     if not closing and inner_tail.startswith(tail):
         following = _through_next_token(inner_tail, len(tail), special)
-    if _opens_turn(inner_closing, question.partition(QUESTION.content)[0], special):
+    before_question, _, _ = question.partition(QUESTION.content)
+    if _opens_turn(inner_closing, before_question, special):
         inner_closing = ""
     return Ending(tail, closing, inner_closing, following, opening)
 
 
 def _through_next_token(text: str, start: int, special: SpecialTokens) -> str:
-    found = special.next_token(text, start)
-    return text[: found[1]] if found else ""
+    token = special.next_token(text, start)
+    if token is None:
+        return ""
+    _, end = token
+    return text[:end]
 
 
 def _through_first_token(tail: str, special: SpecialTokens) -> str:
     run = special.first_run(tail)
     if run is None:
         return ""
-    first = special.first_in(tail[run[0] : run[1]])
-    return tail[: run[0] + len(first)]
+    run_start, run_end = run
+    first_token = special.first_in(tail[run_start:run_end])
+    return tail[: run_start + len(first_token)]
 
 
 def _opens_turn(closing: str, before_question: str, special: SpecialTokens) -> bool:

@@ -29,7 +29,12 @@ class Example:
 
 
 def truncate(example: Example, max_tokens: int) -> Example:
-    """Return the example with its first `max_tokens` tokens."""
+    """Return the example with its first `max_tokens` tokens.
+
+    Args:
+        example: of any length.
+        max_tokens: at least 1.
+    """
     return replace(
         example,
         input_ids=example.input_ids[:max_tokens],

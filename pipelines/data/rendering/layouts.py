@@ -17,8 +17,22 @@ from pipelines.data.rendering.containment import starts_with_tag
 from pipelines.data.rendering.turns import Rendering
 
 CACHED_RENDERINGS = 2000
-Place = tuple[int, int]
-"""The number of a literal, and a character in it."""
+RenderKey = tuple[tuple[str, ...], tuple[str, ...], bool]
+"""Roles and contents of messages, and whether what opens an answer follows."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A character of a literal."""
+
+    literal: int
+    """Number of the literal."""
+    offset: int
+    """Characters before it in the literal."""
+
+    def position(self, starts: Sequence[int]) -> int:
+        """Return the position in a text whose literals start at `starts`."""
+        return starts[self.literal] + self.offset
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,17 @@ class Layout:
     """Of the placeholders."""
 
     def fill(self, messages: Sequence[Message], source: str) -> Rendering | None:
-        """Return the rendering of messages, or None if `source` does not have this layout."""
+        """Return the rendering of messages, or None if `source` does not have this layout.
+
+        Args:
+            messages: of the roles that the layout was found with.
+            source: what the template writes for them.
+        """
         contents = [messages[index].content for index in self.order]
         stripped = [content.strip() for content in contents]
         notes = self.rendering.notes
-        if "empty thinking" in notes and any(starts_with_tag(one) for one in contents):
+        has_tag = any(starts_with_tag(content) for content in contents)
+        if "empty thinking" in notes and has_tag:
             return None  # it may have a block itself
         if "other generation prompt" in notes and contents != stripped:
             return None  # outer whitespace can change the tokens that prompt and answer share
@@ -68,12 +88,12 @@ class Layout:
     ) -> Rendering:
         spans = list[Span]()
         for first, end in self.spans:
-            spans.append((starts[first[0]] + first[1], starts[end[0]] + end[1]))
+            spans.append((first.position(starts), end.position(starts)))
         return replace(
             self.rendering,
             text=text,
             spans=tuple(spans),
-            prompt=starts[self.prompt[0]] + self.prompt[1],
+            prompt=self.prompt.position(starts),
             reference=self._reference(messages),
             source=source,
         )
@@ -82,8 +102,9 @@ class Layout:
         """Return the content of the last answer; empty if none can be prompted."""
         if not self.rendering.reference:
             return ""
-        indices = range(self.rendering.messages - 1, -1, -1)
-        return next(messages[one].content for one in indices if messages[one].role == "assistant")
+        rendered = messages[: self.rendering.messages]
+        answers = [message.content for message in rendered if message.role == "assistant"]
+        return answers[-1]
 
 
 def has_plain_messages(messages: Sequence[Message]) -> bool:
@@ -103,7 +124,12 @@ def _placeholder(index: int) -> str:
 
 
 def layout_of(rendering: Rendering, messages: Sequence[Message]) -> Layout | None:
-    """Return the layout of placeholders, or None if they are not all there exactly once."""
+    """Return the layout of placeholders, or None if they are not all there exactly once.
+
+    Args:
+        rendering: of the placeholders, with its spans.
+        messages: the placeholders.
+    """
     source = rendering.source
     contents = [message.content for message in messages[: rendering.messages]]
     if any(source.count(content) != 1 for content in contents):
@@ -119,28 +145,43 @@ def layout_of(rendering: Rendering, messages: Sequence[Message]) -> Layout | Non
         end = positions[index] + len(contents[index])
     starts.append(end)
     literals.append(source[end:])
-    places = [_place(position, starts, literals) for span in rendering.spans for position in span]
+
     prompt = _place(rendering.prompt, starts, literals)
-    found = [place for place in places if place is not None]
-    if prompt is None or len(found) < len(places):
+    spans = _places_of_spans(rendering.spans, starts, literals)
+    if prompt is None or spans is None:
         return None
     return Layout(
         order=tuple(order),
         literals=tuple(literals),
         tail=rendering.text[end:],
-        spans=tuple(zip(found[::2], found[1::2], strict=True)),
+        spans=tuple(spans),
         prompt=prompt,
         rendering=rendering,
     )
+
+
+def _places_of_spans(
+    spans: Sequence[Span], starts: Sequence[int], literals: Sequence[str]
+) -> list[tuple[Place, Place]] | None:
+    """Return where spans start and end; None if one of these characters is in a content."""
+    found = list[tuple[Place, Place]]()
+    for first, end in spans:
+        first_place = _place(first, starts, literals)
+        end_place = _place(end, starts, literals)
+        if first_place is None or end_place is None:
+            return None
+        found.append((first_place, end_place))
+    return found
 
 
 def _place(position: int, starts: Sequence[int], literals: Sequence[str]) -> Place | None:
     """Return which literal has a character; None if it is in a content."""
     number = bisect_left(starts, position + 1) - 1
     offset = position - starts[number]
-    if offset > len(literals[number]) and number < len(literals) - 1:
+    is_last = number == len(literals) - 1
+    if offset > len(literals[number]) and not is_last:
         return None
-    return number, offset
+    return Place(number, offset)
 
 
 class RenderCache:
@@ -149,7 +190,7 @@ class RenderCache:
     def __init__(self, render: Render) -> None:
         """Wrap a function that renders."""
         self._render = render
-        self._texts: dict[tuple[tuple[str, ...], tuple[str, ...], bool], str] = {}
+        self._texts: dict[RenderKey, str] = {}
 
     def __call__(self, messages: Sequence[Message], opens_answer: bool) -> str:
         """Return the rendering of messages that have no fields."""

@@ -12,8 +12,9 @@ conversation_rendering.py   many conversations
 verbatim.py                 texts without a template, and rows that are already rendered
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +33,25 @@ from pipelines.errors import DataError
 from pipelines.runtime.stage import digest
 
 Outcome = list[Rendering] | DataError
+ExamplesOrError = tuple[Example, ...] | DataError
+"""The examples of a row, or why it cannot be learned."""
+TEMPLATE_MARKS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<|turn>",
+    "<|assistant|>",
+    "<|user|>",
+    "<|start|>assistant",
+    "<|start_of_role|>",
+    "[INST]",
+    "[/INST]",
+    "<<SYS>>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)
+"""What common chat templates write at the start of a turn."""
 
 
 class Renderer:
@@ -42,6 +62,9 @@ class Renderer:
         self._settings = settings
         self._special = SpecialTokens(tokenizer)
         self._encoder = TextEncoder(tokenizer, self._special)
+        written = f"{tokenizer.chat_template or ''} {' '.join(tokenizer.get_vocab())}"
+        self._other_marks = tuple(mark for mark in TEMPLATE_MARKS if mark not in written)
+        self._writes_date = "strftime_now" in (tokenizer.chat_template or "")
         self._conversations: ConversationRenderer | None = None
         if not tokenizer.chat_template:
             self._verbatim = VerbatimRenderer(None, None, self._special)
@@ -56,10 +79,16 @@ class Renderer:
         self._conversations = ConversationRenderer(template, locator)
         self._verbatim = VerbatimRenderer(template, locator.ending, self._special)
 
-    def render(self, rows: Sequence[ParsedRow]) -> list[tuple[Example, ...] | DataError]:
+    def render(self, rows: Sequence[ParsedRow]) -> list[ExamplesOrError]:
         """Return the examples of each row, or why it cannot be learned.
 
         The text of an error continues a sentence that starts with the row's place.
+
+        Args:
+            rows: at most as many as fit into memory with their tokens.
+
+        Returns:
+            one outcome for each row, in order.
         """
         outcomes = self._render_texts(rows)
         texts = list[str]()
@@ -67,12 +96,12 @@ class Renderer:
             if not isinstance(outcome, DataError):
                 texts += [rendering.text for rendering in outcome]
         encoded = iter(self._encoder.encode(texts))
-        results = list[tuple[Example, ...] | DataError]()
+        results = list[ExamplesOrError]()
         for row, outcome in zip(rows, outcomes, strict=True):
             if isinstance(outcome, DataError):
                 results.append(outcome)
                 continue
-            tokens = [next(encoded) for _ in outcome]
+            tokens = list(islice(encoded, len(outcome)))
             results.append(self._examples(row, outcome, tokens))
         return results
 
@@ -86,7 +115,9 @@ class Renderer:
                     waiting.append(self._verbatim.unrendered(row))
                 except DataError as error:
                     outcomes[index] = error
-        rendered = iter(self._conversations.render(waiting) if self._conversations else [])
+        rendered: Iterator[Outcome] = iter(())
+        if self._conversations is not None:
+            rendered = iter(self._conversations.render(waiting))
         return [next(rendered) if outcome is None else outcome for outcome in outcomes]
 
     def _without_template(self, row: ParsedRow) -> Outcome | None:
@@ -125,15 +156,15 @@ class Renderer:
 
     def _examples(
         self, row: ParsedRow, renderings: Sequence[Rendering], encoded: Sequence[Encoded]
-    ) -> tuple[Example, ...] | DataError:
+    ) -> ExamplesOrError:
         group = _group_of(row)
-        has_special = self._has_special_tokens(row)
+        row_notes = self._notes_on(row)
         examples = []
         try:
             for rendering, tokens in zip(renderings, encoded, strict=True):
                 notes = rendering.notes
-                if has_special and "already rendered" not in notes:
-                    notes = (*notes, "special tokens in text")
+                if "already rendered" not in notes:
+                    notes = (*notes, *row_notes)
                 examples.append(self._example(rendering, tokens, group, notes))
         except DataError as error:
             return error
@@ -159,11 +190,11 @@ class Renderer:
         supervised[0] = False  # no earlier token can predict the first one
         limit = self._settings.max_tokens
         example = Example(
-            ids,
-            supervised,
-            prompt,
-            rendering.reference,
-            group,
+            input_ids=ids,
+            supervised=supervised,
+            prompt_tokens=prompt,
+            reference=rendering.reference,
+            group=group,
             was_cut=len(ids) > limit,
             end_token=end_token,
             notes=notes,
@@ -182,14 +213,31 @@ class Renderer:
                 mask[index] = True
         return mask
 
-    def _has_special_tokens(self, row: ParsedRow) -> bool:
-        """Return whether the row's own texts contain special tokens."""
-        if isinstance(row, PlainText):
-            return self._special.pattern.search(row.text) is not None
-        texts = [message.content for message in row.messages]
-        for message in row.messages:
-            texts += [str(message.fields[name]) for name in REASONING if name in message.fields]
-        return any(self._special.pattern.search(text) for text in texts)
+    def _notes_on(self, row: ParsedRow) -> tuple[Note, ...]:
+        """Return the observations about the row's own texts, and about the template."""
+        notes = list[Note]()
+        texts = _texts_of(row)
+        if any(self._special.pattern.search(text) for text in texts):
+            notes.append("special tokens in text")
+        if any(self._has_other_marks(text) for text in texts):
+            notes.append("marks of another template")
+        if self._writes_date and isinstance(row, Conversation):
+            notes.append("date in template")
+        return tuple(notes)
+
+    def _has_other_marks(self, text: str) -> bool:
+        """Return whether a text has marks of templates that are not special tokens here."""
+        return any(mark in text for mark in self._other_marks)
+
+
+def _texts_of(row: ParsedRow) -> list[str]:
+    """Return the texts that the row has itself."""
+    if isinstance(row, PlainText):
+        return [row.text]
+    texts = [message.content for message in row.messages]
+    for message in row.messages:
+        texts += [str(message.fields[name]) for name in REASONING if name in message.fields]
+    return texts
 
 
 def _group_of(row: ParsedRow) -> str:

@@ -11,12 +11,12 @@ from jinja2 import Environment, TemplateError, meta
 from jinja2.ext import loopcontrols
 from transformers import PreTrainedTokenizerBase
 
-from pipelines.config.data_section import DataSection
+from pipelines.config.data_section import CHATML, NO_TEMPLATE, DataSection
 from pipelines.config.recipe import local_path
 from pipelines.data.conversation import Message
 from pipelines.errors import DataError, one_line
 
-CHATML = (
+CHATML_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
@@ -45,6 +45,10 @@ def prepared_tokenizer(
 
     The arguments are written into the template, so that evaluation and serving use them too. It is
     the same tokenizer if the recipe has none of these settings.
+
+    Args:
+        tokenizer: of the base; it is not changed.
+        settings: may set a chat template, its arguments, and the token that ends an answer.
 
     Raises:
         DataError: a setting does not fit the tokenizer, or has no effect.
@@ -99,7 +103,11 @@ class ChatTemplate:
             ) from error
 
     def render_many(self, conversations: Sequence[Sequence[Message]]) -> list[str | None]:
-        """Return the text of each conversation, or None if the template does not take it."""
+        """Return the text of each conversation, or None if the template does not take it.
+
+        Args:
+            conversations: without tools; rendered in one call if the template takes all of them.
+        """
         converted = [self._converted(messages) for messages in conversations]
         if not converted:
             return []
@@ -150,12 +158,12 @@ def _with_parts(message: Message) -> dict[str, Any]:
 
 def _read_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return the template that data.chat_template names."""
-    if name == "none":
+    if name == NO_TEMPLATE:
         return None
-    if name == "chatml":
+    if name == CHATML:
         for token in CHATML_TOKENS:
             _check_is_one_token(token, tokenizer, "data.chat_template: chatml")
-        return CHATML
+        return CHATML_TEMPLATE
     path = local_path(name)
     try:
         text = path.read_text(encoding="utf-8")

@@ -35,12 +35,13 @@ class SpecialTokens:
         """Collect the tokens; `eos` and `bos` are None if the tokenizer has none."""
         self.eos: str | None = tokenizer.eos_token
         self.bos: str | None = tokenizer.bos_token
-        added = tokenizer.added_tokens_decoder.values()
-        special = {str(token) for token in added if token.special}
-        special |= {str(token) for token in tokenizer.all_special_tokens}
+        added_tokens = tokenizer.added_tokens_decoder.values()
+        added = {str(token) for token in added_tokens}
+        special = {str(token) for token in added_tokens if token.special}
+        special |= set(map(str, tokenizer.all_special_tokens))
         self.ids = frozenset(token_id(text, tokenizer) for text in special if text)
         any_special = _any_of(special)
-        any_added = _any_of(special | {str(token) for token in added})
+        any_added = _any_of(special | added)
         self.pattern = re.compile(any_special)
         self._added = re.compile(any_added)
         self._run = re.compile(f"(?:{any_special})+")
@@ -62,7 +63,15 @@ class SpecialTokens:
         return found.span(1) if found else None
 
     def next_token(self, text: str, start: int) -> tuple[int, int] | None:
-        """Return where the added token is that follows `start`, ignoring whitespace."""
+        """Return where the added token is that follows `start`, ignoring whitespace.
+
+        Args:
+            text: a rendering.
+            start: a character of it.
+
+        Returns:
+            first character and end of the token; None if something else follows.
+        """
         found = self._next.match(text, start)
         return found.span(1) if found else None
 
@@ -83,7 +92,7 @@ class TextEncoder:
         self._tokenizer = tokenizer
         self._special_ids = special.ids
         self._cache: dict[str, list[int]] = {}
-        self.prefix = self._tokens_before_a_text()
+        self.prefix = tokens_before_a_text(tokenizer)
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Return the tokens of each text, without those that the tokenizer puts around a text."""
@@ -96,9 +105,9 @@ class TextEncoder:
             return_token_type_ids=False,
             return_offsets_mapping=self._tokenizer.is_fast,
         )
-        all_ids = encoded["input_ids"]
+        all_ids = encoded.input_ids
         all_offsets = encoded.get("offset_mapping") or [None] * len(all_ids)
-        return [Encoded(ids, offsets) for ids, offsets in zip(all_ids, all_offsets, strict=True)]
+        return list(map(Encoded, all_ids, all_offsets))
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text."""
@@ -113,6 +122,14 @@ class TextEncoder:
 
         A token that also covers the end of the prompt, such as the space before a word, belongs to
         the answer: without it, the answer's first word would not be learned.
+
+        Args:
+            position: the first character of the answer.
+            text: prompt and answer.
+            encoded: the tokens of `text`.
+
+        Raises:
+            DataError: a token covers the end of the prompt, and the tokenizer reports no offsets.
         """
         if self._prompt_has_same_tokens(position, text, encoded):
             return _tokens_before(position, encoded)
@@ -131,7 +148,16 @@ class TextEncoder:
         return first
 
     def end_of(self, position: int, text: str, encoded: Encoded) -> int:
-        """Return the number of tokens before `position`, the end of an answer."""
+        """Return the number of tokens before `position`, the end of an answer.
+
+        Args:
+            position: the first character after the answer.
+            text: at least the prompt and the answer.
+            encoded: the tokens of `text`.
+
+        Raises:
+            DataError: a token covers the end of the answer, and the tokenizer reports no offsets.
+        """
         if encoded.offsets is not None:
             return _tokens_before(position, encoded)
         before = self.ids(text[:position])
@@ -143,7 +169,12 @@ class TextEncoder:
         return len(before)
 
     def common_start(self, text: str, other: str) -> int:
-        """Return the number of characters in the tokens that both texts start with."""
+        """Return the number of characters in the tokens that both texts start with.
+
+        Args:
+            text: a rendering.
+            other: a rendering of other messages.
+        """
         [encoded] = self.encode([text])
         count = common_length(encoded.ids, self.ids(other))
         if count == len(encoded.ids):
@@ -161,9 +192,11 @@ class TextEncoder:
         if encoded.offsets is None:
             return False
         end = _tokens_before(position, encoded)
-        for index in range(end - 1, max(end - NEAR, 0) - 1, -1):
+        nearest = range(max(end - NEAR, 0), end)
+        for index in reversed(nearest):
             if encoded.ids[index] in self._special_ids:
-                tail = text[encoded.offsets[index][0] : position]
+                tail_start, _ = encoded.offsets[index]
+                tail = text[tail_start:position]
                 return self._cached_ids(tail) == encoded.ids[index:end]
         return False
 
@@ -174,22 +207,26 @@ class TextEncoder:
             self._cache[text] = self.ids(text)
         return self._cache[text]
 
-    def _tokens_before_a_text(self) -> list[int]:
-        """Return the tokens that the tokenizer puts before a text, such as its BOS."""
-        text = "a"
-        complete = list(self._tokenizer(text).input_ids)
-        alone = self.ids(text)
-        for start in range(len(complete)):
-            if complete[start : start + len(alone)] == alone:
-                return complete[:start]
-        return []
-
 
 def _any_of(texts: Set[str]) -> str:
     """Return a regular expression of any of the texts but whitespace, the longest first."""
     visible = {text for text in texts if text.strip()}
     longest_first = sorted(visible, key=lambda text: (-len(text), text))
     return "|".join(re.escape(text) for text in longest_first) or r"(?!)"
+
+
+def tokens_before_a_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that the tokenizer puts before a text, such as its BOS.
+
+    What it puts after a text, such as EOS, would end a prompt before its answer.
+    """
+    text = "a"
+    complete = list(tokenizer(text).input_ids)
+    alone = list(tokenizer(text, add_special_tokens=False).input_ids)
+    for start in range(len(complete)):
+        if complete[start : start + len(alone)] == alone:
+            return complete[:start]
+    return []
 
 
 def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -200,7 +237,12 @@ def token_id(token: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def common_length(one: Sequence[object], other: Sequence[object]) -> int:
-    """Return the number of items that both sequences start with."""
+    """Return the number of items that both sequences start with.
+
+    Args:
+        one: text or tokens.
+        other: of the same kind, of any length.
+    """
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 

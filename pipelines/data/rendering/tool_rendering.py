@@ -1,6 +1,7 @@
 """Check that the chat template renders tools, their calls and their results."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from reprlib import repr as truncated
@@ -8,12 +9,22 @@ from typing import Any
 
 from pipelines.data.conversation import Message
 from pipelines.data.rendering.answers import PROBE, Render
+from pipelines.data.rendering.containment import TAG
 from pipelines.data.rendering.templates import ChatTemplate, Tools
 from pipelines.errors import DataError
 
 
 def check_tools(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> None:
-    """Raise DataError if the template renders the same text without the tools."""
+    """Raise DataError if the template renders the same text without the tools.
+
+    Args:
+        messages: of the conversation.
+        tools: JSON schemas of its tools.
+        template: of the base.
+
+    Raises:
+        DataError: the template ignores the tools.
+    """
     text = template.render(messages, tools)
     try:
         has_effect = text != template.render(messages)
@@ -29,12 +40,23 @@ def check_tools(messages: Sequence[Message], tools: Tools, template: ChatTemplat
 
 
 def check_results(messages: Sequence[Message], render: Render) -> None:
-    """Raise DataError if the result of a tool has no influence on the rendering."""
+    """Raise DataError if the template ignores the result of a tool, or writes its tag twice.
+
+    Args:
+        messages: of the conversation.
+        render: renders some or other messages of it.
+
+    Raises:
+        DataError: the template ignores a result, or a result already has the tag around it.
+    """
     if all(message.role != "tool" for message in messages):
         return
     text = render(messages, False)
     for index, message in enumerate(messages):
-        if message.role != "tool" or message.content.strip() in text:
+        if message.role != "tool":
+            continue
+        _check_tag(message.content.strip(), text)
+        if message.content.strip() in text:
             continue
         changed = [*messages]
         changed[index] = replace(message, content=PROBE)
@@ -45,10 +67,28 @@ def check_results(messages: Sequence[Message], render: Render) -> None:
             )
 
 
+def _check_tag(result: str, text: str) -> None:
+    """Refuse a result that starts with the tag that the template writes before it."""
+    tag = re.match(TAG, result)
+    if tag is None:
+        return
+    before, found, _ = text.partition(result)
+    if found and before.rstrip().endswith(tag[0]):
+        raise DataError(
+            f"has the tool result {truncated(result)}, which starts with {tag[0]}, and the chat "
+            "template of the base writes this tag too, so that it would be there twice; remove it "
+            "from the result"
+        )
+
+
 def with_readable_arguments(messages: Sequence[Message], render: Render) -> Sequence[Message]:
     """Return the messages with the arguments of calls as the template can render them.
 
     Most templates expect an object; some append JSON text.
+
+    Args:
+        messages: with arguments as objects.
+        render: renders messages with either form of arguments.
 
     Raises:
         DataError: the template takes neither, or writes an object in Python's syntax.

@@ -49,13 +49,19 @@ def find_turns(
 ) -> list[Rendering]:
     """Return one rendering with all supervised turns, or one for each supervised answer.
 
+    Args:
+        messages: of a conversation, of which at least one is supervised.
+        render: renders some of the messages.
+        locator: finds one answer.
+
     Raises:
         DataError: the template does not render what the messages have, or an answer cannot be
             located.
     """
-    supervised = [index for index, one in enumerate(messages) if one.supervised]
+    supervised = [index for index, message in enumerate(messages) if message.supervised]
     used = messages[: supervised[-1] + 1]
-    if any(used[index].role != "assistant" for index in supervised):
+    roles = {used[index].role for index in supervised}
+    if roles != {"assistant"}:
         return [_find_everything(used, render, locator)]
     answers = [locator.locate(used, index, render) for index in supervised]
     last = answers[-1]
@@ -64,7 +70,7 @@ def find_turns(
     for answer in answers[:-1]:
         span = locator.inner_span(answer, last.text)
         if span is None:
-            return [_alone(answer, used, locator) for answer in answers]
+            return [_alone(one, used, locator) for one in answers]
         spans.append(span)
     spans.append(locator.last_span(last))
     return [_rendering(answers, spans, used)]
@@ -72,7 +78,8 @@ def find_turns(
 
 def _alone(answer: LocatedAnswer, messages: Sequence[Message], locator: AnswerLocator) -> Rendering:
     """Return the rendering that ends with an answer, which alone is supervised."""
-    rendering = _rendering([answer], [locator.last_span(answer)], messages)
+    span = locator.last_span(answer)
+    rendering = _rendering([answer], [span], messages)
     return replace(rendering, notes=(*rendering.notes, "one example per answer"))
 
 
@@ -114,25 +121,32 @@ def _find_everything(
     for message in messages:
         if message.supervised and message.role == "assistant":
             check_answer(message, source)
-    indices = [index for index, one in enumerate(messages) if one.role == "assistant"]
-    # No message precedes the first one, so the model cannot be prompted for it.
-    answers = [locator.locate(messages, index, render) for index in indices if index > 0]
-    text = source
-    if answers and answers[-1].index == len(messages) - 1:
-        text = answers[-1].text
-    spans = _without_unsupervised(messages, text, render, locator)
+    answers = [
+        locator.locate(messages, index, render)
+        for index, message in enumerate(messages)
+        # No message precedes the first one, so the model cannot be prompted for it.
+        if message.role == "assistant" and index > 0
+    ]
+    last = answers[-1] if answers else None
+    ends_with_answer = last is not None and last.index == len(messages) - 1
+    text = last.text if last is not None and ends_with_answer else source
     everything = Rendering(
-        text, spans, 0, "", notes=_notes_of(answers), source=source, messages=len(messages)
+        text=text,
+        spans=_without_unsupervised(messages, text, render, locator),
+        prompt=0,
+        reference="",
+        notes=_notes_of(answers),
+        source=source,
+        messages=len(messages),
     )
-    if not answers or not text.startswith(answers[-1].source[: answers[-1].body]):
+    if last is None or not text.startswith(last.source[: last.body]):
         return everything
-    last = answers[-1]
     return replace(
         everything,
         prompt=last.start,
         reference=_reference(last, messages),
         end=last.end,
-        is_end_appended=not last.is_closed and last.index == len(messages) - 1,
+        is_end_appended=ends_with_answer and not last.is_closed,
     )
 
 
@@ -145,11 +159,11 @@ def _without_unsupervised(
     for index, message in enumerate(messages):
         if message.supervised:
             continue
-        first, end = _changed_part(messages, index, render)
-        spans.append((start, first))
-        start = end + locator.closing_length(text, end)
+        changed_start, changed_end = _changed_part(messages, index, render)
+        spans.append((start, changed_start))
+        start = changed_end + locator.closing_length(text, changed_end)
     spans.append((start, len(text)))
-    return tuple(span for span in spans if span[0] < span[1])
+    return tuple((first, end) for first, end in spans if first < end)
 
 
 def _changed_part(messages: Sequence[Message], index: int, render: Render) -> Span:
@@ -162,7 +176,9 @@ def _changed_part(messages: Sequence[Message], index: int, render: Render) -> Sp
         changed[index] = replace(messages[index], content=content, fields={})
         other = render(changed, False)
         first = common_length(source, other)
-        shorter = min(len(source), len(other)) - first
+        same_at_end = common_length(source[::-1], other[::-1])
+        # What both texts start with is not counted at their ends again.
+        after_first = min(len(source), len(other)) - first
         firsts.append(first)
-        ends.append(len(source) - min(common_length(source[::-1], other[::-1]), shorter))
+        ends.append(len(source) - min(same_at_end, after_first))
     return min(firsts), max(ends)

@@ -52,18 +52,31 @@ class VerbatimRenderer:
         return self._closed(text, 0, text, self._eos(text))
 
     def pair(self, prompt: str, completion: str) -> Rendering:
-        """Return a prompt directly followed by its completion, which is supervised."""
+        """Return a prompt directly followed by its completion, which is supervised.
+
+        Args:
+            prompt: not supervised.
+            completion: follows the prompt without any separator.
+
+        Raises:
+            DataError: it needs an end token, and the tokenizer has none.
+        """
         end = self._eos(completion)
         return self._closed(prompt + completion, len(prompt), completion, end)
 
     def rendered_pair(self, prompt: str, completion: str) -> Rendering | None:
-        """Return a pair whose prompt the template has already rendered; None if it has not."""
+        """Return a pair whose prompt the template has already rendered; None if it has not.
+
+        Args:
+            prompt: ends with what opens an answer if the template has rendered it.
+            completion: the answer, with or without the token that ends it.
+        """
         if self._marks is None:
             return None
-        endings = (self._marks.after, self._marks.opening)
-        if not any(_MARK.search(one) and prompt.endswith(one) for one in endings):
-            return None
-        return self._rendered(prompt + completion, len(prompt), completion)
+        for ending in (self._marks.after, self._marks.opening):
+            if _MARK.search(ending) and prompt.endswith(ending):
+                return self._rendered(prompt + completion, len(prompt), completion)
+        return None
 
     def unrendered(self, row: Conversation) -> Conversation:
         """Return a conversation whose answers do not end with a token that ends an answer.
@@ -84,9 +97,10 @@ class VerbatimRenderer:
             return
         opening = self._marks.opening.strip()
         first = self._special.pattern.search(self._marks.before)
-        if not (first and _MARK.search(opening) and opening in content):
+        if first is None or _MARK.search(opening) is None:
             return
-        if content.lstrip().startswith(first[0]):
+        starts_turn = content.lstrip().startswith(first[0])
+        if starts_turn and opening in content:
             raise DataError(
                 f"has a message that starts with {first[0]!r} and contains {opening!r}, as if the "
                 "chat template had already rendered it, so that it would be applied twice; end the "
@@ -109,24 +123,26 @@ class VerbatimRenderer:
         stripped = text.rstrip()
         ends = self._ends_of_answer()
         present = [end for end in ends if stripped.endswith(end)]
-        if not present:
-            end = next(iter(ends), "") or self._eos(answer)
-            rendering = self._closed(text, prompt, answer, end)
-        else:
+        if present:
             rendering = self._already_closed(text, prompt, answer, present[0])
-        is_without_bos = self._marks is not None and not self._starts_with_bos(self._marks.before)
-        has_prefix = rendering.has_prefix and not is_without_bos
-        return replace(rendering, notes=("already rendered",), has_prefix=has_prefix)
+        else:
+            end = ends[0] if ends else self._eos(answer)
+            rendering = self._closed(text, prompt, answer, end)
+        rendering = replace(rendering, notes=("already rendered",))
+        if self._marks is not None and not self._starts_with_bos(self._marks.before):
+            return replace(rendering, has_prefix=False)  # the template writes no BOS
+        return rendering
 
     def _closed(self, text: str, prompt: int, answer: str, end: str) -> Rendering:
         """Return a text with one end token, which is appended unless the text ends with it."""
         if text.endswith(end):
             return self._already_closed(text, prompt, answer, end)
+        span = (prompt, len(text))
         return Rendering(
             text,
-            ((prompt, len(text)),),
-            prompt,
-            answer,
+            spans=(span,),
+            prompt=prompt,
+            reference=answer,
             end=end,
             is_end_appended=True,
             has_prefix=not self._starts_with_bos(text),
@@ -139,11 +155,12 @@ class VerbatimRenderer:
         if prompt > 0:
             span_end = len(text.rstrip())
             reference = answer.rstrip().removesuffix(end)
+        span = (prompt, span_end)
         return Rendering(
             text,
-            ((prompt, span_end),),
-            prompt,
-            reference,
+            spans=(span,),
+            prompt=prompt,
+            reference=reference,
             end=end,
             has_prefix=not self._starts_with_bos(text),
         )

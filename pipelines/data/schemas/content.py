@@ -20,7 +20,15 @@ def is_empty(value: Any) -> bool:
 
 
 def read_text(value: Any, what: str) -> str:
-    """Return a text that has at least one visible character."""
+    """Return a text that has at least one visible character.
+
+    Args:
+        value: a cell, or a value in a message.
+        what: names the value in messages.
+
+    Raises:
+        DataError: the value is not text, or has only white space.
+    """
     text = _read_characters(value, what)
     if not text or text.isspace():
         raise DataError(
@@ -30,7 +38,15 @@ def read_text(value: Any, what: str) -> str:
 
 
 def read_optional_text(value: Any, what: str) -> str:
-    """Return a text, or an empty one if the value is null or has no visible character."""
+    """Return a text, or an empty one if the value is null or has no visible character.
+
+    Args:
+        value: a cell, or a value in a message.
+        what: names the value in messages.
+
+    Raises:
+        DataError: the value is neither null nor text.
+    """
     if value is None:
         return ""
     text = _read_characters(value, what)
@@ -38,7 +54,15 @@ def read_optional_text(value: Any, what: str) -> str:
 
 
 def read_content(value: Any, what: str) -> str | None:
-    """Return the content of a message, which is a text or a list of text parts; null is None."""
+    """Return the content of a message, which is a text or a list of text parts; null is None.
+
+    Args:
+        value: a text, a list of text parts, or null.
+        what: names the value in messages.
+
+    Raises:
+        DataError: the value has another type, or a part that is not text.
+    """
     if value is None:
         return None
     if not isinstance(value, list):
@@ -51,6 +75,13 @@ def read_json(value: Any, what: str) -> Any:
 
     Without a text, null keys are left out: Arrow files and exports from them fill each object with
     the keys of all others.
+
+    Args:
+        value: JSON text, or a value that is already decoded.
+        what: names the value in messages.
+
+    Raises:
+        DataError: the text is not valid JSON, or has half of a surrogate pair.
     """
     if not isinstance(value, str):
         return _without_nulls(value, what)

@@ -26,7 +26,9 @@ from pipelines.errors import DataError
 
 ROLE_KEYS = ("role", "from")
 FLAGS = ("weight", "train", "training", "loss")
-CALLS = ("tool_calls", "function_call")
+TOOL_CALLS = "tool_calls"
+"""Key of calls for the chat template."""
+CALLS = (TOOL_CALLS, "function_call")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TEMPLATE_TEXTS = ("tool_call_id", "name", *REASONING)
 METADATA = (
@@ -112,8 +114,10 @@ def is_message_list(value: Any) -> bool:
 def _transpose(columns: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
     """Turn one list per key into one object per message."""
     lists = {key: values for key, values in columns.items() if values is not None}
-    lengths = {len(values) if isinstance(values, list) else None for values in lists.values()}
-    if len(lengths) != 1 or None in lengths:
+    if not all(isinstance(values, list) for values in lists.values()):
+        raise _not_messages(columns, what)
+    lengths = {len(values) for values in lists.values()}
+    if len(lengths) != 1:
         raise _not_messages(columns, what)
     rows = zip(*lists.values(), strict=True)
     return [dict(zip(lists, values, strict=True)) for values in rows]
@@ -132,17 +136,17 @@ def _read_turn(items: list[Any], index: int, what: str, rules: MessageRules) -> 
     where = f"{where} ({name})"
     content_key = "value" if item.get("content") is None else "content"
     content = item.get(content_key)
-    others = _other_values(item, (role_key, content_key))
+    others = _other_values(item, role_key=role_key, content_key=content_key)
     if role == "call":
         _check_no_other_call(others, where)
-        others["tool_calls"] = read_text(content, f"the content of {where}")
-        role, content = "assistant", None
-    learn, fields = None, {}
-    if others:
-        learn = _read_flags(others, role, where, rules)
-        fields = _read_fields(others, role, where)
-    text = _check_content(read_content(content, f"the content of {where}"), role, fields, where)
-    return Turn(role, text, fields, learn)
+        call = read_text(content, f"the content of {where}")
+        others = {**others, TOOL_CALLS: call}
+        role = "assistant"
+        content = None
+    learn = _read_flags(others, role, where, rules)
+    fields = _read_fields(others, role, where)
+    text = read_content(content, f"the content of {where}")
+    return Turn(role, _check_content(text, role, fields, where), fields, learn)
 
 
 def _not_messages(value: Any, what: str) -> DataError:
@@ -163,16 +167,22 @@ def _find_role_key(item: Any, where: str) -> str:
     )
 
 
-def _other_values(item: Mapping[str, Any], known: tuple[str, str]) -> dict[str, Any]:
+def _other_values(item: Mapping[str, Any], *, role_key: str, content_key: str) -> dict[str, Any]:
     """Return the values under other keys that are not empty."""
-    if len(item) == 2 and known[1] in item:
-        return {}
-    return {key: value for key, value in item.items() if key not in known and not is_empty(value)}
+    others = dict[str, Any]()
+    for key, value in item.items():
+        if key not in (role_key, content_key) and not is_empty(value):
+            others[key] = value
+    return others
 
 
 def _unknown_role(name: Any, items: list[Any]) -> DataError:
-    names = [item.get(key) for item in items if isinstance(item, dict) for key in ROLE_KEYS]
-    found = ", ".join(dict.fromkeys(repr(role) for role in names if role is not None))
+    names = dict[str, None]()
+    for item in items:
+        if isinstance(item, dict):
+            present = [item[key] for key in ROLE_KEYS if item.get(key) is not None]
+            names.update(dict.fromkeys(map(repr, present)))
+    found = ", ".join(names)
     usual = ", ".join(USUAL_ROLES)
     return DataError(
         f"has the roles {found}, and {truncated(name)} is not a usual name of {usual}; map it to "
@@ -192,9 +202,10 @@ def _check_content(
     content: str | None, role: RoleName, fields: Mapping[str, Any], where: str
 ) -> str:
     """Return the content, which only some turns may lack."""
-    if role == "assistant" and "tool_calls" in fields:
+    if role == "assistant" and TOOL_CALLS in fields:
         return content or ""
-    if content is None or (role in ("user", "assistant") and not content.strip()):
+    needs_text = role in ("user", "assistant")
+    if content is None or (needs_text and not content.strip()):
         raise DataError(
             f"has {truncated(content)} as the content of {where}, which must contain text; fill it "
             "or remove the row"
@@ -215,7 +226,8 @@ def _read_flags(
         values = ", ".join(f"{key} {others[key]!r}" for key in flags)
         raise DataError(f"has {values} in {where}, which contradict each other; remove one of them")
     key, is_learned = next(iter(flags.items()))
-    if is_learned and role != "assistant" and rules.supervise != "all":
+    can_be_learned = role == "assistant" or rules.supervise == "all"
+    if is_learned and not can_be_learned:
         raise DataError(
             f"has {others[key]!r} as the {key} of {where}; only answers are learned; remove it or "
             "set data.supervise: all"
@@ -262,7 +274,7 @@ def _check_is_answer(value: Any, key: str, role: RoleName, where: str) -> None:
 
 
 def _add_calls(fields: dict[str, Any], calls: list[dict[str, Any]], where: str) -> None:
-    if "tool_calls" in fields:
+    if TOOL_CALLS in fields:
         raise DataError(f"has {' and '.join(CALLS)} in {where}; remove one of them")
     if calls:
-        fields["tool_calls"] = calls
+        fields[TOOL_CALLS] = calls

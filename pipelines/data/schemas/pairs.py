@@ -5,6 +5,7 @@ Stanford Alpaca), and earlier questions and answers in a history.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from reprlib import repr as truncated
 from typing import Any
 
@@ -20,22 +21,43 @@ Row = Mapping[ColumnName, Any]
 """What a column is → its value in a row."""
 
 
+@dataclass(frozen=True)
+class _PairCells:
+    """The cells of a row with a prompt and a completion; those of missing columns are None."""
+
+    prompt: Any
+    completion: Any
+    input: Any
+    history: Any
+
+    @classmethod
+    def of(cls, row: Row) -> "_PairCells":
+        return cls(row["prompt"], row["completion"], row.get("input"), row.get("history"))
+
+
 def read_pair(row: Row, rules: MessageRules) -> Conversation:
     """Return the conversation of a row with a prompt and a completion.
+
+    Args:
+        row: has a prompt and a completion; the other columns are optional.
+        rules: how messages are read, and which turns are learned.
 
     Raises:
         DataError: a value cannot be read exactly as it is meant.
     """
-    has_prompt_list = is_message_list(row["prompt"])
-    has_completion_list = is_message_list(row["completion"])
+    cells = _PairCells.of(row)
+    has_prompt_list = is_message_list(cells.prompt)
+    has_completion_list = is_message_list(cells.completion)
     if has_prompt_list:
-        prompt = _read_prompt_list(row, rules)
+        prompt = _read_prompt_list(cells, rules)
     else:
-        prompt = [*_read_history(row.get("history"), rules), _read_prompt(row)]
+        earlier = _read_history(cells.history, rules)
+        prompt = [*earlier, _read_prompt(cells)]
     if has_completion_list:
-        completion = _read_completion_list(row["completion"], rules)
+        completion = _read_completion_list(cells.completion, rules)
     else:
-        completion = [Turn("assistant", read_text(row["completion"], "its completion"), {})]
+        text = read_text(cells.completion, "its completion")
+        completion = [Turn("assistant", text, {})]
     turns = with_system(prompt, row.get("system"))
     start = 0
     if has_prompt_list:
@@ -49,6 +71,10 @@ def read_pair(row: Row, rules: MessageRules) -> Conversation:
 
 def with_system(turns: list[Turn], value: Any) -> list[Turn]:
     """Return the turns after the system turn of a column; without text, it is absent.
+
+    Args:
+        turns: of a conversation or a prompt.
+        value: of the column with the system message.
 
     Raises:
         DataError: the turns start with a different system turn.
@@ -67,25 +93,24 @@ def with_system(turns: list[Turn], value: Any) -> list[Turn]:
     return [Turn("system", text, {}), *turns]
 
 
-def _read_prompt(row: Row) -> Turn:
+def _read_prompt(cells: _PairCells) -> Turn:
     """Return the question of a text pair, which is the prompt and its input."""
-    addition = read_optional_text(row.get("input"), "its input")
+    addition = read_optional_text(cells.input, "its input")
     if not addition:
-        return Turn("user", read_text(row["prompt"], "its prompt"), {})
-    prompt = read_optional_text(row["prompt"], "its prompt")
+        return Turn("user", read_text(cells.prompt, "its prompt"), {})
+    prompt = read_optional_text(cells.prompt, "its prompt")
     text = f"{prompt}\n{addition}" if prompt else addition
     return Turn("user", text, {})
 
 
-def _read_prompt_list(row: Row, rules: MessageRules) -> list[Turn]:
-    names: tuple[ColumnName, ...] = ("input", "history")
-    for name in names:
-        if not is_blank(row.get(name)):
+def _read_prompt_list(cells: _PairCells, rules: MessageRules) -> list[Turn]:
+    for name, value in (("input", cells.input), ("history", cells.history)):
+        if not is_blank(value):
             raise DataError(
-                f"has {truncated(row.get(name))} as its {name} and a prompt of messages, which has "
+                f"has {truncated(value)} as its {name} and a prompt of messages, which has "
                 "none; move it into the prompt or remove the row"
             )
-    return read_turns(row["prompt"], "its prompt", rules)
+    return read_turns(cells.prompt, "its prompt", rules)
 
 
 def _read_completion_list(value: Any, rules: MessageRules) -> list[Turn]:

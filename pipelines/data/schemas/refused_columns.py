@@ -194,7 +194,14 @@ class ColumnCheck:
     fix: str
 
     def check(self, row: Row) -> None:
-        """Raise DataError if the value of a row is refused."""
+        """Raise DataError if the value of a row is refused.
+
+        Args:
+            row: of the source, by the names of its columns.
+
+        Raises:
+            DataError: the value of the column cannot be ignored.
+        """
         value = row.get(self.column)
         if not self.refusal.is_allowed(value):
             raise DataError(
@@ -234,6 +241,9 @@ def refuse_unreadable(columns: Sequence[str], sample: Sequence[Row]) -> None:
     Args:
         columns: of the source that the recipe does not map.
         sample: the first rows.
+
+    Raises:
+        DataError: the columns have one of these meanings, with the setting that decides.
     """
     for refusal in (_preference(columns, sample), TOKENS, ONE_MESSAGE):
         found = find_columns(refusal.names, columns)

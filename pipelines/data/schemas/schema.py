@@ -209,10 +209,12 @@ def _name(layout: RowLayout, sample: Sequence[Row]) -> str:
     if layout.kind == "text":
         return "text"
     if layout.kind == "messages":
-        is_sharegpt = any(_has_sharegpt_keys(row.get(columns["messages"])) for row in sample)
+        column = columns["messages"]
+        is_sharegpt = any(_has_sharegpt_keys(row.get(column)) for row in sample)
         return "sharegpt" if is_sharegpt else "messages"
-    prompt, completion = columns["prompt"], columns["completion"]
-    if (prompt.lower(), completion.lower()) == ("instruction", "output"):
+    prompt = columns["prompt"]
+    completion = columns["completion"]
+    if prompt.lower() == "instruction" and completion.lower() == "output":
         return "alpaca"
     name = f"{prompt}/{completion}"
     is_conversational = any(is_message_list(row.get(prompt)) for row in sample)

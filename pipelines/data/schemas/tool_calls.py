@@ -19,6 +19,9 @@ def read_tools(value: Any) -> tuple[Function, ...] | None:
 
     Args:
         value: a list of schemas, with or without the wrapper `function`, or JSON text of one.
+
+    Raises:
+        DataError: the value is not a list of schemas with names.
     """
     if is_blank(value):
         return None

@@ -66,7 +66,15 @@ def as_yaml(columns: Mapping[Any, str]) -> str:
 
 
 def check_mapping(mapping: Columns, columns: Sequence[str]) -> None:
-    """Refuse a mapping that names a missing column, or columns that cannot be read together."""
+    """Refuse a mapping that names a missing column, or columns that cannot be read together.
+
+    Args:
+        mapping: data.columns of the recipe.
+        columns: of the source.
+
+    Raises:
+        DataError: a column is missing or named twice, or the meanings cannot be in one row.
+    """
     for name, column in mapping.items():
         if column not in columns:
             raise DataError(
@@ -105,7 +113,12 @@ def possible_layouts(
 
 
 def find_columns(names: Sequence[str], columns: Sequence[str]) -> list[str]:
-    """Return the columns with these names; of one name, those in other case only if needed."""
+    """Return the columns with these names; of one name, those in other case only if needed.
+
+    Args:
+        names: usual names in small letters, the most usual first.
+        columns: of the source.
+    """
     found: list[str] = []
     for name in names:
         if name in columns:

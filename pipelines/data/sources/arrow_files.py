@@ -50,7 +50,12 @@ def open_saved(folder: Path, split: str | None, *, setting: str = "split") -> Op
 
 
 def dataset_rows(parts: Iterable[Dataset], name: str) -> ReadRows:
-    """Yield the rows of data sets one after the other."""
+    """Yield the rows of data sets one after the other.
+
+    Args:
+        parts: data sets that are memory-mapped.
+        name: of the source, in places such as `row 3 of 'name'`.
+    """
     tables = chain.from_iterable(
         part.with_format("arrow").iter(batch_size=BATCH_ROWS) for part in parts
     )
@@ -58,7 +63,12 @@ def dataset_rows(parts: Iterable[Dataset], name: str) -> ReadRows:
 
 
 def batch_rows(batches: Iterable[Batch], name: str) -> ReadRows:
-    """Yield the rows of batches; `name` is that of the source, in places."""
+    """Yield the rows of batches; `name` is that of the source, in places.
+
+    Args:
+        batches: with equal schemas, in order.
+        name: of the source, in places such as `row 3 of 'name'`.
+    """
     number = 0
     for batch in batches:
         for values in rows_of(batch):

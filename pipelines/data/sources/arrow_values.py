@@ -18,17 +18,24 @@ Convert = Callable[[Any], Any]
 
 
 def rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a batch as JSON values."""
+    """Yield the rows of a batch as JSON values.
+
+    Args:
+        batch: of at most a few thousand rows, all of which are converted at once.
+
+    Raises:
+        ValueError: two columns have the same name.
+    """
     schema = batch.schema
     converters = {field.name: converter(field.type) for field in schema}
     if len(converters) < len(schema):
         raise ValueError("two columns have the same name")
-    columns = [_python_values(column) for column in batch.columns]
-    for values in zip(*columns, strict=True):
-        yield {
-            name: convert(value)
-            for (name, convert), value in zip(converters.items(), values, strict=True)
-        }
+    columns = dict[str, list[Any]]()
+    for field, column in zip(schema, batch.columns, strict=True):
+        convert = converters[field.name]
+        columns[field.name] = [convert(value) for value in _python_values(column)]
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def converter(kind: pyarrow.DataType) -> Convert:
@@ -51,10 +58,13 @@ def converter(kind: pyarrow.DataType) -> Convert:
 
 
 def _python_values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
-    if isinstance(column.type, pyarrow.BaseExtensionType):
-        chunks = column.chunks if isinstance(column, pyarrow.ChunkedArray) else [column]
-        return [value for chunk in chunks for value in chunk.storage.to_pylist()]
-    return list(column.to_pylist())
+    if not isinstance(column.type, pyarrow.BaseExtensionType):
+        return list(column.to_pylist())
+    chunks = column.chunks if isinstance(column, pyarrow.ChunkedArray) else [column]
+    values = list[Any]()
+    for chunk in chunks:
+        values += chunk.storage.to_pylist()
+    return values
 
 
 def _struct(kind: pyarrow.DataType) -> Convert:

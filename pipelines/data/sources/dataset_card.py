@@ -21,6 +21,8 @@ from pipelines.data.sources.split_names import TRAIN, listed_names
 from pipelines.errors import DataError, one_line
 
 CARD = "README.md"
+FRONT_MATTER_MARK = "---"
+"""Line before and after the front matter."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,14 @@ class CardConfig:
 
 
 def read_configs(folder: Path) -> list[CardConfig]:
-    """Return the configurations that the folder's card lists; none if there is no card."""
+    """Return the configurations that the folder's card lists; none if there is no card.
+
+    Args:
+        folder: of a data set.
+
+    Raises:
+        DataError: the card's front matter is not valid, or a configuration lacks a key.
+    """
     card = folder / CARD
     if not card.is_file():
         return []
@@ -56,6 +65,11 @@ def read_configs(folder: Path) -> list[CardConfig]:
 
 def choose_config(configs: list[CardConfig], wanted: str | None, folder: Path) -> CardConfig:
     """Return the configuration of that name; by default the default or the only one.
+
+    Args:
+        configs: at least one.
+        wanted: data.config of the recipe, if it has one.
+        folder: of the data set, in messages.
 
     Raises:
         DataError: there is none, with the available names.
@@ -80,11 +94,11 @@ def choose_config(configs: list[CardConfig], wanted: str | None, folder: Path) -
 
 
 def _front_matter(text: str) -> str:
-    lines = text.splitlines()
-    if not lines or lines[0].rstrip() != "---":
+    lines = [line.rstrip() for line in text.splitlines()]
+    if lines.count(FRONT_MATTER_MARK) < 2 or lines[0] != FRONT_MATTER_MARK:
         return ""
-    ends = [number for number, line in enumerate(lines) if number and line.rstrip() == "---"]
-    return "\n".join(lines[1 : ends[0]]) if ends else ""
+    end = lines.index(FRONT_MATTER_MARK, 1)
+    return "\n".join(lines[1:end])
 
 
 def _config(values: dict[str, Any]) -> CardConfig:
@@ -106,8 +120,11 @@ def _patterns(data_files: Any) -> dict[str, tuple[str, ...]]:
     entries = data_files if isinstance(data_files, list) else [data_files]
     patterns: dict[str, tuple[str, ...]] = {}
     for entry in entries:
-        split = str(entry["split"]) if isinstance(entry, dict) else TRAIN
-        paths = entry["path"] if isinstance(entry, dict) else entry
+        split = TRAIN
+        paths = entry
+        if isinstance(entry, dict):
+            split = str(entry["split"])
+            paths = entry["path"]
         patterns[split] = patterns.get(split, ()) + _as_tuple(paths)
     return patterns
 

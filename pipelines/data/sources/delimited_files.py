@@ -24,7 +24,16 @@ _NAMED_DELIMITER = re.compile(r'"?sep=(.)"?', re.IGNORECASE)
 
 
 def open_delimited(file: DataFile, encoding: str | None, delimiter: str | None) -> OpenedRows:
-    """Open a file of delimited cells; detect what the user does not name."""
+    """Open a file of delimited cells; detect what the user does not name.
+
+    Args:
+        file: .csv or .tsv; may be compressed.
+        encoding: the user's, if any.
+        delimiter: the user's, if any.
+
+    Raises:
+        DataError: encoding or delimiter are not known, or the file contradicts them.
+    """
     codec = chosen_encoding(file, encoding)
     kind = str(file.format)
     if delimiter is not None:
@@ -48,8 +57,9 @@ def _rows(file: DataFile, codec: str, delimiter: str) -> ReadRows:
             problem = _problem(cells, names, unnamed, delimiter)
             if problem:
                 yield RowProblem(place, problem)
-            else:
-                yield make_row(place, dict(zip(names, cells, strict=True)))
+                continue
+            values = dict(zip(names, cells, strict=True))
+            yield make_row(place, values)
 
 
 def _problem(cells: list[str], names: list[str], unnamed: list[int], delimiter: str) -> str:
@@ -60,10 +70,11 @@ def _problem(cells: list[str], names: list[str], unnamed: list[int], delimiter: 
             f"the delimiter {delimiter!r}, or set data.delimiter)"
         )
     for index in unnamed:
-        is_row_number = index == 0 and cells[index].isdecimal()
-        if cells[index].strip() and not is_row_number:
+        cell = cells[index]
+        is_row_number = index == 0 and cell.isdecimal()
+        if cell.strip() and not is_row_number:
             return (
-                f"has {truncated(cells[index])} in column {index + 1}, which has no name in the "
+                f"has {truncated(cell)} in column {index + 1}, which has no name in the "
                 f"header (name it, or quote cells that contain the delimiter {delimiter!r})"
             )
     return ""
@@ -119,13 +130,21 @@ def _detect_delimiter(file: DataFile, codec: str) -> str:
         named = _NAMED_DELIMITER.fullmatch(stream.readline().rstrip("\r\n"))
     if named:
         return named[1]
-    counts = {one: _cell_counts(file, codec, one) for one in DELIMITERS}
-    candidates = [one for one in DELIMITERS if counts[one][:1] > [1]]
-    consistent = [one for one in candidates if len(set(counts[one])) == 1]
+    candidates = []
+    consistent = []
+    for delimiter in DELIMITERS:
+        counts = _cell_counts(file, codec, delimiter)
+        if not counts or counts[0] < 2:
+            continue
+        candidates.append(delimiter)
+        if len(set(counts)) == 1:
+            consistent.append(delimiter)
     if len(consistent) == 1:
         return consistent[0]
-    if len(candidates) <= 1:
-        return candidates[0] if candidates else DELIMITERS[0]
+    if not candidates:
+        return DELIMITERS[0]
+    if len(candidates) == 1:
+        return candidates[0]
     raise DataError(
         f"the header of {str(file.path)!r} has {' and '.join(map(repr, candidates))}, and each may "
         "be the delimiter; set data.delimiter"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pipelines.config.data_section import SourceSettings, WeightedSource
 from pipelines.config.recipe import local_path
-from pipelines.data.sources.dataset_card import CARD, choose_config, read_configs
+from pipelines.data.sources.dataset_card import CARD, CardConfig, choose_config, read_configs
 from pipelines.data.sources.file_formats import (
     COMPRESSIONS,
     KNOWN_SUFFIXES,
@@ -73,7 +73,9 @@ def local_files(source: WeightedSource, path: str) -> list[Path]:
     if is_saved(folder):
         return sorted(file for file in folder.rglob("*") if file.is_file())
     found = find_files(source, path)
-    files = {file.path for split in found.splits.values() for file in split}
+    files = set[Path]()
+    for split in found.splits.values():
+        files.update(file.path for file in split)
     if found.card is not None:
         files.add(found.card)
     return sorted(files)
@@ -81,6 +83,10 @@ def local_files(source: WeightedSource, path: str) -> list[Path]:
 
 def find_files(source: SourceSettings, path: str) -> FoundFiles:
     """Return the data files of a file, a folder or a pattern.
+
+    Args:
+        source: its settings, of which only the configuration is used.
+        path: where the file, the folder or the pattern was found.
 
     Raises:
         DataError: nothing is there, or a file is not a data file.
@@ -96,7 +102,8 @@ def find_files(source: SourceSettings, path: str) -> FoundFiles:
     if local.is_file():
         if format_of(local) is None:
             raise _unknown([local])
-        return FoundFiles({TRAIN: (DataFile(local, local.name),)}, has_names=False)
+        file = DataFile(local, local.name)
+        return FoundFiles({TRAIN: (file,)}, has_names=False)
     if not is_pattern(path):
         raise DataError(
             f"data file {path!r} does not exist; give an absolute path, or one relative to the "
@@ -124,17 +131,24 @@ def _in_folder(folder: Path, config_name: str | None) -> FoundFiles:
         return FoundFiles(found.splits, found.has_names, card)
     splits: Splits = {}
     for split, patterns in config.patterns.items():
-        paths = []
-        for pattern in patterns:
-            matches = _matches(str(Path(glob.escape(str(folder / config.folder))) / pattern))
-            if not matches:
-                raise DataError(
-                    f"no file matches {pattern!r}, which {str(card)!r} lists for the "
-                    f"configuration {config.name!r}; complete the folder"
-                )
-            paths += matches
+        paths = _listed_files(folder, config, patterns)
         splits[split] = _data_files(paths, folder)
     return FoundFiles(splits, has_names=True, card=card)
+
+
+def _listed_files(folder: Path, config: CardConfig, patterns: Iterable[str]) -> list[Path]:
+    """Return the files that match the patterns of one split, in their order."""
+    escaped = Path(glob.escape(str(folder / config.folder)))
+    paths = list[Path]()
+    for pattern in patterns:
+        matches = _matches(str(escaped / pattern))
+        if not matches:
+            raise DataError(
+                f"no file matches {pattern!r}, which {str(folder / CARD)!r} lists for the "
+                f"configuration {config.name!r}; complete the folder"
+            )
+        paths += matches
+    return paths
 
 
 def _by_name(folder: Path, root: Path) -> FoundFiles:
@@ -150,10 +164,14 @@ def _by_name(folder: Path, root: Path) -> FoundFiles:
         raise DataError(
             f"data folder {str(folder)!r} has no data file; the known suffixes are {KNOWN_SUFFIXES}"
         )
-    by_split: dict[str | None, list[DataFile]] = defaultdict(list)
+    by_split: dict[str, list[DataFile]] = defaultdict(list)
+    unnamed = list[DataFile]()
     for file in files:
-        by_split[split_in_name(file.path.relative_to(folder))].append(file)
-    unnamed = by_split.pop(None, [])
+        split = split_in_name(file.path.relative_to(folder))
+        if split is None:
+            unnamed.append(file)
+        else:
+            by_split[split].append(file)
     if unnamed and TRAIN in by_split:
         raise DataError(
             f"data folder {str(folder)!r} has files of splits ({_names(by_split[TRAIN])}, …) and "
@@ -163,7 +181,8 @@ def _by_name(folder: Path, root: Path) -> FoundFiles:
     if unnamed:
         by_split[TRAIN] = unnamed
     has_names = len(by_split) > 1 or not unnamed
-    return FoundFiles({str(name): tuple(found) for name, found in by_split.items()}, has_names)
+    splits = {name: tuple(found) for name, found in by_split.items()}
+    return FoundFiles(splits, has_names)
 
 
 def _data_files(paths: Iterable[Path], root: Path) -> tuple[DataFile, ...]:
@@ -199,11 +218,13 @@ def _unknown(paths: list[Path]) -> DataError:
 
 def _is_ignored(path: Path, name: str) -> bool:
     """Return whether a file describes data instead of holding rows."""
-    if any(part.startswith(".") for part in Path(name).parts if part != ".."):
+    parts = Path(name).parts
+    if any(part.startswith(".") for part in parts if part != ".."):
         return True
     if path.name.startswith("_") and format_of(path) is None:
         return True
-    return path.name in IGNORED_NAMES or path.name.partition(".")[0].upper() in IGNORED_STEMS
+    stem, _, _ = path.name.partition(".")
+    return path.name in IGNORED_NAMES or stem.upper() in IGNORED_STEMS
 
 
 def _check_no_copies(files: list[DataFile]) -> None:

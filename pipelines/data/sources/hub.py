@@ -22,6 +22,10 @@ def is_hub_id(source: str) -> bool:
 def open_hub(source: str, settings: SourceSettings) -> OpenedRows:
     """Load a split of a hub data set.
 
+    Args:
+        source: id of a data set, such as owner/name.
+        settings: configuration, revision and split.
+
     Raises:
         DataError: there is none of that name, or the hub cannot be reached.
     """

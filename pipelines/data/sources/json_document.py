@@ -77,7 +77,11 @@ class JsonDocument:
             pass
 
     def check_end(self) -> None:
-        """Raise ValueError if anything follows."""
+        """Raise ValueError if anything follows.
+
+        Raises:
+            ValueError: the document has ended, and something follows it.
+        """
         if self.next_character():
             raise self._error("nothing may follow the document", self._position)
 

@@ -42,8 +42,14 @@ class RowDecoder:
         self._problems = []
 
     def row(self, place: str, value: Any) -> LocatedRow | RowProblem:
-        """Return a decoded value as a row, or why it is not one."""
-        problems, self._problems = self._problems, []
+        """Return a decoded value as a row, or why it is not one.
+
+        Args:
+            place: of the row, in messages.
+            value: as the decoder of this object has returned it.
+        """
+        problems = self._problems
+        self.forget_problems()
         if problems:
             return RowProblem(place, problems[0])
         if not isinstance(value, dict):
@@ -51,14 +57,21 @@ class RowDecoder:
         return make_row(place, value)
 
     def line(self, place: str, content: str) -> LocatedRow | RowProblem:
-        """Return the row of a line, or why it is not one."""
+        """Return the row of a line, or why it is not one.
+
+        Args:
+            place: of the row, in messages.
+            content: the line without outer white space.
+        """
         try:
             value = self.json.decode(content)
         except json.JSONDecodeError as error:
             return self._problem(place, f"is not valid JSON ({error.msg}, column {error.colno})")
         except (ValueError, RecursionError) as error:
             return self._problem(place, f"cannot be read ({error})")
-        if self._problems or not isinstance(value, dict) or "\\u" in content:
+        # An escaped character may be half of a surrogate pair, which is not valid text.
+        has_escapes = "\\u" in content
+        if self._problems or has_escapes or not isinstance(value, dict):
             return self.row(place, value)
         return LocatedRow(place, value, content)
 
@@ -70,8 +83,8 @@ class RowDecoder:
         values = dict(pairs)
         if len(values) < len(pairs):
             names = [name for name, _ in pairs]
-            repeated = next(name for name in names if names.count(name) > 1)
-            self._problems.append(f"has the key {repeated!r} more than once")
+            repeated = [name for name in names if names.count(name) > 1]
+            self._problems.append(f"has the key {repeated[0]!r} more than once")
         return values
 
     def _float(self, text: str) -> float:
@@ -85,7 +98,15 @@ class RowDecoder:
 
 
 def open_json_lines(file: DataFile, encoding: str | None) -> OpenedRows:
-    """Open a file with a JSON object per line."""
+    """Open a file with a JSON object per line.
+
+    Args:
+        file: may be compressed.
+        encoding: the user's, if any.
+
+    Raises:
+        DataError: the file starts with a list, so a row is not a line.
+    """
     codec = json_encoding(file, encoding)
     if first_character(file, codec) == "[":
         raise DataError(
@@ -114,24 +135,44 @@ def open_json(file: DataFile, encoding: str | None, split: str | None) -> Opened
 
 
 def json_split_names(file: DataFile, encoding: str | None) -> tuple[str, ...]:
-    """Return the keys of a .json file's lists of rows if it has several."""
+    """Return the keys of a .json file's lists of rows if it has several.
+
+    Args:
+        file: .json; may be compressed.
+        encoding: the user's, if any.
+
+    Returns:
+        empty if the file has one list, or an object on each line.
+    """
     codec = json_encoding(file, encoding)
     if first_character(file, codec) != "{":
         return ()
     lists, has_lines = _structure(file, codec)
     names = tuple(name for name, has_rows in lists.items() if has_rows)
-    return names if len(names) > 1 and not has_lines else ()
+    if has_lines or len(names) < 2:
+        return ()
+    return names
 
 
 def json_encoding(file: DataFile, encoding: str | None) -> str:
-    """Return the encoding of a JSON file, which is UTF-8 if nothing indicates another one."""
+    """Return the encoding of a JSON file, which is UTF-8 if nothing indicates another one.
+
+    Args:
+        file: may be compressed.
+        encoding: the user's, if any.
+    """
     if encoding is not None:
         return checked_encoding(file, encoding)
     return unicode_encoding(file) or "utf-8"
 
 
 def first_character(file: DataFile, codec: str) -> str:
-    """Return the first character that is not white space; empty if there is none."""
+    """Return the first character that is not white space; empty if there is none.
+
+    Args:
+        file: may be compressed.
+        codec: of the file; bytes that it cannot decode are replaced.
+    """
     with open_text(file, codec, "\n", errors="replace") as stream:
         return JsonDocument(stream, RowDecoder().json).next_character()
 
@@ -176,7 +217,8 @@ def _document_rows(file: DataFile, codec: str, key: str | None) -> ReadRows:
                 decoder.forget_problems()
                 continue
             for number, value in enumerate(document.elements(), start=1):
-                yield decoder.row(f"row {number} of {file.name!r}", value)
+                place = f"row {number} of {file.name!r}"
+                yield decoder.row(place, value)
         document.check_end()
 
 

@@ -1,7 +1,6 @@
 """Load the rows of a data source exactly as they are written.
 
-sources.py            which kind of source it is
-validation_rows.py    the user's held-out rows
+stdlib_docstrings.py  functions of the standard library
 file_discovery.py     files of a folder, a pattern or a cloned data set
 file_formats.py       suffixes and compressions
 split_names.py        names of splits
@@ -20,7 +19,13 @@ row_store.py          rows → an Arrow file of JSON texts
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.config.data_section import DataSection, SourceSettings, WeightedSource
+from pipelines.config.data_section import (
+    DOCSTRINGS,
+    MAX_SOURCE_CHARACTERS,
+    DataSection,
+    SourceSettings,
+    WeightedSource,
+)
 from pipelines.config.recipe import local_path
 from pipelines.data.rows import SourceRows
 from pipelines.data.sources.file_discovery import is_pattern, is_remote
@@ -39,16 +44,13 @@ from pipelines.data.sources.split_names import TRAIN, choose_split, validation_n
 from pipelines.data.sources.stdlib_docstrings import stdlib_pairs
 from pipelines.errors import DataError
 
-DOCSTRINGS = "docstrings"
-MAX_SOURCE_CHARACTERS = 700
-
 
 def load_source(
     source: WeightedSource,
     *,
     path: str | None = None,
     cache: Path,
-    max_source_characters: int = MAX_SOURCE_CHARACTERS,
+    settings: DataSection | None = None,
     split_setting: str = "split",
 ) -> SourceRows:
     """Load the rows of a source; `max_rows` is not applied.
@@ -57,7 +59,8 @@ def load_source(
         source: its name and how it is read.
         path: where a local file, folder or pattern was found; by default as the source names it.
         cache: a folder for Arrow files, which are not used by another preparation.
-        max_source_characters: longest function of `docstrings`.
+        settings: the recipe's data section: the longest function of `docstrings`, and whether rows
+            that cannot be read are removed later; None for the defaults.
         split_setting: name of the setting that has the split, in messages.
 
     Raises:
@@ -65,6 +68,11 @@ def load_source(
             effect on it.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    max_source_characters = MAX_SOURCE_CHARACTERS
+    keeps_problems = False
+    if settings is not None:
+        max_source_characters = settings.max_source_characters
+        keeps_problems = settings.bad_rows == "drop"
     if source.source == DOCSTRINGS:
         _check_docstrings(source)
         opened = OpenedRows("docstrings", _docstring_rows(max_source_characters), files=0)
@@ -75,7 +83,7 @@ def load_source(
         else:
             check_text_settings(source, "hub data set", source.source)
             opened = open_hub(source.source, source)
-    return store_rows(opened, source.source, cache)
+    return store_rows(opened, source.source, cache, keeps_problems=keeps_problems)
 
 
 def load_validation(
@@ -110,7 +118,7 @@ def load_validation(
     if source is None:
         return None
     setting = "split" if settings.validation_split is None else "validation_split"
-    return load_source(source, path=path, cache=cache, split_setting=setting)
+    return load_source(source, path=path, cache=cache, settings=settings, split_setting=setting)
 
 
 def _locate(source: str, path: str | None, cache: Path) -> str:
@@ -188,6 +196,6 @@ def _load_other_source(
         source,
         path=path,
         cache=cache,
-        max_source_characters=settings.max_source_characters,
+        settings=settings,
         split_setting="validation_source",
     )

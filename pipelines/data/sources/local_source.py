@@ -75,7 +75,12 @@ def open_local(settings: SourceSettings, path: str, *, setting: str = "split") -
 
 
 def split_names(settings: SourceSettings, path: str) -> tuple[str, ...]:
-    """Return the names of a local source's splits; empty if nothing names any."""
+    """Return the names of a local source's splits; empty if nothing names any.
+
+    Args:
+        settings: configuration and encoding of the source.
+        path: where the source is.
+    """
     folder = local_path(path)
     if is_saved(folder):
         listing = folder / SAVED_DICT
@@ -87,7 +92,15 @@ def split_names(settings: SourceSettings, path: str) -> tuple[str, ...]:
 
 
 def effective_text_settings(settings: SourceSettings, path: str) -> dict[str, str | None]:
-    """Return the encoding and the delimiter that files at a path can have."""
+    """Return the encoding and the delimiter that files at a path can have.
+
+    Args:
+        settings: with the user's encoding and delimiter.
+        path: where the source is.
+
+    Returns:
+        the settings that have an effect on all files, by name; None where the user sets nothing.
+    """
     if is_saved(local_path(path)):
         return {}
     found = find_files(SourceSettings(), path)
@@ -101,7 +114,16 @@ def effective_text_settings(settings: SourceSettings, path: str) -> dict[str, st
 
 
 def check_text_settings(settings: SourceSettings, kind: str, path: str) -> None:
-    """Raise DataError if the encoding or the delimiter has no effect on a format."""
+    """Raise DataError if the encoding or the delimiter has no effect on a format.
+
+    Args:
+        settings: with the user's encoding and delimiter.
+        kind: format of the files.
+        path: of the source, in messages.
+
+    Raises:
+        DataError: one of them is set and has no effect.
+    """
     where = f"{path!r}, which is read as {kind}"
     if settings.delimiter is not None and kind not in DELIMITED_FORMATS:
         raise no_effect("delimiter", settings.delimiter, where)
@@ -110,7 +132,13 @@ def check_text_settings(settings: SourceSettings, kind: str, path: str) -> None:
 
 
 def no_effect(setting: str, value: str, where: str) -> DataError:
-    """Return the error for a setting without effect."""
+    """Return the error for a setting without effect.
+
+    Args:
+        setting: its key in the data section.
+        value: what the user sets.
+        where: what it does not affect, and why.
+    """
     return DataError(f"data.{setting} {value!r} has no effect on {where}; remove it")
 
 

@@ -46,7 +46,9 @@ def download(address: str, cache: Path) -> str:
         raise DataError(f"no file matches {address!r}; check the address")
     if root is None:
         return str(target / _relative(paths[0], root))
-    return str(target / "**" / "*") if glob.has_magic(address) else str(target)
+    if glob.has_magic(address):
+        return str(target / "**" / "*")
+    return str(target)
 
 
 def remote_identity(address: str) -> str:
@@ -70,7 +72,8 @@ def _list_files(address: str) -> tuple[Any, str | None, list[str]]:
     if is_web:  # a question mark separates the query
         return system, None, [path]
     if glob.has_magic(path):
-        root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+        before_pattern = re.split(r"[*?\[]", path, maxsplit=1)[0]
+        root, _, _ = before_pattern.rpartition("/")
         return system, root, sorted(system.glob(path))
     if system.isdir(path):
         return system, path, sorted(system.find(path))
@@ -80,9 +83,13 @@ def _list_files(address: str) -> tuple[Any, str | None, list[str]]:
 def _relative(path: str, root: str | None) -> PurePosixPath:
     """Return the path below the root, or the file's name; that of a web page has no query."""
     if root is not None:
-        return PurePosixPath(path.removeprefix(root).lstrip("/"))
-    plain = unquote(urlsplit(path).path) if "://" in path else path
-    return PurePosixPath(PurePosixPath(plain).name)
+        below_root = path.removeprefix(root).lstrip("/")
+        return PurePosixPath(below_root)
+    plain = path
+    if "://" in path:
+        plain = unquote(urlsplit(path).path)
+    name = PurePosixPath(plain).name
+    return PurePosixPath(name)
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Write rows to an Arrow file in batches, so that memory does not grow with their number.
 
 A reader yields a `LocatedRow` for each row, or a `RowProblem` for one that cannot be read. All
-problems of a source are counted and reported in one error.
+problems of a source are counted and reported in one error, unless they are stored as bad rows.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import pyarrow
 from datasets import Dataset
 
-from pipelines.data.rows import PLACE, ROW, SourceRows
+from pipelines.data.rows import PLACE, PROBLEM, ROW, SourceRows
 from pipelines.errors import DataError
 from pipelines.runtime.interfaces.results import SourceFacts
 
-SCHEMA = pyarrow.schema([(ROW, pyarrow.string()), (PLACE, pyarrow.string())])
+SCHEMA = pyarrow.schema([(name, pyarrow.string()) for name in (ROW, PLACE, PROBLEM)])
 BATCH_ROWS = 1000
 BATCH_CHARACTERS = 1 << 24
 LISTED_PROBLEMS = 5
@@ -59,6 +59,7 @@ class OpenedRows:
 class _Batch:
     rows: list[str] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     characters: int = 0
 
     @property
@@ -68,11 +69,22 @@ class _Batch:
     def add(self, row: LocatedRow) -> None:
         self.rows.append(row.text)
         self.places.append(row.place)
+        self.problems.append("")
         self.characters += len(row.text)
+
+    def add_problem(self, problem: RowProblem) -> None:
+        self.rows.append("{}")
+        self.places.append(problem.place)
+        self.problems.append(problem.reason)
 
 
 def make_row(place: str, values: dict[str, Any]) -> LocatedRow | RowProblem:
-    """Return a row, or a problem if it has text that is not valid Unicode."""
+    """Return a row, or a problem if it has text that is not valid Unicode.
+
+    Args:
+        place: of the row, in messages.
+        values: by column; must be JSON values.
+    """
     text = json.dumps(values, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
@@ -86,13 +98,16 @@ def make_row(place: str, values: dict[str, Any]) -> LocatedRow | RowProblem:
     return LocatedRow(place, values, text)
 
 
-def store_rows(opened: OpenedRows, source: str, cache: Path) -> SourceRows:
+def store_rows(
+    opened: OpenedRows, source: str, cache: Path, *, keeps_problems: bool = False
+) -> SourceRows:
     """Write the rows of a source to a new folder in the cache.
 
     Args:
         opened: the rows, which are read once.
         source: its name in messages.
         cache: a folder.
+        keeps_problems: store a row that cannot be read with its problem, instead of raising.
 
     Raises:
         DataError: some rows cannot be read, or there are none.
@@ -102,10 +117,12 @@ def store_rows(opened: OpenedRows, source: str, cache: Path) -> SourceRows:
     problems = _ProblemList()
     with pyarrow.ipc.new_stream(str(path), SCHEMA) as stream:
         for batch in _batches(opened.rows, columns, problems):
-            stream.write_batch(pyarrow.record_batch([batch.rows, batch.places], schema=SCHEMA))
-    if problems.total:
-        raise problems.error(source)
+            values = [batch.rows, batch.places, batch.problems]
+            stream.write_batch(pyarrow.record_batch(values, schema=SCHEMA))
     table = Dataset.from_file(str(path))
+    all_are_bad = problems.total == len(table)
+    if problems.total and (all_are_bad or not keeps_problems):
+        raise problems.error(source)
     if len(table) == 0:
         raise DataError(f"data source {source!r} has no rows; provide at least a few hundred")
     facts = SourceFacts(
@@ -144,18 +161,19 @@ class _ProblemList:
 def _batches(
     rows: Iterable[LocatedRow | RowProblem], columns: dict[str, None], problems: _ProblemList
 ) -> Iterator[_Batch]:
-    """Yield batches; fill in the columns and problems. After a problem, rows are only checked."""
+    """Yield batches; fill in the columns and problems."""
     batch = _Batch()
     for row in rows:
         if isinstance(row, RowProblem):
             problems.add(row)
-        elif not problems.total:
+            batch.add_problem(row)
+        else:
             if not row.values.keys() <= columns.keys():
                 columns.update(dict.fromkeys(row.values))
             batch.add(row)
-            if batch.is_full:
-                yield batch
-                batch = _Batch()
+        if batch.is_full:
+            yield batch
+            batch = _Batch()
     if batch.rows:
         yield batch
 

@@ -34,6 +34,12 @@ def choose_split(
 ) -> str:
     """Return the split with the wanted name; by default `train`, or the only one.
 
+    Args:
+        names: of the available splits.
+        wanted: the user's, if any.
+        source: in messages.
+        setting: name of the setting that has the split.
+
     Raises:
         DataError: there is none, with the available names.
     """

@@ -8,6 +8,7 @@ import ast
 import re
 import sysconfig
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 
 MIN_LINES, MAX_LINES = 3, 40
@@ -21,11 +22,11 @@ def stdlib_pairs(max_characters: int) -> Iterator[dict[str, str]]:
     """Yield prompt, completion and group (the top-level module) in a fixed order.
 
     Kept: 3 to 40 lines and at most `max_characters` of source, a capitalized summary of 15 to 140
-    characters that ends in a full stop, one function per summary. Left out: functions that are not
-    valid Python without their docstring, and functions whose docstring shares a line with code.
+    characters that ends in a full stop, one function per summary. The source is the function's
+    syntax tree printed without docstring and decorators, so it has no comments.
     """
     seen: set[str] = set()
-    library = Path(sysconfig.get_paths()["stdlib"])
+    library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
         if any(part in LEFT_OUT for part in parts):
@@ -44,55 +45,37 @@ def stdlib_pairs(max_characters: int) -> Iterator[dict[str, str]]:
 def _functions(path: Path) -> Iterator[tuple[str, str]]:
     """Yield each function's source without its docstring, and the docstring's summary."""
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
-    # The parser counts only these line ends; splitlines also splits at a form feed.
-    lines = text.split("\n")
     for node in ast.walk(tree):
-        if isinstance(node, Function):
-            summary = _summary(ast.get_docstring(node))
-            if summary and len(node.body) > 1 and _has_own_lines(node, lines):
-                yield _without_docstring(node, lines), summary
+        if not isinstance(node, Function):
+            continue
+        summary = _summary(ast.get_docstring(node))
+        has_code = len(node.body) > 1
+        if summary and has_code:
+            yield _without_docstring(node), summary
 
 
 def _summary(docstring: str | None) -> str | None:
     """Return the first sentence of a docstring if it has the form of one, else None."""
-    paragraph = " ".join((docstring or "").split("\n\n")[0].split())
-    sentence = re.match(r"[A-Z].*?\.(?=\s|$)", paragraph)
-    if sentence is None or not MIN_SUMMARY <= len(sentence[0]) <= MAX_SUMMARY:
+    paragraph, _, _ = (docstring or "").partition("\n\n")
+    in_one_line = " ".join(paragraph.split())
+    match = re.match(r"[A-Z].*?\.(?=\s|$)", in_one_line)
+    if match is None:
         return None
-    return sentence[0]
+    sentence = match[0]
+    return sentence if MIN_SUMMARY <= len(sentence) <= MAX_SUMMARY else None
+
+
+def _without_docstring(node: Function) -> str:
+    """Print a function; its own nested functions keep their docstrings."""
+    without = copy(node)
+    without.body = node.body[1:]
+    without.decorator_list = []
+    return ast.unparse(without)
 
 
 def _is_usable(source: str, max_characters: int) -> bool:
     lines = source.count("\n") + 1
-    if not MIN_LINES <= lines <= MAX_LINES or len(source) > max_characters:
-        return False
-    try:
-        ast.parse(source)
-    except SyntaxError:
-        return False
-    return True
-
-
-def _has_own_lines(node: Function, lines: list[str]) -> bool:
-    """Return whether the lines of the docstring contain no code."""
-    docstring, following = node.body[:2]
-    first_line = lines[docstring.lineno - 1]
-    before = first_line.encode()[: docstring.col_offset]  # offsets count bytes
-    return not before.strip() and docstring.end_lineno != following.lineno
-
-
-def _without_docstring(node: Function, lines: list[str]) -> str:
-    docstring = node.body[0]
-    assert docstring.end_lineno is not None and node.end_lineno is not None
-    before = lines[node.lineno - 1 : docstring.lineno - 1]
-    after = lines[docstring.end_lineno : node.end_lineno]
-    return "\n".join(_dedented(line.rstrip(), node.col_offset) for line in before + after)
-
-
-def _dedented(line: str, margin: int) -> str:
-    """Move a line left by the function's margin, unless it starts inside it, as string text may."""
-    return line if line[:margin].strip() else line[margin:]
+    return MIN_LINES <= lines <= MAX_LINES and len(source) <= max_characters

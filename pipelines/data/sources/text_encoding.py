@@ -62,12 +62,24 @@ def unicode_encoding(file: DataFile) -> str | None:
 
 
 def chosen_encoding(file: DataFile, encoding: str | None) -> str:
-    """Return the codec for the user's encoding; the detected one if there is none."""
+    """Return the codec for the user's encoding; the detected one if there is none.
+
+    Args:
+        file: may be compressed.
+        encoding: the user's, if any.
+
+    Raises:
+        DataError: the user's encoding does not fit, or the file's cannot be detected.
+    """
     return detect_encoding(file) if encoding is None else checked_encoding(file, encoding)
 
 
 def checked_encoding(file: DataFile, encoding: str) -> str:
     """Return the name of the codec for the user's encoding, which skips a byte order mark.
+
+    Args:
+        file: may be compressed.
+        encoding: the user's, under any of its names.
 
     Raises:
         DataError: the encoding is unknown, or the file's byte order mark contradicts it.

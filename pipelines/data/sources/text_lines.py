@@ -6,7 +6,15 @@ from pipelines.data.sources.text_encoding import chosen_encoding, open_text
 
 
 def open_text_lines(file: DataFile, encoding: str | None) -> OpenedRows:
-    """Open a file of text lines."""
+    """Open a file of text lines.
+
+    Args:
+        file: may be compressed.
+        encoding: the user's, if any.
+
+    Raises:
+        DataError: the encoding does not fit, or cannot be detected.
+    """
     codec = chosen_encoding(file, encoding)
     return OpenedRows("text lines", _rows(file, codec), encoding=codec)
 

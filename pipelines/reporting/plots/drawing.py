@@ -76,13 +76,23 @@ class Label:
 
 @contextmanager
 def drawing(name: str, inches: Size) -> Iterator[Figure]:
-    """Yield an empty figure in the report's style, with 72 points per inch."""
+    """Yield an empty figure in the report's style, with 72 points per inch.
+
+    Args:
+        name: of the plot; salts the identifiers in its SVG.
+        inches: width and height.
+    """
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
         yield Figure(figsize=inches, dpi=72)
 
 
 def color_of(rank: int, ranks: Sequence[int]) -> str:
-    """Return the color of a rank among the trained ranks."""
+    """Return the color of a rank among the trained ranks.
+
+    Args:
+        rank: of one of the adapters.
+        ranks: all that were trained, in any order.
+    """
     index = sorted(ranks).index(rank)
     return RANK_COLORS[index % len(RANK_COLORS)]
 
@@ -197,6 +207,11 @@ def svg(figure: Figure, name: str, description: str) -> str:
     """Return the figure as an <svg> element.
 
     Its identifiers are prefixed with the name, because one page has several plots.
+
+    Args:
+        figure: complete.
+        name: of the plot, unique within a page.
+        description: for readers that cannot see the plot.
     """
     stream = StringIO()
     FigureCanvasSVG(figure)  # replaces the default canvas, so that pyplot selects no backend

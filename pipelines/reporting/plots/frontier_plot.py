@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from pipelines.comparison.comparison import BASE, CONTROL, QUANTIZED_BASE
 from pipelines.comparison.document import Summary
 from pipelines.comparison.resampling import Interval
+from pipelines.reporting.formats import signed
 from pipelines.reporting.model_parts import total_of
 from pipelines.reporting.plots.drawing import (
     INK,
@@ -56,23 +57,46 @@ def plot_frontier(summary: Summary) -> str:
 
 
 def _set_frame(axes: Axes, found: Sequence[Trajectory], summary: Summary) -> None:
-    """Set axis limits that contain all points, and the intervals of the trained models."""
-    gains = [ZERO]
+    """Set axis limits that contain the adapters with their intervals, and the gate's limit.
+
+    The control and other learning rates may be far away; they must not compress the adapters.
+    """
+    shown = [trajectory for trajectory in found if not trajectory.end.is_control] or found
+    gains = []
     changes = [ZERO]
     x = []
     y = [-summary.recipe.gate.max_general_drop]
-    for trajectory in found:
+    for trajectory in shown:
         gains.append(trajectory.end.gain)
         changes.append(trajectory.end.general)
-        gain, _ = trajectory.start
-        x.append(gain)
-        for point in trajectory.points:
+        for point in [*trajectory.snapshots, *trajectory.truncated]:
             x.append(point.gain.mean)
             y.append(point.general.mean)
     axes.set_xlim(*limits([*x, *_both_ends(gains)]))
     axes.set_ylim(*limits([*y, *_both_ends(changes)]))
     axes.set_xlabel("Task gain (nats per token) – learned more →")
     axes.set_ylabel("← forgot more – General change")
+
+
+def _is_inside(axes: Axes, position: Position) -> bool:
+    x, y = position
+    left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    return left <= x <= right and bottom <= y <= top
+
+
+def outside(summary: Summary) -> list[str]:
+    """Return the names of the trained models that the plot does not show, with their position."""
+    found = trajectories(summary)
+    with drawing("outside", INCHES) as figure:
+        axes = figure.add_axes((0, 0, 1, 1))
+        _set_frame(axes, found, summary)
+        names = []
+        for trajectory in found:
+            if not _is_inside(axes, trajectory.end.position):
+                gain, change = trajectory.end.position
+                names.append(f"{trajectory.name} ({signed(gain)}, {signed(change)})")
+    return names
 
 
 def _both_ends(intervals: Sequence[Interval]) -> list[float]:
@@ -114,7 +138,11 @@ def _shade_low_gain(axes: Axes, *, min_fraction: float, control_gain: float) -> 
     left, right = axes.get_xlim()
     _, top = axes.get_ylim()
     least = min_fraction * control_gain
-    axes.axvspan(left, least, color=QUIET, alpha=0.09, linewidth=0)
+    if least <= left:
+        return
+    axes.axvspan(left, min(least, right), color=QUIET, alpha=0.09, linewidth=0)
+    if least >= right:
+        return
     axes.axvline(least, color=QUIET, linewidth=1.1, linestyle=":")
     on_left = least - left > right - least
     side = "right" if on_left else "left"
@@ -209,7 +237,8 @@ def _write_all_labels(axes: Axes, found: Sequence[Trajectory], summary: Summary)
     for trajectory in found:
         labels += _labels(trajectory, with_steps=trajectory is found[0])
         obstacles += _obstacles(trajectory)
-    write_labels(axes, labels, obstacles)
+    shown = [label for label in labels if _is_inside(axes, label.at)]
+    write_labels(axes, shown, obstacles)
 
 
 def _labels(trajectory: Trajectory, *, with_steps: bool) -> list[Label]:

@@ -35,6 +35,10 @@ class Strip:
     """Mean over the layers."""
     lowest: float
     highest: float
+    intruders: int | None
+    """Intruder dimensions, summed over the layers in which they were counted; None if in none."""
+    counted_layers: int
+    """In how many layers they were counted."""
 
 
 def strips(modules: Sequence[ModuleSpectrum]) -> list[Strip]:
@@ -52,6 +56,7 @@ def _strip(group: Sequence[ModuleSpectrum], largest: float) -> Strip:
     effective_ranks = []
     points = []
     bars = []
+    intruders = [module.intruders for module in group if module.intruders is not None]
     for index, module in enumerate(group):
         height = _size(module) / largest
         columns.append(module.values)
@@ -68,6 +73,8 @@ def _strip(group: Sequence[ModuleSpectrum], largest: float) -> Strip:
         effective_rank=sum(effective_ranks) / len(effective_ranks),
         lowest=min(effective_ranks),
         highest=max(effective_ranks),
+        intruders=sum(intruders) if intruders else None,
+        counted_layers=len(intruders),
     )
 
 

@@ -9,6 +9,7 @@ from lora_core.budget.wire import Sharding
 from pipelines.config.data_section import DataSection
 from pipelines.config.sections import (
     EvaluationSection,
+    LmEvalSection,
     LoraSection,
     LoraSettings,
     OptimizationSettings,
@@ -106,8 +107,12 @@ class CheckInputs(Values):
     items_per_benchmark: int
     probes: tuple[str, ...]
     files: dict[str, str]
-    """File of questions → its digest."""
+    """File of questions, or folder of tasks → its digest."""
     seed: int
+    lm_eval: LmEvalSection | None = None
+    lm_eval_version: str | None = None
+    """Of the library, if its tasks are searched for."""
+    trust_remote_code: bool = False
 
 
 class LaunchFacts(Values):
@@ -216,6 +221,8 @@ class EvaluateInputs(Values):
     evaluation: EvaluationSection
     generations: int
     """Held-out prompts that this model answers."""
+    rescored: int = 0
+    """Held-out examples on which the exports of this adapter are scored again."""
     end_tokens: tuple[int, ...] = ()
     """Tokens that end an answer in the training data."""
     files: dict[str, str]

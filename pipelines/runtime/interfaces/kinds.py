@@ -23,22 +23,50 @@ class StageKind(Generic[Inputs, Result]):
     """Increased when the outcome changes for the same inputs."""
     inputs: type[Inputs]
     result: type[Result]
+    libraries: tuple[str, ...] = ()
+    """What the module imports while it runs. A process that starts several stages imports it once
+    for all of them."""
 
     def __str__(self) -> str:
         return self.name
 
 
-BASE = StageKind("base", "pipelines.models.base_model", 5, inputs.BaseInputs, results.BaseResult)
-DATA = StageKind("data", "pipelines.data.preparation", 6, inputs.DataInputs, results.DataResult)
-CHECK = StageKind(
-    "check", "pipelines.evaluation.data_check", 1, inputs.CheckInputs, results.CheckResult
+MODELS = "transformers.modeling_utils"
+METRICS = ("sacrebleu", "rouge_score.rouge_scorer")
+BASE = StageKind(
+    "base", "pipelines.models.base_model", 5, inputs.BaseInputs, results.BaseResult, (MODELS,)
 )
-PLAN = StageKind("plan", "pipelines.planning.plan", 7, inputs.PlanInputs, PlanResult)
-TRAIN = StageKind("train", "pipelines.training.train", 6, inputs.TrainInputs, results.TrainResult)
-TUNE = StageKind("tune", "pipelines.evaluation.tuning", 5, inputs.TuneInputs, results.TuneResult)
+DATA = StageKind(
+    "data", "pipelines.data.preparation", 6, inputs.DataInputs, results.DataResult, (MODELS,)
+)
+CHECK = StageKind(
+    "check",
+    "pipelines.evaluation.data_check",
+    1,
+    inputs.CheckInputs,
+    results.CheckResult,
+    (MODELS,),
+)
+PLAN = StageKind("plan", "pipelines.planning.plan", 7, inputs.PlanInputs, PlanResult, (MODELS,))
+TRAIN = StageKind(
+    "train",
+    "pipelines.training.train",
+    6,
+    inputs.TrainInputs,
+    results.TrainResult,
+    (MODELS, "deepspeed"),
+)
+TUNE = StageKind(
+    "tune", "pipelines.evaluation.tuning", 5, inputs.TuneInputs, results.TuneResult, (MODELS,)
+)
 CUT = StageKind("cut", "pipelines.models.truncate", 3, inputs.CutInputs, results.CutResult)
 EVALUATE = StageKind(
-    "evaluate", "pipelines.evaluation.evaluate", 6, inputs.EvaluateInputs, results.EvaluateResult
+    "evaluate",
+    "pipelines.evaluation.evaluate",
+    7,
+    inputs.EvaluateInputs,
+    results.EvaluateResult,
+    (MODELS, *METRICS),
 )
 KINDS: dict[str, StageKind[Any, Any]] = {
     kind.name: kind for kind in (BASE, DATA, CHECK, PLAN, TRAIN, TUNE, CUT, EVALUATE)

@@ -172,9 +172,8 @@ class DataResult(StageResult):
     """Observation → number of examples; see `pipelines.data.notes`."""
     end_tokens: tuple[int, ...] = ()
     """Tokens that end an answer; generation stops at each of them."""
-    has_tokenizer: bool = False
-    """The folder `tokenizer` has the base's tokenizer with the recipe's chat template or end
-    token."""
+    template_sha256: str
+    """Of the chat template that rendered the rows, the recipe's or the base's."""
     train_tokens: int
     supervised_tokens: int
     """Of the training examples."""
@@ -215,6 +214,9 @@ class ModuleSpectrum(Values):
     rank: int
     effective_rank: float
     values: tuple[float, ...]
+    intruders: int | None = None
+    """Of the 10 strongest left singular vectors of W + ΔW, those that resemble none of W; None in
+    layers in which they were not counted."""
 
 
 class TrainingTotals(Values):
@@ -263,6 +265,8 @@ class TrainingFacts(Values):
     processor: str
     """Name of the GPU, or CPU."""
     optimizer: str
+    dtype: str = ""
+    """In which products are computed; empty in a result of an earlier version."""
     attention: str
     """Name of the attention that reads packs."""
     choices: str
@@ -317,6 +321,51 @@ class CutResult(StageResult):
     """Module → fraction of its update that is lost."""
 
 
+class ServedFormat(Values):
+    """One export of an adapter, scored by another library."""
+
+    name: str
+    """peft or vllm."""
+    difference: float | None = None
+    """Largest of any example from the recorded score, nats per token; None if it was not scored."""
+    reason: str = ""
+    """Why it was not scored; empty if it was."""
+
+
+class ServedCheck(Values):
+    """How another library scores an adapter's exports; see `pipelines.evaluation.served`."""
+
+    library: str
+    """Its name and version."""
+    examples: int
+    """Held-out examples that were scored again."""
+    noise_floor: float
+    """Largest difference between two ways in which this pipeline scores them, nats per token."""
+    tolerance: float
+    """Largest difference that rounding explains, nats per token."""
+    formats: tuple[ServedFormat, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every export that was scored agrees, and at least one was."""
+        differences = [one.difference for one in self.formats if one.difference is not None]
+        return bool(differences) and max(differences) <= self.tolerance
+
+    def __str__(self) -> str:
+        plural = "s" if self.examples != 1 else ""
+        parts = []
+        for one in self.formats:
+            scored = f"not scored ({one.reason})"
+            if one.difference is not None:
+                scored = f"{one.difference:.0e} nats per token"
+            parts.append(f"{one.name} {scored}")
+        sign = "=" if self.is_equal else "≠"
+        return (
+            f"served {sign} trained: {self.library} on {self.examples} held-out example{plural}: "
+            f"{', '.join(parts)}; noise floor {self.noise_floor:.0e}"
+        )
+
+
 class EvaluateResult(StageResult):
     """The scores of one model; its items are in the stage's folder."""
 
@@ -327,6 +376,8 @@ class EvaluateResult(StageResult):
     """Benchmark → answers that stopped at the maximum length."""
     forward: Verified | None
     """None if nothing was read."""
+    served: ServedCheck | None = None
+    """None if no export was scored."""
     peak_memory_bytes: int
     seconds_of: dict[str, float]
     """Part of the evaluation → its duration."""

@@ -20,5 +20,10 @@ class Values(BaseModel):
 
 
 def narrowed(value: BaseModel, kind: type[Model]) -> Model:
-    """Return the part of a model that one of its base classes describes."""
+    """Return the part of a model that one of its base classes describes.
+
+    Args:
+        value: of a class that extends `kind`.
+        kind: the base class.
+    """
     return kind.model_validate(value.model_dump(include=set(kind.model_fields)))

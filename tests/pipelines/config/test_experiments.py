@@ -54,6 +54,7 @@ DATA_RESULT = DataResult(
     validation_examples=2,
     tuning_examples=1,
     train_tokens=60,
+    template_sha256="c",
     supervised_tokens=30,
     digest="rows",
 )

@@ -33,6 +33,7 @@ def result(**changes: object) -> DataResult:
         "validation_examples": 10,
         "tuning_examples": 0,
         "train_tokens": 900,
+        "template_sha256": "0",
         "supervised_tokens": 300,
         "digest": "0",
         "ends_supervised": 90,
@@ -79,7 +80,7 @@ def test_clean_data_have_no_warnings() -> None:
         ({"bad_rows": 4}, "4 rows cannot be learned as written"),
         (
             {"overlap": SplitOverlap(exact=2, near=1, examples=("Box 3",))},
-            "2 held-out .* 1 nearly .*Box 3",
+            "2 held-out .* 1 held-out examples nearly .*Box 3",
         ),
         ({"excluded_examples": 5}, "5 training examples are excluded"),
         ({"unused_examples": 6}, "6 examples are neither trained on nor scored"),

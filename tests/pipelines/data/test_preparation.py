@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pipelines.config.data_section import DataSection, WeightedSource
 from pipelines.data.preparation import prepare
 from pipelines.errors import DataError
-from pipelines.models.tokenizer import load_tokenizer
+from pipelines.models.tokenizer import load_tokenizer, template_digest
 from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
 from pipelines.runtime.interfaces.kinds import DATA
 from pipelines.runtime.interfaces.results import DataResult
@@ -24,6 +24,7 @@ Values = dict[str, Any]
 Maker = Callable[..., DataSection]
 Prepare = Callable[..., tuple[DataResult, Path]]
 END = "<|end|>"
+SPLITS = ("train", "validation", "tuning")
 
 
 @pytest.fixture
@@ -31,10 +32,15 @@ def prepared(tmp_path: Path, tiny_folder: Path) -> Prepare:
     """Return a function that prepares data in a stage folder; it returns metrics and folder."""
 
     def run(
-        settings: DataSection, *, seed: int = 7, runs: str = "runs", base: Path = tiny_folder
+        settings: DataSection,
+        *,
+        seed: int = 7,
+        runs: str = "runs",
+        base: Path = tiny_folder,
+        sources: dict[str, str] | None = None,
     ) -> tuple[DataResult, Path]:
         inputs = DataInputs(data=settings, sources={}, tokenizer="t", template="c", seed=seed)
-        paths = StagePaths(base=str(base))
+        paths = StagePaths(base=str(base), sources=sources or {})
         folder = Stage(DATA, "rows", inputs, tmp_path / runs, paths).begin()
         metrics, files = prepare(folder, inputs, paths)
         assert all((folder / name).is_file() for name in files)
@@ -127,7 +133,7 @@ def test_rows_that_cannot_be_learned_are_reported_together(
     metrics, folder = prepared(data_settings(path, bad_rows="drop"), runs="dropped")
     assert (metrics.rows, metrics.bad_rows) == (40, 3)
     assert metrics.train_examples + metrics.validation_examples + metrics.tuning_examples == 37
-    assert not list(folder.glob("tmp*"))
+    assert {path.name for path in folder.iterdir()} <= {*SPLITS, "inputs.json"}
 
 
 def test_too_long_examples_are_an_error_or_removed(
@@ -222,12 +228,13 @@ def test_a_chat_template_of_the_recipe_is_saved_with_the_data(
     )
     settings = data_settings(pairs_file, chat_template=str(template))
     metrics, folder = prepared(settings, base=plain_folder)
-    assert metrics.has_tokenizer
     saved = load_tokenizer(folder / "tokenizer")
     assert saved.chat_template == template.read_text()
     first = load_from_disk(str(folder / "train"))[0]
     assert saved.decode(first["input_ids"]).startswith("user: Say")
-    assert not prepared(data_settings(pairs_file), runs="plain")[0].has_tokenizer
+    assert metrics.template_sha256 == template_digest(saved)
+    _, plain = prepared(data_settings(pairs_file), runs="plain")
+    assert not (plain / "tokenizer").exists()
     assert metrics.end_tokens == (saved.convert_tokens_to_ids("<|end|>"),)
 
 
@@ -240,3 +247,27 @@ def test_validation_rows_that_cannot_be_scored_are_refused(
     message = r"none of the 9 rows of validation can be learned: .* 9 have no completion left"
     with pytest.raises(DataError, match=message):
         prepared(data_settings(train, validation_source=str(own)))
+
+
+def test_docstrings_are_grouped_by_module(prepared: Prepare, data_settings: Maker) -> None:
+    """Functions of one module resemble each other, whatever their question is."""
+    metrics, folder = prepared(data_settings("docstrings", max_tokens=320, max_rows=400))
+    assert metrics.sources[0].unused_columns == ()
+    train = set(load_from_disk(str(folder / "train"))["group"])
+    validation = set(load_from_disk(str(folder / "validation"))["group"])
+    assert train.isdisjoint(validation)
+    assert not any(re.fullmatch(r"[0-9a-f]{64}", group) for group in train | validation)
+
+
+def test_a_chat_template_is_found_where_the_recipe_is(
+    prepared: Prepare, pairs_file: Path, data_settings: Maker, tmp_path: Path, plain_folder: Path
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "words.jinja"
+    file.write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    settings = data_settings(pairs_file, chat_template="words.jinja")
+    paths = {"words.jinja": str(file)}
+    _, folder = prepared(settings, base=plain_folder, sources=paths)
+    assert load_tokenizer(folder / "tokenizer").chat_template == file.read_text()
+    with pytest.raises(DataError, match=r"data.chat_template 'words.jinja' is not chatml, none or"):
+        prepared(settings, base=plain_folder, runs="without")

@@ -34,9 +34,10 @@ PAGE = '''
 class Page:
     def show(self):
         """Return the page as text."""
-        return """
+        page = """
 <p></p>
 """
+        return page
 '''
 AWKWARD = {
     "a method": f"class Shape:\n{textwrap.indent(AREA, '    ')}",
@@ -51,7 +52,7 @@ AWKWARD = {
 @pytest.fixture
 def pairs_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     """Return a function that writes files as the standard library and returns its pairs."""
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
 
     def run(files: dict[str, str], max_characters: int = 500) -> list[Pair]:
         for name, text in files.items():

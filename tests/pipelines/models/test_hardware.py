@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from pipelines.errors import PipelineError
+from pipelines.models import hardware
 from pipelines.models.hardware import (
     FUSED,
     PAGED,
@@ -18,6 +20,7 @@ from pipelines.models.hardware import (
     attention_kernel,
     choose_optimizer,
     detect,
+    detect_for_training,
 )
 from pipelines.models.loading import attention_heads, load_model
 from pipelines.runtime.interfaces.inputs import TrainOptions
@@ -72,13 +75,14 @@ def test_full_fine_tuning_needs_more_for_more_tokens_and_for_copies_of_gradients
 ) -> None:
     model = load_model(tiny_folder, "none", CPU)
     options = TrainOptions(processes=1, device="gpu", timeout_seconds=600)
-    needs = full_bytes(model, options, 64)
+    needs = full_bytes(model, options, 64, torch.bfloat16)
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert needs > 4 * 4 * weights  # masters, gradients and two means, in 4 bytes
-    assert full_bytes(model, options, 6400) > needs
+    assert full_bytes(model, options, 6400, torch.bfloat16) > needs
+    assert full_bytes(model, options, 64, torch.float32) != needs  # no copies, larger activations
     # a second copy of the gradients of float32 masters
     two_processes = options.model_copy(update={"processes": 2})
-    assert full_bytes(model, two_processes, 64) == needs + 4 * weights
+    assert full_bytes(model, two_processes, 64, torch.bfloat16) == needs + 4 * weights
 
 
 @dataclass
@@ -165,3 +169,16 @@ def test_a_run_resumes_with_the_other_optimizer() -> None:
             assert torch.allclose(
                 eight_bit.dequantize(other[key], key), mean[""], atol=0.02 * largest
             ), key
+
+
+def test_the_dtype_of_a_training_is_that_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert detect_for_training("auto") == detect()
+    for dtype in ("float32", "bfloat16"):
+        assert detect_for_training(dtype) == replace(detect(), dtype=getattr(torch, dtype))
+    old_gpu = Hardware("cuda:0", torch.float16, "nccl", 1 << 30)
+    monkeypatch.setattr(hardware, "detect", lambda: old_gpu)
+    monkeypatch.setattr(Hardware, "name", "an old GPU")
+    assert detect_for_training("auto") is old_gpu
+    assert detect_for_training("float32").dtype is torch.float32
+    with pytest.raises(PipelineError, match="an old GPU has no units for it; remove the key"):
+        detect_for_training("bfloat16")

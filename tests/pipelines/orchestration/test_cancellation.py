@@ -14,16 +14,19 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Running
+from prefect_host import until
 
 from pipelines.orchestration import cancellation
 from pipelines.orchestration.cancellation import (
     FLOW_RUN,
-    end_with_worker,
     hold_lock,
     kill_leftover_processes,
     mark_interrupted_run_cancelled,
     mark_orphaned_runs_crashed,
+    outlive_worker,
 )
+from pipelines.orchestration.events import announce_failure
+from pipelines.orchestration.own_state import CancelledByServerError
 from pipelines.workflow.flows import finetune
 
 LOCKED = """
@@ -36,15 +39,26 @@ print('held', flush=True)
 time.sleep(60)
 """
 FLOW = """
-import os, signal, sys, time
-from pipelines.orchestration.cancellation import end_with_worker
+import os, sys, time
+from pathlib import Path
+from pipelines.orchestration.cancellation import outlive_worker
 
-signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'SIGTERM\\n'), sys.exit()))
-end_with_worker(None, None, None)
+outlive_worker(None, None, None)
+worker = os.getppid()
 print('ready', flush=True)
-time.sleep(60)
+while os.getppid() == worker:
+    time.sleep(0.05)
+for _ in range(3):
+    print('nobody reads this', flush=True)
+Path(sys.argv[1]).write_text('alive')
 """
-WORKER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {FLOW!r}])"
+WORKER = f"""
+import subprocess, sys
+
+flow = subprocess.Popen([sys.executable, '-c', {FLOW!r}, sys.argv[1]], stdout=subprocess.PIPE)
+print(flow.stdout.readline().decode(), end='', flush=True)
+flow.wait()
+"""
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
 
@@ -129,6 +143,14 @@ def test_leftover_processes_are_killed_and_no_others(
     assert unrelated.poll() is None
 
 
+def test_a_run_that_ends_itself_when_it_is_cancelled_is_marked_cancelled(
+    server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FLOW_RUN, str(uuid4()))  # its worker is gone
+    interrupted(CancelledByServerError())
+    assert server.state_names() == ["CANCELLED"]
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
 def test_an_interrupted_run_is_marked_cancelled(server: FakeServer, error: BaseException) -> None:
     interrupted(error)
@@ -153,17 +175,25 @@ def interrupted(error: BaseException) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl of Linux")
-def test_a_flow_gets_sigterm_when_its_worker_ends(started: Callable[..., Any]) -> None:
-    worker = started(uuid4(), [sys.executable, "-c", WORKER])
+def test_a_flow_outlives_the_worker_that_reads_its_output(
+    started: Callable[..., Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "state.txt"
+    worker = started(uuid4(), [sys.executable, "-c", WORKER, str(file)])
     assert worker.stdout.readline() == b"ready\n"
     worker.kill()
-    assert worker.stdout.readline() == b"SIGTERM\n"
+    until(file.exists, seconds=30)
 
 
 def test_the_flow_has_its_hooks() -> None:
-    assert finetune.on_running_hooks == [end_with_worker, hold_lock]
+    assert finetune.on_running_hooks == [outlive_worker, hold_lock]
     assert finetune.on_cancellation_hooks == [kill_leftover_processes]
-    assert finetune.on_crashed_hooks == [kill_leftover_processes, mark_interrupted_run_cancelled]
+    assert finetune.on_failure_hooks == [announce_failure]
+    assert finetune.on_crashed_hooks == [
+        kill_leftover_processes,
+        mark_interrupted_run_cancelled,
+        announce_failure,
+    ]
 
 
 def test_a_run_is_marked_crashed_when_its_process_is_gone(
@@ -214,4 +244,4 @@ def test_a_retried_run_holds_its_lock_already(locks: Path, monkeypatch: pytest.M
     for _ in range(2):
         hold_lock(finetune, run, Running())
     assert len(list(locks.iterdir())) == 1
-    cancellation._locks[run.id].close()
+    cancellation._locks[run.id].release()

@@ -136,6 +136,15 @@ def test_a_server_without_a_free_slot_is_a_user_error(
         pass
 
 
+def test_an_error_does_not_show_the_account_of_the_server(server: FakeServer) -> None:
+    server.error = httpx.ConnectError("refused by http://anna:planted@team/api")
+    with (
+        pytest.raises(PipelineError, match=r"refused by http://team/api"),
+        hold_slots(["cpu:node-a"], print),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("ended", [None, ArithmeticError])
 def test_a_server_that_is_away_at_the_end_does_no_harm(
     server: FakeServer, ended: type[Exception] | None

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from lora_core.budget.wire import CommunicatedWeights, Exchange
 from pipelines.config.sections import LoraSection, TrainingSection
-from pipelines.planning.cluster import METHODS
+from pipelines.planning.cluster_tables import METHODS
 from pipelines.planning.plan import plan
 from pipelines.runtime.interfaces.inputs import PlanInputs, StagePaths
 from pipelines.runtime.interfaces.plan_result import (

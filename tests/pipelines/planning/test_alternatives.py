@@ -77,7 +77,7 @@ def test_only_full_fine_tuning_under_ddp_can_use_the_8_bit_optimizer(planned: Pl
 
 def test_the_advice_after_running_out_of_memory_quotes_the_plan(planned: Planned) -> None:
     advice = what_would_fit(planned(config="gpu_ddp"), "rank-4 lr 0.001")
-    assert advice.startswith("rank-4 was expected to need 1.07 GB in each process")
+    assert advice.startswith("rank-4 was expected to need 1.07\u00a0GB in each process")
     assert "training.gradient_checkpointing: true (" in advice
     assert "training.gradient_accumulation_steps: 2 (" in advice
     assert "data.max_tokens: 10 (" in advice

@@ -47,16 +47,16 @@ def plan(plan_result: Callable[..., PlanResult]) -> Plan:
 
 def test_each_change_has_its_memory(plan: Plan) -> None:
     assert what_would_fit(plan(CHECKPOINTING, ACCUMULATION), "rank-4") == (
-        "rank-4 was expected to need 10.00 GB in each process "
-        "(activations 9.00 GB, weights 900 MB); less memory is needed with "
-        "training.gradient_checkpointing: true (4.00 GB) or "
-        "training.gradient_accumulation_steps: 4 (6.50 GB)"
+        "rank-4 was expected to need 10.0\u00a0GB in each process "
+        "(activations 9.00\u00a0GB, weights 900\u00a0MB); less memory is needed with "
+        "training.gradient_checkpointing: true (4.00\u00a0GB) or "
+        "training.gradient_accumulation_steps: 4 (6.50\u00a0GB)"
     )
 
 
 def test_a_single_change(plan: Plan) -> None:
     assert what_would_fit(plan(ACCUMULATION), "rank-4").endswith(
-        "less memory is needed with training.gradient_accumulation_steps: 4 (6.50 GB)"
+        "less memory is needed with training.gradient_accumulation_steps: 4 (6.50\u00a0GB)"
     )
 
 

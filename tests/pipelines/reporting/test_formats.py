@@ -27,9 +27,17 @@ def test_differences_have_a_sign_unless_they_round_to_zero(value: float, text: s
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(16.04, "16.0 s"), (760.2, "12 min 40 s"), (119.6, "2 min 00 s")]
+    ("seconds", "text"),
+    [
+        (0.0123, "0.012 s"),
+        (16.04, "16.0 s"),
+        (119.6, "2 min 00 s"),
+        (760.2, "12 min 40 s"),
+        (8290, "2 h 18 min"),
+        (200_000, "2.31 days"),
+    ],
 )
-def test_durations_are_in_minutes_and_seconds(seconds: float, text: str) -> None:
+def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 

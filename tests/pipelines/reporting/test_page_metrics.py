@@ -144,6 +144,16 @@ def test_spectra_show_the_effective_rank(summary: Summary, cells: Cells) -> None
             assert mean == pytest.approx(sum(ranks) / LAYERS)
 
 
+def test_spectra_show_the_intruder_dimensions(summary: Summary, cells: Cells) -> None:
+    for label, modules in spectra_of(summary).items():
+        for kind in KINDS:
+            counts = [each["intruders"] for each in modules if each["module"].endswith(kind)]
+            counted = [count for count in counts if count is not None]
+            assert counted
+            name = kind.rpartition(".")[2]
+            assert value_of(cells[label, f"intruders.{name}"]) == sum(counted)
+
+
 def test_power_table_equals_the_summary(summary: Summary, page: Page, cells: Cells) -> None:
     text, _ = page
     for label in spectra_of(summary):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from summaries import Summary, parsed
 
 from pipelines.reporting.plots.drawing import RANK_COLORS, color_of
-from pipelines.reporting.plots.frontier_plot import plot_frontier
+from pipelines.reporting.plots.frontier_plot import outside, plot_frontier
 from pipelines.reporting.plots.rank_plot import plot_ranks
 from pipelines.reporting.plots.trajectories import ScoredPoint, Trajectory, trajectories
 
@@ -56,12 +56,33 @@ def test_lora_control_starts_at_the_base_of_the_adapters(summary: Summary) -> No
 
 
 def test_another_rate_of_the_control_is_drawn_and_labeled(summary: Summary) -> None:
+    put_control_near_rank_16(summary)
     lines, labels = drawn_for_control(summary)
     rows = [row for row in summary["frontier"] if row["label"] != "control lr 0.0003"]
     summary["frontier"] = rows
     fewer_lines, fewer_labels = drawn_for_control(summary)
     assert lines - fewer_lines == 1
     assert labels - fewer_labels == {"0.0003"}
+
+
+def put_control_near_rank_16(summary: Summary) -> None:
+    """Move the control, which is outside the plot, to where the adapters are."""
+    [near] = [row for row in summary["frontier"] if row["label"] == "rank-16"]
+    for row in summary["frontier"]:
+        if row["label"].startswith("control"):
+            row |= {"gain": near["gain"], "general": near["general"]}
+
+
+def test_axes_are_scaled_to_the_adapters_and_name_what_is_outside(summary: Summary) -> None:
+    [far] = [row for row in summary["frontier"] if row["label"] == "control"]
+    far["gain"] = {"mean": 40.0, "low": 39.0, "high": 41.0}
+    summary["models"]["control"]["total"]["task_gain"] = far["gain"]
+    [name] = outside(parsed(summary))
+    assert "(+40.000" in name
+    ticks = re.findall(r'">(\d+)<', plot_frontier(parsed(summary)))
+    assert "40" not in ticks
+    put_control_near_rank_16(summary)
+    assert outside(parsed(summary)) == []
 
 
 def drawn_for_control(summary: Summary) -> tuple[int, set[str]]:

@@ -12,6 +12,7 @@ from summaries import parsed
 
 from pipelines.comparison.document import Registered, Summary
 from pipelines.errors import RegistryError
+from pipelines.reporting.origin import FlowRunReference
 from pipelines.tracking import registry
 from pipelines.workflow import publishing, tasks
 from pipelines.workflow.run import PipelineRun
@@ -26,6 +27,7 @@ REGISTERED = Registered(
     versions={"rank-16": 3},
     aliases={"champion": 3},
 )
+FLOW_RUN = "0198-flow"
 MESSAGE = "Registered in tiny-model: rank-16 as version 3; champion is version 3."
 
 
@@ -35,12 +37,27 @@ class FakeRegistry:
     def __init__(self) -> None:
         self.logged: list[dict[str, str]] = []
 
-    def register(self, summary: Summary, runs: Path, files: list[Path], note: str) -> Registered:
+    def register(
+        self,
+        summary: Summary,
+        runs: Path,
+        files: list[Path],
+        note: str,
+        flow_run: FlowRunReference,
+    ) -> Registered:
+        assert flow_run.id == FLOW_RUN
         self._log(files, note)
         return REGISTERED
 
-    def describe(self, registered: Registered, runs: Path, files: list[Path], note: str) -> None:
-        assert registered == REGISTERED
+    def describe(
+        self,
+        registered: Registered,
+        runs: Path,
+        files: list[Path],
+        note: str,
+        flow_run: FlowRunReference,
+    ) -> None:
+        assert (registered, flow_run.id) == (REGISTERED, FLOW_RUN)
         self._log(files, note)
 
     def _log(self, files: list[Path], note: str) -> None:
@@ -68,7 +85,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             console.print(table)
         texts.append(captured.get())
 
-    monkeypatch.setattr(tasks, "show_comparison", lambda note, decision: texts.append(note))
+    monkeypatch.setattr(tasks, "show_comparison", lambda note, decision, recipe: texts.append(note))
     monkeypatch.setattr(publishing, "print_table", show)
     return texts
 
@@ -80,7 +97,7 @@ def typed(summary: Values) -> Summary:
 
 @pytest.fixture
 def run(typed: Summary, tmp_path: Path) -> PipelineRun:
-    return PipelineRun(typed.recipe, Stages(typed.recipe, tmp_path))
+    return PipelineRun(typed.recipe, Stages(typed.recipe, tmp_path), flow_run=FLOW_RUN)
 
 
 def failing(*arguments: Any) -> None:

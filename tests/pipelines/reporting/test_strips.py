@@ -86,3 +86,13 @@ def test_line_shows_the_effective_ranks() -> None:
     expected = [module.effective_rank for module in queries_of(modules)]
     # two decimals are written
     assert line == pytest.approx(expected, abs=5e-3)
+
+
+def test_intruders_are_summed_over_the_counted_layers() -> None:
+    modules = spectra_of_rank(4)
+    counted = [each.intruders for each in queries_of(modules) if each.intruders is not None]
+    strip = strips(modules)[0]
+    assert strip.intruders == sum(counted) > 0
+    assert strip.counted_layers == len(counted) < strip.layers
+    unknown = [module.model_copy(update={"intruders": None}) for module in modules]
+    assert strips(unknown)[0].intruders is None

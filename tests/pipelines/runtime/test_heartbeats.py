@@ -1,5 +1,6 @@
 """A stall is detected from heartbeats, and the error names the blocking rank."""
 
+import os
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pipelines.runtime.heartbeats import (
     describe_blocking_ranks,
     read_heartbeats,
 )
-from pipelines.runtime.monitor import StallMonitor
+from pipelines.runtime.monitor import START_SECONDS, START_WARNING_SECONDS, StallMonitor
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def beat(rank: int, step: int, phase: str, beats: int = 1) -> Heartbeat:
-    return Heartbeat(rank=rank, host=f"node-{rank}", step=step, phase=phase, beats=beats)
+    return Heartbeat(rank=rank, host=f"node-{rank}", process=1, step=step, phase=phase, beats=beats)
 
 
 def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -35,7 +36,7 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
     writer.beat(12, "a phase with a longer name than before")
     writer.beat(12, "data")
     assert read_heartbeats(tmp_path) == [
-        Heartbeat(rank=1, host="node-b", step=12, phase="data", beats=3)
+        Heartbeat(rank=1, host="node-b", process=os.getpid(), step=12, phase="data", beats=3)
     ]
     clear_heartbeats(tmp_path)
     assert read_heartbeats(tmp_path) == []
@@ -89,7 +90,8 @@ def test_a_stall_counts_only_time_without_progress(
     writers = [HeartbeatWriter(tmp_path, rank, "node") for rank in range(2)]
     detector = StallDetector(tmp_path)
     clock[0] += 500
-    assert detector.stalled_seconds() == 0, "no rank has started"
+    assert detector.stalled_seconds() == 500, "no rank has started"
+    assert not detector.has_started
     for writer in writers:
         writer.beat(1, "forward")
     assert detector.stalled_seconds() == 0
@@ -124,3 +126,20 @@ def test_a_stall_is_reported_once_and_then_aborts_the_run(
     ) as ended:
         monitor.check(detector)
     assert ended.value.kind == "PeerError"
+
+
+def test_a_start_that_takes_too_long_is_reported_and_ended(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    reports: list[str] = []
+    stall_monitor = StallMonitor(warn_after=8, abort_after=50, report=reports.append)
+    detector = StallDetector(tmp_path)
+    clock[0] += START_WARNING_SECONDS - 1
+    stall_monitor.check(detector)
+    assert reports == []
+    clock[0] += 2
+    stall_monitor.check(detector)
+    assert "no rank has started" in reports[0]
+    clock[0] += START_SECONDS
+    with pytest.raises(StageError, match="no rank has started; nothing has moved for 1021 s"):
+        stall_monitor.check(detector)

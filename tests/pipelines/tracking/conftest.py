@@ -12,10 +12,17 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
-from registered import write_adapter, write_training
+from mlflow_clients import reset_mlflow_clients
+from registered import (
+    SmallVersions,
+    configure_store,
+    runs_with_store,
+    write_adapter,
+    write_training,
+)
 from summaries import Summary, build
 
-START_SECONDS = 90
+START_SECONDS = 180
 
 
 @pytest.fixture
@@ -25,18 +32,17 @@ def own_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     MLflow writes the URI it is given into the environment. Without a URI it creates a file in the
     working directory, which must not be the repository.
     """
-    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     monkeypatch.chdir(tmp_path)
     yield
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
+    reset_mlflow_clients()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs per module; creating its store is slow."""
-    return tmp_path_factory.mktemp("runs")
+    """A folder of runs per module, with a store."""
+    return runs_with_store(tmp_path_factory)
 
 
 @pytest.fixture
@@ -54,6 +60,13 @@ def comparison(tmp_path: Path, request: pytest.FixtureRequest) -> Summary:
             saved = model["training"]["result"]["saved"]
             saved["adapter_sha256"] = write_adapter(folder / "adapter", label)
     return summary
+
+
+@pytest.fixture
+def small(own_store: None, runs: Path, tmp_path: Path) -> SmallVersions:
+    """Adds versions of one small file to the module's store."""
+    configure_store(runs)
+    return SmallVersions(runs, tmp_path)
 
 
 @pytest.fixture(scope="module")

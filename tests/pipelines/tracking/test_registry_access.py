@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from mlflow_accounts import ADMIN, ADMIN_PASSWORD, SERVER_OPTIONS, server_environment
 from registered import register
 from summaries import Summary
 
@@ -17,8 +18,6 @@ from pipelines.tracking.connection import Access, connect  # noqa: E402
 from pipelines.tracking.registry import fetch_champion  # noqa: E402
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_store")]
-ADMIN = "admin"
-PASSWORD = "a password of 20 letters"
 READER = "reader"
 DENIED = "API request to endpoint /api/2.0/mlflow/{0} failed with error code {1} != 200."
 
@@ -28,30 +27,17 @@ def accounts(start_server: Callable[..., str], tmp_path_factory: pytest.TempPath
     """The address of a server with accounts, which has the user READER."""
     pytest.importorskip("flask_wtf", reason="MLflow's accounts need mlflow[auth]")
     folder = tmp_path_factory.mktemp("accounts")
-    settings = folder / "basic_auth.ini"
-    settings.write_text(
-        "[mlflow]\n"
-        "default_permission = NO_PERMISSIONS\n"
-        f"database_uri = sqlite:///{folder / 'accounts.db'}\n"
-        f"admin_username = {ADMIN}\n"
-        "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-    )
-    environment = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
-        "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": "a key for tests",
-    }
-    address = start_server("--app-name", "basic-auth", environment=environment)
+    address = start_server(*SERVER_OPTIONS, environment=server_environment(folder))
     requests.post(
         f"{address}/api/2.0/mlflow/users/create",
-        json={"username": READER, "password": PASSWORD},
-        auth=(ADMIN, PASSWORD),
+        json={"username": READER, "password": ADMIN_PASSWORD},
+        auth=(ADMIN, ADMIN_PASSWORD),
         timeout=60,
     ).raise_for_status()
     return address
 
 
-def log_in(patch: pytest.MonkeyPatch, user: str, password: str = PASSWORD) -> None:
+def log_in(patch: pytest.MonkeyPatch, user: str, password: str = ADMIN_PASSWORD) -> None:
     patch.setenv("MLFLOW_TRACKING_USERNAME", user)
     patch.setenv("MLFLOW_TRACKING_PASSWORD", password)
 

@@ -78,7 +78,7 @@ def test_deleted_version_is_not_registered_again(comparison: Summary, runs: Path
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
 
 
-@pytest.mark.parametrize("decision", ["deleted", "demoted"])
+@pytest.mark.parametrize("decision", ["deleted", "demoted", "rejected"])
 def test_request_proposes_an_adapter_once_more(
     comparison: Summary, runs: Path, decision: str
 ) -> None:
@@ -89,6 +89,9 @@ def test_request_proposes_an_adapter_once_more(
     client = mlflow.MlflowClient()
     if decision == "deleted":
         client.delete_model_version(name, str(version))
+    elif decision == "rejected":
+        client.delete_registered_model_alias(name, "champion")
+        client.set_model_version_tag(name, str(version), "rejected", "true")
     else:
         client.set_registered_model_alias(name, "champion", "1")
     request(comparison)

@@ -16,7 +16,7 @@ from pipelines.errors import RegistryError
 mlflow = pytest.importorskip("mlflow")
 from pipelines.tracking import lease  # noqa: E402
 from pipelines.tracking.lease import Lease, hold_lease, live_leases  # noqa: E402
-from pipelines.tracking.model_versions import register_adapters  # noqa: E402
+from pipelines.tracking.model_versions import ensure_model, register_adapters  # noqa: E402
 from pipelines.tracking.runs import configure_mlflow_client, experiment_id  # noqa: E402
 
 pytestmark = pytest.mark.server
@@ -36,8 +36,6 @@ def client(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     mlflow.set_tracking_uri(server)
     mlflow.set_registry_uri(server)
     yield mlflow.MlflowClient()
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
 
 
 def one_adapter(comparison: Summary, content: str) -> Summary:
@@ -55,6 +53,7 @@ def one_adapter(comparison: Summary, content: str) -> Summary:
 def register(comparison: Summary) -> dict[str, int]:
     """Log the adapter's files and register it, as a run does; return the aliases."""
     client = mlflow.MlflowClient()
+    ensure_model(client, comparison["recipe"]["registry"]["model"], "")
     experiment = experiment_id(client, comparison["name"], Path())
     run = client.create_run(experiment).info.run_id
     folder = Path(comparison["models"]["rank-16"]["training"]["folder"]) / "adapter"

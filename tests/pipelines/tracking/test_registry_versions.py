@@ -11,6 +11,7 @@ from pipelines.tracking.model_card import card
 
 mlflow = pytest.importorskip("mlflow")
 from pipelines.tracking.registry import download, fetch_champion  # noqa: E402
+from pipelines.tracking.tag_names import tags_of  # noqa: E402
 
 pytestmark = [pytest.mark.server, pytest.mark.usefixtures("own_store")]
 
@@ -43,7 +44,7 @@ def test_version_has_the_tags_of_the_last_comparison(comparison: Summary, runs: 
     again = register(comparison | {"key": "b" * 64}, runs)
     assert again.versions == first.versions
     version = str(first.versions["rank-4"])
-    tags = mlflow.MlflowClient().get_model_version(comparison["name"], version).tags
+    tags = tags_of(mlflow.MlflowClient().get_model_version(comparison["name"], version))
     assert tags["verdict"] == "pass"
     assert tags["reason"] == "more items were scored"
     assert tags["comparison"] == "b" * 64
@@ -91,9 +92,9 @@ def test_comparison_without_a_champion_moves_no_champion(comparison: Summary, ru
 def test_champion_replaces_only_the_one_it_was_compared_with(
     comparison: Summary, runs: Path
 ) -> None:
-    client = mlflow.MlflowClient()
     name = comparison["name"]
     first = register(comparison, runs).aliases["champion"]
+    client = mlflow.MlflowClient()
     compared = champion_of(comparison, first)
     next_comparison = retrained(comparison, "second", registered_champion=compared)
     second = register(next_comparison, runs).aliases["champion"]

@@ -1,9 +1,11 @@
 """Requests are retried while the server is away, for a limited time; refusals are not retried."""
 
 import time
+from io import StringIO
 
 import pytest
 
+from pipelines.console import console
 from pipelines.errors import RegistryError, UnreachableError
 from pipelines.tracking.retry import retry_until_reachable
 
@@ -52,6 +54,21 @@ def test_environment_variable_sets_the_retry_time(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UnreachableError):
         retry_until_reachable(FakeServer(away=1000))
     assert time.monotonic() == pytest.approx(3)
+
+
+def test_printed_reason_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = StringIO()
+    monkeypatch.setattr(console, "file", printed)
+    calls = iter([UnreachableError("no answer from http://user:secret@host/"), None])
+
+    def request() -> None:
+        error = next(calls)
+        if error is not None:
+            raise error
+
+    retry_until_reachable(request)
+    assert "http://host/" in printed.getvalue()
+    assert "secret" not in printed.getvalue()
 
 
 def test_refused_request_is_not_retried() -> None:

@@ -98,6 +98,7 @@ def test_spectra_have_the_largest_values(summary: Summary) -> None:
         "module": module["module"],
         "rank": module["rank"],
         "effective_rank": module["effective_rank"],
+        "intruders": 0,
     }
     for index in range(MAX_SINGULAR_VALUES):
         expected[f"singular_value_{index + 1}"] = module["values"][index]
@@ -105,9 +106,28 @@ def test_spectra_have_the_largest_values(summary: Summary) -> None:
 
 
 def test_divergence_has_an_interval(summary: Summary) -> None:
-    found = {(row["model"], row["figure"]): row for row in rows(summary, "comparison")}
+    found = {(row["model"], row["figure"]): row for row in rows(summary, "metrics")}
     expected = {"value": 0.05, "value_low": 0.04, "value_high": 0.06}
     assert selected(found["rank-16", "kl"], expected) == expected
+
+
+def test_comparison_has_a_row_for_each_model(summary: Summary) -> None:
+    found = rows(summary, "comparison")
+    assert [row["model"] for row in found] == list(summary["models"])
+    expected = {
+        "model": "rank-16",
+        "rank": 16,
+        "verdict": "pass",
+        "gain": "+0.723 (+0.623, +0.823)",
+        "task_loss": 2.877,
+        "learning_rate": 0.002,
+        "minutes": 1.4,
+        "piqa": 0.509,
+    }
+    assert selected(found[-1], expected) == expected
+    for row in found:
+        for value in row.values():
+            assert not isinstance(value, float) or len(f"{value:g}") <= 6
 
 
 @pytest.mark.parametrize("alter", UNUSUAL)

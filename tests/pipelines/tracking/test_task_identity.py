@@ -8,6 +8,7 @@ from registered import copied, register
 from summaries import Summary, parsed
 
 from pipelines.config.recipe import Recipe
+from pipelines.tracking.tag_names import stored_name
 from pipelines.tracking.task_identity import task_objection, task_tags
 from pipelines.workflow.champion import Champion, find_champion
 from pipelines.workflow.run import PipelineRun
@@ -45,7 +46,7 @@ def champion(comparison: Summary, runs: Path) -> Champion | None:
     """Return the champion that a run finds which has trained other adapters."""
     summary = parsed(comparison)
     run = PipelineRun(summary.recipe, Stages(summary.recipe, runs))
-    return find_champion(run, summary.base, [])
+    return find_champion(run, summary.base, summary.data, [])
 
 
 @pytest.mark.parametrize(("section", "settings", "name"), OTHER_TASKS)
@@ -83,7 +84,7 @@ def test_champion_of_another_task_has_an_objection(comparison: Summary, runs: Pa
 def test_champion_without_a_recorded_task_has_an_objection(comparison: Summary, runs: Path) -> None:
     version = register(comparison, runs).aliases["champion"]
     client = mlflow.MlflowClient()
-    client.delete_model_version_tag(comparison["name"], str(version), "task.source")
+    client.delete_model_version_tag(comparison["name"], str(version), stored_name("task.source"))
     found = champion(comparison, runs)
     assert found is not None
     assert "does not record its data source" in str(found.objection)

@@ -12,7 +12,13 @@ import torch
 
 from pipelines.errors import PipelineError
 from pipelines.runtime.heartbeats import read_notes
-from pipelines.training.checkpoint import checkpoint_steps, folder_name, write_checkpoint
+from pipelines.training.checkpoint import (
+    checkpoint_steps,
+    folder_name,
+    latest_valid,
+    remove_old,
+    write_checkpoint,
+)
 from pipelines.training.checkpoint_state import load_trained_weights
 from pipelines.training.checkpoint_writer import Checkpoints
 
@@ -71,3 +77,18 @@ def test_checkpoints_are_ordered_by_their_number(tmp_path: Path) -> None:
         (tmp_path / folder_name(step)).mkdir()
     (tmp_path / "step-00007.partial").mkdir()
     assert checkpoint_steps(tmp_path) == steps
+
+
+def test_the_newest_and_the_best_are_kept_and_the_newest_is_resumed_beyond_step_99999(
+    tmp_path: Path,
+) -> None:
+    losses = {99_970: 0.2, 99_980: 0.4, 99_990: 0.6, 100_000: 0.5, 100_010: 0.7}
+    for step, loss in losses.items():
+        values = {"step": step, "loss": loss, "ranks": 1}
+        tensors = {"a": torch.tensor(float(step))}
+        write_checkpoint(tmp_path / folder_name(step), [("weights", tensors)], values)
+    remove_old(tmp_path, keep=2)
+    assert checkpoint_steps(tmp_path) == [99_970, 100_000, 100_010]
+    newest = latest_valid(tmp_path)
+    assert newest is not None and newest.step == 100_010
+    assert float(newest.tensors["weights"]["a"]) == 100_010

@@ -1,21 +1,28 @@
 """In bfloat16, the control trains float32 weights, and an adapter computes without autocast."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from training_stages import MODEL_FILE, TrainingStages, adapter_of, losses_of
+from training_stages import (
+    MODEL_FILE,
+    TrainingStages,
+    adapter_of,
+    launch_training,
+    losses_of,
+)
 
-from pipelines.models.hardware import Hardware
 from pipelines.models.packs import Pack
 from pipelines.training import objective
-from pipelines.training import train as train_module
 from pipelines.training.train import train
+from pipelines.workflow.stages import TrainStage
 
 pytestmark = pytest.mark.slow
-DTYPES = (torch.float32, torch.bfloat16)
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+DTYPES = (FLOAT32, BFLOAT16)
 
 
 @pytest.fixture
@@ -29,23 +36,20 @@ def fresh_accelerate() -> Iterator[Callable[[], None]]:
     reset()
 
 
-def use_dtype(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """Compute in a dtype on this CPU, as a GPU does."""
-    monkeypatch.setattr(train_module, "detect", lambda: Hardware("cpu", dtype, "gloo"))
+def _control(prepared: TrainingStages, dtype: str) -> TrainStage:
+    changes = {"control": {"learning_rate": 1e-5}, "training": {"dtype": dtype}}
+    return prepared(None, dtype, **changes)
 
 
 def test_a_control_in_bfloat16_trains_float32_weights(
     prepared: TrainingStages,
-    monkeypatch: pytest.MonkeyPatch,
     fresh_accelerate: Callable[[], None],
 ) -> None:
     """A learning rate of 1e-5 is below the spacing of nearly all weights in bfloat16."""
-    control = {"learning_rate": 1e-5}
-    stages = {dtype: prepared(None, str(dtype), control=control) for dtype in DTYPES}
+    stages = {dtype: _control(prepared, dtype) for dtype in DTYPES}
     changed = {}
     for dtype, stage in stages.items():
         fresh_accelerate()
-        use_dtype(monkeypatch, dtype)
         train(stage.begin())
         trained = load_file(str(stage.folder / MODEL_FILE))
         base = load_file(str(stage.paths.required("base") / "model.safetensors"))
@@ -53,14 +57,15 @@ def test_a_control_in_bfloat16_trains_float32_weights(
         changed[dtype] = {
             name: float((tensor != base[name]).float().mean()) for name, tensor in trained.items()
         }
-    in_bfloat16 = changed[torch.bfloat16]
-    for name, fraction in changed[torch.float32].items():
+    in_bfloat16 = changed[BFLOAT16]
+    for name, fraction in changed[FLOAT32].items():
         assert in_bfloat16[name] == pytest.approx(fraction, abs=0.02), name
         assert "embed" in name or in_bfloat16[name] > 0.97
-    result = stages[torch.bfloat16].result()
+    result = stages[BFLOAT16].result()
     assert result is not None
     assert result.facts.forward.path == "packed"
     assert result.facts.forward.loss_tolerance == 0.02
+    assert result.facts.dtype == BFLOAT16
 
 
 def test_an_adapter_in_bfloat16_computes_without_autocast(
@@ -80,11 +85,27 @@ def test_an_adapter_in_bfloat16_computes_without_autocast(
     losses = {}
     for dtype in DTYPES:
         fresh_accelerate()
-        stage = prepared(4, f"adapter-{dtype}")
-        use_dtype(monkeypatch, dtype)
+        stage = prepared(4, f"adapter-{dtype}", training={"dtype": dtype})
         train(stage.begin())
         losses[dtype] = losses_of(stage)
         assert {tensor.dtype for tensor in adapter_of(stage).values()} == {torch.float32}
     assert autocast and not any(autocast)
-    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], abs=0.05)
-    assert losses[torch.bfloat16] != losses[torch.float32]
+    assert losses[BFLOAT16] == pytest.approx(losses[FLOAT32], abs=0.05)
+    assert losses[BFLOAT16] != losses[FLOAT32]
+
+
+@pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2"])
+@pytest.mark.parametrize("rank", [4, None], ids=["LoRA", "full"])
+def test_two_ranks_train_in_bfloat16(
+    prepared: TrainingStages, config: str, rank: int | None
+) -> None:
+    launch: dict[str, Any] = {"config": config, "processes": 2}
+    losses = {}
+    for dtype in DTYPES:
+        name = f"{config}-{rank}-{dtype}"
+        stage = prepared(rank, name, training={"dtype": dtype}, launch=launch)
+        result = launch_training(stage, **launch)
+        assert result.facts.dtype == dtype
+        losses[dtype] = losses_of(stage)
+    assert losses[BFLOAT16] == pytest.approx(losses[FLOAT32], abs=0.05)
+    assert losses[BFLOAT16] != losses[FLOAT32]

@@ -1,15 +1,22 @@
-"""A step reduces its loss once, and changes nothing if the loss of a micro-batch is not finite."""
+"""A step reduces its loss once and reads it with the gradient norm.
+
+It changes nothing if the loss of a micro-batch is not finite.
+"""
 
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_stages import TrainingStages, losses_of
 
 from pipelines.errors import DivergenceError
-from pipelines.training import step
+from pipelines.training import train as train_module
+from pipelines.training.engine import Engine
 from pipelines.training.objective import Objective
+from pipelines.training.run import Run
 from pipelines.training.train import train
 
 TWO_MICRO_BATCHES = {"gradient_accumulation_steps": 2, "steps": 3}
@@ -19,20 +26,65 @@ def test_a_step_of_two_micro_batches_reduces_its_loss_once(
     prepared: TrainingStages, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reductions = []
-    sum_over_ranks = step.sum_over_ranks
+    reduce = Accelerator.reduce
 
-    def counted(*arguments: Any) -> float:
-        reductions.append(arguments[-1])
-        return sum_over_ranks(*arguments)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        reductions.append(arguments)
+        return reduce(*arguments, **options)
 
-    monkeypatch.setattr(step, "sum_over_ranks", counted)
+    monkeypatch.setattr(Accelerator, "reduce", counted)
     stage = prepared(4, training=TWO_MICRO_BATCHES)
     train(stage.begin())
-    assert reductions == [0, 1, 2]
+    assert len(reductions) == len(losses_of(stage)) == 3
     one_micro_batch = prepared(4, "one-micro-batch", training={"steps": 3})
     assert one_micro_batch.key == stage.key
     train(one_micro_batch.begin())
     assert losses_of(stage) == pytest.approx(losses_of(one_micro_batch), abs=2e-4)
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts the reads of single values from tensors, each of which waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, _: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*arguments, **(options or {}))
+
+
+def test_a_step_reads_loss_and_norm_in_one_transfer(
+    prepared: TrainingStages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's own reads do not count: on a CPU it reads its number of steps, on a GPU nothing."""
+    transfers = []
+    reads = ScalarReads()
+    train_step = train_module.train_step
+    update = Engine.update
+    tolist = Tensor.tolist
+
+    def counted_transfer(self: Tensor) -> Any:
+        transfers.append(self.shape)
+        return tolist(self)
+
+    def uncounted_update(self: Engine) -> None:
+        before = reads.count
+        update(self)
+        reads.count = before
+
+    def counted_step(run: Run, engine: Engine, step: int) -> Any:
+        with reads, monkeypatch.context() as patch:
+            patch.setattr(Tensor, "tolist", counted_transfer)
+            return train_step(run, engine, step)
+
+    monkeypatch.setattr(Engine, "update", uncounted_update)
+    monkeypatch.setattr(train_module, "train_step", counted_step)
+    train(prepared(4, "reads", training=TWO_MICRO_BATCHES).begin())
+    assert transfers == [torch.Size([2])] * 3
+    assert reads.count == 0
 
 
 def test_a_step_whose_first_micro_batch_diverges_changes_no_weight(

@@ -31,6 +31,8 @@ def test_two_ranks_equal_one_process(prepared: TrainingStages) -> None:
     train(single.begin())
     launch_training(two_ranks, **ZERO2)
     assert losses_of(two_ranks) == pytest.approx(losses_of(single), abs=2e-4)
+    rows = read_records(two_ranks.folder / "metrics.jsonl")
+    assert all("communication" in row["seconds_of"] for row in rows)
     other = adapter_of(two_ranks)
     for key, tensor in adapter_of(single).items():
         # In each of 6 steps Adam moves an entry by up to the learning rate of 0.01, and by its

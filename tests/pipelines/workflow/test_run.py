@@ -1,6 +1,8 @@
 """A complete run on a tiny model: every stage is real, and a second run trains nothing."""
 
+import html
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import yaml
 from browser.rendered import BROWSER, NO_BROWSER, Rendered, dump
 from command import lora
+from mlflow import MlflowClient
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
 pytestmark = pytest.mark.slow
@@ -70,6 +73,12 @@ class TestRun:
         }
         assert list((folder / "runs" / "mlartifacts").rglob("adapter_model.safetensors"))
 
+    def test_no_page_links_to_the_server_that_ends_with_the_run(self, folder: Path) -> None:
+        client = MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}")
+        description = client.get_model_version("pairs-tiny", "1").description
+        assert "flow run" in description
+        assert "127.0.0.1" not in description
+
     def test_control_and_adapters_are_trained_on_the_same_tokens(self, folder: Path) -> None:
         models = summary(folder)["models"]
         totals = [
@@ -95,6 +104,28 @@ class TestRun:
                 ]
         assert "as version 1" in text and "champion is version" in text
         assert all(load.startswith("#") for load in page.loads)
+
+    @pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
+    def test_the_page_shows_the_prepared_data(self, folder: Path) -> None:
+        data = summary(folder)["data"]
+        text = dump(folder / "runs" / "pairs_tiny_cpu" / "report.html", folder / "browser")
+        found = re.search(r'<section id="data">.*?</section>', text, flags=re.DOTALL)
+        assert found is not None
+        section = html.unescape(found[0])
+        assert f"{data['train_examples']} training examples" in section
+        assert data["sources"][0]["source"] in section
+        shown = re.findall(r"<small>([\d,]+)</small></li>", section)
+        assert [int(count.replace(",", "")) for count in shown] == data["lengths"]["counts"]
+        previews = re.findall(r'<pre class="tokens">(.*?)</pre>', section, flags=re.DOTALL)
+        assert len(previews) == len(data["previews"]) > 0
+        for preview, tokens in zip(previews, data["previews"], strict=True):
+            supervised = re.findall(r"<b>(.*?)</b>", preview, flags=re.DOTALL)
+            expected = [
+                token
+                for token, is_learned in zip(tokens["tokens"], tokens["supervised"], strict=True)
+                if is_learned
+            ]
+            assert supervised == expected
 
     def test_a_second_run_trains_nothing_and_is_quick(self, folder: Path) -> None:
         before = summary(folder)

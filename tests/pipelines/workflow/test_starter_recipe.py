@@ -34,6 +34,7 @@ def data(examples: int, *, longest: int = 100, rows: int | None = None) -> DataR
         validation_examples=2,
         tuning_examples=2,
         train_tokens=1,
+        template_sha256="0",
         supervised_tokens=1,
         lengths=LengthHistogram(median=50, percentile_99=longest - 1, longest=longest),
         digest="",

@@ -1,0 +1,1 @@
+"""Serve registered adapters: an OpenAI-compatible server, and a resolver for vLLM."""
