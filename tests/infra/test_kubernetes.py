@@ -2,13 +2,11 @@
 
 import copy
 import os
-import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from manifests import Manifest, rendered_manifests, written_manifests
 
 from pipelines.config.recipe import Recipe, load_recipe
 from pipelines.runtime.launcher import GRACE_SECONDS, config_file
@@ -16,29 +14,17 @@ from pipelines.runtime.launcher import GRACE_SECONDS, config_file
 FOLDER = Path(__file__).parents[2] / "infra" / "kubernetes"
 VERSIONS = ("1.31", "1.34", "1.37")
 """The oldest supported version, and later ones."""
-Manifest = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def written() -> list[Manifest]:
     """Return the manifests of the files in the kustomization."""
-    names = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
-    return [
-        document for name in names for document in yaml.safe_load_all((FOLDER / name).read_text())
-    ]
+    return written_manifests(FOLDER)
 
 
 @pytest.fixture(scope="module")
 def rendered() -> list[Manifest]:
-    """Return the manifests as kustomize renders them."""
-    for command in (["kustomize", "build"], ["kubectl", "kustomize"]):
-        if shutil.which(command[0]):
-            ended = subprocess.run(
-                [*command, str(FOLDER)], capture_output=True, text=True, timeout=60, check=False
-            )
-            assert ended.returncode == 0, ended.stderr
-            return list(yaml.safe_load_all(ended.stdout))
-    pytest.skip("neither kustomize nor kubectl is installed")
+    return rendered_manifests(FOLDER)
 
 
 @pytest.fixture(scope="module")

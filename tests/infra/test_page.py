@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -59,6 +60,7 @@ READERS: dict[str, Callable[[str], bool]] = {
         f'"{name}"', REPOSITORY / "pipelines", REPOSITORY / "lora_core"
     ),
     "compose.yaml": lambda name: f"${{{name}" in COMPOSE,
+    "servers": lambda name: in_source(name, INFRA / "servers", kinds=("*",)),
     "Prefect": of_prefect,
     "MLflow": lambda name: in_source(name, library("mlflow")),
     "Hugging Face": lambda name: in_source(name, library("huggingface_hub")),
@@ -71,9 +73,9 @@ READERS: dict[str, Callable[[str], bool]] = {
 def variables() -> Iterator[tuple[str, list[str]]]:
     """Yield each variable of the page's table, with the programs listed as its readers."""
     for names, readers in re.findall(
-        r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([^|]+) \|", PAGE, flags=re.MULTILINE
+        r"^\| ((?:`[A-Z0-9_]+`(?:, )?)+) \| ([^|]+) \|", PAGE, flags=re.MULTILINE
     ):
-        for name in re.findall(r"`([A-Z_]+)`", names):
+        for name in re.findall(r"`([A-Z0-9_]+)`", names):
             yield name, readers.strip().split(", ")
 
 
@@ -81,14 +83,23 @@ VARIABLES = dict(variables())
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """Return each `lora` command of a text, with its options."""
-    found = re.findall(r"(?<![\w./-])lora ([a-z][\w-]*)([^\n`;'|]*)", text)
+    """Return each `lora` command of a text, such as `registry list`, with its options."""
+    found = re.findall(r"(?<![\w./-])lora ((?:registry |adapter )?[a-z][\w-]*)([^\n`;'|]*)", text)
     return [(command, re.findall(r"(?<!\S)--[a-z-]+", rest)) for command, rest in found]
+
+
+def all_commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each command under its words."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from all_commands(command, f"{name} ")
+        else:
+            yield prefix + name, command
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(INFRA)))
 def test_every_command_and_option_exists(path: Path) -> None:
-    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = dict(all_commands(typer.main.get_command(app)))
     for command, options in commands(path.read_text()):
         assert command in known, f"lora {command}"
         assert set(options) <= {
@@ -154,11 +165,19 @@ def test_every_launch_section_on_the_page_is_valid() -> None:
         LaunchSection.model_validate(yaml.safe_load(section))
 
 
+def headings() -> set[str]:
+    """Return the anchors of the page's headings, and the empty one of the page itself."""
+    titles = re.findall(r"^#+ (.+)$", PAGE, re.MULTILINE)
+    return {"", *(title.lower().replace(" ", "-") for title in titles)}
+
+
 def test_every_link_has_a_target() -> None:
     links = re.findall(r"\]\(([^)]+)\)", PAGE)
     assert links
     for link in links:
-        assert (INFRA / link).exists(), link
+        file, _, heading = link.partition("#")
+        assert (INFRA / file).exists(), link
+        assert heading in headings(), link
 
 
 def test_every_file_is_on_the_page() -> None:
