@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: run test check format bench parity truth matrix faults families data ui clean setup
+.PHONY: run test check format bench parity truth matrix faults families data team ui clean setup
 
 run: $(READY) ## the whole pipeline on a real model
 	$(BIN)/lora run pipelines/recipes/docstrings_smollm2_cpu.yaml
@@ -50,6 +50,9 @@ families: $(READY) ## every family of causal language models next to its own for
 
 data: $(READY) ## small data sets of every kind, and the time preparation takes next to TRL; about an hour on two cores
 	PYTHONPATH=tests $(BIN)/python -m dataset_checks
+
+team: $(READY) ## three people share a registry: roles, races, kills, secrets and a restore
+	PYTHONPATH=tests $(BIN)/python -m team
 
 setup: $(READY)
 

@@ -1,6 +1,7 @@
 """Compare speed, memory and losses of our training with TRL and PEFT, on one task and machine.
 
-    python tests/benchmarks/bench.py [--rounds 2] [--steps 6] [--curve-steps 20] [--quick]
+    python tests/benchmarks/bench.py [--rounds 2] [--steps 6] [--curve-steps 20] [--base ID]
+    python tests/benchmarks/bench.py --quick [--base ID]
 
 Each contestant runs in a fresh process on the CPU, one after the other, round after round. Speed is
 the number of real tokens, without padding, over the time of steps 2 to --steps; step 1 warms up.
@@ -67,11 +68,11 @@ USUAL_START = 20.0
 """Seconds to import and load."""
 GIB = 2**30
 RANK = 16
+BASE = "embedded:SmolLM2-135M-Instruct"
 THREADS = "BENCH_THREADS"
 """Environment variable with the number of cores to use; all by default."""
 RECIPE: dict[str, Any] = {
     "name": "bench",
-    "base_model": {"id": "embedded:SmolLM2-135M-Instruct", "quantization": "nf4"},
     "data": {"source": "docstrings", "max_source_characters": 250, "max_tokens": 320},
     "lora": {"ranks": [RANK], "alpha": 2 * RANK, "learning_rate": 1e-3},
     "training": {
@@ -120,7 +121,7 @@ def main() -> int:
     options = parse_options()
     if options.quick:
         os.environ[THREADS] = "1"  # other tests run at the same time
-    task, tokens_per_step = prepare(batch_size=2 if options.quick else 8)
+    task, tokens_per_step = prepare(options.base, batch_size=2 if options.quick else 8)
     plans = [plan_round(number, options) for number in range(options.rounds)]
     pairs = []
     if has_wider_units() and not options.quick:
@@ -147,6 +148,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--curve-steps", type=int, default=20, help="steps whose losses are compared"
     )
+    parser.add_argument("--base", default=BASE, help="a hub id, a folder or a .gguf file")
     parser.add_argument("--quick", action="store_true", help="one round of two steps")
     options = parser.parse_args()
     if options.quick:
@@ -161,10 +163,12 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def prepare(batch_size: int) -> tuple[Row, float]:
+def prepare(base_id: str, *, batch_size: int) -> tuple[Row, float]:
     """Prepare base and data if needed; return the common task and its mean tokens per step."""
     training_section = {**RECIPE["training"], "batch_size": batch_size}
-    recipe = parse_recipe({**RECIPE, "training": training_section})
+    base_section = {"id": base_id, "quantization": "nf4"}
+    sections = {**RECIPE, "base_model": base_section, "training": training_section}
+    recipe = parse_recipe(sections)
     stages = Stages(recipe, runs_root())
     base = ensure_result(stages.base(), threads=threads())
     data_stage = stages.data(base)

@@ -26,7 +26,7 @@ from pipelines.models.loading import load_model
 from pipelines.runtime.interfaces.inputs import StagePaths, TrainInputs, TrainOptions
 from pipelines.training.build import adapt, parameter_groups
 from pipelines.training.engine import prepare, start
-from pipelines.training.phase_timer import PhaseTimer
+from pipelines.training.phase_timer import PhaseTimer, clock_of
 from pipelines.training.run import Run
 from pipelines.training.step import train_step
 
@@ -104,7 +104,7 @@ def ours(task: Task) -> Record:
         settings.warmup_steps,
         settings.max_grad_norm,
         hardware.device,
-        PhaseTimer(None),
+        PhaseTimer(None, clock_of(accelerator.device)),
     )
     optimizer = choose_optimizer(hardware, "whole", None)
     engine = prepare(
@@ -113,6 +113,7 @@ def ours(task: Task) -> Record:
         parameter_groups(model, task.inputs),
         optimizer=optimizer,
         max_grad_norm=run.max_grad_norm,
+        timer=run.timer,
     )
     for step in range(task.steps):
         record.losses.append(train_step(run, engine, step)["loss"])

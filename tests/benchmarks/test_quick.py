@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import save_tiny_model
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parents[1] / "build"
@@ -20,10 +21,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bench")
 
 
+@pytest.fixture(scope="module")
+def base(runs: Path) -> Path:
+    """Return a tiny model whose context has room for every item of the benchmarks."""
+    folder = save_tiny_model(runs / "base-model")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    return folder
+
+
 @pytest.mark.parametrize("name", ["scoring_bench", "bench"])
-def test_a_benchmark_finds_equal_numbers(runs: Path, name: str) -> None:
+def test_a_benchmark_finds_equal_numbers(runs: Path, base: Path, name: str) -> None:
     ended = subprocess.run(
-        [sys.executable, str(HERE / f"{name}.py"), "--quick"],
+        [sys.executable, str(HERE / f"{name}.py"), "--quick", "--base", str(base)],
         env={**os.environ, "LORA_RUNS": str(runs), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -41,12 +41,26 @@ function colliding(frame) {
   return found;
 }
 
+// The table of the models: what a reader sees of it without scrolling.
+function models(frame) {
+  const table = frame.contentDocument.querySelector("#models .scroll");
+  if (!table) return {};
+  const shown = [...table.querySelectorAll("thead th")].filter((cell) => rects(cell).length);
+  return {
+    columns: shown.map((cell) => cell.innerText.trim()),
+    hidden_pixels: table.scrollWidth - table.clientWidth,
+    top: table.getBoundingClientRect().top,
+    first_rows: [...table.querySelectorAll("tbody tr")].slice(0, 3).map((row) => row.getBoundingClientRect().bottom),
+  };
+}
+
 addEventListener("load", () => {
   const found = [...document.querySelectorAll("iframe")].map((frame) => {
     frame.contentDocument.querySelectorAll("details").forEach((details) => { details.open = true; });
     return {
       width: frame.clientWidth,
       page_width: frame.contentDocument.documentElement.scrollWidth,
+      models: models(frame),
       texts: texts(frame.contentDocument).length,
       overflowing: overflowing(frame),
       colliding: colliding(frame),

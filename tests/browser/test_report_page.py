@@ -16,6 +16,8 @@ from pipelines.reporting.report import write_html
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
 WIDTHS = (400, 1200)
+FOLD = 800
+"""Pixels of a page that a small screen shows at first."""
 MEASURE = (Path(__file__).parent / "measure.js").read_text(encoding="utf-8")
 
 
@@ -107,6 +109,26 @@ def test_no_text_overflows_on_a_phone_or_a_desktop(folder: Path) -> None:
         assert frame["page_width"] == frame["width"]
         assert frame["overflowing"] == []
         assert frame["colliding"] == []
+
+
+def test_rank_gain_change_and_verdict_are_visible_on_a_phone(folder: Path) -> None:
+    phone, desktop = measured((folder / "report.html").read_text(encoding="utf-8"), folder)
+    assert phone["models"]["columns"] == ["Model", "Task gain", "General change", "Verdict"]
+    assert phone["models"]["hidden_pixels"] == 0
+    assert len(desktop["models"]["columns"]) == 9
+
+
+def test_the_first_rows_are_above_the_fold(folder: Path) -> None:
+    for frame in measured((folder / "report.html").read_text(encoding="utf-8"), folder):
+        assert max(frame["models"]["first_rows"]) < FOLD
+
+
+def test_all_numbers_have_the_same_minus_sign(folder: Path) -> None:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    without_code = re.sub(r"<(style|pre|code)\b.*?</\1>", "", page, flags=re.DOTALL)
+    text = re.sub(r"<[^>]*>", "|", without_code)
+    assert text.count("\N{MINUS SIGN}") > 50
+    assert re.findall(r"(?<![\w.])-\d[\d.]*", text) == []
 
 
 def test_measuring_script_detects_each_defect(folder: Path) -> None:

@@ -5,17 +5,8 @@ They are trained on a few sentences, so that they are made in milliseconds.
 
 from collections.abc import Sequence
 
-from tokenizers import (
-    AddedToken,
-    ByteLevelBPETokenizer,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+import chat_templates
+from tokenizers import AddedToken, ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 TEXTS = [
@@ -57,35 +48,12 @@ def with_bos_and_eos(eos: str, bos: str) -> PreTrainedTokenizerFast:
 
 def metaspace(eos: str, bos: str) -> PreTrainedTokenizerFast:
     """Return one that puts a space before everything it encodes, such as Llama 2's."""
-    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    core.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    return _sentence_pieces(core, eos, bos)
+    return _wrapped(chat_templates.metaspace(TEXTS, SPECIAL), eos, bos)
 
 
 def metaspace_first(eos: str, bos: str) -> PreTrainedTokenizerFast:
     """Return one that puts a space before the first word only, such as Mistral's since v3."""
-    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    return _sentence_pieces(core, eos, bos)
-
-
-def _sentence_pieces(core: Tokenizer, eos: str, bos: str) -> PreTrainedTokenizerFast:
-    every_byte = [f"<0x{number:02X}>" for number in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=[*SPECIAL, *every_byte], show_progress=False
-    )
-    core.train_from_iterator(TEXTS, trainer)
-    core.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    return _wrapped(core, eos, bos)
+    return _wrapped(chat_templates.metaspace_first(TEXTS, SPECIAL), eos, bos)
 
 
 def _wrapped(core: Tokenizer, eos: str | None, bos: str | None) -> PreTrainedTokenizerFast:

@@ -69,10 +69,6 @@ class Tokens:
         return [self.decode(row) for row in rows]
 
 
-EXCLUDED = {"gemma3n_text": ("correction_coefs",)}
-"""Modules whose adapters a family bypasses in training mode; without this it is refused."""
-
-
 def measure(name: str) -> Measured:
     """Build a family and compare."""
     try:
@@ -87,7 +83,7 @@ def measure(name: str) -> Measured:
         )
     examples = drawn()
     try:
-        config = LoraConfig(r=2, lora_alpha=4, exclude_modules=EXCLUDED.get(name, ()))
+        config = LoraConfig(r=2, lora_alpha=4)
         inject(model, config, seed=SEED)
     except LoraError as error:
         return Measured("refused", str(error))

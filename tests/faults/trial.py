@@ -27,11 +27,13 @@ from prefect_host import LORA, PrefectHost, prefect_host
 from tiny import tiny_recipe
 
 from pipelines.config.sections import LaunchSection
+from pipelines.runtime.heartbeats import read_heartbeats
 from pipelines.runtime.launcher import REPOSITORY
 from pipelines.runtime.stage import LOG, Stage
 
-STEPS, EVERY = 120, 4
+STEPS, EVERY = 64, 4
 """Optimizer steps of a training, and between its checkpoints."""
+PREFECT_LINE = re.compile(r"\d\d:\d\d:\d\d\.\d+ \| ")
 LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stall_seconds=8)
 QUICK: dict[str, Any] = {
     "control": {"method": "none"},
@@ -229,14 +231,17 @@ class Trial:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the processes that train, by rank."""
-        found = [one for one in self.processes() if variable(one, "LOCAL_RANK") is not None]
-        return sorted(found, key=lambda one: int(variable(one, "LOCAL_RANK") or 0))
+        alive = {one.pid: one for one in self.processes()}
+        beats = []
+        for folder in self.runs.glob("train/*"):
+            beats += [beat for beat in read_heartbeats(folder) if beat.process in alive]
+        return [alive[beat.process] for beat in sorted(beats, key=lambda beat: beat.rank)]
 
     def launcher(self) -> psutil.Process:
         """Return the process that started the ranks."""
-        return next(
-            one for one in self.processes() if "accelerate.commands.launch" in one.cmdline()
-        )
+        parent = self.ranks()[0].parent()
+        assert parent is not None
+        return parent
 
     def nothing_left(self, seconds: float = GONE_SECONDS) -> bool:
         """Wait until none of its processes is alive; return whether that was in time."""
@@ -322,6 +327,9 @@ def variable(process: psutil.Process, name: str) -> str | None:
 
 
 def last_line(text: str) -> str:
-    """Return the last line."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    """Return the last line that is not Prefect's, which may still send events at the end."""
+    lines = []
+    for line in text.splitlines():
+        if line.strip() and not PREFECT_LINE.match(line):
+            lines.append(line.strip())
     return lines[-1] if lines else ""

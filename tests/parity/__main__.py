@@ -3,8 +3,9 @@
     PYTHONPATH=tests python -m parity [RUN] [--quick]
 
 RUN is the name of a run; without a finished run, or with --quick, the sections that need one are
-omitted. The results are written to build/parity.json. Returns 0 if every goal is met, 1 if one is
-missed, 2 if the sections of a run are omitted although they were requested.
+omitted, and --quick tries only a part of the matrix of models and configurations. The results are
+written to build/parity.json. Returns 0 if every goal is met, 1 if one is missed, 2 if the sections
+of a run are omitted although they were requested.
 """
 
 import argparse
@@ -21,7 +22,9 @@ from parity.budget_rows import published_rows
 from parity.damage_rows import damage_rows
 from parity.export_rows import export_rows
 from parity.feature_rows import feature_rows, optimizer_rows
+from parity.fingerprint_rows import fingerprint_rows, quick_fingerprint_rows
 from parity.llama_cpp_rows import llama_cpp_rows
+from parity.matrix.rows import matrix_rows, quick_matrix_rows, show_matrix
 from parity.merge_rows import merge_rows
 from parity.peft_rows import peft_rows
 from parity.rank_rows import rank_rows
@@ -42,6 +45,8 @@ class Section:
 
     title: str
     rows: Callable[..., Iterable[Row]]
+    quick: Callable[[], Iterable[Row]] | None = None
+    """A part of the rows, for --quick."""
     of_a_run: bool = False
     """Whether the rows are computed from the summary of a run."""
     show: Callable[[str, list[Row]], None] = show_list
@@ -49,7 +54,18 @@ class Section:
 
 SECTIONS = (
     Section(f"Features in PEFT and here: {DIFFERENCE}", feature_rows, show=show_grid),
+    Section(
+        "Models and configurations in PEFT and here: how the checks end",
+        matrix_rows,
+        quick=quick_matrix_rows,
+        show=show_matrix,
+    ),
     Section("LoRA+ in PEFT and here", optimizer_rows),
+    Section(
+        "Fingerprints of folders and of the models loaded from them",
+        fingerprint_rows,
+        quick=quick_fingerprint_rows,
+    ),
     Section(
         "Damaged adapters; with the sidecar none may load silently",
         damage_rows,
@@ -69,27 +85,30 @@ def main() -> int:
     quiet()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run", nargs="?", default="docstrings_smollm2_cpu")
-    parser.add_argument("--quick", action="store_true", help="omit the sections of a run")
+    parser.add_argument(
+        "--quick", action="store_true", help="omit the sections of a run, and most of the matrix"
+    )
     options = parser.parse_args()
     path = runs_root() / options.run / "summary.json"
     summary = None
     if path.is_file() and not options.quick:
         summary = json.loads(path.read_text())
     sections = [section for section in SECTIONS if summary is not None or not section.of_a_run]
-    rows = [row for section in sections for row in measured(section, summary)]
-    result = RESULT.with_stem("parity_quick") if options.quick else RESULT
+    quick = options.quick
+    rows = [row for section in sections for row in measured(section, summary, quick=quick)]
+    result = RESULT.with_stem("parity_quick") if quick else RESULT
     write_json(result, rows)
     missed = [row["what"] for row in rows if row["holds"] is False]
     print(f"{len(rows)} results in {result}; goals missed: {', '.join(missed) or 'none'}")
-    if summary is None and not options.quick:
+    if summary is None and not quick:
         omitted = ", ".join(section.title for section in SECTIONS if section.of_a_run)
         print(f"omitted, because {path} does not exist (`make run` creates it): {omitted}")
     if missed:
         return 1
-    return 2 if summary is None and not options.quick else 0
+    return 2 if summary is None and not quick else 0
 
 
-def measured(section: Section, summary: Row | None) -> list[Row]:
+def measured(section: Section, summary: Row | None, *, quick: bool) -> list[Row]:
     """Measure one section and print it."""
     started = time.monotonic()
     if not section.of_a_run:
@@ -97,7 +116,7 @@ def measured(section: Section, summary: Row | None) -> list[Row]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tests check PEFT's warnings
-            rows = list(section.rows(summary) if section.of_a_run else section.rows())
+            rows = list(_rows(section, summary, quick=quick))
     except LeftOut as reason:
         print(f"{section.title}: omitted; {reason}\n")
         return []
@@ -105,6 +124,14 @@ def measured(section: Section, summary: Row | None) -> list[Row]:
         torch.set_num_threads(THREADS)
     section.show(f"{section.title} ({time.monotonic() - started:.0f} s)", rows)
     return rows
+
+
+def _rows(section: Section, summary: Row | None, *, quick: bool) -> Iterable[Row]:
+    if section.of_a_run:
+        return section.rows(summary)
+    if quick and section.quick is not None:
+        return section.quick()
+    return section.rows()
 
 
 if __name__ == "__main__":

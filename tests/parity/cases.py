@@ -1,6 +1,6 @@
 """What is compared with PEFT: a model, and an adapter's settings under their common names."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +34,20 @@ INT8 = Tolerance(0.01, 0.01)
 """Inputs are rounded to 8 bits: another rounding of a sum moves one by 1/127 of the largest."""
 
 
+Inputs = Callable[[], Mapping[str, Tensor]]
+"""Returns the arguments of a model's forward, the same at every call."""
+
+
+def tokens() -> Mapping[str, Tensor]:
+    """Return few distinct tokens, so that the trained rows occur."""
+    generator = torch.Generator().manual_seed(5)
+    return {"input_ids": torch.randint(0, 12, (2, 9), generator=generator)}
+
+
+def pictures() -> Mapping[str, Tensor]:
+    return {"input_ids": torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(5))}
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and an adapter for it."""
@@ -44,6 +58,7 @@ class Case:
     peft: Mapping[str, Any] = field(default_factory=dict)
     """Additional settings that PEFT needs."""
     tolerance: Tolerance = FLOAT32
+    inputs: Inputs = tokens
 
     @property
     def config(self) -> LoraConfig:
@@ -65,7 +80,7 @@ class Case:
     @property
     def is_spectral(self) -> bool:
         """Whether A and B are initialized from the weight, which doubles the rank in the file."""
-        return is_spectral(self.config.init_lora_weights)
+        return is_spectral(self.fields.get("init_lora_weights", "kaiming"))
 
     @property
     def converts_in_peft(self) -> bool:
@@ -85,20 +100,19 @@ class Case:
         return self.build().eval()
 
     def logits(self, model: nn.Module) -> Tensor:
-        """Return the logits of a model, ours or PEFT's, on the same inputs."""
-        generator = torch.Generator().manual_seed(5)
-        if self.build is Pictures:
-            inputs = torch.randn(2, 3, 9, 9, generator=generator)
-        else:
-            # Few distinct tokens, so that the trained rows occur.
-            inputs = torch.randint(0, 12, (2, 9), generator=generator)
-        return model(input_ids=inputs).logits.float()
+        """Return the logits, or the last hidden state, of a model, ours or PEFT's."""
+        found = model(**self.inputs())
+        if isinstance(found, Tensor):
+            return found.float()
+        is_headless = "logits" not in found
+        return (found.last_hidden_state if is_headless else found.logits).float()
 
 
 def case(
     build: Build,
     peft: Mapping[str, Any] | None = None,
     tolerance: Tolerance = FLOAT32,
+    inputs: Inputs = tokens,
     **fields: Any,
 ) -> Case:
     """Return a case with default settings for those that are not given."""
@@ -107,6 +121,7 @@ def case(
         {"r": 4, "lora_alpha": 8, "target_modules": ("q_proj", "up_proj"), **fields},
         peft or {},
         tolerance,
+        inputs,
     )
 
 
@@ -180,10 +195,14 @@ DENSE = {
         bert, target_modules=("query", "value", "dense"), modules_to_save=("classifier",)
     ),
     "bert, bias of all": case(bert, target_modules=("query",), bias="all"),
-    "convolutions": case(Pictures, target_modules=CONVS),
-    "convolutions, DoRA": case(Pictures, target_modules=CONVS, use_dora=True),
-    "convolutions, lora_bias": case(Pictures, target_modules=CONVS, lora_bias=True),
-    "convolutions, bias of the targets": case(Pictures, target_modules=CONVS, bias="lora_only"),
+    "convolutions": case(Pictures, inputs=pictures, target_modules=CONVS),
+    "convolutions, DoRA": case(Pictures, inputs=pictures, target_modules=CONVS, use_dora=True),
+    "convolutions, lora_bias": case(
+        Pictures, inputs=pictures, target_modules=CONVS, lora_bias=True
+    ),
+    "convolutions, bias of the targets": case(
+        Pictures, inputs=pictures, target_modules=CONVS, bias="lora_only"
+    ),
 }
 
 STORED = {

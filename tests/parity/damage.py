@@ -64,13 +64,13 @@ def _nth_file(folder: Path, number: int) -> Path:
 
 
 def renamed(adapter: Path) -> Iterator[Damage]:
-    """Rename each key: misspelled, of another layer or factor, or with PEFT's adapter name."""
+    """Rename each key: misspelled, of another layer or factor, or of another adapter."""
     changes = (
         ("lora_", "lora"),
         (".layers.0.", ".layers.9."),
         (".layers.1.", ".layers."),
         ("_A.", "_B."),
-        (".weight", ".default.weight"),
+        (".weight", ".second.weight"),
     )
     for key in _keys(adapter):
         for old, new in changes:

@@ -68,7 +68,7 @@ def gradients(one: Case, folder: Path) -> float:
     theirs.load_adapter(folder, "default", is_trainable=True)
     for each in (model, theirs):
         (one.logits(each.train()) ** 2).mean().backward()
-    found, expected = _gradients(model), _gradients(theirs)
+    found, expected = gradients_of(model), gradients_of(theirs)
     assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
     least = NEGLIGIBLE * max(float(gradient.abs().max()) for gradient in expected.values())
     return max(
@@ -89,11 +89,13 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trained parameters under the keys of the file, for either library."""
     if not isinstance(model, PeftModel):
         return tensors_of(dict(adapter_parts(model)))
-    return {
-        name.replace(".default", "").replace(".modules_to_save", ""): p
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
+    return {_key_in_file(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _key_in_file(name: str) -> str:
+    """Return the key under which PEFT saves one of its parameters."""
+    plain = name.replace(".default", "").replace(".modules_to_save", "")
+    return plain.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
 
 
 def parts_of_largest(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
@@ -102,7 +104,8 @@ def parts_of_largest(found: Tensor, expected: Tensor, least: float = 0.0) -> flo
     return float(difference) / max(float(expected.detach().abs().max()), least)
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the gradients of the trained parameters, without the last part of a weight's key."""
     found = {
         key.removesuffix(".weight"): parameter.grad for key, parameter in trained(model).items()
     }

@@ -29,7 +29,7 @@ from transformers import (
 from lora_core.base.quant import disable_cpu_repacking
 
 Build = Callable[[], nn.Module]
-VOCABULARY = 101
+VOCABULARY, LABELS = 101, 8
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -79,7 +79,7 @@ def bert() -> nn.Module:
     """An encoder with a classifier."""
     drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertForSequenceClassification(
-        BertConfig(**SIZES, **drops, max_position_embeddings=32, num_labels=3)
+        BertConfig(**SIZES, **drops, max_position_embeddings=32, num_labels=LABELS)
     )
 
 
@@ -105,9 +105,10 @@ class Pictures(nn.Module):
         self.proj_out = nn.Conv2d(12, 6, 1)
         self.head = nn.Linear(6, 5)
 
-    def forward(self, input_ids: Tensor) -> Any:
+    def forward(self, input_ids: Tensor) -> Tensor:
         x = torch.tanh(self.second(torch.tanh(self.first(input_ids))))
-        return type("Output", (), {"logits": self.head(self.proj_out(x).mean(dim=(2, 3)))})
+        logits: Tensor = self.head(self.proj_out(x).mean(dim=(2, 3)))
+        return logits
 
 
 def cast(build: Build, dtype: torch.dtype) -> Build:
