@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         RoutingError,
         TargetError,
     )
-    from lora_core.export.conversion import convert_adapter
+    from lora_core.export.conversion import ConversionOptions, convert_adapter
     from lora_core.export.export import export_gguf, export_peft, export_vllm
     from lora_core.injection import inject, lora_layers, trained_weights
     from lora_core.inspection.adapter_report import inspect_adapter
@@ -58,7 +58,7 @@ _NAMES_BY_MODULE = {
         "RoutingError",
         "TargetError",
     ),
-    "export.conversion": ("convert_adapter",),
+    "export.conversion": ("ConversionOptions", "convert_adapter"),
     "export.export": ("export_gguf", "export_peft", "export_vllm"),
     "inspection.difference": ("compare_adapters",),
     "inspection.intrusion": ("count_intruders",),
@@ -86,6 +86,7 @@ __all__ = [
     "BaseMismatchError",
     "CheckpointError",
     "ConfigError",
+    "ConversionOptions",
     "ExportError",
     "Identity",
     "LoraConfig",

@@ -13,13 +13,14 @@ module paths of a model whose modules were renamed since (see renamed_paths.py).
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_core.adapter.adapter_files import CONFIG, check_digests
 from lora_core.adapter.contents import AdapterContents, read_contents
+from lora_core.adapter.renaming import Rename
 from lora_core.adapter.rewriting import write_adapter
 from lora_core.errors import AdapterError, ExportError, LoraError
 from lora_core.export.conversion_formats import (
@@ -50,6 +51,9 @@ class ConversionOptions:
     """Name of the base that the result records; empty keeps the recorded one."""
     rank: int | None = None
     """Of the result, for lora alone; None keeps the rank of each layer."""
+    base_renames: Sequence[Rename] = ()
+    """How the names of weights in the base's files differ from the modules of the adapter; see
+    `merge_checkpoint`."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Beginning of a module path → what replaces it, for a model that was renamed."""
 
@@ -80,7 +84,7 @@ def convert_adapter(
         check_digests(source, original.identity)
     contents, changes = _present(original, chosen)
     if chosen.base is not None:
-        check_base(contents, chosen.base)
+        check_base(contents, chosen.base, chosen.base_renames)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "adapter"
         write_adapter(folder, contents.tensors, values=contents.values, identity=contents.identity)
@@ -101,7 +105,7 @@ def _convert(
         return to_vllm(adapter, destination)
     if to == "gguf":
         return to_gguf(adapter, destination, options.base)
-    return to_lora(adapter, destination, options.base, options.rank)
+    return to_lora(adapter, destination, options.base, options.rank, options.base_renames)
 
 
 def _check_destination(source: Path, destination: Path, to: Format) -> None:

@@ -1,12 +1,13 @@
 """Write an adapter with present keys and settings in one of the formats of `conversion.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_core.adapter.adapter_files import check_values
 from lora_core.adapter.contents import AdapterContents
 from lora_core.adapter.key_layouts import MAGNITUDE
+from lora_core.adapter.renaming import Rename
 from lora_core.adapter.rewriting import write_adapter
 from lora_core.errors import ExportError
 from lora_core.export.export import VLLM_RANKS, export_gguf, export_vllm
@@ -77,7 +78,11 @@ def to_gguf(adapter: PlainAdapter, destination: Path, base: Path | None) -> Conv
 
 
 def to_lora(
-    adapter: PlainAdapter, destination: Path, base: Path | None, rank: int | None
+    adapter: PlainAdapter,
+    destination: Path,
+    base: Path | None,
+    rank: int | None,
+    renames: Sequence[Rename],
 ) -> Conversion:
     """Write plain LoRA: DoRA is approximated on its base, other updates are truncated to `rank`."""
     if is_dora(adapter.contents):
@@ -86,7 +91,7 @@ def to_lora(
                 f"{adapter.source} is a DoRA, whose change of the weights depends on the base; "
                 "name the base"
             )
-        approximations = refit(adapter.contents, base, rank)
+        approximations = refit(adapter.contents, base, rank, renames)
         derived_by = "DoRA approximated by plain LoRA"
         return _written(adapter, destination, approximations, derived_by)
     updates = read_updates(adapter.folder)

@@ -6,7 +6,7 @@ error of a layer is ‖W' − W − B A‖ / ‖W' − W‖ in the Frobenius nor
 layers as one matrix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 
 from lora_core.adapter.contents import AdapterContents
 from lora_core.adapter.key_layouts import MAGNITUDE
+from lora_core.adapter.renaming import Rename
 from lora_core.errors import ConfigError, ExportError
 from lora_core.merging.adapted_weights import AdaptedWeight, adapted_weights
 from lora_core.spectrum.leading import leading_svd
@@ -38,7 +39,10 @@ class Approximation:
 
 
 def refit(
-    contents: AdapterContents, base: Path, rank: int | None = None
+    contents: AdapterContents,
+    base: Path,
+    rank: int | None = None,
+    renames: Sequence[Rename] = (),
 ) -> dict[str, Approximation]:
     """Approximate the change of every adapted weight, under DoRA with its row norms.
 
@@ -46,6 +50,7 @@ def refit(
         contents: of the adapter.
         base: folder of the dense base.
         rank: of each update, at most the smaller side of its weight; None keeps the adapter's.
+        renames: see `merge_checkpoint`.
 
     Returns:
         Module path → approximation.
@@ -57,7 +62,7 @@ def refit(
     """
     _check_rank(rank)
     _refuse_more(contents)
-    with adapted_weights(contents, base) as weights:
+    with adapted_weights(contents, base, renames) as weights:
         return {name: _approximate(weights[name], rank) for name in weights}
 
 

@@ -1,12 +1,13 @@
 """Whether an adapter's files are intact, complete, finite, and of the base that is there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_core.adapter.adapter_files import check_digests, tensor_digest
 from lora_core.adapter.contents import AdapterContents, read_contents
+from lora_core.adapter.renaming import Rename
 from lora_core.errors import AdapterError
 from lora_core.inspection.damage import find_damage
 from lora_core.merging.adapted_weights import check_base
@@ -28,12 +29,15 @@ class Verification:
     """How the base compares with the one it was trained on."""
 
 
-def verify_adapter(folder: Path, base: Path | None = None) -> Verification:
+def verify_adapter(
+    folder: Path, base: Path | None = None, renames: Sequence[Rename] = ()
+) -> Verification:
     """Check an adapter's files, values, structure and base.
 
     Args:
         folder: of an adapter in PEFT's format, with or without a sidecar.
         base: folder of the dense base; None leaves it out.
+        renames: see `merge_checkpoint`.
 
     Raises:
         AdapterError: a digest differs from the sidecar, or the adapter is damaged or not
@@ -54,7 +58,7 @@ def verify_adapter(folder: Path, base: Path | None = None) -> Verification:
         folder=str(folder),
         files=files,
         values=values,
-        base=NO_BASE if base is None else check_base(contents, base),
+        base=NO_BASE if base is None else check_base(contents, base, renames),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core.adapter.contents import read_contents
+from lora_core.adapter.renaming import Rename
 from lora_core.merging.adapted_weights import AdaptedWeights, adapted_weights
 from lora_core.spectrum.intruders import (
     LEADING,
@@ -40,6 +41,7 @@ def count_intruders(
     base: Path,
     *,
     sample: Sample | None = None,
+    renames: Sequence[Rename] = (),
     leading: int = LEADING,
     threshold: float = THRESHOLD,
 ) -> dict[str, Intruders]:
@@ -49,6 +51,7 @@ def count_intruders(
         adapter: its folder, in PEFT's format; with DoRA, the merged weight has its row norms.
         base: folder of the dense base, read one weight at a time.
         sample: which layers; by default all.
+        renames: see `merge_checkpoint`.
         leading: see `intruder_dimensions`.
         threshold: see `intruder_dimensions`.
 
@@ -63,7 +66,7 @@ def count_intruders(
     """
     chosen = sample or Sample(layers=0)
     contents = read_contents(adapter)
-    with adapted_weights(contents, base) as weights:
+    with adapted_weights(contents, base, renames) as weights:
         return _count(weights, _select(weights, chosen, leading), leading, threshold)
 
 

@@ -9,7 +9,7 @@ Source: DoRA (Liu et al. 2024, arXiv 2402.09353), equation 5.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 from lora_core.adapter.adapter_files import check_fingerprint
 from lora_core.adapter.contents import AdapterContents
 from lora_core.adapter.peft_config import INITS
+from lora_core.adapter.renaming import Rename
 from lora_core.adapter.rewriting import write_low_rank_part
 from lora_core.base.identity import DENSE, ROUNDINGS, FolderSource, by_kind
 from lora_core.base.weight_files import Tensors, mapped_tensors
@@ -78,8 +79,15 @@ class AdaptedWeights(Mapping[str, AdaptedWeight]):
 
 
 @contextmanager
-def adapted_weights(contents: AdapterContents, base: Path) -> Iterator[AdaptedWeights]:
+def adapted_weights(
+    contents: AdapterContents, base: Path, renames: Sequence[Rename] = ()
+) -> Iterator[AdaptedWeights]:
     """Open the weights of the folder `base` that an adapter updates, while the block runs.
+
+    Args:
+        contents: of the adapter.
+        base: folder of the dense base.
+        renames: see `merge_checkpoint`.
 
     Raises:
         CheckpointError: the base is incomplete or quantized.
@@ -90,7 +98,7 @@ def adapted_weights(contents: AdapterContents, base: Path) -> Iterator[AdaptedWe
     with tempfile.TemporaryDirectory() as scratch:
         plain = Path(scratch) / "updates"
         write_low_rank_part(contents, plain)
-        plan = plan_checkpoint(base, plain, None)
+        plan = plan_checkpoint(base, plain, None, renames)
     _check_magnitudes(plan, contents)
     entries = {}
     for name in plan.steps:
@@ -100,10 +108,15 @@ def adapted_weights(contents: AdapterContents, base: Path) -> Iterator[AdaptedWe
         yield AdaptedWeights(plan, tensors, contents.magnitudes)
 
 
-def check_base(contents: AdapterContents, base: Path) -> str:
+def check_base(contents: AdapterContents, base: Path, renames: Sequence[Rename] = ()) -> str:
     """Check that an adapter was trained on the base in a folder; return what was compared.
 
     Without a recorded fingerprint of a dense base, the shapes of the adapted weights are compared.
+
+    Args:
+        contents: of the adapter.
+        base: folder of the dense base.
+        renames: see `merge_checkpoint`.
 
     Raises:
         BaseMismatchError: the adapter was trained on another base.
@@ -114,7 +127,7 @@ def check_base(contents: AdapterContents, base: Path) -> str:
     if recorded.keys() & {DENSE, *ROUNDINGS}:
         check_fingerprint(FolderSource(base), adapter=contents.folder, identity=identity)
         return f"{base} has the recorded fingerprint"
-    with adapted_weights(contents, base) as weights:
+    with adapted_weights(contents, base, renames) as weights:
         number = len(weights)
     return f"{base} has {number} adapted weights of the right shapes; no fingerprint is recorded"
 

@@ -40,7 +40,7 @@ def weight_renames(model: PreTrainedModel) -> tuple[Rename, Rename]:
 def checkpoint_renames(folder: Path) -> tuple[Rename, ...]:
     """Return `weight_renames` of the model that a folder holds, without loading its weights.
 
-    There are none for a model whose class transformers does not have.
+    There are none for a model whose class transformers does not have or cannot build here.
 
     Args:
         folder: with config.json and the weights.
@@ -52,9 +52,12 @@ def checkpoint_renames(folder: Path) -> tuple[Rename, ...]:
     model_class = getattr(transformers, str(names[0]), None)
     if model_class is None:
         return ()
-    config = model_class.config_class.from_pretrained(folder)
-    with torch.device("meta"):
-        model = model_class(config)
+    try:
+        config = model_class.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception:  # noqa: BLE001 - of any kind; the names in the files must then be the modules'
+        return ()
     return weight_renames(model)
 
 

@@ -6,6 +6,7 @@ instead of interfering.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from pipelines.console import Watch
-from pipelines.errors import EndedError, RecipeError, StageError, no_space, recorded_error
+from pipelines.errors import (
+    EndedError,
+    PeerError,
+    RecipeError,
+    StageError,
+    no_space,
+    recorded_error,
+)
 from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
 from pipelines.runtime.forked_child import Child, ForkServer, ForkServerError, sees_gpu
 from pipelines.runtime.interfaces.kinds import KINDS, TRAIN, Inputs, Result
@@ -34,6 +42,8 @@ MIN_FREE_BYTES = 1 << 20
 """If the disk has less than this, a child without a result or an error had no room to write one."""
 ENDING = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that end a process from outside; the process itself is not at fault."""
+RANK_ENDED = re.compile(r"^rank \d+ \(process \d+\) ended by SIG\w+$", re.MULTILINE)
+"""Line in the log of a training, of the launcher that forked the ranks."""
 WITHOUT_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 """Environment in which neither PyTorch nor DeepSpeed finds a GPU; ROCm's PyTorch respects it
 too."""
@@ -246,7 +256,7 @@ def _libraries(stages: Sequence[Stage[Inputs, Result]]) -> list[str]:
 def _outcome(stage: Stage[Inputs, Result], log: Path, status: int) -> Result:
     error = recorded_error(stage.folder)
     if error is not None:
-        raise error
+        raise _with_ended_rank(error, log)
     result = stage.result()
     if result is not None:
         return result
@@ -262,6 +272,14 @@ def _outcome(stage: Stage[Inputs, Result], log: Path, status: int) -> Result:
         )
     lines = log.read_text(errors="replace").splitlines()
     raise StageError(f"{name} ended with status {status}; {log} ends: {' | '.join(lines[-3:])}")
+
+
+def _with_ended_rank(error: StageError, log: Path) -> StageError:
+    """Add to the error of a rank that lost another one how that one ended, if a signal ended it."""
+    if error.kind != PeerError.__name__:
+        return error
+    ended = RANK_ENDED.findall(log.read_text(errors="replace"))
+    return StageError(f"{error}; {ended[-1]}", error.kind) if ended else error
 
 
 def _environment(threads: int, worker_index: int = 0) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Know the host of each rank, and raise an error that names the ranks that no longer respond."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from socket import gethostname
 
 from accelerate.utils import gather_object
 
-from pipelines.errors import PeerError
+from pipelines.errors import PeerError, PipelineError
 from pipelines.training.phase_timer import PhaseTimer
 
 CONTACT = ("gloo", "nccl", "connection", "timed out", "socket", "broken pipe")
@@ -60,13 +61,36 @@ def name_lost_rank(ranks: RankHosts, timer: PhaseTimer) -> Iterator[None]:
     except RuntimeError as error:
         if len(ranks.hosts) < 2 or not _is_lost_contact(error):
             raise
-        first_line = str(error).strip().splitlines()[0]
-        reason = BACKEND_PREFIX.sub("", first_line)[:REASON_CHARACTERS]
-        raise PeerError(
-            f"{ranks.describe(ranks.rank)} lost {ranks.others()} in step {timer.step} ({reason}); "
-            "check that process and the network, and run again: the run resumes from the last "
-            "checkpoint"
-        ) from error
+        lost = f"{ranks.describe(ranks.rank)} lost {ranks.others()} in step {timer.step}"
+        raise _lost(lost, error) from error
+
+
+@contextmanager
+def lost_contact_named() -> Iterator[None]:
+    """Turn a backend's error outside of the steps into one that is known as a consequence.
+
+    What another rank records about its own end is then kept as the cause.
+
+    Raises:
+        PeerError: another rank ended or did not respond in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_alone = int(os.environ.get("WORLD_SIZE", "1")) < 2
+        if is_alone or isinstance(error, PipelineError) or not _is_lost_contact(error):
+            raise
+        rank = os.environ.get("RANK", "0")
+        raise _lost(f"rank {rank} lost another rank outside of the steps", error) from error
+
+
+def _lost(what: str, error: RuntimeError) -> PeerError:
+    first_line = str(error).strip().splitlines()[0]
+    reason = BACKEND_PREFIX.sub("", first_line)[:REASON_CHARACTERS]
+    return PeerError(
+        f"{what} ({reason}); check that process and the network, and run again: the run resumes "
+        "from the last checkpoint"
+    )
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:

@@ -8,6 +8,7 @@ from lora_core.inspection.intrusion import Sample, count_intruders
 from lora_core.spectrum.intruders import Intruders
 from lora_core.spectrum.spectrum import effective_rank, singular_values
 from lora_core.spectrum.updates import read_updates
+from pipelines.models.renames import checkpoint_renames
 from pipelines.runtime.interfaces.results import ModuleSpectrum
 
 INTRUDER_SAMPLE = Sample(layers=5, work=1.5e12)
@@ -51,9 +52,11 @@ def spectrum(adapter: Path, base: Path) -> tuple[ModuleSpectrum, ...]:
 def _intruders(adapter: Path, base: Path) -> Mapping[str, Intruders]:
     """Return the counts; none for a base whose files do not have the adapted weights as such.
 
-    They can be pickles, be quantized, or have other names than the modules of the loaded model.
+    They can be pickles or be quantized.
     """
     try:
-        return count_intruders(adapter, base, sample=INTRUDER_SAMPLE)
+        return count_intruders(
+            adapter, base, sample=INTRUDER_SAMPLE, renames=checkpoint_renames(base)
+        )
     except LoraError:
         return {}

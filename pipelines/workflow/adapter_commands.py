@@ -72,13 +72,20 @@ def inspect(
     path = _adapter_folder(folder)
     from lora_core.inspection.adapter_report import inspect_adapter
     from lora_core.inspection.intrusion import Sample, count_intruders
+    from pipelines.models.renames import checkpoint_renames
     from pipelines.workflow.adapter_base import named_base
     from pipelines.workflow.print_adapter import print_report
 
     report = inspect_adapter(path)
     intruders = None
     if base:
-        intruders = count_intruders(path, named_base(base, runs_root()), sample=Sample(layers))
+        base_folder = named_base(base, runs_root())
+        intruders = count_intruders(
+            path,
+            base_folder,
+            sample=Sample(layers),
+            renames=checkpoint_renames(base_folder),
+        )
     print_report(report, intruders, as_json=json)
 
 
@@ -109,13 +116,18 @@ def convert(
     path = _adapter_folder(folder)
     renames = _parse_renames(rename)
     from lora_core.export.conversion import ConversionOptions, convert_adapter
+    from pipelines.models.renames import checkpoint_renames
     from pipelines.workflow.adapter_base import base_for_conversion, named_base
     from pipelines.workflow.print_adapter import print_conversion
 
     runs = runs_root()
     base_folder = named_base(base, runs) if base else base_for_conversion(path, to.value, runs)
     options = ConversionOptions(
-        base=base_folder, base_name=base, rank=rank or None, renames=renames
+        base=base_folder,
+        base_name=base,
+        rank=rank or None,
+        base_renames=checkpoint_renames(base_folder) if base_folder else (),
+        renames=renames,
     )
     print_conversion(convert_adapter(path, Path(destination), to.value, options))
 
@@ -180,13 +192,15 @@ def verify(folder: FolderArgument, base: BaseOption = "", json: JsonOption = Fal
     path = _adapter_folder(folder)
     from lora_core.errors import LoraError
     from lora_core.inspection.adapter_verification import verify_adapter
+    from pipelines.models.renames import checkpoint_renames
     from pipelines.workflow.adapter_base import named_base, recorded_base
     from pipelines.workflow.print_adapter import print_failure, print_verification
 
     try:
         runs = runs_root()
         base_folder = named_base(base, runs) if base else recorded_base(path, runs)
-        verification = verify_adapter(path, base_folder)
+        base_renames = checkpoint_renames(base_folder) if base_folder else ()
+        verification = verify_adapter(path, base_folder, base_renames)
     except (LoraError, PipelineError) as error:
         print_failure(path, error, as_json=json)
         raise

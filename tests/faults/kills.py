@@ -12,8 +12,11 @@ from faults.trial import EVERY, STEPS, Outcome, Site, Trial, last_line
 
 
 def rank(site: Site, random: Random) -> Outcome:
-    """Kill one rank: the other cannot continue, and the run names the lost rank."""
-    return _without(site, random, lambda trial: trial.ranks()[random.randrange(2)])
+    """Kill one rank: the other cannot continue, and the run says which rank ended, and how."""
+    victim = random.randrange(2)
+    outcome = _without(site, random, lambda trial: trial.ranks()[victim])
+    named = f"rank {victim} (process " in outcome.message and "SIGKILL" in outcome.message
+    return replace(outcome, survived=outcome.survived and named)
 
 
 def launcher(site: Site, random: Random) -> Outcome:

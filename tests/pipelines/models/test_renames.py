@@ -26,12 +26,16 @@ from lora_core import (
     LoraConfig,
     LoraError,
     MergeError,
+    count_intruders,
     inject,
     load_adapter,
     merge,
     merge_checkpoint,
     save_adapter,
 )
+from lora_core.export.conversion import ConversionOptions, convert_adapter
+from lora_core.inspection.adapter_verification import verify_adapter
+from lora_core.spectrum.updates import read_updates
 from pipelines.models.renames import checkpoint_renames, weight_renames
 
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -196,6 +200,31 @@ def test_merge_on_disk_is_the_merge_in_memory(
     assert report.retention.keys() and report.files == ("model.safetensors",)
     found = type(model).from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(call(found), call(model))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_adapter_is_verified_and_measured_on_renamed_files(
+    case: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """The files of the base have former names, and those of the adapter present ones."""
+    build, _, settings, _, _ = case
+    settings = {name: value for name, value in settings.items() if name != "modules_to_save"}
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    seeded(build).save_pretrained(base)
+    model = type(seeded(build)).from_pretrained(base)
+    config = LoraConfig(**{"r": 2, "lora_alpha": 4, "use_dora": True, **settings})
+    inject(model, config, seed=0)
+    save_adapter(model, adapter, config, Identity())
+    (adapter / "adapter_identity.json").unlink()
+    renames = checkpoint_renames(base)
+    verified = verify_adapter(adapter, base, renames)
+    assert "adapted weights of the right shapes" in verified.base
+    counts = count_intruders(adapter, base, renames=renames)
+    assert counts
+    options = ConversionOptions(base=base, base_renames=renames)
+    converted = convert_adapter(adapter, tmp_path / "plain", "lora", options)
+    assert read_updates(tmp_path / "plain").keys() == counts.keys()
+    assert any("approximat" in change for change in converted.changes)
 
 
 def test_merge_without_renames_states_what_is_missing(tmp_path: Path) -> None:
