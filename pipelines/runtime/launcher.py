@@ -33,7 +33,7 @@ from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
 from pipelines.runtime.forked_child import Child, ForkServer, ForkServerError, sees_gpu
 from pipelines.runtime.interfaces.kinds import KINDS, TRAIN, Inputs, Result
 from pipelines.runtime.monitor import POLL_SECONDS, StallMonitor, follow
-from pipelines.runtime.processes import GRACE_SECONDS, SESSION, end, kill_leftovers
+from pipelines.runtime.processes import GRACE_SECONDS, end, kill_leftovers, record_session
 from pipelines.runtime.stage import LOG, Stage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -161,7 +161,7 @@ def run_child(
         environment = _environment(threads, worker_index)
         with _started(argv, log, environment, _libraries(stages)) as child:
             for stage in stages:
-                (stage.folder / SESSION).write_text(str(child.pid))
+                record_session(stage.folder, child.pid)
             follow(child, stages[0].folder, watch=watch, stall_monitor=stall_monitor)
         status = child.wait()
     return [_outcome(stage, stages[0].folder / LOG, status) for stage in stages]

@@ -11,8 +11,10 @@ from pipelines.runtime import fork_server
 from pipelines.runtime.forked_child import Child
 
 SESSION = "session"
-"""File in a stage's folder with the session of its process; the command of a forked process is that
-of its server."""
+"""File in a stage's folder with the session of its process, which is the process's id, and when it
+started; the command of a forked process is that of its server."""
+START_FIELD = 19
+"""Of the start in /proc/PID/stat, counted after the command."""
 GRACE_SECONDS = 15
 """Time between SIGTERM and SIGKILL for a child and its ranks. Prefect's worker kills the run after
 30 s."""
@@ -44,11 +46,28 @@ def kill_leftovers(folder: Path) -> None:
     kill(leftovers)
 
 
+def record_session(folder: Path, pid: int) -> None:
+    """Note the process of a stage, which leads a session, for `kill_leftovers`."""
+    with suppress(OSError):  # it has ended, or this is no Linux, where nothing is forked
+        (folder / SESSION).write_text(f"{pid} {_start_ticks(pid)}")
+
+
 def _session_of(folder: Path) -> int | None:
-    """Return the session of the stage's last process; None if there was none."""
+    """Return the session of the stage's last process; None if there is none any more.
+
+    The kernel gives the id to another process once the session has no member, and never before.
+    """
     with suppress(OSError, ValueError):
-        return int((folder / SESSION).read_text())
+        pid, started = (folder / SESSION).read_text().split()
+        is_another = Path(f"/proc/{pid}").exists() and _start_ticks(int(pid)) != started
+        return None if is_another else int(pid)
     return None
+
+
+def _start_ticks(pid: int) -> str:
+    """Return when a process started, in ticks since Linux did; clock changes have no effect."""
+    after_command = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    return after_command.split()[START_FIELD]
 
 
 def _is_in_session(pid: int, session: int | None) -> bool:
