@@ -25,7 +25,7 @@ def test_a_process_of_the_recorded_session_is_killed(
 ) -> None:
     record_session(tmp_path, leader.pid)
     kill_leftovers(tmp_path)
-    assert leader.wait(10) == -9
+    leader.wait(10)  # raises unless it has ended; its status went to who has waited first
 
 
 @pytest.mark.parametrize("recorded", ["{pid} 1", "{pid}", "", "text"])
