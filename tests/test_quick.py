@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-@pytest.mark.parametrize("module", ["parity", "distributed", "faults", "dataset_checks"])
+@pytest.mark.parametrize("module", ["parity", "distributed", "faults", "dataset_checks", "team"])
 def test_a_measurement_meets_its_goals(tmp_path: Path, module: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", module, "--quick"],
