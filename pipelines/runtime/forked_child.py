@@ -28,6 +28,8 @@ WAIT_SECONDS = 0.02
 UNRELATED = frozenset({PARENT, WORKER_INDEX, "OMP_NUM_THREADS", "PYTEST_CURRENT_TEST"})
 """Environment variables that no library of the server reads when it is imported: they may differ
 between the stages that it forks."""
+OF_THE_RUN = ("LORA_", "MLFLOW_", "PREFECT_")
+"""Beginnings of variables that only the run reads; the same holds for them."""
 
 
 class Child(Protocol):
@@ -191,7 +193,7 @@ class ForkServer:
         Raises:
             ForkServerError: children of a server with another environment are running.
         """
-        relevant = {name: text for name, text in environment.items() if name not in UNRELATED}
+        relevant = _relevant(environment)
         is_alive = self._process is not None and self._process.poll() is None
         if self._requests is not None and is_alive and relevant == self._environment:
             return self._requests
@@ -205,7 +207,7 @@ class ForkServer:
             number = theirs.fileno()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", fork_server.__name__, str(number)],
-                env=relevant,
+                env={name: text for name, text in environment.items() if name not in UNRELATED},
                 pass_fds=[number],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -223,6 +225,15 @@ class ForkServer:
         if self._process is not None:
             self._process.wait()
             self._process = None
+
+
+def _relevant(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a library of the server may read when it is imported."""
+    found = {}
+    for name, text in environment.items():
+        if name not in UNRELATED and not name.startswith(OF_THE_RUN):
+            found[name] = text
+    return found
 
 
 def _send(request: Request, requests: socket.socket, log: IO[bytes]) -> IO[bytes]:
