@@ -1,18 +1,25 @@
 """The command line, as a user runs it."""
 
+import atexit
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import httpx
 
 from pipelines.orchestration import local_server
+from pipelines.runtime import launcher, shared_imports
+from pipelines.runtime.child import die_with_parent
 
 LORA = [str(Path(sys.executable).parent / "lora")]
+_sockets: list[str] = []
 
 
 def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -27,6 +34,7 @@ def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.Compl
     for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
         if name not in environment:
             env.pop(name, None)
+    env[shared_imports.VARIABLE] = _shared_imports_of_this_process(env)
     return subprocess.run(
         [*LORA, *arguments],
         cwd=folder,
@@ -36,6 +44,53 @@ def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.Compl
         timeout=400,
         check=False,
     )
+
+
+def _shared_imports_of_this_process(environment: dict[str, str]) -> str:
+    """Return the socket of a process that the runs of all tests of this process share.
+
+    A run whose environment differs from that of the first one starts its own fork server.
+    """
+    if not _sockets:
+        _sockets.append(str(Path(tempfile.mkdtemp(prefix="lora-imports-")) / "socket"))
+        with patch.dict(os.environ, environment, clear=True):
+            of_stages = launcher._environment(1)
+        stack = ExitStack()
+        stack.enter_context(shared_imports_at(Path(_sockets[0]), of_stages))
+        atexit.register(stack.close)
+    return _sockets[0]
+
+
+@contextmanager
+def shared_imports_at(path: Path, environment: Mapping[str, str]) -> Iterator[None]:
+    """Run a process whose imports runs with the same environment share.
+
+    Args:
+        path: of its socket.
+        environment: of these runs.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", shared_imports.__name__, str(path)],
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
+    )
+    try:
+        while not _accepts(path):
+            if process.poll() is not None:
+                raise RuntimeError(f"{shared_imports.__name__} ended with {process.returncode}")
+            time.sleep(0.1)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _accepts(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        return connection.connect_ex(str(path)) == 0
 
 
 @contextmanager

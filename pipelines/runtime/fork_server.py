@@ -22,17 +22,22 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
-from pipelines.runtime.child import die_with_parent
+from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
 
 REQUEST_BYTES = 1 << 20
 FILES = 2
 """Open files that come with a request: the log, and the pipe for the status."""
+UNRELATED = frozenset({PARENT, WORKER_INDEX, "OMP_NUM_THREADS", "PYTEST_CURRENT_TEST"})
+"""Environment variables that no library reads when it is imported: they may differ between the
+stages that a server forks."""
+OF_THE_RUN = ("LORA_", "MLFLOW_", "PREFECT_")
+"""Beginnings of variables that only the run reads; the same holds for them."""
 
 
 class Request(BaseModel):
@@ -76,12 +81,12 @@ class Server:
                 self._report_ended()
             if self.requests.fileno() not in ready:
                 continue
-            content, files = _receive(self.requests)
+            content, files = receive(self.requests)
             if not content:
                 return None
             log, pipe = files
             request = Request.model_validate_json(content)
-            _import_all(request.imports)
+            import_all(request.imports)
             if self._fork(log, pipe) == 0:
                 _prepare_process(request, log, server)
                 return request
@@ -118,7 +123,7 @@ class Server:
                 os.close(pipe)
 
 
-def _import_all(modules: Sequence[str]) -> None:
+def import_all(modules: Sequence[str]) -> None:
     """Import modules; a child reports what prevents an import when it needs the module."""
     missing = [module for module in modules if module not in sys.modules]
     for module in missing:
@@ -132,7 +137,7 @@ def _ignore(number: int, frame: object) -> None:
     """Handle SIGCHLD; the wakeup file is what the loop reads."""
 
 
-def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+def receive(connection: socket.socket) -> tuple[bytes, list[int]]:
     """Return a message and its open files; an empty one if the socket is closed."""
     numbers = array.array("i")
     content, ancillary, _, _ = connection.recvmsg(
@@ -142,6 +147,15 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             numbers.frombytes(data)
     return content, list(numbers)
+
+
+def relevant_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that a library may read when it is imported."""
+    found = {}
+    for name, text in environment.items():
+        if name not in UNRELATED and not name.startswith(OF_THE_RUN):
+            found[name] = text
+    return found
 
 
 def _write(pipe: int, text: str) -> None:
@@ -178,10 +192,15 @@ def _run_module(request: Request) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Serve on the socket; in a child, run the module of its request."""
     [number] = arguments
+    become_server(socket.socket(fileno=int(number)))
+
+
+def become_server(requests: socket.socket) -> None:
+    """Serve until the run closes the socket; in a child, run the module of its request."""
     # A batch system signals every process of a run; the server ends after its children.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with socket.socket(fileno=int(number)) as requests:
+    with requests:
         request = Server(requests).serve()
     if request is None:
         os._exit(0)  # at once: the children end with it, and nothing is left to write

@@ -18,18 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
-from pipelines.runtime import fork_server
-from pipelines.runtime.child import PARENT, WORKER_INDEX
-from pipelines.runtime.fork_server import Request
+from pipelines.runtime import fork_server, shared_imports
+from pipelines.runtime.fork_server import UNRELATED, Request, relevant_variables
+from pipelines.runtime.shared_imports import ACCEPTED, Hello
 
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dri/renderD128", "/dev/accel")
 """Device files of GPUs and other accelerators."""
 WAIT_SECONDS = 0.02
-UNRELATED = frozenset({PARENT, WORKER_INDEX, "OMP_NUM_THREADS", "PYTEST_CURRENT_TEST"})
-"""Environment variables that no library of the server reads when it is imported: they may differ
-between the stages that it forks."""
-OF_THE_RUN = ("LORA_", "MLFLOW_", "PREFECT_")
-"""Beginnings of variables that only the run reads; the same holds for them."""
 
 
 class Child(Protocol):
@@ -193,15 +188,22 @@ class ForkServer:
         Raises:
             ForkServerError: children of a server with another environment are running.
         """
-        relevant = _relevant(environment)
-        is_alive = self._process is not None and self._process.poll() is None
+        relevant = relevant_variables(environment)
+        is_alive = self._requests is not None and not _is_closed(self._requests)
         if self._requests is not None and is_alive and relevant == self._environment:
             return self._requests
         if is_alive and self._children:
             raise ForkServerError("it has another environment and is in use")
-        if self._process is None:
+        if not self._environment:
             atexit.register(self.close)
         self._close()
+        requests = _shared_server(Hello(variables=relevant), log) or self._start(environment, log)
+        self._requests = requests
+        self._environment = relevant
+        return requests
+
+    def _start(self, environment: Mapping[str, str], log: IO[bytes]) -> socket.socket:
+        """Start a server of this process; return its socket."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             number = theirs.fileno()
@@ -214,26 +216,45 @@ class ForkServer:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._requests = ours
-        self._environment = relevant
         return ours
 
     def _close(self) -> None:
         if self._requests is not None:
-            self._requests.close()
+            _end_server(self._requests)
             self._requests = None
         if self._process is not None:
             self._process.wait()
             self._process = None
 
 
-def _relevant(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that a library of the server may read when it is imported."""
-    found = {}
-    for name, text in environment.items():
-        if name not in UNRELATED and not name.startswith(OF_THE_RUN):
-            found[name] = text
-    return found
+def _shared_server(hello: Hello, log: IO[bytes]) -> socket.socket | None:
+    """Return the socket of a server with shared imports; None if this run gets none."""
+    path = os.environ.get(shared_imports.VARIABLE)
+    if not path:
+        return None
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [log.fileno()]))]
+    with suppress(OSError):
+        connection.connect(path)
+        connection.sendmsg([hello.model_dump_json().encode()], rights)
+        if connection.recv(len(ACCEPTED)) == ACCEPTED:
+            return connection
+    connection.close()
+    return None
+
+
+def _is_closed(requests: socket.socket) -> bool:
+    """Return whether the server at the other end has ended; it sends nothing."""
+    ready, _, _ = select.select([requests], [], [], 0)
+    return bool(ready)
+
+
+def _end_server(requests: socket.socket) -> None:
+    """Close the connection, and wait until the server has ended, and its children with it."""
+    with suppress(OSError):  # it has ended already
+        requests.shutdown(socket.SHUT_WR)
+        requests.recv(1)
+    requests.close()
 
 
 def _send(request: Request, requests: socket.socket, log: IO[bytes]) -> IO[bytes]:

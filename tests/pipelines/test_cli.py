@@ -3,11 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 import yaml
 from tiny import save_pairs, tiny_recipe
@@ -22,20 +22,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run the command line in `folder`."""
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    variables.pop("PREFECT_API_URL", None)
-    variables |= environment
-    command = [str(Path(sys.executable).parent / "lora"), *arguments]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    """Run the command line in `folder`, with the runs of all tests."""
+    variables = {"LORA_RUNS": os.environ["LORA_RUNS"], "COLUMNS": "80", **environment}
+    return command.lora(folder, *arguments, **variables)
 
 
 def refused(ended: "subprocess.CompletedProcess[str]", *words: str) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from command import shared_imports_at
 
+from pipelines.runtime import shared_imports
 from pipelines.runtime.fork_server import Request
 from pipelines.runtime.forked_child import ForkedChild, ForkServer, ForkServerError, sees_gpu
 
@@ -61,11 +63,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
+@pytest.fixture(scope="module", params=["own", "shared imports"])
+def server(
+    request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ForkServer]:
     server = ForkServer(["probe"])
-    yield server
-    server.close()
+    if request.param == "own":
+        yield server
+        server.close()
+        return
+    path = tmp_path_factory.mktemp("shared") / "socket"
+    environment = {**os.environ, "PYTHONPATH": python_path(folder)}
+    with shared_imports_at(path, environment), pytest.MonkeyPatch.context() as patch:
+        patch.setenv(shared_imports.VARIABLE, str(path))
+        yield server
+        server.close()
 
 
 @pytest.fixture
@@ -136,6 +148,13 @@ def test_another_environment_gets_another_server(start: Start, folder: Path) -> 
     running.wait()
     assert start("report", COLOR="red").wait(120) == 0
     assert json.loads((folder / "log.txt").read_text().splitlines()[-1])["color"] == "red"
+
+
+def test_shared_imports_are_used(start: Start, server: ForkServer) -> None:
+    child = start("sleep")
+    command = psutil.Process(child.pid).cmdline()
+    is_shared = shared_imports.VARIABLE in os.environ
+    assert (shared_imports.__name__ in command) == is_shared
 
 
 def test_children_end_with_the_server(start: Start, server: ForkServer) -> None:
