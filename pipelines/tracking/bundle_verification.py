@@ -9,7 +9,7 @@ log        no entry was changed or removed
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,9 @@ class VersionCheck(Values):
         return "skipped" if self.skipped else "ok"
 
 
+CheckBundle = Callable[[VersionBundle], VersionCheck]
+
+
 class VerificationReport(Values):
     """The result for one version."""
 
@@ -83,14 +86,24 @@ class VerificationReport(Values):
         return all(not check.problems for check in self.checks)
 
 
-def verify_version(reference: Reference, runs: Path) -> VerificationReport:
+def verify_version(
+    reference: Reference, runs: Path, *, further: Sequence[CheckBundle] = ()
+) -> VerificationReport:
     """Download a version and verify it.
+
+    Args:
+        reference: the version.
+        runs: folder of runs.
+        further: checks in addition to those of every version.
 
     Raises:
         RegistryError: there is no such version, or the server does not answer.
     """
     with tempfile.TemporaryDirectory() as scratch, connect(runs, reading(reference.name)) as client:
-        return verify_bundle(download_bundle(client, reference, Path(scratch)))
+        bundle = download_bundle(client, reference, Path(scratch))
+        report = verify_bundle(bundle)
+        added = tuple(check(bundle) for check in further)
+        return report.model_copy(update={"checks": (*report.checks, *added)})
 
 
 def download_bundle(client: MlflowClient, reference: Reference, folder: Path) -> VersionBundle:

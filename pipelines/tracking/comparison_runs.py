@@ -20,6 +20,7 @@ from pipelines.comparison.document import ModelSummary, Summary
 from pipelines.reporting import page_sections
 from pipelines.reporting.origin import FlowRunReference
 from pipelines.tracking import logged, model_card
+from pipelines.tracking.bill_of_materials import BILL_OF_MATERIALS, bill_of_materials
 from pipelines.tracking.comparison_view import rank_view, save_rank_view
 from pipelines.tracking.description import flow_run_link
 from pipelines.tracking.lease import acting_user
@@ -192,7 +193,10 @@ def log_adapter_files(client: MlflowClient, runs: ComparisonRuns) -> None:
 
 def added_files(summary: Summary, label: str) -> dict[str, str]:
     """Return name → text of what is stored with an adapter's own files, and never changes."""
-    return {MLMODEL: mlmodel_text(logged.version_tags(summary, label))}
+    return {
+        MLMODEL: mlmodel_text(logged.version_tags(summary, label)),
+        BILL_OF_MATERIALS: bill_of_materials(adapter_folder(summary, label)),
+    }
 
 
 def _make_readable(folder: Path) -> None:

@@ -133,7 +133,8 @@ def _register_version(
         return None
     else:
         # the files may differ between two trainings with equal weights, so only the first sets them
-        tags |= file_tags(adapter_folder(summary, label), added_files(summary, label))
+        added = _logged_files(client, run_id, added_files(summary, label))
+        tags |= file_tags(adapter_folder(summary, label), added)
         tags |= {AUTHOR_TAG: acting_user(), FLOW_RUN_TAG: registration.flow_run.id}
         version = _create_version(client, name, run_id, tags)
     number = int(version.version)
@@ -188,6 +189,12 @@ def _describe(
         parent_run=run.data.tags.get("mlflow.parentRunId", ""),
     )
     describe_version(client, version, description(registration.summary, label, origin))
+
+
+def _logged_files(client: MlflowClient, run_id: str, added: Mapping[str, str]) -> dict[str, str]:
+    """Return those of the added files that the run has; an earlier release logged fewer."""
+    logged_names = {Path(entry.path).name for entry in client.list_artifacts(run_id, "adapter")}
+    return {name: text for name, text in added.items() if name in logged_names}
 
 
 def _create_version(

@@ -16,6 +16,7 @@ from pipelines.tracking.cleanup import UnusedVersion
 from pipelines.tracking.lineage import DerivedVersion
 from pipelines.tracking.move_log import AliasMove, AliasPosition
 from pipelines.tracking.pulled import PulledAdapter
+from pipelines.tracking.signatures import SignedVersion
 from pipelines.tracking.version_diff import VersionDiff
 
 NOTHING = "–"
@@ -143,6 +144,14 @@ def checks_table(report: VerificationReport) -> Table:
     for check in report.checks:
         details = "\n".join(check.problems[:MAX_PROBLEMS]) or check.skipped
         _add_row(table, check.name, check.status, details)
+    return table
+
+
+def signed_table(signed: SignedVersion) -> Table:
+    """Return what was signed."""
+    table = _table("Signed", "Digest", "Files")
+    name = f"{signed.name}/{signed.version}"
+    _add_row(table, name, signed.adapter_sha256[:SHORT], str(signed.files))
     return table
 
 

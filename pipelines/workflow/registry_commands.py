@@ -6,6 +6,7 @@ one JSON document to standard output.
 
 from collections.abc import Callable
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -149,17 +150,44 @@ def pull(
 
 
 @registry.command()
-def verify(reference: ReferenceArgument, json: JsonOption = False) -> None:
+def verify(
+    reference: ReferenceArgument,
+    public_key: Annotated[
+        str,
+        typer.Option(
+            help="File with the key of who must have signed the version.", show_default=False
+        ),
+    ] = "",
+    json: JsonOption = False,
+) -> None:
     """Recompute every digest and the verdict of a version; status 2 if anything was changed."""
     from pipelines.tracking.bundle_verification import verify_version
     from pipelines.tracking.references import Reference
+    from pipelines.tracking.signatures import check_signature
     from pipelines.workflow.print_registry import checks_table, output
 
     parsed = Reference.parse(reference, default_alias=CHAMPION)
-    report = verify_version(parsed, runs_root())
+    further = [partial(check_signature, public_key=Path(public_key))] if public_key else []
+    report = verify_version(parsed, runs_root(), further=further)
     output(report, checks_table(report), as_json=json)
     if not report.is_intact:
         raise typer.Exit(EXIT_USER_ERROR)
+
+
+@registry.command()
+def sign(
+    reference: ReferenceArgument,
+    key: Annotated[str, typer.Option(help="File with your private key (elliptic curve, PEM).")],
+    json: JsonOption = False,
+) -> None:
+    """Verify a version and sign its files with a key that the registry does not have."""
+    from pipelines.tracking.references import Reference
+    from pipelines.tracking.signatures import sign_version
+    from pipelines.workflow.print_registry import output, signed_table
+
+    parsed = Reference.parse(reference, default_alias=CHAMPION)
+    signed = sign_version(parsed, Path(key), runs_root())
+    output(signed, signed_table(signed), as_json=json)
 
 
 @registry.command()

@@ -206,10 +206,14 @@ def outlive_a_restart_and_cancel(host: PrefectHost, deployment: str) -> None:
     kept = steps_kept(host)
     run = host.run(deployment)
     until(lambda: steps_kept(host) > kept, seconds=120)
+    # Stopped meanwhile, so that a fast host does not complete the training before the next runs.
+    stopped = suspend_training(host)
     kept, started = steps_kept(host), processes_of(host)
     host.kill_worker()
     host.restart_server()
     host.start_worker()
+    for process in stopped:
+        process.resume()
     until(lambda: steps_kept(host) > kept, seconds=60)
     assert host.state(run) == "RUNNING"
     assert sorted(processes_of(host)) == sorted(started)

@@ -199,6 +199,7 @@ def test_version_as_registered_is_intact(bundle: VersionBundle) -> None:
     assert files == {
         "README.md",
         "adapter_model.safetensors",
+        "bom.cdx.json",
         "evidence/items.json",
         "evidence/summary.json",
     }
