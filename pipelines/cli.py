@@ -25,7 +25,7 @@ from pipelines.errors import (
     no_space,
     without_credentials,
 )
-from pipelines.orchestration.deploy_options import DeployOptions
+from pipelines.orchestration.deploy_options import DeployOptions, check_webhook
 from pipelines.paths import runs_root, tracking_account
 from pipelines.planning.cluster import Cluster
 from pipelines.workflow.adapter_commands import adapter
@@ -89,12 +89,27 @@ def with_options(name: str, options: type) -> Callable[[Callable[..., None]], Ca
 
 
 @app.command()
-def run(recipe: RecipeArgument, rank: RanksOption = []) -> None:  # noqa: B006 - typer needs a list
+def run(
+    recipe: RecipeArgument,
+    rank: RanksOption = [],  # noqa: B006 - typer needs a list
+    notify: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help="Webhook of Slack or the like that gets a message about the result. "
+            "LORA_NOTIFY_URL keeps the address out of the list of processes.",
+            show_default=False,
+        ),
+    ] = "",
+) -> None:
     """Run a recipe: data, adapters, control, forgetting check, registration, report.
 
     Resumes where it stopped.
     """
     load_recipe(recipe, ranks=rank)  # reject an invalid recipe before anything is started
+    if notify:
+        check_webhook(notify)
+        os.environ["LORA_NOTIFY_URL"] = notify
     prepare_prefect()
     from pipelines.orchestration.cancellation import mark_orphaned_runs_crashed
     from pipelines.orchestration.flow_log import log_for_pages_only

@@ -21,6 +21,7 @@ from pipelines.config.recipe import load_recipe
 from pipelines.errors import PipelineError, one_line, without_credentials
 from pipelines.orchestration.deploy_options import Requested
 from pipelines.orchestration.event_triggers import apply_events
+from pipelines.orchestration.events import store_address
 from pipelines.orchestration.run_form import DEFAULTS, form
 from pipelines.orchestration.schedules import apply_schedules, schedule_of
 from pipelines.orchestration.worker_environment import (
@@ -86,6 +87,9 @@ def _deploy(name: str, recipe: str, requested: Requested) -> str:
             recipe=name,
             removes_others=requested.removes_events,
         )
+    if requested.notify is not None:
+        store_address(name, requested.notify)
+        lines.append("messages are sent to the webhook" if requested.notify else "no messages")
     if not lines:
         lines.append("nothing starts it: no schedule, no event")
     if existing is not None and existing.paused:

@@ -57,6 +57,8 @@ class Requested:
     """Remove all other events."""
     pool: str = ""
     """Work pool; empty for the deployment's current one."""
+    notify: str | None = None
+    """Address for messages; None keeps it, and an empty one removes it."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,16 @@ class DeployOptions:
         typer.Option(help="Work pool that a worker on the GPU host serves; lora for a new one."),
     ] = ""
 
+    notify: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Webhook of Slack or the like that gets a message about a new champion, a "
+            "proposed version, a run without one, and a failed run. Prefect's server keeps it "
+            'encrypted; "" removes it.',
+        ),
+    ] = None
+
     def requested(self) -> Requested:
         """Return what the options request.
 
@@ -124,6 +136,7 @@ class DeployOptions:
             removes_schedules=self.no_schedules,
             removes_events=self.no_events,
             pool=self.pool,
+            notify=self.notify,
         )
 
     def _schedules(self) -> list[RequestedSchedule]:
@@ -175,6 +188,8 @@ class DeployOptions:
                 f"--rank {self.rank[0]} belongs to a schedule or an event; add --cron, --interval "
                 "or --on-event, or set lora.ranks in the recipe"
             )
+        if self.notify:
+            check_webhook(self.notify)
         if NOT_IN_POOL.search(self.pool):
             raise PipelineError(
                 f"work pool {self.pool!r} contains one of / % & < >; choose another name, such as "
@@ -206,3 +221,12 @@ class DeployOptions:
                 f"--schedule {self.schedule} would name two schedules; deploy --cron and "
                 "--interval one after the other"
             )
+
+
+def check_webhook(url: str) -> None:
+    """Raise PipelineError for an address that no message can be posted to; it is not repeated."""
+    if not re.match(r"https?://[^/\s]+", url):
+        raise PipelineError(
+            "the address of --notify must begin with https:// or http:// and a host; copy it from "
+            "the settings of the webhook"
+        )

@@ -1,16 +1,21 @@
 """What happened to a recipe, for a team: Prefect events, and messages to a chat.
 
-Events have the resource `lora.recipe.NAME`. The address for messages is a secret, so it is read
-from the environment of the run and stored nowhere.
+Events have the resource `lora.recipe.NAME`. The address for messages is a secret: it is read from
+the environment of the run, or else from a Secret block of Prefect, which its server stores
+encrypted.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from prefect.blocks.system import Secret
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import emit_event
+from prefect.exceptions import PrefectException
+from pydantic import SecretStr
 
 from pipelines.config.alias_names import CHAMPION, PROPOSED
 from pipelines.config.recipe import load_recipe
@@ -28,6 +33,8 @@ RUN_FAILED = "lora.run.failed"
 NOTIFY = "LORA_NOTIFY_URL"
 """Environment variable with the address of an incoming webhook of Slack, or of one that takes the
 same JSON."""
+SECRET: Any = Secret[str]
+"""Its methods also take `_sync`, which Prefect's types do not show."""
 SECONDS = 10
 MAX_TEXT = 1000
 
@@ -65,7 +72,7 @@ def announce_failure(flow: Any, flow_run: FlowRun, state: State) -> None:
 
 
 def announce(event: str, recipe: str, text: str, payload: dict[str, str]) -> None:
-    """Emit an event, and send its text to LORA_NOTIFY_URL if that is set.
+    """Emit an event, and send its text to the address for messages, if there is one.
 
     Args:
         event: name of the event.
@@ -75,9 +82,28 @@ def announce(event: str, recipe: str, text: str, payload: dict[str, str]) -> Non
     """
     resource = {"prefect.resource.id": f"lora.recipe.{recipe}", "prefect.resource.name": recipe}
     emit_event(event, resource=resource, payload=payload)
-    url = os.environ.get(NOTIFY)
+    url = os.environ.get(NOTIFY) or _stored_address(recipe)
     if url:
         notify(url, f"{recipe}: {text}")
+
+
+def store_address(recipe: str, url: str) -> None:
+    """Store the address for the messages of a recipe's runs; an empty one removes it."""
+    SECRET(value=SecretStr(url)).save(_block_name(recipe), overwrite=True, _sync=True)
+
+
+def _stored_address(recipe: str) -> str:
+    """Return the stored address; empty without one, or if the server does not answer."""
+    try:
+        return str(SECRET.load(_block_name(recipe), _sync=True).get())
+    except (ValueError, httpx.HTTPError, PrefectException):
+        return ""
+
+
+def _block_name(recipe: str) -> str:
+    """Return the name of a block, in which Prefect allows lowercase letters, digits and dashes."""
+    words = re.findall("[a-z0-9]+", recipe.lower())
+    return "-".join(["lora-notify", *words])
 
 
 def notify(url: str, text: str) -> None:
@@ -88,7 +114,7 @@ def notify(url: str, text: str) -> None:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         problem = type(error).__name__
     if problem:
-        print_status(f"no message was sent to the address in {NOTIFY} ({problem})", mark="…")
+        print_status(f"no message was sent to the address for messages ({problem})", mark="…")
 
 
 def _recipe_name(recipe: str) -> str:

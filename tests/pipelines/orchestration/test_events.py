@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command import shared_prefect_server
 from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, temporary_settings
 from summaries import build, parsed
-from webhook import Webhook, webhook
+from webhook import SECRET_PATH, Webhook, webhook
 
 from pipelines.comparison.document import Registered
-from pipelines.orchestration.events import NOTIFY, announce_result
+from pipelines.errors import PipelineError
+from pipelines.orchestration.deploy_options import DeployOptions
+from pipelines.orchestration.events import NOTIFY, announce_result, store_address
 
 
 @pytest.fixture
@@ -61,3 +64,34 @@ def test_a_run_without_a_champion_is_announced(chat: Webhook, tmp_path: Path) ->
     summary = parsed({**build(tmp_path), "champion": None, "decision": "no adapter passes"})
     announce_result(summary, registered(candidate=4))
     assert chat.texts == [f"{summary.name}: no adapter passes"]
+
+
+def test_a_deployed_address_gets_the_messages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The server stores it encrypted: it is in no file of the server."""
+    monkeypatch.delenv(NOTIFY, raising=False)
+    home = tmp_path / "prefect"
+    with (
+        shared_prefect_server(home) as url,
+        webhook() as chat,
+        temporary_settings({PREFECT_API_URL: url}),
+    ):
+        summary = parsed(build(tmp_path))
+        announce_result(summary, registered(champion=3))
+        assert chat.texts == []
+        store_address(summary.name, chat.url)
+        announce_result(summary, registered(champion=3))
+        assert len(chat.texts) == 1
+        files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
+        assert files and not any(SECRET_PATH.encode() in content for content in files)
+        store_address(summary.name, "")
+        announce_result(summary, registered(champion=3))
+        assert len(chat.texts) == 1
+
+
+@pytest.mark.parametrize("url", ["hooks.example", "ftp://host/x", "https:///x"])
+def test_an_address_that_cannot_be_posted_to_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(PipelineError, match="must begin with https:// or http://") as refused:
+        DeployOptions(notify=url).requested()
+    assert url not in str(refused.value)
