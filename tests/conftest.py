@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 from mlflow_clients import reset_mlflow_clients
 
+MAX_WORKERS = 8
+"""Their number is limited by memory: a worker and its servers need 3 GB."""
+
 # GPUs for tests marked gpu.
 os.environ.setdefault("LORA_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
 # All other tests run on the CPU on every machine. Set before torch is imported.
@@ -14,6 +17,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test runs MLflow's background jobs, whose workers would take the cores of the others.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start two workers for each core: tests with servers and processes wait most of their time."""
+    return min(MAX_WORKERS, 2 * len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
