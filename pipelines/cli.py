@@ -134,12 +134,19 @@ def join(
 ) -> None:
     """Train with another host that runs a recipe with launch.machines.
 
-    Needs its runs folder, and LORA_MAIN_ADDRESS.
+    Needs its runs folder, and LORA_MAIN_ADDRESS. With PREFECT_API_URL, each training holds the
+    slots of this host.
     """
     from pipelines.console import print_status
     from pipelines.runtime.hosts import JoiningHost
 
-    JoiningHost(machine, runs_root(), print_status).serve()
+    host = JoiningHost(machine, runs_root(), print_status)
+    if "PREFECT_API_URL" in os.environ:
+        prepare_prefect()
+        from pipelines.orchestration.concurrency import hold_slots, slot_names
+
+        host.hold = lambda ranks: hold_slots(slot_names(ranks), print_status)
+    host.serve()
 
 
 @app.command()

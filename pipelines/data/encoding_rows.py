@@ -123,6 +123,8 @@ class RowEncoder:
                 f"has no value in the column {column!r}, which data.group_column names; fill it, "
                 "or remove the row"
             )
+        if isinstance(group, float) and group.is_integer():
+            group = int(group)  # a file can store one group as 1 and as 1.0
         return tuple(replace(example, group=str(group)) for example in outcome)
 
 

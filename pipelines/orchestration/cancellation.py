@@ -73,7 +73,7 @@ def kill_leftover_processes(flow: Any, flow_run: FlowRun, state: State) -> None:
     """
     ancestors = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     leftovers = []
-    for process in psutil.process_iter():
+    for process in processes.running_processes():
         if process.pid not in ancestors and _belongs_to(process, str(flow_run.id)):
             leftovers.append(process)
     processes.kill(leftovers)

@@ -9,8 +9,7 @@ since only there the GPUs can be counted. An administrator may change it: 0 reje
 inactive allows all of them. A slot is leased: it is free immediately when its holder ends in order,
 and LEASE_SECONDS later if the holder was killed or the host is gone.
 
-Hosts that join another's training (`lora join`) hold no slot: no work pool of theirs should train
-at the same time.
+A host that joins another's training (`lora join`) holds its own slots for the time of the training.
 
 A run with a local Prefect server holds no slots, so that plain `lora run` needs no server. Two of
 them on one host are separated by the lock of the stage only, which prevents them from training the

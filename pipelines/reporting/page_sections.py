@@ -48,7 +48,7 @@ class TriedRate:
 
 
 def verified(summary: Summary, label: str | None = None) -> list[tuple[str, str]]:
-    """Return how training and scoring were verified: name and result, of all models or of one.
+    """Return how training, scoring and exports were verified: name and result.
 
     Args:
         summary: of the comparison.
@@ -59,6 +59,8 @@ def verified(summary: Summary, label: str | None = None) -> list[tuple[str, str]
         if label in (None, name):
             for what, result in verified_readers(checks).items():
                 rows.append((f"{name}, {what}", str(result)))
+            if checks.served is not None:
+                rows.append((f"{name}, exports", str(checks.served)))
     return rows
 
 

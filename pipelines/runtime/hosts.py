@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -161,6 +161,11 @@ def host_arguments(call: Call, machine: int) -> list[str]:
     return [*arguments, "--deepspeed_multinode_launcher", "standard"]
 
 
+def _nothing_held(ranks: int) -> AbstractContextManager[None]:
+    """Hold nothing, where no Prefect server has slots."""
+    return nullcontext()
+
+
 @dataclass
 class JoiningHost:
     """A host that joins the trainings of the first host."""
@@ -169,6 +174,8 @@ class JoiningHost:
     root: Path
     """Folder of all runs, the same as on the first host."""
     report: Callable[[str], None]
+    hold: Callable[[int], AbstractContextManager[None]] = _nothing_held
+    """Holds this host for a number of ranks, so that no other run trains on it meanwhile."""
     _counts: dict[str, tuple[int, float]] = field(default_factory=dict)
     """Attempt → its last known count, and when the count reached it."""
     _joined: set[str] = field(default_factory=set)
@@ -225,12 +232,13 @@ class JoiningHost:
             call.config, call.processes, folder, host_arguments(call, self.machine)
         )
         self.report(f"joining {folder.name}")
+        ranks = call.processes // call.machines
         _prepare_engine(call.config)
-        with (folder / f"log-{self.machine}.txt").open("ab") as log:
+        with self.hold(ranks), (folder / f"log-{self.machine}.txt").open("ab") as log:
             status = launcher.run_joined_ranks(
                 argv,
                 log,
-                threads=launcher.threads_each(call.processes // call.machines),
+                threads=launcher.threads_each(ranks),
                 on_cpu=LaunchConfig.read(call.config).on_cpu,
                 until=lambda: self.is_over(folder, call.attempt),
             )

@@ -2,12 +2,13 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from pipelines.runtime import fork_server
+from pipelines.runtime import fork_server, shared_imports
 from pipelines.runtime.forked_child import Child
 
 SESSION = "session"
@@ -38,12 +39,25 @@ def kill_leftovers(folder: Path) -> None:
     """Kill what an earlier run left running here, such as ranks whose launcher was killed."""
     session = _session_of(folder)
     leftovers = []
-    for process in psutil.process_iter(["cmdline"]):
-        arguments = process.info["cmdline"] or []
-        is_named = str(folder) in arguments and process.pid != os.getpid()
-        if is_named or (fork_server.__name__ in arguments and _is_in_session(process.pid, session)):
-            leftovers.append(process)
+    for process in running_processes():
+        with suppress(psutil.Error):  # it has ended, or belongs to another user
+            arguments = process.cmdline()
+            is_named = str(folder) in arguments and process.pid != os.getpid()
+            is_forked = fork_server.__name__ in arguments or shared_imports.__name__ in arguments
+            if is_named or (is_forked and _is_in_session(process.pid, session)):
+                leftovers.append(process)
     kill(leftovers)
+
+
+def running_processes() -> Iterator[psutil.Process]:
+    """Yield every process of this host.
+
+    `psutil.process_iter` would yield objects of its earlier calls, which refuse to kill a process
+    if the kernel has given it the id of one that has ended since.
+    """
+    for pid in psutil.pids():
+        with suppress(psutil.NoSuchProcess):
+            yield psutil.Process(pid)
 
 
 def record_session(folder: Path, pid: int) -> None:

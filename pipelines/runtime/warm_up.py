@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from pipelines.runtime.child import die_with_parent
 from pipelines.runtime.launcher import REPOSITORY, WITHOUT_GPUS
+from pipelines.runtime.processes import running_processes
 
 OPERATOR = "deepspeed_shm_comm"
 BUILD_LOCK = "lock"
@@ -84,7 +85,7 @@ def _is_compiled(root: Path) -> bool:
 
 def _is_being_built(folder: Path) -> bool:
     """Return whether a compiler works in a folder."""
-    for process in psutil.process_iter():
+    for process in running_processes():
         with suppress(psutil.Error):
             if Path(process.cwd()) == folder.resolve():
                 return True

@@ -98,9 +98,7 @@ def build_engine(
     hardware: Hardware,
     cache: VerificationCache,
 ) -> tuple[Engine, TrainingFacts]:
-    """Choose reader and optimizer; return the engine, and these choices for the result.
-
-    A collective: every rank calls it.
+    """Choose reader and optimizer; return engine and choices. A collective of all ranks.
 
     Args:
         run: the data of this rank, and the settings of a step.

@@ -202,7 +202,8 @@ def test_a_group_column_is_used_only_if_it_is_named(
     prepared: Prepare, write_rows: Callable[..., Path], data_settings: Maker
 ) -> None:
     rows = [
-        {"prompt": f"Write red {i}.", "completion": "red", "group": str(i % 10)} for i in range(60)
+        {"prompt": f"Write red {i}.", "completion": "red", "group": group}
+        for i, group in enumerate([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, *map(float, range(10))] * 3)
     ]
     path = write_rows(rows)
     metrics, _ = prepared(data_settings(path))

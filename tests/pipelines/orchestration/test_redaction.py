@@ -120,5 +120,5 @@ def test_a_failed_message_names_no_address() -> None:
         notify(hook.url.replace(SECRET_PATH, f":0{SECRET_PATH}"), "to an invalid address")
         notify("nowhere", "to no address")
     assert "(status 500)" in shown.get()
-    assert shown.get().count("LORA_NOTIFY_URL") == 3
+    assert shown.get().count("to the address for messages") == 3
     assert SECRET_PATH not in shown.get()

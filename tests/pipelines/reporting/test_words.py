@@ -132,3 +132,8 @@ def test_verified_readers_are_described(summary: Values) -> None:
     assert verified_rows(parsed(summary), "rank-4") == rows[1:]
     assert rows[-1][1].startswith("slow path (one example at a time) matches")
     assert rows[-1][1].endswith("; packs differ")
+    peft = {"name": "peft", "difference": 3e-7}
+    limits = {"library": "PEFT 1", "examples": 8, "noise_floor": 1e-7, "tolerance": 1e-5}
+    summary["forward"]["rank-4"]["served"] = {**limits, "formats": [peft]}
+    name, text = verified_rows(parsed(summary))[-1]
+    assert name == "rank-4, exports" and text.startswith("served = trained: PEFT 1 on 8 ")

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,12 +46,21 @@ def folder(tmp_path: Path) -> Path:
 def joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Serve a joining host; return its machine rank once for each training that it joined."""
     joined: list[str] = []
-    host = JoiningHost(1, tmp_path, lambda _: None)
+
+    @contextmanager
+    def hold(ranks: int) -> Iterator[None]:
+        held.append(ranks)
+        yield
+        held.pop()
+
+    held: list[int] = []
+    host = JoiningHost(1, tmp_path, lambda _: None, hold)
 
     def run_joined_ranks(
         argv: list[str], log: object, *, threads: int, on_cpu: bool, until: Callable[[], bool]
     ) -> int:
         assert on_cpu  # as the call's config requires
+        assert held == [1]  # of the two ranks, one is on this host
         joined.append(argv[argv.index("--machine_rank") + 1])
         while not until():
             time.sleep(0.01)

@@ -115,6 +115,7 @@ def test_only_the_adapter_is_stored(version: Registered) -> None:
         "adapter_config.json",
         "adapter_identity.json",
         "adapter_model.safetensors",
+        "bom.cdx.json",
     }
     values = yaml.safe_load((version.stored / "MLmodel").read_text())
     assert values["metadata"]["base"] == str(version.base)

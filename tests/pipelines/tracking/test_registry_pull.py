@@ -102,6 +102,7 @@ def test_folder_has_the_registered_files_and_a_lock(
         WEIGHTS,
         "adapter_config.json",
         "adapter_identity.json",
+        "bom.cdx.json",
         "evidence/items.json",
         "evidence/summary.json",
     }
