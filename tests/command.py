@@ -53,12 +53,17 @@ def _shared_imports_of_this_process(environment: dict[str, str]) -> str:
     """
     if not _sockets:
         _sockets.append(str(Path(tempfile.mkdtemp(prefix="lora-imports-")) / "socket"))
-        with patch.dict(os.environ, environment, clear=True):
-            of_stages = launcher._environment(1)
         stack = ExitStack()
+        of_stages = environment_of_stages(environment)
         stack.enter_context(shared_imports_at(Path(_sockets[0]), of_stages))
         atexit.register(stack.close)
     return _sockets[0]
+
+
+def environment_of_stages(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment that a run with the given one gives its stages."""
+    with patch.dict(os.environ, environment, clear=True):
+        return launcher._environment(1)
 
 
 @contextmanager

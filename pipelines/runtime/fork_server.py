@@ -33,7 +33,9 @@ from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
 REQUEST_BYTES = 1 << 20
 FILES = 2
 """Open files that come with a request: the log, and the pipe for the status."""
-UNRELATED = frozenset({PARENT, WORKER_INDEX, "OMP_NUM_THREADS", "PYTEST_CURRENT_TEST"})
+UNRELATED = frozenset(
+    {PARENT, WORKER_INDEX, "OMP_NUM_THREADS", "COLUMNS", "LINES", "PYTEST_CURRENT_TEST"}
+)
 """Environment variables that no library reads when it is imported: they may differ between the
 stages that a server forks."""
 OF_THE_RUN = ("LORA_", "MLFLOW_", "PREFECT_")

@@ -26,7 +26,11 @@ from pipelines.models.base_tokenizer import base_tokenizer
 BASE = "embedded:SmolLM2-135M-Instruct"
 QUICK_ROWS = (2_000,)
 ALL_ROWS = (10_000, 100_000, 1_000_000)
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.25
+"""Between two readings of the memory, which take time from the cores that prepare."""
+ROUNDS = 3
+"""How often sizes of up to SHORT_ROWS are prepared, which takes seconds; the medians count."""
+SHORT_ROWS = 10_000
 GIB = 1 << 30
 PROCESSES = (None, 2)
 """Numbers of processes with which TRL is tried."""
@@ -55,15 +59,30 @@ def speed_rows(sizes: Sequence[int], *, is_quick: bool) -> list[Row]:
                 file = Path(scratch) / f"{kind}-{size}.jsonl"
                 write_generated(file, kind, size)
                 task = PreparationTask(str(file), base.folder, "", kind == "conversations")
-                ours = _timed("ours", task)
-                theirs = {
-                    count: _timed("trl", replace(task, processes=count)) for count in processes
-                }
+                rounds = ROUNDS if size <= SHORT_ROWS and not is_quick else 1
+                ours, theirs = _medians(task, processes, rounds)
                 best = min(theirs, key=lambda count: theirs[count].time.seconds)
                 rows += _rows_of(f"{size:,} {kind}", ours, theirs[best], has_goal=not is_quick)
                 processes = (best,)  # larger sizes take minutes
                 file.unlink()
     return rows
+
+
+def _medians(
+    task: PreparationTask, processes: Sequence[int | None], rounds: int
+) -> tuple[Timed, dict[int | None, Timed]]:
+    """Time ours and TRL's with each number of processes in turn; return the medians by seconds."""
+    ours = list[Timed]()
+    theirs: dict[int | None, list[Timed]] = {count: [] for count in processes}
+    for _ in range(rounds):
+        ours.append(_timed("ours", task))
+        for count in processes:
+            theirs[count].append(_timed("trl", replace(task, processes=count)))
+    return _median(ours), {count: _median(times) for count, times in theirs.items()}
+
+
+def _median(times: list[Timed]) -> Timed:
+    return sorted(times, key=lambda timed: timed.time.seconds)[len(times) // 2]
 
 
 def _rows_of(what: str, ours: Timed, theirs: Timed, *, has_goal: bool) -> list[Row]:

@@ -111,6 +111,8 @@ def run_task() -> None:
     name, task_file, result_file = sys.argv[1:]
     disable_progress_bars()
     task = TypeAdapter(PreparationTask).validate_json(Path(task_file).read_text())
+    # The first tokenizer imports much of transformers, which a run has imported before its stages.
+    load_tokenizer(Path(task.base))
     write_json(Path(result_file), asdict(contestants[name](task)))
 
 

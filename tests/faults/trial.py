@@ -21,12 +21,14 @@ from typing import Any
 
 import psutil
 import yaml
+from command import environment_of_stages, shared_imports_at
 from distributed.trainings import Trainings, losses
 from distributed.two_hosts import RUN_TRAINING, pickled
 from prefect_host import LORA, PrefectHost, prefect_host
 from tiny import tiny_recipe
 
 from pipelines.config.sections import LaunchSection
+from pipelines.runtime import shared_imports
 from pipelines.runtime.heartbeats import read_heartbeats
 from pipelines.runtime.launcher import REPOSITORY
 from pipelines.runtime.stage import LOG, Stage
@@ -75,6 +77,8 @@ class Site:
 
     trainings: Trainings
     expected: Stage
+    environment: dict[str, str] = field(default_factory=dict)
+    """Of every trial."""
     _trials: int = 0
 
     _open: ExitStack = field(default_factory=ExitStack)
@@ -87,8 +91,11 @@ class Site:
         trainings = Trainings.prepare(root)
         site = cls(trainings, trainings.stage("LoRA", "undisturbed", 2, **QUICK))
         undisturbed = Trial(site, site.expected, root / "undisturbed", [])
-        assert undisturbed.start().wait() == 0, undisturbed.output()
-        with site._open:
+        imports = root / "imports"
+        of_stages = environment_of_stages(undisturbed.variables())
+        with site._open, shared_imports_at(imports, of_stages):
+            site.environment = {shared_imports.VARIABLE: str(imports)}
+            assert undisturbed.start().wait() == 0, undisturbed.output()
             yield site
 
     @property
@@ -151,24 +158,30 @@ class Trial:
         argv = self.argv or [sys.executable, str(RUN_TRAINING), str(file), *filter(None, [strike])]
         if self.argv and strike:
             argv = [sys.executable, str(STRUCK_RUN), strike, *self.argv[1:]]
-        clean = {name: value for name, value in os.environ.items() if name not in STATED}
-        own = {
-            "LORA_RUNS": str(self.runs),
-            "HF_HUB_OFFLINE": "1",
-            "COLUMNS": "300",
-            "PYTHONPATH": str(REPOSITORY),
-            "PYTHONUNBUFFERED": "1",
-        }
         with (self.runs / "output.txt").open("wb") as stream:
             self.process = subprocess.Popen(
                 [*prefix, *argv],
-                env={**clean, **own, **self.environment, **environment},
+                env={**self.variables(), **environment},
                 stdout=stream,
                 stderr=stream,
                 cwd=self.runs,
                 preexec_fn=accept_interrupts,
             )
         return self.process
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment of a run."""
+        clean = {name: value for name, value in os.environ.items() if name not in STATED}
+        return {
+            **clean,
+            "LORA_RUNS": str(self.runs),
+            "HF_HUB_OFFLINE": "1",
+            "COLUMNS": "300",
+            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONUNBUFFERED": "1",
+            **self.site.environment,
+            **self.environment,
+        }
 
     def send(self, one: signal.Signals, *, everything: bool = False) -> None:
         """Send a signal to the started process, or to each process of the trial."""
@@ -224,10 +237,19 @@ class Trial:
     def processes(self) -> list[psutil.Process]:
         """Return its processes that are alive."""
         return [
-            one
-            for one in psutil.process_iter()
-            if one.pid != os.getpid() and variable(one, "LORA_RUNS") == str(self.runs)
+            one for one in psutil.process_iter() if one.pid != os.getpid() and self._is_own(one)
         ]
+
+    def _is_own(self, process: psutil.Process) -> bool:
+        """Return whether a process has the run's environment, or writes to a log of the run.
+
+        A forked process shows the environment with which its server was started.
+        """
+        if variable(process, "LORA_RUNS") == str(self.runs):
+            return True
+        with suppress(OSError):
+            return Path(f"/proc/{process.pid}/fd/1").readlink().is_relative_to(self.runs)
+        return False
 
     def ranks(self) -> list[psutil.Process]:
         """Return the processes that train, by rank."""
