@@ -34,7 +34,7 @@ from pipelines.runtime.forked_child import Child, ForkServer, ForkServerError, s
 from pipelines.runtime.interfaces.kinds import KINDS, TRAIN, Inputs, Result
 from pipelines.runtime.monitor import POLL_SECONDS, StallMonitor, follow
 from pipelines.runtime.processes import GRACE_SECONDS, end, kill_leftovers, record_session
-from pipelines.runtime.stage import LOG, Stage
+from pipelines.runtime.stage import LOG, Stage, digest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "infra" / "accelerate"
@@ -53,6 +53,9 @@ SINGLE_HOST = ("--main_process_port", "0")
 ACCELERATE = "accelerate.commands.launch"
 LOCAL_RANKS = "pipelines.runtime.local_ranks"
 """Takes the arguments of accelerate's launcher, and forks the ranks. Imports torch."""
+
+EXTENSIONS = "TORCH_EXTENSIONS_DIR"
+"""PyTorch's variable for the folder of compiled operators."""
 
 QUANTIZATION = ("bitsandbytes", "transformers.integrations.bitsandbytes")
 """What a stage with a base in 4 bits imports."""
@@ -205,6 +208,19 @@ def threads_each(processes: int) -> int:
     return max(1, cores // processes)
 
 
+def extensions_folder() -> Path:
+    """Return where PyTorch compiles operators: a folder of this Python environment.
+
+    Two environments would compile them again in turn in a common folder, and replace the file of an
+    operator while a training of the other one uses it.
+    """
+    configured = os.environ.get(EXTENSIONS)
+    if configured:
+        return Path(configured)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "torch_extensions" / f"lora-{digest(sys.prefix)[:12]}"
+
+
 def end_all() -> None:
     """End every child that any thread of this process waits for."""
     for child in list(_running):
@@ -292,6 +308,7 @@ def _environment(threads: int, worker_index: int = 0) -> dict[str, str]:
         **os.environ,
         PARENT: str(os.getpid()),
         WORKER_INDEX: str(worker_index),
+        EXTENSIONS: str(extensions_folder()),
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",

@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from pipelines.runtime import launcher
 from pipelines.runtime.child import die_with_parent
-from pipelines.runtime.launcher import REPOSITORY, WITHOUT_GPUS
 from pipelines.runtime.processes import running_processes
 
 OPERATOR = "deepspeed_shm_comm"
@@ -29,7 +29,8 @@ OWN_LOCK = "lora-pipeline.lock"
 
 def main() -> None:
     """Compile for CPU launch configs, which a host with GPUs may use too."""
-    os.environ.update(WITHOUT_GPUS)
+    os.environ.update(launcher.WITHOUT_GPUS)
+    os.environ[launcher.EXTENSIONS] = str(launcher.extensions_folder())
     tools = str(Path(sys.executable).parent)  # ninja
     os.environ["PATH"] = os.pathsep.join([tools, os.environ.get("PATH", "")])
     from deepspeed.accelerator import get_accelerator
@@ -41,7 +42,7 @@ def main() -> None:
 
 def ensure_compiled() -> None:
     """Compile the operator in one process unless it is there; a failure is left to the ranks."""
-    root = _root()
+    root = launcher.extensions_folder()
     if _is_compiled(root):
         return
     root.mkdir(parents=True, exist_ok=True)
@@ -53,22 +54,13 @@ def ensure_compiled() -> None:
             return
         subprocess.run(
             [sys.executable, "-m", "pipelines.runtime.warm_up"],
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env={**os.environ, "PYTHONPATH": str(launcher.REPOSITORY)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             preexec_fn=die_with_parent,  # one system call, takes no lock
             check=False,
         )
-
-
-def _root() -> Path:
-    """Return the folder of PyTorch's builds."""
-    configured = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if configured:
-        return Path(configured)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "torch_extensions"
 
 
 def _build_folders(root: Path) -> list[Path]:
