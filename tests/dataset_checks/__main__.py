@@ -24,6 +24,7 @@ from dataset_checks.case_rows import (
     shipped_template_results,
 )
 from dataset_checks.preparation_speed import ALL_ROWS, QUICK_ROWS, speed_rows
+from dataset_checks.tool_speed import tool_speed_rows
 from lora_core.files import write_json
 
 RESULT = Path(__file__).resolve().parents[2] / "build" / "data.json"
@@ -44,11 +45,13 @@ def main() -> int:
     if sizes is None:
         sizes = QUICK_ROWS if options.quick else ALL_ROWS
     speed = speed_rows(sizes, is_quick=options.quick)
-    rows = [*result_rows(results), *wrong, *speed]
+    with_tools = tool_speed_rows()
+    rows = [*result_rows(results), *wrong, *speed, *with_tools]
     write_json(options.result, rows)
     show_list("Cases", wrong)
     _show_problems(results)
     show_grid("Preparation", speed)
+    show_list("Conversations with tools", with_tools)
     missed = [row["what"] for row in rows if row["holds"] is False]
     print(f"{len(results)} cases; goals missed: {', '.join(missed) or 'none'}")
     return 1 if missed else 0
