@@ -15,6 +15,7 @@ from prefect.blocks.system import Secret
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import emit_event
 from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_API_URL
 from pydantic import SecretStr
 
 from pipelines.config.alias_names import CHAMPION, PROPOSED
@@ -93,7 +94,9 @@ def store_address(recipe: str, url: str) -> None:
 
 
 def _stored_address(recipe: str) -> str:
-    """Return the stored address; empty without one, or if the server does not answer."""
+    """Return the stored address; empty without one, without a server, or if it does not answer."""
+    if PREFECT_API_URL.value() is None:
+        return ""
     try:
         return str(SECRET.load(_block_name(recipe), _sync=True).get())
     except (ValueError, httpx.HTTPError, PrefectException):

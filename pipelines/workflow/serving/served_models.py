@@ -217,11 +217,17 @@ class AliasWatcher:
         self._thread = threading.Thread(target=self._watch, name="aliases", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """End the thread; it may still wait for the registry."""
+    def close(self, seconds: float) -> None:
+        """End the thread; wait for it, in case it is loading a version.
+
+        Args:
+            seconds: to wait; a registry may not answer for longer.
+        """
         self._ended.set()
+        self._thread.join(seconds)
 
     def _watch(self) -> None:
         while not self._ended.wait(self._seconds):
             for reference in self._references:
-                self._catalog.follow(reference)
+                if not self._ended.is_set():
+                    self._catalog.follow(reference)

@@ -54,10 +54,10 @@ def serve(names: Sequence[str], options: ServeOptions, runs: Path) -> None:
         try:
             with suppress(KeyboardInterrupt):  # raised again after an orderly end
                 uvicorn.Server(config).run(sockets=[listener])
-            print_status("stopped")
         finally:
-            watcher.close()
+            watcher.close(SECONDS_TO_FINISH)
             catalog.engine.close()
+            print_status("stopped")
 
 
 def _listen(options: ServeOptions) -> socket.socket:

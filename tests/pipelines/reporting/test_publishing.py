@@ -1,10 +1,12 @@
 """Publishing reports the registered versions everywhere and survives a registry that fails."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, temporary_settings
 from rich.console import Console
 from rich.table import Table
 from summaries import Summary as Values
@@ -29,6 +31,13 @@ REGISTERED = Registered(
 )
 FLOW_RUN = "0198-flow"
 MESSAGE = "Registered in tiny-model: rank-16 as version 3; champion is version 3."
+
+
+@pytest.fixture(autouse=True)
+def no_events() -> Iterator[None]:
+    """Let Prefect send no event: with a key and no address, it starts no server of its own."""
+    with temporary_settings({PREFECT_API_URL: None, PREFECT_API_KEY: "unused"}):
+        yield
 
 
 class FakeRegistry:
