@@ -20,8 +20,8 @@ os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Start two workers for each core: tests with servers and processes wait most of their time."""
-    return min(MAX_WORKERS, 2 * len(os.sched_getaffinity(0)))
+    """Start three workers for two cores: tests with servers and processes often wait."""
+    return min(MAX_WORKERS, (3 * len(os.sched_getaffinity(0)) + 1) // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
