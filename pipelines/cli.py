@@ -25,7 +25,7 @@ from pipelines.errors import (
     no_space,
     without_credentials,
 )
-from pipelines.orchestration.deploy_options import DeployOptions, check_webhook
+from pipelines.orchestration.deploy_options import NOTIFY, DeployOptions, check_webhook
 from pipelines.paths import runs_root, tracking_account
 from pipelines.planning.cluster import Cluster
 from pipelines.workflow.adapter_commands import adapter
@@ -109,7 +109,7 @@ def run(
     load_recipe(recipe, ranks=rank)  # reject an invalid recipe before anything is started
     if notify:
         check_webhook(notify)
-        os.environ["LORA_NOTIFY_URL"] = notify
+        os.environ[NOTIFY] = notify
     prepare_prefect()
     from pipelines.orchestration.cancellation import mark_orphaned_runs_crashed
     from pipelines.orchestration.flow_log import log_for_pages_only

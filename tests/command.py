@@ -19,7 +19,6 @@ from pipelines.runtime import launcher, shared_imports
 from pipelines.runtime.child import die_with_parent
 
 LORA = [str(Path(sys.executable).parent / "lora")]
-_sockets: list[str] = []
 
 
 def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -34,7 +33,7 @@ def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.Compl
     for name in ("PREFECT_API_URL", "PREFECT_HOME", "MLFLOW_TRACKING_URI"):
         if name not in environment:
             env.pop(name, None)
-    env[shared_imports.VARIABLE] = _shared_imports_of_this_process(env)
+    env[shared_imports.VARIABLE] = SHARED.socket_for(env)
     return subprocess.run(
         [*LORA, *arguments],
         cwd=folder,
@@ -46,18 +45,28 @@ def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.Compl
     )
 
 
-def _shared_imports_of_this_process(environment: dict[str, str]) -> str:
-    """Return the socket of a process that the runs of all tests of this process share.
+class SharedImports:
+    """A process that the runs of all tests of this process share, from the first run on.
 
     A run whose environment differs from that of the first one starts its own fork server.
     """
-    if not _sockets:
-        _sockets.append(str(Path(tempfile.mkdtemp(prefix="lora-imports-")) / "socket"))
-        stack = ExitStack()
-        of_stages = environment_of_stages(environment)
-        stack.enter_context(shared_imports_at(Path(_sockets[0]), of_stages))
-        atexit.register(stack.close)
-    return _sockets[0]
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._socket: Path | None = None
+
+    def socket_for(self, environment: Mapping[str, str]) -> str:
+        """Return the socket; the first call starts the process for this environment."""
+        if self._socket is None:
+            folder = self._open.enter_context(tempfile.TemporaryDirectory())
+            self._socket = Path(folder) / "socket"
+            of_stages = environment_of_stages(environment)
+            self._open.enter_context(shared_imports_at(self._socket, of_stages))
+            atexit.register(self._open.close)
+        return str(self._socket)
+
+
+SHARED = SharedImports()
 
 
 def environment_of_stages(environment: Mapping[str, str]) -> dict[str, str]:

@@ -87,11 +87,11 @@ def _deploy(name: str, recipe: str, requested: Requested) -> str:
             recipe=name,
             removes_others=requested.removes_events,
         )
+    if not lines:
+        lines.append("nothing starts it: no schedule, no event")
     if requested.notify is not None:
         store_address(name, requested.notify)
         lines.append("messages are sent to the webhook" if requested.notify else "no messages")
-    if not lines:
-        lines.append("nothing starts it: no schedule, no event")
     if existing is not None and existing.paused:
         lines.append("the deployment stays paused; resume it on its page")
     done = "deployed" if existing is None else "redeployed"

@@ -9,6 +9,9 @@ import typer
 
 from pipelines.errors import PipelineError
 
+NOTIFY = "LORA_NOTIFY_URL"
+"""Environment variable with the address of an incoming webhook of Slack, or of one that takes the
+same JSON."""
 DATA_SLUG = "data"
 DATA_CHECK_SECONDS = 3600
 """Time between checks of the data if `--on-data` is given without a schedule."""

@@ -21,8 +21,10 @@ from pydantic import SecretStr
 from pipelines.config.alias_names import CHAMPION, PROPOSED
 from pipelines.config.recipe import load_recipe
 from pipelines.console import print_status
-from pipelines.errors import RecipeError, without_credentials
+from pipelines.errors import RecipeError, one_line, without_credentials
 from pipelines.orchestration.cancellation import interrupted_by_user
+from pipelines.orchestration.deploy_options import NOTIFY
+from pipelines.runtime.stage import digest
 
 if TYPE_CHECKING:
     from pipelines.comparison.document import Registered, Summary
@@ -31,13 +33,12 @@ CHAMPION_CHANGED = "lora.champion.changed"
 VERSION_PROPOSED = "lora.version.proposed"
 NOTHING_PASSED = "lora.nothing.passed"
 RUN_FAILED = "lora.run.failed"
-NOTIFY = "LORA_NOTIFY_URL"
-"""Environment variable with the address of an incoming webhook of Slack, or of one that takes the
-same JSON."""
 SECRET: Any = Secret[str]
 """Its methods also take `_sync`, which Prefect's types do not show."""
 SECONDS = 10
 MAX_TEXT = 1000
+DIGITS = 8
+"""Of the digest that tells apart recipes whose names differ in other characters only."""
 
 
 def announce_result(summary: "Summary", registered: "Registered") -> None:
@@ -94,19 +95,23 @@ def store_address(recipe: str, url: str) -> None:
 
 
 def _stored_address(recipe: str) -> str:
-    """Return the stored address; empty without one, without a server, or if it does not answer."""
+    """Return the stored address; empty if no server has one."""
     if PREFECT_API_URL.value() is None:
         return ""
     try:
         return str(SECRET.load(_block_name(recipe), _sync=True).get())
-    except (ValueError, httpx.HTTPError, PrefectException):
+    except ValueError:  # there is no such block
+        return ""
+    except (httpx.HTTPError, PrefectException) as error:
+        reason = one_line(error, with_type=False)
+        print_status(f"no message is sent: the Prefect server does not answer ({reason})", mark="…")
         return ""
 
 
 def _block_name(recipe: str) -> str:
-    """Return the name of a block, in which Prefect allows lowercase letters, digits and dashes."""
+    """Return the name of a recipe's block: Prefect allows lowercase letters, digits and dashes."""
     words = re.findall("[a-z0-9]+", recipe.lower())
-    return "-".join(["lora-notify", *words])
+    return "-".join(["lora-notify", *words, digest(recipe)[:DIGITS]])
 
 
 def notify(url: str, text: str) -> None:

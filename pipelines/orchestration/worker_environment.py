@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import without_credentials
+from pipelines.orchestration.deploy_options import NOTIFY
 from pipelines.paths import runs_root
 
 RUNS = "LORA_RUNS"
@@ -36,7 +37,7 @@ SECRETS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
-    "LORA_NOTIFY_URL",
+    NOTIFY,
 )
 """Variables that are never copied; the worker needs them in its own environment."""
 SQLITE = "sqlite:///"

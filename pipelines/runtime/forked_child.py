@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
+from pipelines.errors import PipelineError, one_line
 from pipelines.runtime import fork_server, shared_imports
 from pipelines.runtime.fork_server import UNRELATED, Request, relevant_variables
 from pipelines.runtime.shared_imports import ACCEPTED, Hello
@@ -228,17 +229,28 @@ class ForkServer:
 
 
 def _shared_server(hello: Hello, log: IO[bytes]) -> socket.socket | None:
-    """Return the socket of a server with shared imports; None if this run gets none."""
+    """Return the socket of a server with shared imports; None if this run gets none.
+
+    Raises:
+        PipelineError: LORA_SHARED_IMPORTS is set, and no process listens there.
+    """
     path = os.environ.get(shared_imports.VARIABLE)
     if not path:
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [log.fileno()]))]
-    with suppress(OSError):
+    try:
         connection.connect(path)
         connection.sendmsg([hello.model_dump_json().encode()], rights)
         if connection.recv(len(ACCEPTED)) == ACCEPTED:
             return connection
+    except OSError as error:
+        connection.close()
+        raise PipelineError(
+            f"{shared_imports.VARIABLE} is {path!r}, where no process listens "
+            f"({one_line(error, with_type=False)}); start `python -m {shared_imports.__name__} "
+            f"{path}`, or unset the variable"
+        ) from error
     connection.close()
     return None
 

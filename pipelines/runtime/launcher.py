@@ -31,7 +31,14 @@ from pipelines.errors import (
 )
 from pipelines.runtime.child import PARENT, WORKER_INDEX, die_with_parent
 from pipelines.runtime.forked_child import Child, ForkServer, ForkServerError, sees_gpu
-from pipelines.runtime.interfaces.kinds import KINDS, TRAIN, Inputs, Result
+from pipelines.runtime.interfaces.kinds import (
+    KINDS,
+    LOCAL_RANKS,
+    QUANTIZATION,
+    TRAIN,
+    Inputs,
+    Result,
+)
 from pipelines.runtime.monitor import POLL_SECONDS, StallMonitor, follow
 from pipelines.runtime.processes import GRACE_SECONDS, end, kill_leftovers, record_session
 from pipelines.runtime.stage import LOG, Stage, digest
@@ -51,14 +58,8 @@ SINGLE_HOST = ("--main_process_port", "0")
 """Arguments of accelerate's launcher if one host trains: any free port."""
 
 ACCELERATE = "accelerate.commands.launch"
-LOCAL_RANKS = "pipelines.runtime.local_ranks"
-"""Takes the arguments of accelerate's launcher, and forks the ranks. Imports torch."""
-
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"
 """PyTorch's variable for the folder of compiled operators."""
-
-QUANTIZATION = ("bitsandbytes", "transformers.integrations.bitsandbytes")
-"""What a stage with a base in 4 bits imports."""
 
 _running: set[Child] = set()
 """Running children of all threads: an interrupted run ends those that other threads wait for."""

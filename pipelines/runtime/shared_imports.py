@@ -8,8 +8,8 @@ has imported them. This pays off for many short runs on a host, such as those of
 
     run ── Hello, log ──▶ this process ── fork ──▶ fork server ── fork ──▶ stage
 
-Who can write to the socket can run code as its owner, so only the owner can. A run that has another
-environment than this process starts a server of its own.
+Whoever can write to the socket can run code as its owner, so only the owner can. A run that has
+another environment than this process, or sees a GPU, starts a server of its own.
 """
 
 import os
@@ -28,7 +28,7 @@ from pipelines.runtime.fork_server import (
     receive,
     relevant_variables,
 )
-from pipelines.runtime.interfaces.kinds import KINDS
+from pipelines.runtime.interfaces.kinds import KINDS, LOCAL_RANKS, QUANTIZATION
 
 VARIABLE = "LORA_SHARED_IMPORTS"
 """Names the socket; a path of at most 107 bytes, the limit of the kernel."""
@@ -36,12 +36,6 @@ ACCEPTED = b"forked"
 WAITING = 64
 OWNER_ONLY = 0o077
 """Mask of the permissions of the socket."""
-LIBRARIES = (
-    "pipelines.runtime.local_ranks",
-    "bitsandbytes",
-    "transformers.integrations.bitsandbytes",
-)
-"""What no kind of stage names."""
 
 
 class Hello(BaseModel):
@@ -66,7 +60,7 @@ def listen(path: Path) -> socket.socket | None:
     os.umask(mask)
     for kind in KINDS.values():
         import_all((kind.module, *kind.libraries))
-    import_all(LIBRARIES)
+    import_all((LOCAL_RANKS, *QUANTIZATION))
     own = relevant_variables(_given_environment())
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
     listener.listen(WAITING)

@@ -153,9 +153,6 @@ def _verdict(summary: Summary, label: str) -> str:
         lines.append(f"- {rule.name}: **{rule.status}** – {rule.reason}")
     if not verdict.rules:
         lines.append(verdict.reason)
-    checks = summary.forward.get(label)
-    if checks is not None and checks.served is not None:
-        lines.append(f"\nExports: {checks.served}.")
     return "\n".join(lines)
 
 

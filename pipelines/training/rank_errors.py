@@ -66,7 +66,7 @@ def name_lost_rank(ranks: RankHosts, timer: PhaseTimer) -> Iterator[None]:
 
 
 @contextmanager
-def lost_contact_named() -> Iterator[None]:
+def name_lost_contact() -> Iterator[None]:
     """Turn a backend's error outside of the steps into one that is known as a consequence.
 
     What another rank records about its own end is then kept as the cause.

@@ -59,7 +59,7 @@ from pipelines.training.output import (
     write_trained,
 )
 from pipelines.training.phase_timer import PhaseTimer, clock_of
-from pipelines.training.rank_errors import gather_hostnames, lost_contact_named, name_lost_rank
+from pipelines.training.rank_errors import gather_hostnames, name_lost_contact, name_lost_rank
 from pipelines.training.run import Run, prepare_run
 from pipelines.training.step import name_memory_limit, train_step
 from pipelines.training.verification import announce
@@ -266,7 +266,7 @@ def _save_checkpoint(training: Training, step: int) -> None:
 def main(folder: Path) -> None:
     """Train in this child process; an error is recorded for the parent."""
     die_with_parent()
-    with errors_recorded(folder), lost_contact_named():
+    with errors_recorded(folder), name_lost_contact():
         train(folder)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -181,3 +181,11 @@ def test_a_full_disk_is_one_sentence_and_keeps_finished_stages(
         refused(ended, "no space left")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_an_address_that_is_none_is_refused_and_not_repeated(
+    tmp_path: Path, recipe: dict[str, Any]
+) -> None:
+    ended = lora(tmp_path, "run", write(tmp_path, recipe), "--notify", "hooks.example/planted")
+    refused(ended, "--notify", "https://")
+    assert "planted" not in ended.stdout + ended.stderr

@@ -32,6 +32,11 @@ class StageKind(Generic[Inputs, Result]):
 
 
 MODELS = "transformers.modeling_utils"
+QUANTIZATION = ("bitsandbytes", "transformers.integrations.bitsandbytes")
+"""What a stage with a base in 4 bits imports."""
+LOCAL_RANKS = "pipelines.runtime.local_ranks"
+"""Takes the arguments of accelerate's launcher, and forks the ranks of a training. Imports
+torch."""
 METRICS = ("sacrebleu", "rouge_score.rouge_scorer")
 BASE = StageKind(
     "base", "pipelines.models.base_model", 5, inputs.BaseInputs, results.BaseResult, (MODELS,)

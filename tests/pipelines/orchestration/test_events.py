@@ -5,14 +5,20 @@ from pathlib import Path
 
 import pytest
 from command import shared_prefect_server
-from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_KEY,
+    PREFECT_API_URL,
+    PREFECT_CLIENT_MAX_RETRIES,
+    temporary_settings,
+)
 from summaries import build, parsed
 from webhook import SECRET_PATH, Webhook, webhook
 
 from pipelines.comparison.document import Registered
+from pipelines.console import console
 from pipelines.errors import PipelineError
 from pipelines.orchestration.deploy_options import DeployOptions
-from pipelines.orchestration.events import NOTIFY, announce_result, store_address
+from pipelines.orchestration.events import NOTIFY, _stored_address, announce_result, store_address
 
 
 @pytest.fixture
@@ -80,7 +86,9 @@ def test_a_deployed_address_gets_the_messages(
         summary = parsed(build(tmp_path))
         announce_result(summary, registered(champion=3))
         assert chat.texts == []
+        store_address(summary.name.replace("_", "."), "https://hooks.example")
         store_address(summary.name, chat.url)
+        store_address(summary.name.upper(), "https://hooks.example")
         announce_result(summary, registered(champion=3))
         assert len(chat.texts) == 1
         files = [path.read_bytes() for path in home.rglob("*") if path.is_file()]
@@ -88,6 +96,16 @@ def test_a_deployed_address_gets_the_messages(
         store_address(summary.name, "")
         announce_result(summary, registered(champion=3))
         assert len(chat.texts) == 1
+
+
+def test_a_server_that_is_away_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(NOTIFY, raising=False)
+    away = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings(away), console.capture() as shown:
+        assert _stored_address("tickets") == ""
+    assert "no message is sent: the Prefect server does not answer" in shown.get()
 
 
 @pytest.mark.parametrize("url", ["hooks.example", "ftp://host/x", "https:///x"])

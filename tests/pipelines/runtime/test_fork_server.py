@@ -13,6 +13,7 @@ import psutil
 import pytest
 from command import shared_imports_at
 
+from pipelines.errors import PipelineError
 from pipelines.runtime import shared_imports
 from pipelines.runtime.fork_server import Request
 from pipelines.runtime.forked_child import ForkedChild, ForkServer, ForkServerError, sees_gpu
@@ -155,6 +156,18 @@ def test_shared_imports_are_used(start: Start, server: ForkServer) -> None:
     command = psutil.Process(child.pid).cmdline()
     is_shared = shared_imports.VARIABLE in os.environ
     assert (shared_imports.__name__ in command) == is_shared
+
+
+def test_a_socket_on_which_nothing_listens_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(shared_imports.VARIABLE, str(folder / "nowhere"))
+    with (
+        pytest.raises(PipelineError, match=r"nowhere', where no process listens .* or unset"),
+        (folder / "log.txt").open("wb") as log,
+    ):
+        argv = [sys.executable, "-m", "probe", "sleep"]
+        ForkServer(["probe"]).start(argv, environment=os.environ, threads=1, log=log)
 
 
 def test_children_end_with_the_server(start: Start, server: ForkServer) -> None:

@@ -58,10 +58,10 @@ def argv_of(module: str, config: str, script: Path, *arguments: str) -> list[str
     return [sys.executable, "-m", module, *argv[3:last], str(script), *arguments]
 
 
-def variables_of(argv: list[str], folder: Path) -> list[dict[str, str]]:
-    """Run a report; return the environment of each rank."""
+def variables_of(argv: list[str], folder: Path, given: dict[str, str]) -> list[dict[str, str]]:
+    """Run a report in a given environment; return that of each rank."""
     folder.mkdir()
-    subprocess.run([*argv, str(folder)], check=True, timeout=300, env=environment())
+    subprocess.run([*argv, str(folder)], check=True, timeout=300, env=given)
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
@@ -74,8 +74,10 @@ def environment() -> dict[str, str]:
 def test_ranks_have_the_environment_of_accelerates_launcher(config: str, tmp_path: Path) -> None:
     script = tmp_path / "report.py"
     script.write_text(REPORT)
-    expected = variables_of(argv_of(launcher.ACCELERATE, config, script), tmp_path / "accelerate")
-    ours = variables_of(argv_of(launcher.LOCAL_RANKS, config, script), tmp_path / "forked")
+    given = environment()  # once: a library of another test may add a variable at any time
+    theirs = argv_of(launcher.ACCELERATE, config, script)
+    expected = variables_of(theirs, tmp_path / "accelerate", given)
+    ours = variables_of(argv_of(launcher.LOCAL_RANKS, config, script), tmp_path / "forked", given)
     assert len(ours) == len(expected) == (1 if config == "cpu_single" else 2)
     for one, other in zip(ours, expected, strict=True):
         different = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.runtime import warm_up
+from pipelines.runtime import launcher, warm_up
 
 
 @pytest.fixture
@@ -31,3 +31,17 @@ def test_the_mark_of_a_running_build_is_kept(built: Path) -> None:
         assert warm_up._is_being_built(built)
         compiler.communicate()
     assert not warm_up._is_being_built(built)
+
+
+def test_each_python_environment_has_a_folder_unless_one_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(launcher.EXTENSIONS, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    own = launcher.extensions_folder()
+    assert own.parent == tmp_path / "torch_extensions"
+    assert launcher._environment(1)[launcher.EXTENSIONS] == str(own)
+    monkeypatch.setattr(sys, "prefix", "/opt/other")
+    assert launcher.extensions_folder() != own
+    monkeypatch.setenv(launcher.EXTENSIONS, str(tmp_path / "chosen"))
+    assert launcher.extensions_folder() == tmp_path / "chosen"

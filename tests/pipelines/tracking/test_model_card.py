@@ -106,14 +106,14 @@ def test_every_metric_has_intervals(summary: Summary) -> None:
 
 
 def test_exports_that_were_scored_again_are_named(summary: Summary) -> None:
-    assert "Exports" not in read(summary, "rank-4").text
+    assert "Verified, exports" not in read(summary, "rank-4").text
     formats = [{"name": "peft", "difference": 3e-7}, {"name": "vllm", "reason": "too large"}]
     served = {"library": "PEFT 1", "examples": 8, "noise_floor": 2e-7, "tolerance": 1e-4}
     checks = {"training": None, "scoring": None, "served": {**served, "formats": formats}}
     summary["forward"]["rank-4"] = checks
     expected = (
-        "Exports: served = trained: PEFT 1 on 8 held-out examples: peft 3e-07 nats per token, "
-        "vllm not scored (too large); noise floor 2e-07."
+        "- Verified, exports: served = trained: PEFT 1 on 8 held-out examples: peft 3e-07 nats per "
+        "token, vllm not scored (too large); noise floor 2e-07"
     )
     assert expected in read(summary, "rank-4").text
 

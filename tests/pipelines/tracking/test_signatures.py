@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from consistent_comparison import consistent
 from cyclonedx.schema import SchemaVersion
 from cyclonedx.validation.json import JsonStrictValidator
 from registered import configure_store, register
+from typer.testing import CliRunner
 
 mlflow = pytest.importorskip("mlflow")
 from lora_core.files import sha256_of_file  # noqa: E402
+from pipelines.cli import app  # noqa: E402
 from pipelines.errors import RegistryError  # noqa: E402
 from pipelines.tracking import decisions  # noqa: E402
 from pipelines.tracking.bill_of_materials import (  # noqa: E402
@@ -151,3 +154,22 @@ def test_the_bill_of_materials_is_valid_and_names_base_data_and_files(
     assert base["properties"] == [{"name": "lora:fingerprint:dense", "value": "34" * 32}]
     assert data["version"] == "56" * 32
     assert {one["name"] for one in files} == {"adapter_model.safetensors", "adapter_identity.json"}
+
+
+def test_the_commands_sign_and_verify(
+    registered: Path, keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_RUNS", str(registered))
+
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(app, ["registry", *words, "--json"])
+
+    private, public = map(str, keys)
+    done = run("sign", f"{NAME}@champion", "--key", private)
+    assert json.loads(done.output)["files"] == 3
+    verified = run("verify", f"{NAME}@champion", "--public-key", public)
+    assert verified.exit_code == 0
+    checks = {one["name"]: one["problems"] for one in json.loads(verified.output)["checks"]}
+    assert checks["signature"] == []
+    _, other = key_pair(tmp_path, "other")
+    assert run("verify", f"{NAME}@champion", "--public-key", str(other)).exit_code == 2
