@@ -42,6 +42,7 @@ class _Constants:
     """The inputs of the product that get no gradient."""
 
     base: BaseWeight
+    dtype: torch.dtype
     bias: Tensor | None
     scale: float
     keep: Tensor | None
@@ -56,24 +57,27 @@ def lora_linear(
     bias: Tensor | None,
     update: ScaledFactors,
     dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return x W0ᵀ + bias + s · dropout(x) Aᵀ Bᵀ.
 
     Args:
-        x: (…, I), in the dtype of the computation; under autocast in any dtype.
+        x: (…, I), in any dtype; several layers with the same input save one tensor.
         base: the frozen weight, (O, I).
         bias: (O,) or None; frozen.
         update: A, B and the scale s.
         dropout: probability of dropping an input of A; 0 outside training.
+        dtype: of the product; the default is x's. Autocast takes precedence.
     """
+    dtype = x.dtype if dtype is None else dtype
     if torch._C._are_functorch_transforms_active():
-        return add_update(base.linear(x, bias), x, update, dropout=dropout)
+        return add_update(base.linear(x.to(dtype), bias), x, update, dropout=dropout)
     keep = None
     if dropout > 0:
         # Drawn as booleans: x's dtype would round the probability.
         keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout)
     a, b, scale = update
-    constants = _Constants(base, bias, scale, keep, dropout)
+    constants = _Constants(base, dtype, bias, scale, keep, dropout)
     result: Tensor = _LoraLinear.apply(x, a, b, constants)  # type: ignore[no-untyped-call]
     return result
 
@@ -119,7 +123,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx.base = constants.base
         ctx.scale = constants.scale
         ctx.dropout = dropout
-        y: Tensor = constants.base.linear(x, constants.bias)
+        y: Tensor = constants.base.linear(x.to(constants.dtype), constants.bias)
         with without_autocast(x):
             x_NI = _rows(_dropped(x.to(y.dtype), keep, dropout))
             down_NR = x_NI @ a.to(y.dtype).T

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_core.errors import LoraError
+from lora_core.layers.functional import without_autocast
 
 WITHOUT_EFFECT = frozenset(
     {"sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"}
@@ -93,7 +94,25 @@ def _plain(
     mask: Tensor | None,
     options: AttentionOptions,
 ) -> Tensor:
-    """Attend with the fastest kernel that PyTorch has for the mask."""
+    """Attend with the fastest kernel that PyTorch has for the mask.
+
+    On a CPU that is the one in float32, because the backward pass of the one in 16 bits is slow.
+    Autocast would choose the latter.
+    """
+    if q.device.type != "cpu":
+        return _scaled_dot_product(q, k, v, mask, options)
+    with without_autocast(q):
+        output = _scaled_dot_product(_wide(q), _wide(k), _wide(v), mask, options)
+    return output.to(v.dtype)
+
+
+def _scaled_dot_product(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: AttentionOptions,
+) -> Tensor:
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -104,6 +123,11 @@ def _plain(
         scale=options.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return a tensor in at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _with_sinks(

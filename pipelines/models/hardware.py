@@ -37,7 +37,7 @@ class Hardware:
     device: str
     """Torch device of this process, such as cpu or cuda:1."""
     dtype: torch.dtype
-    """Dtype of the computation."""
+    """Dtype of products with weights; on a GPU also of all else."""
     backend: str
     """Collective library of torch.distributed."""
     gpu_bytes: int = 0
@@ -47,6 +47,19 @@ class Hardware:
     def name(self) -> str:
         """The name of the device in reports."""
         return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "CPU"
+
+    @property
+    def states(self) -> torch.dtype:
+        """Dtype of weights that are not quantized, of norms, attention and loss.
+
+        On a CPU only products with weights gain from 16 bits.
+        """
+        return torch.float32 if self.device == "cpu" else self.dtype
+
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """Dtype of products if it is not that of the states, so that autocast chooses it."""
+        return None if self.dtype is self.states else self.dtype
 
     @property
     def dtype_name(self) -> str:
@@ -166,7 +179,7 @@ def attention_kernel(hardware: Hardware, shape: AttentionShape | None) -> str:
     """
     if shape is None:
         return "no"
-    empty = partial(torch.empty, dtype=hardware.dtype, device=hardware.device)
+    empty = partial(torch.empty, dtype=hardware.states, device=hardware.device)
     query = empty(1, shape.heads, 2, shape.size)
     key = empty(1, shape.key_heads, 2, shape.size)
     is_shared = shape.heads != shape.key_heads

@@ -40,7 +40,7 @@ def load_model(
     quiet()
     check_supported(AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code))
     options: dict[str, Any] = {
-        "dtype": torch.float32 if masters else hardware.dtype,
+        "dtype": torch.float32 if masters else hardware.states,
         "device_map": {"": hardware.device},
         "attn_implementation": EAGER,
     }

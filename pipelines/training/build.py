@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, trained_weights
 from lora_core.config import DATA_DRIVEN_INITS
+from lora_core.layers.linear import keep_product_dtype
 from lora_core.modules import modules_outside_language_model
 from lora_core.training.optim import loraplus_groups
 from pipelines.models.forward import PackReader
@@ -23,6 +24,7 @@ from pipelines.training.checkpoint import WEIGHTS, LoadedCheckpoint
 from pipelines.training.checkpoint_state import load_trained_weights
 from pipelines.training.engine import Engine, disable_zero_init, is_deepspeed, prepare
 from pipelines.training.initialization import inject_initialized
+from pipelines.training.objective import Objective
 from pipelines.training.optimizers import select_optimizer
 from pipelines.training.run import Run
 from pipelines.training.verification import verify_reader
@@ -115,9 +117,12 @@ def build_engine(
     weights = trained_weights(model)
     if options.gradient_checkpointing:
         enable_checkpointing(model)
+    if hardware.product_dtype is not None:
+        keep_product_dtype(model)
     reader, verified = verify_reader(run, model, inputs, hardware.dtype, cache)
     optimizer = _choose_optimizer(run, model, inputs, options, hardware)
-    engine = _engine(run, reader, inputs, optimizer)
+    objective = Objective(model, reader, products=hardware.product_dtype)
+    engine = _engine(run, objective, inputs, optimizer)
     engine.limit_waiting(options.timeout_seconds)
     attention = _attention(reader, model, hardware)
     return engine, TrainingFacts(
@@ -149,11 +154,11 @@ def _choose_optimizer(
     )
 
 
-def _engine(run: Run, reader: PackReader, inputs: TrainInputs, optimizer: Optimizer) -> Engine:
+def _engine(run: Run, objective: Objective, inputs: TrainInputs, optimizer: Optimizer) -> Engine:
     return prepare(
         run.accelerator,
-        reader,
-        parameter_groups(reader.model, inputs),
+        objective,
+        parameter_groups(objective.model, inputs),
         optimizer=optimizer,
         max_grad_norm=run.max_grad_norm,
         timer=run.timer,

@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import PipelineError
-from pipelines.models.forward import PackReader
 from pipelines.models.hardware import Hardware, Optimizer
 from pipelines.runtime.heartbeats import COMMUNICATION
 from pipelines.runtime.interfaces.inputs import TrainOptions
@@ -179,8 +178,9 @@ def start(seed: int, options: TrainOptions, hardware: Hardware, *, full: bool) -
     """Join the process group and check it against the recipe's launch.
 
     Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of
-    the data. Float32 master weights are computed under autocast. Adapters choose their dtypes
-    themselves, over a base that computes as it does in scoring.
+    the data. On a GPU, float32 master weights are computed under autocast. Adapters choose their
+    dtypes themselves, over a base that computes as it does in scoring. On a CPU, the objective
+    itself computes under autocast, see `Objective`.
 
     Args:
         seed: of the recipe; each rank adds its own number.
@@ -225,7 +225,7 @@ def _check_gpu(options: TrainOptions, hardware: Hardware) -> None:
 
 def prepare(
     accelerator: Accelerator,
-    reader: PackReader,
+    objective: Objective,
     groups: list[dict[str, Any]],
     *,
     optimizer: Optimizer,
@@ -236,7 +236,7 @@ def prepare(
 
     Args:
         accelerator: see `start`.
-        reader: of a model that is frozen except for the trained weights.
+        objective: of a model that is frozen except for the trained weights.
         groups: what AdamW trains, each with its peak learning rate.
         optimizer: see `pipelines.models.hardware.choose_optimizer`.
         max_grad_norm: gradients are clipped to this norm.
@@ -247,6 +247,7 @@ def prepare(
             different number of times.
     """
     stage = zero_stage(accelerator)
+    reader = objective.reader
     if stage == 3 and not reader.packed and accelerator.num_processes > 1:
         raise PipelineError(
             f"base model family {reader.model.config.model_type!r} is read one example at a time, "
@@ -255,7 +256,6 @@ def prepare(
         )
     if stage:
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
-    objective = Objective(reader.model, reader)
     adamw = build(optimizer, groups, has_masters=bool(stage))
     wrapped, prepared = accelerator.prepare(objective, adamw)
     time_gradient_averaging(wrapped, timer)
@@ -295,8 +295,10 @@ def is_deepspeed() -> bool:
 
 def _mixed_precision(hardware: Hardware, *, full: bool) -> str:
     """Return accelerate's name of the precision; in float16 it also scales adapters' loss."""
-    by_autocast = full or is_deepspeed() or hardware.dtype is torch.float16
-    return MIXED_PRECISION[hardware.dtype] if by_autocast else "no"
+    by_engine = full or is_deepspeed() or hardware.dtype is torch.float16
+    if hardware.product_dtype is not None or not by_engine:
+        return "no"
+    return MIXED_PRECISION[hardware.dtype]
 
 
 def _process_group(hardware: Hardware, seconds: int) -> InitProcessGroupKwargs:

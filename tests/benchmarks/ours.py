@@ -19,13 +19,20 @@ from transformers import PreTrainedModel
 
 from lora_core import Identity, save_adapter
 from lora_core.files import write_json
+from lora_core.layers.linear import keep_product_dtype
 from pipelines.data.batches import order
-from pipelines.models.forward import PackReader
-from pipelines.models.hardware import choose_optimizer, detect, peak_memory_bytes
+from pipelines.models.hardware import (
+    Hardware,
+    choose_optimizer,
+    detect,
+    detect_for_training,
+    peak_memory_bytes,
+)
 from pipelines.models.loading import load_model
 from pipelines.runtime.interfaces.inputs import StagePaths, TrainInputs, TrainOptions
 from pipelines.training.build import adapt, parameter_groups
 from pipelines.training.engine import prepare, start
+from pipelines.training.objective import Objective
 from pipelines.training.phase_timer import PhaseTimer, clock_of
 from pipelines.training.run import Run
 from pipelines.training.step import train_step
@@ -47,9 +54,9 @@ class Task:
         inputs = TrainInputs.model_validate(values["inputs"])
         return cls(inputs, StagePaths.model_validate(values["paths"]), values["steps"])
 
-    def model(self) -> PreTrainedModel:
+    def model(self, hardware: Hardware) -> PreTrainedModel:
         """Load the frozen base in NF4."""
-        return load_model(self.paths.required("base"), self.inputs.quantization, detect())
+        return load_model(self.paths.required("base"), self.inputs.quantization, hardware)
 
     def dataset(self) -> Dataset:
         """Return the training examples."""
@@ -90,11 +97,13 @@ Contestant = Callable[[Task], Record]
 
 def ours(task: Task) -> Record:
     """Train as pipelines.training does; the seed gives the adapter that `write_adapter` saved."""
-    hardware, record = detect(), Record()
+    hardware, record = detect_for_training(task.inputs.training.dtype), Record()
     options = TrainOptions(processes=1, device="cpu", timeout_seconds=600)
     accelerator = start(task.inputs.seed, options, hardware, full=False)
-    model, dataset, settings = task.model(), task.dataset(), task.inputs.training
+    model, dataset, settings = task.model(hardware), task.dataset(), task.inputs.training
     adapt(model, task.inputs, examples=(), base=task.paths.required("base"))
+    if hardware.product_dtype is not None:
+        keep_product_dtype(model)
     lengths, steps = [len(ids) for ids in dataset["input_ids"]], task.order(dataset)
     run = Run(
         accelerator,
@@ -109,7 +118,7 @@ def ours(task: Task) -> Record:
     optimizer = choose_optimizer(hardware, "whole", None)
     engine = prepare(
         accelerator,
-        PackReader.default(model),
+        Objective(model, products=hardware.product_dtype),
         parameter_groups(model, task.inputs),
         optimizer=optimizer,
         max_grad_norm=run.max_grad_norm,
@@ -123,7 +132,7 @@ def ours(task: Task) -> Record:
 
 def write_adapter(task: Task) -> Record:
     """Write the untrained adapter."""
-    model = task.model()
+    model = task.model(detect())
     config = adapt(model, task.inputs, examples=(), base=task.paths.required("base"))
     assert config is not None
     identity = Identity(base=str(task.paths.base))
