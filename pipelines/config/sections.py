@@ -176,9 +176,10 @@ class UpdateSettings(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients with a larger norm are clipped to it."""
     dtype: TrainingDtype = "auto"
-    """In which products are computed; the optimizer updates float32 weights in every case.
-    `auto` is bfloat16 on a GPU with units for it, and float32 on a CPU, which also scores models in
-    float32 in every case."""
+    """In which products with weights are computed; the optimizer updates float32 weights in every
+    case. `auto` is bfloat16 on a GPU with units for it, and on a CPU that multiplies faster in it,
+    which a measurement decides; else float32. A CPU computes attention, norms and loss in float32,
+    and scores models in float32 in every case."""
     evaluate_every: Count | None = None
     """Steps between two evaluations of the loss on the tuning examples, which is also evaluated
     after the last step. The weights with the lowest loss are saved instead of the last ones; by

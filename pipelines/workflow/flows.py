@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from uuid import UUID
@@ -59,6 +60,7 @@ from pipelines.workflow.run import PipelineRun, TrainedExperiment
 from pipelines.workflow.stages import EvaluateStage, PreparedData, Stages, group_by_base
 from pipelines.workflow.summary import RunResults, summarize
 from pipelines.workflow.training import train_control, train_one
+from pipelines.workflow.training_dtype import resolve_dtype
 
 Promote = Literal["as in the recipe", "auto", "propose"]
 AS_IN_RECIPE = "as in the recipe"
@@ -147,6 +149,7 @@ def compare_ranks(run: PipelineRun) -> Path:
     data_stage = run.stages.data(base)
     data = PreparedData(data_stage, run.run_stage(tasks.prepare_data, data_stage))
     settings = resolve_steps(settings, data.result.train_examples)
+    settings = resolve_dtype(settings, run.stages, partial(run.run_stage, tasks.measure_processor))
     run = replace(run, recipe=settings, stages=replace(run.stages, recipe=settings))
     check = run.run_stage(tasks.check_data, run.stages.check(base, data))
     warnings = data_warnings(data.result, check, settings.data)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +30,7 @@ from pipelines.runtime.interfaces.plan_result import (
 from pipelines.runtime.launcher import ensure_result
 from pipelines.runtime.sharding import check_forward_path, check_launch
 from pipelines.workflow.stages import PreparedData, Stages
+from pipelines.workflow.training_dtype import resolve_dtype
 
 MIN_LISTED_FRACTION = 0.001
 """Fraction of all weights above which a kind of weight has a separate line."""
@@ -48,6 +50,7 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     data_stage = stages.data(base)
     data = PreparedData(data_stage, ensure_result(data_stage, threads=1))
     recipe = resolve_steps(recipe, data.result.train_examples)
+    recipe = resolve_dtype(recipe, stages, partial(ensure_result, threads=1))
     stages = replace(stages, recipe=recipe)
     plan = ensure_result(stages.plan(base, data), threads=1)
     console.print(f"{base.id}: {base.forward}", highlight=False)

@@ -15,6 +15,7 @@ from pipelines.config.recipe import Recipe
 from pipelines.config.sections import LoraSettings, OptimizationSettings, SchedulingSettings
 from pipelines.errors import RecipeError
 from pipelines.models.base_model import files_digest, identify
+from pipelines.models.processor import identify_processor
 from pipelines.models.tokenizer_facts import TokenizerFacts
 from pipelines.paths import evaluation_files, folders
 from pipelines.runtime.interfaces.inputs import (
@@ -25,12 +26,23 @@ from pipelines.runtime.interfaces.inputs import (
     DataInputs,
     EvaluateInputs,
     PlanInputs,
+    ProcessorInputs,
     StagePaths,
     TrainInputs,
     TrainOptions,
     TuneInputs,
 )
-from pipelines.runtime.interfaces.kinds import BASE, CHECK, CUT, DATA, EVALUATE, PLAN, TRAIN, TUNE
+from pipelines.runtime.interfaces.kinds import (
+    BASE,
+    CHECK,
+    CUT,
+    DATA,
+    EVALUATE,
+    PLAN,
+    PROCESSOR,
+    TRAIN,
+    TUNE,
+)
 from pipelines.runtime.interfaces.plan_result import PlanResult
 from pipelines.runtime.interfaces.results import (
     BaseResult,
@@ -38,6 +50,7 @@ from pipelines.runtime.interfaces.results import (
     CutResult,
     DataResult,
     EvaluateResult,
+    ProcessorResult,
     TrainResult,
     TuneResult,
 )
@@ -49,6 +62,7 @@ from pipelines.workflow.named_sources import NamedSources
 RESCORED = 8
 """Held-out examples on which the exports of an adapter are scored again."""
 BaseStage = Stage[BaseInputs, BaseResult]
+ProcessorStage = Stage[ProcessorInputs, ProcessorResult]
 DataStage = Stage[DataInputs, DataResult]
 CheckStage = Stage[CheckInputs, CheckResult]
 PlanStage = Stage[PlanInputs, PlanResult]
@@ -81,6 +95,13 @@ class Stages:
         return base_stage(
             section.id, section.revision, self.root, trust_remote_code=section.trust_remote_code
         )
+
+    def processor(self) -> ProcessorStage | None:
+        """The speed of this host's CPU in bfloat16; None if it has no units for it."""
+        inputs = identify_processor()
+        if not inputs.units:
+            return None
+        return Stage(PROCESSOR, "-".join(inputs.units), inputs, self.root)
 
     def data(self, base: TokenizerFacts) -> DataStage:
         """The splits, tokenized for this base.

@@ -22,6 +22,7 @@ from pipelines.runtime.interfaces.results import (
     CutResult,
     DataResult,
     EvaluateResult,
+    ProcessorResult,
     TrainResult,
     TuneResult,
 )
@@ -33,6 +34,7 @@ from pipelines.workflow.stages import (
     DataStage,
     EvaluateStage,
     PlanStage,
+    ProcessorStage,
     TrainStage,
     TuneStage,
 )
@@ -53,6 +55,12 @@ CACHED: dict[str, Any] = {
 @task(name="prepare base model", **CACHED)
 def prepare_base(stage: BaseStage) -> BaseResult:
     """Convert the base to Hugging Face format and fingerprint it (pipelines.models.base_model)."""
+    return launcher.ensure_result(stage, threads=launcher.threads_each(1))
+
+
+@task(name="measure processor", **CACHED)
+def measure_processor(stage: ProcessorStage) -> ProcessorResult:
+    """Measure products in float32 and in bfloat16 (pipelines.models.processor)."""
     return launcher.ensure_result(stage, threads=launcher.threads_each(1))
 
 

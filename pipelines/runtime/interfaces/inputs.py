@@ -84,6 +84,17 @@ class BaseInputs(Values):
     base: BaseIdentity
 
 
+class ProcessorInputs(Values):
+    """Inputs of the measurement that chooses the dtype of a training on a CPU."""
+
+    model: str
+    """The processor's name."""
+    units: tuple[str, ...]
+    """Flags of its units for bfloat16."""
+    limits: dict[str, str] = Field(default_factory=dict)
+    """Environment variable → which units the user lets libraries use."""
+
+
 class DataInputs(Values):
     """Inputs of a data stage."""
 

@@ -41,6 +41,13 @@ METRICS = ("sacrebleu", "rouge_score.rouge_scorer")
 BASE = StageKind(
     "base", "pipelines.models.base_model", 5, inputs.BaseInputs, results.BaseResult, (MODELS,)
 )
+PROCESSOR = StageKind(
+    "processor",
+    "pipelines.models.processor",
+    1,
+    inputs.ProcessorInputs,
+    results.ProcessorResult,
+)
 DATA = StageKind(
     "data", "pipelines.data.preparation", 6, inputs.DataInputs, results.DataResult, (MODELS,)
 )
@@ -56,7 +63,7 @@ PLAN = StageKind("plan", "pipelines.planning.plan", 7, inputs.PlanInputs, PlanRe
 TRAIN = StageKind(
     "train",
     "pipelines.training.train",
-    6,
+    7,
     inputs.TrainInputs,
     results.TrainResult,
     (MODELS, "deepspeed"),
@@ -74,5 +81,5 @@ EVALUATE = StageKind(
     (MODELS, *METRICS),
 )
 KINDS: dict[str, StageKind[Any, Any]] = {
-    kind.name: kind for kind in (BASE, DATA, CHECK, PLAN, TRAIN, TUNE, CUT, EVALUATE)
+    kind.name: kind for kind in (BASE, PROCESSOR, DATA, CHECK, PLAN, TRAIN, TUNE, CUT, EVALUATE)
 }

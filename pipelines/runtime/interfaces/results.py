@@ -258,6 +258,18 @@ class HeldOutLosses(Values):
     """Tuning examples."""
 
 
+class ProcessorResult(StageResult):
+    """How fast a CPU multiplies matrices, in 10⁹ operations per second."""
+
+    float32_gflops: float
+    bfloat16_gflops: float
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast it multiplies in bfloat16."""
+        return self.bfloat16_gflops / self.float32_gflops
+
+
 class TrainingFacts(Values):
     """How a training is computed; known before its first step."""
 
