@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lora_core.errors import LoraError
 from lora_core.layers.functional import without_autocast
+from lora_core.training.short_attention import is_short, short_causal
 
 WITHOUT_EFFECT = frozenset(
     {"sliding_window", "position_ids", "use_cache", "cache_position", "is_causal"}
@@ -101,6 +102,8 @@ def _plain(
     """
     if q.device.type != "cpu":
         return _scaled_dot_product(q, k, v, mask, options)
+    if mask is None and options.dropout == 0 and is_short(q, v):
+        return short_causal(q, k, v, options.scaling)
     with without_autocast(q):
         output = _scaled_dot_product(_wide(q), _wide(k), _wide(v), mask, options)
     return output.to(v.dtype)

@@ -71,7 +71,7 @@ def verified_reader(
     started = time.perf_counter()
     tolerance = tolerance_of(dtype or model.dtype)
     in_training_mode = bool(trained) and not is_random_in_training(model)
-    with _evaluation_mode(model), _autocast(model, dtype):
+    with evaluation_mode(model), _autocast(model, dtype):
         reference = _Reference.of(model, probes, trained, tolerance)
         model.train(in_training_mode)
         with frozen_weights_unchanged(model) if in_training_mode else nullcontext():
@@ -308,8 +308,8 @@ def _autocast(model: PreTrainedModel, dtype: torch.dtype | None) -> Iterator[Non
 
 
 @contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Read without dropout, and restore the mode of the model afterwards."""
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Read without dropout inside a block, and restore the mode of the model afterwards."""
     training = model.training
     model.eval()
     try:

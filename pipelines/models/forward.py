@@ -7,6 +7,9 @@
 
 Both return the rows of the positions that predict: hidden states (N, D) if the head is a product in
 closed form, else the logits (N, V) as the model itself computes them.
+
+On a CPU, a training may compute the model's products with weights in 16 bits, under autocast. Then
+its states, its attention, its head and the loss stay in float32.
 """
 
 import inspect
@@ -81,6 +84,9 @@ class PackReader:
     """Several examples in one pass, or each by itself."""
     head: Head | None
     """In closed form; None if the model computes its own logits."""
+    products: torch.dtype | None = None
+    """Dtype of products with weights under autocast; None for that of the model, or of an autocast
+    around the call."""
 
     @classmethod
     def default(cls, model: PreTrainedModel) -> "PackReader":
@@ -110,6 +116,13 @@ class PackReader:
 
     def rows(self, pack: Pack) -> Tensor:
         """Return hidden states (N, D) or logits (N, V) of the positions of a pack that predict."""
+        if self.products is None:
+            return self._rows(pack)
+        with torch.autocast(pack.input_ids.device.type, self.products):
+            rows = self._rows(pack)
+        return rows.float()
+
+    def _rows(self, pack: Pack) -> Tensor:
         return self._packed(pack) if self.packed else self._one_by_one(pack)
 
     def loss(self, pack: Pack) -> Tensor:

@@ -17,6 +17,8 @@ class Tolerance:
 
 TOLERANCES = {torch.float32: Tolerance(1e-4, 1e-3)}
 IN_16_BITS = Tolerance(2e-2, 1e-1)
+PRODUCTS_IN_16_BITS = Tolerance(1e-1, 3e-1)
+"""Of products alone, next to float32, and of the gradient of all tensors together."""
 
 
 def tolerance_of(dtype: torch.dtype) -> Tolerance:

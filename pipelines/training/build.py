@@ -24,7 +24,6 @@ from pipelines.training.checkpoint import WEIGHTS, LoadedCheckpoint
 from pipelines.training.checkpoint_state import load_trained_weights
 from pipelines.training.engine import Engine, disable_zero_init, is_deepspeed, prepare
 from pipelines.training.initialization import inject_initialized
-from pipelines.training.objective import Objective
 from pipelines.training.optimizers import select_optimizer
 from pipelines.training.run import Run
 from pipelines.training.verification import verify_reader
@@ -119,10 +118,9 @@ def build_engine(
         enable_checkpointing(model)
     if hardware.product_dtype is not None:
         keep_product_dtype(model)
-    reader, verified = verify_reader(run, model, inputs, hardware.dtype, cache)
+    reader, verified = verify_reader(run, model, inputs, hardware, cache)
     optimizer = _choose_optimizer(run, model, inputs, options, hardware)
-    objective = Objective(model, reader, products=hardware.product_dtype)
-    engine = _engine(run, objective, inputs, optimizer)
+    engine = _engine(run, reader, inputs, optimizer)
     engine.limit_waiting(options.timeout_seconds)
     attention = _attention(reader, model, hardware)
     return engine, TrainingFacts(
@@ -154,11 +152,11 @@ def _choose_optimizer(
     )
 
 
-def _engine(run: Run, objective: Objective, inputs: TrainInputs, optimizer: Optimizer) -> Engine:
+def _engine(run: Run, reader: PackReader, inputs: TrainInputs, optimizer: Optimizer) -> Engine:
     return prepare(
         run.accelerator,
-        objective,
-        parameter_groups(objective.model, inputs),
+        reader,
+        parameter_groups(reader.model, inputs),
         optimizer=optimizer,
         max_grad_norm=run.max_grad_norm,
         timer=run.timer,

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipelines.errors import PipelineError
+from pipelines.models.forward import PackReader
 from pipelines.models.hardware import Hardware, Optimizer
 from pipelines.runtime.heartbeats import COMMUNICATION
 from pipelines.runtime.interfaces.inputs import TrainOptions
@@ -179,8 +180,8 @@ def start(seed: int, options: TrainOptions, hardware: Hardware, *, full: bool) -
 
     Naming the backend matters: without it, DeepSpeed on CPUs leaves every rank alone with all of
     the data. On a GPU, float32 master weights are computed under autocast. Adapters choose their
-    dtypes themselves, over a base that computes as it does in scoring. On a CPU, the objective
-    itself computes under autocast, see `Objective`.
+    dtypes themselves, over a base that computes as it does in scoring. On a CPU, the reader
+    itself uses autocast, see `PackReader`.
 
     Args:
         seed: of the recipe; each rank adds its own number.
@@ -225,7 +226,7 @@ def _check_gpu(options: TrainOptions, hardware: Hardware) -> None:
 
 def prepare(
     accelerator: Accelerator,
-    objective: Objective,
+    reader: PackReader,
     groups: list[dict[str, Any]],
     *,
     optimizer: Optimizer,
@@ -236,7 +237,7 @@ def prepare(
 
     Args:
         accelerator: see `start`.
-        objective: of a model that is frozen except for the trained weights.
+        reader: of a model that is frozen except for the trained weights.
         groups: what AdamW trains, each with its peak learning rate.
         optimizer: see `pipelines.models.hardware.choose_optimizer`.
         max_grad_norm: gradients are clipped to this norm.
@@ -247,7 +248,6 @@ def prepare(
             different number of times.
     """
     stage = zero_stage(accelerator)
-    reader = objective.reader
     if stage == 3 and not reader.packed and accelerator.num_processes > 1:
         raise PipelineError(
             f"base model family {reader.model.config.model_type!r} is read one example at a time, "
@@ -256,6 +256,7 @@ def prepare(
         )
     if stage:
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
+    objective = Objective(reader.model, reader)
     adamw = build(optimizer, groups, has_masters=bool(stage))
     wrapped, prepared = accelerator.prepare(objective, adamw)
     time_gradient_averaging(wrapped, timer)

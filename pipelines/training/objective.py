@@ -5,7 +5,6 @@ Engines hook into the modules that are called, so they must wrap the module that
 Shapes: states (N, D) of the positions that predict, weight (V, D), targets (N,).
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -18,24 +17,10 @@ from pipelines.models.packs import Pack
 class Objective(nn.Module):
     """A language model with its loss."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reader: PackReader | None = None,
-        *,
-        products: torch.dtype | None = None,
-    ) -> None:
-        """Wrap a model.
-
-        Args:
-            model: what is trained, in place.
-            reader: without one, the fastest that is not known to be wrong, unverified.
-            products: dtype of the model's products with weights, under autocast; the head and the
-                loss stay in the dtype of the weights. By default all of it has that dtype.
-        """
+    def __init__(self, model: PreTrainedModel, reader: PackReader | None = None) -> None:
+        """Wrap a model; without a reader, use the fastest one not known to be wrong, unverified."""
         super().__init__()
         self.model = model
-        self.products = products
         self.reader = PackReader.default(model) if reader is None else reader
         self.head = None if self.reader.head is None else LossHead(self.reader.head)
 
@@ -44,18 +29,11 @@ class Objective(nn.Module):
 
         The head sees the supervised positions only.
         """
-        rows = self._rows(part)
+        rows = self.reader.rows(part)
         if self.head is None:
             return F.cross_entropy(rows.float(), part.targets, reduction="sum")
         loss: Tensor = self.head(rows, part.targets)
         return loss
-
-    def _rows(self, part: Pack) -> Tensor:
-        if self.products is None:  # an autocast of the engine stays as it is
-            return self.reader.rows(part)
-        with torch.autocast(part.input_ids.device.type, self.products):
-            rows = self.reader.rows(part)
-        return rows.float()
 
 
 class LossHead(nn.Module):

@@ -1,10 +1,10 @@
 """Verify the forward pass on examples of the run before training, and report how it is computed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     broadcast_object_list,
@@ -17,8 +17,9 @@ from lora_core.usage import refuse_unused_layers
 from pipelines.errors import BaseModelError, PipelineError
 from pipelines.models.equivalence import combined, verified_reader
 from pipelines.models.forward import PackReader
-from pipelines.models.hardware import reset_peak_memory
+from pipelines.models.hardware import Hardware, reset_peak_memory
 from pipelines.models.measurement import Probe
+from pipelines.models.rounding import verified_with_products
 from pipelines.models.verification_cache import VerificationCache, training_key
 from pipelines.runtime.heartbeats import note
 from pipelines.runtime.interfaces.inputs import TrainInputs
@@ -33,7 +34,7 @@ def verify_reader(
     run: Run,
     model: PreTrainedModel,
     inputs: TrainInputs,
-    dtype: torch.dtype,
+    hardware: Hardware,
     cache: VerificationCache,
 ) -> tuple[PackReader, Verified]:
     """Choose how packs are read, and verify it against the model's own forward.
@@ -45,7 +46,7 @@ def verify_reader(
         run: has the examples, and the ranks that share them.
         model: as it will be trained.
         inputs: base, quantization and adapter, which the key of the cache has.
-        dtype: of the computation.
+        hardware: of this process, which chooses the dtypes.
         cache: of earlier verifications of the same kind.
 
     Raises:
@@ -55,10 +56,10 @@ def verify_reader(
     trained = _trained_by_name(model)
     with run.timer.phase("check"):
         probes = run.probes()
-        key = training_key(model, probes, trained, dtype=dtype, settings=_identity(inputs))
+        key = training_key(model, probes, trained, dtype=hardware.dtype, settings=_identity(inputs))
         # the first rank decides for all, so that no rank verifies alone
         (known,) = broadcast_object_list([cache.load(key, Verified)])
-        verified = known or _verify_together(run, model, probes, trained, dtype)
+        verified = known or _verify_together(run, model, probes, trained, hardware)
     run.timer.discard()  # the check belongs to no step
     reset_peak_memory()
     _prepare_ddp(run, verified)
@@ -66,7 +67,8 @@ def verify_reader(
         cache.save(key, verified.model_copy(update={"verified_by": cache.stage, "seconds": 0.0}))
     if inputs.adapter is not None:
         refuse_unused_layers(model, verified.without_gradient)
-    return PackReader.of(model, verified), verified
+    reader = replace(PackReader.of(model, verified), products=hardware.product_dtype)
+    return reader, verified
 
 
 def _prepare_ddp(run: Run, verified: Verified) -> None:
@@ -84,7 +86,7 @@ def _verify_together(
     model: PreTrainedModel,
     probes: Sequence[Probe],
     trained: Mapping[str, nn.Parameter],
-    dtype: torch.dtype,
+    hardware: Hardware,
 ) -> Verified:
     """Verify on probes that are divided among the ranks; a collective.
 
@@ -95,7 +97,7 @@ def _verify_together(
     own_probe = probes[run.accelerator.process_index % len(probes)]
     is_divided = run.accelerator.num_processes >= len(probes)
     for some in ([own_probe], probes) if is_divided else (probes,):
-        found = _gather_verified(model, some, trained, dtype)
+        found = _gather_verified(model, some, trained, hardware)
         ways = {(one.path, one.own_head) for one in found}
         if len(ways) == 1:
             return combined(found[: len(probes)] if some is not probes else found[:1])
@@ -108,7 +110,7 @@ def _gather_verified(
     model: PreTrainedModel,
     probes: Sequence[Probe],
     trained: Mapping[str, nn.Parameter],
-    dtype: torch.dtype,
+    hardware: Hardware,
 ) -> list[Verified]:
     """Verify on a rank's probes; return the results of all ranks.
 
@@ -117,7 +119,7 @@ def _gather_verified(
     """
     outcome: Verified | BaseModelError
     try:
-        _, outcome = verified_reader(model, probes, trained=trained, dtype=dtype)
+        outcome = _verified(model, probes, trained, hardware)
     except BaseModelError as error:
         outcome = error
     found = []
@@ -126,6 +128,19 @@ def _gather_verified(
             raise one
         found.append(one)
     return found
+
+
+def _verified(
+    model: PreTrainedModel,
+    probes: Sequence[Probe],
+    trained: Mapping[str, nn.Parameter],
+    hardware: Hardware,
+) -> Verified:
+    products = hardware.product_dtype
+    if products is not None:
+        return verified_with_products(model, probes, trained=trained, products=products)
+    _, verified = verified_reader(model, probes, trained=trained, dtype=hardware.dtype)
+    return verified
 
 
 def _identity(inputs: TrainInputs) -> dict[str, Any]:

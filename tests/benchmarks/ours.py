@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lora_core import Identity, save_adapter
 from lora_core.files import write_json
 from lora_core.layers.linear import keep_product_dtype
 from pipelines.data.batches import order
+from pipelines.models.forward import PackReader
 from pipelines.models.hardware import (
     Hardware,
     choose_optimizer,
@@ -32,7 +33,6 @@ from pipelines.models.loading import load_model
 from pipelines.runtime.interfaces.inputs import StagePaths, TrainInputs, TrainOptions
 from pipelines.training.build import adapt, parameter_groups
 from pipelines.training.engine import prepare, start
-from pipelines.training.objective import Objective
 from pipelines.training.phase_timer import PhaseTimer, clock_of
 from pipelines.training.run import Run
 from pipelines.training.step import train_step
@@ -118,7 +118,7 @@ def ours(task: Task) -> Record:
     optimizer = choose_optimizer(hardware, "whole", None)
     engine = prepare(
         accelerator,
-        Objective(model, products=hardware.product_dtype),
+        replace(PackReader.default(model), products=hardware.product_dtype),
         parameter_groups(model, task.inputs),
         optimizer=optimizer,
         max_grad_norm=run.max_grad_norm,

@@ -15,6 +15,15 @@ class StageResult(Values):
     """Duration of the stage's work; None for a training, which may have been resumed."""
 
 
+class Rounding(Values):
+    """How far products in 16 bits move a loss and a gradient from float32."""
+
+    loss: float
+    """Mean over the examples, nats per token."""
+    gradient: float
+    """Of all trained tensors together, relative to its norm."""
+
+
 class Verified(Values):
     """The reader that is used, and how well it agrees with the model's own forward; see
     `pipelines.models.equivalence`."""
@@ -33,6 +42,8 @@ class Verified(Values):
     """Largest of any tensor, relative to its norm; None if no gradient was compared."""
     loss_tolerance: float
     gradient_tolerance: float
+    rounding: Rounding | None = None
+    """Of products in 16 bits, if these are computed next to states in float32."""
     rejected: tuple[str, ...] = ()
     """Why faster readers are not used."""
     without_gradient: tuple[str, ...] = ()
@@ -56,6 +67,9 @@ class Verified(Values):
         text += f"{self.loss_difference:.0e} nats per token on {examples}"
         if self.gradient_difference is not None:
             text += f", gradients within {self.gradient_difference:.0e} of their norm"
+        if self.rounding is not None:
+            text += f"; products in 16 bits change the loss by {self.rounding.loss:.0e}"
+            text += f" and the gradient by {self.rounding.gradient:.0e}"
         if self.verified_by is not None:
             text += f", verified by the training of {self.verified_by}"
         return "; ".join([text, *self.rejected])

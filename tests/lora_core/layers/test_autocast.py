@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_core import LoraConfig, inject
 from lora_core.base.quant import DenseWeight, disable_cpu_repacking
 from lora_core.layers.functional import ScaledFactors, lora_linear
+from lora_core.layers.linear import keep_product_dtype
 
 IN, OUT, V = 64, 96, 101
 
@@ -107,6 +108,20 @@ def test_autocast_result_is_the_rounded_float32_result(
     assert (found[0] - reference[0]).abs().max() < 0.03 * reference[0].abs().max()
     for gradient, expected in zip(found[1:], reference[1:], strict=True):
         assert (gradient - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["nf4 in float32", "fp4 in bfloat16"])
+def test_a_training_may_keep_the_dtype_of_products(kind: str) -> None:
+    """The output of a 4-bit layer then has the values before the base's cast to float32."""
+    _, layer = built(LAYERS[kind])
+    add_noise(layer)
+    x = inputs(layer)
+    with autocast():
+        usual = layer(x)
+        keep_product_dtype(nn.ModuleList([layer]))
+        kept = layer(x)
+    assert (usual.dtype, kept.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(usual, kept.float())
 
 
 def results(layer: nn.Module, x: Tensor, context: AbstractContextManager[None]) -> list[Tensor]:
