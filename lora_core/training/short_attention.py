@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from lora_core.layers.functional import without_autocast
 
-MAX_TOKENS = 256
-"""Up to this length the probabilities of usual heads take less memory than a kernel saves."""
+MIN_TOKENS, MAX_TOKENS = 64, 256
+"""Below, PyTorch's kernel is as fast; above, it saves less than the probabilities take."""
 
 
 def is_short(q: Tensor, v: Tensor) -> bool:
@@ -31,7 +31,7 @@ def is_short(q: Tensor, v: Tensor) -> bool:
     return (
         q.device.type == "cpu"
         and v.dtype is torch.bfloat16
-        and q.shape[2] <= MAX_TOKENS
+        and MIN_TOKENS <= q.shape[2] <= MAX_TOKENS
         and not is_transformed
     )
 
@@ -78,7 +78,7 @@ class _ShortCausal(torch.autograd.Function):
             grad_v_KLV = torch.bmm(p_KRL.transpose(1, 2), grad_KRV)
             grad_p_KRL = torch.bmm(grad_KRV, v[0].transpose(1, 2))
             p_float = p_KRL.float()
-            weighted = p_float * grad_p_KRL
+            weighted = grad_p_KRL.float().mul_(p_float)  # a product of two dtypes is slow
             total_KR1 = weighted.sum(dim=2, keepdim=True)
             grad_s_KRL = weighted.addcmul_(p_float, total_KR1, value=-1).to(v.dtype)
             grad_q_KRE = torch.bmm(grad_s_KRL, k_KLE).mul_(ctx.scale)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lora_core.training import attention_kernels
 from lora_core.training.attention_kernels import AttentionOptions, kernel_for
-from lora_core.training.short_attention import MAX_TOKENS, is_short, short_causal
+from lora_core.training.short_attention import MAX_TOKENS, MIN_TOKENS, is_short, short_causal
 
 HEADS, KEYS, WIDTH, VALUES = 6, 2, 16, 24
 ROUNDOFF = 2**-9
@@ -80,9 +80,11 @@ def test_transposed_inputs_are_read_as_they_are() -> None:
     ("length", "dtype", "short"),
     [
         (MAX_TOKENS, torch.bfloat16, True),
+        (MIN_TOKENS, torch.bfloat16, True),
         (MAX_TOKENS + 1, torch.bfloat16, False),
-        (9, torch.float32, False),
-        (9, torch.float16, False),
+        (MIN_TOKENS - 1, torch.bfloat16, False),
+        (MAX_TOKENS, torch.float32, False),
+        (MAX_TOKENS, torch.float16, False),
     ],
 )
 def test_what_is_short(length: int, dtype: torch.dtype, short: bool) -> None:
@@ -102,8 +104,8 @@ def test_only_plain_causal_attention_uses_it(
         return short_causal(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(attention_kernels, "short_causal", recorded)
-    q, k, v = inputs(9)
-    mask = torch.ones(9, 9, dtype=torch.bool).tril() if masked else None
+    q, k, v = inputs(MIN_TOKENS)
+    mask = torch.ones(MIN_TOKENS, MIN_TOKENS, dtype=torch.bool).tril() if masked else None
     output = kernel_for(options)(q, k, v, mask, options)
     assert output.dtype is torch.bfloat16
     assert bool(uses) == (not masked and options.dropout == 0)
