@@ -134,22 +134,23 @@ def run_setup(inputs: PlanInputs, largest: LargestMicroBatch) -> Setup:
         logit_rows=min(CHUNK_ROWS, max(1, largest.supervised)),
         bucket_weights=launch.bucket_weights,
     )
-    dtype = inputs.training.dtype
     if launch.device == "cpu":
-        return cpu_setup(setup, compute_bytes=2 if dtype == "bfloat16" else 4)
-    return gpu_setup(setup, compute_bytes=4 if dtype == "float32" else 2)
+        return cpu_setup(setup)
+    return gpu_setup(setup, compute_bytes=4 if inputs.training.dtype == "float32" else 2)
 
 
-def cpu_setup(setup: Setup, *, compute_bytes: int = 4) -> Setup:
+def cpu_setup(setup: Setup) -> Setup:
     """Return the same training on a CPU, whose memory is the resident memory.
+
+    Products in bfloat16 leave weights and states in float32. They save less of the activations, and
+    full fine-tuning makes copies of its weights, so this is about right for both.
 
     Args:
         setup: of the training.
-        compute_bytes: 4 in float32, 2 in bfloat16.
     """
     return replace(
         setup,
-        compute_bytes=compute_bytes,
+        compute_bytes=FLOAT32,
         masters=True,
         fused_optimizer=False,
         heap_slack=CPU_HEAP_SLACK,

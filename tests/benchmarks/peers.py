@@ -1,9 +1,16 @@
 """The other contestants of the benchmark: PEFT in a short loop, and TRL's SFTTrainer over PEFT.
 
-    python tests/benchmarks/peers.py peft|trl|trl-float32 TASK.json RESULT.json
+    python tests/benchmarks/peers.py CONTESTANT TASK.json RESULT.json
 
-They get the same frozen NF4 base, computed in float32 with PyTorch's attention and loaded with
-`from_pretrained`, and the same adapter, steps and AdamW.
+    peft-float32          base, adapter and computation in float32
+    peft-bfloat16         base in bfloat16, computed under autocast; the adapter is float32
+    trl-float32           SFTTrainer over a float32 base; it converts an adapter over 4 bits to
+                          bfloat16
+    trl-float32-adapter   the same with the adapter restored to float32
+    trl-bfloat16          SFTTrainer with bf16=True over a base in bfloat16
+
+They get the same base with PyTorch's attention, loaded with `from_pretrained`, and the same
+adapter, steps and AdamW. Full fine-tuning trains float32 weights, in bfloat16 under autocast.
 """
 
 from functools import partial
@@ -11,7 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from ours import Record, Task, run_contestant
+from ours import Contestant, Record, Task, run_contestant
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
@@ -24,9 +31,9 @@ IGNORED = -100
 """Label of a token that is not supervised."""
 
 
-def peft_loop(task: Task) -> Record:
+def peft_loop(task: Task, dtype: torch.dtype) -> Record:
     """Train in the usual way: padded batch, logits at every position, the model's loss, AdamW."""
-    model, record = adapted(task), Record()
+    model, record = model_of(task, dtype), Record()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained,
@@ -35,7 +42,8 @@ def peft_loop(task: Task) -> Record:
     )
     schedule = LambdaLR(optimizer, partial(lr_multiplier, warmup_steps=0, steps=task.steps))
     for examples in task.batches():
-        loss = model(**padded(examples)).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            loss = model(**padded(examples)).loss
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -45,29 +53,28 @@ def peft_loop(task: Task) -> Record:
     return record
 
 
-def trl_as_it_is(task: Task) -> Record:
-    """Train with SFTTrainer unchanged: over a 4-bit base it converts the adapter to bfloat16."""
-    return sft(task, keeps_float32=False)
+def model_of(task: Task, dtype: torch.dtype) -> Any:
+    """Return the base with the common adapter in PEFT, or all weights, ready to train.
 
-
-def trl_float32(task: Task) -> Record:
-    """Train with SFTTrainer and the adapter restored to float32, as in the other contestants."""
-    return sft(task, keeps_float32=True)
-
-
-def adapted(task: Task) -> PeftModel:
-    """Return the base with the common adapter in PEFT, ready to train, all in float32."""
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        str(task.paths.base), dtype=torch.float32, quantization_config=quantization
-    )
-    base.config.use_cache = False
-    model = PeftModel.from_pretrained(base, str(task.paths.adapter), is_trainable=True)
+    Args:
+        task: of all contestants.
+        dtype: of the base's weights that are not quantized, and of its products; weights that are
+            trained are float32.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32 if task.is_full else dtype}
+    if task.inputs.quantization == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    model = AutoModelForCausalLM.from_pretrained(str(task.paths.base), **options)
+    model.config.use_cache = False
+    if task.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if not task.is_full:
+        model = PeftModel.from_pretrained(model, str(task.paths.adapter), is_trainable=True)
     model.train()
     return model
 
@@ -94,13 +101,19 @@ def labels(example: dict[str, Any]) -> list[int]:
     ]
 
 
-def sft(task: Task, *, keeps_float32: bool) -> Record:
-    """Train with SFTTrainer, configured to do nothing but the steps."""
-    model, record = adapted(task), Record()
+def sft(task: Task, dtype: torch.dtype, *, keeps_float32: bool = False) -> Record:
+    """Train with SFTTrainer, configured to do nothing but the steps.
+
+    Args:
+        task: of all contestants.
+        dtype: see `model_of`.
+        keeps_float32: restore the adapter, which SFTTrainer converts over a 4-bit base.
+    """
+    model, record = model_of(task, dtype), Record()
     initial = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = SFTTrainer(
         model=model,
-        args=sft_config(task),
+        args=sft_config(task, dtype),
         train_dataset=sft_dataset(task),
         processing_class=load_tokenizer(task.paths.required("base")),
         callbacks=[Timer(record)],
@@ -113,7 +126,7 @@ def sft(task: Task, *, keeps_float32: bool) -> Record:
     return record
 
 
-def sft_config(task: Task) -> SFTConfig:
+def sft_config(task: Task, dtype: torch.dtype) -> SFTConfig:
     """Return TRL's config of the task, without checkpoints, evaluation, reports or workers."""
     return SFTConfig(
         output_dir=str(task.paths.required("adapter").parent / "trl"),
@@ -126,8 +139,8 @@ def sft_config(task: Task) -> SFTConfig:
         lr_scheduler_kwargs={"min_lr_rate": FINAL_LR_MULTIPLIER},
         weight_decay=task.inputs.training.weight_decay,
         max_grad_norm=0.0,  # no clipping
-        gradient_checkpointing=False,
-        bf16=False,
+        gradient_checkpointing=task.checkpointing,
+        bf16=dtype is torch.bfloat16,
         use_cpu=True,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
@@ -157,5 +170,13 @@ class Timer(TrainerCallback):
         self.record.step_ended()
 
 
+CONTESTANTS: dict[str, Contestant] = {
+    "peft-float32": partial(peft_loop, dtype=torch.float32),
+    "peft-bfloat16": partial(peft_loop, dtype=torch.bfloat16),
+    "trl-float32": partial(sft, dtype=torch.float32),
+    "trl-float32-adapter": partial(sft, dtype=torch.float32, keeps_float32=True),
+    "trl-bfloat16": partial(sft, dtype=torch.bfloat16),
+}
+
 if __name__ == "__main__":
-    run_contestant({"peft": peft_loop, "trl": trl_as_it_is, "trl-float32": trl_float32})
+    run_contestant(CONTESTANTS)

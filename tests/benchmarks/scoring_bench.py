@@ -25,7 +25,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import BUILD, THREADS, Row, console, differing, report, result_file, row, threads
+from contestants import THREADS, threads
+from rows import BUILD, Row, console, differing, report, result_file, row
 from scoring_together import together_rows
 from transformers import AutoModelForCausalLM
 

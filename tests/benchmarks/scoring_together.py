@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from bench import Row, row
+from rows import Row, row
 
 from lora_core import Bank, LoraConfig
 from lora_core.bank.routing import TOKENS

@@ -44,5 +44,5 @@ def test_a_benchmark_finds_equal_numbers(runs: Path, base: Path, name: str) -> N
     assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
     rows = json.loads((BUILD / f"{name}_quick.json").read_text())
     equal = [row for row in rows if row["unit"] == "nats"]
-    assert len(equal) == 2
+    assert len(equal) >= 2
     assert all(row["holds"] for row in equal)

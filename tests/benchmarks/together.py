@@ -22,7 +22,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import BUILD, GIB, Row, environment, report, row, threads
+from contestants import environment, threads
+from rows import BUILD, GIB, Row, report, row
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
