@@ -123,7 +123,8 @@ class _LoraLinear(torch.autograd.Function):
         ctx.base = constants.base
         ctx.scale = constants.scale
         ctx.dropout = dropout
-        y: Tensor = constants.base.linear(x.to(constants.dtype), constants.bias)
+        x = x.to(constants.dtype)
+        y: Tensor = constants.base.linear(x, constants.bias)
         with without_autocast(x):
             x_NI = _rows(_dropped(x.to(y.dtype), keep, dropout))
             down_NR = x_NI @ a.to(y.dtype).T

@@ -21,7 +21,7 @@ AdamState = Literal["whole", "shared", "replaced"]
 
 Each rank has all of it, or a shard (ZeRO), or DeepSpeed's own Adam replaces the given optimizer,
 for example if the launch offloads and does not set zero_force_ds_cpu_optimizer."""
-PLAIN, FUSED, PAGED, REPLACED = "AdamW", "fused AdamW", "paged 8-bit AdamW", "DeepSpeed's AdamW"
+FUSED, PAGED, REPLACED = "fused AdamW", "paged 8-bit AdamW", "DeepSpeed's AdamW"
 """Names of the optimizers, for logs and results."""
 COMFORTABLE = 0.9
 """Largest fraction of GPU memory that a training may be estimated to need.
@@ -152,13 +152,13 @@ def choose_optimizer(hardware: Hardware, state: AdamState, full_bytes: int | Non
     Args:
         hardware: this process's.
         state: what the engine does with Adam's state.
-        full_bytes: estimated bytes on this device of full fine-tuning with the plain AdamW; None
+        full_bytes: estimated bytes on this device of full fine-tuning with the fused AdamW; None
             for an adapter.
     """
     if state == "replaced":
         return Optimizer(REPLACED, "the launch offloads it, and does not keep PyTorch's")
     if not hardware.gpu_bytes:
-        return Optimizer(PLAIN, "on a CPU")
+        return Optimizer(FUSED, "on a CPU")
     if state == "shared":
         return Optimizer(FUSED, "ZeRO shards its state")
     if full_bytes is None:

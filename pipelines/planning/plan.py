@@ -152,7 +152,6 @@ def cpu_setup(setup: Setup) -> Setup:
         setup,
         compute_bytes=FLOAT32,
         masters=True,
-        fused_optimizer=False,
         heap_slack=CPU_HEAP_SLACK,
         mapped_checkpoint=True,
         process_bytes=CPU_PROCESS_BYTES,

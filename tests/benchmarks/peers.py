@@ -39,6 +39,7 @@ def peft_loop(task: Task, dtype: torch.dtype) -> Record:
         trained,
         lr=task.inputs.learning_rate,
         weight_decay=task.inputs.training.weight_decay,
+        fused=True,
     )
     schedule = LambdaLR(optimizer, partial(lr_multiplier, warmup_steps=0, steps=task.steps))
     for examples in task.batches():

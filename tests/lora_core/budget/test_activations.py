@@ -23,6 +23,7 @@ from lora_core.budget.activations import activation_bytes, loss_bytes, saved_byt
 from lora_core.budget.block_parts import TrainedScope
 from lora_core.budget.budget import budget
 from lora_core.budget.setup import Setup
+from lora_core.training import attention_kernels
 from pipelines.models.forward import PACKED
 
 STACKS = ("gate_up_proj", "down_proj")
@@ -41,6 +42,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 ADAPTER = LoraConfig(r=2, lora_alpha=4)
 LORA, FULL = TrainedScope(), TrainedScope(full=True)
+
+
+@pytest.fixture(autouse=True)
+def attention_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend in the model's dtype; a CPU would attend in float32 and save its inputs in it."""
+    monkeypatch.setattr(attention_kernels, "_plain", attention_kernels._scaled_dot_product)
 
 
 def agrees(model: PreTrainedModel, expected: int) -> bool:

@@ -13,7 +13,6 @@ from pipelines.models import hardware
 from pipelines.models.hardware import (
     FUSED,
     PAGED,
-    PLAIN,
     REPLACED,
     AttentionShape,
     Hardware,
@@ -37,9 +36,9 @@ LEARNING_RATE = 1e-3
 @pytest.mark.parametrize(
     ("hardware", "state", "full_bytes", "name"),
     [
-        (CPU, "whole", None, PLAIN),
-        (CPU, "whole", LARGE, PLAIN),
-        (CPU, "shared", None, PLAIN),
+        (CPU, "whole", None, FUSED),
+        (CPU, "whole", LARGE, FUSED),
+        (CPU, "shared", None, FUSED),
         (GPU, "whole", None, FUSED),
         (GPU, "whole", FITS, FUSED),
         (GPU, "whole", LARGE, PAGED),
@@ -152,7 +151,7 @@ def test_an_8_bit_state_resumes_to_the_bit() -> None:
 @pages
 def test_a_run_resumes_with_the_other_optimizer() -> None:
     """8 bits differ from float32 by rounding: at most 1/127 of the largest value of a block."""
-    plain = taught(PLAIN)
+    plain = taught(FUSED)
     rounded = taught(PAGED)
     for one, other in zip(plain.means(), rounded.means(), strict=True):
         for key, mean in one.items():

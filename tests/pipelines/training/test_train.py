@@ -63,7 +63,7 @@ def test_a_row_has_the_metrics_of_its_step(
     assert "device cpu, float32, gloo, flash attention, AdamW (on a CPU)" in output
     result = stage.result()
     assert result is not None
-    assert (result.facts.optimizer, result.facts.attention) == ("AdamW", "flash")
+    assert (result.facts.optimizer, result.facts.attention) == ("fused AdamW", "flash")
 
 
 def test_the_second_rank_uses_the_verification_of_the_first(
