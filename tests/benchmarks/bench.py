@@ -56,7 +56,10 @@ BASE = "embedded:SmolLM2-135M-Instruct"
 FLOAT32 = (OURS_FLOAT32, PEFT_FLOAT32, TRL_FLOAT32_ADAPTER, TRL_FLOAT32)
 BFLOAT16 = (OURS, PEFT_BFLOAT16, TRL_BFLOAT16)
 """Contestants of machines on which ours chooses bfloat16."""
-VARIANTS = {PEFT: (PEFT_FLOAT32, PEFT_BFLOAT16), TRL: (TRL_FLOAT32, TRL_BFLOAT16)}
+VARIANTS = {
+    PEFT: (PEFT_FLOAT32, PEFT_BFLOAT16),
+    TRL: (TRL_FLOAT32, TRL_BFLOAT16, TRL_FLOAT32_ADAPTER),
+}
 """Competitor → its dtypes."""
 Best = dict[str, str]
 """Competitor → the variant that is fastest here."""
@@ -70,12 +73,15 @@ def main() -> int:
     task = prepare(MAIN, options.base, batch_size=2 if options.quick else None)
     is_bfloat16 = task["inputs"]["training"]["dtype"] == "bfloat16"
     console.print(f"Losses, {options.curve_steps} steps", style="bold")
-    names = FLOAT32 + BFLOAT16 if is_bfloat16 else FLOAT32
+    names = FLOAT32 + BFLOAT16 if is_bfloat16 else (*FLOAT32, OURS)
+    if options.quick:
+        names = tuple(name for name in names if name not in (TRL_FLOAT32, TRL_BFLOAT16))
     steps = dict.fromkeys(names, options.curve_steps)
-    curves = run_all(names, task, steps, timed=options.steps)
+    curves = run_all(names, {**task, "products": True}, steps, timed=options.steps)
     found = loss_rows(curves) + variant_rows(curves, options.steps)
     best = fastest(curves, options.steps)
-    found += main_rows(task, best, options)
+    rounds = [curves] if options.quick else run_rounds(task, best, options)
+    found += main_rows(rounds, best, options.steps)
     for scenario in (FULL,) if options.quick else OTHERS:
         found += other_rows(scenario, best, options)
     if has_wider_units() and not options.quick:
@@ -123,7 +129,7 @@ def loss_rows(curves: dict[str, Figures]) -> list[Row]:
         difference = loss_difference(exact, curves[name])
         what = f"float32: ours − {label}, largest difference of loss"
         rows.append(row(what, "nats", difference, at_most=1e-4))
-    if OURS in curves:
+    if PEFT_BFLOAT16 in curves:
         noise = loss_difference(exact, curves[PEFT_BFLOAT16])
         rows.append(row("bfloat16 − float32: bare PEFT loop, largest difference", "", noise))
         what = "bfloat16 − float32: ours, largest difference of loss"
@@ -139,8 +145,8 @@ def variant_rows(curves: dict[str, Figures], steps: int) -> list[Row]:
     ]
 
 
-def main_rows(task: Row, best: Best, options: argparse.Namespace) -> list[Row]:
-    """Run the main task round after round; return speed, memory and the share of products."""
+def run_rounds(task: Row, best: Best, options: argparse.Namespace) -> list[dict[str, Figures]]:
+    """Run the main task round after round, each in another order."""
     names = (OURS, best[PEFT], best[TRL])
     rounds = []
     for number in range(options.rounds):
@@ -149,8 +155,14 @@ def main_rows(task: Row, best: Best, options: argparse.Namespace) -> list[Row]:
         measured = {**task, "products": True}
         steps = dict.fromkeys(names, options.steps)
         rounds.append(run_all(order, measured, steps, timed=options.steps))
-    found = speed_rows("", rounds, best, options.steps, goals={PEFT: 2.0, TRL: 3.0})
-    peaks = {name: max(one[name].peak_gib(options.steps) for one in rounds) for name in names}
+    return rounds
+
+
+def main_rows(rounds: Sequence[dict[str, Figures]], best: Best, steps: int) -> list[Row]:
+    """Return speed, memory and the share of products in the main task."""
+    found = speed_rows("", rounds, best, steps, goals={PEFT: 2.0, TRL: 3.0})
+    names = (OURS, *best.values())
+    peaks = {name: max(one[name].peak_gib(steps) for one in rounds) for name in names}
     found.append(row("ours: peak memory", "GiB", peaks[OURS]))
     found += [row(f"{peer}: peak memory", "GiB", peaks[best[peer]]) for peer in best]
     ratio = peaks[OURS] / peaks[best[TRL]]
@@ -158,7 +170,7 @@ def main_rows(task: Row, best: Best, options: argparse.Namespace) -> list[Row]:
     shares = [product_share(one[OURS]) for one in rounds]
     what = "matrix products of a step alone / the step"
     found.append(row(what, "×", median(shares), at_least=0.75))
-    cores = [one.core_share(options.steps) for each in rounds for one in each.values()]
+    cores = [one.core_share(steps) for each in rounds for one in each.values()]
     # Below the goal, other processes were running.
     what = "lowest share of the cores that a contestant had"
     found.append(row(what, "", min(cores), at_least=0.8))
