@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,10 @@ def test_a_process_with_a_reused_id_is_killed(tmp_path: Path) -> None:
 def start_leader() -> "subprocess.Popen[bytes]":
     """Start a process with the command of a forked one, in a session of its own."""
     waiting = [sys.executable, "-c", "import time; time.sleep(600)", fork_server.__name__]
-    return subprocess.Popen(waiting, start_new_session=True)
+    process = subprocess.Popen(waiting, start_new_session=True)
+    while not psutil.Process(process.pid).cmdline():  # for a moment after exec it has none
+        time.sleep(0.01)
+    return process
 
 
 def start_leader_with(pid: int) -> "subprocess.Popen[bytes] | None":
