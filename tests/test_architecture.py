@@ -39,7 +39,17 @@ LEVELS = (
 )
 """The packages of `pipelines`, from the bottom to the top: each imports only from levels below its
 own."""
-WITHOUT_TORCH = ("config.recipe", "runtime.launcher", "workflow.stages", "orchestration.deploy")
+WITHOUT_TORCH = (
+    "config.recipe",
+    "orchestration.deploy",
+    "reporting.report",
+    "runtime.launcher",
+    "tracking.preflight",
+    "workflow.flows",
+    "workflow.print_registry",
+    "workflow.publishing",
+)
+"""Loaded by the main process of a run, or by a command that only asks a server."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_ARGUMENTS = 400, 80, 6
 FOLDERS = {"pipelines", "lora_core", "infra", "tests"}
 TOP_LEVEL = FOLDERS | {

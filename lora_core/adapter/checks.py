@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_core.adapter.adapter_files import PREFIX
+from lora_core.adapter.json_files import PREFIX
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError
 from lora_core.injection import updated_modules, updated_parameters

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import CONFIG, PREFIX, WEIGHTS, read_identity, read_json
 from lora_core.adapter.checks import path_ends_with
+from lora_core.adapter.json_files import CONFIG, PREFIX, WEIGHTS, read_identity, read_json
 from lora_core.adapter.key_layouts import MAGNITUDE, plain_layout
 from lora_core.adapter.pickles import PICKLE, convert_pickled_adapter
 from lora_core.config import LoraConfig

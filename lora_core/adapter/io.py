@@ -14,18 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.adapter.adapter_files import (
-    PREFIX,
-    TRANSPOSED,
-    ZERO_UPDATES,
     check_digests,
     check_fingerprint,
     check_values,
     pattern_for,
-    read_identity,
     read_tensors,
 )
 from lora_core.adapter.checks import check_injected, check_keys, warn_of_untrained
 from lora_core.adapter.checks import check_trained as check_all_trained
+from lora_core.adapter.json_files import PREFIX, TRANSPOSED, ZERO_UPDATES, read_identity
 from lora_core.adapter.peft_compat import (
     refuse_other_vocabulary,
     refuse_rows_of_one_user,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import PREFIX
+from lora_core.adapter.json_files import PREFIX
 from lora_core.adapter.peft_keys import plain_keys
 from lora_core.errors import AdapterError
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_core.adapter.adapter_files import PREFIX
 from lora_core.adapter.checks import path_ends_with
+from lora_core.adapter.json_files import PREFIX
 from lora_core.adapter.peft_config import CLASSIFIERS
 from lora_core.config import LoraConfig
 from lora_core.errors import AdapterError

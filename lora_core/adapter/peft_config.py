@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, read_json
 from lora_core.adapter.checks import path_ends_with
+from lora_core.adapter.json_files import CONFIG, IDENTITY, read_json
 from lora_core.config import ALL_LINEAR, LoraConfig, Names
 from lora_core.errors import AdapterError, ConfigError
 from lora_core.modules import plain_modules, unwrapped

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_core.adapter.adapter_files import CONFIG, PREFIX, read_json
 from lora_core.adapter.checks import path_ends_with
+from lora_core.adapter.json_files import CONFIG, PREFIX, read_json
 from lora_core.adapter.peft_compat import vocabulary_modules
 from lora_core.adapter.renaming import RenamedTensors
 from lora_core.base.sharing import is_head_tied

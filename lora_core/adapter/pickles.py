@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from lora_core.adapter.adapter_files import CONFIG, WEIGHTS, check_values, read_json
+from lora_core.adapter.adapter_files import check_values
+from lora_core.adapter.json_files import CONFIG, WEIGHTS, read_json
 from lora_core.adapter.peft_keys import plain_keys
 from lora_core.base.pickled_tensors import read_pickled_tensors
 from lora_core.errors import AdapterError

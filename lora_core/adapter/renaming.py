@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_core.adapter.adapter_files import PREFIX
+from lora_core.adapter.json_files import PREFIX
 from lora_core.errors import AdapterError
 from lora_core.modules import plain_modules
 

@@ -7,8 +7,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, PREFIX, WEIGHTS, file_digests
+from lora_core.adapter.adapter_files import file_digests
 from lora_core.adapter.contents import AdapterContents
+from lora_core.adapter.json_files import CONFIG, IDENTITY, PREFIX, WEIGHTS
 from lora_core.files import atomic_folder, write_json
 
 

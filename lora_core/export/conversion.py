@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lora_core.adapter.adapter_files import CONFIG, check_digests
+from lora_core.adapter.adapter_files import check_digests
 from lora_core.adapter.contents import AdapterContents, read_contents
+from lora_core.adapter.json_files import CONFIG
 from lora_core.adapter.renaming import Rename
 from lora_core.adapter.rewriting import write_adapter
 from lora_core.errors import AdapterError, ExportError, LoraError

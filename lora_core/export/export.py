@@ -20,16 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.adapter.adapter_files import (
-    CONFIG,
-    IDENTITY,
-    PREFIX,
-    WEIGHTS,
-    file_digests,
-    read_identity,
-    read_json,
-    read_tensors,
-)
+from lora_core.adapter.adapter_files import file_digests, read_tensors
+from lora_core.adapter.json_files import CONFIG, IDENTITY, PREFIX, WEIGHTS, read_identity, read_json
 from lora_core.adapter.peft_config import read_config
 from lora_core.errors import ExportError
 from lora_core.export.gguf import gguf_tensors, read_base, read_gguf, write_gguf

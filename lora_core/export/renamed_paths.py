@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import PREFIX, TRANSPOSED, ZERO_UPDATES, pattern_for
+from lora_core.adapter.adapter_files import pattern_for
 from lora_core.adapter.contents import AdapterContents
+from lora_core.adapter.json_files import PREFIX, TRANSPOSED, ZERO_UPDATES
 from lora_core.errors import AdapterError
 
 PATH_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")

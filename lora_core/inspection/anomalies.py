@@ -22,9 +22,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from statistics import median
 
-from lora_core.adapter.adapter_files import PREFIX, ZERO_UPDATES
 from lora_core.adapter.checks import path_ends_with
 from lora_core.adapter.contents import AdapterContents
+from lora_core.adapter.json_files import PREFIX, ZERO_UPDATES
 from lora_core.adapter.key_layouts import MAGNITUDE
 from lora_core.base.weight_files import HEADS
 from lora_core.config import ALL_LINEAR, matches_end

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from lora_core.adapter.adapter_files import PREFIX, read_identity, read_tensors
+from lora_core.adapter.adapter_files import read_tensors
+from lora_core.adapter.json_files import PREFIX, read_identity
 from lora_core.adapter.renaming import Rename
 from lora_core.base.weight_files import (
     CONFIG,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_core.adapter.adapter_files import CONFIG, TRANSPOSED, read_json
+from lora_core.adapter.json_files import CONFIG, TRANSPOSED, read_json
 from lora_core.base.weight_files import Checkpoint, module_name
 from lora_core.errors import MergeError
 

@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    check_values,
-    pattern_for,
-    read_identity,
-    read_json,
-    read_tensors,
-)
+from lora_core.adapter.adapter_files import check_values, pattern_for, read_tensors
+from lora_core.adapter.json_files import CONFIG, PREFIX, WEIGHTS, read_identity, read_json
 from lora_core.adapter.peft_config import read_config
 from lora_core.adapter.rewriting import write_adapter
 from lora_core.errors import AdapterError

@@ -16,15 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import (
-    CONFIG,
-    PREFIX,
-    check_digests,
-    check_values,
-    read_identity,
-    read_json,
-    read_tensors,
-)
+from lora_core.adapter.adapter_files import check_digests, check_values, read_tensors
+from lora_core.adapter.json_files import CONFIG, PREFIX, read_identity, read_json
 from lora_core.adapter.peft_config import read_config
 from lora_core.base.identity import DENSE, ROUNDINGS, UNCHANGED, by_kind
 from lora_core.base.weight_files import HEADS

@@ -23,9 +23,9 @@ from pipelines.runtime.interfaces.results import (
     ServedCheck,
     StageTime,
     TrainResult,
-    Verified,
 )
 from pipelines.runtime.interfaces.values import Values
+from pipelines.runtime.interfaces.verified import Verified
 
 SCHEMA_VERSION: Literal[1] = 1
 

@@ -20,7 +20,7 @@ from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack, join
 from pipelines.models.support import why_not_packed
 from pipelines.models.tolerances import tolerance_of
-from pipelines.runtime.interfaces.results import Verified
+from pipelines.runtime.interfaces.verified import Verified
 from pipelines.runtime.memory import is_out_of_memory
 
 FIRST_TOKENS = 3

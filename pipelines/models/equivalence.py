@@ -40,7 +40,7 @@ from pipelines.models.measurement import (
 from pipelines.models.packs import pack
 from pipelines.models.support import why_not_packed
 from pipelines.models.tolerances import Tolerance, tolerance_of
-from pipelines.runtime.interfaces.results import Verified
+from pipelines.runtime.interfaces.verified import Verified
 from pipelines.runtime.memory import is_out_of_memory
 
 MAX_TENSORS = 6

@@ -35,7 +35,7 @@ from lora_core.training.losses import target_log_likelihoods
 from pipelines.models.head import Head, linear_head
 from pipelines.models.packs import Pack
 from pipelines.models.support import text_body, why_not_packed
-from pipelines.runtime.interfaces.results import ONE_BY_ONE, PACKED_PATH, Verified
+from pipelines.runtime.interfaces.verified import ONE_BY_ONE, PACKED_PATH, Verified
 
 EAGER_TOKENS = 2048
 """Longest example that is read by eager attention even if the family offers other kernels."""

@@ -21,7 +21,7 @@ from pipelines.models.equivalence import evaluation_mode, verified_reader
 from pipelines.models.forward import PackReader
 from pipelines.models.measurement import Measurement, Probe, measure
 from pipelines.models.tolerances import PRODUCTS_IN_16_BITS
-from pipelines.runtime.interfaces.results import Rounding, Verified
+from pipelines.runtime.interfaces.verified import Rounding, Verified
 
 
 def verified_with_products(

@@ -11,7 +11,7 @@ from pipelines.comparison.document import (
     TrainedModel,
 )
 from pipelines.comparison.frontier import FrontierPoint
-from pipelines.runtime.interfaces.results import Verified
+from pipelines.runtime.interfaces.verified import Verified
 
 EffectName = Literal["change", "total"]
 """By training, or from the base in full precision."""

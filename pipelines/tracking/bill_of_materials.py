@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.adapter.adapter_files import read_identity
+from lora_core.adapter.json_files import read_identity
 from pipelines.tracking.version_files import WEIGHTS, digests_in
 
 BILL_OF_MATERIALS = "bom.cdx.json"

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlflow
 from mlflow import MlflowClient
 
-from lora_core.adapter.adapter_files import read_identity
+from lora_core.adapter.json_files import read_identity
 from lora_core.errors import AdapterError
 from pipelines.config.registry_names import REGISTERED
 from pipelines.errors import PipelineError

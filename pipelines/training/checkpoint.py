@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import read_json
+from lora_core.adapter.json_files import read_json
 from lora_core.files import atomic_folder, sha256_of_file, write_json
 from pipelines.runtime.heartbeats import note
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lora_core import Identity, LoraConfig, save_adapter
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, read_json
+from lora_core.adapter.json_files import CONFIG, IDENTITY, read_json
 from lora_core.files import atomic_folder
 from pipelines.models.hardware import peak_memory_bytes
 from pipelines.models.tokenizer import CHANGED_TOKENIZER

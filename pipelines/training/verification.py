@@ -23,7 +23,8 @@ from pipelines.models.rounding import verified_with_products
 from pipelines.models.verification_cache import VerificationCache, training_key
 from pipelines.runtime.heartbeats import note
 from pipelines.runtime.interfaces.inputs import TrainInputs
-from pipelines.runtime.interfaces.results import TrainingFacts, Verified
+from pipelines.runtime.interfaces.results import TrainingFacts
+from pipelines.runtime.interfaces.verified import Verified
 from pipelines.training.run import Run
 
 LISTED_TENSORS = 5

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_core.adapter.adapter_files import CONFIG, read_identity, read_json
 from lora_core.adapter.contents import read_contents
+from lora_core.adapter.json_files import CONFIG, read_identity, read_json
 from lora_core.export.conversion import Format, convert_adapter
 from lora_core.export.conversion_formats import is_dora
 from pipelines.console import print_status

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_core import load_adapter
-from lora_core.adapter.adapter_files import read_identity
+from lora_core.adapter.json_files import read_identity
 from pipelines.data.conversation import Message
 from pipelines.errors import PipelineError
 from pipelines.evaluation.generation import generate

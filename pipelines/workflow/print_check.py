@@ -9,12 +9,7 @@ from rich.text import Text
 from pipelines.config.recipe import Recipe
 from pipelines.data.data_warnings import data_warnings
 from pipelines.models.base_model import identify
-from pipelines.runtime.interfaces.results import (
-    DataResult,
-    LengthHistogram,
-    Preview,
-    SourceFacts,
-)
+from pipelines.runtime.interfaces.results import DataResult, LengthHistogram, Preview, SourceFacts
 from pipelines.runtime.launcher import ensure_result
 from pipelines.runtime.sharding import check_launch
 from pipelines.workflow.stages import PreparedData, Stages

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
@@ -15,9 +16,11 @@ from pipelines.tracking.catalog import CatalogEntry, VersionDetails
 from pipelines.tracking.cleanup import UnusedVersion
 from pipelines.tracking.lineage import DerivedVersion
 from pipelines.tracking.move_log import AliasMove, AliasPosition
-from pipelines.tracking.pulled import PulledAdapter
 from pipelines.tracking.signatures import SignedVersion
 from pipelines.tracking.version_diff import VersionDiff
+
+if TYPE_CHECKING:  # it loads torch, to verify a base
+    from pipelines.tracking.pulled import PulledAdapter
 
 NOTHING = "–"
 SHORT = 12
@@ -120,7 +123,7 @@ def diff_table(diff: VersionDiff) -> Table:
     return table
 
 
-def pulled_table(pulled: PulledAdapter) -> Table:
+def pulled_table(pulled: "PulledAdapter") -> Table:
     """Return where an adapter is, and what was verified."""
     lock = pulled.lock
     table = _table("Pulled", f"{lock.name}/{lock.version}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_core.adapter.adapter_files import WEIGHTS, read_identity
+from lora_core.adapter.json_files import WEIGHTS, read_identity
 from lora_core.files import sha256_of_file
 from pipelines.data.conversation import Message
 from pipelines.data.schemas.roles import find_role

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_core.adapter.adapter_files import read_identity
+from lora_core.adapter.json_files import read_identity
 from pipelines.errors import PipelineError
 from pipelines.models.tokenizer import load_tokenizer, template_digest
 

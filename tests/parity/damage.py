@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, WEIGHTS
+from lora_core.adapter.json_files import CONFIG, IDENTITY, WEIGHTS
 
 Damage = Callable[[Path], None]
 Edit = Callable[[dict[str, Tensor]], object]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, LoraError, export_gguf, export_vllm, load_adapter
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, read_identity
+from lora_core.adapter.json_files import CONFIG, IDENTITY, read_identity
 from lora_core.spectrum.derived_adapter import write_updates
 from lora_core.spectrum.truncation import truncate_adapter
 from lora_core.spectrum.updates import read_over_one_base, read_updates

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification, LlamaForCausalLM
 
 from lora_core import AdapterError, convert_pickled_adapter, load_adapter, merge_checkpoint
-from lora_core.adapter.adapter_files import CONFIG, WEIGHTS
+from lora_core.adapter.json_files import CONFIG, WEIGHTS
 from lora_core.spectrum.updates import read_updates
 
 Build = Callable[..., LlamaForCausalLM]

@@ -22,7 +22,7 @@ from lora_core import (
     load_adapter,
     save_adapter,
 )
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, WEIGHTS
+from lora_core.adapter.json_files import CONFIG, IDENTITY, WEIGHTS
 
 Build = Callable[..., LlamaForCausalLM]
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from lora_core import Identity, LoraConfig, inject, load_adapter, lora_layers, save_adapter
-from lora_core.adapter.adapter_files import IDENTITY
+from lora_core.adapter.json_files import IDENTITY
 from lora_core.adapter.peft_config import read_config
 
 Build = Callable[..., LlamaForCausalLM]

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lora_core import AdapterError, Identity, LoraConfig, fingerprint, inject, save_adapter
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, PREFIX, WEIGHTS, read_identity
+from lora_core.adapter.json_files import CONFIG, IDENTITY, PREFIX, WEIGHTS, read_identity
 from lora_core.base.identity import ModelSource
 
 Build = Callable[..., LlamaForCausalLM]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GPTJConfig, GPTJForCausalLM, RobertaConfig, RobertaForMaskedLM
 
 from lora_core import AdapterError, Identity, LoraConfig, inject, load_adapter, save_adapter
-from lora_core.adapter.adapter_files import WEIGHTS
+from lora_core.adapter.json_files import WEIGHTS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),

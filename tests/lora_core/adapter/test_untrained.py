@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_core import AdapterError, Identity, LoraConfig, inject, load_adapter, save_adapter
-from lora_core.adapter.adapter_files import IDENTITY
+from lora_core.adapter.json_files import IDENTITY
 
 CONFIG = LoraConfig(r=2, lora_alpha=2, target_modules=("used", "unused"))
 

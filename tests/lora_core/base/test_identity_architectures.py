@@ -25,7 +25,7 @@ from lora_core import (
     merge_checkpoint,
     save_adapter,
 )
-from lora_core.adapter.adapter_files import IDENTITY
+from lora_core.adapter.json_files import IDENTITY
 from lora_core.base.identity import digest_of, value_digest
 from lora_core.spectrum.updates import read_over_one_base
 

@@ -20,7 +20,7 @@ from lora_core import (
     lora_layers,
     save_adapter,
 )
-from lora_core.adapter.adapter_files import read_json
+from lora_core.adapter.json_files import read_json
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 Build = Callable[..., LlamaForCausalLM]

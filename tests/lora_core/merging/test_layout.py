@@ -30,7 +30,7 @@ from lora_core import (
     merge_checkpoint,
     save_adapter,
 )
-from lora_core.adapter.adapter_files import IDENTITY, TRANSPOSED
+from lora_core.adapter.json_files import IDENTITY, TRANSPOSED
 
 GPT2: dict[str, Any] = {
     "vocab_size": 40,

@@ -21,7 +21,7 @@ from lora_core import (
     lora_layers,
     save_adapter,
 )
-from lora_core.adapter.adapter_files import read_identity
+from lora_core.adapter.json_files import read_identity
 from lora_core.spectrum.spectrum import singular_values, truncation_error
 from lora_core.spectrum.truncation import truncate, truncate_adapter
 from lora_core.spectrum.updates import Update, read_updates

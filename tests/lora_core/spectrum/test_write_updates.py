@@ -21,7 +21,7 @@ from lora_core import (
     lora_layers,
     save_adapter,
 )
-from lora_core.adapter.adapter_files import read_identity
+from lora_core.adapter.json_files import read_identity
 from lora_core.files import sha256_of_file
 from lora_core.spectrum.derived_adapter import write_updates
 from lora_core.spectrum.updates import Update, read_updates

@@ -15,8 +15,9 @@ from parity.matrix.trial import Trial
 from peft import get_peft_model_state_dict
 
 from lora_core import Bank, Identity, fingerprint
-from lora_core.adapter.adapter_files import CONFIG, IDENTITY, WEIGHTS, read_tensors
+from lora_core.adapter.adapter_files import read_tensors
 from lora_core.adapter.io import adapter_tensors
+from lora_core.adapter.json_files import CONFIG, IDENTITY, WEIGHTS
 
 SEEN = 10
 """An adapter changes the logits by this multiple of the tolerance, so a lost one is detected."""

@@ -20,7 +20,8 @@ from pipelines.config.recipe import parse_recipe
 from pipelines.errors import RecipeError
 from pipelines.runtime.interfaces.inputs import DataInputs, StagePaths
 from pipelines.runtime.interfaces.kinds import DATA
-from pipelines.runtime.interfaces.results import BaseResult, DataResult, Verified
+from pipelines.runtime.interfaces.results import BaseResult, DataResult
+from pipelines.runtime.interfaces.verified import Verified
 from pipelines.runtime.stage import Stage
 from pipelines.workflow.stages import (
     EvaluateStage,

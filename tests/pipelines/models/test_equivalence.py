@@ -16,7 +16,7 @@ from pipelines.models.forward import PackReader
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack
 from pipelines.models.support import enable_checkpointing
-from pipelines.runtime.interfaces.results import Verified
+from pipelines.runtime.interfaces.verified import Verified
 
 Family = Callable[..., PreTrainedModel]
 SEED = 1

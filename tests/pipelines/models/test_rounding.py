@@ -13,7 +13,7 @@ from pipelines.errors import BaseModelError
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack
 from pipelines.models.rounding import products_in_float32, verified_with_products
-from pipelines.runtime.interfaces.results import Verified
+from pipelines.runtime.interfaces.verified import Verified
 
 Family = Callable[..., PreTrainedModel]
 

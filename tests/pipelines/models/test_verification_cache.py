@@ -20,7 +20,7 @@ from pipelines.models.verification_cache import (
     architecture_key,
     training_key,
 )
-from pipelines.runtime.interfaces.results import Verified
+from pipelines.runtime.interfaces.verified import Verified
 
 Family = Callable[..., PreTrainedModel]
 VERIFIED = Verified(

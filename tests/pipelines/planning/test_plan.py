@@ -10,7 +10,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from lora_core import Identity, inject, plan_targets, save_adapter, trained_weights
-from lora_core.adapter.adapter_files import read_json
+from lora_core.adapter.json_files import read_json
 from lora_core.errors import ConfigError, TargetError
 from lora_core.training.optim import loraplus_groups
 from pipelines.config.sections import LoraSection

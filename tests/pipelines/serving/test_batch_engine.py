@@ -10,7 +10,7 @@ import served_adapters
 import torch
 from served_adapters import SmallRegistry, alone, register_adapter, save_adapter_of
 
-from lora_core.adapter.adapter_files import read_identity
+from lora_core.adapter.json_files import read_identity
 from pipelines.data.conversation import Message
 from pipelines.errors import PipelineError, RegistryError
 from pipelines.models.hardware import Hardware

@@ -9,11 +9,11 @@ from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from training_stages import TrainingStages, adapter_of, launch_training, losses_of
 
-from lora_core.adapter.adapter_files import read_json
+from lora_core.adapter.json_files import read_json
 from lora_core.files import write_json
 from pipelines.data.batches import order
 from pipelines.errors import StageError
-from pipelines.runtime.interfaces.results import Verified
+from pipelines.runtime.interfaces.verified import Verified
 from pipelines.runtime.stage import read_records
 from pipelines.training import verification
 from pipelines.training.run import PROBE_TOKENS

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassificat
 from typer.testing import CliRunner, Result
 
 from lora_core import Identity, LoraConfig, LoraError, inject, lora_layers, merge, save_adapter
-from lora_core.adapter.adapter_files import IDENTITY
+from lora_core.adapter.json_files import IDENTITY
 from pipelines.cli import app
 from pipelines.errors import PipelineError
 
