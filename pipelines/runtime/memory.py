@@ -8,8 +8,15 @@ import psutil
 GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 """Where Linux lists control groups, and the group of this process; a container sees its own group
 as the root."""
-SHORTAGE = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-"""Substrings of PyTorch's out-of-memory errors without a separate exception type."""
+SHORTAGE = (
+    "can't allocate memory",
+    "out of memory",
+    "ALLOC_FAILED",
+    "could not create a primitive",
+    "could not create a memory object",
+)
+"""Substrings of out-of-memory errors without a separate exception type, of PyTorch and of oneDNN,
+which multiplies in bfloat16."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

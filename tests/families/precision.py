@@ -19,7 +19,7 @@ from parity.rows import Row, figure, near, show_grid
 from tiny import save_tiny_model
 
 from lora_core.files import write_json
-from pipelines.models.hardware import PLAIN, Hardware, Optimizer
+from pipelines.models.hardware import FUSED, Hardware, Optimizer
 from pipelines.models.loading import load_model
 from pipelines.models.packs import Pack, pack
 from pipelines.training.objective import Objective
@@ -87,12 +87,14 @@ def trained(
     base: Path, rate: float, dtype: torch.dtype, *, masters: bool, steps: int
 ) -> TrainingOutcome:
     """Train all weights; without master weights, AdamW gets the weights as they were loaded."""
-    model = load_model(base, "none", Hardware("cpu", dtype, "gloo"), masters=masters).train()
+    model = load_model(base, "none", Hardware("cpu", torch.float32, "gloo")).train()
+    if not masters:
+        model.to(dtype)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     objective = Objective(model)
     groups = [{"params": list(model.parameters()), "lr": rate, "weight_decay": 0.0}]
     # has_masters=True disables the refusal of 16-bit weights.
-    optimizer = build(Optimizer(PLAIN, ""), groups, has_masters=not masters)
+    optimizer = build(Optimizer(FUSED, ""), groups, has_masters=not masters)
     scaler = torch.amp.GradScaler("cpu", enabled=masters and dtype is torch.float16)
     losses = []
     for step in range(steps):

@@ -15,7 +15,7 @@ from families.goals import QUICK
 from families.measure import Measured
 from families.precision import CLOSE, RATES, trained
 from pipelines.errors import PipelineError
-from pipelines.models.hardware import PLAIN, Optimizer
+from pipelines.models.hardware import FUSED, Optimizer
 from pipelines.training.optimizers import build
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -94,5 +94,5 @@ def test_adamw_on_sixteen_bit_weights_loses_updates_and_is_refused(tmp_path: Pat
     with pytest.raises(
         PipelineError, match=r"AdamW would train weights of bfloat16, .* float32 .*masters=True"
     ):
-        build(Optimizer(PLAIN, ""), groups)
-    build(Optimizer(PLAIN, ""), groups, has_masters=True)
+        build(Optimizer(FUSED, ""), groups)
+    build(Optimizer(FUSED, ""), groups, has_masters=True)

@@ -22,7 +22,8 @@ from pipelines.runtime.child import die_with_parent, errors_recorded
 from pipelines.training import objective
 from pipelines.training import train as training
 
-ROOM_BYTES = 1 << 20
+ROOM_BYTES = 1 << 26
+"""For what a step itself allocates, such as code of kernels; `larger` needs four times that."""
 Step = Callable[..., dict[str, Any]]
 
 

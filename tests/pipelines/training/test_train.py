@@ -60,7 +60,7 @@ def test_a_row_has_the_metrics_of_its_step(
     assert "checkpoint" not in rows[1]["seconds_of"]
     assert "checkpoint" in rows[2]["seconds_of"]  # it follows step 2's row
     output = capsys.readouterr().out
-    assert "device cpu, float32, gloo, flash attention, AdamW (on a CPU)" in output
+    assert "device cpu, float32, gloo, flash attention, fused AdamW (on a CPU)" in output
     result = stage.result()
     assert result is not None
     assert (result.facts.optimizer, result.facts.attention) == ("fused AdamW", "flash")

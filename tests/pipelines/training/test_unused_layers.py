@@ -15,12 +15,15 @@ from transformers import PreTrainedModel
 
 from lora_core import LoraConfig, TargetError, inject
 from pipelines.config.sections import LoraSettings, OptimizationSettings
+from pipelines.models.hardware import Hardware
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import pack
 from pipelines.models.verification_cache import VerificationCache
 from pipelines.runtime.interfaces.inputs import AdapterInputs, TrainInputs
 from pipelines.training.phase_timer import PhaseTimer, clock_of
 from pipelines.training.verification import verify_reader
+
+CPU = Hardware("cpu", torch.float32, "gloo")
 
 
 @dataclass
@@ -75,7 +78,7 @@ def test_training_of_an_unused_layer_is_refused_also_from_the_cache(
     cache = VerificationCache(tmp_path / "train" / "one")
     for _ in range(2):
         with pytest.raises(TargetError, match=r"1 adapted layers .* model\.layers\.1\.spare_proj;"):
-            verify_reader(run, model, inputs(), torch.float32, cache)
+            verify_reader(run, model, inputs(), CPU, cache)
     assert len(list(cache.folder.iterdir())) == 1
 
 
@@ -84,11 +87,11 @@ def test_unused_weights_of_a_control_and_used_layers_are_accepted(
 ) -> None:
     cache = VerificationCache(tmp_path / "train" / "one")
     model = model_with_a_spare_layer()
-    _, found = verify_reader(run, model, inputs(full=True), torch.float32, cache)
+    _, found = verify_reader(run, model, inputs(full=True), CPU, cache)
     assert found.without_gradient == (
         "model.layers.1.spare_proj.weight",
         "model.layers.1.spare_proj.bias",
     )
     inject(model, LoraConfig(r=2, lora_alpha=4, exclude_modules=("spare_proj",)), seed=0)
-    _, found = verify_reader(run, model, inputs(), torch.float32, cache)
+    _, found = verify_reader(run, model, inputs(), CPU, cache)
     assert found.without_gradient == ()

@@ -14,6 +14,8 @@ from command import lora
 from mlflow import MlflowClient
 from tiny import save_pairs, save_tiny_model, tiny_recipe
 
+from pipelines.models.processor import identify_processor
+
 pytestmark = pytest.mark.slow
 
 
@@ -61,6 +63,7 @@ class TestRun:
         assert values["champion"] in ("rank-2", "rank-4")
         assert set(values["registered"]["aliases"]) == {"candidate", "champion"}
         kinds = {"base", "data", "check", "plan", "train", "cut", "evaluate", "register"}
+        kinds |= {"processor"} if identify_processor().units else set()
         assert {entry["name"].split()[0] for entry in values["stages"]} == kinds
         points = ["control", "rank-2", "rank-4", "control@2", "rank-2@2", "rank-4@2", "rank-4→1"]
         assert [point["label"] for point in values["frontier"]] == points
