@@ -40,7 +40,12 @@ LAUNCH = LaunchSection(config="cpu_zero2", processes=2, timeout_seconds=20, stal
 QUICK: dict[str, Any] = {
     "control": {"method": "none"},
     "lora": {"ranks": [4]},
-    "training": {"steps": STEPS, "checkpoint_every": EVERY, "batch_size": 48},
+    "training": {
+        "steps": STEPS,
+        "checkpoint_every": EVERY,
+        "batch_size": 48,
+        "dtype": "bfloat16",
+    },
     "launch": LAUNCH.model_dump(),
     "evaluation": {
         "general": ["piqa"],
