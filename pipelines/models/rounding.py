@@ -48,15 +48,20 @@ def verified_with_products(
         exact = _measurements(model, reader, probes, parameters)
     rounded = replace(reader, products=products)
     rounding = _difference(exact, _measurements(model, rounded, probes, parameters))
+    _check_rounding(rounding, products)
+    return verified.model_copy(update={"rounding": rounding})
+
+
+def _check_rounding(rounding: Rounding, products: torch.dtype) -> None:
     tolerance = PRODUCTS_IN_16_BITS
-    if not (rounding.loss <= tolerance.loss and rounding.gradient <= tolerance.gradient):
+    gradient = 0.0 if rounding.gradient is None else rounding.gradient
+    if rounding.loss > tolerance.loss or gradient > tolerance.gradient:
         name = str(products).removeprefix("torch.")
         raise BaseModelError(
             f"products in {name} change the loss of examples by {rounding.loss:.1e} nats per "
-            f"token and the gradient by {rounding.gradient:.1e} of its norm, of which rounding "
-            f"explains {tolerance.loss:g} and {tolerance.gradient:g}; set training.dtype to float32"
+            f"token and the gradient by {gradient:.1e} of its norm, of which rounding explains "
+            f"{tolerance.loss:g} and {tolerance.gradient:g}; set training.dtype to float32"
         )
-    return verified.model_copy(update={"rounding": rounding})
 
 
 @contextmanager
@@ -87,26 +92,31 @@ def _measurements(
 def _difference(exact: Sequence[Measurement], rounded: Sequence[Measurement]) -> Rounding:
     """Return the mean difference of an example's loss, and that of all gradients together."""
     losses = []
-    gradients = [0.0]
+    gradients = []
     for one, other in zip(exact, rounded, strict=True):
         for loss, other_loss in zip(one.losses, other.losses, strict=True):
             losses.append(abs(loss - other_loss))
-        gradients.append(_distance(one.gradients, other.gradients))
-    return Rounding(loss=_finite(fmean(losses)), gradient=max(gradients))
+        distance = _distance(one.gradients, other.gradients)
+        if distance is not None:
+            gradients.append(distance)
+    return Rounding(loss=_finite(fmean(losses)), gradient=max(gradients, default=None))
 
 
-def _distance(exact: Sequence[Tensor | None], rounded: Sequence[Tensor | None]) -> float:
-    """Return the norm of the difference of two gradients, relative to the first one's."""
+def _distance(exact: Sequence[Tensor | None], rounded: Sequence[Tensor | None]) -> float | None:
+    """Return the norm of the difference of two gradients, relative to the first one's.
+
+    It is None if no gradient was kept: a large one is empty here.
+    """
     difference = 0.0
     total = 0.0
     for gradient, other in zip(exact, rounded, strict=True):
-        if gradient is None:
+        if gradient is None or not gradient.numel():
             continue
         norm = float(gradient.norm())
         total += norm**2
         distance = norm if other is None else float((other - gradient).norm())
         difference += distance**2
-    return _finite(math.sqrt(difference / total)) if total else 0.0
+    return None if total == 0 else _finite(math.sqrt(difference / total))
 
 
 def _finite(value: float) -> float:

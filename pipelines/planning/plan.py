@@ -169,7 +169,6 @@ def gpu_setup(setup: Setup, *, compute_bytes: int = 2) -> Setup:
         setup,
         compute_bytes=compute_bytes,
         masters=True,
-        fused_optimizer=True,
         heap_slack=1.0,
         mapped_checkpoint=False,
         process_bytes=GPU_PROCESS_BYTES,

@@ -114,10 +114,7 @@ def build_engine(
         PipelineError: the engine cannot train this model.
     """
     weights = trained_weights(model)
-    if options.gradient_checkpointing:
-        enable_checkpointing(model)
-    if hardware.product_dtype is not None:
-        keep_product_dtype(model)
+    prepare_forward(model, hardware, checkpointing=options.gradient_checkpointing)
     reader, verified = verify_reader(run, model, inputs, hardware, cache)
     optimizer = _choose_optimizer(run, model, inputs, options, hardware)
     engine = _engine(run, reader, inputs, optimizer)
@@ -132,6 +129,20 @@ def build_engine(
         choices=hardware.describe(attention, optimizer),
         forward=verified,
     )
+
+
+def prepare_forward(model: PreTrainedModel, hardware: Hardware, *, checkpointing: bool) -> None:
+    """Set how the forward pass of a training saves activations.
+
+    Args:
+        model: with what is trained; changed in place.
+        hardware: of this process.
+        checkpointing: save the inputs of blocks only.
+    """
+    if checkpointing:
+        enable_checkpointing(model)
+    if hardware.product_dtype is not None:
+        keep_product_dtype(model)
 
 
 def _choose_optimizer(

@@ -151,9 +151,7 @@ def compare_ranks(run: PipelineRun) -> Path:
     settings = resolve_steps(settings, data.result.train_examples)
     settings = resolve_dtype(settings, run.stages, partial(run.run_stage, tasks.measure_processor))
     run = replace(run, recipe=settings, stages=replace(run.stages, recipe=settings))
-    check = run.run_stage(tasks.check_data, run.stages.check(base, data))
-    warnings = data_warnings(data.result, check, settings.data)
-    tasks.show_data(data.result, warnings, recipe=settings.name)
+    warnings = check_data(run, base, data)
     run.plan = run.run_stage(tasks.plan, run.stages.plan(base, data))
     check_adapter_sizes(run, base, run.plan)
 
@@ -183,6 +181,14 @@ def prepare_launch(run: PipelineRun) -> None:
     check_launch(run.recipe)
     hide_gpus_if_on_cpu(run.recipe.launch.config)
     check_access(run)
+
+
+def check_data(run: PipelineRun, base: BaseResult, data: PreparedData) -> tuple[str, ...]:
+    """Search the training data for the evaluation's items; print and return all warnings."""
+    check = run.run_stage(tasks.check_data, run.stages.check(base, data))
+    warnings = data_warnings(data.result, check, run.recipe.data)
+    tasks.show_data(data.result, warnings, recipe=run.recipe.name)
+    return warnings
 
 
 def train_all(

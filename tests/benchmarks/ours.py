@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from lora_core import Identity, save_adapter
 from lora_core.files import write_json
-from lora_core.layers.linear import keep_product_dtype
 from pipelines.data.batches import order
 from pipelines.models.forward import PackReader
 from pipelines.models.hardware import (
@@ -32,9 +31,8 @@ from pipelines.models.hardware import (
     peak_memory_bytes,
 )
 from pipelines.models.loading import load_model
-from pipelines.models.support import enable_checkpointing
 from pipelines.runtime.interfaces.inputs import StagePaths, TrainInputs, TrainOptions
-from pipelines.training.build import adapt, parameter_groups
+from pipelines.training.build import adapt, parameter_groups, prepare_forward
 from pipelines.training.engine import Engine, prepare, start
 from pipelines.training.phase_timer import PhaseTimer, clock_of
 from pipelines.training.run import Run
@@ -141,10 +139,7 @@ def engine_of(task: Task, hardware: Hardware) -> tuple[Run, Engine]:
     accelerator = start(task.inputs.seed, options, hardware, full=task.is_full)
     model, dataset, settings = task.model(hardware), task.dataset(), task.inputs.training
     adapt(model, task.inputs, examples=(), base=task.paths.required("base"))
-    if hardware.product_dtype is not None:
-        keep_product_dtype(model)
-    if task.checkpointing:
-        enable_checkpointing(model)
+    prepare_forward(model, hardware, checkpointing=task.checkpointing)
     run = Run(
         accelerator,
         dataset,

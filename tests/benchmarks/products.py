@@ -16,12 +16,8 @@ PRODUCTS = {
     torch.ops.aten.addmm.default: lambda _, a, b: torch.mm(a, b),
     torch.ops.aten.addmm_.default: lambda _, a, b: torch.mm(a, b),
 }
-"""Operations of ATen → the product in them."""
-ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
-}
-"""Kernels that consist of products, which are not counted: the share is at least what is found."""
+"""Operations of ATen → the product in them. Products inside PyTorch's attention kernels are not
+counted, so that their share is at least what is found."""
 REPETITIONS = 3
 Product = tuple[Callable[..., Tensor], list[Tensor]]
 

@@ -11,8 +11,9 @@ class Rounding(Values):
 
     loss: float
     """Mean over the examples, nats per token."""
-    gradient: float
-    """Of all trained tensors together, relative to its norm."""
+    gradient: float | None
+    """Of all trained tensors together, relative to its norm; None if none was small enough to
+    keep."""
 
 
 class Verified(Values):
@@ -60,7 +61,8 @@ class Verified(Values):
             text += f", gradients within {self.gradient_difference:.0e} of their norm"
         if self.rounding is not None:
             text += f"; products in 16 bits change the loss by {self.rounding.loss:.0e}"
-            text += f" and the gradient by {self.rounding.gradient:.0e}"
+            if self.rounding.gradient is not None:
+                text += f" and the gradient by {self.rounding.gradient:.0e}"
         if self.verified_by is not None:
             text += f", verified by the training of {self.verified_by}"
         return "; ".join([text, *self.rejected])

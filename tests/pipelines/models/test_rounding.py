@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lora_core import LoraConfig, inject
 from lora_core.layers.linear import keep_product_dtype
 from pipelines.errors import BaseModelError
+from pipelines.models import measurement
 from pipelines.models.measurement import Probe
 from pipelines.models.packs import Pack
 from pipelines.models.rounding import products_in_float32, verified_with_products
@@ -37,8 +38,21 @@ def test_the_choice_is_exact_and_the_rounding_is_reported(
     assert found.loss_tolerance == 1e-4
     assert found.rounding is not None
     assert 0 < found.rounding.loss < 0.05
+    assert found.rounding.gradient is not None
     assert 0 < found.rounding.gradient < 0.2
     assert "products in 16 bits change the loss by" in str(found)
+
+
+def test_gradients_that_are_too_large_to_keep_are_not_reported_as_equal(
+    family: Family, examples_pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("SMALL_TENSOR", "LARGEST_TENSOR"):
+        monkeypatch.setattr(measurement, limit, 0)
+    found = verify(family("llama"), examples_pack)
+    assert found.rounding is not None
+    assert found.rounding.gradient is None
+    assert found.rounding.loss > 0
+    assert "and the gradient by" not in str(found)
 
 
 class Coarse(nn.Linear):
