@@ -59,13 +59,18 @@ class TrainingStages:
         return cls(root)
 
     def __call__(
-        self, rank: int | None, runs: str = "runs", **changes: dict[str, Any]
+        self,
+        rank: int | None,
+        runs: str = "runs",
+        first_steps: int | None = None,
+        **changes: dict[str, Any],
     ) -> TrainStage:
         """Return the stage of an adapter, or of the control if `rank` is None.
 
         Args:
             rank: of the adapter.
             runs: name of the folder of runs.
+            first_steps: steps of a trial; None for the whole training.
             changes: merged into the sections of the recipe.
         """
         recipe = tiny_recipe(self.root / "model", self.root / "pairs.jsonl", **changes)
@@ -78,7 +83,7 @@ class TrainingStages:
         else:
             learning_rate = stages.recipe.lora.learning_rate
             experiment = Experiment(f"rank-{rank}", "lora", learning_rate, rank)
-        return stages.train(base, data, experiment)
+        return stages.train(base, data, experiment, first_steps)
 
 
 def launch_training(

@@ -115,7 +115,11 @@ def _trained(inputs: ComparisonInputs, model: ComparedModel) -> ModelSummary:
     by_training = _effect(inputs, before, model.label)
     total = by_training if before == BASE else _effect(inputs, BASE, model.label)
     training = TrainedModel(
-        rank=model.rank, key=model.key, folder=model.folder, result=model.result
+        rank=model.rank,
+        key=model.key,
+        folder=model.folder,
+        result=model.result,
+        adapter=model.adapter,
     )
     return ModelSummary(
         scores=_scores(inputs, model.label),

@@ -18,6 +18,7 @@ from pipelines.comparison.control import describe
 from pipelines.comparison.divergence import KLDivergence, divergences
 from pipelines.comparison.document import ControlSummary
 from pipelines.comparison.frontier import FrontierVariant
+from pipelines.comparison.grid import AdapterSettings
 from pipelines.comparison.records import Records
 from pipelines.config.recipe import Recipe
 from pipelines.runtime.interfaces.results import TrainResult
@@ -41,6 +42,8 @@ class ComparedModel:
     """Folder of its training stage."""
     result: TrainResult
     """Of its training stage."""
+    adapter: AdapterSettings | None = None
+    """None for full fine-tuning, and for an adapter with the recipe's own settings."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class ComparisonInputs:
         """Return how a compared model was trained, as the frontier describes it."""
         method = "lora"
         learning_rate = self.recipe.lora.learning_rate
+        if model.adapter is not None:
+            learning_rate = model.adapter.learning_rate
         if model.label == CONTROL:
             assert self.control.chosen is not None, "a control has a learning rate"
             method = self.control.method

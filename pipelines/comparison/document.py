@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from pipelines.comparison.differences import Change
 from pipelines.comparison.frontier import FrontierPoint, Recommendation
 from pipelines.comparison.gate import Verdict
+from pipelines.comparison.grid import AdapterSettings, GridSearch
 from pipelines.comparison.power import Power
 from pipelines.comparison.resampling import Interval
 from pipelines.comparison.scores import Scores
@@ -57,6 +58,8 @@ class TrainedModel(Values):
     folder: str
     """Folder of its training stage."""
     result: TrainResult
+    adapter: AdapterSettings | None = None
+    """None for full fine-tuning, and for an adapter with the recipe's own settings."""
 
 
 class Judgment(Values):
@@ -187,6 +190,8 @@ class Summary(Comparison):
     items: dict[str, str]
     """Label → path of its item records."""
     forward: dict[str, ForwardChecks]
+    grid: GridSearch | None = None
+    """How the adapters were found; None for a recipe without a grid."""
     stages: tuple[StageTime, ...] = ()
     seconds: float = 0.0
     """Duration of the run."""

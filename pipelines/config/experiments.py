@@ -5,19 +5,25 @@ Pure, and imports no torch.
     control          full fine-tuning, or an adapter of high rank; at several learning rates until
                      one is chosen
     rank-R           the adapters that may be registered
-    rank-R lr X      the same at other learning rates, for the frontier only
+    rank-R lr X      the same at other learning rates: for the frontier only, or of a grid, whose
+                     survivors may be registered
 
 For the frontier, an experiment may also be scored after S steps, as `rank-R@S`, and the adapter of
 the highest rank may be truncated to rank C, as `rank-R→C`.
 """
 
+import re
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
+from pipelines.config.experiments_section import TargetModules
 from pipelines.config.recipe import Recipe
 
 Method = Literal["full", "lora"]
 CONTROL = "control"
+SHORT_NAME = re.compile(r"[\w.+-]{1,40}")
+"""Target modules that a label names; it numbers others."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Experiment:
     """None for full fine-tuning."""
     snapshots: tuple[int, ...] = ()
     """Steps after which the weights are saved as well."""
+    target_modules: TargetModules | None = None
+    """Adapted modules; None for those of the recipe's lora section."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +99,37 @@ def learning_rate_experiments(recipe: Recipe) -> list[Experiment]:
         for rate in recipe.frontier.learning_rates:
             experiments.append(Experiment(f"rank-{rank} lr {rate:g}", "lora", rate, rank))
     return experiments
+
+
+def grid_experiments(recipe: Recipe) -> list[Experiment]:
+    """Return every combination of the recipe's grid; nothing if it has none."""
+    grid = recipe.experiments
+    if not grid.is_grid:
+        return []
+    rates = grid.learning_rates or (recipe.lora.learning_rate,)
+    targets = grid.targets or (recipe.lora.target_modules,)
+    steps = recipe.frontier.snapshots
+    experiments = []
+    for rank, rate, (number, target) in product(recipe.lora.ranks, rates, enumerate(targets, 1)):
+        label = f"rank-{rank}"
+        if len(rates) > 1:
+            label += f" lr {rate:g}"
+        if len(targets) > 1:
+            label += f" {_short_name(target, number)}"
+        experiments.append(Experiment(label, "lora", rate, rank, steps, target))
+    return experiments
+
+
+def _short_name(target: TargetModules, number: int) -> str:
+    """Return target modules as a part of a label; their number in the grid if they are long."""
+    name = target if isinstance(target, str) else "+".join(target)
+    return name if SHORT_NAME.fullmatch(name) else f"targets-{number}"
+
+
+def target_variants(recipe: Recipe) -> list[Recipe]:
+    """Return the recipe for each choice of target modules in its grid; itself if there is none."""
+    variants = []
+    for target in recipe.experiments.targets or (recipe.lora.target_modules,):
+        lora = recipe.lora.model_copy(update={"target_modules": target})
+        variants.append(recipe.model_copy(update={"lora": lora}))
+    return variants

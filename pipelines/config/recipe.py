@@ -13,6 +13,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipelines.config.data_section import DataSection
 from pipelines.config.error_messages import sentences
+from pipelines.config.experiments_section import (
+    ExperimentsSection,
+    check_grid,
+    with_values_of_grid,
+)
 from pipelines.config.fields import Section
 from pipelines.config.sections import (
     BaseModelSection,
@@ -42,6 +47,7 @@ class Recipe(Section):
     base_model: BaseModelSection
     data: DataSection
     lora: LoraSection
+    experiments: ExperimentsSection = ExperimentsSection()
     control: ControlSection = ControlSection()
     frontier: FrontierSection = FrontierSection()
     training: TrainingSection
@@ -49,6 +55,16 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     gate: GateSection = GateSection()
     registry: RegistrySection
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_grid(cls, values: Any) -> Any:
+        return with_values_of_grid(values)
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> "Recipe":
+        check_grid(self.experiments, self.lora, self.frontier)
+        return self
 
     @model_validator(mode="after")
     def _check_batch_size(self) -> "Recipe":
@@ -66,7 +82,7 @@ class Recipe(Section):
     def _check_steps(self) -> "Recipe":
         check_early_stopping(self.training, self.frontier)
         if self.training.steps is not None:
-            check_steps(self.training, self.frontier)
+            check_steps(self.training, self.frontier, self.experiments)
         return self
 
     @model_validator(mode="after")
@@ -148,6 +164,8 @@ def load_recipe(
     lora = values.get("lora", {})
     if ranks and isinstance(lora, dict):  # validation rejects any other section
         values = {**values, "lora": {**lora, "ranks": ranks}}
+        if isinstance(values.get("experiments"), dict) and "ranks" in values["experiments"]:
+            values["experiments"] = {**values["experiments"], "ranks": ranks}
     if steps:
         values = _with_setting(values, "training", "steps", steps, instead_of="epochs")
     if promote:

@@ -1,14 +1,19 @@
 """The rules for settings that depend on the number of optimizer steps. Imports no torch."""
 
+from pipelines.config.experiments_section import ExperimentsSection
+from pipelines.config.halving import rungs
 from pipelines.config.sections import FrontierSection, TrainingSection
 
 
-def check_steps(training: TrainingSection, frontier: FrontierSection) -> None:
+def check_steps(
+    training: TrainingSection, frontier: FrontierSection, experiments: ExperimentsSection
+) -> None:
     """Check the settings that depend on the number of steps, which is known.
 
     Args:
         training: with its number of steps.
         frontier: with the snapshots.
+        experiments: with the grid.
 
     Raises:
         ValueError: a setting breaks its rule.
@@ -25,6 +30,8 @@ def check_steps(training: TrainingSection, frontier: FrontierSection) -> None:
         raise ValueError(
             f"frontier.snapshots names step {late[0]} of training.steps {steps}; use earlier ones"
         )
+    if experiments.is_grid:
+        rungs(experiments.size, experiments.kept, steps, warmup)
     _check_evaluations(steps, training.evaluate_every, training.early_stopping_patience)
 
 

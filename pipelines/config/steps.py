@@ -29,7 +29,7 @@ def resolve_steps(recipe: Recipe, train_examples: int) -> Recipe:
     steps = steps_of_epochs(training.epochs, train_examples, training.batch_size)
     resolved = training.model_copy(update={"steps": steps, "epochs": None})
     try:
-        check_steps(resolved, recipe.frontier)
+        check_steps(resolved, recipe.frontier, recipe.experiments)
     except ValueError as error:
         raise RecipeError(
             f"training.epochs {training.epochs:g} of {train_examples} examples in batches of "

@@ -64,6 +64,12 @@ def verified(summary: Summary, label: str | None = None) -> list[tuple[str, str]
     return rows
 
 
+def compared_ranks(summary: Summary) -> list[int]:
+    """Return the ranks of the compared adapters, in the order of the recipe."""
+    compared = {training_of(model).rank for model in summary.adapters.values()}
+    return [rank for rank in summary.recipe.lora.ranks if rank in compared]
+
+
 def effects(models: Models) -> dict[str, list[EffectCell]]:
     """Return the effects of quantization, of training and of both, for each model but the base."""
     quantized_base = models.get(QUANTIZED_BASE)

@@ -23,6 +23,7 @@ from pipelines.comparison.resampling import Interval
 from pipelines.config.alias_names import CHAMPION, PROPOSED
 from pipelines.reporting import formats, item_records, page_sections, words
 from pipelines.reporting.formats import interval_text, short_count, short_size, signed
+from pipelines.reporting.grid_rows import grid_rows
 from pipelines.reporting.model_parts import against_base, status_of
 from pipelines.reporting.origin import RunOrigin
 from pipelines.reporting.plots.frontier_plot import outside, plot_frontier
@@ -184,6 +185,7 @@ def write_html(summary: Summary, path: Path, origin: RunOrigin | None = None) ->
         words=words,
         sections=page_sections,
         metrics=report_metrics(summary.models),
+        grid_rows=grid_rows(summary.grid),
         unmeasured=unmeasured(summary.models),
         benchmark_score=benchmark_score,
         general_change=general_change,
@@ -233,6 +235,7 @@ def _remarks(summary: Summary) -> list[str]:
         summary.decision,
         words.recommended_text(summary),
         *page_sections.undecided(summary),
+        words.grid_text(summary),
         summary.control.words,
         words.registered_text(summary),
         words.verified_text(summary),

@@ -89,7 +89,7 @@ def registered_text(summary: Summary) -> str:
     aliases = []
     for alias, version in registered.aliases.items():
         aliases.append(f"{alias} is version {version}")
-    listed = ", ".join(versions)
+    listed = ", ".join(versions) or "no adapter"
     moved = ", ".join(aliases) or "no alias was moved"
     return f"Registered in {registered.model}: {listed}; {moved}."
 
@@ -147,6 +147,23 @@ def learning_rate(summary: Summary, label: str) -> float | None:
     """
     if label == CONTROL:
         return summary.control.chosen
-    if summary.models[label].training is None:
+    training = summary.models[label].training
+    if training is None:
         return None
+    if training.adapter is not None:
+        return training.adapter.learning_rate
     return summary.recipe.lora.learning_rate
+
+
+def grid_text(summary: Summary) -> str:
+    """Return in a sentence how the adapters were found; empty for a recipe without a grid."""
+    grid = summary.grid
+    if grid is None:
+        return ""
+    plural = "s" if len(grid.survivors) == 1 else ""
+    return (
+        f"Of {len(grid.experiments)} experiments, {' and '.join(grid.survivors)} remain{plural}: "
+        "by successive halving, the experiments with the higher loss on the tuning examples were "
+        f"stopped early, which took {grid.steps_taken:,} instead of {grid.exhaustive_steps:,} "
+        "steps."
+    )

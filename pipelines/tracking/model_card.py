@@ -270,7 +270,10 @@ def _training_facts(summary: Summary, label: str) -> dict[str, str]:
 
 def _method(summary: Summary, label: str) -> str:
     lora = summary.recipe.lora
+    training = summary.models[label].training
     targets = lora.target_modules
+    if training is not None and training.adapter is not None:
+        targets = training.adapter.target_modules
     shown = targets if isinstance(targets, str) else list(targets)
     method = page_sections.training_method(summary, label)
     return f"{method}, alpha {lora.alpha:g}, target_modules {shown}"

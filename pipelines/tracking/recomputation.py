@@ -65,7 +65,8 @@ def _trained(summary: Summary) -> list[ComparedModel]:
     for label, model in summary.models.items():
         one = model.training
         if one is not None:
-            trained.append(ComparedModel(label, one.rank, one.key, one.folder, one.result))
+            compared = ComparedModel(label, one.rank, one.key, one.folder, one.result, one.adapter)
+            trained.append(compared)
     return trained
 
 

@@ -6,7 +6,8 @@
 packs in the same order, so they see the same tokens.
 
     metrics.jsonl    one line per step, from rank 0
-    checkpoints/     from which a stopped run resumes; removed when it ends
+    checkpoints/     from which a stopped run resumes; removed when it ends, except for a trial of
+                     a grid, which ends early and whose whole training resumes from the last one
     snapshots/       adapter or model after the steps that the stage's options name
     adapter/         PEFT format and sidecar, or
     model/           the control's weights, which are evaluated and never registered
@@ -90,6 +91,21 @@ class Training:
     evaluations: Evaluations | None
     """None without `evaluate_every`, and for a finished run that only lacks snapshots."""
 
+    @property
+    def is_trial(self) -> bool:
+        """Whether it is the beginning of a training, which may continue from its checkpoint."""
+        return self.inputs.first_steps is not None
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the held-out loss has not improved for too long."""
+        return self.evaluations is not None and self.evaluations.should_stop
+
+    @property
+    def last_step(self) -> int:
+        """Number of steps after which it ends, unless it stops early."""
+        return self.inputs.first_steps or len(self.run.steps)
+
 
 def train(folder: Path) -> None:
     """Train as the stage's inputs define, from the newest checkpoint if any; write the result.
@@ -110,7 +126,9 @@ def train(folder: Path) -> None:
     hosts = gather_hostnames()
     with training.checkpoints, name_lost_rank(hosts, engine.timer):
         if result is None:
-            _train_steps(training, len(training.run.steps), snapshots)
+            taken = _train_steps(training, training.last_step, snapshots)
+            if training.is_trial:
+                _save_last_checkpoint(training, taken)
         else:
             missing = missing_snapshots(folder, snapshots)
             _train_steps(training, max(missing, default=0), missing)
@@ -118,7 +136,7 @@ def train(folder: Path) -> None:
         result = _finish(training)
         copy_tokenizer(engine, training.config, training.data, folder)
     declare_done(folder, engine, training.config, result)
-    if engine.is_first:
+    if engine.is_first and not training.is_trial:
         training.checkpoints.discard()
 
 
@@ -180,7 +198,7 @@ def _finish(training: Training) -> TrainResult:
     held_out = None
     if training.engine.is_first:
         saved = saved_weights(training.folder, training.config)
-        if training.evaluations is not None:
+        if training.evaluations is not None and not training.is_trial:
             examples = len(training.evaluations.examples.dataset)
             held_out = held_out_losses(training.log.rows, len(training.run.steps), examples)
     return TrainResult(
@@ -194,9 +212,12 @@ def _finish(training: Training) -> TrainResult:
 
 
 def _save_output(training: Training) -> None:
-    """Save the last weights, or, if the training was evaluated, the best ones. A collective."""
+    """Save the last weights, or, if the training was evaluated, the best ones. A collective.
+
+    Those of a trial are the last ones in any case: trials are compared after equally many steps.
+    """
     evaluations = training.evaluations
-    if evaluations is None:
+    if evaluations is None or training.is_trial:
         write_trained(training.engine, training.config, training.inputs, training.folder)
         return
     if training.engine.is_first:
@@ -215,7 +236,7 @@ def _checkpoints(folder: Path, options: TrainOptions, trained_weights: int) -> C
     )
 
 
-def _train_steps(training: Training, last: int, snapshots: Sequence[int]) -> None:
+def _train_steps(training: Training, last: int, snapshots: Sequence[int]) -> int:
     """Take the steps up to `last`; evaluate, and save snapshots and checkpoints.
 
     Every rank calls it: steps, evaluations, snapshots and checkpoints are collectives, and every
@@ -226,10 +247,15 @@ def _train_steps(training: Training, last: int, snapshots: Sequence[int]) -> Non
         training: takes the steps.
         last: number of steps after which it ends.
         snapshots: numbers of steps after which the weights are saved.
+
+    Returns:
+        how many steps have been taken, with those before this process.
     """
     run, engine = training.run, training.engine
-    for step in range(training.first_step, last):
-        done = step + 1
+    done = training.first_step
+    while done < last and not training.stops_early:
+        step = done
+        done += 1
         with name_memory_limit(f"step {done}", partial(run.largest_own_pack, step)):
             row = train_step(run, engine, step)
         training.log.write(row | _evaluate(training, done))
@@ -237,11 +263,11 @@ def _train_steps(training: Training, last: int, snapshots: Sequence[int]) -> Non
             with run.timer.phase("snapshot"):
                 parent = training.folder / snapshot(done)
                 write_trained(engine, training.config, training.inputs, parent)
-        if training.evaluations is not None and training.evaluations.should_stop:
-            return
-        if done % training.options.checkpoint_every == 0 and done < len(run.steps):
+        is_due = done % training.options.checkpoint_every == 0
+        if is_due and done < last and not training.stops_early:
             with run.timer.phase("checkpoint"):
                 _save_checkpoint(training, done)
+    return done
 
 
 def _evaluate(training: Training, step: int) -> Row:
@@ -261,6 +287,14 @@ def _save_checkpoint(training: Training, step: int) -> None:
     if training.checkpoints.due():
         loss = training.log.mean_loss(training.options.checkpoint_every)
         training.checkpoints.save(training.engine, step, loss)
+
+
+def _save_last_checkpoint(training: Training, step: int) -> None:
+    """Save the checkpoint from which the whole training continues, whatever time it takes."""
+    if step > training.first_step:
+        with training.run.timer.phase("checkpoint"):
+            loss = training.log.mean_loss(training.options.checkpoint_every)
+            training.checkpoints.save(training.engine, step, loss)
 
 
 def main(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The workflow, from a recipe to a compared, checked and registered adapter. Start reading here.
 
 data ─► base ─► train the control and each rank ─► evaluate all ─► compare ─► report ─► register
+                (of a grid, those that survive a search)
 """
 
 import os
@@ -23,7 +24,6 @@ from pipelines.config.experiments import (
     EvaluatedModel,
     Experiment,
     learning_rate_experiments,
-    rank_experiments,
 )
 from pipelines.config.recipe import find_recipe, load_recipe
 from pipelines.config.steps import resolve_steps
@@ -55,7 +55,8 @@ from pipelines.workflow.completed import (
     inputs_digest,
     record_completed,
 )
-from pipelines.workflow.publishing import check_access, check_adapter_sizes, publish
+from pipelines.workflow.grid_search import plan_all, train_adapters
+from pipelines.workflow.publishing import check_access, publish
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
 from pipelines.workflow.stages import EvaluateStage, PreparedData, Stages, group_by_base
 from pipelines.workflow.summary import RunResults, summarize
@@ -150,13 +151,13 @@ def compare_ranks(run: PipelineRun) -> Path:
     data = PreparedData(data_stage, run.run_stage(tasks.prepare_data, data_stage))
     settings = resolve_steps(settings, data.result.train_examples)
     settings = resolve_dtype(settings, run.stages, partial(run.run_stage, tasks.measure_processor))
-    run = replace(run, recipe=settings, stages=replace(run.stages, recipe=settings))
+    run = replace(run, recipe=settings, stages=run.stages.of(settings))
     warnings = check_data(run, base, data)
-    run.plan = run.run_stage(tasks.plan, run.stages.plan(base, data))
-    check_adapter_sizes(run, base, run.plan)
+    run.plan = plan_all(run, base, data)
 
     control = train_control(run, base, data)
-    adapters = train_all(run, base, data, rank_experiments(settings))
+    found = train_adapters(run, base, data)
+    adapters = found.adapters
     compared = [*control.chosen, *adapters]
     others = [*control.others]
     others += train_all(run, base, data, learning_rate_experiments(settings))
@@ -168,7 +169,9 @@ def compare_ranks(run: PipelineRun) -> Path:
         champion, scored = evaluate_champion(run, base, data, champion)
         evaluated |= scored
 
-    results = RunResults(base, data.result, warnings, control, adapters, champion, evaluated)
+    results = RunResults(
+        base, data.result, warnings, control, adapters, champion, evaluated, found.grid
+    )
     path = publish(run, summarize(run, results))
     files = evaluated[models[0]].inputs.files
     inputs = inputs_digest(loaded.recipe, sources=data_stage.inputs.sources, files=files)

@@ -1,13 +1,13 @@
 """`lora plan`: prepare what the plan needs, and print what would be trained and its cost."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
-from pipelines.config.experiments import CONTROL
+from pipelines.config.experiments import CONTROL, grid_experiments, target_variants
+from pipelines.config.halving import rungs
 from pipelines.config.recipe import Recipe
 from pipelines.config.steps import resolve_steps
 from pipelines.planning.cluster import Cluster
@@ -51,10 +51,16 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
     data = PreparedData(data_stage, ensure_result(data_stage, threads=1))
     recipe = resolve_steps(recipe, data.result.train_examples)
     recipe = resolve_dtype(recipe, stages, partial(ensure_result, threads=1))
-    stages = replace(stages, recipe=recipe)
-    plan = ensure_result(stages.plan(base, data), threads=1)
+    stages = stages.of(recipe)
+    plans = []
+    for variant in target_variants(recipe):
+        plans.append(ensure_result(stages.of(variant).plan(base, data), threads=1))
+    plan = plans[0]
     console.print(f"{base.id}: {base.forward}", highlight=False)
-    console.print(_targets_table(plan.targets, recipe.lora.init))
+    for one in plans:
+        console.print(_targets_table(one.targets, recipe.lora.init))
+    if recipe.experiments.is_grid:
+        console.print(_grid_table(recipe))
     console.print(_weights_table(plan.weights))
     console.print(_runs_table(recipe, plan, base.weights))
     uncounted = plan.runs[CONTROL].uncounted
@@ -87,6 +93,19 @@ def _targets_table(targets: Iterable[TargetKind], init: str) -> Table:
             f"{target.scale:g}",
             f"{target.trained_weights:,}",
         )
+    return table
+
+
+def _grid_table(recipe: Recipe) -> Table:
+    """Return after how many steps a search of the grid stops which number of experiments."""
+    training = recipe.training
+    count = len(grid_experiments(recipe))
+    found = rungs(count, recipe.experiments.kept, training.total_steps, training.warmup_steps)
+    table = _table(f"Search of {count} experiments", "after step", "trained", "continue")
+    for rung in found:
+        table.add_row(str(rung.step), str(count), str(rung.kept))
+        count = rung.kept
+    table.add_row(str(training.total_steps), str(count), "compared")
     return table
 
 

@@ -13,7 +13,7 @@ from pipelines.runtime.interfaces.kinds import Inputs, Result
 from pipelines.runtime.interfaces.plan_result import PlanResult
 from pipelines.runtime.interfaces.results import StageTime, TrainResult
 from pipelines.runtime.stage import Stage, snapshot
-from pipelines.workflow.stages import EvaluateStage, Stages, TrainStage
+from pipelines.workflow.stages import Stages, TrainStage
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class PipelineRun:
         self._record_stage(stage, time.monotonic() - started, cached=is_cached)
         return result
 
-    def run_stages(self, task: Any, stages: Sequence[EvaluateStage], *arguments: Any) -> None:
+    def run_stages(
+        self, task: Any, stages: Sequence[Stage[Inputs, Result]], *arguments: Any
+    ) -> None:
         """Run the unfinished ones of several stages in one process; print and record the times."""
         started = time.monotonic()
         missing = [stage for stage in stages if stage.result() is None]

@@ -5,7 +5,7 @@ Imports no torch.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -89,6 +89,10 @@ class Stages:
     folder: Path | None = None
     """Folder of the recipe's file; None if it has none."""
 
+    def of(self, recipe: Recipe) -> "Stages":
+        """Return the same for another recipe."""
+        return replace(self, recipe=recipe)
+
     def base(self) -> BaseStage:
         """The base model, in Hugging Face format and with a fingerprint."""
         section = self.recipe.base_model
@@ -167,19 +171,33 @@ class Stages:
         )
         return Stage(PLAN, recipe.name, inputs, self.root, _base_and_data(base, data))
 
-    def train(self, base: BaseResult, data: PreparedData, experiment: Experiment) -> TrainStage:
+    def train(
+        self,
+        base: BaseResult,
+        data: PreparedData,
+        experiment: Experiment,
+        first_steps: int | None = None,
+    ) -> TrainStage:
         """The training of one experiment.
 
         The launch config and the number of processes are not part of the key.
+
+        Args:
+            base: what the base's stage reported.
+            data: the prepared data.
+            experiment: what is trained.
+            first_steps: steps of a trial, which is the beginning of the training; None for all.
         """
         launch = self.recipe.launch
+        snapshots = experiment.snapshots if first_steps is None else ()
         scheduling = narrowed(self.recipe.training, SchedulingSettings)
         is_full = experiment.method == "full"
         output = "model/config.json" if is_full else "adapter/adapter_config.json"
         return Stage(
             TRAIN,
-            plain_label(experiment.label),
-            self._training_inputs(base, data, experiment),
+            plain_label(experiment.label)
+            + ("" if first_steps is None else f"-{first_steps}-steps"),
+            self._training_inputs(base, data, experiment, first_steps),
             self.root,
             paths=_base_and_data(base, data),
             options=TrainOptions(
@@ -187,20 +205,27 @@ class Stages:
                 processes=launch.processes,
                 device=launch_facts(launch.config).device,
                 timeout_seconds=launch.timeout_seconds,
-                snapshots=experiment.snapshots,
+                snapshots=snapshots,
             ),
-            expects=tuple(f"{snapshot(step)}/{output}" for step in experiment.snapshots),
+            expects=tuple(f"{snapshot(step)}/{output}" for step in snapshots),
         )
 
     def _training_inputs(
-        self, base: BaseResult, data: PreparedData, experiment: Experiment
+        self,
+        base: BaseResult,
+        data: PreparedData,
+        experiment: Experiment,
+        first_steps: int | None,
     ) -> TrainInputs:
         recipe = self.recipe
         adapter = None
         if experiment.rank is not None:
+            lora = narrowed(recipe.lora, LoraSettings)
+            if experiment.target_modules is not None:
+                lora = lora.model_copy(update={"target_modules": experiment.target_modules})
             adapter = AdapterInputs(
                 rank=experiment.rank,
-                lora=narrowed(recipe.lora, LoraSettings),
+                lora=lora,
                 base_id=base.id,
                 base_revision=base.revision,
                 tokenizer_sha256=base.tokenizer_sha256,
@@ -215,11 +240,12 @@ class Stages:
             training=narrowed(recipe.training, OptimizationSettings),
             seed=recipe.seed,
             adapter=adapter,
+            first_steps=first_steps,
             trust_remote_code=self._is_trusted,
         )
 
     def tune(self, base: BaseResult, data: PreparedData, trained: TrainStage) -> TuneStage:
-        """The loss that selects a control's learning rate."""
+        """The loss that selects a control's learning rate, or adapters of a grid."""
         inputs = TuneInputs(
             trained=trained.key,
             quantization=trained.inputs.quantization,

@@ -19,6 +19,7 @@ from pipelines.workflow.training import TrainedControl
 if TYPE_CHECKING:
     from pipelines.comparison.comparison import ComparedModel, FrontierVariant
     from pipelines.comparison.document import Comparison, ForwardChecks, Summary
+    from pipelines.comparison.grid import GridSearch
 
 DISTRIBUTIONS = "distributions.safetensors"
 
@@ -39,6 +40,8 @@ class RunResults:
     """The registered champion, if there is one."""
     evaluated: Mapping[EvaluatedModel, EvaluateStage]
     """Every scored model, with its evaluation stage."""
+    grid: "GridSearch | None" = None
+    """How the adapters were found; None for a recipe without a grid."""
 
     @property
     def trained(self) -> list[TrainedExperiment]:
@@ -69,6 +72,7 @@ def summarize(run: PipelineRun, results: RunResults) -> "Summary":
         data_warnings=results.data_warnings,
         items=item_files,
         forward=_forward_checks(results),
+        grid=results.grid,
     )
 
 
@@ -103,11 +107,20 @@ def _compare(run: PipelineRun, results: RunResults, item_files: Mapping[str, str
 def _compared_model(trained: TrainedExperiment) -> "ComparedModel":
     """Return a trained model for the comparison."""
     from pipelines.comparison.comparison import ComparedModel
+    from pipelines.comparison.grid import AdapterSettings
 
     experiment = trained.experiment
     folder = str(trained.stage.folder)
+    inputs = trained.stage.inputs
+    adapter = None
+    if inputs.adapter is not None:
+        adapter = AdapterSettings(
+            rank=inputs.adapter.rank,
+            learning_rate=inputs.learning_rate,
+            target_modules=inputs.adapter.lora.target_modules,
+        )
     return ComparedModel(
-        experiment.label, experiment.rank, trained.stage.key, folder, trained.result
+        experiment.label, experiment.rank, trained.stage.key, folder, trained.result, adapter
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from prefect import task
@@ -10,7 +10,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.context import TaskRunContext
 
 from pipelines.config.sections import LaunchSection
-from pipelines.console import fan_out, print_status, training_progress
+from pipelines.console import Watch, fan_out, print_status, training_progress
 from pipelines.data.data_warnings import data_markdown
 from pipelines.orchestration import concurrency, flow_log, own_state
 from pipelines.orchestration.cancellation import started_by_worker
@@ -83,10 +83,10 @@ def plan(stage: PlanStage) -> PlanResult:
 
 
 @task(name="train", **CACHED)
-def train(stage: TrainStage, settings: LaunchSection, mlflow_experiment: str) -> TrainResult:
+def train(stage: TrainStage, settings: LaunchSection, mlflow_experiment: str | None) -> TrainResult:
     """Train an adapter or the control on all ranks (pipelines.training.train).
 
-    It resumes from the last checkpoint, and MLflow shows it while it runs.
+    It resumes from the last checkpoint. MLflow shows it while it runs, if an experiment is named.
     """
     result = stage.result()  # trained by hand, or for another Prefect server
     if result is not None:
@@ -99,7 +99,7 @@ def train(stage: TrainStage, settings: LaunchSection, mlflow_experiment: str) ->
         with (
             training_progress(stage.label, lines=not started_by_worker()) as on_terminal,
             flow_log.report_training(stage.label) as on_prefect,
-            live_run(stage, mlflow_experiment, print_status) as on_mlflow,
+            _on_mlflow(stage, mlflow_experiment) as on_mlflow,
             own_state.training_in(stage.folder),
         ):
             return hosts.train(
@@ -110,12 +110,25 @@ def train(stage: TrainStage, settings: LaunchSection, mlflow_experiment: str) ->
             )
 
 
-@task(name="tune", **CACHED)
-def tune(stage: TuneStage) -> TuneResult:
-    """Compute the loss of a control at one learning rate (pipelines.evaluation.tuning)."""
+def _on_mlflow(stage: TrainStage, experiment: str | None) -> AbstractContextManager[Watch]:
+    """Show a training in MLflow while it runs; a trial of a grid names no experiment."""
+    if experiment is None:
+        return nullcontext(fan_out())
+    return live_run(stage, experiment, print_status)
+
+
+@task(name="tune", task_run_name="tune {stages[0].label} …")
+def tune(stages: list[TuneStage]) -> list[TuneResult]:
+    """Compute the tuning losses of trained models in one process (pipelines.evaluation.tuning).
+
+    Each model gets its own result; call this only for those without one.
+    """
     slots = concurrency.slot_names(1) if concurrency.gpus() else []
     with concurrency.hold_slots(slots, flow_log.log_and_print):
-        return launcher.ensure_result(stage, threads=launcher.threads_each(1))
+        for stage in stages:
+            stage.begin()
+        argv = launcher.stage_argv(stages)
+        return launcher.run_child(stages, argv, threads=launcher.threads_each(1))
 
 
 @task(name="cut", **CACHED)

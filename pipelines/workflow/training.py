@@ -8,10 +8,10 @@ from pipelines.config.experiments import CONTROL, Experiment, control_experiment
 from pipelines.console import print_status
 from pipelines.errors import DivergenceError, MemoryExceededError, RecipeError, StageError
 from pipelines.planning.fitting import what_would_fit
-from pipelines.runtime.interfaces.results import BaseResult
+from pipelines.runtime.interfaces.results import BaseResult, TrainResult, TuneResult
 from pipelines.workflow import tasks
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
-from pipelines.workflow.stages import PreparedData
+from pipelines.workflow.stages import PreparedData, TrainStage
 
 MIN_TUNING_EXAMPLES = 4
 
@@ -31,17 +31,34 @@ class TrainedControl:
 def train_one(
     run: PipelineRun, base: BaseResult, data: PreparedData, experiment: Experiment
 ) -> TrainedExperiment:
-    """Train an experiment on all processes; if memory runs out, the error names what needs less."""
+    """Train an experiment to its end."""
     stage = run.stages.train(base, data, experiment)
     mlflow_experiment = run.recipe.registry.experiment or run.recipe.name
+    result = run_training(run, experiment, stage, mlflow_experiment)
+    return TrainedExperiment(experiment, stage, result)
+
+
+def run_training(
+    run: PipelineRun, experiment: Experiment, stage: TrainStage, mlflow_experiment: str | None
+) -> TrainResult:
+    """Train on all processes; if memory runs out, the error names what needs less.
+
+    Args:
+        run: with the recipe and the plan.
+        experiment: what is trained.
+        stage: of that training, or of its beginning.
+        mlflow_experiment: shows the training while it runs; None for no run in MLflow.
+    """
     try:
-        result = run.run_stage(tasks.train, stage, run.recipe.launch, mlflow_experiment)
+        result: TrainResult = run.run_stage(
+            tasks.train, stage, run.recipe.launch, mlflow_experiment
+        )
     except StageError as error:
         if error.kind != MemoryExceededError.__name__ or run.plan is None:
             raise
         advice = what_would_fit(run.plan, experiment.label)
         raise StageError(f"{error}; {advice}", error.kind) from error
-    return TrainedExperiment(experiment, stage, result)
+    return result
 
 
 def train_control(run: PipelineRun, base: BaseResult, data: PreparedData) -> TrainedControl:
@@ -56,16 +73,16 @@ def train_control(run: PipelineRun, base: BaseResult, data: PreparedData) -> Tra
     experiments = control_experiments(run.recipe)
     if len(experiments) < 2:
         return TrainedControl([train_one(run, base, data, one) for one in experiments])
-    _check_tuning_examples(len(experiments), data.result.tuning_examples)
+    rates = f"control.learning_rate names {len(experiments)} rates"
+    check_tuning_examples(rates, data.result.tuning_examples)
     candidates = []
     losses = {experiment.learning_rate: inf for experiment in experiments}
     for experiment in experiments:
         trained = train_or_diverge(run, base, data, experiment)
         if trained is not None:
             candidates.append(trained)
-    for trained in candidates:
-        stage = run.stages.tune(base, data, trained.stage)
-        result = run.run_stage(tasks.tune, stage)
+    tuned = tune_all(run, base, data, [trained.stage for trained in candidates])
+    for trained, result in zip(candidates, tuned, strict=True):
         losses[trained.experiment.learning_rate] = result.tuning_loss
     if not candidates:
         rates = ", ".join(f"{rate:g}" for rate in losses)
@@ -76,12 +93,34 @@ def train_control(run: PipelineRun, base: BaseResult, data: PreparedData) -> Tra
     return TrainedControl([chosen], others, losses)
 
 
-def _check_tuning_examples(rates: int, examples: int) -> None:
+def tune_all(
+    run: PipelineRun, base: BaseResult, data: PreparedData, trained: Sequence[TrainStage]
+) -> list[TuneResult]:
+    """Return the losses of trained models on the tuning examples."""
+    stages = [run.stages.tune(base, data, stage) for stage in trained]
+    run.run_stages(tasks.tune, stages)
+    results = []
+    for stage in stages:
+        result = stage.result()
+        assert result is not None, "run_stages raises an error for a stage without a result"
+        results.append(result)
+    return results
+
+
+def check_tuning_examples(choice: str, examples: int) -> None:
+    """Check that there are enough tuning examples to choose on.
+
+    Args:
+        choice: the setting and how much it names, for the message.
+        examples: the tuning examples.
+
+    Raises:
+        RecipeError: there are too few.
+    """
     if examples < MIN_TUNING_EXAMPLES:
         raise RecipeError(
-            f"control.learning_rate names {rates} rates, and the held-out groups leave {examples} "
-            f"examples to choose on, of at least {MIN_TUNING_EXAMPLES}; lower "
-            "data.validation_examples, add rows, or name one rate"
+            f"{choice}, and the held-out groups leave {examples} examples to choose on, of at "
+            f"least {MIN_TUNING_EXAMPLES}; lower data.validation_examples, add rows, or name one"
         )
 
 

@@ -181,6 +181,9 @@ class TrainInputs(Values):
     seed: int
     adapter: AdapterInputs | None = None
     """None for full fine-tuning."""
+    first_steps: int | None = None
+    """Number of steps after which a trial of a grid ends, of the schedule of a whole training; its
+    checkpoint is kept. None for a whole training."""
     trust_remote_code: bool = False
 
     @property
@@ -201,7 +204,7 @@ class TrainOptions(SchedulingSettings):
 
 
 class TuneInputs(Values):
-    """Inputs of the loss that selects a control's learning rate."""
+    """Inputs of the loss that selects a control's learning rate, or adapters of a grid."""
 
     trained: str
     """Key of the training."""

@@ -69,7 +69,7 @@ TRAIN = StageKind(
     (MODELS, "deepspeed"),
 )
 TUNE = StageKind(
-    "tune", "pipelines.evaluation.tuning", 5, inputs.TuneInputs, results.TuneResult, (MODELS,)
+    "tune", "pipelines.evaluation.tuning", 6, inputs.TuneInputs, results.TuneResult, (MODELS,)
 )
 CUT = StageKind("cut", "pipelines.models.truncate", 3, inputs.CutInputs, results.CutResult)
 EVALUATE = StageKind(

@@ -270,11 +270,14 @@ class TrainResult(StageResult):
 
 
 class TuneResult(StageResult):
-    """The loss of a control on the tuning examples."""
+    """The loss of a trained model on the tuning examples."""
 
     tuning_loss: float
     """Nats per supervised token."""
-    examples: int
+    losses: tuple[float, ...]
+    """Of each example, in nats."""
+    tokens: tuple[int, ...]
+    """Supervised ones of each example."""
 
 
 class CutResult(StageResult):

@@ -1,0 +1,125 @@
+"""The section of a recipe with a grid of adapters, and its rules. Imports no torch."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from pipelines.config.fields import Count, LearningRate, Section, distinct
+from pipelines.config.sections import FrontierSection, LoraSection
+
+TargetModules = str | tuple[str, ...]
+SINGLE = {
+    "ranks": "lora.ranks",
+    "learning_rates": "lora.learning_rate",
+    "targets": "lora.target_modules",
+}
+"""List of the grid → the setting without a grid."""
+
+
+class ExperimentsSection(Section):
+    """A grid of adapters: every combination of the lists is an experiment.
+
+    They are searched by successive halving. All train for a part of the steps, the half with the
+    lower loss on the tuning examples continues, and so on; the survivors are trained to the end,
+    exactly as each would be alone. Only survivors are compared and registered.
+    """
+
+    ranks: Annotated[tuple[Count, ...], AfterValidator(distinct)] = ()
+    """Ranks; `lora.ranks` is then left out."""
+    learning_rates: Annotated[tuple[LearningRate, ...], AfterValidator(distinct)] = ()
+    """Peak learning rates; `lora.learning_rate` is then left out."""
+    targets: Annotated[
+        tuple[str | Annotated[tuple[str, ...], Field(min_length=1)], ...], AfterValidator(distinct)
+    ] = ()
+    """Adapted modules, each as in `lora.target_modules`, which is then left out."""
+    survivors: Count | None = None
+    """Adapters that are trained to the end; 1 if left out."""
+
+    @property
+    def is_grid(self) -> bool:
+        """Return whether there is anything to search."""
+        return bool(self.ranks or self.learning_rates or self.targets)
+
+    @property
+    def size(self) -> int:
+        """Return the number of experiments."""
+        return prod(len(values) or 1 for values in (self.ranks, self.learning_rates, self.targets))
+
+    @property
+    def kept(self) -> int:
+        """Return how many experiments are trained to the end."""
+        return self.survivors or 1
+
+
+def with_values_of_grid(values: Any) -> Any:
+    """Return a recipe's plain values in which the lora section has the values of the grid.
+
+    Other parts of the recipe read ranks, learning rate and targets there: all ranks of the grid,
+    and the first of the other lists.
+
+    Args:
+        values: of a recipe, not validated.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    grid = values.get("experiments")
+    lora = values.get("lora", {})
+    if not isinstance(grid, Mapping) or not isinstance(lora, Mapping):
+        return values
+    found = {}
+    if grid.get("ranks"):
+        found["ranks"] = grid["ranks"]
+    if isinstance(grid.get("learning_rates"), list | tuple) and grid["learning_rates"]:
+        found["learning_rate"] = grid["learning_rates"][0]
+    if isinstance(grid.get("targets"), list | tuple) and grid["targets"]:
+        found["target_modules"] = grid["targets"][0]
+    return {**values, "lora": {**found, **lora}}
+
+
+def check_grid(grid: ExperimentsSection, lora: LoraSection, frontier: FrontierSection) -> None:
+    """Check that every setting next to a grid has an effect.
+
+    Args:
+        grid: of the recipe.
+        lora: the section that has the grid's values unless the recipe sets others.
+        frontier: names further models to score.
+
+    Raises:
+        ValueError: a setting would have no effect.
+    """
+    if not grid.is_grid:
+        if grid.survivors is not None:
+            raise ValueError(
+                f"experiments.survivors {grid.survivors} has no effect without a grid; name ranks, "
+                "learning_rates or targets in experiments"
+            )
+        return
+    if grid.size <= grid.kept:
+        raise ValueError(
+            f"experiments has {grid.size} combinations and survivors {grid.kept}, so nothing would "
+            "be searched; name more values, fewer survivors, or remove the section"
+        )
+    _check_single(grid, lora)
+    for name in ("learning_rates", "cuts"):
+        if getattr(frontier, name):
+            raise ValueError(
+                f"frontier.{name} is set next to a grid in experiments, which decides rank and "
+                "learning rate of the adapters; remove one of them"
+            )
+
+
+def _check_single(grid: ExperimentsSection, lora: LoraSection) -> None:
+    """Check that the lora section has no values besides those of the grid."""
+    first = {
+        "ranks": grid.ranks and lora.ranks != grid.ranks,
+        "learning_rates": grid.learning_rates and lora.learning_rate not in grid.learning_rates,
+        "targets": grid.targets and lora.target_modules not in grid.targets,
+    }
+    for name, differs in first.items():
+        if differs:
+            raise ValueError(
+                f"experiments.{name} and {SINGLE[name]} name different values; remove "
+                f"{SINGLE[name]}"
+            )
