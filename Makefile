@@ -31,6 +31,7 @@ ui: $(READY) ## the MLflow and Prefect pages
 bench: $(READY) ## speed and memory next to TRL and a bare PEFT loop
 	$(BIN)/python tests/benchmarks/bench.py
 	$(BIN)/python tests/benchmarks/scoring_bench.py
+	$(BIN)/python tests/benchmarks/grid_bench.py
 
 parity: $(READY) ## the library and the adapters of `make run` next to PEFT, other programs and published figures
 	PYTHONPATH=tests $(BIN)/python -m parity

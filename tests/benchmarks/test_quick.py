@@ -31,6 +31,19 @@ def base(runs: Path) -> Path:
     return folder
 
 
+def test_a_search_finds_the_adapter_that_is_trained_alone(base: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "grid_bench.py"), "--quick", "--base", str(base)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1700,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    assert "of 1 searches find the winner" in ended.stdout
+
+
 @pytest.mark.parametrize("name", ["scoring_bench", "bench"])
 def test_a_benchmark_finds_equal_numbers(runs: Path, base: Path, name: str) -> None:
     ended = subprocess.run(
