@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
+# Every stage is a process: without compiled modules, each would compile the pipeline again.
+unexport PYTHONDONTWRITEBYTECODE
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

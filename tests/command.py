@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import httpx
+from prefect_tables import add_tables
 
 from pipelines.orchestration import local_server
 from pipelines.runtime import launcher, shared_imports
@@ -34,6 +35,8 @@ def lora(folder: Path, *arguments: str, **environment: str) -> "subprocess.Compl
         if name not in environment:
             env.pop(name, None)
     env[shared_imports.VARIABLE] = SHARED.socket_for(env)
+    if arguments[0] == "run" and not {"PREFECT_API_URL", "PREFECT_HOME"} & env.keys():
+        add_tables(Path(env["LORA_RUNS"]) / "prefect")
     return subprocess.run(
         [*LORA, *arguments],
         cwd=folder,
@@ -114,7 +117,7 @@ def shared_prefect_server(home: Path) -> Iterator[str]:
     Yields:
         The value of PREFECT_API_URL.
     """
-    home.mkdir(parents=True)
+    add_tables(home)
     with socket.create_server((local_server.HOST, 0)) as listener:
         process = subprocess.Popen(
             [sys.executable, "-m", local_server.__name__, str(listener.fileno())],

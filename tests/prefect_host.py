@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import psutil
+from prefect_tables import add_tables
 
 from pipelines.orchestration.pages import LEASES
 from pipelines.runtime import fork_server
@@ -137,7 +138,7 @@ class PrefectHost:
         return sorted({limit["active_slots"] for limit in own})
 
     def start_server(self) -> None:
-        (self.folder / "prefect").mkdir()
+        add_tables(self.folder / "prefect")
         self._start_server_process()
 
     def _start_server_process(self) -> None:

@@ -171,7 +171,7 @@ def compare(seed: int, base_id: str, folder: Path, *, quick: bool) -> Outcome:
 
 
 def main() -> None:
-    """Compare with several seeds; exit with 1 if a search misses a goal, which one short grid may."""
+    """Compare with several seeds; exit with 1 if a search misses a goal; a short grid may."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one seed of a short grid")

@@ -25,6 +25,7 @@ from command import environment_of_stages, shared_imports_at
 from distributed.trainings import Trainings, losses
 from distributed.two_hosts import RUN_TRAINING, pickled
 from prefect_host import LORA, PrefectHost, prefect_host
+from prefect_tables import add_tables
 from tiny import tiny_recipe
 
 from pipelines.config.sections import LaunchSection
@@ -121,6 +122,7 @@ class Site:
         """Return a complete `lora run` for one trial, whose base and data are prepared."""
         stage, place = self._next()
         shutil.copytree(self.trainings.root / "shared", place, dirs_exist_ok=True)
+        add_tables(place / "prefect")
         return Trial(self, stage, place, [LORA, "run", str(self.recipe())], environment)
 
     def recipe(self) -> Path:
