@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_ROWS = 256  # 256 × 49,152 logits in float32 are 50 MB
+MIN_ROWS_IN_GRADIENT_DTYPE = 128
+"""Fewer positions are not worth a copy of the weight in the dtype of the gradient's product."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,35 @@ class LogitTransform:
 PLAIN = LogitTransform()
 
 
+@dataclass(frozen=True)
+class Chunks:
+    """How the positions are divided, so that only a part of the logits exists at once."""
+
+    rows: int = CHUNK_ROWS
+    """Positions whose logits exist at once."""
+    gradient_dtype: torch.dtype | None = None
+    """Dtype of the product that gives the gradient of the hidden states, if there are many
+    positions and the weight is frozen; None for that of the logits. The loss does not depend on
+    it."""
+
+    def dtype_of_gradient(
+        self, logits_dtype: torch.dtype, gradients: "_HeadGradients"
+    ) -> torch.dtype:
+        """Return the dtype in which gradients are computed.
+
+        Args:
+            logits_dtype: of the product that gives the logits.
+            gradients: those that are needed.
+        """
+        if self.gradient_dtype is None or gradients.hidden is None or gradients.weight is not None:
+            return logits_dtype
+        is_worth_a_copy = len(gradients.hidden) >= MIN_ROWS_IN_GRADIENT_DTYPE
+        return self.gradient_dtype if is_worth_a_copy else logits_dtype
+
+
+DEFAULT_CHUNKS = Chunks()
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -71,7 +102,7 @@ def linear_cross_entropy(
     *,
     bias: Tensor | None = None,
     transform: LogitTransform = PLAIN,
-    chunk_rows: int = CHUNK_ROWS,
+    chunks: Chunks = DEFAULT_CHUNKS,
 ) -> Tensor:
     """Return the summed negative log-likelihood of `targets` under the head's logits, in nats.
 
@@ -83,13 +114,13 @@ def linear_cross_entropy(
         targets: (N,) of int64, token ids.
         bias: (V,), of the head.
         transform: from the head's output to logits.
-        chunk_rows: positions whose logits exist at once.
+        chunks: how the positions are divided.
 
     Returns:
         A scalar in float32.
     """
-    chunks = _Chunks(transform, chunk_rows)
-    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, bias, chunks)  # type: ignore[no-untyped-call]
+    how = _Computation(transform, chunks)
+    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, bias, how)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -162,11 +193,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
-class _Chunks:
-    """How the logits of a chunk are formed, and its number of rows."""
+class _Computation:
+    """How the logits and their gradient are computed."""
 
     transform: LogitTransform
-    rows: int
+    chunks: Chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +223,8 @@ class _HeadGradients:
         Args:
             gradient: of the head's output, (chunk, V).
             rows: the positions of the chunk.
-            inputs: the chunk's hidden states, (chunk, D), in the dtype of `gradient`.
+            inputs: the chunk's hidden states, (chunk, D); if the weight is trained, in the dtype of
+                `gradient`.
             head: the weight, (V, D), in the dtype of `gradient`.
         """
         if self.hidden is not None:
@@ -219,22 +251,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         bias: Tensor | None,
-        chunks: _Chunks,
+        how: _Computation,
     ) -> Tensor:
+        transform, chunks = how.transform, how.chunks
         total = hidden.new_zeros((), dtype=torch.float32)
         gradients = _empty_gradients(ctx, hidden, weight, bias)
         dtype = _autocast_dtype(hidden) or hidden.dtype
         head = weight.to(dtype)  # copies float32 master weights, as autocast would
+        gradient_dtype = chunks.dtype_of_gradient(dtype, gradients)
+        head_of_gradient = head.to(gradient_dtype) if gradients.needed else head
         for rows in _chunks_of(hidden, chunks.rows):
             inputs = hidden[rows].to(dtype)
             logits = F.linear(inputs, head, bias).float()
-            logits = chunks.transform.apply_(logits)
+            logits = transform.apply_(logits)
             labels = targets[rows, None]
-            total += _negative_log_likelihood(logits, labels)
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += (normalizer - logits.gather(1, labels)).sum()
             if gradients.needed:
-                gradient = _gradient_of_logits(logits, labels)
-                gradient = chunks.transform.chain_(gradient, logits).to(dtype)
-                gradients.add_(gradient, rows=rows, inputs=inputs, head=head)
+                gradient = _gradient_of_logits(logits, normalizer, labels, transform)
+                gradient = transform.chain_(gradient, logits).to(gradient_dtype)
+                gradients.add_(gradient, rows=rows, inputs=inputs, head=head_of_gradient)
         ctx.save_for_backward(
             gradients.hidden,
             gradients.weight,
@@ -267,18 +303,21 @@ def _empty_gradients(
     )
 
 
-def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum over the rows of `logits` (n, V), with `labels` (n, 1), in nats."""
-    normalizer = logits.logsumexp(dim=1)
-    chosen = logits.gather(1, labels)[:, 0]
-    return (normalizer - chosen).sum()
+def _gradient_of_logits(
+    logits: Tensor, normalizer: Tensor, labels: Tensor, transform: LogitTransform
+) -> Tensor:
+    """Return softmax(logits) − one-hot(labels), (n, V).
 
-
-def _gradient_of_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return softmax(logits) − one-hot(labels), (n, V)."""
+    Args:
+        logits: (n, V); overwritten unless the transform's chain rule needs them.
+        normalizer: their logsumexp, (n, 1).
+        labels: (n, 1).
+        transform: from the head's output to logits.
+    """
     minus_one = labels.new_full(labels.shape, -1, dtype=logits.dtype)
-    probabilities = torch.softmax(logits, dim=1)
-    return probabilities.scatter_add_(1, labels, minus_one)
+    is_needed = transform.softcap is not None
+    shifted = logits - normalizer if is_needed else logits.sub_(normalizer)
+    return shifted.exp_().scatter_add_(1, labels, minus_one)
 
 
 def _scaled(gradient: Tensor | None, factor: Tensor) -> Tensor | None:

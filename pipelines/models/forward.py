@@ -9,7 +9,7 @@ Both return the rows of the positions that predict: hidden states (N, D) if the 
 closed form, else the logits (N, V) as the model itself computes them.
 
 On a CPU, a training may compute the model's products with weights in 16 bits, under autocast. Then
-its states, its attention, its head and the loss stay in float32.
+its states, its attention, the logits and the loss stay in float32.
 """
 
 import inspect
@@ -129,7 +129,7 @@ class PackReader:
         """Return the pack's summed negative log-likelihood in nats."""
         rows = self.rows(pack)
         if self.head is not None:
-            return self.head.loss(rows, pack.targets)
+            return self.head.loss(rows, pack.targets, gradient_dtype=self.products)
         return F.cross_entropy(rows.float(), pack.targets, reduction="sum")
 
     def log_likelihoods(self, pack: Pack, chunk_rows: int) -> tuple[Tensor, Tensor]:

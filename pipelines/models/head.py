@@ -5,11 +5,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lora_core.training.losses import (
     PLAIN,
+    Chunks,
     LogitTransform,
     linear_cross_entropy,
     token_log_likelihoods,
@@ -33,15 +35,24 @@ class Head:
     """(V,)"""
     transform: LogitTransform = PLAIN
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def loss(
+        self, hidden: Tensor, targets: Tensor, gradient_dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return the summed NLL of targets (N,) after hidden states (N, D), in nats.
 
         Args:
             hidden: (N, D) states of the positions that predict.
             targets: (N,) ids of the next tokens.
+            gradient_dtype: of the product that gives the gradient of `hidden`; None for that of
+                the logits.
         """
         return linear_cross_entropy(
-            hidden, self.weight, targets, bias=self.bias, transform=self.transform
+            hidden,
+            self.weight,
+            targets,
+            bias=self.bias,
+            transform=self.transform,
+            chunks=Chunks(gradient_dtype=gradient_dtype),
         )
 
     def log_likelihoods(

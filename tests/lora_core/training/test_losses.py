@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_core.training.losses import LogitTransform, linear_cross_entropy, token_log_likelihoods
+from lora_core.training.losses import (
+    MIN_ROWS_IN_GRADIENT_DTYPE,
+    Chunks,
+    LogitTransform,
+    linear_cross_entropy,
+    token_log_likelihoods,
+)
 
 ROWS, WIDTH, VOCABULARY = 7, 16, 53
 CHUNKS = [1, 3, ROWS, 100]
@@ -30,7 +36,7 @@ def gradients(loss: Tensor, inputs: Inputs) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
 def test_value_and_gradients_equal_cross_entropy(inputs: Inputs, chunk_rows: int) -> None:
-    loss = linear_cross_entropy(*inputs, chunk_rows=chunk_rows)
+    loss = linear_cross_entropy(*inputs, chunks=Chunks(chunk_rows))
     expected = reference_loss(*inputs)
     assert loss.dtype == torch.float32
     # Logits of about 4 and sums over 53 tokens, in float32.
@@ -41,15 +47,46 @@ def test_value_and_gradients_equal_cross_entropy(inputs: Inputs, chunk_rows: int
 
 @pytest.mark.parametrize("divisor", [1, 7.5])
 def test_upstream_gradient_scales_both_gradients(inputs: Inputs, divisor: float) -> None:
-    found = gradients(linear_cross_entropy(*inputs, chunk_rows=3) / divisor, inputs)
+    found = gradients(linear_cross_entropy(*inputs, chunks=Chunks(3)) / divisor, inputs)
     expected = gradients(reference_loss(*inputs) / divisor, inputs)
     for gradient, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_gradient_in_bfloat16_changes_no_loss(softcap: float | None) -> None:
+    rows = MIN_ROWS_IN_GRADIENT_DTYPE
+    hidden = torch.randn(rows, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH)
+    targets = torch.randint(0, VOCABULARY, (rows,))
+    transform = LogitTransform(2.0, softcap)
+    losses, found = [], []
+    for dtype in (None, torch.bfloat16):
+        loss = linear_cross_entropy(
+            hidden, weight, targets, transform=transform, chunks=Chunks(50, dtype)
+        )
+        losses.append(loss)
+        found.append(torch.autograd.grad(loss, hidden)[0])
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(found[0], found[1])
+    # Probabilities and weights are rounded to 8 bits.
+    assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
+
+
+def test_a_trained_head_and_few_positions_keep_the_dtype_of_the_logits(inputs: Inputs) -> None:
+    many = torch.randn(MIN_ROWS_IN_GRADIENT_DTYPE, WIDTH, requires_grad=True)
+    targets = torch.randint(0, VOCABULARY, (len(many),))
+    for hidden, labels in ((inputs[0], inputs[2]), (many, targets)):
+        both = (hidden, inputs[1], labels)
+        plain = gradients(linear_cross_entropy(*both), both)
+        in_16_bits = linear_cross_entropy(*both, chunks=Chunks(gradient_dtype=torch.bfloat16))
+        for one, other in zip(gradients(in_16_bits, both), plain, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_bfloat16_is_close_to_float64(inputs: Inputs) -> None:
     hidden, weight = (t.detach().bfloat16().requires_grad_() for t in inputs[:2])
-    loss = linear_cross_entropy(hidden, weight, inputs[2], chunk_rows=3)
+    loss = linear_cross_entropy(hidden, weight, inputs[2], chunks=Chunks(3))
     expected = reference_loss(hidden, weight, inputs[2])
     # Each logit, of up to about 16, is rounded to 8 bits: at most 0.03 per row.
     torch.testing.assert_close(loss.double(), expected, rtol=0, atol=0.03 * ROWS)
@@ -159,14 +196,14 @@ def test_scale_softcap_and_bias_equal_explicit_logits(
     if transform.softcap is not None:
         logits = transform.softcap * torch.tanh(logits / transform.softcap)
     expected = F.cross_entropy(logits, targets, reduction="sum")
-    options = {"bias": bias, "transform": transform, "chunk_rows": 3}
-    loss = linear_cross_entropy(hidden, weight, targets, **options)
+    options = {"bias": bias, "transform": transform}
+    loss = linear_cross_entropy(hidden, weight, targets, chunks=Chunks(3), **options)
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=0)
     trained = [hidden, weight] if bias is None else [hidden, weight, bias]
     found = torch.autograd.grad(loss, trained)
     references = torch.autograd.grad(expected, trained)
     for gradient, reference in zip(found, references, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
-    likelihoods, greedy = token_log_likelihoods(hidden, weight, targets, **options)
+    likelihoods, greedy = token_log_likelihoods(hidden, weight, targets, chunk_rows=3, **options)
     torch.testing.assert_close(-likelihoods.double().sum(), expected.detach(), rtol=1e-5, atol=0)
     assert greedy.tolist() == (logits.argmax(dim=1) == targets).tolist()
