@@ -57,21 +57,23 @@ class GridSearch(Values):
     """Of a whole training."""
     rungs: tuple[GridRung, ...]
     """By step."""
+    diverged: tuple[str, ...] = ()
+    """Labels of the experiments whose training diverged after the last halving."""
 
     @property
     def survivors(self) -> tuple[str, ...]:
         """Labels of the experiments that were trained to the end, the lowest loss first."""
-        return self.rungs[-1].continuing
+        return tuple(one for one in self.rungs[-1].continuing if one not in self.diverged)
 
     @property
     def steps_taken(self) -> int:
-        """Steps of all trainings together."""
+        """Steps of all trainings together, had none diverged."""
         taken = 0
         before = 0
         for rung in self.rungs:
             taken += len(rung.trials) * (rung.step - before)
             before = rung.step
-        return taken + len(self.survivors) * (self.steps - before)
+        return taken + len(self.rungs[-1].continuing) * (self.steps - before)
 
     @property
     def exhaustive_steps(self) -> int:

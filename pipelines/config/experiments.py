@@ -13,6 +13,7 @@ the highest rank may be truncated to rank C, as `rank-R→C`.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -110,20 +111,29 @@ def grid_experiments(recipe: Recipe) -> list[Experiment]:
     targets = grid.targets or (recipe.lora.target_modules,)
     steps = recipe.frontier.snapshots
     experiments = []
-    for rank, rate, (number, target) in product(recipe.lora.ranks, rates, enumerate(targets, 1)):
+    named_targets = zip(_short_names(targets), targets, strict=True)
+    for rank, rate, (name, target) in product(recipe.lora.ranks, rates, named_targets):
         label = f"rank-{rank}"
         if len(rates) > 1:
-            label += f" lr {rate:g}"
+            label += f" lr {rate}"
         if len(targets) > 1:
-            label += f" {_short_name(target, number)}"
+            label += f" {name}"
         experiments.append(Experiment(label, "lora", rate, rank, steps, target))
     return experiments
 
 
-def _short_name(target: TargetModules, number: int) -> str:
-    """Return target modules as a part of a label; their number in the grid if they are long."""
-    name = target if isinstance(target, str) else "+".join(target)
-    return name if SHORT_NAME.fullmatch(name) else f"targets-{number}"
+def _short_names(targets: Sequence[TargetModules]) -> list[str]:
+    """Return target modules as parts of labels: their number in the grid if they are long.
+
+    If two of them would have the same name, all are numbered.
+    """
+    names = []
+    for number, target in enumerate(targets, start=1):
+        name = target if isinstance(target, str) else "+".join(target)
+        names.append(name if SHORT_NAME.fullmatch(name) else f"targets-{number}")
+    if len(set(names)) < len(names):
+        return [f"targets-{number}" for number in range(1, len(names) + 1)]
+    return names
 
 
 def target_variants(recipe: Recipe) -> list[Recipe]:

@@ -65,17 +65,21 @@ def with_values_of_grid(values: Any) -> Any:
     if not isinstance(values, Mapping):
         return values
     grid = values.get("experiments")
-    lora = values.get("lora", {})
+    lora = values.get("lora") or {}
     if not isinstance(grid, Mapping) or not isinstance(lora, Mapping):
         return values
+    lists = {}
+    for name in SINGLE:
+        if isinstance(grid.get(name), list | tuple) and grid[name]:
+            lists[name] = grid[name]
     found = {}
-    if grid.get("ranks"):
-        found["ranks"] = grid["ranks"]
-    if isinstance(grid.get("learning_rates"), list | tuple) and grid["learning_rates"]:
-        found["learning_rate"] = grid["learning_rates"][0]
-    if isinstance(grid.get("targets"), list | tuple) and grid["targets"]:
-        found["target_modules"] = grid["targets"][0]
-    return {**values, "lora": {**found, **lora}}
+    if "ranks" in lists:
+        found["ranks"] = lists["ranks"]
+    if "learning_rates" in lists:
+        found["learning_rate"] = lists["learning_rates"][0]
+    if "targets" in lists:
+        found["target_modules"] = lists["targets"][0]
+    return {**values, "lora": {**found, **lora}} if found else values
 
 
 def check_grid(grid: ExperimentsSection, lora: LoraSection, frontier: FrontierSection) -> None:

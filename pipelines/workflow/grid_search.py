@@ -30,6 +30,7 @@ from pipelines.workflow.training import (
     check_tuning_examples,
     run_training,
     train_one,
+    train_or_diverge,
     tune_all,
 )
 
@@ -95,6 +96,8 @@ class _Search:
     halvings: "list[GridRung]" = field(default_factory=list)
     trials: dict[str, TrainStage] = field(default_factory=dict)
     """Label → its last trial."""
+    diverged: list[str] = field(default_factory=list)
+    """Labels of those that diverged after the last halving."""
 
     def __post_init__(self) -> None:
         self.experiments = {one.label: one for one in grid_experiments(self.run.recipe)}
@@ -117,11 +120,7 @@ class _Search:
             if stage is not None:
                 trials[label] = stage
         if not trials:
-            rates = sorted({self.experiments[label].learning_rate for label in self.remaining})
-            raise RecipeError(
-                "training diverged in every experiment of the grid (learning rates "
-                f"{', '.join(f'{rate:g}' for rate in rates)}); name lower rates"
-            )
+            raise self._all_diverged()
         results = tune_all(self.run, self.base, self.data, list(trials.values()))
         tuned: dict[str, TuneResult | None] = dict.fromkeys(self.remaining)
         tuned |= zip(trials, results, strict=True)
@@ -148,12 +147,27 @@ class _Search:
         """Train the remaining experiments to the end, in the order of the grid."""
         trained = []
         for label, experiment in self.experiments.items():
-            if label in self.remaining:
-                stage = self.run.stages.train(self.base, self.data, experiment)
-                continue_from(stage, self.trials[label])
-                trained.append(train_one(self.run, self.base, self.data, experiment))
+            if label not in self.remaining:
+                continue
+            stage = self.run.stages.train(self.base, self.data, experiment)
+            continue_from(stage, self.trials[label])
+            survivor = train_or_diverge(self.run, self.base, self.data, experiment)
+            if survivor is None:
+                self.diverged.append(label)
+            else:
+                trained.append(survivor)
+        if not trained:
+            raise self._all_diverged()
         self._remove_checkpoints()
         return trained
+
+    def _all_diverged(self) -> RecipeError:
+        rates = sorted({self.experiments[label].learning_rate for label in self.remaining})
+        return RecipeError(
+            f"training diverged in every experiment that was left ({', '.join(self.remaining)}; "
+            f"learning rates {', '.join(map(str, rates))}); name lower rates in experiments, or "
+            "more survivors"
+        )
 
     def summary(self) -> "GridSearch":
         """Return how the experiments were searched."""
@@ -169,6 +183,7 @@ class _Search:
             experiments=experiments,
             steps=self.run.recipe.training.total_steps,
             rungs=tuple(self.halvings),
+            diverged=tuple(self.diverged),
         )
 
     def _remove_checkpoints(self) -> None:
@@ -182,13 +197,14 @@ class _Search:
 def continue_from(stage: TrainStage, trial: TrainStage | None) -> None:
     """Let a training resume from the checkpoint of a shorter trial, unless it has its own.
 
-    If the trial has none any more, the training starts from the beginning, with the same outcome.
+    If the trial has none any more, or if weights of earlier steps are to be saved too, the training
+    starts from the beginning, with the same outcome.
 
     Args:
         stage: of the training, which has not begun.
         trial: of its beginning; None if there is none.
     """
-    if trial is None or stage.result() is not None:
+    if trial is None or stage.result() is not None or _has_snapshot_within(stage, trial):
         return
     target = stage.folder / CHECKPOINTS
     if target.exists() or not (trial.folder / CHECKPOINTS).is_dir():
@@ -197,6 +213,12 @@ def continue_from(stage: TrainStage, trial: TrainStage | None) -> None:
     shutil.copyfile(trial.folder / METRICS, stage.folder / METRICS)
     with atomic_folder(target) as aside:
         shutil.copytree(trial.folder / CHECKPOINTS, aside, dirs_exist_ok=True)
+
+
+def _has_snapshot_within(stage: TrainStage, trial: TrainStage) -> bool:
+    """Return whether a training saves the weights of a step that a trial has already taken."""
+    assert stage.options is not None and trial.inputs.first_steps is not None, "both are trainings"
+    return any(step <= trial.inputs.first_steps for step in stage.options.snapshots)
 
 
 def _print_halving(halving: "GridRung") -> None:

@@ -52,6 +52,20 @@ def test_a_label_names_only_what_differs() -> None:
     assert labels == ["rank-2 all-linear", "rank-2 targets-2"]
 
 
+def test_no_two_experiments_have_the_same_label() -> None:
+    targets = ["q_proj+v_proj", ["q_proj", "v_proj"]]
+    rates = [1e-3, 1.0000001e-3]
+    values = recipe({"ranks": [2], "targets": targets, "learning_rates": rates})
+    labels = [one.label for one in grid_experiments(parse_recipe(values))]
+    assert len(set(labels)) == 4
+    assert labels[0] == "rank-2 lr 0.001 targets-1"
+
+
+@pytest.mark.parametrize("lora", [None, {}])
+def test_a_lora_section_without_settings_may_be_empty(lora: dict[str, Any] | None) -> None:
+    assert parse_recipe({**recipe({"ranks": [2, 4]}), "lora": lora}).lora.ranks == (2, 4)
+
+
 def test_a_recipe_with_a_grid_survives_a_round_trip() -> None:
     loaded = parse_recipe(recipe(GRID))
     again = Recipe.model_validate(yaml.safe_load(yaml.safe_dump(loaded.model_dump(mode="json"))))

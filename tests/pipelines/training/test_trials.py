@@ -1,5 +1,6 @@
 """A trial is the beginning of a training, which continues from it as if it had never stopped."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_training_with_a_checkpoint_of_its_own_keeps_it(stages: TrainingStages
     own.mkdir(parents=True)
     continue_from(whole, trial)
     assert list((whole.folder / "checkpoints").iterdir()) == [own]
+
+
+def test_weights_of_steps_within_a_trial_are_saved_too(stages: TrainingStages) -> None:
+    trial = stages(2, "with snapshot", first_steps=3, training=STEPS)
+    train(trial.begin())
+    plain = stages(2, "with snapshot", training=STEPS)
+    assert plain.options is not None
+    options = plain.options.model_copy(update={"snapshots": (2, 5)})
+    whole = replace(plain, options=options)
+    continue_from(whole, trial)
+    train(whole.begin())
+    snapshots = sorted((whole.folder / "snapshots").iterdir())
+    assert [path.name for path in snapshots] == ["step-00002", "step-00005"]
 
 
 def test_a_trial_without_a_checkpoint_changes_nothing(stages: TrainingStages) -> None:
