@@ -93,8 +93,8 @@ def test_a_rate_in_scientific_notation_is_a_number(
         (
             {"qqq": 1},
             "'qqq'",
-            "known here: base_model, control, data, evaluation, frontier, gate, launch, lora, "
-            "name, registry, seed, training",
+            "known here: base_model, control, data, evaluation, experiments, frontier, gate, "
+            "launch, lora, name, registry, seed, training",
         ),
     ],
 )

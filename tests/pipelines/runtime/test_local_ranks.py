@@ -46,6 +46,7 @@ OF_ONE_LAUNCH = {
     "KMP_DUPLICATE_LIB_OK",
     "KMP_INIT_AT_FORK",
     "PYTORCH_NVML_BASED_CUDA_CHECK",  # DeepSpeed sets it when it is imported
+    "_MLFLOW_TELEMETRY_SESSION_ID",  # MLflow, too
 }
 """Variables that name one launch, or that a library sets in its own process."""
 
