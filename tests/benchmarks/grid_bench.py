@@ -91,10 +91,10 @@ class Outcome:
         )
 
 
-def grid_recipe(seed: int, base: str, *, quick: bool) -> Recipe:
+def grid_recipe(seed: int, base: str, batch_size: int, *, quick: bool) -> Recipe:
     """Return a recipe with a grid of 8 experiments, or of 2 short ones."""
     grid = {"ranks": [4, 16], "learning_rates": [5e-4, 1e-3, 2e-3, 4e-3]}
-    training = {"steps": 32, "batch_size": 8, "warmup_steps": 2}
+    training = {"steps": 32, "batch_size": batch_size, "warmup_steps": 2}
     if quick:
         grid = {"ranks": [2], "learning_rates": [1e-3, 1e-2]}
         training = {"steps": 8, "batch_size": 4, "warmup_steps": 1}
@@ -130,9 +130,10 @@ def prepare(recipe: Recipe, root: Path) -> Prepared:
     return Prepared(recipe, base, data)
 
 
-def compare(seed: int, base_id: str, folder: Path, *, quick: bool) -> Outcome:
+def compare(seed: int, options: argparse.Namespace, folder: Path) -> Outcome:
     """Search a grid, train all of it as well, and compare."""
-    prepared = prepare(grid_recipe(seed, base_id, quick=quick), folder / "prepared")
+    recipe = grid_recipe(seed, options.base, options.batch_size, quick=options.quick)
+    prepared = prepare(recipe, folder / "prepared")
     base, data = prepared.base, prepared.data
     alone = prepared.run(folder / "alone")
     experiments = grid_experiments(prepared.recipe)
@@ -175,12 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one seed of a short grid")
+    parser.add_argument("--batch-size", type=int, default=8, help="examples per step")
     parser.add_argument("--base", default=SMOLLM2, help="id or folder of a base model")
     options = parser.parse_args()
     outcomes = []
     for seed in range(1 if options.quick else options.seeds):
         with TemporaryDirectory() as folder:
-            outcomes.append(compare(seed, options.base, Path(folder), quick=options.quick))
+            outcomes.append(compare(seed, options, Path(folder)))
         print(outcomes[-1], flush=True)
     same = sum(one.searched == one.exhaustive for one in outcomes)
     good = sum(one.is_good for one in outcomes)
