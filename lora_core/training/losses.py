@@ -74,7 +74,7 @@ class Chunks:
     """Positions whose logits exist at once."""
     gradient_dtype: torch.dtype | None = None
     """Dtype of the product that gives the gradient of the hidden states, if there are many
-    positions and the weight is frozen; None for that of the logits. The loss does not depend on
+    positions and the head is frozen; None for that of the logits. The loss does not depend on
     it."""
 
     def dtype_of_gradient(
@@ -86,7 +86,8 @@ class Chunks:
             logits_dtype: of the product that gives the logits.
             gradients: those that are needed.
         """
-        if self.gradient_dtype is None or gradients.hidden is None or gradients.weight is not None:
+        is_head_trained = gradients.weight is not None or gradients.bias is not None
+        if self.gradient_dtype is None or gradients.hidden is None or is_head_trained:
             return logits_dtype
         is_worth_a_copy = len(gradients.hidden) >= MIN_ROWS_IN_GRADIENT_DTYPE
         return self.gradient_dtype if is_worth_a_copy else logits_dtype

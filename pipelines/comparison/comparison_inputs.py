@@ -43,7 +43,7 @@ class ComparedModel:
     result: TrainResult
     """Of its training stage."""
     adapter: AdapterSettings | None = None
-    """None for full fine-tuning, and for an adapter with the recipe's own settings."""
+    """None for full fine-tuning, and in a summary of an earlier version."""
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class TrainedModel(Values):
     """Folder of its training stage."""
     result: TrainResult
     adapter: AdapterSettings | None = None
-    """None for full fine-tuning, and for an adapter with the recipe's own settings."""
+    """None for full fine-tuning, and in a summary of an earlier version."""
 
 
 class Judgment(Values):

@@ -90,6 +90,7 @@ def halve(step: int, tuned: Mapping[str, TuneResult | None], kept: int) -> GridR
             them. Of equal losses, the first one is the better.
         kept: experiments that continue; fewer if fewer have not diverged.
     """
+    tuned = {label: _finite(result) for label, result in tuned.items()}
     order = sorted(tuned, key=lambda label: _loss(tuned[label]))
     best = tuned[order[0]]
     assert best is not None, "at least one experiment has not diverged"
@@ -104,15 +105,20 @@ def halve(step: int, tuned: Mapping[str, TuneResult | None], kept: int) -> GridR
                 label=label,
                 tuning_loss=None if result is None else result.tuning_loss,
                 behind=behind,
-                continues=place < kept and isfinite(_loss(result)),
+                continues=place < kept and result is not None,
             )
         )
     return GridRung(step=step, trials=tuple(trials))
 
 
+def _finite(result: TuneResult | None) -> TuneResult | None:
+    """Return losses if they are finite, else None, as for a training that diverged."""
+    return None if result is None or not isfinite(result.tuning_loss) else result
+
+
 def _loss(result: TuneResult | None) -> float:
     """Return the loss by which experiments are ordered."""
-    return inf if result is None or not isfinite(result.tuning_loss) else result.tuning_loss
+    return inf if result is None else result.tuning_loss
 
 
 def _difference(result: TuneResult, best: TuneResult) -> Interval:

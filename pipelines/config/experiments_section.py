@@ -1,5 +1,6 @@
 """The section of a recipe with a grid of adapters, and its rules. Imports no torch."""
 
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Annotated, Any
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from pipelines.config.fields import Count, LearningRate, Section, distinct
-from pipelines.config.sections import FrontierSection, LoraSection
+from pipelines.config.sections import FrontierSection, GateSection, LoraSection
 
 TargetModules = str | tuple[str, ...]
 SINGLE = {
@@ -16,6 +17,18 @@ SINGLE = {
     "targets": "lora.target_modules",
 }
 """List of the grid → the setting without a grid."""
+
+
+def _distinct_targets(targets: tuple[TargetModules, ...]) -> tuple[TargetModules, ...]:
+    """Refuse names that are not in a list, and lists of the same names."""
+    for target in targets:
+        if isinstance(target, str) and re.fullmatch(r"\w*", target):
+            raise ValueError(
+                f"has {target!r}, which is no list: each target is all-linear, a regular "
+                f"expression or a list of names, such as [[{target or 'q_proj'}]]"
+            )
+    distinct(tuple(t if isinstance(t, str) else tuple(sorted(set(t))) for t in targets))
+    return targets
 
 
 class ExperimentsSection(Section):
@@ -31,7 +44,8 @@ class ExperimentsSection(Section):
     learning_rates: Annotated[tuple[LearningRate, ...], AfterValidator(distinct)] = ()
     """Peak learning rates; `lora.learning_rate` is then left out."""
     targets: Annotated[
-        tuple[str | Annotated[tuple[str, ...], Field(min_length=1)], ...], AfterValidator(distinct)
+        tuple[str | Annotated[tuple[str, ...], Field(min_length=1)], ...],
+        AfterValidator(_distinct_targets),
     ] = ()
     """Adapted modules, each as in `lora.target_modules`, which is then left out."""
     survivors: Count | None = None
@@ -82,16 +96,19 @@ def with_values_of_grid(values: Any) -> Any:
     return {**values, "lora": {**found, **lora}} if found else values
 
 
-def check_grid(grid: ExperimentsSection, lora: LoraSection, frontier: FrontierSection) -> None:
-    """Check that every setting next to a grid has an effect.
+def check_grid(
+    grid: ExperimentsSection, lora: LoraSection, frontier: FrontierSection, gate: GateSection
+) -> None:
+    """Check that every setting next to a grid has an effect, and that every experiment may pass.
 
     Args:
         grid: of the recipe.
         lora: the section that has the grid's values unless the recipe sets others.
         frontier: names further models to score.
+        gate: with the highest rank.
 
     Raises:
-        ValueError: a setting would have no effect.
+        ValueError: a setting would have no effect, or an experiment cannot pass the gate.
     """
     if not grid.is_grid:
         if grid.survivors is not None:
@@ -106,6 +123,11 @@ def check_grid(grid: ExperimentsSection, lora: LoraSection, frontier: FrontierSe
             "be searched; name more values, fewer survivors, or remove the section"
         )
     _check_single(grid, lora)
+    if gate.max_rank is not None and max(lora.ranks) > gate.max_rank:
+        raise ValueError(
+            f"experiments names rank {max(lora.ranks)}, which gate.max_rank {gate.max_rank} "
+            "rejects, so that the search could end without an adapter; leave that rank out"
+        )
     for name in ("learning_rates", "cuts"):
         if getattr(frontier, name):
             raise ValueError(
@@ -118,12 +140,12 @@ def _check_single(grid: ExperimentsSection, lora: LoraSection) -> None:
     """Check that the lora section has no values besides those of the grid."""
     first = {
         "ranks": grid.ranks and lora.ranks != grid.ranks,
-        "learning_rates": grid.learning_rates and lora.learning_rate not in grid.learning_rates,
-        "targets": grid.targets and lora.target_modules not in grid.targets,
+        "learning_rates": grid.learning_rates and lora.learning_rate != grid.learning_rates[0],
+        "targets": grid.targets and lora.target_modules != grid.targets[0],
     }
     for name, differs in first.items():
         if differs:
             raise ValueError(
-                f"experiments.{name} and {SINGLE[name]} name different values; remove "
-                f"{SINGLE[name]}"
+                f"experiments.{name} decides instead of {SINGLE[name]}, which has another value; "
+                f"remove {SINGLE[name]}"
             )

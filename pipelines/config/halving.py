@@ -2,8 +2,9 @@
 
     8 experiments, 64 steps     8 after 8 steps → 4 after 16 → 2 after 32 → 1 to the end
 
-Each halving comes at half the steps of the next one, so that a search of 2ᵏ experiments takes
-1 + k/2 times as many steps as one training (Karnin et al. 2013, Almost Optimal Exploration in
+Each halving comes at half the steps of the next one, so that a search of 2ᵏ experiments for one
+survivor takes 1 + k/2 times as many steps as one training, if the warm-up ends before the first
+halving (Karnin et al. 2013, Almost Optimal Exploration in
 Multi-Armed Bandits; Jamieson & Talwalkar 2016, arXiv 1502.07943).
 """
 

@@ -63,7 +63,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_grid(self) -> "Recipe":
-        check_grid(self.experiments, self.lora, self.frontier)
+        check_grid(self.experiments, self.lora, self.frontier, self.gate)
         return self
 
     @model_validator(mode="after")
@@ -161,7 +161,7 @@ def load_recipe(
             f"{file} contains {type(values).__name__} instead of settings by name; start from an "
             f"example in {RECIPES}"
         )
-    lora = values.get("lora", {})
+    lora = values.get("lora") or {}
     if ranks and isinstance(lora, dict):  # validation rejects any other section
         values = {**values, "lora": {**lora, "ranks": ranks}}
         if isinstance(values.get("experiments"), dict) and "ranks" in values["experiments"]:

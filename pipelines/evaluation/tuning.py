@@ -2,13 +2,17 @@
 
     python -m pipelines.evaluation.tuning STAGE_FOLDER [STAGE_FOLDER ...]
 
-Consecutive stages with equal base and quantization share the loaded model.
+Consecutive stages with equal base and quantization share the loaded model. The loss of an adapter
+whose logits are not finite is infinite.
 """
 
 from collections.abc import Sequence
+from math import inf
 from pathlib import Path
 
+import torch
 from datasets import load_from_disk
+from transformers import PreTrainedModel
 
 from pipelines.comparison.record_types import TaskRecord
 from pipelines.errors import DataError
@@ -53,8 +57,26 @@ class Tuning:
         examples = list(load_from_disk(str(split)))
         is_trusted = inputs.trust_remote_code
         with self.models.use(paths, inputs.quantization, trust_remote_code=is_trusted) as model:
+            if paths.adapter is not None and not _is_finite(model, examples[0]["input_ids"]):
+                return _diverged(len(examples)), []
             records = list(score_examples(CheckedReader(model), examples))
         return _result(records), []
+
+
+@torch.no_grad()
+def _is_finite(model: PreTrainedModel, ids: list[int]) -> bool:
+    """Return whether a model gives finite logits; one that was trained at too high a rate may not.
+
+    Args:
+        model: of which an adapter was trained.
+        ids: tokens of an example.
+    """
+    logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
+    return bool(logits.isfinite().all())
+
+
+def _diverged(examples: int) -> TuneResult:
+    return TuneResult(tuning_loss=inf, losses=(inf,) * examples, tokens=(1,) * examples)
 
 
 def _result(records: Sequence[TaskRecord]) -> TuneResult:

@@ -161,9 +161,12 @@ def grid_text(summary: Summary) -> str:
     if grid is None:
         return ""
     plural = "s" if len(grid.survivors) == 1 else ""
+    diverged = ""
+    if grid.diverged:
+        diverged = f" {' and '.join(grid.diverged)} diverged after the last halving."
     return (
         f"Of {len(grid.experiments)} experiments, {' and '.join(grid.survivors)} remain{plural}: "
         "by successive halving, the experiments with the higher loss on the tuning examples were "
         f"stopped early, which took {grid.steps_taken:,} instead of {grid.exhaustive_steps:,} "
-        "steps."
+        f"steps.{diverged}"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_core import Identity, LoraConfig, save_adapter
 from lora_core.adapter.json_files import CONFIG, IDENTITY, read_json
 from lora_core.files import atomic_folder
+from pipelines.errors import DivergenceError
 from pipelines.models.hardware import peak_memory_bytes
 from pipelines.models.tokenizer import CHANGED_TOKENIZER
 from pipelines.runtime.interfaces.inputs import TrainInputs
@@ -97,12 +98,15 @@ def write_trained(
     engine.wait_for_everyone()
 
 
-def saved_weights(parent: Path, config: LoraConfig | None) -> SavedWeights:
+def saved_weights(
+    parent: Path, config: LoraConfig | None, *, with_spectrum: bool = True
+) -> SavedWeights:
     """Return size, digest and spectrum of what was written into `parent`. On rank 0.
 
     Args:
         parent: folder of the stage, with adapter/ or model/.
         config: the adapter's; None for full fine-tuning.
+        with_spectrum: compute the singular values of the update, which takes time.
     """
     folder = parent / output_folder(config)
     file_bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -113,7 +117,7 @@ def saved_weights(parent: Path, config: LoraConfig | None) -> SavedWeights:
         file_bytes=file_bytes,
         adapter_sha256=read_json(folder / IDENTITY)["adapter_sha256"],
         file_rank=read_json(folder / CONFIG)["r"],
-        spectrum=spectrum(folder, paths.required("base")),
+        spectrum=spectrum(folder, paths.required("base")) if with_spectrum else (),
     )
 
 
@@ -135,6 +139,9 @@ def _save_adapter(engine: Engine, folder: Path, config: LoraConfig, inputs: Trai
     if adapter.end_tokens:
         lineage["end_tokens"] = " ".join(map(str, adapter.end_tokens))
     identity = Identity(adapter.base_id, adapter.base_revision, inputs.base_digests, lineage)
+    for name, weight in engine.model.named_parameters():
+        if weight.requires_grad and not weight.isfinite().all():
+            raise DivergenceError(f"the weights of {name} are not finite; lower the learning rate")
     save_adapter(engine.model, folder, config, identity)
 
 

@@ -197,7 +197,7 @@ def _finish(training: Training) -> TrainResult:
     saved = SavedWeights(file_bytes=0)
     held_out = None
     if training.engine.is_first:
-        saved = saved_weights(training.folder, training.config)
+        saved = saved_weights(training.folder, training.config, with_spectrum=not training.is_trial)
         if training.evaluations is not None and not training.is_trial:
             examples = len(training.evaluations.examples.dataset)
             held_out = held_out_losses(training.log.rows, len(training.run.steps), examples)

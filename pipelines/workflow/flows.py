@@ -57,7 +57,7 @@ from pipelines.workflow.completed import (
 )
 from pipelines.workflow.grid_search import plan_all, train_adapters
 from pipelines.workflow.publishing import check_access, publish
-from pipelines.workflow.run import PipelineRun, TrainedExperiment
+from pipelines.workflow.run import PipelineRun, TrainedExperiment, unique
 from pipelines.workflow.stages import EvaluateStage, PreparedData, Stages, group_by_base
 from pipelines.workflow.summary import RunResults, summarize
 from pipelines.workflow.training import train_control, train_one
@@ -276,10 +276,11 @@ def evaluate_all(
     """
     stages = {model: run.stages.evaluate(base, data, model) for model in models}
     at_once = run.recipe.launch.evaluations_at_once
-    slots = tasks.evaluation_slots(list(stages.values()), at_once)
+    different = unique(list(stages.values()))
+    slots = tasks.evaluation_slots(different, at_once)
     with slots, ThreadPoolExecutor(at_once) as pool:
         futures = []
-        for index, group in enumerate(group_by_base(list(stages.values()), at_once)):
+        for index, group in enumerate(group_by_base(different, at_once)):
             context = copy_context()
             futures.append(
                 pool.submit(context.run, run.run_stages, tasks.evaluate, group, at_once, index)

@@ -8,6 +8,7 @@ same adapter, to the bit, as if it had been trained alone.
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from lora_core.files import atomic_folder
@@ -22,6 +23,7 @@ from pipelines.console import print_status
 from pipelines.errors import DivergenceError, RecipeError, StageError
 from pipelines.runtime.interfaces.plan_result import PlanResult
 from pipelines.runtime.interfaces.results import BaseResult
+from pipelines.runtime.stage import RESULT
 from pipelines.workflow import tasks
 from pipelines.workflow.publishing import check_adapter_sizes
 from pipelines.workflow.run import PipelineRun, TrainedExperiment
@@ -122,6 +124,8 @@ class _Search:
         if not trials:
             raise self._all_diverged()
         results = tune_all(self.run, self.base, self.data, list(trials.values()))
+        if not any(isfinite(result.tuning_loss) for result in results):
+            raise self._all_diverged()
         tuned: dict[str, TuneResult | None] = dict.fromkeys(self.remaining)
         tuned |= zip(trials, results, strict=True)
         halving = halve(rung.step, tuned, rung.kept)
@@ -204,7 +208,7 @@ def continue_from(stage: TrainStage, trial: TrainStage | None) -> None:
         stage: of the training, which has not begun.
         trial: of its beginning; None if there is none.
     """
-    if trial is None or stage.result() is not None or _has_snapshot_within(stage, trial):
+    if trial is None or (stage.folder / RESULT).exists() or _has_snapshot_within(stage, trial):
         return
     target = stage.folder / CHECKPOINTS
     if target.exists() or not (trial.folder / CHECKPOINTS).is_dir():

@@ -57,8 +57,9 @@ def print_plan(recipe: Recipe, stages: Stages, cluster: Cluster) -> None:
         plans.append(ensure_result(stages.of(variant).plan(base, data), threads=1))
     plan = plans[0]
     console.print(f"{base.id}: {base.forward}", highlight=False)
-    for one in plans:
-        console.print(_targets_table(one.targets, recipe.lora.init))
+    for variant, one in zip(target_variants(recipe), plans, strict=True):
+        chosen = f"; {variant.lora.target_modules}" if len(plans) > 1 else ""
+        console.print(_targets_table(one.targets, f"{recipe.lora.init}{chosen}"))
     if recipe.experiments.is_grid:
         console.print(_grid_table(recipe))
     console.print(_weights_table(plan.weights))

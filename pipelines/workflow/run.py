@@ -51,6 +51,11 @@ class TrainedExperiment:
         )
 
 
+def unique(stages: Sequence[Stage[Inputs, Result]]) -> list[Stage[Inputs, Result]]:
+    """Return one stage for each key: models with the same weights have the same scores."""
+    return list({stage.key: stage for stage in stages}.values())
+
+
 @dataclass
 class PipelineRun:
     """One execution of a recipe: its stages, and how long each took."""
@@ -86,7 +91,7 @@ class PipelineRun:
     ) -> None:
         """Run the unfinished ones of several stages in one process; print and record the times."""
         started = time.monotonic()
-        missing = [stage for stage in stages if stage.result() is None]
+        missing = unique([stage for stage in stages if stage.result() is None])
         if missing:
             task(missing, *arguments)
         for stage in stages:

@@ -120,7 +120,7 @@ def check_tuning_examples(choice: str, examples: int) -> None:
     if examples < MIN_TUNING_EXAMPLES:
         raise RecipeError(
             f"{choice}, and the held-out groups leave {examples} examples to choose on, of at "
-            f"least {MIN_TUNING_EXAMPLES}; lower data.validation_examples, add rows, or name one"
+            f"least {MIN_TUNING_EXAMPLES}; lower data.validation_examples, or add rows"
         )
 
 

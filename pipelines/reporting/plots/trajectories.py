@@ -31,9 +31,14 @@ class ScoredPoint(FrontierPoint):
         return self.label == CONTROL
 
     @property
+    def scored_label(self) -> str:
+        """Label of the model of which it may be a snapshot."""
+        return self.label.partition("@")[0]
+
+    @property
     def trained_label(self) -> str:
-        """Label of the trained model that a snapshot or another learning rate belongs to."""
-        return self.label.partition("@")[0].partition(" lr ")[0]
+        """Label of the model that it is at another learning rate."""
+        return self.scored_label.partition(" lr ")[0]
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,13 @@ def _trajectory(
         if point.cut_from is not None:
             if point.cut_from == end.rank and not end.is_control:
                 truncated.append(point)
-        elif point.trained_label == end.label:
+        elif end.label in (point.scored_label, point.trained_label):
             same_rate = point.learning_rate == end.learning_rate
             siblings = snapshots if same_rate else rates
             siblings.append(point)
     return Trajectory(
         label=end.label,
-        name=CONTROL if end.is_control else f"rank {end.rank}",
+        name=CONTROL if end.is_control else end.label.replace("rank-", "rank ", 1),
         color=color,
         start=start,
         end=end,

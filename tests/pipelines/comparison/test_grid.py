@@ -31,8 +31,12 @@ def test_of_equal_losses_the_first_continues() -> None:
 
 
 def test_diverged_experiments_do_not_continue_even_if_places_are_left() -> None:
-    results = {"a": None, "b": tuned(1, 2), "c": tuned(float("nan"), 1)}
-    assert halve(1, results, 2).continuing == ("b",)
+    infinite = tuned(float("inf"), 1)
+    results = {"a": None, "b": tuned(1, 2), "c": tuned(float("nan"), 1), "d": infinite}
+    rung = halve(1, results, 4)
+    assert rung.continuing == ("b",)
+    assert [trial.tuning_loss for trial in rung.trials[1:]] == [None, None, None]
+    assert [trial.behind for trial in rung.trials] == [None] * 4
 
 
 def test_a_search_counts_its_steps() -> None:

@@ -85,6 +85,8 @@ def test_ranks_of_the_command_line_replace_those_of_the_grid(tmp_path: Path) -> 
     path.write_text(yaml.safe_dump(recipe(GRID)))
     loaded = load_recipe(path, ranks=[16])
     assert loaded.experiments.ranks == loaded.lora.ranks == (16,)
+    path.write_text(yaml.safe_dump({**recipe(GRID), "lora": None}))
+    assert load_recipe(path, ranks=[16]).lora.ranks == (16,)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,14 @@ def test_ranks_of_the_command_line_replace_those_of_the_grid(tmp_path: Path) -> 
             {"ranks": [2, 4], "targets": ["all-linear"]},
             {"lora": {"target_modules": ["q_proj"]}},
             "remove lora.target_modules",
+        ),
+        ({"ranks": [2], "targets": ["q_proj", "v_proj"]}, {}, "such as [[q_proj]]"),
+        ({"ranks": [2], "targets": [["a", "b"], ["b", "a"]]}, {}, "has duplicates"),
+        ({"ranks": [2, 4]}, {"gate": {"max_rank": 2}}, "gate.max_rank 2 rejects"),
+        (
+            {"ranks": [2], "learning_rates": [1e-3, 1e-2]},
+            {"lora": {"learning_rate": 1e-2}},
+            "remove lora.learning_rate",
         ),
         ({"ranks": [2, 4]}, {"frontier": {"cuts": [1]}}, "frontier.cuts is set next to a grid"),
         (
