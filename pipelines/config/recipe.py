@@ -161,7 +161,9 @@ def load_recipe(
             f"{file} contains {type(values).__name__} instead of settings by name; start from an "
             f"example in {RECIPES}"
         )
-    lora = values.get("lora") or {}
+    lora = values.get("lora", {})
+    if lora is None and isinstance(values.get("experiments"), dict):
+        lora = {}  # the grid has all of it
     if ranks and isinstance(lora, dict):  # validation rejects any other section
         values = {**values, "lora": {**lora, "ranks": ranks}}
         if isinstance(values.get("experiments"), dict) and "ranks" in values["experiments"]:
