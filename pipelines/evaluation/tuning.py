@@ -3,12 +3,13 @@
     python -m pipelines.evaluation.tuning STAGE_FOLDER [STAGE_FOLDER ...]
 
 Consecutive stages with equal base and quantization share the loaded model. The loss of an adapter
-whose logits are not finite is infinite.
+that gives no finite loss is infinite.
 """
 
 from collections.abc import Sequence
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import load_from_disk
@@ -19,7 +20,9 @@ from pipelines.errors import DataError
 from pipelines.evaluation.models import Models
 from pipelines.evaluation.scoring import score_examples
 from pipelines.models.checked import CheckedReader
+from pipelines.models.forward import PackReader
 from pipelines.models.hardware import detect
+from pipelines.models.packs import pack
 from pipelines.runtime.child import execute_stages
 from pipelines.runtime.interfaces.inputs import StagePaths, TuneInputs
 from pipelines.runtime.interfaces.kinds import TUNE
@@ -57,22 +60,17 @@ class Tuning:
         examples = list(load_from_disk(str(split)))
         is_trusted = inputs.trust_remote_code
         with self.models.use(paths, inputs.quantization, trust_remote_code=is_trusted) as model:
-            if paths.adapter is not None and not _is_finite(model, examples[0]["input_ids"]):
+            if paths.adapter is not None and not _is_finite(model, examples[0]):
                 return _diverged(len(examples)), []
             records = list(score_examples(CheckedReader(model), examples))
         return _result(records), []
 
 
 @torch.no_grad()
-def _is_finite(model: PreTrainedModel, ids: list[int]) -> bool:
-    """Return whether a model gives finite logits; one that was trained at too high a rate may not.
-
-    Args:
-        model: of which an adapter was trained.
-        ids: tokens of an example.
-    """
-    logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
-    return bool(logits.isfinite().all())
+def _is_finite(model: PreTrainedModel, example: dict[str, Any]) -> bool:
+    """Return whether a model's loss is finite; after training at too high a rate it may not be."""
+    reader = PackReader.default(model)
+    return bool(reader.loss(pack([example], str(model.device))).isfinite())
 
 
 def _diverged(examples: int) -> TuneResult:
